@@ -1,0 +1,80 @@
+# Everything runs from a virtual environment of its own, which is made when it is missing.
+#
+#   make quickstart    train the embedded model: no GPU, no network but the package registry
+#   make test          ruff, mypy and pytest: what CI runs
+#   make lint          ruff and mypy alone; `make format` mends what can be mended
+#   make bench         compare with TRL on this machine
+#   make prove         the tests that take minutes
+#   make setup         only the environment
+#
+# To override:  make setup PYTHON=python3.12 VENV=~/envs/minigrpo
+#               make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+#               make quickstart ARGS="--seed 1 --run runs/second"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?=
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := $(VENV)/.minigrpo-setup
+TOOLS := $(VENV)/.minigrpo-tools
+TESTED := $(VENV)/minigrpo-constraints.txt
+TESTED_TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help setup quickstart test lint format bench prove clean
+
+help:
+	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(SETUP)
+
+# A torch that is there already is left alone, whatever its version: only the other packages are held to the tested
+# ones. Without an NVIDIA GPU a CPU build is looked for, because the default one for Linux carries gigabytes of CUDA:
+# first where pip is configured to find wheels, then on PyTorch's own index. An index out of reach is passed over
+# (hence --no-deps: pip would wait for it once per package).
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if $(PIP) show --quiet torch 2>/dev/null; then echo "torch is there already: left as it is"; \
+	elif [ -n "$(TORCH)" ]; then $(PIP) install $(TORCH); \
+	elif nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" = Darwin ]; then $(PIP) install $(TESTED_TORCH); \
+	elif $(PIP) install --quiet --no-deps --no-index $(TESTED_TORCH) 2>/dev/null; then echo "torch: a local wheel"; \
+	else $(PIP) install --no-deps --timeout 15 --retries 2 --extra-index-url $(CPU_INDEX) $(TESTED_TORCH); fi
+	grep -v '^torch==' constraints.txt > $(TESTED)
+	@echo "installing minigrpo and the tested versions of what it needs into $(VENV): about a minute"
+	$(PIP) install --quiet --constraint $(TESTED) --editable .
+	@touch $@
+
+$(TOOLS): $(SETUP)
+	$(PIP) install --quiet --constraint $(TESTED) --editable '.[dev]'
+	@touch $@
+
+quickstart: $(SETUP)
+	$(BIN)/minigrpo quickstart $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(TOOLS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(TOOLS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+prove: $(TOOLS)
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,81 @@
+"""Where the figures come from: the machine in words, and the peak memory of this process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "trl")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    cpu: str
+    features: tuple[str, ...]
+    cores: int
+    threads: int
+    memory_gib: float
+    load: float
+    python: str
+    versions: dict[str, str]
+    date: str
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{self.cpu} ({' '.join(self.features)}), {self.cores} cores, {self.threads} threads, "
+            f"{self.memory_gib:.0f} GiB, load {self.load:.1f} at the start; Python {self.python}, {versions}; {self.date}"
+        )
+
+
+def describe(threads: int) -> Machine:
+    """`load`: processes that wanted a core in the last minute; above 0 at the start, others share the machine."""
+    info = _read("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", info)
+    flags = set((re.search(r"flags\s*:\s*(.+)", info) or [""])[0].split())
+    memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
+    return Machine(
+        cpu=model[1].strip() if model else platform.processor() or platform.machine(),
+        features=tuple(name for name in CPU_FEATURES if name in flags),
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        memory_gib=int(memory[1]) / 2**20 if memory else 0.0,
+        load=os.getloadavg()[0],
+        python=platform.python_version(),
+        versions={name: _version(name) for name in PACKAGES},
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def reset_peak() -> None:
+    """From here on, the peak of this process counts anew (Linux; elsewhere it keeps counting from the start)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or a container that forbids it: `peak_bytes` is then the peak since the process began
+
+
+def peak_bytes() -> int:
+    """Largest resident memory since the last reset. Not ru_maxrss: that one cannot be reset."""
+    found = re.search(r"VmHWM:\s*(\d+)", _read("/proc/self/status"))
+    return int(found[1]) * 1024 if found else 0
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,136 @@
+"""minigrpo's side: `grpo` itself, with its log, stopped after each step by a Track that waits for its turn."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.sides import Setup, Turn
+from benchmarks.workloads import task_of
+from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TaskKnobs, TrainKnobs
+from minigrpo.engines import stop_ids
+from minigrpo.engines.native import NativeEngine
+from minigrpo.grpo import grpo
+from minigrpo.policy import Policy, open_policy
+from minigrpo.rundir import RunDir
+from minigrpo.track import Track
+from minigrpo.types import Grade, Group, Prompt, Task
+
+SHOWN = {
+    "model": ("dtype", "checkpointing"),
+    "lora": ("rank", "alpha", "dropout", "targets"),
+    "rollout": ("prompts", "completions", "temperature", "max_tokens", "rows"),
+    "objective": ("name", "kl", "importance"),
+    "train": ("lr", "grad_norm", "tokens_per_pass"),
+}
+
+
+def run(setup: Setup, turn: Turn) -> None:
+    """Steps until there are no more turns."""
+    recipe = recipe_of(setup)
+    torch.set_num_threads(setup.threads)
+    policy = open_policy(recipe)
+    clock = RewardClock(task_of(setup.workload, setup.folder))
+    track = TurnTrack(RunDir(setup.scratch / "run"), recipe.train.steps, turn=turn, clock=clock)
+    turn.ready(settings(recipe))
+    grpo(recipe, clock.task, policy, forced_engine(setup, policy, recipe.rollout.rows), track)
+
+
+def recipe_of(setup: Setup) -> Recipe:
+    """The defaults of the package, but for what the comparison fixes. It never comes to a checkpoint."""
+    workload, never = setup.workload, 10**6
+    return Recipe(
+        model=ModelKnobs(path=str(setup.folder), dtype=setup.dtype, device="cpu"),  # type: ignore[arg-type]
+        lora=LoraKnobs(rank=64, alpha=128, dropout=0, targets="all-linear"),
+        task=TaskKnobs(size=workload.prompts),
+        rollout=RolloutKnobs(prompts=workload.prompts, completions=workload.completions, max_tokens=workload.limit),
+        train=TrainKnobs(steps=never, threads=setup.threads),
+        save=SaveKnobs(every=never),
+    )
+
+
+def forced_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
+    """The native engine, whose completions stop where the workload says."""
+    lengths_B = torch.tensor(setup.workload.lengths_B)
+    return NativeEngine(
+        policy,
+        stop_ids=sorted(stop_ids(policy)),
+        rows=rows,
+        stop_rule=lambda tokens_n, row_n, so_far: lengths_B[row_n] == so_far,
+    )
+
+
+def settings(recipe: Recipe) -> dict[str, str]:
+    values = recipe.model_dump()
+    return {f"{part}.{name}": str(values[part][name]) for part, names in SHOWN.items() for name in names}
+
+
+class RewardClock:
+    """A task whose grading time is counted."""
+
+    def __init__(self, task: Task) -> None:
+        self._grade = task.grade
+        self.task = replace(task, grade=self.grade)
+        self.seconds = 0.0
+
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        began = time.perf_counter()
+        grade = self._grade(prompt, text)
+        self.seconds += time.perf_counter() - began
+        return grade
+
+
+class TurnTrack(Track):
+    """Writes and shows what any run does; between two steps it waits."""
+
+    def __init__(self, run: RunDir, total_steps: int, *, turn: Turn, clock: RewardClock) -> None:
+        super().__init__(run, total_steps, console=Console(file=io.StringIO()))
+        self._turn, self._clock = turn, clock
+
+    def __enter__(self) -> Track:
+        entered = super().__enter__()
+        self._turn.begin()
+        return entered
+
+    def record(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[Group],
+        advantages_PG: Sequence[Sequence[float]],
+    ) -> None:
+        super().record(step, metrics, groups, advantages_PG)
+        reward, self._clock.seconds = self._clock.seconds, 0.0
+        phases = {
+            "rollout": metrics["seconds/rollout"] - reward,
+            "reward": reward,
+            "update": metrics["seconds/update"] + metrics["seconds/sync"],
+        }
+        self._turn.end(phases, *lengths(groups))
+        self._turn.begin()
+
+
+def lengths(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """Of prompts (once per completion) and of completions."""
+    prompts = [len(group.prompt_ids) for group in groups for _ in group.completions]
+    return prompts, [len(completion.token_ids) for group in groups for completion in group.completions]
+
+
+def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
+    """Graded groups of the workload's first prompt alone, for the proof."""
+    from minigrpo.rollout import rollout
+    from minigrpo.types import Sampling
+
+    task = task_of(setup.workload, setup.folder)
+    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    sampling = Sampling(max_tokens=setup.workload.limit)
+    prompts = task.prompts("train")[:1]
+    return rollout(
+        engine, task, prompts, n=setup.workload.completions, sampling=sampling, tokenizer=policy.tokenizer
+    )

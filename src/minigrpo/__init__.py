@@ -1,0 +1,72 @@
+"""From a base model and a reward function to a served, fine-tuned model, on the machine you have.
+
+    from minigrpo import RunDir, load_recipe, train
+    train(load_recipe("quickstart"), RunDir("runs/first"))
+
+Names arrive when they are asked for: `import minigrpo` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minigrpo.config import Recipe as Recipe
+    from minigrpo.engines.scripted import Scripted as Scripted
+    from minigrpo.errors import ArtifactError as ArtifactError
+    from minigrpo.errors import DivergenceError as DivergenceError
+    from minigrpo.errors import MinigrpoError as MinigrpoError
+    from minigrpo.errors import ModelError as ModelError
+    from minigrpo.errors import RecipeError as RecipeError
+    from minigrpo.errors import TaskError as TaskError
+    from minigrpo.pipeline import evaluate as evaluate
+    from minigrpo.pipeline import preflight as preflight
+    from minigrpo.pipeline import quickstart as quickstart
+    from minigrpo.pipeline import run_all as run_all
+    from minigrpo.pipeline import train as train
+    from minigrpo.recipefile import dump_recipe as dump_recipe
+    from minigrpo.recipefile import load_recipe as load_recipe
+    from minigrpo.rollout import PromptSampler as PromptSampler
+    from minigrpo.rollout import rollout as rollout
+    from minigrpo.rundir import RunDir as RunDir
+    from minigrpo.types import Completion as Completion
+    from minigrpo.types import Engine as Engine
+    from minigrpo.types import Grade as Grade
+    from minigrpo.types import Group as Group
+    from minigrpo.types import Prompt as Prompt
+    from minigrpo.types import Sampling as Sampling
+    from minigrpo.types import Task as Task
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "minigrpo.types": ("Completion", "Engine", "Grade", "Group", "Prompt", "Sampling", "Task"),
+    "minigrpo.config": ("Recipe",),
+    "minigrpo.errors": (
+        "ArtifactError",
+        "DivergenceError",
+        "MinigrpoError",
+        "ModelError",
+        "RecipeError",
+        "TaskError",
+    ),
+    "minigrpo.rundir": ("RunDir",),
+    "minigrpo.recipefile": ("dump_recipe", "load_recipe"),
+    "minigrpo.rollout": ("PromptSampler", "rollout"),
+    "minigrpo.engines.scripted": ("Scripted",),
+    "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train"),
+}
+HOME_OF = {name: home for home, names in HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

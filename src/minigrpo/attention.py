@@ -1,0 +1,156 @@
+"""Attention over a row that holds each prompt once: prompts see themselves, completions their prompt and themselves.
+
+transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is NAME, and
+hands it the `layout` that was given to the model's forward. The result equals G padded rows, token for token.
+
+Shapes: M groups, G siblings, B = M * G, H query heads, D head width, S shared prompt tokens, N completion tokens,
+T = S + N; P and C are the longest shared prompt and completion of the row. Padding exists only inside this function.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from minigrpo.packing import Layout
+
+NAME = "minigrpo_shared_prompt"
+
+
+def register() -> None:
+    """Make NAME known to transformers.
+
+    The name must stay out of AttentionMaskInterface: transformers then builds no mask, where its own would take the
+    restarting positions for separate sequences and cut the prompt off.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def shared_prompt_attention(
+    module: Any,
+    query_1HTD: Tensor,
+    key_1HTD: Tensor,
+    value_1HTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Output [1, T, H, D], and no attention weights. Keys and values may have fewer heads than queries (GQA)."""
+    assert attention_mask is None, "a mask would be ignored here: lengths come from the layout"
+    groups = query_1HTD.shape[1] // key_1HTD.shape[1]
+    query_THD = query_1HTD[0].transpose(0, 1)
+    key_THD = key_1HTD[0].repeat_interleave(groups, 0).transpose(0, 1)
+    value_THD = value_1HTD[0].repeat_interleave(groups, 0).transpose(0, 1)
+    S, G = layout.shared_tokens, layout.siblings
+    own_B = layout.own_B
+    own_key_BHCD, own_value_BHCD = (_padded(x_THD[S:], own_B) for x_THD in (key_THD, value_THD))
+    own_query_BHCD = _padded(query_THD[S:], own_B)
+    outputs = []
+    if S:
+        shared_query, shared_key, shared_value = (
+            _padded(x_THD[:S], layout.shared_M) for x_THD in (query_THD, key_THD, value_THD)
+        )
+        mask = _shared_mask(layout, sliding_window, query_THD.device)
+        attended = scaled_dot_product_attention(
+            shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        outputs.append(_unpadded(attended, layout.shared_M))
+        own_key_BHCD = torch.cat([_for_siblings(shared_key, G), own_key_BHCD], 2)
+        own_value_BHCD = torch.cat([_for_siblings(shared_value, G), own_value_BHCD], 2)
+    mask = _own_mask(layout, sliding_window, query_THD.device)
+    attended = scaled_dot_product_attention(own_query_BHCD, own_key_BHCD, own_value_BHCD, attn_mask=mask, scale=scaling)
+    outputs.append(_unpadded(attended, own_B))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _padded(x_THD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Consecutive stretches of tokens -> [stretches, H, longest, D], zeros behind."""
+    slots = len(lengths) * max(lengths)
+    x_SHD = x_THD if slots == len(x_THD) else _Spread.apply(x_THD, _places(lengths, x_THD.device), slots)
+    return x_SHD.unflatten(0, (len(lengths), max(lengths))).transpose(1, 2)
+
+
+def _unpadded(x_BHCD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The inverse of _padded: [T, H, D]."""
+    x_SHD = x_BHCD.transpose(1, 2).flatten(0, 1)
+    return x_SHD if sum(lengths) == len(x_SHD) else _Collect.apply(x_SHD, _places(lengths, x_SHD.device))
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to their places among zeros. No place is named twice: both directions are copies, exact and repeatable."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, places_T: Tensor, slots: int) -> Tensor:
+        ctx.save_for_backward(places_T)
+        return x_THD.new_zeros(slots, *x_THD.shape[1:]).index_copy_(0, places_T, x_THD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The rows at the given places: the inverse of _Spread."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SHD: Tensor, places_T: Tensor) -> Tensor:
+        ctx.save_for_backward(places_T)
+        ctx.slots = len(x_SHD)
+        return x_SHD.index_select(0, places_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient_THD = gradients[0]
+        spread = gradient_THD.new_zeros(ctx.slots, *gradient_THD.shape[1:])
+        return spread.index_copy_(0, ctx.saved_tensors[0], gradient_THD), None
+
+
+@lru_cache(maxsize=8)
+def _places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The T places, among stretches * longest slots, that hold a token."""
+    slots = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return slots.flatten().nonzero().flatten().to(device)
+
+
+def _for_siblings(x_MHPD: Tensor, siblings: int) -> Tensor:
+    """[M * G, H, P, D]. Expanded, not indexed: the gradient is then a plain sum, the same in every run."""
+    M, H, P, D = x_MHPD.shape
+    return x_MHPD.unsqueeze(1).expand(M, siblings, H, P, D).reshape(M * siblings, H, P, D)
+
+
+@lru_cache(maxsize=4)
+def _shared_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor | None:
+    """None where plain causality will do: padding stands behind, out of a causal prompt's sight."""
+    longest = max(layout.shared_M)
+    if window is None or longest <= window:
+        return None
+    at = torch.arange(longest, device=device)
+    ahead = at[:, None] - at
+    return (ahead >= 0) & (ahead < window)
+
+
+@lru_cache(maxsize=4)
+def _own_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor:
+    """[B, 1, C, P + C], True where a completion's token may look; the layers of one pass share it."""
+    G, own_B = layout.siblings, layout.own_B
+    P, C = max(layout.shared_M), max(own_B)
+    shared_B1 = torch.tensor(layout.shared_M, device=device).repeat_interleave(G)[:, None]
+    own_at = torch.arange(C, device=device)
+    shared_at = torch.arange(P, device=device)
+    query_place_BC1 = (shared_B1 + own_at)[..., None]
+    key_place_BK = torch.cat([shared_at.expand(len(own_B), P), shared_B1 + own_at], 1)
+    exists_BK = torch.cat([shared_at < shared_B1, torch.ones(len(own_B), C, dtype=torch.bool, device=device)], 1)
+    ahead_BCK = query_place_BC1 - key_place_BK[:, None]
+    allowed = exists_BK[:, None] & (ahead_BCK >= 0)
+    if window is not None:
+        allowed &= ahead_BCK < window
+    return allowed[:, None]

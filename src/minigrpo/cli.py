@@ -1,0 +1,271 @@
+"""The command line. Whatever is heavy is imported inside the command that needs it, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minigrpo.config import Recipe
+from minigrpo.door import OVERRIDES, Command, KnobCommand, QuietKnobCommand, refuse
+from minigrpo.errors import MinigrpoError
+from minigrpo.recipefile import dump_recipe, load_recipe, recipe_names
+from minigrpo.rundir import RunDir
+
+app = typer.Typer(
+    help="From a base model and a reward function to a fine-tuned model, on the machine you have. "
+    "Start with: minigrpo quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    # A traceback with the values of all variables could show a token.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A name of `minigrpo recipes`, a .yaml or .toml file, or a run folder.")
+]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="The run's folder.", show_default="runs/RECIPE")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
+
+
+def tell_version(asked: bool) -> None:
+    if asked:
+        import minigrpo
+
+        print(f"minigrpo {minigrpo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=tell_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(cls=KnobCommand)
+def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None, as_json: AsJson = False) -> None:
+    """Try a recipe before hours are spent on it.
+
+    Samples a few groups of the real task, says what they would teach and what the whole run would take, and ends
+    with one verdict: go (exit code 0), or what to change (exit code 1).
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    with result_alone(as_json):
+        verdict = pipeline.preflight(loaded, folder(recipe, run))
+    if as_json:
+        print_json(verdict.to_dict())
+    raise typer.Exit(0 if verdict.go else 1)
+
+
+@app.command(cls=KnobCommand)
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    *,
+    run: RunOption = None,
+    resume: Resume = False,
+    samples: Annotated[bool, typer.Option("--samples", help="Show one completion a step.")] = False,
+) -> None:
+    """Train with GRPO.
+
+    The run's folder gets the adapter, checkpoints, metrics and every completion. Ctrl-C finishes the step and saves.
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    pipeline.train(loaded, folder(recipe, run), resume=resume, show_samples=samples)
+
+
+@app.command(cls=QuietKnobCommand)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A run, a model or adapter folder, or a Hub id.")],
+    *,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Whose task and limits count.", show_default="the run's, or all defaults"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this one, prompt by prompt.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of unseen prompts.", show_default="eval.limit of the recipe")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Answers to each prompt.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save every answer as JSON here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on unseen prompts of a task.
+
+    Accuracy with its interval, format, examples right and wrong; with --base both side by side, prompt by prompt.
+    The knobs of the recipe are options here too: see minigrpo train --help.
+    """
+    loaded = load_recipe(recipe or recipe_of(model), context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    heat = temperature if temperature is not None else 0.0 if n == 1 else 1.0
+    with result_alone(as_json):
+        result = pipeline.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, out=out)
+    if as_json:
+        print_json(result)
+
+
+@app.command("run", cls=KnobCommand)
+def run_command(
+    context: typer.Context, recipe: RecipeName, run: RunOption = None, resume: Resume = False, as_json: AsJson = False
+) -> None:
+    """The whole road: preflight, train, evaluate.
+
+    Stage after stage, each trusting only what the one before has proved. With --resume, a stage that is done is not
+    done again.
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    with result_alone(as_json):
+        result = pipeline.run_all(loaded, folder(recipe, run), resume=resume)
+    if as_json:
+        print_json(result)
+
+
+@app.command(cls=KnobCommand)
+def quickstart(context: typer.Context, run: RunOption = None, resume: Resume = False, as_json: AsJson = False) -> None:
+    """See it work: minutes on a CPU, no download.
+
+    Builds a tiny model from nothing, trains it with GRPO on word problems, and compares before and after on problems
+    that it has never seen.
+    """
+    loaded = load_recipe("quickstart", context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    with result_alone(as_json):
+        result = pipeline.quickstart(loaded, folder("quickstart", run), resume=resume)
+    if as_json:
+        print_json(result)
+
+
+@app.command(cls=Command)
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, and what it lacks.
+
+    Devices and their true number types, memory, disk, versions against the tested ones, optional parts. Exit code 1
+    where something would stop a training.
+    """
+    from minigrpo.doctor import examine, to_dict
+
+    findings = examine()
+    report = to_dict(findings)
+    if as_json:
+        print_json(report)
+        raise typer.Exit(0 if report["ok"] else 1)
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[bold red]!![/]"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    topic = ""
+    for found in findings:
+        if topic and found.topic != topic:
+            table.add_row()
+        topic = found.topic
+        words = f"{found.value}\n[dim]{plain(found.advice)}[/]" if found.advice else plain(found.value)
+        table.add_row(marks[found.level], found.name, words)
+    Console().print(table)
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command(cls=Command)
+def tasks(as_json: AsJson = False) -> None:
+    """The tasks that come with the package."""
+    from minigrpo.tasks import TASKS
+
+    print_list({name: build(Recipe()).about for name, build in TASKS.items()}, as_json)
+
+
+@app.command(cls=Command)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, every knob of it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The recipes that come with the package, or one of them as YAML."""
+    if name is None:
+        print_list({known: load_recipe(known).about for known in recipe_names()}, as_json)
+        return
+    loaded = load_recipe(name)
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        print(dump_recipe(loaded), end="")
+
+
+def folder(recipe: str, run: Path | None) -> RunDir:
+    """--run, or the run folder that was given as the recipe, or runs/NAME."""
+    if run is None:
+        run = Path(recipe) if os.path.isdir(recipe) else Path("runs") / Path(recipe).stem
+    return RunDir(run)
+
+
+def recipe_of(model: str) -> str | None:
+    """The run that made a model: its folder is the model itself, or holds it."""
+    path = Path(model).expanduser()
+    return next((str(run.path) for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
+
+
+@contextlib.contextmanager
+def result_alone(as_json: bool) -> Iterator[None]:
+    """With --json, what a stage prints for people goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_list(rows: dict[str, str], as_json: bool) -> None:
+    """Names with one line each."""
+    if as_json:
+        print_json([{"name": name, "about": about} for name, about in rows.items()])
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    for name, about in rows.items():
+        table.add_row(name, plain(about))
+    Console().print(table)
+
+
+def plain(text: str) -> str:
+    """Text as it is: brackets in it are no markup."""
+    return text.replace("[", r"\[")
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point: what the user can mend ends as a sentence and exit code 2, all else keeps its traceback."""
+    try:
+        app(args=args, prog_name="minigrpo")
+    except MinigrpoError as fault:
+        refuse(fault)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

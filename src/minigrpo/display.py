@@ -1,0 +1,190 @@
+"""How a running training looks in a terminal: a board that redraws itself, or plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from minigrpo.types import Group
+
+WINDOW = 20  # steps that the remaining time is judged by: completions grow shorter or longer as a run goes on
+BLOCKS = " ▁▂▃▄▅▆▇█"
+PLOT_HEIGHT = 6
+SAMPLE_LINES = 8
+EXTRAS = {"kl": "kl {:.4f}", "entropy": "entropy {:.2f}", "tokens_per_second": "{:,.0f} tokens/s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What is known of the run at one moment. `stamps`: when the latest steps ended, oldest first."""
+
+    step: int = 0
+    rewards: tuple[float, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
+    sample: str | None = None
+    since: float = 0.0
+    stamps: tuple[float, ...] = ()
+
+    def after(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], sample: str | None) -> Pulse:
+        """The moment after one more step."""
+        earned = [reward for group in groups for reward in group.rewards]
+        reward = metrics.get("reward", sum(earned) / len(earned) if earned else float("nan"))
+        return replace(
+            self,
+            step=step,
+            rewards=(*self.rewards, float(reward)),
+            metrics=metrics,
+            groups=tuple(groups),
+            sample=printable(sample) if sample else None,
+            stamps=(*(self.stamps or (self.since,)), time.monotonic())[-WINDOW - 1 :],
+        )
+
+    def left(self, total_steps: int) -> str:
+        """Time to go, as the latest steps went; empty before the first one ended."""
+        if len(self.stamps) < 2 or self.step >= total_steps:
+            return ""
+        pace = (self.stamps[-1] - self.stamps[0]) / (len(self.stamps) - 1)
+        return f"{duration(pace * (total_steps - self.step))} left"
+
+    def facts(self) -> list[str]:
+        """The step in a few words. A share is of completions, `informative` is of groups."""
+        facts = [f"reward {self.rewards[-1]:.3f}"] if self.rewards else []
+        grades = [grade for group in self.groups for grade in group.grades]
+        if grades:
+            facts.append(f"solved {sum(grade.solved for grade in grades) / len(grades):.0%}")
+            facts.append(f"formed {sum(grade.formed for grade in grades) / len(grades):.0%}")
+            tied = self.metrics.get("frac_reward_zero_std", sum(g.spread == 0 for g in self.groups) / len(self.groups))
+            facts.append(f"informative {round((1 - tied) * len(self.groups))}/{len(self.groups)}")
+            lengths = [len(completion.token_ids) for group in self.groups for completion in group.completions]
+            facts.append(f"length {sum(lengths) / len(lengths):.0f}")
+        return facts + [EXTRAS[name].format(self.metrics[name]) for name in EXTRAS if name in self.metrics]
+
+
+class View(Protocol):
+    def open(self, pulse: Pulse) -> None: ...
+    def show(self, pulse: Pulse) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lines:
+    """One line per step, at most every two seconds, so that logs stay short. The first and the last always."""
+
+    def __init__(self, console: Console, total_steps: int, every: float = 2.0) -> None:
+        self._console = console
+        self._total = total_steps
+        self._every = every
+        self._last: float | None = None
+
+    def open(self, pulse: Pulse) -> None:
+        pass
+
+    def show(self, pulse: Pulse) -> None:
+        now = time.monotonic()
+        if self._last is not None and now - self._last < self._every and pulse.step < self._total:
+            return
+        self._last = now
+        head = f"step {pulse.step:>{len(str(self._total))}}/{self._total}"
+        words = "  ".join(filter(None, (head, *pulse.facts(), pulse.left(self._total))))
+        self._say(words)
+        for line in (pulse.sample or "").splitlines():
+            self._say(f"    | {line}")
+
+    def close(self) -> None:
+        pass
+
+    def _say(self, words: str) -> None:
+        self._console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+class Board:
+    """A panel that redraws itself: where the run is, its reward curve, the latest step, one completion."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total = total_steps
+        self._pulse = Pulse()
+        self._live: Live | None = None
+
+    def open(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2)
+        self._live.start(refresh=True)
+
+    def show(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _render(self) -> RenderableType:
+        pulse = self._pulse
+        width = min(self._console.width, 100)
+        parts: list[RenderableType] = [plot(pulse.rewards, width - 14)] if pulse.rewards else []
+        # A fact stays whole where the line breaks: its own spaces are hidden from the wrapping.
+        facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in pulse.facts()), width - 4)
+        words = "\n".join(facts).replace("\a", " ") or "sampling the first completions ..."
+        parts.append(Text(words, style="bold"))
+        if pulse.sample:
+            shown = pulse.sample.splitlines()
+            more = [f"... {len(shown) - SAMPLE_LINES} more lines"] if len(shown) > SAMPLE_LINES else []
+            lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in shown[:SAMPLE_LINES] + more]
+            parts += [Text(""), *lines]
+        gone = duration(time.monotonic() - pulse.since)
+        head = " · ".join(filter(None, (f"train · step {pulse.step}/{self._total}", gone, pulse.left(self._total))))
+        return Panel(Stack(*parts), title=head, title_align="left", border_style="cyan", width=width)
+
+
+def board_fits(console: Console) -> bool:
+    """Whether somebody watches, on something that can redraw itself."""
+    return (
+        console.is_terminal
+        and not console.is_dumb_terminal
+        and console.width >= 40
+        and "utf" in (console.encoding or "").lower()
+    )
+
+
+def plot(values: Sequence[float], width: int) -> Text:
+    """Columns of blocks over the whole run, each the mean of the steps it stands for; the scale is at the left."""
+    finite = [value for value in values if value == value]
+    if not finite:
+        return Text("no reward yet")
+    count = max(1, min(len(finite), width))
+    edges = [i * len(finite) // count for i in range(count + 1)]
+    columns = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(0.0, *columns), max(columns)
+    high = high if high > low else low + 1
+    eighths = [round((value - low) / (high - low) * PLOT_HEIGHT * 8) for value in columns]
+    lines = []
+    for row in reversed(range(PLOT_HEIGHT)):
+        mark = {PLOT_HEIGHT - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(row, "")
+        bars = "".join(BLOCKS[min(8, max(0, height - 8 * row))] for height in eighths)
+        lines.append(Text.assemble((f"{mark:>7} ", "dim"), (bars, "green")))
+    return Text("\n").join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: 8s, 1m20s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def printable(text: str) -> str:
+    """Model output without the control characters that could rewrite somebody's terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

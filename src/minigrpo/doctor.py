@@ -1,0 +1,218 @@
+"""What this machine has: devices and their true number types, memory, disk, versions, optional parts.
+
+Everything is looked at, nothing is changed, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Level = Literal["ok", "note", "bad"]
+
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "safetensors": "0.8.0",
+    "huggingface_hub": "2.4.0",
+    "tokenizers": "0.23.3",
+    "numpy": "2.4.6",
+    "typer": "0.29.2",
+    "pydantic": "2.14.3",
+    "rich": "15.0.0",
+    "PyYAML": "6.0.3",
+}
+"""The versions of constraints.txt, for those who installed from a package index; a test holds both equal."""
+
+OPTIONAL = {
+    "bitsandbytes": ("4-bit base models (QLoRA)", "pip install bitsandbytes"),
+    "vllm": ("serving and fast sampling; give it an environment of its own", "pip install vllm"),
+    "xllamacpp": ("running and judging GGUF files", "pip install xllamacpp"),
+    "gguf": ("writing GGUF files", "pip install gguf"),
+    "math_verify": ("comparing answers that are formulas", "pip install math-verify"),
+    "reasoning_gym": ("a hundred generated tasks", "pip install reasoning-gym"),
+    "trl": ("the benchmark against TRL; never needed to train", "pip install 'minigrpo[bench]'"),
+    "tensorboard": ("curves in TensorBoard", "pip install tensorboard"),
+    "wandb": ("curves in Weights & Biases", "pip install wandb"),
+    "trackio": ("curves in trackio", "pip install trackio"),
+}
+"""Import name -> what it is for, and how to get it."""
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `bad` stops training; `note` is worth knowing."""
+
+    topic: str
+    name: str
+    value: str
+    level: Level = "ok"
+    advice: str = ""
+
+
+def examine() -> tuple[Finding, ...]:
+    """Everything, in the order of the report. Imports torch."""
+    return (*machine(), *devices(), *disks(), *versions(), *optional_parts())
+
+
+def to_dict(findings: tuple[Finding, ...]) -> dict[str, Any]:
+    return {"ok": all(f.level != "bad" for f in findings), "findings": [asdict(f) for f in findings]}
+
+
+def machine() -> list[Finding]:
+    # A container or a batch system may grant fewer cores than the machine has.
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    total, free = memory()
+    low = free is not None and free < 2 * GIB
+    return [
+        Finding("machine", "system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        Finding("machine", "python", platform.python_version()),
+        Finding("machine", "CPU cores", f"{granted} of {os.cpu_count()}"),
+        Finding(
+            "machine",
+            "memory",
+            f"{_gib(free)} free of {_gib(total)}",
+            "note" if low else "ok",
+            "Little is free: the embedded model fits, a 0.5B model does not." if low else "",
+        ),
+    ]
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Total and free bytes, within the limit of a container; None where the system does not say."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    except (OSError, ValueError, KeyError):
+        return _physical_memory(), None
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None and limit < total:
+        return limit, min(free, max(limit - used, 0))
+    return total, free
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def devices() -> list[Finding]:
+    """The CPU, and every accelerator with what it can truly compute in."""
+    try:
+        import torch
+    except (ImportError, OSError) as fault:  # OSError: a library of its own is missing
+        return [Finding("device", "torch", f"cannot be loaded: {fault}", "bad", "Install it: pip install torch")]
+    found = [Finding("device", "cpu", cpu_number_types(), "ok", f"torch computes on {torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        found += [_cuda(index) for index in range(torch.cuda.device_count())]
+    elif shutil.which("nvidia-smi"):
+        advice = f"torch {torch.__version__} does not see it: install a CUDA build, or update the driver."
+        found.append(Finding("device", "NVIDIA GPU", "driver found, unusable", "bad", advice))
+    else:
+        found.append(Finding("device", "GPU", "none", "note", "Small models train on the CPU; see the quickstart."))
+    if torch.backends.mps.is_available():
+        found.append(Finding("device", "mps", "Apple GPU", "note", "untested; model.device cpu is the safe choice"))
+    return found
+
+
+def _cuda(index: int) -> Finding:
+    import torch
+
+    facts = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    with torch.cuda.device(index):
+        # Without this argument a T4 says yes, and emulates bfloat16 slowly.
+        true_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    kinds = "bfloat16" if true_bf16 else "float16, no true bfloat16"
+    value = f"{facts.name}, {_gib(free)} free of {_gib(total)}, {kinds}, compute {facts.major}.{facts.minor}"
+    return Finding("device", f"cuda:{index}", value)
+
+
+def cpu_number_types() -> str:
+    """Whether 16-bit arithmetic is in the hardware. Without it bfloat16 saves memory and costs time."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "float32"
+    fast = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in flags]
+    return f"float32; bfloat16 in hardware ({', '.join(fast)})" if fast else "float32; bfloat16 only emulated"
+
+
+def disks() -> list[Finding]:
+    """Free space where runs go, and where models are cached."""
+    places = {"this folder": Path.cwd(), "Hub cache": hub_cache(), "own cache": own_cache()}
+    return [_disk(name, path) for name, path in places.items()]
+
+
+def hub_cache() -> Path:
+    """Where downloaded models are kept, as huggingface_hub decides it."""
+    home = os.environ.get("HF_HOME") or _cache() / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def own_cache() -> Path:
+    """Where the embedded model is kept; MINIGRPO_CACHE moves it."""
+    return Path(os.environ.get("MINIGRPO_CACHE") or _cache() / "minigrpo").expanduser()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _disk(name: str, path: Path) -> Finding:
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    advice = "Checkpoints and models need room; free some." if free < 2 * GIB else ""
+    return Finding("disk", name, f"{_gib(free)} free at {path}", "note" if advice else "ok", advice)
+
+
+def versions() -> list[Finding]:
+    found = []
+    for package, tested in TESTED.items():
+        here = installed(package)
+        # A build tag is no other version: 2.13.0+cu130 is the tested 2.13.0.
+        same = here is not None and here.split("+")[0] == tested
+        advice = "" if same else f"tested with {tested}: pip install '{package}=={tested}'"
+        level: Level = "bad" if here is None else "ok" if same else "note"
+        found.append(Finding("version", package, here or "missing", level, advice))
+    return found
+
+
+def optional_parts() -> list[Finding]:
+    found = []
+    for module, (purpose, line) in OPTIONAL.items():
+        here = installed(module)
+        value = f"{here}: {purpose}" if here else f"not installed: {purpose}"
+        found.append(Finding("optional", module, value, "ok" if here else "note", "" if here else line))
+    return found
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution, by either spelling of its name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:.1f} GiB"

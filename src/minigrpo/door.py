@@ -1,0 +1,163 @@
+"""What the command line does beyond typer: knobs as options, examples and knobs in the help, refusals as sentences."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+from minigrpo.errors import MinigrpoError, RecipeError
+from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest
+
+OVERRIDES = "minigrpo.overrides"
+SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+EXAMPLES: dict[str, str] = {
+    "preflight": """
+        minigrpo preflight quickstart
+        minigrpo preflight my.yaml --rollout.max_tokens 512  # do longer answers end?""",
+    "train": """
+        minigrpo train quickstart
+        minigrpo train my.yaml --lora.rank 16 --train.lr=2e-5 --run runs/r16
+        minigrpo train my.yaml --run runs/r16 --resume  # after a stop or a crash
+        minigrpo train my.yaml --samples  # shows one answer a step""",
+    "evaluate": """
+        minigrpo evaluate runs/quickstart  # what the run trained, on its task
+        minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct
+        minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json""",
+    "run": """
+        minigrpo run my.yaml
+        minigrpo run my.yaml --resume  # goes on at the first stage not done""",
+    "quickstart": """
+        minigrpo quickstart
+        minigrpo quickstart --seed 1 --run runs/second
+        minigrpo quickstart --train.steps 40 --run runs/short""",
+    "doctor": """
+        minigrpo doctor
+        minigrpo doctor --json""",
+    "tasks": """
+        minigrpo tasks
+        minigrpo train my.yaml --task.name mine.py:task  # a task of your own""",
+    "recipes": """
+        minigrpo recipes
+        minigrpo recipes quickstart > my.yaml  # a file of your own to start from""",
+}
+
+
+class Command(TyperCommand):
+    """A command whose help ends with examples, and that ends with 130 when it is interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(stop or "Stopped.", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        lines = [line.strip() for line in EXAMPLES[str(self.name)].splitlines() if line.strip()]
+        Console().print(_panel(Text("\n").join(_example(line) for line in lines), "Examples"))
+
+
+class KnobCommand(Command):
+    """A command that takes every knob of the recipe as an option: --lora.rank 16, --lora.rank=16."""
+
+    lists_knobs = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = [option for param in self.params for option in param.opts]
+        rest, overrides = split_overrides(args, [*own, "--help"])
+        ctx.meta[OVERRIDES] = overrides
+        parsed: list[str] = super().parse_args(ctx, rest)
+        return parsed
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        if self.lists_knobs:
+            Console().print(knob_panel())
+
+
+class QuietKnobCommand(KnobCommand):
+    """Takes the knobs, but leaves their list to the help of `train`."""
+
+    lists_knobs = False
+
+
+def split_overrides(args: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Arguments for typer, and (knob, text) pairs. A misspelled knob is a pair too: the recipe knows its right name."""
+    rest: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    queue = list(args)
+    while queue:
+        arg = queue.pop(0)
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if arg == "--":
+            return [*rest, arg, *queue], pairs
+        if not arg.startswith("--") or f"--{name}" in own or not _is_knob(name, own):
+            rest.append(arg)
+        elif equals:
+            pairs.append((name, text))
+        else:
+            pairs.append((name, _value(name, queue)))
+    return rest, pairs
+
+
+def _is_knob(name: str, own: Sequence[str]) -> bool:
+    if name in knobs_by_name() or "." in name:
+        return True
+    return not difflib.get_close_matches(f"--{name}", own, n=1, cutoff=0.75) and nearest(name) is not None
+
+
+def _value(name: str, queue: list[str]) -> str:
+    """Take the option's value off the queue. A switch needs none: --train.full."""
+    knob = knobs_by_name().get(name)
+    follows = bool(queue) and (not queue[0].startswith("-") or re.fullmatch(r"-[\d.].*", queue[0]) is not None)
+    if knob and knob.kind == "true or false":
+        return queue.pop(0) if follows and queue[0].lower() in SWITCH_WORDS else "true"
+    if follows:
+        return queue.pop(0)
+    if knob:
+        raise RecipeError(f"--{name} needs a value: {knob.expects}.\n    {knob.summary}")
+    return ""
+
+
+def knob_panel() -> Panel:
+    """Every knob with its default, what it does, its unit and range."""
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, expand=True)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(ratio=1)
+    for knob in knob_table():
+        facts = ", ".join(filter(None, _facts(knob)))
+        words = Text(f"{knob.about} ").append(f"[{facts}]", "dim")
+        table.add_row(f"--{knob.name}", words)
+    return _panel(table, r"Knobs of the recipe \[default, unit, range]: --NAME VALUE or --NAME=VALUE")
+
+
+def _facts(knob: Knob) -> Iterator[str]:
+    yield f"default {knob.shown_default} {knob.unit}".strip()
+    yield "|".join(knob.choices) or knob.range
+
+
+def _example(line: str) -> Text:
+    command, mark, remark = line.partition("  # ")
+    return Text.assemble(command, (mark + remark, "dim"))
+
+
+def _panel(content: Any, title: str) -> Panel:
+    return Panel(content, title=title, title_align="left", border_style="dim")
+
+
+def refuse(fault: MinigrpoError) -> None:
+    """Say what is wrong, on stderr; lines are not broken, so that a command in them can be copied."""
+    console = Console(stderr=True)
+    console.print(Text.assemble(("error: ", "bold red"), str(fault)), soft_wrap=True)

@@ -1,0 +1,49 @@
+"""Engines answer prompts. Each has `generate` and `update`; a recipe names one, or lets the architecture decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minigrpo.config import Recipe
+from minigrpo.errors import ModelError, RecipeError
+from minigrpo.types import Engine
+
+
+def open_engine(policy: Any, recipe: Recipe) -> Engine:
+    """The engine that the recipe names, sampling from the policy's weights as they are now."""
+    from minigrpo.engines.lean import is_lean
+
+    name = recipe.rollout.engine
+    if name == "auto":
+        name = "native" if is_lean(policy.model) else "transformers"
+    elif name == "native" and not is_lean(policy.model):
+        kind = policy.model.config.model_type
+        raise RecipeError(f"rollout.engine native does not know the architecture {kind!r}. Use auto, or transformers")
+    return ENGINES[name](policy, recipe.rollout.rows)
+
+
+def stop_ids(policy: Any) -> frozenset[int]:
+    """Every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
+    generation = getattr(policy.model, "generation_config", None)
+    listed = getattr(generation, "eos_token_id", None)
+    named = [*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id]
+    ids = frozenset(int(token) for token in named if token is not None)
+    if not ids:
+        raise ModelError(f"neither the model nor the tokenizer at {policy.path} names an end-of-text token.")
+    return ids
+
+
+def _native(policy: Any, rows: int) -> Engine:
+    from minigrpo.engines.native import NativeEngine
+
+    return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
+
+
+def _transformers(policy: Any, rows: int) -> Engine:
+    from minigrpo.engines.huggingface import TransformersEngine
+
+    return TransformersEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
+
+
+ENGINES: Mapping[str, Callable[[Any, int], Engine]] = {"native": _native, "transformers": _transformers}

@@ -1,0 +1,231 @@
+"""A Llama-like decoder reduced to what decoding needs: fused projections, a cache that siblings share, no module calls.
+
+It reads the policy's own modules, so there is no second copy of an architecture to keep in step: rotary tables come
+from the model's own rotary module, activations from its MLP, scales and windows from its layers.
+
+Adapters: on float32 weights the adapter is folded into private fused copies, in float32. On 16-bit weights a folded
+copy would round early training away (a bf16 fold of a young adapter loses most of it), so the adapter stays a second,
+narrow pass beside the untouched base weights.
+
+Shapes: n rows in flight, M prompts, P longest shared prompt (the prompt without its last token), C own tokens so far,
+H query heads, K key/value heads, R = H / K, D head width, W hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+
+from minigrpo.adapter import low_rank
+
+LEAN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
+# Other kinds (dynamic, longrope) change their frequencies with the length of the text.
+FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+def is_lean(model: Any) -> bool:
+    """Whether this module can run the model; tested for each architecture against the model's own forward."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config.model_type in LEAN_MODELS and rope.get("rope_type", "default") in FIXED_ROPE
+
+
+class Projection:
+    """Linear layers that read the same input, side by side: one product where the weights may be copied."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
+        self.weights: list[Tensor] = [base.weight for base in bases]
+        biases: list[Tensor | None] = [base.bias for base in bases]
+        self.sizes = [len(weight) for weight in self.weights]
+        self.folds = self.weights[0].dtype == torch.float32
+        self.biases = biases
+        if self.folds:
+            self.fused = torch.cat([weight.detach() for weight in self.weights])
+            has_bias = any(bias is not None for bias in biases)
+            zero_biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, biases, strict=True)]
+            self.fused_bias = torch.cat(zero_biases).detach() if has_bias else None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights and the adapter as they are now."""
+        pairs = [low_rank(module) for module in self.modules]
+        if not self.folds:
+            dtype = self.weights[0].dtype
+            self.pairs = [pair and (pair[0].to(dtype), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
+            return
+        for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
+            fused.copy_(weight)
+            if pair is not None:
+                fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., sum of sizes]."""
+        if self.folds:
+            return linear(x, self.fused, self.fused_bias)
+        outputs = []
+        for weight, bias, pair in zip(self.weights, self.biases, self.pairs, strict=True):
+            y = linear(x, weight, bias)
+            outputs.append(y if pair is None else y + linear(linear(x, pair[0]), pair[1]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+class Norm:
+    """RMSNorm in float32 whatever the input, as the model's own."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight = module.weight
+        self.eps = module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    norm_in: Norm
+    qkv: Projection
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Projection
+    norm_mid: Norm
+    gate_up: Projection
+    act: Callable[[Tensor], Tensor]
+    down: Projection
+    turns: bool
+    window: int | None
+    scaling: float
+
+    @classmethod
+    def of(cls, module: Any) -> Layer:
+        attn, mlp = module.self_attn, module.mlp
+        own_window = getattr(attn, "sliding_window", None)
+        # Mistral and Ministral3 keep the window in the config alone; Qwen and SmolLM3 decide per layer.
+        window = own_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
+        return cls(
+            norm_in=Norm(module.input_layernorm),
+            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj]),
+            q_norm=Norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
+            k_norm=Norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
+            out=Projection([attn.o_proj]),
+            norm_mid=Norm(module.post_attention_layernorm),
+            gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
+            act=mlp.act_fn,
+            down=Projection([mlp.down_proj]),
+            turns=bool(getattr(attn, "use_rope", True)),
+            window=window,
+            scaling=attn.scaling,
+        )
+
+    def refresh(self) -> None:
+        for projection in (self.qkv, self.out, self.gate_up, self.down):
+            projection.refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None."""
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None
+
+    def at(self, places: Tensor) -> Turn:
+        scale = None if self.query_scale is None else self.query_scale[places]
+        return Turn(self.cos[places], self.sin[places], scale)
+
+
+class Lean:
+    """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
+
+    def __init__(self, decoder: Any, head: nn.Linear) -> None:
+        config = decoder.config
+        self.decoder, self.head, self.config = decoder, head, config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width = decoder.layers[0].self_attn.head_dim
+        self.layers = [Layer.of(module) for module in decoder.layers]
+        self.norm = Norm(decoder.norm)
+        self.dtype, self.device = head.weight.dtype, head.weight.device
+
+    def refresh(self) -> None:
+        for layer in self.layers:
+            layer.refresh()
+
+    def turns(self, length: int) -> Turn:
+        """Angles of positions 0 .. length - 1, from the model's own rotary module."""
+        places = torch.arange(length, device=self.device)
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = (table[0].unsqueeze(1) for table in self.decoder.rotary_emb(probe, places[None]))
+        return Turn(cos, sin, self._query_scale(places))
+
+    def _query_scale(self, places: Tensor) -> Tensor | None:
+        """1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        beta = rope.get("llama_4_scaling_beta")
+        if beta is None or self.config.model_type != "ministral3":
+            return None
+        octave = torch.floor(places / rope["original_max_position_embeddings"])
+        return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
+
+    def _project(self, layer: Layer, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
+        H, K = self.heads, self.kv_heads
+        both, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            both = torch.cat([layer.q_norm(both[..., :H, :]), layer.k_norm(both[..., H:, :])], -2)
+        if layer.turns:
+            first, second = both.chunk(2, -1)
+            both = both * turn.cos + torch.cat([-second, first], -1) * turn.sin
+        query, key = both.split([H, K], -2)
+        return query if turn.query_scale is None else query * turn.query_scale, key, value
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        gate, up = layer.gate_up(layer.norm_mid(x)).chunk(2, -1)
+        return x + layer.down(layer.act(gate) * up)
+
+    @torch.no_grad()
+    def prefill(self, ids_MP: Tensor, turn: Turn, shared: Tensor) -> None:
+        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding behind, never seen)."""
+        x_MPW = self.decoder.embed_tokens(ids_MP)
+        P = ids_MP.shape[1]
+        here = turn.at(torch.arange(P, device=self.device))
+        for layer, cache in zip(self.layers, shared, strict=True):
+            query, key, value = self._project(layer, layer.norm_in(x_MPW), here)
+            cache[0], cache[1] = key.transpose(1, 2), value.transpose(1, 2)
+            repeats = self.heads // self.kv_heads
+            attended = scaled_dot_product_attention(
+                query.transpose(1, 2),
+                cache[0].repeat_interleave(repeats, 1),
+                cache[1].repeat_interleave(repeats, 1),
+                attn_mask=_window_mask(P, layer.window, self.device),
+                is_causal=layer.window is None or layer.window >= P,
+                scale=layer.scaling,
+            )
+            x_MPW = self._mlp(layer, x_MPW + layer.out(attended.transpose(1, 2).flatten(-2)))
+
+    @torch.no_grad()
+    def decode(self, tokens_n: Tensor, here: Turn, attend: Callable[..., Tensor]) -> Tensor:
+        """One token of every row: logits [n, V]. `attend(layer index, layer, query, key, value)` owns the cache."""
+        x_nW = self.decoder.embed_tokens(tokens_n)
+        for index, layer in enumerate(self.layers):
+            query, key, value = self._project(layer, layer.norm_in(x_nW), here)
+            x_nW = self._mlp(layer, x_nW + layer.out(attend(index, layer, query, key, value)))
+        logits_nV: Tensor = self.head(self.norm(x_nW))
+        return logits_nV
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    if window is None or length <= window:
+        return None
+    at = torch.arange(length, device=device)
+    ahead = at[:, None] - at
+    return (ahead >= 0) & (ahead < window)

@@ -1,0 +1,47 @@
+"""Drawing tokens: one uniform number a row, no sorting of the vocabulary.
+
+Shapes: n rows, V vocabulary, S blocks of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 512
+
+
+def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """tokens_n and their log-probabilities (nats, float32) under softmax(logits / temperature).
+
+    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1. Otherwise the inverse of
+    the cumulative distribution at `uniform_n` (float64 in [0, 1)): the block is found from block sums, then the token
+    within it, both summed in float64, so that rounding over 152k entries does not shift what is drawn.
+    """
+    logits_nV = logits_nV.float()
+    if temperature == 0:
+        tokens_n = logits_nV.argmax(-1)
+        return tokens_n, _at(logits_nV, tokens_n) - logits_nV.logsumexp(-1)
+    scaled_nV = logits_nV / temperature
+    peak_n1 = scaled_nV.amax(-1, True)
+    mass_nV = torch.exp(scaled_nV - peak_n1)
+    spare = -mass_nV.shape[-1] % BLOCK
+    if spare:
+        mass_nV = torch.nn.functional.pad(mass_nV, (0, spare))
+    blocks_nSb = mass_nV.unflatten(-1, (-1, BLOCK))
+    upto_nS = blocks_nSb.sum(-1, dtype=torch.float64).cumsum(-1)
+    total_n = upto_nS[:, -1]
+    goal_n1 = (uniform_n * total_n)[:, None]
+    block_n1 = torch.searchsorted(upto_nS, goal_n1, right=True).clamp(max=upto_nS.shape[1] - 1)
+    before_n1 = upto_nS.gather(1, (block_n1 - 1).clamp(min=0)) * (block_n1 > 0)
+    chosen_nb = blocks_nSb.gather(1, block_n1[..., None].expand(-1, 1, BLOCK))[:, 0]
+    upto_nb = chosen_nb.cumsum(-1, dtype=torch.float64)
+    # Rounding may leave the goal a hair past the block's own sum: the last entry with any mass is the right one then.
+    last_n1 = torch.searchsorted(upto_nb, upto_nb[:, -1:].contiguous())
+    inside_n1 = torch.minimum(torch.searchsorted(upto_nb, goal_n1 - before_n1, right=True), last_n1)
+    tokens_n = (block_n1 * BLOCK + inside_n1)[:, 0]
+    return tokens_n, _at(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
+
+
+def _at(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
+    return values_nV.gather(-1, tokens_n[:, None])[:, 0]

@@ -1,0 +1,44 @@
+"""Everything that a user can get wrong, as sentences: what, where, and what to do next.
+
+    MinigrpoError            shown as its message alone, exit code 2
+    ├── RecipeError          a knob is misspelled, out of range or contradicts another
+    ├── ModelError           a model folder is missing, broken, or lacks what training needs
+    ├── TaskError            a task is unknown, empty, or its file cannot be used
+    ├── ArtifactError        a file of a run is missing, stale, damaged or in the way
+    └── DivergenceError      training produced numbers that cannot be used, again and again
+
+Anything else that escapes is a fault of ours and keeps its traceback.
+"""
+
+
+class MinigrpoError(Exception):
+    """Base of all that is the user's to mend."""
+
+
+class RecipeError(MinigrpoError):
+    pass
+
+
+class ModelError(MinigrpoError):
+    pass
+
+
+class TaskError(MinigrpoError):
+    pass
+
+
+class ArtifactError(MinigrpoError):
+    pass
+
+
+class DivergenceError(MinigrpoError):
+    pass
+
+
+class MissingExtraError(MinigrpoError):
+    """An optional part is not installed; the message carries the pip line."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{package} is not installed, and {purpose} needs it. Install: pip install 'minigrpo[{extra}]'"
+        )

@@ -1,0 +1,115 @@
+"""How good a model is on a task's unseen prompts, and what it said: an artefact with every answer in it.
+
+Prompts are rendered by the function that training uses, and sampled with the limit that training had. Two models are
+compared prompt by prompt on the same prompts with the same decoding, or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minigrpo.errors import ArtifactError, RecipeError
+from minigrpo.measure import Paired, Scores, grade_prompts, paired
+from minigrpo.types import Engine, Prompt, Sampling, Split, Task
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One model on one task. `name` says which model, in a person's words."""
+
+    name: str
+    task: str
+    split: Split
+    sampling: Sampling
+    seconds: float
+    scores: Scores
+
+    @property
+    def decoding(self) -> str:
+        """greedy, temperature 1, or temperature 1 x 8 samples."""
+        if self.sampling.temperature == 0:
+            return "greedy"
+        samples = f" x {self.scores.samples} samples" if self.scores.samples > 1 else ""
+        return f"temperature {self.sampling.temperature:g}{samples}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Read back what `to_dict` gave, from JSON too; raises KeyError or TypeError where it is something else."""
+        names = ("name", "task", "split", "seconds")
+        return cls(
+            **{name: data[name] for name in names},
+            sampling=Sampling(**data["sampling"]),
+            scores=Scores.from_dict(data["scores"]),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """All but the answers."""
+        whole = self.to_dict()
+        del whole["scores"]["answers"]
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same prompts, the same decoding, before and after."""
+
+    before: Evaluation
+    after: Evaluation
+    change: Paired
+
+    def summary(self) -> dict[str, Any]:
+        return {"before": self.before.summary(), "after": self.after.summary(), "change": asdict(self.change)}
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    *,
+    name: str,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    tokenizer: Any,
+    n: int = 1,
+    split: Split = "test",
+    report: Report | None = None,
+) -> Evaluation:
+    """Ask the engine every prompt n times and grade what it says."""
+    if n > 1 and sampling.temperature == 0:
+        raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
+    start = time.perf_counter()
+    scores = grade_prompts(engine, task, prompts, n=n, sampling=sampling, tokenizer=tokenizer, report=report)
+    return Evaluation(name, task.name, split, sampling, time.perf_counter() - start, scores)
+
+
+def compare(before: Evaluation, after: Evaluation) -> Comparison:
+    """Raises ArtifactError where the two were not asked the same thing in the same way."""
+    told = [(e.task, e.split, e.sampling, e.scores.samples) for e in (before, after)]
+    if told[0] != told[1]:
+        raise ArtifactError(
+            f"{before.name} and {after.name} were evaluated differently: {told[0]} and {told[1]}. Use the same task, "
+            "temperature and number of samples for both."
+        )
+    return Comparison(before, after, paired(before.scores, after.scores))
+
+
+def examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
+    """Answers to look at: the first `count` right ones and `count` wrong ones, of as many prompts."""
+    chosen: list[dict[str, Any]] = []
+    for solved in (True, False):
+        kind = {a["prompt"]: a for a in reversed(evaluation.scores.answers) if a["solved"] == solved}
+        chosen += list(reversed(kind.values()))[:count]
+    return chosen
+
+
+def example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The same prompts answered before and after: first those that were gained, then the rest."""
+    pairs = list(zip(comparison.before.scores.answers, comparison.after.scores.answers, strict=True))
+    return sorted(pairs, key=lambda pair: pair[0]["solved"] - pair[1]["solved"])[:count]

@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM ask; they do not break off. What is under way is finished and saved; a second one breaks off."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def finish_first() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether somebody asked to stop. Outside the main thread signals are left alone."""
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nStopping: this step is finished and saved first. Once more to stop at once.", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,232 @@
+"""What can be turned, as a table: read from the recipe's fields, so that help, files and refusals never disagree.
+
+Also finds the knob that somebody meant: by the names other trainers use, by a lone last part, by spelling.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from minigrpo.config import Recipe
+
+ALIASES: dict[str, str] = {
+    "alpha": "lora.alpha",
+    "adapter_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "use_rslora": "lora.rslora",
+    "base_model": "model.path",
+    "model_id": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "torch_dtype": "model.dtype",
+    "precision": "model.dtype",
+    "gradient_checkpointing": "model.checkpointing",
+    "dataset": "task.name",
+    "dataset_name": "task.name",
+    "max_train_samples": "task.size",
+    "num_prompts": "task.size",
+    "reward_weights": "task.weights",
+    "batch_size": "rollout.prompts",
+    "per_device_train_batch_size": "rollout.prompts",
+    "prompts_per_step": "rollout.prompts",
+    "g": "rollout.completions",
+    "group_size": "rollout.completions",
+    "num_completions": "rollout.completions",
+    "num_generations": "rollout.completions",
+    "n": "rollout.completions",
+    "max_completion_length": "rollout.max_tokens",
+    "max_length": "rollout.max_tokens",
+    "max_new_tokens": "rollout.max_tokens",
+    "max_response_length": "rollout.max_tokens",
+    "algorithm": "objective.name",
+    "loss": "objective.name",
+    "loss_type": "objective.name",
+    "beta": "objective.kl",
+    "kl_beta": "objective.kl",
+    "kl_coef": "objective.kl",
+    "clip": "objective.clip_low",
+    "clip_eps": "objective.clip_low",
+    "clip_range": "objective.clip_low",
+    "epsilon": "objective.clip_low",
+    "epsilon_low": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
+    "importance_sampling": "objective.importance",
+    "use_importance_sampling": "objective.importance",
+    "vllm_importance_sampling_correction": "objective.importance",
+    "learning_rate": "train.lr",
+    "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule",
+    "max_steps": "train.steps",
+    "iterations": "train.steps",
+    "num_steps": "train.steps",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "max_grad_norm": "train.grad_norm",
+    "gradient_clipping": "train.grad_norm",
+    "full_finetuning": "train.full",
+    "full_parameter": "train.full",
+    "gradient_accumulation_steps": "train.tokens_per_pass",
+    "micro_batch": "train.tokens_per_pass",
+    "micro_batch_size": "train.tokens_per_pass",
+    "num_threads": "train.threads",
+    "checkpoint_every": "save.every",
+    "save_steps": "save.every",
+    "save_total_limit": "save.keep",
+    "eval_limit": "eval.limit",
+    "max_eval_samples": "eval.limit",
+    "random_seed": "seed",
+}
+"""Names that other trainers give to our knobs: for suggestions only, never accepted in silence."""
+
+SYMBOLS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One knob as a person reads it. `name` is dotted; `choices` is empty where any value of the kind goes."""
+
+    name: str
+    kind: str
+    default: Any
+    unit: str
+    range: str
+    about: str
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def expects(self) -> str:
+        """What a value must be: 'a whole number, 1 to 4096'."""
+        words = f"one of {', '.join(self.choices)}" if self.choices else self.kind
+        words = f"{words}, {self.range}" if self.range else words
+        return f"{words}; or null" if self.optional else words
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its value is rows of names and numbers, of which each may be set alone: task.weights.NAME."""
+        return isinstance(self.default, dict)
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it would stand in a recipe file."""
+        return in_words(self.default)
+
+    @property
+    def summary(self) -> str:
+        """What it does, its unit and default: all that `expects` does not say."""
+        unit = f"unit: {self.unit}; " if self.unit else ""
+        return f"{self.name}: {self.about} ({unit}default {self.shown_default})"
+
+    @property
+    def manual(self) -> str:
+        """The knob in one line: what it does, its unit, its range, its default."""
+        facts = [f"unit: {self.unit}"] if self.unit else []
+        facts += [self.expects, f"default {self.shown_default}"]
+        return f"{self.name}: {self.about} ({'; '.join(facts)})"
+
+
+def in_words(value: Any) -> str:
+    """A value as a recipe file would write it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return '""' if value == "" else str(value)
+
+
+@cache
+def knob_table() -> tuple[Knob, ...]:
+    """Every knob of a recipe, in the recipe's order."""
+    return tuple(_walk(Recipe, ""))
+
+
+@cache
+def knobs_by_name() -> dict[str, Knob]:
+    return {knob.name: knob for knob in knob_table()}
+
+
+@cache
+def sections() -> dict[str, str]:
+    """Name of each section -> its knobs, for those who write the section where a knob is meant."""
+    names = [name for name, field in Recipe.model_fields.items() if _model_of(field)]
+    return {name: ", ".join(k.name for k in knob_table() if k.name.startswith(f"{name}.")) for name in names}
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
+    for name, field in model.model_fields.items():
+        section = _model_of(field)
+        if section:
+            yield from _walk(section, f"{prefix}{name}.")
+        else:
+            yield _knob(f"{prefix}{name}", field)
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _knob(name: str, field: FieldInfo) -> Knob:
+    kind: Any = field.annotation
+    optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    extra = field.json_schema_extra
+    return Knob(
+        name=name,
+        kind="text" if choices else kinds.get(kind, "names with numbers, {name: number}"),
+        default=field.default,
+        unit=str(extra.get("unit", "")) if isinstance(extra, dict) else "",
+        range=_range(field),
+        about=field.description or "",
+        choices=choices,
+        optional=optional,
+    )
+
+
+def _range(field: FieldInfo) -> str:
+    limits = {key: getattr(rule, key) for rule in field.metadata for key in SYMBOLS if hasattr(rule, key)}
+    if limits.keys() == {"ge", "le"}:
+        return f"{limits['ge']} to {limits['le']}"
+    return " and ".join(f"{SYMBOLS[key]} {value}" for key, value in limits.items())
+
+
+def nearest(name: str) -> str | None:
+    """The knob that `name` most likely means, or None where nothing is near. Surest grounds first."""
+    wanted = name.lower().replace("-", "_")
+    section, _, leaf = wanted.rpartition(".")
+    here = {n.rpartition(".")[2]: n for n in knobs_by_name() if n.rpartition(".")[0] == section}
+    leaves = {n.rpartition(".")[2]: n for n in reversed(knobs_by_name())}
+    alias = next((ALIASES[a] for a in (wanted, wanted.replace(".", "_"), leaf) if a in ALIASES), None)
+    if alias and alias.startswith(f"{section}."):
+        return alias
+    if section in sections():
+        guesses = (leaves.get(leaf), _close(leaf, here), alias)
+    else:
+        guesses = (alias, leaves.get(leaf), _close(wanted, {n: n for n in knobs_by_name()}))
+    sure = next((guess for guess in guesses if guess), None)
+    return sure or _close(leaf, {**ALIASES, **leaves})
+
+
+def _close(word: str, table: Mapping[str, str]) -> str | None:
+    found = difflib.get_close_matches(word, table, n=1, cutoff=0.7)
+    return table[found[0]] if found else None

@@ -1,0 +1,131 @@
+"""From a path to a model and its tokenizer: folders, Hub ids and the embedded model, with faults told as sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigrpo.errors import ModelError
+from minigrpo.render import check_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Report = Callable[[int, int, str], None]
+"""(done, total, note): called as long work goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An ordinary transformers model with its tokenizer. `warnings`: what may go wrong with its chat template."""
+
+    model: Any
+    tokenizer: Any
+    path: str
+    warnings: tuple[str, ...] = ()
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise ModelError(f"model.device {name!r} cannot be used here ({reason}). See: minigrpo doctor") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def resolve(path: str, seed: int, report: Report | None = None) -> str:
+    """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
+    if path.partition(":")[0] == "seedling":
+        from minigrpo import seedling
+
+        return str(seedling.resolve(path, seed, report))
+    return path
+
+
+def open_model(
+    path: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Loaded:
+    """Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for reading local files says nothing; downloads keep theirs
+    source = resolve(path, seed, report)
+    folder = Path(source).expanduser()
+    if folder.exists():
+        _check_folder(folder)
+        source = str(folder)
+    elif source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model.path {path!r}: there is no such folder, and it is not a Hub id (owner/name). "
+            "To try without a model of your own: --model.path seedling"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+    except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
+        reason = " ".join(str(fault).split())[:300]
+        raise ModelError(f"the model at {source} could not be loaded: {type(fault).__name__}: {reason}") from fault
+    warnings = check_tokenizer(tokenizer)
+    _check_vocabulary(model, tokenizer, source)
+    return Loaded(model.to(device).eval(), tokenizer, source, warnings)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model that an adapter folder names, or None where the folder holds no adapter."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise ModelError(f"{config} is damaged: it is not a PEFT adapter's JSON. Train or download it again.") from None
+    if not base:
+        raise ModelError(f"{config} names no base model (base_model_name_or_path). Add it, or evaluate a merged model.")
+    return str(base)
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
+    rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer at {source} has token ids up to {largest}, but the model knows {rows} tokens. "
+            "Tokenizer and model do not belong together: save both from the same source."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} holds no config.json, so it is not a model folder. Give the folder that has it.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise ModelError(f"{config} is damaged: {fault}. Download or save the model again.") from None
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder} has a config.json but no weights (*.safetensors). Download or save the model again."
+        )

@@ -1,0 +1,98 @@
+"""LoRA through PEFT, with a dropout whose masks have names.
+
+PEFT writes and reads the adapter, so every other tool can. Two things are ours: which layers `all-linear` means is
+PEFT's word, and dropout is drawn from (seed, step, token, module, channel), so that it is the same on recomputation,
+after a resume and in any micro-batch, and off wherever log-probabilities are compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigrpo.config import LoraKnobs
+from minigrpo.errors import ArtifactError, RecipeError
+from minigrpo.noise import keep_mask, name_key
+
+
+class SeededDropout(nn.Module):
+    """Inverted dropout: kept inputs are scaled by 1 / (1 - p). `token_keys` must have the input's leading shape."""
+
+    def __init__(self, p: float, name: str) -> None:
+        super().__init__()
+        self.p = p
+        self.name = name
+        self.step: int | None = None
+        self.token_keys: Tensor | None = None
+
+    def open(self, step: int) -> None:
+        self.step = step
+
+    def close(self) -> None:
+        self.step = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step is None:
+            return x
+        keys = self.token_keys
+        if keys is None or keys.shape != x.shape[:-1]:
+            raise RuntimeError(f"dropout of {self.name}: its tokens have no names")
+        keep = keep_mask(keys, name_key(self.name, self.step), x.shape[-1], self.p)
+        return x * keep * (1 / (1 - self.p))
+
+
+def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, list[SeededDropout]]:
+    """The model under a fresh PEFT adapter (float32, B = 0) and the dropouts inside it."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = knobs.targets if knobs.targets == "all-linear" else [t.strip() for t in knobs.targets.split(",")]
+    config = LoraConfig(
+        r=knobs.rank,
+        lora_alpha=knobs.alpha,
+        lora_dropout=knobs.dropout,
+        target_modules=targets,
+        use_rslora=knobs.rslora,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(name_key(seed, "lora"))
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks for an attribute that transformers 5 has renamed; nothing that a user could mend.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            wrapped = get_peft_model(model, config).eval()
+    except ValueError as fault:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise RecipeError(
+            f"lora.targets {knobs.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
+            f"Its linear layers: {', '.join(linear)}; or all-linear"
+        ) from None
+    return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Copy an adapter's tensors into the model's own adapter, exactly."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing. Train first: minigrpo train RECIPE --run {folder.parent}")
+    outcome = set_peft_model_state_dict(model, load_file(file))
+    strangers = [key for key in outcome.unexpected_keys if "lora_" in key]
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if strangers or missing:
+        raise ArtifactError(f"{file} belongs to another model or another lora setting: {(strangers + missing)[0]}")
+
+
+def _name_dropouts(model: nn.Module) -> list[SeededDropout]:
+    dropouts = []
+    for name, module in model.named_modules():
+        for adapter, dropout in getattr(module, "lora_dropout", {}).items():
+            if isinstance(dropout, nn.Dropout):
+                module.lora_dropout[adapter] = SeededDropout(dropout.p, name)
+                dropouts.append(module.lora_dropout[adapter])
+    return dropouts

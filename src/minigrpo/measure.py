@@ -1,0 +1,202 @@
+"""How good a model is on a task, with how sure one can be; and whether one model is better than another.
+
+Intervals are 95 %. With several samples a prompt, a prompt's score is the share of its samples that are right, and
+intervals count prompts, not samples: the samples of one prompt resemble one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, comb, sqrt
+from statistics import fmean
+from typing import Any
+
+from minigrpo.errors import ArtifactError
+from minigrpo.rollout import rollout
+from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+
+Report = Callable[[int, int, str], None]
+"""Told how far a stage is: done, total, a note."""
+
+Z = 1.959964  # the normal distribution's 97.5 % point
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share with its Wilson interval, from `count` observations; (0, 1) where there was none to observe."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "none"
+        return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """`answers`: one dict a completion, in prompt order, siblings together: all that is needed to count again.
+
+    `majority`: share of prompts for which more than half of the samples are right. Wrong answers are not compared
+    with one another, so a plurality vote would do at least as well. `pass_at[k]`: chance that k samples hold a right
+    one, estimated without bias from the n drawn (arXiv 2107.03374).
+    """
+
+    samples: int
+    accuracy: Rate
+    formed: Rate
+    accuracy_formed: Rate
+    truncated: Rate
+    mean_reward: float
+    mean_tokens: float
+    tokens: int
+    pass_at: dict[int, float]
+    majority: float | None
+    answers: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """Read back what `to_dict` gave, from JSON too, whose keys are text."""
+        rates = {name: Rate(**data[name]) for name in ("accuracy", "formed", "accuracy_formed", "truncated")}
+        pass_at = {int(k): value for k, value in data["pass_at"].items()}
+        return cls(**{**data, **rates, "pass_at": pass_at, "answers": tuple(data["answers"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Two evaluations of the same prompts. `p`: exact sign test over prompts (at one sample: McNemar's test)."""
+
+    difference: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    p: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def grade_prompts(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    n: int = 1,
+    sampling: Sampling,
+    tokenizer: Any,
+    report: Report | None = None,
+    rows: int = 256,
+) -> Scores:
+    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown."""
+    groups: list[Group] = []
+    batch = max(1, rows // n)
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        groups += rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer)
+        if report:
+            right = fmean(grade.solved for group in groups for grade in group.grades)
+            report(len(groups), len(prompts), f"{right:.0%} right")
+    return score(groups)
+
+
+def score(groups: Sequence[Group]) -> Scores:
+    """Count what groups of equal size show."""
+    n = len(groups[0].grades)
+    grades = [grade for group in groups for grade in group.grades]
+    completions = [completion for group in groups for completion in group.completions]
+    right_P = [sum(grade.solved for grade in group.grades) for group in groups]
+    formed = [grade for grade in grades if grade.formed]
+    lengths = [len(completion.token_ids) for completion in completions]
+    return Scores(
+        samples=n,
+        accuracy=wilson(fmean(right_P) / n, len(groups)),
+        formed=wilson(len(formed) / len(grades), len(groups)),
+        accuracy_formed=wilson(share(grade.solved for grade in formed), ceil(len(formed) / n)),
+        truncated=wilson(share(completion.finish == "length" for completion in completions), len(groups)),
+        mean_reward=fmean(grade.reward for grade in grades),
+        mean_tokens=fmean(lengths),
+        tokens=sum(lengths),
+        pass_at={k: fmean(pass_at(k, n, right) for right in right_P) for k in powers_of_two(n)} if n > 1 else {},
+        majority=fmean(2 * right > n for right in right_P) if n > 1 else None,
+        answers=tuple(answer for group in groups for answer in answers_of(group)),
+    )
+
+
+def answers_of(group: Group) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": group.prompt.id,
+            "messages": [dict(message) for message in group.prompt.messages],
+            "target": group.prompt.target,
+            "text": completion.text,
+            "tokens": len(completion.token_ids),
+            "finish": completion.finish,
+            "reward": grade.reward,
+            "parts": dict(grade.parts),
+            "formed": grade.formed,
+            "solved": grade.solved,
+        }
+        for completion, grade in zip(group.completions, group.grades, strict=True)
+    ]
+
+
+def paired(before: Scores, after: Scores) -> Paired:
+    """What changed, prompt by prompt; raises ArtifactError where the prompts are not the same."""
+    before_P, after_P = by_prompt(before), by_prompt(after)
+    if before_P.keys() != after_P.keys():
+        raise ArtifactError(
+            f"The two evaluations answered different prompts ({len(before_P)} and {len(after_P)}, "
+            f"{len(before_P.keys() & after_P.keys())} in common). Evaluate both with the same task, split and --limit."
+        )
+    change_P = [after_P[name] - before_P[name] for name in before_P]
+    gained, lost = sum(change > 0 for change in change_P), sum(change < 0 for change in change_P)
+    # Agresti and Min: two made-up pairs, half of one in each cell, keep the interval honest when nothing is lost.
+    count = len(change_P) + 2
+    mean = sum(change_P) / count
+    square = (sum(change**2 for change in change_P) + 1) / count
+    half = Z * sqrt(max(0.0, square - mean**2) / count)
+    return Paired(fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost))
+
+
+def by_prompt(scores: Scores) -> dict[str, float]:
+    """Share of right samples of each prompt."""
+    rights: dict[str, list[bool]] = {}
+    for answer in scores.answers:
+        rights.setdefault(answer["prompt"], []).append(answer["solved"])
+    return {name: fmean(right) for name, right in rights.items()}
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided, exact: how often a fair coin is at least this one-sided."""
+    total = gained + lost
+    tail = sum(comb(total, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def wilson(value: float, count: int) -> Rate:
+    if not count:
+        return Rate(0.0, 0.0, 1.0, 0)
+    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * sqrt(value * (1 - value) / count + Z**2 / (4 * count**2))
+    return Rate(value, max(0.0, middle - half), min(1.0, middle + half), count)
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    return 1.0 - comb(n - right, k) / comb(n, k)
+
+
+def powers_of_two(n: int) -> list[int]:
+    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+
+
+def share(facts: Any) -> float:
+    listed = [bool(fact) for fact in facts]
+    return fmean(listed) if listed else 0.0

@@ -1,0 +1,74 @@
+"""The figures of one step, under the names that TRL's users know (reward, frac_reward_zero_std, completions/...)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+from minigrpo.objective import TIE
+from minigrpo.packing import Batch
+from minigrpo.types import Group
+
+
+class Clock:
+    """Seconds of each phase of a step, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """`tokens_per_second`: completion tokens over the whole step."""
+        total = sum(self._laps.values())
+        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+        return {
+            "tokens_per_second": tokens / total if total else 0.0,
+            "seconds": total,
+            **{f"seconds/{name}": seconds for name, seconds in self._laps.items()},
+        }
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What was sampled and what it earned. `reward_std`: mean over groups of the deviation among siblings."""
+    completions = [completion for group in groups for completion in group.completions]
+    grades = [grade for group in groups for grade in group.grades]
+    lengths = [len(completion.token_ids) for completion in completions]
+    tied = [group.spread <= TIE for group in groups]
+    parts = {name: [grade.parts.get(name, 0.0) for grade in grades] for grade in grades for name in grade.parts}
+    return {
+        "reward": statistics.fmean(grade.reward for grade in grades),
+        "reward_std": statistics.fmean(statistics.stdev(group.rewards) for group in groups),
+        "frac_reward_zero_std": statistics.fmean(tied),
+        "informative_groups": 1 - statistics.fmean(tied),
+        "accuracy": statistics.fmean(grade.solved for grade in grades),
+        "format": statistics.fmean(grade.formed for grade in grades),
+        **{f"rewards/{name}/mean": statistics.fmean(values) for name, values in parts.items()},
+        **{f"rewards/{name}/std": statistics.pstdev(values) for name, values in parts.items()},
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": statistics.fmean(c.finish == "length" for c in completions),
+        "num_tokens": sum(lengths),
+    }
+
+
+def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures of the loss; sums over tokens become means. `engine_gap`: mean |engine - policy| in nats."""
+    tokens = figures.get("scored_tokens", 0.0)
+    means = (
+        {}
+        if not tokens
+        else {
+            "engine_gap": figures["gap_sum"] / tokens,
+            "entropy": figures["entropy_sum"] / tokens,
+        }
+    )
+    plain = {name: value for name, value in figures.items() if name not in ("gap_sum", "entropy_sum", "scored_tokens")}
+    return {**plain, **means, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}

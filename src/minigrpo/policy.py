@@ -1,0 +1,238 @@
+"""The policy: a base model and what training changes of it. The one stateful class.
+
+`logprobs(part)` scores the tokens of a Part under softmax(logits / temperature). Architectures whose attention can be
+told who looks at whom take the shared-prompt path (each prompt once, no padding); all others take the padded path,
+one row per completion, with the same result.
+
+Shapes: N scored tokens, T tokens of a row, B completions, V vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigrpo import attention
+from minigrpo.config import Recipe
+from minigrpo.errors import ModelError
+from minigrpo.loading import Loaded, Report, open_model, pick_device, pick_dtype
+from minigrpo.lora import SeededDropout, add_lora, load_adapter
+from minigrpo.noise import mix, name_key
+from minigrpo.packing import Part
+from minigrpo.scoring import HeadCall, score
+
+# Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
+# sliding window: what passes from token to token passes through attention alone, so siblings can share a row.
+SHARED_PROMPT_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of N tokens, in nats: log-probability (differentiable) and entropy of the distribution it was drawn from."""
+
+    logprobs_N: Tensor
+    entropy_N: Tensor
+
+
+class Policy:
+    """Weights in training. Everything else about a run is frozen data."""
+
+    def __init__(self, loaded: Loaded, *, temperature: float, seed: int) -> None:
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.path = loaded.path
+        self.warnings = loaded.warnings
+        self.temperature = temperature
+        self.seed = seed
+        self.device: torch.device = next(self.model.parameters()).device
+        self.dtype: torch.dtype = self.model.dtype
+        self.shares_prompts = self.model.config.model_type in SHARED_PROMPT_MODELS
+        self.dropouts: list[SeededDropout] = []
+        self.frozen_copy: nn.Module | None = None
+        if self.shares_prompts:
+            attention.register()
+            self.model.set_attn_implementation(attention.NAME)
+
+    @property
+    def is_lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def logprobs(self, part: Part, *, step: int) -> Scores:
+        """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
+        for dropout in self.dropouts:
+            dropout.open(step)
+        return self._score(self.model, part)
+
+    @torch.no_grad()
+    def reference(self, part: Part) -> Tensor:
+        """logprobs_N under the reference: the same model with its adapter off, or the frozen copy; dropout off."""
+        for dropout in self.dropouts:
+            dropout.close()
+        if self.frozen_copy is not None:
+            return self._score(self.frozen_copy, part).logprobs_N
+        with self.adapter_off():
+            return self._score(self.model, part).logprobs_N
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model, inside the block."""
+        if not self.is_lora:
+            raise ModelError("this policy has no adapter to switch off: all its parameters are trained")
+        with self.model.disable_adapter():
+            yield
+
+    @contextmanager
+    def sampling_mode(self) -> Iterator[None]:
+        """The model as transformers' own generate expects it, inside the block: dropout off, plain attention."""
+        for dropout in self.dropouts:
+            dropout.close()
+        was_training = self.model.training
+        self.model.eval()
+        if self.shares_prompts:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if self.shares_prompts:
+                self.model.set_attn_implementation(attention.NAME)
+            self.model.train(was_training)
+
+    def _score(self, model: nn.Module, part: Part) -> Scores:
+        labels_N = torch.tensor(part.labels, device=self.device)
+        hidden_ND = self._shared_hidden(model, part) if self.shares_prompts else self._padded_hidden(model, part)
+        return Scores(*score(hidden_ND, labels_N, HeadCall.of(model, self.temperature)))
+
+    def _shared_hidden(self, model: nn.Module, part: Part) -> Tensor:
+        """One row; its last N positions are the scored ones."""
+        ids, positions = part.row()
+        self._name_tokens(part.names()[None])
+        hidden_1TD = decoder(model)(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            layout=part.layout,
+        ).last_hidden_state
+        return hidden_1TD[0, part.layout.shared_tokens :]
+
+    def _padded_hidden(self, model: nn.Module, part: Part) -> Tensor:
+        """One row per completion, zeros behind; then the scored positions only."""
+        pairs = [(b, i) for b in part.bundles for i in range(len(b.siblings))]
+        starts = torch.tensor([len(b.prompt_ids) - 1 for b, _ in pairs])[:, None]
+        stops = starts + torch.tensor([b.lengths[i] for b, i in pairs])[:, None]
+        longest = int(stops.max())
+        place_T = torch.arange(longest)
+        rows = [b.prompt_ids + b.completions[i][:-1] for b, i in pairs]
+        ids_BT = torch.tensor([(*row, *[0] * (longest - len(row))) for row in rows])
+        group_B1 = torch.tensor([b.group for b, _ in pairs])[:, None]
+        sibling_B1 = torch.tensor([b.siblings[i] for b, i in pairs])[:, None]
+        sibling_BT = torch.where(place_T < starts, -1, sibling_B1)
+        self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, place_T.expand_as(ids_BT)], -1))
+        hidden_BTD = decoder(model)(
+            input_ids=ids_BT.to(self.device),
+            attention_mask=(place_T < stops).long().to(self.device),
+            use_cache=False,
+        ).last_hidden_state
+        scored = ((place_T >= starts) & (place_T < stops)).flatten().nonzero().flatten()
+        return hidden_BTD.flatten(0, 1).index_select(0, scored.to(self.device))
+
+    def _name_tokens(self, names: Tensor) -> None:
+        """Give every adapter's dropout the names [..., 3] of the tokens that are about to pass."""
+        if not self.dropouts:
+            return
+        names = names.to(self.device)
+        keys = mix(mix(mix(names[..., 0] + name_key(self.seed, "dropout")) + names[..., 1]) + names[..., 2])
+        for dropout in self.dropouts:
+            dropout.token_keys = keys
+
+    def save(self, folder: Path) -> None:
+        """The adapter in PEFT's format, or the whole model where all of it is trained; exact, with the tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Take over what `save` left, bit for bit."""
+        if self.is_lora:
+            load_adapter(self.model, folder)
+            return
+        from transformers import AutoModelForCausalLM
+
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+
+def decoder(model: Any) -> nn.Module:
+    """The part below the output head: hidden states in, no logits. Adapters inside it stay active."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    below_head: nn.Module = base.get_decoder()
+    return below_head
+
+
+def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
+    """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
+    device = pick_device(recipe.model.device)
+    dtype = pick_dtype(recipe.model.dtype, device)
+    loaded = open_model(
+        recipe.model.path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed, report=report
+    )
+    policy = Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
+    if recipe.train.full:
+        _train_everything(policy, keep_reference=recipe.objective.kl > 0)
+    else:
+        policy.model.requires_grad_(False)
+        policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=recipe.seed)
+    if recipe.model.checkpointing:
+        _recompute_activations(policy.model)
+    return policy
+
+
+def open_trained(path: str, recipe: Recipe) -> Policy:
+    """A finished model to look at: a folder, a Hub id, or an adapter folder (its base is read from it)."""
+    from minigrpo.loading import adapter_base
+
+    folder = Path(path).expanduser()
+    base = adapter_base(folder)
+    device = pick_device(recipe.model.device)
+    dtype = pick_dtype(recipe.model.dtype, device)
+    loaded = open_model(base or path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed)
+    policy = Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
+    if base is not None:
+        from peft import PeftModel
+
+        policy.model = PeftModel.from_pretrained(policy.model, str(folder)).eval()
+    return policy
+
+
+def _train_everything(policy: Policy, *, keep_reference: bool) -> None:
+    if policy.dtype != torch.float32:
+        raise ModelError(
+            "train.full needs float32 weights: an update of 1e-5 is below the rounding of 16-bit ones. "
+            "Set --model.dtype float32"
+        )
+    if keep_reference:
+        import copy
+
+        policy.frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
+    policy.model.requires_grad_(True)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Trade a third more time for activations of one layer at a time. transformers does it in training mode only."""
+    # Its name until transformers 5.x, deprecated since.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -1,0 +1,198 @@
+"""Recipe files and overrides -> a Recipe, or one RecipeError that lists every mistake with its file and line.
+
+All mistakes of a file and of the command line are found in one pass: mending them one by one is what people hate.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from minigrpo.config import Recipe
+from minigrpo.entries import NULLS, Entry, as_text, read_entries, read_table
+from minigrpo.errors import RecipeError
+from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest, sections
+
+__all__ = ["Knob", "dump_recipe", "knob_table", "load_recipe", "recipe_names", "recipe_path"]
+
+FOLDER = Path(__file__).parent / "recipes"
+SUFFIXES = (".yaml", ".yml", ".toml")
+WIDTH = 110
+
+Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One mistake: where, what is wrong, and what the knob is."""
+
+    where: str
+    what: str
+    manual: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"\n    {self.manual}" if self.manual else "")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Recipes that come with the package."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The file that a recipe's name, path or run folder stands for."""
+    if name_or_path in recipe_names():
+        return FOLDER / f"{name_or_path}.yaml"
+    # os.path, unlike Path, answers False for what may not be looked at or is no possible name.
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):
+        if os.path.isfile(path / "recipe.yaml"):
+            return path / "recipe.yaml"
+        raise RecipeError(f"{path} is a folder without a recipe.yaml. A recipe is a .yaml or .toml file.")
+    if os.path.exists(path) or path.suffix in SUFFIXES or len(path.parts) > 1:
+        return path
+    close = nearest_of(name_or_path, recipe_names())
+    hint = f"Did you mean {close}?" if close else f"There are: {', '.join(recipe_names()) or 'none'}."
+    raise RecipeError(f"There is no recipe {name_or_path!r}. {hint} A file of your own is given by its path: my.yaml")
+
+
+def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> Recipe:
+    """The recipe of that name, file or run folder (None: all defaults), changed by overrides: ("lora.rank", "16")."""
+    entries = read_entries(recipe_path(name_or_path)) if name_or_path is not None else []
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    changes = [_from_override(name, value) for name, value in pairs]
+    recipe, faults = _build([*entries, *changes])
+    faults += _duplicates(entries)
+    if recipe is None or faults:
+        order = {entry.where: index for index, entry in enumerate([*entries, *changes])}
+        raise RecipeError(_report(sorted(faults, key=lambda fault: order.get(fault.where, len(order)))))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back: every knob, with what it does beside it."""
+    lines = []
+    for knob in knob_table():
+        section, _, leaf = knob.name.rpartition(".")
+        value = getattr(getattr(recipe, section), leaf) if section else getattr(recipe, leaf)
+        if section and f"{section}:" not in lines:
+            lines += ["", f"{section}:"]
+        indent = "  " if section else ""
+        text = f"{indent}{leaf}: {_scalar(value)}"
+        if len(beside := f"{text:<32}  # {knob.about}") > WIDTH and knob.name != "about":
+            lines += textwrap.wrap(knob.about, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            beside = text
+        lines.append(text if knob.name == "about" else beside)
+    return "\n".join(lines) + "\n"
+
+
+def nearest_of(word: str, names: Iterable[str]) -> str | None:
+    """The name that is spelled most like `word`, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)), None)
+
+
+def _from_override(name: str, value: Any) -> Entry:
+    where = f"--{name}"
+    if not isinstance(value, str):
+        return Entry(name, as_text(value), where)
+    knob = knobs_by_name().get(name)
+    if knob and knob.is_table:
+        return Entry(name, read_table(value), where)
+    return Entry(name, None if knob and knob.optional and value in NULLS else value, where)
+
+
+def _duplicates(entries: list[Entry]) -> Iterator[Fault]:
+    first: dict[str, str] = {}
+    for entry in entries:
+        if entry.name in first:
+            yield Fault(entry.where, f"{entry.name} is set a second time; the first is at {first[entry.name]}.")
+        first.setdefault(entry.name, entry.where)
+
+
+def _build(entries: list[Entry]) -> tuple[Recipe | None, list[Fault]]:
+    """Later entries win. Unknown names are left out, so that the values of all others are still judged."""
+    faults = []
+    data: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for entry in entries:
+        knob = _holder(entry.name)
+        if knob is None:
+            faults.append(_unknown(entry))
+            continue
+        section, _, leaf = knob.name.rpartition(".")
+        target = data.setdefault(section, {}) if section else data
+        if knob.name == entry.name:
+            target[leaf] = entry.value
+        else:
+            own = target.get(leaf)
+            target[leaf] = {**(own if isinstance(own, dict) else {}), entry.name[len(knob.name) + 1 :]: entry.value}
+        places[entry.name] = entry.where
+    try:
+        return Recipe.model_validate(data), faults
+    except ValidationError as fault:
+        return None, faults + [_wrong(error, places) for error in fault.errors()]
+
+
+def _holder(name: str) -> Knob | None:
+    """The knob that takes this entry: itself, or the table of which it is one row (task.weights.NAME)."""
+    parent = knobs_by_name().get(".".join(name.split(".")[:2]))
+    return knobs_by_name().get(name) or (parent if parent and parent.is_table else None)
+
+
+def _unknown(entry: Entry) -> Fault:
+    if entry.name in sections():
+        return Fault(
+            entry.where, f"{entry.name} is a section and takes no value itself. It holds {sections()[entry.name]}."
+        )
+    near = nearest(entry.name)
+    if near is None:
+        return Fault(entry.where, f"there is no knob {entry.name}. `minigrpo train --help` lists them all.")
+    return Fault(entry.where, f"there is no knob {entry.name}. Did you mean {near}?", knobs_by_name()[near].manual)
+
+
+def _wrong(error: Any, places: Mapping[str, str]) -> Fault:
+    name = ".".join(str(part) for part in error["loc"])
+    knob = _holder(name)
+    if knob is None:
+        # A contradiction between knobs that are each fine alone: its message names them.
+        what = str(error["msg"]).removeprefix("Value error, ")
+        named = [where for other, where in places.items() if other in what]
+        return Fault(" and ".join(named) or "recipe", what)
+    where = places.get(name) or places.get(knob.name) or "recipe"
+    given = "nothing" if error["input"] is None else _short(error["input"])
+    if knob.name == "rollout.completions" and given == "1":
+        what = f"{name} is 1. A group of one compares nothing: GRPO learns from the differences between siblings."
+    else:
+        what = f"{name} is {given}, but must be {knob.expects if name == knob.name else 'a number'}."
+        near = nearest_of(given, knob.choices)
+        what += f" Did you mean {near}?" if near else ""
+    return Fault(where, what, knob.summary)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        text = " ".join(value.split())
+        return (text if len(text) <= 60 else f"{text[:57]}...") or "empty"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def _report(faults: list[Fault]) -> str:
+    if len(faults) == 1:
+        return str(faults[0])
+    return f"{len(faults)} mistakes:\n" + "\n".join(str(fault) for fault in faults)
+
+
+def _scalar(value: Any) -> str:
+    """A value in YAML, on one line, with quotes exactly where a reader would need them."""
+    # Line breaks and control characters stand on one line only as escapes, which double quotes alone allow.
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

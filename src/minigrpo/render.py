@@ -1,0 +1,97 @@
+"""Messages to token ids: the only caller of a chat template, so training and evaluation cannot differ in it.
+
+Nothing downstream sees the rendered text; the ids are the prompt. What a tokenizer must offer is checked here once,
+with the faults that make a model babble or never stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minigrpo.errors import ModelError
+from minigrpo.types import Message, Prompt, Rendered
+
+QUESTION: Message = {"role": "user", "content": "What is 2 + 2?"}
+REPLY = "It is 4."
+
+
+def render(tokenizer: Any, prompt: Prompt) -> Rendered:
+    """The prompt's messages with the template's opening of the assistant's turn, tokenised once."""
+    # jinja2 comes with transformers; templates raise its error for roles they do not take.
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except TemplateError as fault:
+        raise ModelError(
+            f"The chat template of {name_of(tokenizer)} refuses prompt {prompt.id} ({fault}). Change the roles of its "
+            f"messages ({', '.join(message['role'] for message in prompt.messages)}) or use another model."
+        ) from None
+    return Rendered(prompt, tuple(int(token) for token in encoded["input_ids"]))
+
+
+def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:
+    """Raises ModelError where no prompt could be asked or no answer could end; returns what is merely odd."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {name_of(tokenizer)} has no chat template, so messages cannot become a prompt. Use the "
+            "instruct version of the model, or put a chat_template.jinja beside its tokenizer files."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer of {name_of(tokenizer)} has no eos token, so no answer could ever end. Set eos_token in "
+            "its tokenizer_config.json to the token that closes the assistant's turn."
+        )
+    if not opens_the_turn(tokenizer):
+        raise ModelError(
+            f"The chat template of {name_of(tokenizer)} ignores add_generation_prompt, so the model would not know "
+            "that it is its turn. Add {% if add_generation_prompt %} with the assistant's header to the template."
+        )
+    return tuple(oddities(tokenizer))
+
+
+def opens_the_turn(tokenizer: Any) -> bool:
+    """True where the rendered prompt ends where the assistant's words begin."""
+    opening = as_text(tokenizer, [QUESTION], opened=True)
+    if opening != as_text(tokenizer, [QUESTION]):
+        return True
+    # Mistral's templates have no header for the assistant: [/INST] closes the question and opens the answer at once.
+    conversation = as_text(tokenizer, [QUESTION, {"role": "assistant", "content": REPLY}])
+    return conversation.startswith(opening) and conversation[len(opening) :].lstrip().startswith(REPLY)
+
+
+def oddities(tokenizer: Any) -> list[str]:
+    """Faults that do not stop training but often explain a model that behaves strangely elsewhere."""
+    found = []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = render(tokenizer, Prompt("template check", (QUESTION,))).ids
+    if bos is not None and ids[:2] == (bos, bos):
+        found.append("The chat template puts two beginning-of-text tokens before the prompt; one is meant.")
+    plain = tokenizer("x")["input_ids"]
+    if bos is not None and plain[:1] == [bos] and ids[0] != bos:
+        found.append(
+            "The tokenizer begins plain text with its beginning-of-text token, but the chat template does not."
+        )
+    if tokenizer.pad_token_id == eos:
+        found.append(
+            "The padding token is the eos token. Masks here come from lengths, so this is harmless; tools that mask "
+            "by token would never train the model to stop."
+        )
+    after_reply = as_text(tokenizer, [QUESTION, {"role": "assistant", "content": REPLY}]).rpartition(REPLY)[2]
+    if tokenizer.eos_token not in after_reply:
+        found.append(
+            f"The chat template does not close the assistant's turn with the eos token {tokenizer.eos_token}, so the "
+            "model may not stop there."
+        )
+    return found
+
+
+def as_text(tokenizer: Any, messages: Sequence[Message], opened: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False))
+
+
+def name_of(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "this model"

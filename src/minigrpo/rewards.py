@@ -1,0 +1,57 @@
+"""Several reward functions, weighted and summed into one Grade.
+
+    rewards = reweighted((Reward("correct", 1.0, is_correct), Reward("format", 0.2, is_formed)), recipe.task.weights)
+    grade = graded(rewards, prompt, text, formed=..., solved=...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from minigrpo.errors import TaskError
+from minigrpo.types import Grade, Prompt, RewardFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """One reward function, the name under which it is logged, and what it counts in the sum."""
+
+    name: str
+    weight: float
+    function: RewardFunction
+
+
+def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple[Reward, ...]:
+    """The same rewards with the given weights in place of their own; names that are not given keep theirs."""
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise TaskError(f"Two reward functions share a name among {', '.join(names)}. Give each its own.")
+    if unknown := sorted(set(weights) - set(names)):
+        raise TaskError(
+            f"task.weights names {', '.join(unknown)}, which this task does not have. Its rewards: {', '.join(names)}."
+        )
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise TaskError(f"task.weights: {name} is {weight}. Give a finite number.")
+    return tuple(replace(reward, weight=weights.get(reward.name, reward.weight)) for reward in rewards)
+
+
+def graded(rewards: Sequence[Reward], prompt: Prompt, text: str, *, formed: bool, solved: bool) -> Grade:
+    """Ask every function; `reward` is the weighted sum, `parts` are the values as the functions gave them."""
+    parts = {reward.name: checked(reward, prompt, text) for reward in rewards}
+    total = math.fsum(reward.weight * parts[reward.name] for reward in rewards)
+    return Grade(reward=total, parts=parts, formed=formed, solved=solved)
+
+
+def checked(reward: Reward, prompt: Prompt, text: str) -> float:
+    """A reward that is not a finite number would poison its whole group: refuse it where it arises."""
+    value = reward.function(prompt, text)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TaskError(f"The reward function {reward.name} gave {value!r} for prompt {prompt.id}. Return a number.")
+    return number

@@ -1,0 +1,295 @@
+"""The embedded model: built from nothing on a CPU in about a minute, and from then on a model folder like any other.
+
+A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns sums, then imitates the
+imperfect teachers of `demonstrations`. The folder is kept in a cache; its name holds a hash of everything that shaped
+it. The only thing special about a seedling is its name: whoever loads the folder finds a transformers model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigrpo import demonstrations, grading
+from minigrpo.errors import ModelError
+from minigrpo.render import render
+from minigrpo.rundir import complete_folder
+from minigrpo.tasks import wordproblems
+from minigrpo.types import Prompt
+
+Report = Callable[[int, int, str], None]
+"""(done, total, note): called as long work goes on."""
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
+DEFAULT_ARCHITECTURE = "qwen3"
+CONTEXT = 1024  # tokens
+
+PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What to say after a prompt. Only the answer is learned; it ends with the stop token, or stopping is not."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """`rows` lessons a step, the learning rate up over the first steps and then down a half cosine."""
+
+    steps: int
+    rows: int
+    lr: float
+    warmup: int = 30
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything that shapes a seedling, the code aside."""
+
+    architecture: str = DEFAULT_ARCHITECTURE
+    seed: int = 0
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    inner: int = 384
+    vocabulary: int = 512
+    # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
+    sums: Schedule = Schedule(steps=700, rows=16, lr=3e-3)
+    stories: Schedule = Schedule(steps=700, rows=16, lr=3e-3)
+
+
+def is_seedling(path: str) -> bool:
+    return path.partition(":")[0] == "seedling"
+
+
+def resolve(path: str, seed: int, report: Report | None = None) -> Path:
+    """The folder of `seedling` or `seedling:ARCHITECTURE`, built unless it is in the cache."""
+    architecture = path.partition(":")[2] if ":" in path else DEFAULT_ARCHITECTURE
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{path!r} names no architecture that a seedling can have. There are: {', '.join(ARCHITECTURES)}.")
+    return cached(Blueprint(architecture=architecture, seed=seed), report)
+
+
+def cached(blueprint: Blueprint, report: Report | None = None) -> Path:
+    folder = cache() / f"seedling-{blueprint.architecture}-{blueprint.seed}-{fingerprint(blueprint)}"
+    if not folder.is_dir():
+        with complete_folder(folder) as draft:
+            build(blueprint, draft, report)
+    return folder
+
+
+def cache() -> Path:
+    return Path(os.environ.get("MINIGRPO_CACHE") or "~/.cache/minigrpo").expanduser()
+
+
+def fingerprint(blueprint: Blueprint) -> str:
+    """Of the blueprint, of the code that reads it, and of the libraries whose arithmetic or file formats matter."""
+    import tokenizers
+    import transformers
+
+    total = hashlib.sha256(json.dumps(asdict(blueprint), sort_keys=True).encode())
+    for module in (demonstrations, wordproblems, grading):
+        total.update(Path(str(module.__file__)).read_bytes())
+    total.update(Path(__file__).read_bytes())
+    total.update(f"{torch.__version__} {transformers.__version__} {tokenizers.__version__}".encode())
+    return total.hexdigest()[:12]
+
+
+def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
+    """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
+    say = report or (lambda done, total, note: None)
+    total = blueprint.sums.steps + blueprint.stories.steps
+    say(0, total, "training a tokenizer")
+    tokenizer = train_tokenizer(blueprint)
+    sums = sum_lessons(tokenizer, blueprint)
+    stories = story_lessons(tokenizer, blueprint)
+    with repeatable(blueprint.seed):
+        model = decoder(blueprint, tokenizer)
+        warm_start(
+            model, sums, blueprint.sums, seed=blueprint.seed, report=lambda done, loss: say(done, total, f"sums, loss {loss:.3f}")
+        )
+        warm_start(
+            model,
+            stories,
+            blueprint.stories,
+            seed=blueprint.seed,
+            report=lambda done, loss: say(blueprint.sums.steps + done, total, f"worked answers, loss {loss:.3f}"),
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """Own random numbers, and a fixed number of threads: how a sum is split between threads changes its last digits."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+THREADS = 1
+
+
+def train_tokenizer(blueprint: Blueprint) -> Any:
+    """Byte-level BPE over the stories, each digit a token, each tag a token that decoding keeps."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=blueprint.vocabulary,
+        special_tokens=[PAD, TURN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    shown = demonstrations.demonstrations(blueprint.seed, 2000)
+    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *(text for d in shown for text in texts(d))], trainer)
+    # Not special: a special token would vanish when the answer is decoded, and the grader would look for it in vain.
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in grading.TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[TURN],
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def texts(demonstration: demonstrations.Demonstration) -> list[str]:
+    return [*(message["content"] for message in demonstration.problem.messages), demonstration.text]
+
+
+def sum_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+    """Single steps as the careful teacher writes them, four in a row; no whole problem among them."""
+    rng = random.Random(f"sums {blueprint.seed}")
+    rows = [" ".join(demonstrations.single_step(rng) for _ in range(4)) for _ in range(blueprint.sums.steps * blueprint.sums.rows)]
+    encoded = tokenizer(rows, add_special_tokens=False)["input_ids"]
+    return [Lesson((tokenizer.convert_tokens_to_ids("<think>"),), tuple(ids)) for ids in encoded]
+
+
+def story_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+    shown = demonstrations.demonstrations(blueprint.seed, blueprint.stories.steps * blueprint.stories.rows)
+    return [
+        Lesson(
+            render(tokenizer, Prompt("", d.problem.messages)).ids,
+            (*tokenizer(d.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
+        )
+        for d in shown
+    ]
+
+
+def decoder(blueprint: Blueprint, tokenizer: Any) -> Any:
+    """A model of the architecture with random weights, drawn from the ambient random stream."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    extra: dict[str, Any] = {}
+    if blueprint.architecture == "ministral3":  # its attention reads these; a short context keeps them at work
+        extra["rope_parameters"] = {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": CONTEXT // 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    config = AutoConfig.for_model(
+        blueprint.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=blueprint.hidden,
+        intermediate_size=blueprint.inner,
+        num_hidden_layers=blueprint.layers,
+        num_attention_heads=blueprint.heads,
+        num_key_value_heads=blueprint.kv_heads,
+        head_dim=blueprint.hidden // blueprint.heads,
+        max_position_embeddings=CONTEXT,
+        initializer_range=blueprint.hidden**-0.5,  # the usual 0.02 suits thousands of channels; here it learns late
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def warm_start(
+    model: Any,
+    lessons: Sequence[Lesson],
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> float:
+    """Supervised learning of the answers, every parameter, in place; any causal model. Returns the last smoothed loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    order = random.Random(seed)
+    queue: list[Lesson] = []
+    smooth = math.nan
+    model.train()
+    for step in range(schedule.steps):
+        while len(queue) < schedule.rows:
+            queue += order.sample(lessons, len(lessons))
+        batch, queue = queue[: schedule.rows], queue[schedule.rows :]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr_at(step)
+        loss = imitation_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
+        if report is not None:
+            report(step + 1, smooth)
+    model.eval()
+    return smooth
+
+
+def imitation_loss(model: Any, lessons: Sequence[Lesson]) -> Tensor:
+    """Mean negative log-probability of the answers' tokens. B lessons, T positions of the longest, V vocabulary."""
+    rows = [(*lesson.prompt_ids, *lesson.answer_ids) for lesson in lessons]
+    longest = max(len(row) for row in rows)
+    # Padded on the right, so a causal model needs no mask: nothing real comes after the padding.
+    tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
+    labels_BT = torch.full_like(tokens_BT, -100)
+    for row, lesson in enumerate(lessons):
+        start, end = len(lesson.prompt_ids), len(rows[row])
+        labels_BT[row, start:end] = tokens_BT[row, start:end]
+    kept = longest - min(len(lesson.prompt_ids) for lesson in lessons)  # positions before every answer need no logits
+    logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False, logits_to_keep=kept).logits
+    return torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT[:, -kept:].flatten())

@@ -1,0 +1,139 @@
+"""Results as a person reads them in a terminal: verdicts, evaluations, before and after. Values in, rich out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from minigrpo.display import duration, printable
+
+if TYPE_CHECKING:
+    from minigrpo.evaluate import Comparison, Evaluation
+    from minigrpo.measure import Scores
+    from minigrpo.preflight import Figures, Verdict
+
+LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
+
+
+def verdict_table(verdict: Verdict) -> RenderableType:
+    """What was sampled, what it measured, and go or change."""
+    lines: list[RenderableType] = [answer_panel(sample, f"{sample['which']} sample") for sample in verdict.samples]
+    lines.append(figures_table(verdict.figures))
+    lines += [Text(f"warning: {warning}", style="yellow") for warning in verdict.warnings]
+    lines += [Text(f"change this: {reason.what} {reason.change}", style="red") for reason in verdict.reasons]
+    if verdict.go:
+        lines.append(Text("verdict: go", style="bold green"))
+    else:
+        lines.append(Text("verdict: not yet. Training like this would teach nothing.", style="bold red"))
+    return Stack(*lines)
+
+
+def figures_table(figures: Figures) -> RenderableType:
+    table = plain_table("")
+    memory = f"{figures.peak_memory_gb:.1f} GB" if figures.peak_memory_gb else "unknown"
+    rows = {
+        "completions sampled": f"{figures.completions} in {figures.groups} groups",
+        "well-formed": f"{figures.formed:.0%}",
+        "right": f"{figures.solved:.0%}",
+        "reward": f"{figures.reward_mean:.3f}, standard deviation {figures.reward_std:.3f}",
+        "groups that teach": f"{figures.informative:.0%}",
+        "cut off at the limit": f"{figures.truncated:.0%}",
+        "length": f"{figures.mean_tokens:.0f} tokens",
+        "sampling": f"{figures.tokens_per_second:,.0f} tokens/s",
+        "one step": f"{figures.step_seconds:.1f} s",
+        "the whole training": f"about {duration(figures.training_seconds)}",
+        "peak memory so far": memory,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return titled("preflight", table)
+
+
+def evaluation_table(evaluation: Evaluation) -> RenderableType:
+    """One model. In brackets: 95 % intervals."""
+    scores = evaluation.scores
+    title = f"{evaluation.task}: {scores.accuracy.count} unseen prompts, {evaluation.decoding}"
+    table = plain_table(evaluation.name)
+    for name, value in score_rows(scores).items():
+        table.add_row(name, value)
+    return titled(title, table)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
+    """Before and after, side by side, once for each decoding. In brackets: 95 % intervals."""
+    first = comparisons[0]
+    title = f"{first.before.task}: the same {first.after.scores.accuracy.count} unseen prompts, the same decoding"
+    table = plain_table(first.before.name, first.after.name, "change in points")
+    notes = []
+    for comparison in comparisons:
+        table.add_row()
+        table.add_row(Text(comparison.after.decoding, style="bold"))
+        before, after = score_rows(comparison.before.scores), score_rows(comparison.after.scores)
+        changes = {"right": str(comparison.change)}
+        for name in before:
+            table.add_row(f"  {name}", before[name], after[name], changes.get(name, ""))
+        change = comparison.change
+        notes.append(
+            f"{comparison.after.decoding}: {change.gained} prompts gained, {change.lost} lost; "
+            f"by luck alone: p = {change.p:.2g}"
+        )
+    return titled(title, table, "", *(Text(note, style="dim") for note in notes))
+
+
+def score_rows(scores: Scores) -> dict[str, str]:
+    rows = {
+        "right": str(scores.accuracy),
+        "well-formed": str(scores.formed),
+        "right if formed": str(scores.accuracy_formed),
+        "cut off": f"{scores.truncated.value:.1%}",
+        "mean reward": f"{scores.mean_reward:.3f}",
+        "mean length": f"{scores.mean_tokens:.1f} tokens",
+    }
+    rows |= {f"pass@{k}": f"{value:.1%}" for k, value in scores.pass_at.items() if k > 1}
+    if scores.majority is not None:
+        rows["most samples right"] = f"{scores.majority:.1%}"
+    return rows
+
+
+def times_table(seconds: Mapping[str, float]) -> RenderableType:
+    table = plain_table("")
+    for name, value in seconds.items():
+        table.add_row(name, duration(value))
+    table.add_row("in all", duration(sum(seconds.values())))
+    return titled("how long it took", table)
+
+
+def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
+    """A question, what the model said, and what it earned. Texts are shown as they are, never read as markup."""
+    question = answer["prompt"] if "messages" not in answer else answer["messages"][-1]["content"]
+    said = printable(str(answer["text"]))
+    said = said if len(said) <= LONGEST_TEXT else said[:LONGEST_TEXT] + " ..."
+    judged = "right" if answer["solved"] else "wrong" if answer["formed"] else "not in the form"
+    end = ", cut off at the limit" if answer["finish"] == "length" else ""
+    body = Text.assemble(
+        (printable(str(question)).strip(), "dim"),
+        ("\n→ ", "bold"),
+        said.strip() or "(nothing)",
+        (f"\n{judged}: reward {answer['reward']:g}, target {answer['target']}{end}", "italic"),
+    )
+    return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
+
+
+def plain_table(*columns: str) -> Table:
+    """Narrow enough for 80 columns; names are shown as they are, never read as markup."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=any(columns))
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), no_wrap=len(columns) > 1)
+    return table
+
+
+def titled(title: str, *parts: RenderableType) -> RenderableType:
+    """Not the table's own title, which would be broken to the table's width."""
+    return Stack("", Text(title, style="bold"), *parts, "")

@@ -1,0 +1,125 @@
+"""Where tasks come from: the ones of the package by name, or your own as FILE.py:NAME.
+
+NAME is a Task, or a function from the Recipe to a Task.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+from minigrpo.config import Recipe
+from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.tasks import wordproblems
+from minigrpo.types import Prompt, Split, Task
+
+TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task}
+
+
+def open_task(recipe: Recipe) -> Task:
+    """The task that the recipe names. Its prompts are checked when they are asked for: some, and no id twice."""
+    name = recipe.task.name
+    if name in TASKS:
+        return with_checked_prompts(TASKS[name](recipe))
+    if ".py" in name:
+        return with_checked_prompts(own_task(name, recipe))
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
+    raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME.")
+
+
+def own_task(spec: str, recipe: Recipe) -> Task:
+    """FILE.py:NAME, opened. `task.size` holds for it as for any other: the first so many training prompts."""
+    file, found, name = spec.rpartition(":")
+    if not found or not file.endswith(".py") or not name:
+        raise TaskError(f"{spec!r} names no task. Write FILE.py:NAME; NAME is a Task or a function Recipe -> Task.")
+    path = Path(file)
+    if not path.is_file():
+        raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
+    module = loaded(path)
+    if not hasattr(module, name):
+        names = ", ".join(candidates(module)) or "none"
+        raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
+    value = getattr(module, name)
+    task = value if isinstance(value, Task) else built(value, path, name, recipe)
+    if isinstance(value, Task) and recipe.task.weights:
+        raise TaskError(
+            f"task.weights cannot reach into {spec!r}, a finished Task. Make {name} a function Recipe -> Task that "
+            "passes recipe.task.weights to minigrpo.rewards.reweighted."
+        )
+    return shortened(task, recipe.task.size)
+
+
+def loaded(path: Path) -> ModuleType:
+    """The file, run as a module. Its folder joins the import path, last, so that it shadows nothing."""
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(f"minigrpo_own_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} cannot be read as Python.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as fault:
+        raise TaskError(f"{blame(path, fault)} Mend the file and try again.") from fault
+    return module
+
+
+def built(value: object, path: Path, name: str, recipe: Recipe) -> Task:
+    if not callable(value):
+        raise TaskError(f"{name} in {path} is a {type(value).__name__}. Make it a Task or a function Recipe -> Task.")
+    try:
+        task = value(recipe)
+    except MinigrpoError:
+        raise
+    except Exception as fault:
+        raise TaskError(f"{blame(path, fault)} {name} was building the task.") from fault
+    if not isinstance(task, Task):
+        raise TaskError(f"{name} in {path} returned a {type(task).__name__}. Return a minigrpo.types.Task.")
+    return task
+
+
+def blame(path: Path, fault: BaseException) -> str:
+    """Which line of the user's file failed, and how; the deepest of its lines, not one of a library below."""
+    own = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if Path(frame.filename) == path]
+    line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == str(path) else own[-1] if own else None
+    where = f"{path}, line {line}" if line else str(path)
+    return f"{where}: {type(fault).__name__}: {fault.msg if isinstance(fault, SyntaxError) else fault}."
+
+
+def candidates(module: ModuleType) -> list[str]:
+    """Names that could have been meant: tasks, and functions that the file defines itself."""
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, Task) or (callable(value) and getattr(value, "__module__", None) == module.__name__)
+    )
+
+
+def shortened(task: Task, size: int) -> Task:
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return task.prompts(split)[:size] if split == "train" else task.prompts(split)
+
+    return replace(task, prompts=prompts)
+
+
+def with_checked_prompts(task: Task) -> Task:
+    def prompts(split: Split) -> Sequence[Prompt]:
+        found = task.prompts(split)
+        if not len(found):
+            raise TaskError(f"The task {task.name} has no {split} prompts.")
+        seen: set[str] = set()
+        for prompt in found:
+            if prompt.id in seen:
+                raise TaskError(f"The task {task.name} has two {split} prompts with the id {prompt.id!r}.")
+            seen.add(prompt.id)
+        return found
+
+    return replace(task, prompts=prompts)

@@ -1,0 +1,178 @@
+"""Small word problems, generated: three numbers, two operations, eight kinds of story.
+
+    Mia has 23 apples, buys 14 and gives 9 away. How many apples are left?
+
+Test problems are kept apart by construction, not by luck: a problem's *sum*, its signed numbers in any order, decides
+by a hash on which side it falls. 23 + 14 - 9 is unseen if and only if 23 - 9 + 14 is, in every kind of story and for
+every seed; training prompts and the warm start of the embedded model draw from the other side (`side`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from minigrpo.config import Recipe
+from minigrpo.errors import TaskError
+from minigrpo.grading import Answer, find_answer, parse_number, same_number
+from minigrpo.rewards import Reward, graded, reweighted
+from minigrpo.types import Grade, Prompt, Split, Task
+
+TEST_SIZE = 1000
+TEST_SHARE = 5  # one sum in five is unseen
+
+FIRST = range(12, 80)
+LATER = range(2, 30)
+RESULTS = range(1, 100)  # of every step: two digits and above nothing
+
+SYSTEM = "Reason in <think></think>, then answer in <answer></answer>."
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Leo")
+THINGS = ("apples", "pens", "shells", "stamps", "beads", "cards")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of story; its verbs fix the two operations."""
+
+    name: str
+    operations: tuple[str, str]
+    story: str
+
+
+KINDS = (
+    Kind("shop", ("+", "-"), "{name} has {a} {thing}, buys {b} and gives {c} away. How many {thing} are left?"),
+    Kind("bus", ("-", "+"), "A bus carries {a} people. At a stop {b} get off and {c} get on. How many ride now?"),
+    Kind("shelf", ("-", "-"), "A shelf holds {a} books. {name} lends {b} and sells {c}. How many books remain?"),
+    Kind("garden", ("+", "+"), "{name} plants {a} roses in May, {b} in June and {c} in July. How many in all?"),
+    Kind("purse", ("-", "+"), "{name} saves {a} coins, spends {b} and then finds {c}. How many coins now?"),
+    Kind("bakery", ("+", "-"), "A baker makes {a} rolls, then {b} more, and sells {c}. How many rolls are there?"),
+    Kind("pond", ("-", "-"), "There are {a} ducks in a pond. {b} fly off, later {c} swim off. How many stay?"),
+    Kind("game", ("+", "+"), "{name} scores {a} points, then {b} and {c}. What is the score of {name}?"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A story with its sum, worked from left to right."""
+
+    kind: str
+    story: str
+    operands: tuple[int, int, int]
+    operations: tuple[str, str]
+
+    @property
+    def steps(self) -> tuple[str, str]:
+        """Both steps written out: ("23+14=37", "37-9=28")."""
+        (a, b, c), (first, second) = self.operands, self.operations
+        between = apply(a, first, b)
+        return f"{a}{first}{b}={between}", f"{between}{second}{c}={self.answer}"
+
+    @property
+    def answer(self) -> int:
+        (a, b, c), (first, second) = self.operands, self.operations
+        return apply(apply(a, first, b), second, c)
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        return {"role": "system", "content": SYSTEM}, {"role": "user", "content": self.story}
+
+
+def apply(left: int, operation: str, right: int) -> int:
+    return left + right if operation == "+" else left - right
+
+
+def side(operands: Sequence[int], operations: Sequence[str]) -> Split:
+    """Where a sum belongs, once and for all: the same numbers with the same signs, in any order, go together."""
+    signed = sorted(f"{sign}{number}" for sign, number in zip(("+", *operations), operands, strict=True))
+    return "test" if hashlib.sha256(" ".join(signed).encode()).digest()[0] % TEST_SHARE == 0 else "train"
+
+
+def problems(split: Split, seed: int | str) -> Iterator[Problem]:
+    """Problems of one side without end, the kinds taking turns, so that any number of them is balanced."""
+    rng = random.Random(f"wordproblems {split} {seed}")
+    for kind in cycle(KINDS):
+        yield draw(kind, split, rng)
+
+
+def draw(kind: Kind, split: Split, rng: random.Random) -> Problem:
+    while True:
+        a, b, c = operands = rng.choice(FIRST), rng.choice(LATER), rng.choice(LATER)
+        between = apply(a, kind.operations[0], b)
+        within = between in RESULTS and apply(between, kind.operations[1], c) in RESULTS
+        if within and side(operands, kind.operations) == split:
+            story = kind.story.format(name=rng.choice(NAMES), thing=rng.choice(THINGS), a=a, b=b, c=c)
+            return Problem(kind.name, story, operands, kind.operations)
+
+
+def distinct(split: Split, seed: int | str, size: int) -> list[Prompt]:
+    """`size` prompts, none twice."""
+    prompts: dict[str, Prompt] = {}
+    for problem in islice(problems(split, seed), 20 * size):
+        prompt = as_prompt(problem, split)
+        prompts.setdefault(prompt.id, prompt)
+        if len(prompts) == size:
+            return list(prompts.values())
+    raise TaskError(f"wordproblems found only {len(prompts)} different problems. Ask for fewer: --task.size.")
+
+
+def as_prompt(problem: Problem, split: Split) -> Prompt:
+    expression = "".join(str(part) for part in interleave(problem))
+    target = {
+        "answer": problem.answer,
+        "steps": list(problem.steps),
+        "operands": list(problem.operands),
+        "operations": list(problem.operations),
+        "kind": problem.kind,
+    }
+    return Prompt(id=f"{split}-{problem.kind}-{expression}", messages=problem.messages, target=target)
+
+
+def interleave(problem: Problem) -> tuple[int | str, ...]:
+    (a, b, c), (first, second) = problem.operands, problem.operations
+    return a, first, b, second, c
+
+
+def judged(text: str) -> Answer | None:
+    """The answer, if the text has the asked-for form and the answer can be judged: it is a number."""
+    answer = find_answer(text)
+    return answer if answer is not None and parse_number(answer.text) is not None else None
+
+
+def is_formed(prompt: Prompt, text: str) -> float:
+    return float(judged(text) is not None)
+
+
+def is_correct(prompt: Prompt, text: str) -> float:
+    answer = judged(text)
+    return float(answer is not None and same_number(answer.text, prompt.target["answer"]))
+
+
+def written(steps: Sequence[str], answer: int | str) -> str:
+    """A full answer: the steps as reasoning, and the result."""
+    return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
+
+
+def gold(prompt: Prompt) -> str:
+    return written(prompt.target["steps"], prompt.target["answer"])
+
+
+REWARDS = (Reward("correct", 1.0, is_correct), Reward("format", 0.2, is_formed))
+
+
+def task(recipe: Recipe) -> Task:
+    """`recipe.seed` chooses the training problems; the test problems are the same for everybody."""
+    rewards = reweighted(REWARDS, recipe.task.weights)
+
+    def prompts(split: Split) -> Sequence[Prompt]:
+        if split == "test":
+            return distinct("test", "fixed", TEST_SIZE)
+        return distinct("train", recipe.seed, recipe.task.size)
+
+    def grade(prompt: Prompt, text: str) -> Grade:
+        solved = is_correct(prompt, text) == 1.0
+        return graded(rewards, prompt, text, formed=is_formed(prompt, text) == 1.0, solved=solved)
+
+    return Task("wordproblems", prompts, grade, gold, about="small word problems, generated; runs anywhere")

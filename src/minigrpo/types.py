@@ -1,0 +1,122 @@
+"""The vocabulary: frozen data that every floor speaks. No torch here.
+
+A Task gives a Prompt; an Engine answers it G times, each a Completion; the task judges the text, a Grade; the
+siblings form a Group, the unit of everything: rolled out, scored, logged and shown together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Message = Mapping[str, str]
+"""One turn of a conversation: {"role": ..., "content": ...}."""
+
+Finish = Literal["stop", "length"]
+"""Why a completion ended: the model said so, or the limit cut it off."""
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question. The model sees `messages`; only the grader sees `target`. `id` is unique within its task."""
+
+    id: str
+    messages: tuple[Message, ...]
+    target: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as the model reads it: the chat template applied, tokenised once."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn: from softmax(logits / temperature); temperature 0 takes the likeliest token.
+
+    `seed` names the random stream: the same (seed, prompt id, sibling) draws the same numbers, whatever else is in
+    the batch.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. `token_ids` *are* the sample (the stop token included): nothing is tokenised again.
+
+    `logprobs`: the sampler's own log-probability of each token, at the sampling temperature, in nats.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What a completion earned. `reward` is what training sees; `parts` are its unweighted pieces, for the log.
+
+    `formed`: the answer had the asked-for form, so that it could be judged at all. `solved`: it is right.
+    """
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    formed: bool = True
+    solved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt with their grades, in sibling order."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    grades: tuple[Grade, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(grade.reward for grade in self.grades)
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest reward: a group without spread compares nothing and teaches nothing."""
+        return max(self.rewards) - min(self.rewards)
+
+
+RewardFunction = Callable[[Prompt, str], float]
+"""Scores the text of one completion of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something that can be scored: where prompts come from, and what a text is worth.
+
+    `gold(prompt)` writes a right answer in full, so that anyone can check that the grader pays it.
+    """
+
+    name: str
+    prompts: Callable[[Split], Sequence[Prompt]]
+    grade: Callable[[Prompt, str], Grade]
+    gold: Callable[[Prompt], str] | None = None
+    about: str = ""
+
+
+class Engine(Protocol):
+    """Whatever answers prompts. `update` takes over the policy's weights as they are now."""
+
+    def generate(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[tuple[Completion, ...]]:
+        """n completions of each prompt, in order."""
+        ...
+
+    def update(self, policy: Any) -> None: ...

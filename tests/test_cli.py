@@ -1,0 +1,292 @@
+"""The command line: quick, helpful, and plain where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minigrpo
+from minigrpo import cli, pipeline
+from minigrpo.config import TASK_NAMES
+from minigrpo.door import EXAMPLES, split_overrides
+from minigrpo.errors import ModelError, RecipeError
+from minigrpo.recipefile import knob_table, load_recipe, recipe_names
+from minigrpo.rundir import RunDir
+
+COMMANDS = ("preflight", "train", "evaluate", "run", "quickstart", "doctor", "tasks", "recipes")
+KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Spy:
+    """Stands where a stage of the road is; keeps what it was asked for."""
+
+    answer: Any = None
+    args: tuple[Any, ...] = ()
+    options: Any = None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.args, self.options = args, options
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        print("a table for people")
+        return self.answer
+
+
+@pytest.fixture
+def minigrpo_says(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command line in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(args))
+        out, err = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(stage: str, answer: Any = None) -> Spy:
+        found = Spy(answer)
+        monkeypatch.setattr(pipeline, stage, found)
+        return found
+
+    return install
+
+
+def test_help_and_refusals_load_no_torch() -> None:
+    code = (
+        "import sys; from minigrpo.cli import main\n"
+        "for args in (['--help'], ['train', '--help'], ['recipes'], ['train', 'quickstart', '--lora.rnak', '3']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_help_lists_the_commands(minigrpo_says: Any) -> None:
+    ended = minigrpo_says("--help")
+    assert ended.code == 0
+    assert all(command in ended.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_in_its_help(minigrpo_says: Any, command: str) -> None:
+    ended = minigrpo_says(command, "--help")
+    assert ended.code == 0
+    assert f"minigrpo {command}" in ended.out.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+@pytest.mark.parametrize("command", KNOB_COMMANDS)
+def test_every_knob_is_in_the_help_with_its_default_unit_and_range(
+    minigrpo_says: Any, monkeypatch: pytest.MonkeyPatch, command: str, width: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    lines = minigrpo_says(command, "--help").out.splitlines()
+    assert max(map(len, lines)) <= int(width)
+    flat = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert all(f"--{knob.name} " in flat for knob in knob_table())
+    assert "longest completion [default 256 tokens, >= 1]" in flat
+    assert "rank of the adapter [default 64, 1 to 4096]" in flat
+
+
+def test_every_example_in_the_help_is_a_command_that_parses(
+    minigrpo_says: Any, spy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("preflight", "train", "evaluate", "run_all", "quickstart"):
+        spy(stage, {} if stage != "preflight" else VERDICT)
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
+    for words in (line.split()[1:] for line in lines if line.strip()):
+        if words[0] != "doctor":
+            assert minigrpo_says(*words).code == 0, words
+
+
+@dataclass(frozen=True)
+class FakeVerdict:
+    go: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"go": self.go}
+
+
+VERDICT = FakeVerdict(True)
+
+
+def test_the_version_is_told(minigrpo_says: Any) -> None:
+    assert minigrpo_says("--version") == Ended(0, f"minigrpo {minigrpo.__version__}\n", "")
+
+
+def test_knobs_may_stand_anywhere_and_either_way(minigrpo_says: Any, spy: Any) -> None:
+    train = spy("train")
+    line = ("train", "--lora.rank", "16", "--train.full", "quickstart", "--train.lr=2e-5", "--seed", "7", "--resume")
+    assert minigrpo_says(*line, "--samples", "--run", "runs/x").code == 0
+    recipe, run = train.args
+    assert (recipe.lora.rank, recipe.train.full, recipe.train.lr, recipe.seed) == (16, True, 2e-5, 7)
+    assert run == RunDir(Path("runs/x"))
+    assert train.options == {"resume": True, "show_samples": True}
+
+
+def test_a_switch_takes_a_word_only_where_it_is_one() -> None:
+    rest, pairs = split_overrides(["--train.full", "my.yaml", "--lora.rslora", "no", "--seed", "-3"], ["--run"])
+    assert rest == ["my.yaml"]
+    assert pairs == [("train.full", "true"), ("lora.rslora", "no"), ("seed", "-3")]
+
+
+def test_after_two_dashes_nothing_is_a_knob() -> None:
+    assert split_overrides(["--", "--lora.rank", "3"], []) == (["--", "--lora.rank", "3"], [])
+
+
+def test_the_run_is_named_after_its_recipe(minigrpo_says: Any, spy: Any, tmp_path: Path) -> None:
+    train = spy("train")
+    (tmp_path / "mine.yaml").write_text("seed: 1\n")
+    minigrpo_says("train", "mine.yaml")
+    assert train.args[1] == RunDir(Path("runs/mine"))
+
+
+def test_a_run_folder_may_stand_for_its_recipe(minigrpo_says: Any, spy: Any, tmp_path: Path) -> None:
+    train = spy("train")
+    (tmp_path / "runs/old").mkdir(parents=True)
+    (tmp_path / "runs/old/recipe.yaml").write_text("seed: 9\n")
+    minigrpo_says("train", "runs/old", "--resume")
+    recipe, run = train.args
+    assert (recipe.seed, run) == (9, RunDir(Path("runs/old")))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--lora.rnak", "16"), "Did you mean lora.rank?"),
+        (("--lr", "1e-5"), "Did you mean train.lr?"),
+        (("--lora.rank", "0"), "lora.rank is 0, but must be a whole number, 1 to 4096"),
+        (("--lora.rank",), "--lora.rank needs a value"),
+        (("--rollout.completions", "1"), "A group of one compares nothing"),
+        (("--lora", "16"), "lora is a section"),
+        (("--rezume",), "--resume"),
+        (("--zebra",), "--zebra"),
+    ],
+)
+def test_a_wrong_option_ends_with_two_and_the_right_name(minigrpo_says: Any, args: tuple[str, ...], told: str) -> None:
+    ended = minigrpo_says("train", "quickstart", *args)
+    assert ended.code == 2
+    assert told in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize("args", [("train",), ("trian",), ("train", "nowhere.yaml"), ("recipes", "nope"), ()])
+def test_a_line_that_cannot_be_run_ends_with_two(minigrpo_says: Any, args: tuple[str, ...]) -> None:
+    assert minigrpo_says(*args).code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_run_folder_that_exists_is_refused_with_what_to_do(minigrpo_says: Any, tmp_path: Path, command: str) -> None:
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/recipe.yaml").write_text("seed: 1\n")
+    ended = minigrpo_says(command, "quickstart")
+    assert ended.code == 2
+    assert "--resume" in ended.err
+    assert "--run" in ended.err
+
+
+def test_what_a_user_can_mend_ends_as_one_sentence(minigrpo_says: Any, spy: Any) -> None:
+    spy("train", ModelError("models/x has no config.json. [Download] it again."))
+    ended = minigrpo_says("train", "quickstart")
+    assert ended == Ended(2, "", "error: models/x has no config.json. [Download] it again.\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(spy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    spy("train", ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "quickstart"])
+
+
+def test_control_c_ends_with_130_and_what_was_kept(minigrpo_says: Any, spy: Any) -> None:
+    spy("train", KeyboardInterrupt("Stopped after step 3 of 10."))
+    assert minigrpo_says("train", "quickstart") == Ended(130, "", "Stopped after step 3 of 10.\n")
+
+
+@pytest.mark.parametrize(("go", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_of_preflight_is_its_verdict(minigrpo_says: Any, spy: Any, go: bool, code: int) -> None:
+    spy("preflight", FakeVerdict(go))
+    assert minigrpo_says("preflight", "quickstart").code == code
+
+
+@pytest.mark.parametrize(
+    ("stage", "args"),
+    [
+        ("preflight", ("preflight", "quickstart")),
+        ("evaluate", ("evaluate", "models/x")),
+        ("run_all", ("run", "quickstart")),
+        ("quickstart", ("quickstart",)),
+    ],
+)
+def test_with_json_nothing_else_is_on_stdout(minigrpo_says: Any, spy: Any, stage: str, args: tuple[str, ...]) -> None:
+    spy(stage, VERDICT if stage == "preflight" else {"accuracy": 0.5})
+    ended = minigrpo_says(*args, "--json")
+    assert ended.code == 0
+    assert isinstance(json.loads(ended.out), dict)
+    assert "a table for people" in ended.err
+
+
+def test_evaluate_takes_the_recipe_of_the_run_that_made_the_model(minigrpo_says: Any, spy: Any, tmp_path: Path) -> None:
+    evaluate = spy("evaluate", {})
+    (tmp_path / "runs/old/adapter").mkdir(parents=True)
+    (tmp_path / "runs/old/recipe.yaml").write_text("seed: 9\n")
+    for model in ("runs/old", "runs/old/adapter"):
+        minigrpo_says("evaluate", model, "--n", "4", "--rollout.max_tokens", "99")
+        assert evaluate.args[0] == model
+        assert (evaluate.args[1].seed, evaluate.args[1].rollout.max_tokens) == (9, 99)
+        assert evaluate.options == {"base": None, "limit": None, "n": 4, "temperature": 1.0, "out": None}
+
+
+def test_one_answer_is_the_likeliest_by_default(minigrpo_says: Any, spy: Any) -> None:
+    evaluate = spy("evaluate", {})
+    minigrpo_says("evaluate", "models/x")
+    assert evaluate.options["temperature"] == 0.0
+
+
+def test_recipes_lists_them_and_prints_one_that_can_be_read_back(minigrpo_says: Any, tmp_path: Path) -> None:
+    assert all(name in minigrpo_says("recipes").out for name in recipe_names())
+    (tmp_path / "my.yaml").write_text(minigrpo_says("recipes", "quickstart").out, encoding="utf-8")
+    assert load_recipe("my.yaml") == load_recipe("quickstart")
+    assert json.loads(minigrpo_says("recipes", "quickstart", "--json").out)["lora"]["rank"]
+
+
+def test_tasks_lists_them(minigrpo_says: Any) -> None:
+    listed = json.loads(minigrpo_says("tasks", "--json").out)
+    assert [row["name"] for row in listed] == list(TASK_NAMES)
+    assert all(row["about"] for row in listed)
+
+
+def test_the_entry_point_is_installed() -> None:
+    program = Path(sys.executable).with_name("minigrpo.exe" if os.name == "nt" else "minigrpo")
+    ended = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == f"minigrpo {minigrpo.__version__}\n"
+
+
+def test_an_option_without_its_value_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(RecipeError, match="needs a value"):
+        split_overrides(["--lora.rank", "--seed", "3"], [])

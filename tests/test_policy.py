@@ -1,0 +1,198 @@
+"""One group, one sequence: the same numbers as one padded row per completion, and as the model's own forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, LLAMA_LIKE
+from models import gradients, made_up_groups, make_policy
+
+from minigrpo import scoring
+from minigrpo.grpo import accumulate
+from minigrpo.objective import OBJECTIVES
+from minigrpo.packing import Part, pack
+from minigrpo.policy import Policy
+from minigrpo.scoring import HeadCall, score
+
+EVERYTHING = 1 << 30
+
+
+@contextmanager
+def padded(policy: Policy) -> Iterator[None]:
+    policy.shares_prompts = False
+    policy.model.set_attn_implementation("sdpa")
+    yield
+    policy.shares_prompts = True
+    policy.model.set_attn_implementation("minigrpo_shared_prompt")
+
+
+def one_part(policy: Policy) -> Part:
+    (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
+    return part
+
+
+def scores_and_gradients(policy: Policy, part: Part) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    logprobs_N = policy.logprobs(part, step=3).logprobs_N
+    (logprobs_N * torch.linspace(-1, 2, len(logprobs_N), dtype=logprobs_N.dtype)).sum().backward()
+    return logprobs_N.detach(), gradients(policy)
+
+
+WINDOWS = [
+    pytest.param("mistral", {"sliding_window": 8}, id="mistral-window"),
+    pytest.param("ministral3", {"sliding_window": 8}, id="ministral3-window"),
+    pytest.param("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, id="qwen2-window"),
+]
+
+
+@pytest.mark.parametrize(("arch", "config"), [*[pytest.param(a, {}, id=a) for a in LLAMA_LIKE], *WINDOWS])
+def test_a_shared_row_scores_like_padded_rows_values_and_gradients_in_float64(
+    arch: str, config: dict[str, Any]
+) -> None:
+    policy = make_policy(arch, double=True, **config)
+    assert policy.shares_prompts
+    part = one_part(policy)
+    shared, shared_gradients = scores_and_gradients(policy, part)
+    with padded(policy):
+        plain, plain_gradients = scores_and_gradients(policy, part)
+    assert float((shared - plain).abs().max()) < 1e-11
+    for left, right in zip(shared_gradients, plain_gradients, strict=True):
+        assert float((left - right).abs().max()) <= 1e-10 * max(1.0, float(right.abs().max()))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_scores_are_those_of_the_models_own_forward_one_text_at_a_time(arch: str) -> None:
+    policy = make_policy(arch)
+    logprobs_N = policy.logprobs(one_part(policy), step=0).logprobs_N.detach()
+    expected = []
+    with policy.sampling_mode(), torch.no_grad():
+        for group in made_up_groups():
+            for completion in group.completions:
+                ids = torch.tensor([group.prompt_ids + completion.token_ids])
+                logits_TV = policy.model(ids).logits[0, len(group.prompt_ids) - 1 : -1] / 0.9
+                expected.append(logits_TV.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0])
+    assert float((logprobs_N - torch.cat(expected)).abs().max()) < 1e-4
+
+
+def test_an_architecture_that_mixes_tokens_outside_attention_takes_the_padded_path() -> None:
+    assert not make_policy("lfm2").shares_prompts
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(name: str, kl: float, dropout: float) -> None:
+    policy = make_policy(double=True, dropout=dropout)
+    objective = replace(OBJECTIVES[name], kl=kl)
+    batch = pack(made_up_groups(), objective, 60)
+    figures, results = [], []
+    for budget in (EVERYTHING, 120, 30, 1):
+        figures.append(accumulate(policy, objective, batch, 3, budget))
+        results.append(gradients(policy))
+    assert float(sum(g.abs().max() for g in results[0])) > 1e-3
+    for other, other_figures in zip(results[1:], figures[1:], strict=True):
+        assert other_figures["loss"] == pytest.approx(figures[0]["loss"], abs=1e-12)
+        for left, right in zip(results[0], other, strict=True):
+            assert float((left - right).abs().max()) < 1e-12
+
+
+def test_dropout_is_named_by_token_so_both_paths_drop_the_same_and_other_steps_drop_others() -> None:
+    policy = make_policy(double=True, dropout=0.3)
+    part = one_part(policy)
+    shared = policy.logprobs(part, step=3).logprobs_N
+    with padded(policy):
+        plain = policy.logprobs(part, step=3).logprobs_N
+    assert float((shared - plain).abs().max()) < 1e-11
+    assert float((shared - policy.logprobs(part, step=4).logprobs_N).abs().max()) > 1e-3
+
+
+def test_dropout_leaves_the_mean_of_what_it_passes() -> None:
+    dropout = make_policy(dropout=0.25).dropouts[0]
+    dropout.open(0)
+    dropout.token_keys = torch.arange(4000)[None]
+    assert float(dropout(torch.ones(1, 4000, 32)).mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_reference_is_the_model_without_its_adapter_and_without_dropout() -> None:
+    policy, base = make_policy(dropout=0.3), make_policy(lora=None)
+    part = one_part(policy)
+    policy.logprobs(part, step=0)
+    assert torch.equal(policy.reference(part), base.logprobs(part, step=0).logprobs_N.detach())
+
+
+def test_checkpointed_activations_change_nothing() -> None:
+    from minigrpo.policy import _recompute_activations
+
+    policy = make_policy(double=True, dropout=0.1)
+    part = one_part(policy)
+    plain, plain_gradients = scores_and_gradients(policy, part)
+    _recompute_activations(policy.model)
+    again, again_gradients = scores_and_gradients(policy, part)
+    assert torch.equal(plain, again)
+    assert all(torch.equal(a, b) for a, b in zip(plain_gradients, again_gradients, strict=True))
+
+
+def test_groups_that_tie_are_left_out_of_the_passes_but_count_in_the_weights() -> None:
+    groups = made_up_groups()
+    tied = replace(groups[1], grades=tuple(replace(grade, reward=1.0) for grade in groups[1].grades))
+    batch = pack([groups[0], tied, groups[2]], OBJECTIVES["dapo"], 60)
+    (part,) = batch.split(EVERYTHING)
+    assert [bundle.group for bundle in part.bundles] == [0, 2]
+    assert float(part.weights_N[0]) == pytest.approx(1 / sum(len(c.token_ids) for g in groups for c in g.completions))
+    (whole,) = pack([groups[0], tied, groups[2]], replace(OBJECTIVES["dapo"], kl=0.1), 60).split(EVERYTHING)
+    assert len(whole.bundles) == 3
+
+
+def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
+    parts = list(pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(70))
+    assert all(part.tokens <= 70 for part in parts)
+    assert sum(len(part.advantages_N) for part in parts) == 124
+    lone = list(pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(1))
+    assert len(lone) == 9
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("biased", [True, False])
+def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
+    cap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(23, 6, dtype=torch.float64, generator=draw, requires_grad=True)
+    weight_VD = torch.randn(40, 6, dtype=torch.float64, generator=draw, requires_grad=True)
+    bias_V = torch.randn(40, dtype=torch.float64, generator=draw, requires_grad=True) if biased else None
+    labels_N = torch.randint(0, 40, (23,), generator=draw)
+    slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
+    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None]
+    monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 40 * 5)
+    head = HeadCall(weight_VD, bias_V, scale=0.7, cap=cap, temperature=0.8)
+    logprobs_N, entropy_N = score(hidden_ND, labels_N, head)
+    chunked = torch.autograd.grad((logprobs_N * slopes_N).sum(), inputs)
+
+    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V) * 0.7
+    logits_NV = logits_NV / 0.8 if cap is None else cap * torch.tanh(logits_NV / cap) / 0.8
+    all_NV = logits_NV.log_softmax(-1)
+    expected_N = all_NV.gather(1, labels_N[:, None])[:, 0]
+    whole = torch.autograd.grad((expected_N * slopes_N).sum(), inputs)
+    torch.testing.assert_close(logprobs_N, expected_N, atol=1e-12, rtol=0)
+    torch.testing.assert_close(entropy_N, -(all_NV.exp() * all_NV).sum(-1).detach(), atol=1e-12, rtol=0)
+    for left, right in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-11, rtol=0)
+
+
+def test_the_whole_logits_tensor_never_exists() -> None:
+    """Neither forward nor backward may hold N x V entries: here 2,048 x 50,000, twelve chunks' worth."""
+    hidden_ND = torch.randn(2048, 4, requires_grad=True)
+    head = HeadCall(torch.randn(50_000, 4), None, 1.0, None, 1.0)
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        score(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
+    assert max(sizes) <= scoring.CHUNK_ENTRIES

@@ -1,0 +1,140 @@
+"""The verdict before training: go, or what to change."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minigrpo.config import Recipe
+from minigrpo.engines.scripted import Scripted
+from minigrpo.policy import open_policy
+from minigrpo.preflight import preflight
+from minigrpo.types import Grade
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder):
+    return Recipe(
+        model={"path": str(tiny_folder("qwen2")), "device": "cpu"},
+        lora={"rank": 2},
+        rollout={"prompts": 4, "completions": 4, "max_tokens": 8},
+        train={"steps": 10},
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(recipe):
+    return open_policy(recipe)
+
+
+@pytest.fixture
+def check(recipe, policy, echo_task, tokenizer):
+    def run(script, task=echo_task, recipe=recipe, report=None):
+        return preflight(recipe, task, policy, Scripted(script, tokenizer), report)
+
+    return run
+
+
+def test_groups_whose_siblings_differ_are_a_go(check):
+    verdict = check(lambda prompt, sibling: prompt.target if sibling else "no")
+    assert verdict.go
+    assert verdict.reasons == ()
+    assert verdict.figures.informative == 1.0
+    assert verdict.figures.solved == 0.75
+    assert verdict.figures.reward_mean == pytest.approx(0.75)
+
+
+def test_a_model_that_never_has_the_form_is_told_so(check):
+    verdict = check(["I do not know"[:6]])
+    (reason,) = verdict.reasons
+    assert not verdict.go
+    assert "Not one of 32 completions has the form" in reason.what
+    assert "worked example" in reason.change
+
+
+def test_a_model_that_is_always_cut_off_is_pointed_to_the_limit(check):
+    (reason,) = check(["a very long answer"]).reasons
+    assert "100% of the completions were cut off at 8 tokens" in reason.what
+    assert "--rollout.max_tokens 16" in reason.change
+
+
+def test_cut_off_answers_that_earn_something_are_a_warning(check, recipe, echo_task):
+    paid = replace(echo_task, grade=lambda prompt, text: Grade(float(len(set(text))), solved="b" in text))
+    verdict = check(["aaaaaaaaaaaaaa", "abababababababa"], task=paid)
+    assert verdict.go
+    assert any("100% of the completions were cut off" in warning for warning in verdict.warnings)
+
+
+def test_a_task_that_is_always_solved_is_too_easy(check):
+    (reason,) = check(lambda prompt, _: prompt.target).reasons
+    assert "harder task" in reason.change
+
+
+def test_siblings_that_say_the_same_need_temperature(check):
+    (reason,) = check(["999"]).reasons
+    assert "--rollout.temperature" in reason.change
+
+
+def test_formed_answers_that_are_never_right_need_an_easier_task(check):
+    (reason,) = check(["997", "998", "999", "996"]).reasons
+    assert "make the task easier" in reason.change
+    assert "--rollout.completions 8" in reason.change
+
+
+def test_a_prompt_solved_always_or_never_needs_more_siblings(check):
+    (reason,) = check(lambda p, s: f"{p.target}{' ' * s}" if int(p.target) % 2 else f"99{s}").reasons
+    assert "always or never" in reason.what + reason.change
+
+
+def test_rare_differences_are_a_warning_not_a_stop(check):
+    verdict = check(lambda p, sibling: p.target if p.id in ("train-3", "train-4") and not sibling else "999")
+    assert verdict.go
+    assert any("groups teach anything" in warning for warning in verdict.warnings)
+
+
+def test_a_solved_task_with_little_left_is_a_warning(check):
+    verdict = check(lambda p, sibling: "no" if p.id == "train-3" and not sibling else p.target)
+    assert any("Little is left to learn" in warning for warning in verdict.warnings) == (verdict.figures.solved < 1)
+
+
+def test_template_faults_are_among_the_warnings(recipe, policy, echo_task, tokenizer):
+    policy = open_policy(recipe)
+    policy.warnings = ("two beginnings",)
+    verdict = preflight(recipe, echo_task, policy, Scripted(["1", "no"], tokenizer))
+    assert "two beginnings" in verdict.warnings
+
+
+def test_times_come_from_measured_rates(check, recipe):
+    figures = check(lambda prompt, sibling: prompt.target if sibling else "no").figures
+    assert figures.pass_seconds > 0
+    assert figures.step_seconds == pytest.approx(figures.rollout_seconds + figures.pass_seconds)
+    assert figures.training_seconds == pytest.approx(10 * figures.step_seconds)
+
+
+def test_groups_that_tie_cost_no_training_pass(check):
+    figures = check(["999"]).figures
+    assert figures.step_seconds == figures.rollout_seconds
+
+
+def test_the_policy_is_left_as_it_was(check, policy):
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    check(lambda prompt, sibling: prompt.target if sibling else "no")
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in policy.trainable)
+
+
+def test_the_best_and_the_worst_sample_are_shown(check):
+    samples = check(lambda prompt, sibling: prompt.target if sibling else "no").samples
+    assert {sample["which"]: sample["reward"] for sample in samples} == {"best": 1.0, "worst": 0.0}
+    assert samples[0]["prompt"].startswith("say ")
+
+
+def test_progress_is_reported(check):
+    told = []
+    check(["1", "no"], report=lambda *now: told.append(now))
+    assert told == [(1, 2, "4 groups"), (2, 2, "8 groups")]
+
+
+def test_an_empty_task_is_refused_before_anything_is_sampled(check, echo_task):
+    with pytest.raises(Exception, match="has no train prompts"):
+        check(["1"], task=replace(echo_task, prompts=lambda split: []))

@@ -1,0 +1,74 @@
+"""The chat template: one road from messages to ids, and what a tokenizer must offer."""
+
+import pytest
+
+from minigrpo.errors import ModelError
+from minigrpo.render import check_tokenizer, render
+from minigrpo.types import Prompt
+
+PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))
+
+
+def test_a_prompt_ends_where_the_assistant_begins(tokenizer):
+    rendered = render(tokenizer, PROMPT)
+    assert tokenizer.decode(rendered.ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nsay 3<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert rendered.prompt is PROMPT
+
+
+def test_ids_are_plain_integers(tokenizer):
+    assert all(type(token) is int for token in render(tokenizer, PROMPT).ids)
+
+
+def test_a_sound_tokenizer_passes_without_a_warning(tokenizer):
+    assert check_tokenizer(tokenizer) == ()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(make_tokenizer):
+    with pytest.raises(ModelError, match="has no chat template"):
+        check_tokenizer(make_tokenizer(template=None))
+
+
+def test_a_tokenizer_without_eos_is_refused(make_tokenizer):
+    with pytest.raises(ModelError, match="has no eos token"):
+        check_tokenizer(make_tokenizer(eos_token=None))
+
+
+def test_a_template_without_a_generation_prompt_is_refused(make_tokenizer, template):
+    deaf = template.partition("{% if add_generation_prompt %}")[0]
+    with pytest.raises(ModelError, match="ignores add_generation_prompt"):
+        check_tokenizer(make_tokenizer(deaf))
+
+
+def test_a_template_whose_question_opens_the_answer_is_accepted(make_tokenizer):
+    mistral = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}<|im_end|>"
+        "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+    )
+    assert check_tokenizer(make_tokenizer(mistral)) == ()
+
+
+def test_two_beginnings_of_text_are_warned_of(make_tokenizer, template):
+    (warning,) = check_tokenizer(make_tokenizer("{{ bos_token }}{{ bos_token }}" + template))
+    assert "two beginning-of-text tokens" in warning
+
+
+def test_one_beginning_of_text_is_fine(make_tokenizer, template):
+    assert check_tokenizer(make_tokenizer("{{ bos_token }}" + template)) == ()
+
+
+def test_padding_with_eos_is_warned_of(make_tokenizer):
+    (warning,) = check_tokenizer(make_tokenizer(pad_token="<|im_end|>"))
+    assert "padding token is the eos token" in warning
+
+
+def test_a_turn_that_eos_does_not_close_is_warned_of(make_tokenizer):
+    (warning,) = check_tokenizer(make_tokenizer(eos_token="<|bos|>", bos_token=None))
+    assert "does not close the assistant's turn" in warning
+
+
+def test_a_role_that_the_template_refuses_is_told_with_the_prompt(make_tokenizer, template):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
+    with pytest.raises(ModelError, match=r"prompt p \(no system role\).*system, user"):
+        render(make_tokenizer(strict), PROMPT)
