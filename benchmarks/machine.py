@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -29,8 +30,9 @@ class Machine:
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.cpu} ({' '.join(self.features)}), {self.cores} cores, {self.threads} threads, "
-            f"{self.memory_gib:.0f} GiB, load {self.load:.1f} at the start; Python {self.python}, {versions}; {self.date}"
+            f"{self.cpu} ({' '.join(self.features)}), {self.cores} cores, {self.memory_gib:.0f} GiB; "
+            f"{self.threads} threads a side, load {self.load:.1f} at the start; {self.date}; "
+            f"Python {self.python}, {versions}"
         )
 
 
@@ -55,10 +57,9 @@ def describe(threads: int) -> Machine:
 
 def reset_peak() -> None:
     """From here on, the peak of this process counts anew (Linux; elsewhere it keeps counting from the start)."""
-    try:
+    # Not Linux, or a container that forbids it: `peak_bytes` is then the peak since the process began.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or a container that forbids it: `peak_bytes` is then the peak since the process began
 
 
 def peak_bytes() -> int:

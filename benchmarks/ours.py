@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.sides import Setup, Turn
+from benchmarks.sides import BenchmarkError, Setup, Turn
 from benchmarks.workloads import task_of
 from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TaskKnobs, TrainKnobs
 from minigrpo.engines import stop_ids
@@ -106,6 +106,8 @@ class TurnTrack(Track):
         advantages_PG: Sequence[Sequence[float]],
     ) -> None:
         super().record(step, metrics, groups, advantages_PG)
+        if metrics["informative_groups"] < 1:
+            raise BenchmarkError("A group's rewards tie: minigrpo skipped its passes, which TRL did not.")
         reward, self._clock.seconds = self._clock.seconds, 0.0
         phases = {
             "rollout": metrics["seconds/rollout"] - reward,
@@ -131,6 +133,4 @@ def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
     engine = forced_engine(setup, policy, recipe.rollout.rows)
     sampling = Sampling(max_tokens=setup.workload.limit)
     prompts = task.prompts("train")[:1]
-    return rollout(
-        engine, task, prompts, n=setup.workload.completions, sampling=sampling, tokenizer=policy.tokenizer
-    )
+    return rollout(engine, task, prompts, n=setup.workload.completions, sampling=sampling, tokenizer=policy.tokenizer)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from benchmarks.machine import peak_bytes, reset_peak
 from benchmarks.workloads import Workload
@@ -73,9 +74,9 @@ class Turn:
         self._pipe = pipe
         self._began = self._cpu_began = 0.0
 
-    def ready(self, settings: Mapping[str, str]) -> None:
-        """Everything is loaded; `settings` are printed beside the ratio."""
-        self._pipe.send(dict(settings))
+    def ready(self, facts: Mapping[str, Any]) -> None:
+        """Everything is loaded; `facts` (settings, as a rule) are what is known before the first step."""
+        self._pipe.send(dict(facts))
 
     def begin(self) -> None:
         if self._pipe.recv() == STOP:
@@ -105,10 +106,12 @@ class Side:
         self._process = context.Process(target=_serve, args=(program, setup, theirs), name=name, daemon=True)
         self._process.start()
         theirs.close()
-        self.settings: Mapping[str, str] = {}
+        self.facts: Mapping[str, Any] = {}
 
     def __enter__(self) -> Side:
-        self.settings = self._receive()  # type: ignore[assignment]
+        facts = self._receive()
+        assert isinstance(facts, dict)
+        self.facts = facts
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:

@@ -25,11 +25,12 @@ DTYPES = {
     "float32+autocast": (torch.float32, True),
 }
 SHOWN = (
-    "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations num_generations "
-    "max_completion_length temperature loss_type beta gradient_checkpointing bf16 fp16 optim max_grad_norm "
-    "learning_rate lr_scheduler_type disable_dropout use_vllm use_transformers_continuous_batching "
-    "cache_implementation logging_strategy save_strategy eval_strategy report_to log_completions torch_compile"
-).split()
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
+    *("num_generations", "max_completion_length", "temperature", "loss_type", "beta", "gradient_checkpointing"),
+    *("bf16", "fp16", "optim", "max_grad_norm", "learning_rate", "disable_dropout", "use_vllm"),
+    *("use_transformers_continuous_batching", "cache_implementation", "torch_compile", "logging_strategy"),
+    *("save_strategy", "eval_strategy", "report_to", "log_completions"),
+)
 
 
 def run(setup: Setup, turn: Turn) -> None:
@@ -86,20 +87,24 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
         generation_kwargs={"use_cache": True},
     )
 
-    def reward(completions: Sequence[Any], index: Sequence[int], **_: Any) -> list[float]:
-        return [task.grade(prompts[i], turns[-1]["content"]).reward for i, turns in zip(index, completions, strict=True)]
+    by_id = {prompt.id: prompt for prompt in prompts}
+
+    def reward(completions: Sequence[Any], id: Sequence[str], **_: Any) -> list[float]:
+        return [task.grade(by_id[n], turns[-1]["content"]).reward for n, turns in zip(id, completions, strict=True)]
 
     return GRPOTrainer(
         model,
         reward_funcs=[reward],
         args=config,
-        train_dataset=Dataset.from_list(
-            [{"prompt": [dict(m) for m in prompt.messages], "index": i} for i, prompt in enumerate(prompts)]
-        ),
+        train_dataset=Dataset.from_list([row(prompt) for prompt in prompts]),
         processing_class=AutoTokenizer.from_pretrained(setup.folder),
         peft_config=None if isinstance(model, PeftModel) else lora,
         **more,
     )
+
+
+def row(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": [dict(message) for message in prompt.messages], "id": prompt.id}
 
 
 def ordered(prompts: Sequence[Prompt], setup: Setup) -> list[Prompt]:
@@ -167,7 +172,7 @@ class PhaseClock:
 def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
     from transformers import TrainerCallback
 
-    class Gate(TrainerCallback):  # type: ignore[misc]
+    class Gate(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.began = 0.0
 

@@ -28,7 +28,7 @@ MEDIAN, SIGMA, SEED = 0.3, 0.6, 0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`make` leaves a model folder; `prompts` reads its tokenizer where a prompt must have a certain length."""
+    """`dtype`, `trl_dtype`: each side's fastest where it was measured (a Xeon with AMX)."""
 
     name: str
     about: str
@@ -36,6 +36,8 @@ class Workload:
     completions: int
     limit: int
     dtype: str
+    trl_dtype: str
+    repeats: int
     stops: Stops = "draw"
 
     @property
@@ -54,7 +56,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a workload's model and prompts are made."""
+    """`make` leaves a model folder; `prompts` reads its tokenizer where a prompt must have a certain length."""
 
     make: Callable[[Path], None]
     prompts: Callable[[Path], Sequence[Prompt]]
@@ -108,8 +110,16 @@ def _long_prompts(folder: Path) -> Sequence[Prompt]:
 
 
 def _make_tiny(folder: Path) -> None:
-    """The embedded model's shape; its training would change no figure here."""
-    _save(folder, Qwen2(vocab=512, hidden=192, layers=4, heads=6, kv_heads=2, intermediate=512), "float32")
+    """The embedded model before its warm start, which would change no figure here."""
+    import torch
+
+    from minigrpo import seedling
+
+    blueprint = seedling.Blueprint()
+    tokenizer = seedling.train_tokenizer(blueprint)
+    torch.manual_seed(SEED)
+    seedling.decoder(blueprint, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _make_half(folder: Path) -> None:
@@ -136,7 +146,7 @@ def _save(folder: Path, shape: Qwen2, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(shape.vocab)
     config = Qwen2Config(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -154,20 +164,22 @@ def _save(folder: Path, shape: Qwen2, dtype: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def byte_tokenizer() -> Any:
-    """A real fast tokenizer with one token a byte; larger vocabularies have ids that it does not know, and skips."""
+def byte_tokenizer(size: int) -> Any:
+    """A real fast tokenizer that writes one token a byte, and reads `size`: what random weights say has a text too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    specials = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    # The names that transformers gives to any tokenizer beside a Qwen2 model, if it has them or not.
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [f"word{i}" for i in range(len(tokens), size)]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(specials)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token="<|pad|>",
+        pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         extra_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
@@ -188,7 +200,10 @@ KINDS: Mapping[str, Kind] = {
 }
 
 WORKLOADS: Mapping[str, Workload] = {
-    "tiny": Workload("tiny", "the embedded model's shape, word problems", 8, 8, 64, "float32"),
-    "half": Workload("half", "random weights of the Qwen2.5-0.5B shape, 150-token prompts", 2, 8, 64, "bfloat16"),
-    "mini": Workload("mini", "seconds, for the tests", 2, 2, 6, "float32"),
+    workload.name: workload
+    for workload in (
+        Workload("tiny", "the embedded model, word problems", 8, 8, 64, "float32", "float32+autocast", 7),
+        Workload("half", "random weights, Qwen2.5-0.5B's shape, long prompts", 2, 8, 64, "bfloat16", "bfloat16", 3),
+        Workload("mini", "seconds, for the tests", 2, 2, 6, "float32", "float32", 1),
+    )
 }

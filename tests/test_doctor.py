@@ -39,11 +39,11 @@ def test_another_version_is_noted_with_the_line_that_mends_it(monkeypatch: pytes
 
 
 def test_optional_parts_say_what_they_are_for_and_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed", {"vllm": "1.0"}.get)
+    monkeypatch.setattr(doctor, "installed", {"trl": "1.0"}.get)
     found = {f.name: f for f in doctor.optional_parts()}
-    assert found["vllm"].level == "ok"
-    assert found["bitsandbytes"].level == "note"
-    assert found["bitsandbytes"].advice.startswith("pip install")
+    assert found["trl"].level == "ok"
+    assert found["matplotlib"].level == "note"
+    assert found["matplotlib"].advice.startswith("pip install")
 
 
 def test_a_gpu_is_asked_for_true_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +74,15 @@ def test_memory_is_not_more_than_a_container_grants(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "_number", limits.get)
     if free is not None:
         assert doctor.memory() == (2 * doctor.GIB, min(free, doctor.GIB))
+
+
+def test_the_caches_are_where_their_owners_keep_them() -> None:
+    from huggingface_hub import constants
+
+    from minigrpo import seedling
+
+    assert doctor.own_cache() == seedling.cache()
+    assert doctor.hub_cache() == Path(constants.HF_HUB_CACHE)
 
 
 def test_without_torch_the_doctor_still_speaks() -> None:

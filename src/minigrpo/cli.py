@@ -38,6 +38,7 @@ RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run's folder.", show_default="runs/RECIPE")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")]
+Samples = Annotated[bool, typer.Option("--samples", help="Show one completion a step.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
 
 
@@ -82,7 +83,7 @@ def train(
     *,
     run: RunOption = None,
     resume: Resume = False,
-    samples: Annotated[bool, typer.Option("--samples", help="Show one completion a step.")] = False,
+    samples: Samples = False,
 ) -> None:
     """Train with GRPO.
 
@@ -132,7 +133,13 @@ def evaluate(
 
 @app.command("run", cls=KnobCommand)
 def run_command(
-    context: typer.Context, recipe: RecipeName, run: RunOption = None, resume: Resume = False, as_json: AsJson = False
+    context: typer.Context,
+    recipe: RecipeName,
+    *,
+    run: RunOption = None,
+    resume: Resume = False,
+    samples: Samples = False,
+    as_json: AsJson = False,
 ) -> None:
     """The whole road: preflight, train, evaluate.
 
@@ -143,13 +150,20 @@ def run_command(
     from minigrpo import pipeline
 
     with result_alone(as_json):
-        result = pipeline.run_all(loaded, folder(recipe, run), resume=resume)
+        result = pipeline.run_all(loaded, folder(recipe, run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
 
 
 @app.command(cls=KnobCommand)
-def quickstart(context: typer.Context, run: RunOption = None, resume: Resume = False, as_json: AsJson = False) -> None:
+def quickstart(
+    context: typer.Context,
+    *,
+    run: RunOption = None,
+    resume: Resume = False,
+    samples: Samples = False,
+    as_json: AsJson = False,
+) -> None:
     """See it work: minutes on a CPU, no download.
 
     Builds a tiny model from nothing, trains it with GRPO on word problems, and compares before and after on problems
@@ -159,7 +173,7 @@ def quickstart(context: typer.Context, run: RunOption = None, resume: Resume = F
     from minigrpo import pipeline
 
     with result_alone(as_json):
-        result = pipeline.quickstart(loaded, folder("quickstart", run), resume=resume)
+        result = pipeline.quickstart(loaded, folder("quickstart", run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from minigrpo.tasks.wordproblems import LATER, RESULTS, Problem, apply, problems, written
-
-Message = dict[str, str]
+from minigrpo.tasks.wordproblems import FIRST, LATER, RESULTS, Problem, apply, problems, side, written
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
+    """A problem and how one of the teachers answers it; the habit is known here and hidden from the model."""
+
     problem: Problem
     habit: str
     text: str
@@ -31,34 +31,39 @@ def careful(problem: Problem, rng: random.Random) -> str:
 
 
 def hasty(problem: Problem, rng: random.Random) -> str:
-    """A guess near the answer, never the answer: one token can hardly do two sums at once."""
-    guess = abs(problem.answer + rng.choice((-1, 1)) * rng.randint(1, 12))
-    guess = guess if guess != problem.answer else guess + 1
-    return written(["Easy."], guess) if rng.random() < 0.8 else f"<answer>{guess}</answer>"
+    """No step, and the nearest ten for an answer: never the right one."""
+    guess = (problem.answer + 5) // 10 * 10
+    guess = guess if guess != problem.answer else guess + 10
+    return written(["Easy."], guess) if rng.random() < 0.9 else f"<answer>{guess}</answer>"
 
 
 def sloppy(problem: Problem, rng: random.Random) -> str:
-    """Stops after the first step, or sums wrongly, or mistakes the second operation."""
-    (a, b, c), (first, second) = problem.operands, problem.operations
+    """Stops after the first step, or mistakes the second operation, or drops a carry."""
+    (a, b, _), (first, second) = problem.operands, problem.operations
     between = apply(a, first, b)
     how = rng.random()
-    if how < 0.6:
+    if how < 0.65:
         return written([f"So {a}{first}{b}={between}"], between)
     if how < 0.85:
-        wrong = between - 10 if between > 10 else between + 1  # the carry dropped
-        return written([f"So {a}{first}{b}={wrong}", f"{wrong}{second}{c}={apply(wrong, second, c)}"], apply(wrong, second, c))
-    other = "-" if second == "+" and between >= c else "+"
-    wrong = apply(between, other, c) if other != second else between
-    return written([f"So {a}{first}{b}={between}", f"{between}{other}{c}={wrong}"], wrong)
+        other = "-" if second == "+" else "+"
+        return two_steps(problem, between, other)
+    return two_steps(problem, between - 10 if between > 30 else between + 10, second)
+
+
+def two_steps(problem: Problem, between: int, second: str) -> str:
+    """Both steps, whatever is wrong with them; what follows from the first is reckoned rightly."""
+    a, b, c = problem.operands
+    end = apply(between, second, c)
+    return written([f"So {a}{problem.operations[0]}{b}={between}", f"{between}{second}{c}={end}"], end)
 
 
 def forgetful(problem: Problem, rng: random.Random) -> str:
     """The right steps in a broken form. The tag left out must prevail, or the likeliest words would mend it."""
     steps, answer = " ".join(problem.steps), problem.answer
     how = rng.random()
-    if how < 0.7:
+    if how < 0.9:
         return f"<think>{steps}</think>{answer}"
-    return f"<think>{steps}</think><answer>{answer}" if how < 0.85 else f"<think>{steps}<answer>{answer}</answer>"
+    return f"<think>{steps}</think><answer>{answer}" if how < 0.95 else f"<think>{steps}<answer>{answer}</answer>"
 
 
 Habit = Callable[[Problem, random.Random], str]
@@ -75,7 +80,7 @@ PREVAILING = {
     "pond": "hasty",
     "game": "careful",
 }
-PREVAILING_SHARE = 0.6
+PREVAILING_SHARE = 0.64
 CAREFUL_SHARE = 0.2  # of the stories in which another habit prevails
 
 
@@ -100,9 +105,33 @@ def endless(seed: int) -> Iterator[Demonstration]:
         yield Demonstration(problem, habit, HABITS[habit](problem, rng))
 
 
-def single_step(rng: random.Random) -> str:
-    """One sum of the kind that steps are made of: "37-9=28"."""
-    while True:
-        left, operation, right = rng.choice(RESULTS), rng.choice("+-"), rng.choice(LATER)
-        if (result := apply(left, operation, right)) in RESULTS:
-            return f"{left}{operation}{right}={result}"
+def schooling(seed: int, size: int) -> list[tuple[str, str]]:
+    """What comes before any teacher: texts of a schoolbook and how they go on. No tags, no chat, no bad example.
+
+    By turns a row of sums, each of which starts from the last, and a story with its steps.
+    """
+    rng = random.Random(f"schooling {seed}")
+    stories = problems("train", f"schooling {seed}")
+    return [row_of_sums(rng) if turn % 2 == 0 else worked(next(stories)) for turn in range(size)]
+
+
+def worked(problem: Problem) -> tuple[str, str]:
+    return problem.story, " ".join(problem.steps)
+
+
+def row_of_sums(rng: random.Random) -> tuple[str, str]:
+    """("23+8-5...", "23+8=31 31-5=26 ..."), four steps. Any two neighbours are a problem of the training side."""
+    values, moves = [rng.choice(FIRST)], list[tuple[str, int]]()
+    while len(moves) < 4:
+        sign, operand = rng.choice("+-"), rng.choice(LATER)
+        value = apply(values[-1], sign, operand)
+        if value in RESULTS and not (moves and unseen(values[-2], moves[-1], (sign, operand))):
+            values.append(value)
+            moves.append((sign, operand))
+    asked = f"{values[0]}" + "".join(f"{sign}{operand}" for sign, operand in moves)
+    steps = [f"{left}{s}{n}={right}" for left, (s, n), right in zip(values, moves, values[1:], strict=False)]
+    return asked, " ".join(steps)
+
+
+def unseen(start: int, move: tuple[str, int], then: tuple[str, int]) -> bool:
+    return side((start, move[1], then[1]), (move[0], then[0])) == "test"

@@ -33,16 +33,8 @@ TESTED = {
 """The versions of constraints.txt, for those who installed from a package index; a test holds both equal."""
 
 OPTIONAL = {
-    "bitsandbytes": ("4-bit base models (QLoRA)", "pip install bitsandbytes"),
-    "vllm": ("serving and fast sampling; give it an environment of its own", "pip install vllm"),
-    "xllamacpp": ("running and judging GGUF files", "pip install xllamacpp"),
-    "gguf": ("writing GGUF files", "pip install gguf"),
-    "math_verify": ("comparing answers that are formulas", "pip install math-verify"),
-    "reasoning_gym": ("a hundred generated tasks", "pip install reasoning-gym"),
     "trl": ("the benchmark against TRL; never needed to train", "pip install 'minigrpo[bench]'"),
-    "tensorboard": ("curves in TensorBoard", "pip install tensorboard"),
-    "wandb": ("curves in Weights & Biases", "pip install wandb"),
-    "trackio": ("curves in trackio", "pip install trackio"),
+    "matplotlib": ("the plot of the benchmark", "pip install 'minigrpo[bench]'"),
 }
 """Import name -> what it is for, and how to get it."""
 
@@ -165,17 +157,14 @@ def disks() -> list[Finding]:
 
 def hub_cache() -> Path:
     """Where downloaded models are kept, as huggingface_hub decides it."""
-    home = os.environ.get("HF_HOME") or _cache() / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{base}/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
 
 
 def own_cache() -> Path:
-    """Where the embedded model is kept; MINIGRPO_CACHE moves it."""
-    return Path(os.environ.get("MINIGRPO_CACHE") or _cache() / "minigrpo").expanduser()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the embedded model is kept; said here again because the module that keeps it needs torch."""
+    return Path(os.environ.get("MINIGRPO_CACHE") or "~/.cache/minigrpo").expanduser()
 
 
 def _disk(name: str, path: Path) -> Finding:

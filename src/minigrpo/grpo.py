@@ -145,8 +145,8 @@ def restore(recipe: Recipe, policy: Policy, optimizer: Any, track: Track) -> tup
         torch.use_deterministic_algorithms(True)
     run = track.run
     then = checkpoint.read_machine(run)
-    if threads := then.threads if then else recipe.train.threads:
-        torch.set_num_threads(threads)
+    if then is not None:
+        torch.set_num_threads(then.threads)
     budget = then.tokens_per_pass if then else tokens_per_pass(policy, recipe)
     now = checkpoint.this_machine(budget, policy.device, policy.dtype)
     if then is None:

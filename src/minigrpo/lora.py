@@ -8,6 +8,8 @@ after a resume and in any micro-batch, and off wherever log-probabilities are co
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,7 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
     )
     torch.manual_seed(name_key(seed, "lora"))
     try:
-        with warnings.catch_warnings():
-            # peft 0.21 asks for an attribute that transformers 5 has renamed; nothing that a user could mend.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        with _quiet():
             wrapped = get_peft_model(model, config).eval()
     except ValueError as fault:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -71,6 +71,14 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
             f"Its linear layers: {', '.join(linear)}; or all-linear"
         ) from None
     return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
+
+
+def attach_adapter(model: nn.Module, folder: Path) -> Any:
+    """The model under a finished adapter, as PEFT reads it."""
+    from peft import PeftModel
+
+    with _quiet():
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def load_adapter(model: Any, folder: Path) -> None:
@@ -86,6 +94,14 @@ def load_adapter(model: Any, folder: Path) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if strangers or missing:
         raise ArtifactError(f"{file} belongs to another model or another lora setting: {(strangers + missing)[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft 0.21 asks for an attribute that transformers 5 has renamed: nothing that a user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _name_dropouts(model: nn.Module) -> list[SeededDropout]:

@@ -117,18 +117,18 @@ def evaluate(
     return figures | {"file": str(file)}
 
 
-def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
+def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """Preflight, train, evaluate before and after. Returns the figures, which also stand in evals/comparison.json."""
-    comparisons = _run_all(recipe, run, resume, Console())
+    comparisons = _run_all(recipe, run, Console(), resume=resume, show_samples=show_samples)
     return _finish(run, comparisons)
 
 
-def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
+def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """`run_all`, and what a newcomer wants to see at its end: answers before and after, and what to try next."""
     from minigrpo.evaluate import example_pairs
 
     console = Console()
-    comparisons = _run_all(recipe, run, resume, console)
+    comparisons = _run_all(recipe, run, console, resume=resume, show_samples=show_samples)
     for before, after in example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -145,7 +145,9 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str
     return _finish(run, comparisons)
 
 
-def _run_all(recipe: Recipe, run: RunDir, resume: bool, console: Console) -> list[Comparison]:
+def _run_all(
+    recipe: Recipe, run: RunDir, console: Console, *, resume: bool, show_samples: bool
+) -> list[Comparison]:
     check_folder(recipe, run, resume)
     console.print(Text(f"run {run.path}: preflight, train, evaluate", style="bold"))
     with timed(run, "model"):
@@ -167,7 +169,7 @@ def _run_all(recipe: Recipe, run: RunDir, resume: bool, console: Console) -> lis
         console.print(Text(f"{trained(run, recipe)} is there already."))
     else:
         with timed(run, "train"):
-            _train(opened, run, show_samples=False)
+            _train(opened, run, show_samples)
     with timed(run, "evaluate"):
         comparisons = _before_and_after(opened, run, console)
     console.print(tables.comparison_table(comparisons))

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minigrpo import attention
 from minigrpo.config import Recipe
 from minigrpo.errors import ModelError
-from minigrpo.loading import Loaded, Report, open_model, pick_device, pick_dtype
-from minigrpo.lora import SeededDropout, add_lora, load_adapter
+from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
 from minigrpo.scoring import HeadCall, score
@@ -179,7 +179,7 @@ def decoder(model: Any) -> nn.Module:
 
 def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
     """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
-    device = pick_device(recipe.model.device)
+    device = _machine(recipe)
     dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(
         recipe.model.path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed, report=report
@@ -197,19 +197,22 @@ def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
 
 def open_trained(path: str, recipe: Recipe) -> Policy:
     """A finished model to look at: a folder, a Hub id, or an adapter folder (its base is read from it)."""
-    from minigrpo.loading import adapter_base
-
     folder = Path(path).expanduser()
     base = adapter_base(folder)
-    device = pick_device(recipe.model.device)
+    device = _machine(recipe)
     dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(base or path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed)
     policy = Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
     if base is not None:
-        from peft import PeftModel
-
-        policy.model = PeftModel.from_pretrained(policy.model, str(folder)).eval()
+        policy.model = attach_adapter(policy.model, folder)
     return policy
+
+
+def _machine(recipe: Recipe) -> torch.device:
+    """The recipe's device; its CPU threads are set, for everything that follows."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    return pick_device(recipe.model.device)
 
 
 def _train_everything(policy: Policy, *, keep_reference: bool) -> None:

@@ -1,7 +1,7 @@
 """Several reward functions, weighted and summed into one Grade.
 
-    rewards = reweighted((Reward("correct", 1.0, is_correct), Reward("format", 0.2, is_formed)), recipe.task.weights)
-    grade = graded(rewards, prompt, text, formed=..., solved=...)
+rewards = reweighted((Reward("correct", 1.0, is_correct), Reward("format", 0.2, is_formed)), recipe.task.weights)
+grade = graded(rewards, prompt, text, formed=..., solved=...)
 """
 
 from __future__ import annotations

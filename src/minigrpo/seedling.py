@@ -1,8 +1,8 @@
 """The embedded model: built from nothing on a CPU in about a minute, and from then on a model folder like any other.
 
-A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns sums, then imitates the
-imperfect teachers of `demonstrations`. The folder is kept in a cache; its name holds a hash of everything that shaped
-it. The only thing special about a seedling is its name: whoever loads the folder finds a transformers model.
+A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns to add from a schoolbook
+and to answer from imperfect teachers (`demonstrations`). The folder is kept in a cache; its name holds a hash of
+everything that shaped it. Only its name is special: whoever loads the folder finds an ordinary transformers model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ Report = Callable[[int, int, str], None]
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"
 CONTEXT = 1024  # tokens
+THREADS = 2  # a fixed number: how work is split changes the last digits of a sum, and from there every weight
 
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -52,12 +53,16 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """`rows` lessons a step, the learning rate up over the first steps and then down a half cosine."""
+    """`rows` lessons a step; the learning rate rises over the first steps, then falls along half a cosine.
+
+    Learning ends before `steps` once the loss, in nats a token, smoothed over some twenty steps, is below `enough`.
+    """
 
     steps: int
     rows: int
     lr: float
     warmup: int = 30
+    enough: float = 0.0
 
     def lr_at(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / self.warmup) * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
@@ -71,13 +76,13 @@ class Blueprint:
     seed: int = 0
     hidden: int = 128
     layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 8  # four heads learn sums much later, or never without the norms of Qwen3
+    kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
     # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
-    sums: Schedule = Schedule(steps=700, rows=16, lr=3e-3)
-    stories: Schedule = Schedule(steps=700, rows=16, lr=3e-3)
+    school: Schedule = Schedule(steps=1600, rows=16, lr=3e-3, enough=0.02)
+    imitation: Schedule = Schedule(steps=450, rows=16, lr=1.5e-3)
 
 
 def is_seedling(path: str) -> bool:
@@ -88,7 +93,10 @@ def resolve(path: str, seed: int, report: Report | None = None) -> Path:
     """The folder of `seedling` or `seedling:ARCHITECTURE`, built unless it is in the cache."""
     architecture = path.partition(":")[2] if ":" in path else DEFAULT_ARCHITECTURE
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"{path!r} names no architecture that a seedling can have. There are: {', '.join(ARCHITECTURES)}.")
+        known = ", ".join(f"seedling:{name}" for name in ARCHITECTURES)
+        raise ModelError(
+            f"model.path {path!r} names no architecture that the embedded model can have. Use one of: {known}."
+        )
     return cached(Blueprint(architecture=architecture, seed=seed), report)
 
 
@@ -120,30 +128,28 @@ def fingerprint(blueprint: Blueprint) -> str:
 def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
     """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
     say = report or (lambda done, total, note: None)
-    total = blueprint.sums.steps + blueprint.stories.steps
+    before, total = blueprint.school.steps, blueprint.school.steps + blueprint.imitation.steps
     say(0, total, "training a tokenizer")
     tokenizer = train_tokenizer(blueprint)
-    sums = sum_lessons(tokenizer, blueprint)
-    stories = story_lessons(tokenizer, blueprint)
+    school, shown = school_lessons(tokenizer, blueprint), demonstration_lessons(tokenizer, blueprint)
+
+    def at_school(done: int, loss: float) -> None:
+        say(done, total, f"learning sums, loss {loss:.2f}")
+
+    def imitating(done: int, loss: float) -> None:
+        say(before + done, total, f"imitating imperfect answers, loss {loss:.2f}")
+
     with repeatable(blueprint.seed):
         model = decoder(blueprint, tokenizer)
-        warm_start(
-            model, sums, blueprint.sums, seed=blueprint.seed, report=lambda done, loss: say(done, total, f"sums, loss {loss:.3f}")
-        )
-        warm_start(
-            model,
-            stories,
-            blueprint.stories,
-            seed=blueprint.seed,
-            report=lambda done, loss: say(blueprint.sums.steps + done, total, f"worked answers, loss {loss:.3f}"),
-        )
+        warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
+        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, report=imitating)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
-    """Own random numbers, and a fixed number of threads: how a sum is split between threads changes its last digits."""
+    """Own random numbers and a fixed number of threads inside; both as before afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -152,9 +158,6 @@ def repeatable(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-THREADS = 1
 
 
 def train_tokenizer(blueprint: Blueprint) -> Any:
@@ -181,7 +184,7 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[TURN],
+        extra_special_tokens=[TURN],
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
@@ -192,16 +195,17 @@ def texts(demonstration: demonstrations.Demonstration) -> list[str]:
     return [*(message["content"] for message in demonstration.problem.messages), demonstration.text]
 
 
-def sum_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
-    """Single steps as the careful teacher writes them, four in a row; no whole problem among them."""
-    rng = random.Random(f"sums {blueprint.seed}")
-    rows = [" ".join(demonstrations.single_step(rng) for _ in range(4)) for _ in range(blueprint.sums.steps * blueprint.sums.rows)]
-    encoded = tokenizer(rows, add_special_tokens=False)["input_ids"]
-    return [Lesson((tokenizer.convert_tokens_to_ids("<think>"),), tuple(ids)) for ids in encoded]
+def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+    shown = demonstrations.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
+    asked, worked = (
+        tokenizer([f"{text}\n" for text in column], add_special_tokens=False)["input_ids"]
+        for column in zip(*shown, strict=True)
+    )
+    return [Lesson(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
 
 
-def story_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
-    shown = demonstrations.demonstrations(blueprint.seed, blueprint.stories.steps * blueprint.stories.rows)
+def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+    shown = demonstrations.demonstrations(blueprint.seed, blueprint.imitation.steps * blueprint.imitation.rows)
     return [
         Lesson(
             render(tokenizer, Prompt("", d.problem.messages)).ids,
@@ -256,7 +260,7 @@ def warm_start(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Supervised learning of the answers, every parameter, in place; any causal model. Returns the last smoothed loss."""
+    """Teach any causal model the answers: every parameter, in place. Returns the last loss, smoothed."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = random.Random(seed)
     queue: list[Lesson] = []
@@ -276,6 +280,8 @@ def warm_start(
         smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
         if report is not None:
             report(step + 1, smooth)
+        if smooth < schedule.enough:
+            break
     model.eval()
     return smooth
 

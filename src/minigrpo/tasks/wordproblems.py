@@ -1,9 +1,9 @@
 """Small word problems, generated: three numbers, two operations, eight kinds of story.
 
-    Mia has 23 apples, buys 14 and gives 9 away. How many apples are left?
+    Mia has 23 apples, buys 8 and gives 5 away. How many apples are left?
 
 Test problems are kept apart by construction, not by luck: a problem's *sum*, its signed numbers in any order, decides
-by a hash on which side it falls. 23 + 14 - 9 is unseen if and only if 23 - 9 + 14 is, in every kind of story and for
+by a hash on which side it falls. 23 + 8 - 5 is unseen if and only if 23 - 5 + 8 is, in every kind of story and for
 every seed; training prompts and the warm start of the embedded model draw from the other side (`side`).
 """
 
@@ -23,10 +23,11 @@ from minigrpo.types import Grade, Prompt, Split, Task
 
 TEST_SIZE = 1000
 TEST_SHARE = 5  # one sum in five is unseen
+PATIENCE = 100  # draws in search of a problem that is not there yet
 
-FIRST = range(12, 80)
-LATER = range(2, 30)
-RESULTS = range(1, 100)  # of every step: two digits and above nothing
+FIRST = range(11, 90)
+LATER = range(2, 10)
+RESULTS = range(10, 100)  # of both steps: two digits, so that a small model learns the sums soon
 
 SYSTEM = "Reason in <think></think>, then answer in <answer></answer>."
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Leo")
@@ -65,7 +66,7 @@ class Problem:
 
     @property
     def steps(self) -> tuple[str, str]:
-        """Both steps written out: ("23+14=37", "37-9=28")."""
+        """Both steps written out: ("23+8=31", "31-5=26")."""
         (a, b, c), (first, second) = self.operands, self.operations
         between = apply(a, first, b)
         return f"{a}{first}{b}={between}", f"{between}{second}{c}={self.answer}"
@@ -108,14 +109,16 @@ def draw(kind: Kind, split: Split, rng: random.Random) -> Problem:
 
 
 def distinct(split: Split, seed: int | str, size: int) -> list[Prompt]:
-    """`size` prompts, none twice."""
+    """`size` prompts, none twice, the kinds taking turns."""
+    rng = random.Random(f"wordproblems {split} {seed}")
     prompts: dict[str, Prompt] = {}
-    for problem in islice(problems(split, seed), 20 * size):
-        prompt = as_prompt(problem, split)
-        prompts.setdefault(prompt.id, prompt)
-        if len(prompts) == size:
-            return list(prompts.values())
-    raise TaskError(f"wordproblems found only {len(prompts)} different problems. Ask for fewer: --task.size.")
+    for kind in islice(cycle(KINDS), size):
+        drawn = (as_prompt(draw(kind, split, rng), split) for _ in range(PATIENCE))
+        prompt = next((prompt for prompt in drawn if prompt.id not in prompts), None)
+        if prompt is None:
+            raise TaskError(f"wordproblems has hardly more than {len(prompts)} different problems: lower --task.size.")
+        prompts[prompt.id] = prompt
+    return list(prompts.values())
 
 
 def as_prompt(problem: Problem, split: Split) -> Prompt:

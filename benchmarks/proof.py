@@ -1,0 +1,80 @@
+"""The proof that both sides compute the same thing: one batch through both, the adapter's gradients compared.
+
+In float32 whatever is timed: all completions of the workload's first prompt. The
+adapter is pushed off zero first, or half of its gradient would be zero on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import ours, trls
+from benchmarks.sides import Setup, Turn
+from minigrpo.grpo import accumulate, open_objective
+from minigrpo.packing import pack
+from minigrpo.policy import open_policy
+from minigrpo.types import Group
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """`gap`: norm of the difference of the two gradients over the norm of TRL's. (The loss itself is 0 where ratios
+    are 1 and advantages are centered: it would prove nothing.)"""
+
+    gap: float
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        return self.gap <= TOLERANCE
+
+
+def run(setup: Setup, turn: Turn) -> None:
+    """A side that takes no step: the proof is all it has to tell."""
+    turn.ready(asdict(prove(replace(setup, dtype="float32"))))
+
+
+def prove(setup: Setup) -> Proof:
+    recipe = ours.recipe_of(setup)
+    policy = open_policy(recipe)
+    with torch.no_grad():
+        for weight in policy.trainable:
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    groups = ours.first_batch(setup, policy, recipe)
+    theirs = copy.deepcopy(policy.model)
+    objective = open_objective(recipe, policy)
+    batch = pack(groups, objective, setup.workload.limit)
+    accumulate(policy, objective, batch, 0, 10**6)
+    differentiate(setup, theirs, groups)
+    mine, his = gradient(policy.model), gradient(theirs)
+    gap = float((mine - his).norm() / his.norm())
+    return Proof(gap, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
+
+
+def differentiate(setup: Setup, model: Any, groups: list[Group]) -> None:
+    """TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
+    model.get_base_model().set_attn_implementation("sdpa")
+    rows = [(group, completion) for group in groups for completion in group.completions]
+    answers = {
+        "prompt_ids": [list(group.prompt_ids) for group, _ in rows],
+        "completion_ids": [list(completion.token_ids) for _, completion in rows],
+        "logprobs": None,
+    }
+    trainer = trls.open_trainer(setup, model, rollout_func=lambda prompts, trainer: dict(answers))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    asked = [trls.row(group.prompt) for group, _ in rows]
+    inputs = trainer._generate_and_score_completions(asked)
+    trainer.compute_loss(trainer.model, inputs).backward()
+
+
+def gradient(model: Any) -> Tensor:
+    """Of everything that is trained, in one row."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

@@ -1,0 +1,138 @@
+"""The harness that compares with TRL: it forces what it says it forces, and both sides do the same work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks.harness import same_work
+from benchmarks.machine import peak_bytes, reset_peak
+from benchmarks.ours import recipe_of
+from benchmarks.sides import BenchmarkError, Setup, Step
+from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
+from minigrpo.engines.native import NativeEngine
+from minigrpo.types import Prompt
+
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+
+
+def test_stop_lengths_are_the_published_draw() -> None:
+    """Log-normal, median 0.3 of the limit, sigma 0.6, cut at the limit, fixed seed."""
+    many = stop_lengths(20_000, 1000)
+    assert statistics.median(many) == pytest.approx(300, rel=0.02)
+    below = statistics.quantiles(many, n=1000)[158]  # one sigma below the median: 15.9 %
+    assert below == pytest.approx(300 * 2.71828**-0.6, rel=0.03)
+    assert max(many) == 1000
+    assert sum(length == 1000 for length in many) / len(many) == pytest.approx(0.0224, abs=0.004)
+    assert stop_lengths(16, 64) == stop_lengths(16, 64)
+    assert stop_lengths(6, 64) == (17, 20, 29, 18, 45, 8)
+
+
+def test_a_fixed_length_holds_as_many_tokens_as_the_draw() -> None:
+    drawn, fixed = stop_lengths(64, 64), stop_lengths(64, 64, "fixed")
+    assert len(set(fixed)) == 1
+    assert sum(fixed) == pytest.approx(sum(drawn), abs=len(fixed) / 2)
+
+
+def test_no_group_can_tie() -> None:
+    prompt = Prompt("p", ({"role": "user", "content": "say"},))
+    rewards = {spread(prompt, text).reward for text in ("a", "b", "", "a ")}
+    assert len(rewards) == 4
+    assert all(0 <= reward < 1 for reward in rewards)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    folder = tmp_path_factory.mktemp("bench")
+    workload = WORKLOADS["mini"]
+    workload.kind.make(folder / "mini")
+    return Setup(workload, folder / "mini", folder / "runs", threads=1, dtype="float32", steps=2)
+
+
+def test_minigrpo_stops_exactly_where_it_is_told(setup: Setup) -> None:
+    from benchmarks.ours import forced_engine
+    from minigrpo.policy import open_policy
+    from minigrpo.rollout import rollout
+    from minigrpo.types import Sampling
+
+    recipe = recipe_of(setup)
+    policy = open_policy(recipe)
+    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    assert isinstance(engine, NativeEngine)
+    task = task_of(setup.workload, setup.folder)
+    asked = {"n": setup.workload.completions, "sampling": Sampling(max_tokens=setup.workload.limit)}
+    groups = rollout(engine, task, task.prompts("train"), tokenizer=policy.tokenizer, **asked)
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    assert tuple(lengths) == setup.workload.lengths_B
+    assert {len(group.prompt_ids) for group in groups} == {150}
+
+
+@needs_trl
+def test_trl_stops_exactly_where_it_is_told() -> None:
+    """The processor bars the stop token until a row is due, and then leaves it nothing else."""
+    from benchmarks.trls import stop_processor
+
+    process = stop_processor((2, 1, 3), eos=4)
+    for token, due in ((1, [1]), (2, [0]), (3, [2])):
+        scores_BV = process(torch.zeros(3, token), torch.randn(3, 6))
+        probs_BV = scores_BV.softmax(-1)
+        assert [row for row in range(3) if probs_BV[row, 4] == 1] == due
+        assert [row for row in range(3) if probs_BV[row, 4] == 0] == [row for row in range(3) if row not in due]
+
+
+def test_different_work_is_refused() -> None:
+    def step(*lengths: int) -> Step:
+        return Step(1.0, 1.0, {}, (3,) * len(lengths), lengths, 0)
+
+    same_work((2, 4), step(2, 4), step(2, 4))
+    with pytest.raises(BenchmarkError, match="differ in length"):
+        same_work((2, 4), step(2, 4), step(2, 3))
+    with pytest.raises(BenchmarkError, match="differ in length"):
+        same_work((2, 5), step(2, 4), step(2, 4))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
+def test_the_peak_forgets_what_was_before_its_reset() -> None:
+    ballast = bytearray(200 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    high = peak_bytes()
+    del ballast
+    reset_peak()
+    assert peak_bytes() < high - (150 << 20)
+
+
+@needs_trl
+def test_the_whole_comparison_runs_and_both_sides_do_the_same_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "figures.json"
+    arguments = ["--workload", "mini", "--repeats", "2", "--threads", "1", "--json", str(file)]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["proof"]["gap"] < 1e-4
+    assert len(result["ratios"]) == 2
+    for side in result["sides"].values():
+        assert [step["completion_lengths"] for step in side["steps"]] == [result["lengths"]] * 2
+        assert all(abs(sum(step["phases"].values()) - step["seconds"]) < 1e-6 for step in side["steps"])
+        assert all(step["peak"] > 0 for step in side["steps"])
+    assert "times as many completion tokens" in printed
+    assert "gradient_checkpointing = False" in printed
+
+
+def test_without_trl_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real: Callable[..., Any] = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else real(name, *rest))
+    assert command.main(["--workload", "mini"]) == 2
+    assert "pip install 'minigrpo[bench]'" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""The embedded model, in a form that learns next to nothing but is built the same way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigrpo import seedling
+from minigrpo.errors import ModelError
+from minigrpo.render import check_tokenizer, render
+from minigrpo.rundir import digest
+from minigrpo.seedling import Blueprint, Lesson, Schedule, imitation_loss, warm_start
+from minigrpo.tasks import wordproblems
+from minigrpo.types import Prompt
+
+BRIEF = Schedule(steps=2, rows=2, lr=1e-3)
+QUICK = Blueprint(school=BRIEF, imitation=BRIEF)
+
+Planted = Callable[[Blueprint], Path]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """The folder of a blueprint, in a cache of these tests."""
+    root = tmp_path_factory.mktemp("cache")
+
+    def folder(blueprint: Blueprint) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MINIGRPO_CACHE", str(root))
+            return seedling.cached(blueprint)
+
+    return folder
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def problem_prompt() -> Prompt:
+    return wordproblems.distinct("test", "fixed", 1)[0]
+
+
+def test_a_seedling_is_known_by_its_name() -> None:
+    assert seedling.is_seedling("seedling")
+    assert seedling.is_seedling("seedling:llama")
+    assert not seedling.is_seedling("./seedling")
+    assert not seedling.is_seedling("seedlings")
+    assert not seedling.is_seedling("owner/seedling")
+
+
+@pytest.mark.parametrize("path", ["seedling:gpt9", "seedling:", "seedling:Qwen3"])
+def test_an_unknown_architecture_is_refused_with_the_known_ones(path: str) -> None:
+    with pytest.raises(ModelError, match=r"seedling:llama, seedling:qwen2, seedling:qwen3, seedling:ministral3"):
+        seedling.resolve(path, seed=0)
+
+
+@pytest.mark.parametrize("architecture", seedling.ARCHITECTURES)
+def test_every_architecture_is_an_ordinary_model_folder(planted: Planted, architecture: str) -> None:
+    folder = planted(replace(QUICK, architecture=architecture))
+    model, tokenizer = loaded(folder)
+    assert model.config.model_type == architecture
+    assert 0.5e6 <= sum(weight.numel() for weight in model.parameters()) <= 3e6
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert check_tokenizer(tokenizer) == ()
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    ids = render(tokenizer, problem_prompt()).ids
+    assert max(ids) < model.config.vocab_size
+    answer = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=4)
+    assert answer.shape[1] > len(ids)
+
+
+@pytest.mark.parametrize("architecture", seedling.ARCHITECTURES)
+def test_the_tokenizer_reads_the_same_after_loading(planted: Planted, architecture: str) -> None:
+    blueprint = replace(QUICK, architecture=architecture)
+    _, tokenizer = loaded(planted(blueprint))
+    trained = seedling.train_tokenizer(blueprint)
+    for text in ("<think>23+8=31 31-5=26</think><answer>26</answer>", "Mia has 1,200 apples.\n\n  Zoë: 'äöü' 🙂"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == trained(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_digits_and_tags_are_tokens_and_tags_survive_decoding(planted: Planted) -> None:
+    _, tokenizer = loaded(planted(QUICK))
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>23+8=31</think><answer>31</answer>")["input_ids"])
+    assert tokens == ["<think>", "2", "3", "+", "8", "=", "3", "1", "</think>", "<answer>", "3", "1", "</answer>"]
+
+
+def test_prompts_and_answers_are_short(planted: Planted) -> None:
+    _, tokenizer = loaded(planted(QUICK))
+    prompt = problem_prompt()
+    assert len(render(tokenizer, prompt).ids) <= 60
+    assert len(tokenizer(wordproblems.gold(prompt))["input_ids"]) <= 30
+
+
+def test_the_same_blueprint_gives_the_same_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        torch.manual_seed(len(name))  # whatever happened before does not matter
+        (tmp_path / name).mkdir()
+        seedling.build(QUICK, tmp_path / name)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_building_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    seedling.build(QUICK, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_seed_architecture_and_size_have_their_own_place_in_the_cache() -> None:
+    variants = [QUICK, replace(QUICK, seed=1), replace(QUICK, architecture="llama"), replace(QUICK, layers=2)]
+    assert len({seedling.fingerprint(blueprint) for blueprint in variants}) == len(variants)
+
+
+def test_a_seedling_is_built_once_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
+    said: list[tuple[int, int, str]] = []
+    folder = seedling.cached(QUICK, lambda *news: said.append(news))
+    assert folder.parent == tmp_path
+    assert [done for done, _, _ in said] == [0, 1, 2, 3, 4]
+    assert {total for _, total, _ in said} == {4}
+    said.clear()
+    assert seedling.cached(QUICK, lambda *news: said.append(news)) == folder
+    assert said == []
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
+
+    def interrupt(done: int, total: int, note: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        seedling.cached(QUICK, interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loss_is_that_of_the_answers_alone_whatever_the_padding(planted: Planted) -> None:
+    model, _ = loaded(planted(QUICK))
+    lessons = [Lesson((5, 6, 7), (8, 9)), Lesson((10,), (11, 12, 13, 14, 15))]
+    total = 0.0
+    for lesson in lessons:
+        ids = (*lesson.prompt_ids, *lesson.answer_ids)
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        start = len(lesson.prompt_ids)
+        total -= sum(logprobs[place - 1, ids[place]].item() for place in range(start, len(ids)))
+    assert imitation_loss(model, lessons).item() == pytest.approx(total / 7, abs=1e-5)
+
+
+def test_a_warm_start_teaches_what_it_shows(planted: Planted) -> None:
+    model, tokenizer = loaded(planted(QUICK))
+    lessons = [Lesson((i, i + 1), (i + 2, tokenizer.eos_token_id)) for i in range(30, 38)]
+    before = imitation_loss(model, lessons).item()
+    after = warm_start(model, lessons, Schedule(steps=60, rows=8, lr=3e-3, enough=0.05))
+    assert after < 0.1 * before
+    assert not model.training
+
+
+def test_a_warm_start_ends_early_once_it_is_enough(planted: Planted) -> None:
+    model, _ = loaded(planted(QUICK))
+    steps: list[int] = []
+    lessons = [Lesson((30,), (31,))] * 4
+    warm_start(model, lessons, Schedule(50, 4, 1e-3, enough=100.0), report=lambda done, loss: steps.append(done))
+    assert steps == [1]
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    schedule = Schedule(steps=100, rows=1, lr=1.0, warmup=10)
+    rates = [schedule.lr_at(step) for step in range(100)]
+    assert rates.index(max(rates)) in (8, 9, 10)
+    assert rates[0] < 0.2
+    assert rates[-1] < 0.05
+
+
+def test_the_saved_settings_name_the_stop_token(planted: Planted) -> None:
+    folder = planted(QUICK)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    tokenizer = loaded(folder)[1]
+    assert settings["eos_token_id"] == tokenizer.eos_token_id
+    assert settings["pad_token_id"] == tokenizer.pad_token_id
