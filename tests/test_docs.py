@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.Mo
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch_module.setenv("MINIGRPO_CACHE", str(cache))
     real = seedling.Blueprint()
-    hasty = replace(real, sums=replace(real.sums, steps=2), stories=replace(real.stories, steps=60))
+    hasty = replace(real, school=replace(real.school, steps=2), imitation=replace(real.imitation, steps=60))
     seedling.build(hasty, cache / "hasty")
     (cache / "hasty").rename(cache / f"seedling-{real.architecture}-{real.seed}-{seedling.fingerprint(real)}")
     return tmp_path_factory.mktemp("home")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.render import check_tokenizer
+from minigrpo.render import QUESTION, check_tokenizer, render
+from minigrpo.types import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,10 +110,12 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
-    rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    if largest >= rows:
+    """Only tokens that are used count: some tokenizer classes add one of their own that no text contains."""
+    rows = model.get_input_embeddings().num_embeddings
+    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (QUESTION,))).ids]
+    if max(used) >= rows:
         raise ModelError(
-            f"the tokenizer at {source} has token ids up to {largest}, but the model knows {rows} tokens. "
+            f"the tokenizer at {source} has a token with id {max(used)}, but the model knows {rows} tokens. "
             "Tokenizer and model do not belong together: save both from the same source."
         )
 

@@ -25,6 +25,9 @@ class RunDir:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # in Python one writes RunDir("runs/first")
+
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"

@@ -34,7 +34,7 @@ Report = Callable[[int, int, str], None]
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"
 CONTEXT = 1024  # tokens
-THREADS = 2  # a fixed number: how work is split changes the last digits of a sum, and from there every weight
+THREADS = 1  # how work is split changes last digits, so a fixed number; two that wait for one another on busy cores crawl
 
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
