@@ -34,7 +34,7 @@ Report = Callable[[int, int, str], None]
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"
 CONTEXT = 1024  # tokens
-THREADS = 1  # how work is split changes last digits, so a fixed number; two that wait for one another on busy cores crawl
+THREADS = 1  # a fixed number, for the split of work changes last digits; and two crawl where cores are busy
 
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -81,7 +81,7 @@ class Blueprint:
     inner: int = 384
     vocabulary: int = 512
     # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
-    school: Schedule = Schedule(steps=1600, rows=16, lr=3e-3, enough=0.02)
+    school: Schedule = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
     imitation: Schedule = Schedule(steps=450, rows=16, lr=1.5e-3)
 
 
