@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What makes a command short enough for a test; what it does stays the same.
-BRIEF = (
+BRIEF = shlex.split(
     "--train.steps 2 --rollout.prompts 2 --rollout.completions 2 --rollout.max_tokens 6 --eval.limit 4 --task.size 8 "
     "--save.every 1 --lora.alpha 8"
-).split()
+)
 
 
 def blocks(language: str) -> Iterator[str]:
@@ -36,7 +36,7 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be a newcomer in, and a cache that holds a hastily built seedling under the real one's name."""
+    """An empty folder to be a newcomer in, and a cache with a hastily built seedling under the real one's name."""
     from dataclasses import replace
 
     from minigrpo import seedling

@@ -68,7 +68,9 @@ class RolloutKnobs(Knobs):
 
 class ObjectiveKnobs(Knobs):
     name: ObjectiveName = knob("grpo", "how rewards become a loss")
-    clip_low: float | None = knob(None, "ratios below 1 - clip_low stop counting; empty: the objective's own", gt=0, lt=1)
+    clip_low: float | None = knob(
+        None, "ratios below 1 - clip_low stop counting; empty: the objective's own", gt=0, lt=1
+    )
     clip_high: float | None = knob(None, "ratios above 1 + clip_high stop counting; empty: the objective's own", gt=0)
     kl: float = knob(0.0, "weight of the KL penalty to the reference: the model without its adapter", ge=0)
     importance: Literal["auto", "on", "off"] = knob(

@@ -145,9 +145,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     return _finish(run, comparisons)
 
 
-def _run_all(
-    recipe: Recipe, run: RunDir, console: Console, *, resume: bool, show_samples: bool
-) -> list[Comparison]:
+def _run_all(recipe: Recipe, run: RunDir, console: Console, *, resume: bool, show_samples: bool) -> list[Comparison]:
     check_folder(recipe, run, resume)
     console.print(Text(f"run {run.path}: preflight, train, evaluate", style="bold"))
     with timed(run, "model"):
