@@ -60,5 +60,8 @@ def same_work(wanted: tuple[int, ...], a: Step, b: Step) -> None:
 
 def make_model(setup: Setup, path: Path) -> None:
     """The workload's model folder, unless it is there."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     if not (path / "config.json").exists():
         setup.workload.kind.make(path)

@@ -139,7 +139,9 @@ class Side:
 
 def _serve(program: Program, setup: Setup, pipe: Connection) -> None:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(setup.threads)

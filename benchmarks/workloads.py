@@ -203,7 +203,9 @@ WORKLOADS: Mapping[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload("tiny", "the embedded model, word problems", 8, 8, 64, "float32", "float32+autocast", 7),
-        Workload("half", "random weights, Qwen2.5-0.5B's shape, long prompts", 2, 8, 64, "bfloat16", "bfloat16", 3),
+        Workload(
+            "half", "random weights, Qwen2.5-0.5B's shape, long prompts", 2, 8, 64, "bfloat16", "bfloat16+autocast", 3
+        ),
         Workload("mini", "seconds, for the tests", 2, 2, 6, "float32", "float32", 1),
     )
 }
