@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("types", "config", "errors", "rundir", "knobs", "entries", "recipefile"),
     # 1 parts: no model
     (
-        *("objective", "packing", "attention", "noise", "render", "adapter", "lora", "scoring"),
+        *("objective", "packing", "attention", "noise", "render", "adapter", "lora", "fused", "scoring"),
         *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps"),
     ),
     # 2 machines

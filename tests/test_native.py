@@ -79,7 +79,7 @@ def no_adapter(engine: NativeEngine, policy: Policy) -> None:
 
 def no_qk_norm(engine: NativeEngine, policy: Policy) -> None:
     for layer in engine.lean.layers:
-        object.__setattr__(layer, "q_norm", None)
+        object.__setattr__(layer, "qk_norm", None)
 
 
 def turning_where_it_should_not(engine: NativeEngine, policy: Policy) -> None:
@@ -117,6 +117,19 @@ def test_update_takes_over_the_policy_as_it_is_now_and_leaves_its_weights_alone(
         engine.update(policy)
         assert worst_gap(engine, policy) < 1e-4
     assert all(torch.equal(before[n], w) for n, w in policy.model.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize("arch", LLAMA_LIKE)
+def test_update_takes_over_every_parameter_where_all_are_trained(arch: str) -> None:
+    policy = make_policy(arch, lora=None)
+    engine = open_native(policy)
+    draw = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    assert worst_gap(engine, policy) > 1e-2
+    engine.update(policy)
+    assert worst_gap(engine, policy) < 1e-4
 
 
 def test_with_its_adapter_off_the_engine_samples_the_base() -> None:
@@ -217,7 +230,7 @@ def test_every_end_token_of_model_and_tokenizer_ends_an_answer() -> None:
     assert stop_ids(policy) == {17, 50, policy.tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize("vocabulary", [7, 512, 1300])
+@pytest.mark.parametrize("vocabulary", [7, 512, 2500])
 def test_tokens_are_drawn_as_often_as_the_softmax_says(vocabulary: int) -> None:
     logits_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1)) * 3
     logits_V[2] = -torch.inf
@@ -231,8 +244,9 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(vocabulary: int) -> None:
     torch.testing.assert_close(logprobs_n, probs_V.log()[tokens_n], atol=1e-5, rtol=0)
 
 
-def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be() -> None:
-    logits_nV = torch.full((2, 1000), -torch.inf)
+@pytest.mark.parametrize("width", [1000, 3000])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be(width: int) -> None:
+    logits_nV = torch.full((2, width), -torch.inf)
     logits_nV[:, [5, 700]] = 0.0
     ends_n = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(logits_nV, ends_n, 1.0)[0].tolist() == [5, 700]

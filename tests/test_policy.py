@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE
-from models import gradients, made_up_groups, make_policy
+from models import gradients, made_up_groups, make_policy, set_lora
 
 from minigrpo import scoring
+from minigrpo.config import LoraKnobs
 from minigrpo.grpo import accumulate
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
@@ -155,16 +156,17 @@ def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
 def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
-    cap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+    cap: float | None, biased: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(23, 6, dtype=torch.float64, generator=draw, requires_grad=True)
-    weight_VD = torch.randn(40, 6, dtype=torch.float64, generator=draw, requires_grad=True)
-    bias_V = torch.randn(40, dtype=torch.float64, generator=draw, requires_grad=True) if biased else None
+    weight_VD = torch.randn(40, 6, dtype=torch.float64, generator=draw, requires_grad=not frozen)
+    bias_V = torch.randn(40, dtype=torch.float64, generator=draw, requires_grad=not frozen) if biased else None
     labels_N = torch.randint(0, 40, (23,), generator=draw)
     slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
-    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None]
+    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None and x.requires_grad]
     monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 40 * 5)
     head = HeadCall(weight_VD, bias_V, scale=0.7, cap=cap, temperature=0.8)
     logprobs_N, entropy_N = score(hidden_ND, labels_N, head)
@@ -181,10 +183,11 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
         torch.testing.assert_close(left, right, atol=1e-11, rtol=0)
 
 
-def test_the_whole_logits_tensor_never_exists() -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
     """Neither forward nor backward may hold N x V entries: here 2,048 x 50,000, twelve chunks' worth."""
     hidden_ND = torch.randn(2048, 4, requires_grad=True)
-    head = HeadCall(torch.randn(50_000, 4), None, 1.0, None, 1.0)
+    head = HeadCall(torch.randn(50_000, 4, requires_grad=not frozen), None, 1.0, None, 1.0)
     sizes: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -196,3 +199,44 @@ def test_the_whole_logits_tensor_never_exists() -> None:
     with Watch():
         score(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
     assert max(sizes) <= scoring.CHUNK_ENTRIES
+
+
+@pytest.mark.parametrize("rank", [2, 16], ids=["narrow", "folded"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_float64(arch: str, rank: int) -> None:
+    from minigrpo.lora import add_lora
+
+    policy = make_policy(arch, lora=None, double=True)
+    policy.model.requires_grad_(False)
+    policy.model, _ = add_lora(policy.model, LoraKnobs(rank=rank, alpha=16, rslora=True), seed=1)
+    policy.model.double()
+    set_lora(policy, 0.05)
+    part = one_part(policy)
+    fused, fused_gradients = scores_and_gradients(policy, part)
+    layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 14
+    for layer in layers:
+        del layer.forward  # PEFT's own stands below
+    plain, plain_gradients = scores_and_gradients(policy, part)
+    assert float((fused - plain).abs().max()) < 1e-11
+    for left, right in zip(fused_gradients, plain_gradients, strict=True):
+        assert float((left - right).abs().max()) <= 1e-10 * max(1.0, float(right.abs().max()))
+    assert max(float(gradient.abs().max()) for gradient in fused_gradients) > 1e-2
+
+
+def test_in_sixteen_bit_a_fused_layer_is_as_near_to_float32_as_pefts() -> None:
+    from peft.tuners.lora import Linear
+
+    layers = [module for module in make_policy(lora=0.05).model.modules() if isinstance(module, Linear)]
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    layer = next(layer for layer in layers if layer.base_layer.in_features == 32)
+    exact = layer(x)
+    layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
+    if layer.base_layer.bias is not None:
+        layer.base_layer.bias.data = layer.base_layer.bias.data.bfloat16()
+    fused = layer(x.bfloat16())
+    del layer.forward
+    plain = layer(x.bfloat16())
+    assert fused.dtype == plain.dtype == torch.bfloat16
+    errors = [float((y.float() - exact).abs().mean().detach()) for y in (fused, plain)]
+    assert errors[0] < 1.2 * errors[1]

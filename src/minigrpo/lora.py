@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigrpo import fused
 from minigrpo.config import LoraKnobs
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.noise import keep_mask, name_key
@@ -70,6 +71,7 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
             f"lora.targets {knobs.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
             f"Its linear layers: {', '.join(linear)}; or all-linear"
         ) from None
+    fused.install(wrapped)
     return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
 
 

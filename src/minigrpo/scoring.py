@@ -1,7 +1,8 @@
 """Log-probabilities of sampled tokens without the [tokens, vocabulary] tensor.
 
-Logits exist for one chunk of tokens at a time, in the forward pass and again, recomputed, in the backward pass:
-8 x 1000 tokens at a vocabulary of 152k would be 5 GB at once.
+Logits exist for one chunk of tokens at a time: 8 x 1000 tokens at a vocabulary of 152k would be 5 GB at once. What the
+backward pass needs of them depends on the head. A frozen one (LoRA) has a gradient in the hidden state alone, D numbers
+a token, which the forward pass writes down while it has the logits; a trained one recomputes them.
 
 Shapes: N tokens, n tokens of a chunk, V vocabulary, D hidden width.
 """
@@ -37,6 +38,12 @@ class HeadCall:
         cap = getattr(config, "final_logit_softcapping", None)
         return cls(head.weight, head.bias, float(scale), cap, temperature)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Nothing to learn, and no cap: d logp / d hidden is (W[label] - E[W]) * scale / temperature."""
+        trained = self.weight_VD.requires_grad or (self.bias_V is not None and self.bias_V.requires_grad)
+        return self.cap is None and not trained
+
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V] at this temperature, in float32 at least."""
         logits_nV = nn.functional.linear(hidden_nD, self.weight_VD, self.bias_V)
@@ -52,10 +59,41 @@ def score(hidden_ND: Tensor, labels_N: Tensor, head: HeadCall) -> tuple[Tensor, 
     size = max(1, CHUNK_ENTRIES // head.weight_VD.shape[0])
     logprobs, entropies = [], []
     for hidden_nD, labels_n in zip(hidden_ND.split(size), labels_N.split(size), strict=True):
-        logprobs_n, entropy_n = _Chunk.apply(hidden_nD, head.weight_VD, head.bias_V, labels_n, head)
+        if head.is_frozen:
+            logprobs_n, entropy_n = _FrozenChunk.apply(hidden_nD, labels_n, head)
+        else:
+            logprobs_n, entropy_n = _Chunk.apply(hidden_nD, head.weight_VD, head.bias_V, labels_n, head)
         logprobs.append(logprobs_n)
         entropies.append(entropy_n)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _FrozenChunk(torch.autograd.Function):
+    """Keeps d logp / d hidden, [n, D]; the backward pass is one multiplication."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: HeadCall) -> tuple[Tensor, Tensor]:
+        logprobs_n, entropy_n, probs_nV = _scored(head.logits(hidden_nD), labels_n)
+        if ctx.needs_input_grad[0]:
+            slope_nV = probs_nV.neg_()
+            slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
+            direction_nD = slope_nV.to(hidden_nD.dtype) @ head.weight_VD
+            ctx.save_for_backward(direction_nD.mul_(head.scale / head.temperature))
+        ctx.mark_non_differentiable(entropy_n)
+        return logprobs_n, entropy_n
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (direction_nD,) = ctx.saved_tensors
+        return (direction_nD * gradients[0][:, None]).to(direction_nD.dtype), None, None
+
+
+def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs_n, entropy_n and the probabilities."""
+    normaliser_n = logits_nV.logsumexp(-1)
+    logprobs_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - normaliser_n
+    probs_nV = torch.exp(logits_nV - normaliser_n[:, None])
+    return logprobs_n, normaliser_n - torch.linalg.vecdot(probs_nV, logits_nV), probs_nV
 
 
 class _Chunk(torch.autograd.Function):
@@ -65,14 +103,10 @@ class _Chunk(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_n: Tensor, head: HeadCall
     ) -> tuple[Tensor, Tensor]:
-        logits_nV = head.logits(hidden_nD)
-        normaliser_n = logits_nV.logsumexp(-1)
-        logprobs_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - normaliser_n
+        logprobs_n, entropy_n, _ = _scored(head.logits(hidden_nD), labels_n)
         # Weight and bias stay in `head`: they are the model's own and outlive the graph.
         ctx.save_for_backward(hidden_nD, labels_n)
         ctx.head = head
-        probs_nV = torch.exp(logits_nV - normaliser_n[:, None])
-        entropy_n = normaliser_n - (probs_nV * logits_nV).sum(-1)
         ctx.mark_non_differentiable(entropy_n)
         return logprobs_n, entropy_n
 

@@ -42,15 +42,11 @@ class Projection:
         self.modules = modules
         bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
         self.weights: list[Tensor] = [base.weight for base in bases]
-        biases: list[Tensor | None] = [base.bias for base in bases]
+        self.biases: list[Tensor | None] = [base.bias for base in bases]
         self.sizes = [len(weight) for weight in self.weights]
         self.folds = self.weights[0].dtype == torch.float32
-        self.biases = biases
         if self.folds:
             self.fused = torch.cat([weight.detach() for weight in self.weights])
-            has_bias = any(bias is not None for bias in biases)
-            zero_biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, biases, strict=True)]
-            self.fused_bias = torch.cat(zero_biases).detach() if has_bias else None
         self.refresh()
 
     @torch.no_grad()
@@ -65,6 +61,8 @@ class Projection:
             fused.copy_(weight)
             if pair is not None:
                 fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
+        given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)]
+        self.fused_bias = torch.cat(given) if any(bias is not None for bias in self.biases) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., sum of sizes]."""
@@ -90,12 +88,28 @@ class Norm:
         return self.weight * rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
+class HeadNorm:
+    """The RMSNorms of query and key heads (Qwen3) as one: [..., H + K, D]."""
+
+    def __init__(self, attn: Any, heads: int, kv_heads: int) -> None:
+        self.attn, self.heads, self.kv_heads = attn, heads, kv_heads
+        self.eps = attn.q_norm.variance_epsilon
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Where all parameters are trained, these change too."""
+        query, key = self.attn.q_norm.weight.detach(), self.attn.k_norm.weight.detach()
+        self.weight_HD = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight_HD * rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     norm_in: Norm
     qkv: Projection
-    q_norm: Norm | None
-    k_norm: Norm | None
+    qk_norm: HeadNorm | None
     out: Projection
     norm_mid: Norm
     gate_up: Projection
@@ -106,7 +120,7 @@ class Layer:
     scaling: float
 
     @classmethod
-    def of(cls, module: Any) -> Layer:
+    def of(cls, module: Any, heads: int, kv_heads: int) -> Layer:
         attn, mlp = module.self_attn, module.mlp
         own_window = getattr(attn, "sliding_window", None)
         # Mistral and Ministral3 keep the window in the config alone; Qwen and SmolLM3 decide per layer.
@@ -114,8 +128,7 @@ class Layer:
         return cls(
             norm_in=Norm(module.input_layernorm),
             qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj]),
-            q_norm=Norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
-            k_norm=Norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
+            qk_norm=HeadNorm(attn, heads, kv_heads) if hasattr(attn, "q_norm") else None,
             out=Projection([attn.o_proj]),
             norm_mid=Norm(module.post_attention_layernorm),
             gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
@@ -129,19 +142,24 @@ class Layer:
     def refresh(self) -> None:
         for projection in (self.qkv, self.out, self.gate_up, self.down):
             projection.refresh()
+        if self.qk_norm is not None:
+            self.qk_norm.refresh()
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None."""
+    """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None.
+
+    The sine carries the sign of the rotated half, so that turning needs no negation.
+    """
 
     cos: Tensor
-    sin: Tensor
+    signed_sin: Tensor
     query_scale: Tensor | None
 
     def at(self, places: Tensor) -> Turn:
         scale = None if self.query_scale is None else self.query_scale[places]
-        return Turn(self.cos[places], self.sin[places], scale)
+        return Turn(self.cos[places], self.signed_sin[places], scale)
 
 
 class Lean:
@@ -152,7 +170,7 @@ class Lean:
         self.decoder, self.head, self.config = decoder, head, config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = decoder.layers[0].self_attn.head_dim
-        self.layers = [Layer.of(module) for module in decoder.layers]
+        self.layers = [Layer.of(module, self.heads, self.kv_heads) for module in decoder.layers]
         self.norm = Norm(decoder.norm)
         self.dtype, self.device = head.weight.dtype, head.weight.device
 
@@ -165,7 +183,8 @@ class Lean:
         places = torch.arange(length, device=self.device)
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = (table[0].unsqueeze(1) for table in self.decoder.rotary_emb(probe, places[None]))
-        return Turn(cos, sin, self._query_scale(places))
+        first, second = sin.chunk(2, -1)
+        return Turn(cos, torch.cat([-first, second], -1), self._query_scale(places))
 
     def _query_scale(self, places: Tensor) -> Tensor | None:
         """1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
@@ -180,11 +199,11 @@ class Lean:
         """Normed hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
         H, K = self.heads, self.kv_heads
         both, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            both = torch.cat([layer.q_norm(both[..., :H, :]), layer.k_norm(both[..., H:, :])], -2)
+        if layer.qk_norm is not None:
+            both = layer.qk_norm(both)
         if layer.turns:
             first, second = both.chunk(2, -1)
-            both = both * turn.cos + torch.cat([-second, first], -1) * turn.sin
+            both = both * turn.cos + torch.cat([second, first], -1) * turn.signed_sin
         query, key = both.split([H, K], -2)
         return query if turn.query_scale is None else query * turn.query_scale, key, value
 

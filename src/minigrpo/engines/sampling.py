@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 512
+BLOCK = 1024
 
 
 def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,26 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     scaled_nV = logits_nV / temperature
     peak_n1 = scaled_nV.amax(-1, True)
     mass_nV = torch.exp(scaled_nV - peak_n1)
+    tokens_n, total_n = (_draw_flat if mass_nV.shape[1] <= BLOCK else _draw_blocked)(mass_nV, uniform_n)
+    return tokens_n, _at(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
+
+
+def _draw_flat(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens, and the mass of all."""
+    upto_nV = mass_nV.cumsum(-1, dtype=torch.float64)
+    total_n = upto_nV[:, -1]
+    return _where(upto_nV, (uniform_n * total_n)[:, None])[:, 0], total_n
+
+
+def _where(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
+    """The first entry whose sum exceeds the goal; rounding may leave the goal a hair past the end, and then it is the
+    last entry with any mass."""
+    last_n1 = torch.searchsorted(upto_nV, upto_nV[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(upto_nV, goal_n1, right=True), last_n1)
+
+
+def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a large vocabulary: first the block, by block sums, then the token within it."""
     spare = -mass_nV.shape[-1] % BLOCK
     if spare:
         mass_nV = torch.nn.functional.pad(mass_nV, (0, spare))
@@ -35,12 +55,8 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     block_n1 = torch.searchsorted(upto_nS, goal_n1, right=True).clamp(max=upto_nS.shape[1] - 1)
     before_n1 = upto_nS.gather(1, (block_n1 - 1).clamp(min=0)) * (block_n1 > 0)
     chosen_nb = blocks_nSb.gather(1, block_n1[..., None].expand(-1, 1, BLOCK))[:, 0]
-    upto_nb = chosen_nb.cumsum(-1, dtype=torch.float64)
-    # Rounding may leave the goal a hair past the block's own sum: the last entry with any mass is the right one then.
-    last_n1 = torch.searchsorted(upto_nb, upto_nb[:, -1:].contiguous())
-    inside_n1 = torch.minimum(torch.searchsorted(upto_nb, goal_n1 - before_n1, right=True), last_n1)
-    tokens_n = (block_n1 * BLOCK + inside_n1)[:, 0]
-    return tokens_n, _at(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
+    inside_n1 = _where(chosen_nb.cumsum(-1, dtype=torch.float64), goal_n1 - before_n1)
+    return (block_n1 * BLOCK + inside_n1)[:, 0], total_n
 
 
 def _at(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
