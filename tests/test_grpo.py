@@ -18,7 +18,7 @@ from models import make_policy, set_lora
 from minigrpo import checkpoint
 from minigrpo.config import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
-from minigrpo.errors import DivergenceError
+from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo, learning_rate, open_optimizer
 from minigrpo.policy import Policy, open_policy
 from minigrpo.rundir import RunDir
@@ -81,6 +81,15 @@ def test_reward_rises(objective: str, full: bool, tiny_folder: Callable[..., Pat
     train(recipe, run)
     rewards = [line["reward"] for line in metrics(run)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+
+
+def test_an_architecture_off_the_shared_path_is_trained_padded_and_that_is_said_once(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    train(recipe_for(tiny_folder("lfm2"), steps=2), run)
+    assert capfd.readouterr().err.count("one padded row per completion") == 1
+    assert metrics(run)[1]["engine_gap"] < 1e-4
 
 
 def test_a_step_records_everything_that_it_saw(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -267,6 +276,15 @@ def test_the_adapter_is_an_ordinary_peft_adapter(tiny_folder: Callable[..., Path
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     with policy.sampling_mode(), torch.no_grad():
         assert float((policy.model(ids).logits - theirs.detach()).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("targets", "told"), [("foo", "q_proj"), ("lm_head", "output head")])
+def test_targets_that_cannot_be_adapted_are_refused_with_those_that_can(
+    targets: str, told: str, tiny_folder: Callable[..., Path]
+) -> None:
+    recipe = recipe_for(tiny_folder()).model_copy(update={"lora": LoraKnobs(targets=targets)})
+    with pytest.raises(RecipeError, match=told):
+        open_policy(recipe)
 
 
 def test_memory_decides_the_plan_and_a_stated_budget_overrules_it() -> None:

@@ -66,11 +66,18 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
         with _quiet():
             wrapped = get_peft_model(model, config).eval()
     except ValueError as fault:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise RecipeError(
             f"lora.targets {knobs.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
             f"Its linear layers: {', '.join(linear)}; or all-linear"
         ) from None
+    if not isinstance(wrapped.get_output_embeddings(), nn.Linear):
+        raise RecipeError(
+            f"lora.targets {knobs.targets!r} includes the output head, which is scored without an adapter here. "
+            "Leave it out; all-linear does."
+        )
     fused.install(wrapped)
     return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
 
