@@ -113,7 +113,7 @@ def test_quickstart_as_the_readme_promises(tmp_path: Path, monkeypatch: pytest.M
     run_dir = tmp_path / "run"
     subprocess.run([sys.executable, "-m", "minigrpo.cli", "quickstart", "--run", str(run_dir)], check=True, timeout=900)
     greedy = json.loads((run_dir / "evals/comparison.json").read_text())["comparisons"]["greedy"]
-    before, after = greedy["before"], greedy["after"]
-    assert 0.15 <= before["accuracy"] <= 0.40
-    assert after["accuracy"] > 0.80
-    assert after["accuracy_given_form"] >= before["accuracy_given_form"] + 0.20
+    before, after = greedy["before"]["scores"], greedy["after"]["scores"]
+    assert 0.15 <= before["accuracy"]["value"] <= 0.40
+    assert after["accuracy"]["value"] > 0.80
+    assert after["accuracy_formed"]["value"] >= before["accuracy_formed"]["value"] + 0.20

@@ -34,7 +34,6 @@ TESTED = {
 
 OPTIONAL = {
     "trl": ("the benchmark against TRL; never needed to train", "pip install 'minigrpo[bench]'"),
-    "matplotlib": ("the plot of the benchmark", "pip install 'minigrpo[bench]'"),
 }
 """Import name -> what it is for, and how to get it."""
 
