@@ -111,7 +111,7 @@ def test_dropout_is_named_by_token_so_both_paths_drop_the_same_and_other_steps_d
 
 def test_dropout_leaves_the_mean_of_what_it_passes() -> None:
     dropout = make_policy(dropout=0.25).dropouts[0]
-    dropout.open(0)
+    dropout.step = 0
     dropout.token_keys = torch.arange(4000)[None]
     assert float(dropout(torch.ones(1, 4000, 32)).mean()) == pytest.approx(1, abs=0.01)
 
@@ -133,6 +133,18 @@ def test_checkpointed_activations_change_nothing() -> None:
     again, again_gradients = scores_and_gradients(policy, part)
     assert torch.equal(plain, again)
     assert all(torch.equal(a, b) for a, b in zip(plain_gradients, again_gradients, strict=True))
+
+
+def test_a_reference_pass_between_forward_and_recomputing_backward_changes_no_mask() -> None:
+    from minigrpo.policy import _recompute_activations
+
+    policy, objective = make_policy(double=True, dropout=0.3), replace(OBJECTIVES["grpo"], kl=0.1)
+    batch = pack(made_up_groups(), objective, 60)
+    accumulate(policy, objective, batch, 3, EVERYTHING)
+    plain = gradients(policy)
+    _recompute_activations(policy.model)
+    accumulate(policy, objective, batch, 3, EVERYTHING)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(policy), strict=True))
 
 
 def test_groups_that_tie_are_left_out_of_the_passes_but_count_in_the_weights() -> None:

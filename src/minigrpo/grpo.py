@@ -159,9 +159,7 @@ def restore(recipe: Recipe, policy: Policy, optimizer: Any, track: Track) -> tup
     track.rewind(found.positions if found else {})
     if not policy.shares_prompts:
         kind = policy.model.config.model_type
-        track.say(
-            f"{kind} may mix tokens outside attention: trained on one padded row per completion."
-        )
+        track.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
     if found is None:
         return 0, budget
     checkpoint.load(found, policy, optimizer)

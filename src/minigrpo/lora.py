@@ -23,7 +23,10 @@ from minigrpo.noise import keep_mask, name_key
 
 
 class SeededDropout(nn.Module):
-    """Inverted dropout: kept inputs are scaled by 1 / (1 - p). `token_keys` must have the input's leading shape."""
+    """Inverted dropout: kept inputs are scaled by 1 / (1 - p). Off while `step` is None.
+
+    `token_keys` names the tokens that are about to pass: it must have the input's leading shape.
+    """
 
     def __init__(self, p: float, name: str) -> None:
         super().__init__()
@@ -31,12 +34,6 @@ class SeededDropout(nn.Module):
         self.name = name
         self.step: int | None = None
         self.token_keys: Tensor | None = None
-
-    def open(self, step: int) -> None:
-        self.step = step
-
-    def close(self) -> None:
-        self.step = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.step is None:

@@ -70,17 +70,15 @@ class Policy:
     def logprobs(self, part: Part, *, step: int) -> Scores:
         """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
         for dropout in self.dropouts:
-            dropout.open(step)
+            dropout.step = step
         return self._score(self.model, part)
 
     @torch.no_grad()
     def reference(self, part: Part) -> Tensor:
         """logprobs_N under the reference: the same model with its adapter off, or the frozen copy; dropout off."""
-        for dropout in self.dropouts:
-            dropout.close()
         if self.frozen_copy is not None:
             return self._score(self.frozen_copy, part).logprobs_N
-        with self.adapter_off():
+        with self._dropout_off(), self.adapter_off():
             return self._score(self.model, part).logprobs_N
 
     @contextmanager
@@ -94,18 +92,29 @@ class Policy:
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
         """The model as transformers' own generate expects it, inside the block: dropout off, plain attention."""
-        for dropout in self.dropouts:
-            dropout.close()
         was_training = self.model.training
         self.model.eval()
         if self.shares_prompts:
             self.model.set_attn_implementation("sdpa")
         try:
-            yield
+            with self._dropout_off():
+                yield
         finally:
             if self.shares_prompts:
                 self.model.set_attn_implementation(attention.NAME)
             self.model.train(was_training)
+
+    @contextmanager
+    def _dropout_off(self) -> Iterator[None]:
+        """Only inside the block: a backward pass that recomputes activations is still to come, and drops as before."""
+        steps = [dropout.step for dropout in self.dropouts]
+        for dropout in self.dropouts:
+            dropout.step = None
+        try:
+            yield
+        finally:
+            for dropout, step in zip(self.dropouts, steps, strict=True):
+                dropout.step = step
 
     def _score(self, model: nn.Module, part: Part) -> Scores:
         labels_N = torch.tensor(part.labels, device=self.device)
