@@ -1,4 +1,4 @@
-"""An adapter as arithmetic: which low-rank pair stands beside a linear layer, and what change it makes."""
+"""An adapter as arithmetic: which low-rank pair stands beside a linear layer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,3 @@ def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
         raise ModelError("only one plain LoRA adapter at a time can be sampled from: use --rollout.engine transformers")
     name = active[0]
     return module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
-
-
-def delta(pair: tuple[Tensor, Tensor, float]) -> Tensor:
-    """The change of the weight, [out, in], in float32."""
-    A, B, scale = pair
-    return (B.float() @ A.float()) * scale

@@ -33,12 +33,3 @@ class ArtifactError(MinigrpoError):
 
 class DivergenceError(MinigrpoError):
     pass
-
-
-class MissingExtraError(MinigrpoError):
-    """An optional part is not installed; the message carries the pip line."""
-
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{package} is not installed, and {purpose} needs it. Install: pip install 'minigrpo[{extra}]'"
-        )

@@ -79,7 +79,7 @@ def open_model(
     if folder.exists():
         _check_folder(folder)
         source = str(folder)
-    elif source.count("/") != 1 or source.startswith((".", "/", "~", "runs/")) or folder.parent.is_dir():
+    elif source.count("/") != 1 or source.startswith((".", "/", "~", "runs/")):
         raise ModelError(
             f"model.path {path!r}: there is no such folder, and it is not a Hub id (owner/name). "
             "To try without a model of your own: --model.path seedling"
