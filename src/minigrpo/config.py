@@ -5,15 +5,18 @@ Flags, `--help`, recipe files and error messages all follow from the fields belo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ObjectiveName = Literal["grpo", "dr_grpo", "dapo"]
+ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
 EngineName = Literal["auto", "native", "transformers"]
 TaskName = Literal["wordproblems"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
+Comparison = Literal["auto", "group", "batch", "none", "gdpo"]
+Importance = Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
@@ -23,6 +26,19 @@ TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 def knob(default: Any, about: str, unit: str = "", **limits: Any) -> Any:
     """A field of the recipe; `unit` and `limits` (ge, gt, le, lt) are shown in help and in refusals."""
     return Field(default, description=about, json_schema_extra={"unit": unit}, **limits)
+
+
+def as_typed(text: Any) -> Any:
+    """ "true" and "false" as what they mean, numbers as numbers, anything else as it is."""
+    if not isinstance(text, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 class Knobs(BaseModel):
@@ -41,6 +57,16 @@ class ModelKnobs(Knobs):
     )
     device: str = knob("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    head_float32: bool = knob(False, "logits in float32 from end to end, where weights are 16 bit; the sampler's too")
+    template: dict[str, bool | int | float | str] = knob(
+        {}, "options of the chat template by name, as in model.template.enable_thinking: false"
+    )
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def typed(cls, value: Any) -> Any:
+        """Files and flags hold text; a template asks `if enable_thinking`, for which "false" is true."""
+        return {name: as_typed(text) for name, text in value.items()} if isinstance(value, dict) else value
 
 
 class LoraKnobs(Knobs):
@@ -52,9 +78,14 @@ class LoraKnobs(Knobs):
 
 
 class TaskKnobs(Knobs):
-    name: str = knob("wordproblems", "a task of `minigrpo tasks`, or FILE.py:NAME for your own")
+    name: str = knob(
+        "wordproblems", "a task of `minigrpo tasks`, FILE.py:NAME for your own, or rg:NAME of reasoning-gym"
+    )
+    data: str | None = knob(None, "rows for a reward function: a JSON lines, CSV or Parquet file, or a Hub data set")
     size: int = knob(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
     weights: dict[str, float] = knob({}, "weight of each reward function by name, over the task's own weights")
+    workers: int = knob(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
+    seconds: float = knob(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
 
 
 class RolloutKnobs(Knobs):
@@ -66,21 +97,73 @@ class RolloutKnobs(Knobs):
     rows: int = knob(256, "completions decoded side by side", "rows", ge=1)
 
 
+class GroupsKnobs(Knobs):
+    """Which groups a step learns from: siblings that all tie teach nothing."""
+
+    min_spread: float = knob(1e-6, "rewards of a group that differ by no more than this are a tie", ge=0)
+    resample: float = knob(
+        0.0, "prompts tried in place of those whose siblings tie: at most this many times rollout.prompts a step", ge=0
+    )
+    replay: int = knob(
+        0, "groups of the last steps may stand in for those that still tie; 0: none do", "steps", ge=0, le=100
+    )
+    rest: float | None = knob(
+        None, "a prompt solved by at least this share of its completions rests; null: none rests", gt=0, le=1
+    )
+    rest_epochs: int = knob(3, "epochs for which it rests before it is tried again", "epochs", ge=1)
+    focus: float = knob(
+        0.0,
+        "how much likelier a half-solved prompt is drawn than one always or never solved; 0: all alike",
+        ge=0,
+        le=10,
+    )
+
+
 class ObjectiveKnobs(Knobs):
     name: ObjectiveName = knob("grpo", "how rewards become a loss")
+    compare: Comparison = knob(
+        "auto",
+        "what an advantage is measured in: deviations of its group, of the batch, none at all, or each reward function "
+        "in deviations of its own (gdpo); auto: the objective's own",
+    )
     clip_low: float | None = knob(
         None, "ratios below 1 - clip_low stop counting; empty: the objective's own", gt=0, lt=1
     )
     clip_high: float | None = knob(None, "ratios above 1 + clip_high stop counting; empty: the objective's own", gt=0)
-    kl: float = knob(0.0, "weight of the KL penalty to the reference: the model without its adapter", ge=0)
-    importance: Literal["auto", "on", "off"] = knob(
-        "auto", "correct for the sampler's own rounding (truncated importance sampling); auto: where weights are 16 bit"
+    clip_dual: float | None = knob(
+        None, "largest ratio that counts against a bad answer (dual clip); above 1 + clip_high; null: any", gt=1
+    )
+    kl: float = knob(0.0, "weight of the KL penalty to the reference: the model that training began with", ge=0)
+    kl_unbiased: bool = knob(False, "multiply the KL by the ratio: unbiased when samples are off-policy")
+    importance: Importance = knob(
+        "auto",
+        "correct for a sampler that is not quite the policy, per token or sequence, by truncating weights or masking "
+        "what lies outside; auto: token_truncate where weights are 16 bit or groups are replayed",
     )
     importance_cap: float = knob(2.0, "largest importance weight", ge=1)
+    importance_floor: float = knob(0.0, "smallest importance weight", ge=0, le=1)
+    off_policy: float | None = knob(
+        None, "bad answers that the policy has left by more than this, in nats a token, are dropped; null: none", gt=0
+    )
+    entropy: float = knob(0.0, "weight of the entropy bonus; with entropy_target its largest weight", ge=0)
+    entropy_target: float | None = knob(
+        None,
+        "the bonus adapts: it grows while entropy is below this, and is off above; null: it is fixed",
+        "nats",
+        ge=0,
+    )
+    top_entropy: float = knob(
+        1.0, "share of the tokens, those of highest entropy, that the policy learns from", gt=0, le=1
+    )
+    overlong: int = knob(
+        0, "the last so many tokens before the limit cost up to 1 of the reward; 0: they cost nothing", "tokens", ge=0
+    )
+    mask_truncated: bool = knob(False, "completions that were cut off teach nothing")
 
 
 class TrainKnobs(Knobs):
-    steps: int = knob(100, "optimizer steps", "steps", ge=1)
+    steps: int = knob(100, "rollouts, each followed by its updates", "steps", ge=1)
+    inner_epochs: int = knob(1, "updates from each rollout", "updates", ge=1, le=64)
     lr: float = knob(1e-5, "peak learning rate", gt=0, le=1)
     schedule: Schedule = knob("constant", "learning rate after warm-up")
     warmup: float = knob(0.0, "share of the steps in which the learning rate rises from 0", ge=0, le=1)
@@ -93,11 +176,35 @@ class TrainKnobs(Knobs):
 
 class SaveKnobs(Knobs):
     every: int = knob(25, "steps between checkpoints", "steps", ge=1)
-    keep: int = knob(3, "newest checkpoints kept", "checkpoints", ge=1)
+    keep: int = knob(3, "newest checkpoints kept, besides the best", "checkpoints", ge=1)
+    take: Literal["last", "best"] = knob("last", "which checkpoint becomes the result; best needs eval.every")
 
 
 class EvalKnobs(Knobs):
     limit: int = knob(500, "unseen prompts in the evaluation", "prompts", ge=1)
+    every: int = knob(0, "steps between evaluations during training; 0: none", "steps", ge=0)
+    held_out: int = knob(64, "training prompts kept aside for them, where eval.every is set", "prompts", ge=1)
+
+
+class WatchKnobs(Knobs):
+    """What a run does when its numbers go wrong."""
+
+    every: int = knob(20, "an alarm that goes on is repeated after so many steps", "steps", ge=1)
+    explosion: float = knob(
+        20.0, "loss, gradient norm or KL beyond this many times their running median are an explosion; 0: never", ge=0
+    )
+    patience: int = knob(3, "steps in a row with an explosion before the run stops", "steps", ge=1)
+
+
+class WarmupKnobs(Knobs):
+    """A supervised start, for a model that never shows the asked-for form."""
+
+    steps: int = knob(0, "supervised steps before GRPO; 0: none", "steps", ge=0)
+    data: str | None = knob(
+        None, "JSON lines with written answers: {prompt, completion}; null: the task's own right answers"
+    )
+    rows: int = knob(16, "written answers a step", "answers", ge=1)
+    lr: float = knob(1e-4, "peak learning rate", gt=0, le=1)
 
 
 class Recipe(Knobs):
@@ -109,14 +216,54 @@ class Recipe(Knobs):
     lora: LoraKnobs = LoraKnobs()
     task: TaskKnobs = TaskKnobs()
     rollout: RolloutKnobs = RolloutKnobs()
+    groups: GroupsKnobs = GroupsKnobs()
     objective: ObjectiveKnobs = ObjectiveKnobs()
     train: TrainKnobs = TrainKnobs()
     save: SaveKnobs = SaveKnobs()
     eval: EvalKnobs = EvalKnobs()
+    watch: WatchKnobs = WatchKnobs()
+    warmup: WarmupKnobs = WarmupKnobs()
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:
         """Knobs that are each fine alone but contradict one another."""
-        if self.train.full and self.lora.dropout > 0:
-            raise ValueError("lora.dropout needs an adapter: leave it at 0 with train.full")
+        for wrong, sentence in contradictions(self):
+            if wrong:
+                raise ValueError(sentence)
         return self
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, what to do about it). The sentence names the knobs, so that their lines can be shown."""
+    train, lora, objective = recipe.train, recipe.lora, recipe.objective
+    yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
+    yield (
+        train.inner_epochs > 1 and lora.dropout > 0,
+        "lora.dropout draws a new mask for each of train.inner_epochs, so their ratios would compare masks: "
+        "leave one of them at its default",
+    )
+    yield (
+        objective.name in ("cispo", "sapo") and objective.clip_dual is not None,
+        "objective.clip_dual has no meaning for this objective.name: it bounds the ratio in its own way",
+    )
+    yield (
+        objective.entropy_target is not None and objective.entropy == 0,
+        "objective.entropy_target needs objective.entropy: the largest weight that the bonus may reach",
+    )
+    yield (
+        objective.overlong >= recipe.rollout.max_tokens,
+        "objective.overlong leaves no room: it must be less than rollout.max_tokens",
+    )
+    yield (
+        objective.importance_floor > 0 and objective.importance == "off",
+        "objective.importance_floor has no meaning with objective.importance off",
+    )
+    yield recipe.save.take == "best" and not recipe.eval.every, "save.take best needs eval.every: who else would tell?"
+    yield (
+        recipe.groups.replay > 0 and objective.importance == "off",
+        "groups.replay brings samples of an older policy: objective.importance must not be off",
+    )
+    yield (
+        recipe.warmup.steps > 0 and train.full,
+        "warmup.steps trains an adapter, so it cannot be combined with train.full",
+    )

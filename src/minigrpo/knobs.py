@@ -59,6 +59,19 @@ ALIASES: dict[str, str] = {
     "beta": "objective.kl",
     "kl_beta": "objective.kl",
     "kl_coef": "objective.kl",
+    "num_iterations": "train.inner_epochs",
+    "ppo_epochs": "train.inner_epochs",
+    "delta": "objective.clip_dual",
+    "scale_rewards": "objective.compare",
+    "use_bias_correction_kl": "objective.kl_unbiased",
+    "off_policy_mask_threshold": "objective.off_policy",
+    "entropy_coef": "objective.entropy",
+    "top_entropy_quantile": "objective.top_entropy",
+    "mask_truncated_completions": "objective.mask_truncated",
+    "cast_lm_head_to_fp32": "model.head_float32",
+    "chat_template_kwargs": "model.template",
+    "eval_steps": "eval.every",
+    "sft_steps": "warmup.steps",
     "clip": "objective.clip_low",
     "clip_eps": "objective.clip_low",
     "clip_range": "objective.clip_low",
@@ -190,10 +203,11 @@ def _knob(name: str, field: FieldInfo) -> Knob:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    table = "names with numbers, {name: number}" if kind == dict[str, float] else "names with values, {name: value}"
     extra = field.json_schema_extra
     return Knob(
         name=name,
-        kind="text" if choices else kinds.get(kind, "names with numbers, {name: number}"),
+        kind="text" if choices else kinds.get(kind, table),
         default=field.default,
         unit=str(extra.get("unit", "")) if isinstance(extra, dict) else "",
         range=_range(field),

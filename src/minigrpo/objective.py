@@ -84,7 +84,7 @@ class Objective:
 
     def with_knobs(self, knobs: ObjectiveKnobs, *, sixteen_bit: bool) -> Objective:
         """This objective as a recipe bends it. `sixteen_bit`: sampler and policy round differently."""
-        corrected = knobs.importance == "on" or (knobs.importance == "auto" and sixteen_bit)
+        corrected = knobs.importance not in ("auto", "off") or (knobs.importance == "auto" and sixteen_bit)
         return replace(
             self,
             clip_low=self.clip_low if knobs.clip_low is None else knobs.clip_low,

@@ -6,6 +6,7 @@ siblings form a Group, the unit of everything: rolled out, scored, logged and sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -64,15 +65,25 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a completion earned. `reward` is what training sees; `parts` are its unweighted pieces, for the log.
+    """What a completion earned. `reward` is what training sees; `parts` are its unweighted pieces, by name.
 
-    `formed`: the answer had the asked-for form, so that it could be judged at all. `solved`: it is right.
+    `formed`: the answer had the asked-for form, so that it could be judged at all. `solved`: it is right. `weights`:
+    what each part counts in the sum (1 where it is not named). `notes` are logged beside the completion, `metrics`
+    beside the figures of the step. A reward of NaN means that it could not be told (no function applied, or the
+    grader hung): the completion is left out of its group's comparison.
     """
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
     formed: bool = True
     solved: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> bool:
+        return not math.isnan(self.reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,8 @@ class Group:
     @property
     def spread(self) -> float:
         """Largest minus smallest reward: a group without spread compares nothing and teaches nothing."""
-        return max(self.rewards) - min(self.rewards)
+        known = [grade.reward for grade in self.grades if grade.scored]
+        return max(known) - min(known) if known else 0.0
 
 
 RewardFunction = Callable[[Prompt, str], float]
@@ -102,7 +114,8 @@ RewardFunction = Callable[[Prompt, str], float]
 class Task:
     """Something that can be scored: where prompts come from, and what a text is worth.
 
-    `gold(prompt)` writes a right answer in full, so that anyone can check that the grader pays it.
+    `gold(prompt)` writes a right answer in full, so that anyone can check that the grader pays it. `grade_group`, where
+    it is given, judges all siblings at once, in their order, in place of `grade`.
     """
 
     name: str
@@ -110,12 +123,19 @@ class Task:
     grade: Callable[[Prompt, str], Grade]
     gold: Callable[[Prompt], str] | None = None
     about: str = ""
+    grade_group: Callable[[Prompt, Sequence[Completion]], Sequence[Grade]] | None = None
+
+
+Ready = Callable[[int, tuple[Completion, ...]], None]
+"""Told of each prompt, by its place in the call, as soon as its last sibling has ended; in any order, each once."""
 
 
 class Engine(Protocol):
     """Whatever answers prompts. `update` takes over the policy's weights as they are now."""
 
-    def generate(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[tuple[Completion, ...]]:
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+    ) -> list[tuple[Completion, ...]]:
         """n completions of each prompt, in order."""
         ...
 
