@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import ours, trls
 from benchmarks.sides import Setup, Turn
-from minigrpo.grpo import accumulate, open_objective
+from minigrpo.grpo import accumulate
+from minigrpo.objective import open_objective
 from minigrpo.packing import pack
 from minigrpo.policy import open_policy
 from minigrpo.types import Group
@@ -49,9 +50,9 @@ def prove(setup: Setup) -> Proof:
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
     groups = ours.first_batch(setup, policy, recipe)
     theirs = copy.deepcopy(policy.model)
-    objective = open_objective(recipe, policy)
+    objective = open_objective(recipe, sixteen_bit=False)
     batch = pack(groups, objective, setup.workload.limit)
-    accumulate(policy, objective, batch, 0, 10**6)
+    accumulate(policy, objective, list(batch.split(10**6)), step=0)
     differentiate(setup, theirs, groups)
     mine, his = gradient(policy.model), gradient(theirs)
     gap = float((mine - his).norm() / his.norm())

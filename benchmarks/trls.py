@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.sides import Setup, Turn
 from benchmarks.workloads import Workload, task_of
-from minigrpo.rollout import PromptSampler
+from minigrpo.sampler import PromptSampler
 from minigrpo.types import Prompt
 
 # "autocast": bfloat16 in the matrix products over weights of the other type.
@@ -110,7 +110,7 @@ def row(prompt: Prompt) -> dict[str, Any]:
 def ordered(prompts: Sequence[Prompt], setup: Setup) -> list[Prompt]:
     """The prompts of all steps, in the order in which minigrpo takes them."""
     sampler = PromptSampler(prompts, seed=0)
-    return [prompt for step in range(setup.steps + 1) for prompt in sampler.take(step, setup.workload.prompts)]
+    return [prompt for _ in range(setup.steps + 1) for prompt in sampler.take(setup.workload.prompts)]
 
 
 def force_stops(trainer: Any, workload: Workload) -> None:

@@ -20,7 +20,7 @@ from minigrpo.errors import ModelError, RecipeError
 from minigrpo.recipefile import knob_table, load_recipe, recipe_names
 from minigrpo.rundir import RunDir
 
-COMMANDS = ("preflight", "train", "evaluate", "run", "quickstart", "doctor", "tasks", "recipes")
+COMMANDS = ("preflight", "train", "evaluate", "run", "quickstart", "check-task", "warmup", "doctor", "tasks", "recipes")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
 
@@ -114,7 +114,7 @@ def test_every_knob_is_in_the_help_with_its_default_unit_and_range(
 def test_every_example_in_the_help_is_a_command_that_parses(
     minigrpo_says: Any, spy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in ("preflight", "train", "evaluate", "run_all", "quickstart"):
+    for stage in ("preflight", "train", "evaluate", "run_all", "quickstart", "warmup"):
         spy(stage, {} if stage != "preflight" else VERDICT)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]

@@ -127,6 +127,7 @@ def test_rewards_are_weighted_and_summed_and_their_parts_are_not_weighted() -> N
     grade = graded(rewards, PROMPT, "four", formed=True, solved=False)
     assert grade.reward == 1.0 - 0.25 * 4
     assert grade.parts == {"right": 1.0, "short": -4.0}
+    assert grade.weights == {"right": 1.0, "short": 0.25}
     assert (grade.formed, grade.solved) == (True, False)
 
 

@@ -13,26 +13,40 @@ from minigrpo import config
 SOURCE = Path(__file__).parents[1] / "src" / "minigrpo"
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 0 words
-    ("types", "config", "errors", "rundir", "knobs", "entries", "recipefile"),
+    ("types", "config", "errors", "rundir", "lock", "knobs", "entries", "recipefile"),
     # 1 parts: no model
     (
-        *("objective", "packing", "attention", "noise", "render", "adapter", "lora", "fused", "scoring"),
-        *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps"),
+        *(
+            "objective",
+            "advantages",
+            "entropy",
+            "shaping",
+            "packing",
+            "attention",
+            "noise",
+            "render",
+            "adapter",
+            "lora",
+            "fused",
+            "scoring",
+        ),
+        *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps", "past", "alarms", "explosion"),
     ),
     # 2 machines
     (
-        *("policy", "loading", "engines", "rollout", "measure", "checkpoint", "track", "display", "plan"),
-        *("seedling", "demonstrations", "doctor"),
+        *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
+        *("sampler", "teaching", "keeper"),
+        *("seedling", "demonstrations", "imitation", "doctor"),
     ),
     # 3 verbs
-    ("preflight", "grpo", "evaluate", "tables"),
+    ("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables"),
     # 4 road
-    ("pipeline",),
+    ("pipeline", "beginning"),
     # 5 door
     ("cli", "door", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-VERBS = ("preflight", "grpo", "evaluate")
+VERBS = ("preflight", "warmup", "grpo", "evaluate", "checktask")
 WORDS = FLOORS[0]
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES, POSITIONAL, NESTING = 350, 50, 80, 5, 3

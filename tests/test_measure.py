@@ -1,13 +1,15 @@
 """Counting what a model does, and how sure one can be of a difference."""
 
-from math import comb
+from dataclasses import replace
+from math import comb, nan
 
 import pytest
 
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ArtifactError
+from minigrpo.grader import Grader
 from minigrpo.measure import grade_prompts, paired, pass_at, sign_test, wilson
-from minigrpo.types import Sampling
+from minigrpo.types import Grade, Sampling
 
 
 def grade_script(task, script, tokenizer, n=1, **options):
@@ -109,3 +111,21 @@ def test_different_prompts_are_not_paired(echo_task, tokenizer):
     some = grade_script(echo_task, ["1"], tokenizer, prompts=echo_task.prompts("test")[:4])
     with pytest.raises(ArtifactError, match=r"different prompts \(10 and 4, 4 in common\)"):
         paired(grade_script(echo_task, ["1"], tokenizer), some)
+
+
+def test_what_could_not_be_scored_is_not_right_and_not_in_the_mean(echo_task, tokenizer):
+    def grade(prompt, text):
+        if prompt.id == "test-20":
+            return Grade(nan, formed=False, notes={"grader": "took longer than 1 s"})
+        return echo_task.grade(prompt, text)
+
+    with pytest.warns(UserWarning, match="took longer than 1 s"):
+        scores = grade_script(replace(echo_task, grade=grade), lambda p, _: p.target, tokenizer)
+    assert (scores.accuracy.value, scores.mean_reward) == (0.9, 1.0)
+    assert scores.answers[0]["reward"] is None
+    assert scores.answers[0]["notes"] == {"grader": "took longer than 1 s"}
+
+
+def test_a_grader_beside_generation_changes_no_score(echo_task, tokenizer):
+    with Grader(echo_task, workers=3) as grader:
+        assert grade_script(echo_task, ["20"], tokenizer, grader=grader) == grade_script(echo_task, ["20"], tokenizer)

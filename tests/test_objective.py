@@ -1,57 +1,81 @@
 """The objectives against rows computed by hand."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from minigrpo.config import ObjectiveKnobs
-from minigrpo.objective import OBJECTIVES, centered, importance, k3, per_budget, per_sequence, per_token, standardized
+from minigrpo.config import ObjectiveKnobs, Recipe
+from minigrpo.objective import (
+    OBJECTIVES,
+    Importance,
+    Objective,
+    k3,
+    near_policy,
+    open_objective,
+    per_budget,
+    per_sequence,
+    per_token,
+    sequence_ratio,
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Two completions, of one token and of two."""
+    """Completions of the given lengths; one token each unless said otherwise."""
 
     advantages_N: Tensor
     weights_N: Tensor
     engine_N: Tensor
+    lengths: list[int] = field(default_factory=list)
     old_N: Tensor | None = None
     ref_N: Tensor | None = None
+    chosen_N: Tensor | None = None
+
+    @property
+    def shares_N(self) -> Tensor:
+        return self.weights_N
 
 
-def row(advantages: list[float], **others: Tensor) -> Row:
-    advantages_N = torch.tensor(advantages, dtype=torch.float64)
-    return Row(
-        advantages_N, torch.full_like(advantages_N, 1 / len(advantages)), torch.zeros_like(advantages_N), **others
-    )
+def floats(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def test_two_siblings_stand_at_plus_and_minus_seven_tenths() -> None:
-    advantages_PG = standardized(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
-    expected = 0.5 / (math.sqrt(0.5) + 1e-4)
-    assert advantages_PG.tolist() == [pytest.approx([expected, -expected])]
+def row(advantages: list[float], **others: object) -> Row:
+    advantages_N = floats(*advantages)
+    made = Row(advantages_N, torch.full_like(advantages_N, 1 / len(advantages)), torch.zeros_like(advantages_N))
+    return replace(made, **{"lengths": [1] * len(advantages), **others})
 
 
-def test_a_group_that_ties_within_noise_has_no_advantage_at_all() -> None:
-    rewards_PG = torch.tensor([[0.1 + 1e-9, 0.1, 0.1 - 1e-9], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    assert standardized(rewards_PG)[0].tolist() == [0, 0, 0]
-    assert centered(rewards_PG)[1].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+def pull(objective: Objective, ratio: float, advantage: float) -> tuple[float, float]:
+    """(loss, its slope in the log-probability) of one token whose ratio is `ratio`."""
+    logprobs_N = floats(math.log(ratio)).requires_grad_()
+    loss = objective.loss(logprobs_N, row([advantage], old_N=floats(0.0))).total
+    loss.backward()
+    assert logprobs_N.grad is not None
+    return float(loss), float(logprobs_N.grad)
 
 
 def test_weights_sum_to_one_or_for_dr_grpo_to_the_mean_length_over_the_limit() -> None:
-    lengths_B = torch.tensor([1.0, 3.0, 4.0], dtype=torch.float64)
+    lengths_B, kept_B = floats(1, 3, 4), floats(1, 1, 1)
     for weights in (per_sequence, per_token):
-        assert float((weights(lengths_B, 10) * lengths_B).sum()) == pytest.approx(1)
-    assert float((per_budget(lengths_B, 10) * lengths_B).sum()) == pytest.approx(8 / 3 / 10)
+        assert float((weights(lengths_B, kept_B, 10) * lengths_B).sum()) == pytest.approx(1)
+    assert float((per_budget(lengths_B, kept_B, 10) * lengths_B).sum()) == pytest.approx(8 / 3 / 10)
 
 
 def test_per_sequence_gives_every_completion_the_same_say_and_per_token_every_token() -> None:
-    lengths_B = torch.tensor([1.0, 4.0])
-    assert per_sequence(lengths_B, 10).tolist() == pytest.approx([0.5, 0.125])
-    assert per_token(lengths_B, 10).tolist() == pytest.approx([0.2, 0.2])
+    lengths_B, kept_B = floats(1, 4), floats(1, 1)
+    assert per_sequence(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0.125])
+    assert per_token(lengths_B, kept_B, 10).tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_a_masked_completion_weighs_nothing_and_its_tokens_are_not_counted() -> None:
+    lengths_B, kept_B = floats(1, 4), floats(1, 0)
+    assert per_sequence(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0])
+    assert per_token(lengths_B, kept_B, 10).tolist() == pytest.approx([1.0, 0])
+    assert per_token(lengths_B, floats(0, 0), 10).tolist() == [0, 0]
 
 
 def test_on_policy_the_loss_is_minus_the_mean_advantage_and_its_gradient_is_the_policy_gradient() -> None:
@@ -105,18 +129,119 @@ def test_the_kl_term_joins_under_the_same_weights() -> None:
 
 
 def test_importance_weights_are_capped_above_only_and_carry_no_gradient() -> None:
-    old_N = torch.tensor([0.0, 0.0], requires_grad=True)
-    weights_N = importance(old_N, torch.tensor([-3.0, 3.0]), cap=2.0)
+    old_N = floats(0, 0).requires_grad_()
+    weights_N = Importance(cap=2.0).weights(old_N, floats(-3, 3), [1, 1])
     assert weights_N.tolist() == pytest.approx([2.0, math.exp(-3)])
     assert not weights_N.requires_grad
 
 
-def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit() -> None:
-    knobs = ObjectiveKnobs()
-    assert OBJECTIVES["grpo"].with_knobs(knobs, sixteen_bit=False).importance_cap is None
-    assert OBJECTIVES["grpo"].with_knobs(knobs, sixteen_bit=True).importance_cap == knobs.importance_cap
+def test_importance_of_a_sequence_is_the_product_over_its_tokens_and_a_mask_drops_what_lies_outside() -> None:
+    old_N, engine_N = floats(0.1, 0.2, -2.0), floats(0, 0, 0)
+    whole = Importance(cap=2.0, sequence=True).weights(old_N, engine_N, [2, 1])
+    assert whole.tolist() == pytest.approx([math.exp(0.3), math.exp(0.3), math.exp(-2)])
+    masked = Importance(cap=2.0, floor=0.5, mask=True).weights(old_N, engine_N, [2, 1])
+    assert masked.tolist() == pytest.approx([math.exp(0.1), math.exp(0.2), 0])
+    assert Importance(cap=2.0, floor=0.5).weights(old_N, engine_N, [2, 1]).tolist()[2] == 0.5
+
+
+def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit_or_groups_are_replayed() -> None:
+    assert open_objective(Recipe(), sixteen_bit=False).importance is None
+    assert open_objective(Recipe(), sixteen_bit=True).importance == Importance(cap=2.0)
+    replaying = Recipe.model_validate({"groups": {"replay": 2}})
+    assert open_objective(replaying, sixteen_bit=False).importance == Importance(cap=2.0)
+    off = Recipe.model_validate({"objective": {"importance": "off"}})
+    assert open_objective(off, sixteen_bit=True).importance is None
 
 
 def test_a_recipe_bends_only_what_it_names() -> None:
-    bent = OBJECTIVES["dapo"].with_knobs(ObjectiveKnobs(clip_low=0.1, kl=0.04), sixteen_bit=False)
+    bent = OBJECTIVES["dapo"].with_knobs(ObjectiveKnobs(clip_low=0.1, kl=0.04), inexact_sampler=False)
     assert (bent.clip_low, bent.clip_high, bent.kl) == (0.1, 0.28, 0.04)
+    assert bent == replace(OBJECTIVES["dapo"], clip_low=0.1, kl=0.04)
+
+
+def test_gspo_clips_the_mean_of_a_completion_and_all_its_tokens_share_one_fate() -> None:
+    ratio_N = sequence_ratio(floats(0.3, -0.1, 0.5), [2, 1])
+    assert ratio_N.tolist() == pytest.approx([math.exp(0.1), math.exp(0.1), math.exp(0.5)])
+    logprobs_N = floats(0.3, -0.1).requires_grad_()
+    part = row([1.0, 1.0], old_N=floats(0, 0), lengths=[2])
+    OBJECTIVES["gspo"].loss(logprobs_N, part).total.backward()
+    assert logprobs_N.grad is not None
+    assert logprobs_N.grad.tolist() == [0, 0]  # the second token alone had become less likely
+
+
+def test_dual_clip_bounds_what_one_bad_answer_can_weigh_and_leaves_good_ones_alone() -> None:
+    objective = replace(OBJECTIVES["grpo"], clip_dual=3.0)
+    assert pull(objective, 5.0, -1.0) == (pytest.approx(3.0), 0)
+    assert pull(objective, 2.0, -1.0) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert pull(objective, 5.0, 1.0) == pull(OBJECTIVES["grpo"], 5.0, 1.0)
+
+
+def test_cispo_caps_the_weight_but_never_the_gradient() -> None:
+    objective = OBJECTIVES["cispo"]
+    assert pull(objective, 3.0, 1.0)[1] == pytest.approx(-3)
+    assert pull(objective, 50.0, 1.0)[1] == pytest.approx(-5)
+    assert pull(objective, 50.0, -1.0)[1] == pytest.approx(5)
+
+
+def test_sapo_is_the_policy_gradient_at_ratio_one_and_fades_away_from_it_sooner_for_bad_answers() -> None:
+    objective = OBJECTIVES["sapo"]
+    assert pull(objective, 1.0, 1.0)[1] == pytest.approx(-1)
+    assert pull(objective, 1.0, -1.0)[1] == pytest.approx(1)
+    good, bad = -pull(objective, 4.0, 1.0)[1], pull(objective, 4.0, -1.0)[1]
+    assert 0 < bad < good < 4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_on_policy_every_objective_is_the_policy_gradient(name: str, advantage: float) -> None:
+    assert pull(OBJECTIVES[name], 1.0, advantage)[1] == pytest.approx(-advantage)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("log_ratio", [-400.0, 400.0])
+def test_a_ratio_beyond_all_numbers_leaves_every_gradient_finite(name: str, log_ratio: float) -> None:
+    logprobs_N = torch.tensor([log_ratio, 0.0]).requires_grad_()
+    part = row([1.0, -1.0], old_N=torch.zeros(2))
+    OBJECTIVES[name].loss(logprobs_N, part).total.backward()
+    assert logprobs_N.grad is not None
+    assert bool(logprobs_N.grad.isfinite().all())
+
+
+def test_the_unbiased_kl_is_the_kl_times_the_ratio_and_its_gradient_goes_through_both() -> None:
+    objective = replace(OBJECTIVES["grpo"], kl=1.0, kl_unbiased=True)
+    logprobs_N = floats(-1.0).requires_grad_()
+    part = row([0.0], old_N=floats(-1.5), ref_N=floats(-1.2))
+    loss = objective.loss(logprobs_N, part).total
+    ratio, d = math.exp(0.5), -0.2
+    penalty = math.exp(d) - d - 1
+    assert float(loss) == pytest.approx(ratio * penalty)
+    loss.backward()
+    assert logprobs_N.grad is not None
+    assert float(logprobs_N.grad) == pytest.approx(ratio * penalty + ratio * (1 - math.exp(d)))
+
+
+def test_bad_answers_that_the_policy_has_left_are_dropped_and_good_ones_kept() -> None:
+    drift_N = floats(0.9, 0.3, 0.9, 0.3, 0.1, 0.1)
+    kept_N = near_policy(drift_N, floats(-1, -1, 1, 1, -1, -1), [2, 2, 2], limit=0.5)
+    assert kept_N.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_tokens_that_are_not_chosen_do_not_learn_from_the_advantage_but_stay_near_the_reference() -> None:
+    objective = replace(OBJECTIVES["grpo"], kl=0.5)
+    logprobs_N = floats(-1, -1).requires_grad_()
+    part = row([1.0, 1.0], ref_N=floats(-2, -2), chosen_N=torch.tensor([True, False]))
+    objective.loss(logprobs_N, part).total.backward()
+    assert logprobs_N.grad is not None
+    chosen, other = logprobs_N.grad.tolist()
+    assert chosen - other == pytest.approx(-0.5)
+    assert other == pytest.approx(0.5 * 0.5 * (1 - math.exp(-1)))
+
+
+def test_the_entropy_bonus_lowers_the_loss_by_the_mean_entropy() -> None:
+    objective = replace(OBJECTIVES["grpo"], entropy=0.1)
+    entropy_N = floats(2.0, 4.0).requires_grad_()
+    loss = objective.loss(floats(-1, -1), row([0.0, 0.0]), entropy_N).total
+    assert float(loss) == pytest.approx(-0.3)
+    loss.backward()
+    assert entropy_N.grad is not None
+    assert entropy_N.grad.tolist() == pytest.approx([-0.05, -0.05])

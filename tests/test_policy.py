@@ -10,13 +10,11 @@ import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE
 from models import gradients, made_up_groups, make_policy, set_lora
 
-from minigrpo import scoring
 from minigrpo.config import LoraKnobs
 from minigrpo.grpo import accumulate
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
-from minigrpo.scoring import HeadCall, score
 
 EVERYTHING = 1 << 30
 
@@ -90,7 +88,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(name: str, kl: float
     batch = pack(made_up_groups(), objective, 60)
     figures, results = [], []
     for budget in (EVERYTHING, 120, 30, 1):
-        figures.append(accumulate(policy, objective, batch, 3, budget))
+        figures.append(accumulate(policy, objective, list(batch.split(budget)), step=3)[1])
         results.append(gradients(policy))
     assert float(sum(g.abs().max() for g in results[0])) > 1e-3
     for other, other_figures in zip(results[1:], figures[1:], strict=True):
@@ -140,10 +138,10 @@ def test_a_reference_pass_between_forward_and_recomputing_backward_changes_no_ma
 
     policy, objective = make_policy(double=True, dropout=0.3), replace(OBJECTIVES["grpo"], kl=0.1)
     batch = pack(made_up_groups(), objective, 60)
-    accumulate(policy, objective, batch, 3, EVERYTHING)
+    accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
     plain = gradients(policy)
     _recompute_activations(policy.model)
-    accumulate(policy, objective, batch, 3, EVERYTHING)
+    accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(policy), strict=True))
 
 
@@ -164,53 +162,6 @@ def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
     assert sum(len(part.advantages_N) for part in parts) == 124
     lone = list(pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(1))
     assert len(lone) == 9
-
-
-@pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
-    cap: float | None, biased: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(23, 6, dtype=torch.float64, generator=draw, requires_grad=True)
-    weight_VD = torch.randn(40, 6, dtype=torch.float64, generator=draw, requires_grad=not frozen)
-    bias_V = torch.randn(40, dtype=torch.float64, generator=draw, requires_grad=not frozen) if biased else None
-    labels_N = torch.randint(0, 40, (23,), generator=draw)
-    slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
-    inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None and x.requires_grad]
-    monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 40 * 5)
-    head = HeadCall(weight_VD, bias_V, scale=0.7, cap=cap, temperature=0.8)
-    logprobs_N, entropy_N = score(hidden_ND, labels_N, head)
-    chunked = torch.autograd.grad((logprobs_N * slopes_N).sum(), inputs)
-
-    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V) * 0.7
-    logits_NV = logits_NV / 0.8 if cap is None else cap * torch.tanh(logits_NV / cap) / 0.8
-    all_NV = logits_NV.log_softmax(-1)
-    expected_N = all_NV.gather(1, labels_N[:, None])[:, 0]
-    whole = torch.autograd.grad((expected_N * slopes_N).sum(), inputs)
-    torch.testing.assert_close(logprobs_N, expected_N, atol=1e-12, rtol=0)
-    torch.testing.assert_close(entropy_N, -(all_NV.exp() * all_NV).sum(-1).detach(), atol=1e-12, rtol=0)
-    for left, right in zip(chunked, whole, strict=True):
-        torch.testing.assert_close(left, right, atol=1e-11, rtol=0)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
-    """Neither forward nor backward may hold N x V entries: here 2,048 x 50,000, twelve chunks' worth."""
-    hidden_ND = torch.randn(2048, 4, requires_grad=True)
-    head = HeadCall(torch.randn(50_000, 4, requires_grad=not frozen), None, 1.0, None, 1.0)
-    sizes: list[int] = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
-    with Watch():
-        score(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
-    assert max(sizes) <= scoring.CHUNK_ENTRIES
 
 
 @pytest.mark.parametrize("rank", [2, 16], ids=["narrow", "folded"])

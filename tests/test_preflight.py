@@ -1,11 +1,13 @@
 """The verdict before training: go, or what to change."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from minigrpo.config import Recipe
+from minigrpo.config import Recipe, WarmupKnobs
 from minigrpo.engines.scripted import Scripted
 from minigrpo.policy import open_policy
 from minigrpo.preflight import preflight
@@ -50,6 +52,63 @@ def test_a_model_that_never_has_the_form_is_told_so(check):
     assert not verdict.go
     assert "Not one of 32 completions has the form" in reason.what
     assert "worked example" in reason.change
+
+
+def test_a_missing_form_is_answered_with_the_command_that_teaches_it(check, recipe, echo_task):
+    (reason,) = check(["no idea"[:6]]).reasons
+    assert "minigrpo warmup RECIPE --warmup.steps 60" in reason.change
+    (reason,) = check(["no idea"[:6]], task=replace(echo_task, gold=None)).reasons
+    assert "minigrpo warmup RECIPE --warmup.data FILE --warmup.steps 60" in reason.change
+    planned = recipe.model_copy(update={"warmup": WarmupKnobs(steps=40)})
+    (reason,) = check(["no idea"[:6]], recipe=planned).reasons
+    assert "--warmup.steps 80" in reason.change
+
+
+def test_only_a_missing_form_is_mended_by_a_warm_up(check):
+    assert check(["no idea"[:6]]).warms
+    assert check(["a very long answer"]).warms  # it has no form either, and right answers end
+    assert not check(["999"]).warms
+    assert not check(["1", "no"]).warms
+
+
+def test_a_rare_form_is_a_warning_with_the_command(check):
+    verdict = check(lambda p, sibling: p.target if p.id in ("train-3", "train-4") and not sibling else "no")
+    assert verdict.go
+    (warning,) = [warning for warning in verdict.warnings if "have the form" in warning]
+    assert "minigrpo warmup RECIPE" in warning
+
+
+def test_prompts_that_leave_no_room_are_named_with_the_knob(check, recipe):
+    wide = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_tokens": 500})})
+    reason = check(["1", "no"], recipe=wide).reasons[0]
+    assert "100% of the prompts leave less than rollout.max_tokens 500" in reason.what
+    longest = check(["1", "no"]).figures.prompts.longest
+    assert f"the longest prompt has {longest}" in reason.what
+    assert f"--rollout.max_tokens {512 - longest}" in reason.change
+
+
+def test_rewards_that_could_not_be_told_are_left_out_of_the_figures(check, echo_task):
+    def grade(prompt, text):
+        return echo_task.grade(prompt, text) if text != "?" else Grade(math.nan, notes={"grader": "took longer"})
+
+    task = replace(echo_task, grade=grade)
+    verdict = check(lambda prompt, sibling: ("?", prompt.target, "no", "no")[sibling], task=task)
+    assert verdict.go
+    assert verdict.figures.unscored == 0.25
+    assert verdict.figures.reward_mean == pytest.approx(1 / 3)
+    assert any("25% of the completions could not be told" in warning for warning in verdict.warnings)
+    none = check(["?"], task=task)
+    assert "none of the 32 completions could be told" in none.reasons[0].what
+    assert none.figures.reward_mean is None
+    assert json.loads(json.dumps(none.to_dict(), allow_nan=False))["samples"][0]["reward"] is None
+
+
+def test_a_reward_that_is_always_the_highest_needs_a_harder_task(check, echo_task):
+    task = replace(echo_task, grade=lambda prompt, text: Grade(2.0))
+    (reason,) = check(["1", "2", "3", "4"], task=task).reasons
+    assert "earned 2, as much as the task's own right answers" in reason.change
+    (reason,) = check(["1", "2", "3", "4"], task=replace(task, gold=None)).reasons
+    assert "If the 2 that they earned is the most" in reason.change
 
 
 def test_a_model_that_is_always_cut_off_is_pointed_to_the_limit(check):

@@ -49,12 +49,11 @@ def test_reading_recipes_loads_no_torch() -> None:
 
 
 def test_numbers_switches_and_names_mean_what_they_look_like(tmp_path: Path) -> None:
-    text = (
-        "seed: 010\nobjective: {importance: on, clip_high: ~}\ntrain: {lr: 5e-5, full: yes}\nmodel: {revision: 1234567}"
-    )
+    text = "seed: 010\nobjective: {importance: off, clip_high: ~}\ntrain: {lr: 5e-5, full: yes}\n"
+    text += "model: {revision: 1234567}"
     recipe = load_recipe(str(written(tmp_path, text)))
     assert recipe.seed == 10
-    assert recipe.objective.importance == "on"
+    assert recipe.objective.importance == "off"
     assert recipe.objective.clip_high is None
     assert recipe.train.lr == 5e-5
     assert recipe.train.full is True
@@ -83,6 +82,42 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     recipe = load_recipe(str(path), {"lora.rank": "16", "task.weights.b": "3", "objective.clip_low": "null"})
     assert recipe.lora.rank == 16
     assert recipe.task.weights == {"a": 1.0, "b": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("my.yaml", "model:\n  template:\n    enable_thinking: false\n    effort: low\n    budget: 8\n"),
+        ("my.yaml", "model.template: {enable_thinking: False, effort: 'low', budget: 8.0}\n"),
+        ("my.toml", "[model.template]\nenable_thinking = false\neffort = 'low'\nbudget = 8\n"),
+        ("my.toml", "model = {template = {enable_thinking = false, effort = 'low', budget = 8}}\n"),
+    ],
+)
+def test_options_of_the_chat_template_have_the_types_they_look_like(tmp_path: Path, name: str, text: str) -> None:
+    recipe = load_recipe(str(written(tmp_path, text, name)))
+    assert recipe.model.template == {"enable_thinking": False, "effort": "low", "budget": 8}
+    assert recipe.model.template["enable_thinking"] is False
+    assert load_recipe(str(written(tmp_path, dump_recipe(recipe), "again.yaml"))) == recipe
+    louder = load_recipe(str(tmp_path / name), {"model.template.enable_thinking": "true"})
+    assert louder.model.template == {"enable_thinking": True, "effort": "low", "budget": 8}
+
+
+def test_options_of_the_chat_template_can_be_flags() -> None:
+    assert load_recipe(None, {"model.template.enable_thinking": "false"}).model.template == {"enable_thinking": False}
+    assert load_recipe(None, {"model.template": "{a: 1.5, b: x}"}).model.template == {"a": 1.5, "b": "x"}
+    assert load_recipe(None, {"model.template": {"a": True}}).model.template == {"a": True}
+
+
+def test_a_row_of_a_table_is_refused_once_at_its_own_line(tmp_path: Path) -> None:
+    told = refusal(written(tmp_path, "model:\n  template:\n    a: 1\n    b: [1]\n"))
+    assert "my.yaml:4: model.template.b is a list, but must be true, false, a finite number or text." in told
+    assert "mistakes" not in told
+    assert "my.yaml:3: task.weights.b is x" in refusal(written(tmp_path, "task.weights:\n  a: 1\n  b: x\n"))
+
+
+def test_a_table_that_is_none_is_not_hidden_by_a_row_set_later(tmp_path: Path) -> None:
+    told = refusal(written(tmp_path, "task: {weights: 5}\n"), {"task.weights.a": "1"})
+    assert "my.yaml:1: task.weights is 5, but must be names with numbers" in told
 
 
 def test_overrides_from_python_may_be_typed() -> None:

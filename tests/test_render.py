@@ -3,7 +3,7 @@
 import pytest
 
 from minigrpo.errors import ModelError
-from minigrpo.render import check_tokenizer, render
+from minigrpo.render import check_tokenizer, render, set_options
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))
@@ -72,3 +72,30 @@ def test_a_role_that_the_template_refuses_is_told_with_the_prompt(make_tokenizer
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
     with pytest.raises(ModelError, match=r"prompt p \(no system role\).*system, user"):
         render(make_tokenizer(strict), PROMPT)
+
+
+THINKING = "{%- if think is defined and not think %}{{ 'quick ' }}{%- endif %}{% generation %}{% endgeneration %}"
+
+
+def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokenizer(make_tokenizer, template, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer(template=THINKING + template)
+    plain = render(tokenizer, PROMPT).ids
+    set_options(tokenizer, {"think": False})
+    quick = render(tokenizer, PROMPT).ids
+    assert tokenizer.decode(quick) == "quick " + tokenizer.decode(plain)
+    tokenizer.save_pretrained(tmp_path)
+    assert render(AutoTokenizer.from_pretrained(tmp_path), PROMPT).ids == quick
+    asked = tokenizer.apply_chat_template([dict(m) for m in PROMPT.messages], add_generation_prompt=True, think=True)
+    assert tuple(asked["input_ids"]) == plain
+
+
+def test_an_option_that_the_template_does_not_know_is_refused_with_those_that_it_knows(make_tokenizer, template):
+    with pytest.raises(ModelError, match=r"names 'thinking'.*It knows: think\."):
+        set_options(make_tokenizer(template=THINKING + template), {"thinking": True})
+
+
+def test_options_without_a_template_are_refused(make_tokenizer):
+    with pytest.raises(ModelError, match="has no chat template"):
+        set_options(make_tokenizer(template=None), {"think": True})

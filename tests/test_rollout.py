@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from minigrpo.engines.context import check_room
 from minigrpo.engines.scripted import Scripted
-from minigrpo.errors import TaskError
-from minigrpo.rollout import PromptSampler, prompts_of, rollout
-from minigrpo.types import Grade, Prompt, Sampling
+from minigrpo.errors import ModelError, TaskError
+from minigrpo.rollout import prompts_of, rollout
+from minigrpo.types import Grade, Prompt, Rendered, Sampling
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": str(i)},)) for i in range(20)]
 
@@ -73,26 +72,13 @@ def test_a_task_without_prompts_is_refused(echo_task):
         prompts_of(replace(echo_task, prompts=lambda split: []), "test")
 
 
-@given(st.integers(0, 100), st.integers(1, 20), st.integers(0, 2**31 - 1))
-def test_no_step_takes_a_prompt_twice(step, count, seed):
-    taken = PromptSampler(PROMPTS, seed).take(step, count)
-    assert len({prompt.id for prompt in taken}) == count
-
-
-def test_what_a_step_takes_depends_on_seed_and_step_alone():
-    straight = [PromptSampler(PROMPTS, 1).take(step, 8) for step in range(10)]
-    assert [PromptSampler(PROMPTS, 1).take(step, 8) for step in reversed(range(10))] == straight[::-1]
-    assert [PromptSampler(PROMPTS, 2).take(step, 8) for step in range(10)] != straight
-
-
-def test_an_epoch_takes_every_prompt_once_and_the_next_is_shuffled_anew():
-    sampler = PromptSampler(PROMPTS, 0)
-    epochs = [[p.id for step in range(5) for p in sampler.take(5 * epoch + step, 4)] for epoch in range(3)]
-    assert all(sorted(epoch) == sorted(p.id for p in PROMPTS) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_too_few_prompts_come_as_copies_with_names_of_their_own():
-    taken = PromptSampler(PROMPTS[:3], 0).take(0, 8)
-    assert len({prompt.id for prompt in taken}) == 8
-    assert {prompt.id.partition("#")[0] for prompt in taken} == {"p0", "p1", "p2"}
+@pytest.mark.parametrize("max_tokens", [600, 500])
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tokenizer, max_tokens):
+    short = Rendered(Prompt("short", ()), (1,) * 5)
+    long = Rendered(Prompt("long", ()), (1,) * 300)
+    check_room([short, long], 512 - 300, 512)
+    check_room([short, long], max_tokens, None)
+    with pytest.raises(ModelError, match=r"Prompt (short|long) has \d+ tokens.*more than the 512"):
+        check_room([short, long], max_tokens, 512)
+    with pytest.raises(ModelError, match=r"Prompt over has 512 tokens.* Leave it out"):
+        check_room([Rendered(Prompt("over", ()), (1,) * 512)], 1, 512)

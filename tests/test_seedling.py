@@ -13,9 +13,10 @@ import torch
 
 from minigrpo import seedling
 from minigrpo.errors import ModelError
+from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
 from minigrpo.rundir import digest
-from minigrpo.seedling import Blueprint, Lesson, Schedule, imitation_loss, warm_start
+from minigrpo.seedling import Blueprint
 from minigrpo.tasks import wordproblems
 from minigrpo.types import Prompt
 
@@ -145,43 +146,6 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         seedling.cached(QUICK, interrupt)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_loss_is_that_of_the_answers_alone_whatever_the_padding(planted: Planted) -> None:
-    model, _ = loaded(planted(QUICK))
-    lessons = [Lesson((5, 6, 7), (8, 9)), Lesson((10,), (11, 12, 13, 14, 15))]
-    total = 0.0
-    for lesson in lessons:
-        ids = (*lesson.prompt_ids, *lesson.answer_ids)
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        start = len(lesson.prompt_ids)
-        total -= sum(logprobs[place - 1, ids[place]].item() for place in range(start, len(ids)))
-    assert imitation_loss(model, lessons).item() == pytest.approx(total / 7, abs=1e-5)
-
-
-def test_a_warm_start_teaches_what_it_shows(planted: Planted) -> None:
-    model, tokenizer = loaded(planted(QUICK))
-    lessons = [Lesson((i, i + 1), (i + 2, tokenizer.eos_token_id)) for i in range(30, 38)]
-    before = imitation_loss(model, lessons).item()
-    after = warm_start(model, lessons, Schedule(steps=60, rows=8, lr=3e-3, enough=0.05))
-    assert after < 0.1 * before
-    assert not model.training
-
-
-def test_a_warm_start_ends_early_once_it_is_enough(planted: Planted) -> None:
-    model, _ = loaded(planted(QUICK))
-    steps: list[int] = []
-    lessons = [Lesson((30,), (31,))] * 4
-    warm_start(model, lessons, Schedule(50, 4, 1e-3, enough=100.0), report=lambda done, loss: steps.append(done))
-    assert steps == [1]
-
-
-def test_the_learning_rate_rises_and_falls() -> None:
-    schedule = Schedule(steps=100, rows=1, lr=1.0, warmup=10)
-    rates = [schedule.lr_at(step) for step in range(100)]
-    assert rates.index(max(rates)) in (8, 9, 10)
-    assert rates[0] < 0.2
-    assert rates[-1] < 0.05
 
 
 def test_the_saved_settings_name_the_stop_token(planted: Planted) -> None:

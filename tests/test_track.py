@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -45,6 +46,10 @@ def a_track(folder: Path, total: int = 3, **options: Any) -> Track:
 def record(track: Track, *steps: int, **metrics: float) -> None:
     for step in steps:
         track.record(step, {"reward": step / 10, **metrics}, [a_group()], [[1.0, -1.0]])
+
+
+def lengths(track: Track) -> dict[str, int]:
+    return {name: position["bytes"] for name, position in track.positions().items()}
 
 
 def lines(path: Path) -> list[Any]:
@@ -112,16 +117,37 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_with_empty_files(tmp
     track = a_track(tmp_path)
     record(track, 1)
     track.rewind({})
-    assert track.positions() == {"metrics.jsonl": 0, "groups.jsonl": 0}
+    assert lengths(track) == {"metrics.jsonl": 0, "groups.jsonl": 0}
 
 
 def test_nothing_to_rewind_is_no_fault(tmp_path: Path) -> None:
     track = a_track(tmp_path / "new")
     track.rewind({})
-    assert track.positions() == {"metrics.jsonl": 0, "groups.jsonl": 0}
+    assert lengths(track) == {"metrics.jsonl": 0, "groups.jsonl": 0}
 
 
-@pytest.mark.parametrize("harm", ["missing", "shorter", "edited"])
+def test_a_flip_behind_what_a_checkpoint_stored_does_no_harm(tmp_path: Path) -> None:
+    track = a_track(tmp_path)
+    record(track, 1)
+    positions = track.positions()
+    record(track, 2)
+    content = bytearray(track.run.metrics.read_bytes())
+    content[-5] ^= 1
+    track.run.metrics.write_bytes(content)
+    resumed = a_track(tmp_path)
+    resumed.rewind(positions)
+    assert resumed.positions() == positions
+
+
+def test_the_hash_of_a_log_that_grows_is_that_of_the_whole_log(tmp_path: Path) -> None:
+    track = a_track(tmp_path)
+    for step in range(1, 4):
+        record(track, step)
+        for name, position in track.positions().items():
+            assert position["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("harm", ["missing", "shorter", "longer", "flipped"])
 def test_files_that_do_not_fit_the_checkpoint_are_refused_and_left_alone(tmp_path: Path, harm: str) -> None:
     track = a_track(tmp_path)
     record(track, 1, 2)
@@ -131,8 +157,12 @@ def test_files_that_do_not_fit_the_checkpoint_are_refused_and_left_alone(tmp_pat
         track.run.groups.unlink()
     elif harm == "shorter":
         track.run.groups.write_bytes(b"{}\n")
-    else:
+    elif harm == "longer":
         track.run.groups.write_bytes(b" " + track.run.groups.read_bytes())
+    else:
+        content = bytearray(track.run.groups.read_bytes())
+        content[positions["groups.jsonl"]["bytes"] // 2] ^= 1
+        track.run.groups.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"groups\.jsonl"):
         track.rewind(positions)
     assert len(lines(track.run.metrics)) == 3

@@ -20,6 +20,8 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="TRL is compared with where it is installed: pip install 'minigrpo[bench]'")
 
+from minigrpo.config import ObjectiveKnobs
+from minigrpo.grpo import with_chosen_tokens
 from minigrpo.loading import Loaded
 from minigrpo.objective import OBJECTIVES, Objective
 from minigrpo.packing import Part, pack
@@ -32,6 +34,9 @@ TEMPERATURE = 0.8
 # Of unequal lengths, from one token to the limit; the second group has no two rewards alike.
 LENGTHS_PG = ((1, 12, 5, 8), (7, 3, 12, 2))
 REWARDS_PG = ((1.0, 0.0, 0.0, 1.0), (0.3, 0.2, 1.2, -0.5))
+# Of two reward functions; the weights make their sum the rewards above. None: it does not apply there.
+WEIGHTS_F = (1.0, 0.5)
+SECOND_PG = ((0.0, 2.0, None, 1.0), (0.4, None, 0.0, 0.0))
 PROMPT_LENGTHS_P = (9, 4)
 
 
@@ -42,24 +47,34 @@ class Settings:
     name: str
     beta: float = 0.0
     clip: tuple[float, float] | None = None
+    knobs: tuple[tuple[str, Any], ...] = ()
+    trls: tuple[tuple[str, Any], ...] = ()
 
     @property
     def objective(self) -> Objective:
-        objective = replace(OBJECTIVES[self.name], kl=self.beta)
+        knobs = ObjectiveKnobs(name=self.name, kl=self.beta, **{"importance": "off", **dict(self.knobs)})
+        objective = OBJECTIVES[self.name].with_knobs(knobs, inexact_sampler=False)
         return objective if self.clip is None else replace(objective, clip_low=self.clip[0], clip_high=self.clip[1])
 
     @property
     def trl(self) -> dict[str, Any]:
         objective = self.objective
         return {
-            "loss_type": self.name,
+            "loss_type": {"gspo": "grpo"}.get(self.name, self.name),
+            "importance_sampling_level": "sequence" if self.name == "gspo" else "token",
             "beta": self.beta,
             "epsilon": objective.clip_low,
-            "epsilon_high": objective.clip_high,
+            # TRL reads it as the cap itself for CISPO.
+            "epsilon_high": objective.clip_high + (1 if self.name == "cispo" else 0),
             "scale_rewards": "none" if self.name == "dr_grpo" else "group",
-            # TRL's default multiplies the KL by the ratio (DeepSeek-V3.2); the papers of these three do not.
+            # TRL's default multiplies the KL by the ratio (DeepSeek-V3.2); the other papers do not.
             "use_bias_correction_kl": False,
+            **dict(self.trls),
         }
+
+    def __str__(self) -> str:
+        words = [self.name, f"kl{self.beta}", *(f"{name}={value}" for name, value in self.knobs)]
+        return "-".join([*words, f"clip{self.clip}"] if self.clip else words)
 
 
 @dataclass(frozen=True)
@@ -69,26 +84,87 @@ class Outcome:
     advantages_B: Tensor
 
 
+def option(name: str, beta: float, knobs: dict[str, Any], trl: dict[str, Any]) -> Settings:
+    return Settings(name, beta, None, tuple(knobs.items()), tuple(trl.items()))
+
+
+def importance(mode: str, **bounds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours = {"importance": mode, "importance_cap": bounds["cap"], "importance_floor": bounds["floor"]}
+    theirs = {
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_max": bounds["cap"],
+        "vllm_importance_sampling_clip_min": bounds["floor"],
+    }
+    return ours, theirs
+
+
 CASES = [
-    Settings(name, beta, clip)
-    for name in ("grpo", "dr_grpo", "dapo")
-    for beta, clip in ((0.0, None), (0.04, None), (0.0, (0.1, 0.4)), (0.04, (0.1, 0.4)))
+    *(
+        Settings(name, beta, clip)
+        for name in ("grpo", "dr_grpo", "dapo")
+        for beta, clip in ((0.0, None), (0.04, None), (0.0, (0.1, 0.4)), (0.04, (0.1, 0.4)))
+    ),
+    *(Settings(name, beta) for name in ("bnpo", "gspo", "cispo", "sapo") for beta in (0.0, 0.04)),
+    # Bounds that half of the sequences pass, and a cap that many tokens pass.
+    *(Settings("gspo", beta, (0.03, 0.05)) for beta in (0.0, 0.04)),
+    *(Settings("cispo", beta, (0.2, 0.1)) for beta in (0.0, 0.04)),
+    *(
+        option(name, beta, {"clip_dual": 1.3}, {"delta": 1.3})
+        for name in ("grpo", "dapo", "bnpo", "dr_grpo", "gspo")
+        for beta in (0.0, 0.04)
+    ),
+    *(
+        option(name, 0.04, {"kl_unbiased": True}, {"use_bias_correction_kl": True})
+        for name in ("grpo", "dapo", "gspo", "cispo")
+    ),
+    *(
+        option(name, beta, *importance(mode, cap=1.3, floor=0.6))
+        for name, beta in (("grpo", 0.0), ("dapo", 0.04), ("gspo", 0.0))
+        for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    ),
+    option("grpo", 0.0, {"off_policy": 0.05}, {"off_policy_mask_threshold": 0.05}),
+    option(
+        "dapo",
+        0.04,
+        {"off_policy": 0.05, **importance("token_truncate", cap=2.0, floor=0.0)[0]},
+        {"off_policy_mask_threshold": 0.05, **importance("token_truncate", cap=2.0, floor=0.0)[1]},
+    ),
+    *(
+        option(name, beta, {"entropy": 0.02}, {"entropy_coef": 0.02})
+        for name in ("grpo", "dapo", "gspo")
+        for beta in (0.0, 0.04)
+    ),
+    option("grpo", 0.0, {"top_entropy": 0.3}, {"top_entropy_quantile": 0.3}),
+    option("dapo", 0.04, {"top_entropy": 0.3, "entropy": 0.02}, {"top_entropy_quantile": 0.3, "entropy_coef": 0.02}),
+    option("grpo", 0.0, {"compare": "batch"}, {"scale_rewards": "batch"}),
+    option("dr_grpo", 0.0, {"compare": "group"}, {"scale_rewards": "group"}),
+    option("grpo", 0.0, {"compare": "gdpo"}, {"multi_objective_aggregation": "normalize_then_sum"}),
+    option("grpo", 0.04, {"mask_truncated": True}, {"mask_truncated_completions": True}),
+    option("dapo", 0.0, {"mask_truncated": True}, {"mask_truncated_completions": True}),
 ]
 
 
 @pytest.fixture(scope="module")
-def groups() -> tuple[Group, ...]:
+def groups(tokenizer: Any) -> tuple[Group, ...]:
     generator = torch.Generator().manual_seed(5)
 
     def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(4, 260, (count,), generator=generator).tolist())
+        # TRL knows by its last token that a completion was not cut off.
+        last = () if count == LIMIT else (tokenizer.eos_token_id,)
+        return (*torch.randint(4, 260, (count - len(last),), generator=generator).tolist(), *last)
 
     made = []
     for p, (lengths_G, rewards_G) in enumerate(zip(LENGTHS_PG, REWARDS_PG, strict=True)):
-        completions = tuple(Completion("", ids(n), (0.0,) * n, "stop") for n in lengths_G)
-        grades = tuple(Grade(reward) for reward in rewards_G)
+        completions = tuple(Completion("", ids(n), (0.0,) * n, "length" if n == LIMIT else "stop") for n in lengths_G)
+        grades = tuple(graded(*pair) for pair in zip(rewards_G, SECOND_PG[p], strict=True))
         made.append(Group(Prompt(f"p{p}", ()), ids(PROMPT_LENGTHS_P[p]), completions, grades))
     return tuple(made)
+
+
+def graded(reward: float, second: float | None) -> Grade:
+    first = reward - WEIGHTS_F[1] * (second or 0.0)
+    parts = {"first": first} if second is None else {"first": first, "second": second}
+    return Grade(reward, parts, weights=dict(zip(("first", "second"), WEIGHTS_F, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +186,11 @@ def ours(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ..
     policy.model.zero_grad()
     if settings.beta:
         part = replace(part, ref_N=policy.reference(part))
-    loss = settings.objective.loss(policy.logprobs(part, step=0).logprobs_N, part)
+    objective = settings.objective
+    if objective.top_entropy < 1:
+        (part,) = with_chosen_tokens(policy, objective, [part], step=0)
+    scores = policy.logprobs(part, step=0, entropy_learns=objective.entropy > 0)
+    loss = objective.loss(scores.logprobs_N, part, scores.entropy_N)
     loss.total.backward()
     gradients = {name: weight.grad.clone() for name, weight in policy.model.named_parameters()}
     return Outcome(loss.total.item(), gradients, pack(groups, settings.objective, LIMIT).advantages_PG.flatten())
@@ -118,10 +198,17 @@ def ours(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ..
 
 def trls(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ...], folder: Path) -> Outcome:
     trainer = trl_trainer(policy, settings, groups, folder)
-    rows = [{"prompt": group.prompt.id} for group in groups for _ in group.completions]
-    inputs = trainer._generate_and_score_completions(rows)
+    inputs = generated(trainer, groups)
     assert part.old_N is not None
-    inputs["old_per_token_logps"] = padded(part.old_N, inputs["completion_mask"])
+    inputs["old_per_token_logps"] = padded(part.old_N, whole_mask(groups))
+    return outcome(trainer, inputs)
+
+
+def generated(trainer: Any, groups: tuple[Group, ...]) -> dict[str, Any]:
+    return trainer._generate_and_score_completions([{"prompt": g.prompt.id} for g in groups for _ in g.completions])
+
+
+def outcome(trainer: Any, inputs: dict[str, Any]) -> Outcome:
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     gradients = {name: weight.grad for name, weight in trainer.model.named_parameters()}
@@ -136,15 +223,17 @@ def trl_trainer(policy: Policy, settings: Settings, groups: tuple[Group, ...], f
     model = copy.deepcopy(policy.model)
     model.set_attn_implementation("sdpa")
     model.config._name_or_path = policy.path  # TRL loads its reference from there
-    rewards = [reward for group in groups for reward in group.rewards]
+    grades = [grade for group in groups for grade in group.grades]
     answers = {
         "prompt_ids": [list(group.prompt_ids) for group in groups for _ in group.completions],
         "completion_ids": [list(completion.token_ids) for group in groups for completion in group.completions],
         "logprobs": None,
     }
+    if settings.objective.importance:
+        answers["logprobs"] = [list(completion.logprobs) for group in groups for completion in group.completions]
     config = GRPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=len(rewards),
+        per_device_train_batch_size=len(grades),
         num_generations=len(groups[0].completions),
         max_completion_length=LIMIT,
         temperature=TEMPERATURE,
@@ -152,11 +241,15 @@ def trl_trainer(policy: Policy, settings: Settings, groups: tuple[Group, ...], f
         use_cpu=True,
         bf16=False,
         report_to="none",
+        reward_weights=list(WEIGHTS_F),
         **settings.trl,
     )
     trainer = GRPOTrainer(
         model,
-        reward_funcs=[lambda completions, **_: rewards],
+        reward_funcs=[
+            lambda completions, **_: [grade.parts["first"] for grade in grades],
+            lambda completions, **_: [grade.parts.get("second") for grade in grades],
+        ],
         args=config,
         train_dataset=Dataset.from_list([{"prompt": group.prompt.id} for group in groups]),
         processing_class=policy.tokenizer,
@@ -164,7 +257,16 @@ def trl_trainer(policy: Policy, settings: Settings, groups: tuple[Group, ...], f
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
+    if settings.objective.importance:
+        # TRL corrects for vLLM alone. There is none here, and none is needed: the rollouts are ours, nothing to sync.
+        trainer.use_vllm = True
+        trainer._last_loaded_step = trainer.state.global_step
     return trainer
+
+
+def whole_mask(groups: tuple[Group, ...]) -> Tensor:
+    lengths_B1 = torch.tensor([len(c.token_ids) for group in groups for c in group.completions])[:, None]
+    return torch.arange(int(lengths_B1.max())) < lengths_B1
 
 
 def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:
@@ -180,13 +282,49 @@ def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> 
     return replace(part, old_N=now_N + 0.3 * noise_N)
 
 
+def sampled(policy: Policy, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same completions, as a sampler reports them that is some way from the policy."""
+    (part,) = pack(groups, OBJECTIVES["grpo"], LIMIT).split(10_000)
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        now_N = policy.logprobs(part, step=0).logprobs_N
+    reported_N = now_N + 0.15 * torch.randn(now_N.shape, generator=draw, dtype=now_N.dtype)
+    told = iter(reported_N.split(part.lengths))
+    return tuple(
+        replace(group, completions=tuple(replace(c, logprobs=tuple(next(told).tolist())) for c in group.completions))
+        for group in groups
+    )
+
+
+def strayed_with_trl(
+    policy: Policy, settings: Settings, groups: tuple[Group, ...], folder: Path
+) -> tuple[Part, Outcome]:
+    """As `strayed`, for importance weights, which TRL computes while it generates, with other weights than the loss."""
+    trainer = trl_trainer(policy, settings, groups, folder)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight += 0.005 * torch.randn(weight.shape, generator=draw, dtype=weight.dtype)
+    inputs = generated(trainer, groups)
+    trainer.model.load_state_dict(policy.model.state_dict())
+    (part,) = pack(groups, settings.objective, LIMIT).split(10_000)
+    assert inputs["importance_sampling_ratio"].std() > 0.1  # weights that all agree would show nothing
+    old_N = inputs["old_per_token_logps"][whole_mask(groups)]
+    return replace(part, old_N=old_N.double()), outcome(trainer, inputs)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("settings", CASES, ids=lambda s: f"{s.name}-kl{s.beta}-clip{s.clip or ''}")
+@pytest.mark.parametrize("settings", CASES, ids=str)
 def test_loss_and_gradient_are_those_of_trl(
     settings: Settings, policy: Policy, groups: tuple[Group, ...], tmp_path: Path
 ) -> None:
-    part = strayed(policy, groups, settings.objective)
-    here, there = ours(policy, part, settings, groups), trls(policy, part, settings, groups, tmp_path)
+    if settings.objective.importance:
+        groups = sampled(policy, groups)
+        part, there = strayed_with_trl(policy, settings, groups, tmp_path)
+    else:
+        part = strayed(policy, groups, settings.objective)
+        there = trls(policy, part, settings, groups, tmp_path)
+    here = ours(policy, part, settings, groups)
     torch.testing.assert_close(here.advantages_B.float(), there.advantages_B, rtol=TOLERANCE, atol=TOLERANCE)
     assert here.loss == pytest.approx(there.loss, rel=TOLERANCE, abs=TOLERANCE)
     assert here.gradients.keys() == there.gradients.keys()

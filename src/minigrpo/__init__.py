@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from minigrpo.errors import ModelError as ModelError
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import TaskError as TaskError
+    from minigrpo.grader import Grader as Grader
     from minigrpo.pipeline import evaluate as evaluate
     from minigrpo.pipeline import preflight as preflight
     from minigrpo.pipeline import quickstart as quickstart
     from minigrpo.pipeline import run_all as run_all
     from minigrpo.pipeline import train as train
+    from minigrpo.pipeline import warmup as warmup
     from minigrpo.recipefile import dump_recipe as dump_recipe
     from minigrpo.recipefile import load_recipe as load_recipe
-    from minigrpo.rollout import PromptSampler as PromptSampler
     from minigrpo.rollout import rollout as rollout
     from minigrpo.rundir import RunDir as RunDir
+    from minigrpo.sampler import PromptSampler as PromptSampler
+    from minigrpo.tasks.scored import reward_task as reward_task
     from minigrpo.types import Completion as Completion
     from minigrpo.types import Engine as Engine
     from minigrpo.types import Grade as Grade
@@ -53,9 +56,12 @@ HOMES = {
     ),
     "minigrpo.rundir": ("RunDir",),
     "minigrpo.recipefile": ("dump_recipe", "load_recipe"),
-    "minigrpo.rollout": ("PromptSampler", "rollout"),
+    "minigrpo.rollout": ("rollout",),
+    "minigrpo.sampler": ("PromptSampler",),
     "minigrpo.engines.scripted": ("Scripted",),
-    "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train"),
+    "minigrpo.grader": ("Grader",),
+    "minigrpo.tasks.scored": ("reward_task",),
+    "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
 

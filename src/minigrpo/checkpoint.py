@@ -1,18 +1,25 @@
 """Checkpoints: everything that the next step depends on, whole or absent, verified before it is believed.
 
-    checkpoints/000050/  adapter (or model) files  optimizer.pt  state.json  made.json (SHA-256 of the others)
+    checkpoints/000050/  adapter (or model) files  optimizer.pt  trainer.json  state.json  made.json
+    checkpoints/000050.exploded/                   set aside by `discard_after`
 
-Random numbers need no state here: every draw is named by seed, step and place (noise.py), and so is the order of
-prompts. What does shape the arithmetic besides the weights (threads, number types, tokens per pass, versions) is the
-Machine, stored with the run and used again.
+made.json holds the step and the SHA-256 of every other file, and is sealed itself (stamps.py): no bit can flip unseen.
+
+Random numbers need no state here: every draw is named by seed, step and place (noise.py). What does shape the
+arithmetic besides the weights (threads, number types, tokens per pass, versions) is the Machine, stored with the run
+and used again. What the trainer itself remembers from step to step is its `state`.
 """
 
 from __future__ import annotations
 
+import json
+import pickle
 import platform
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,11 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, complete_folder, digest, read_json, write_json
+from minigrpo.rundir import RunDir, complete_folder, digest, read_json, remove_folder, write_json, writing
+from minigrpo.stamps import read_sealed, this_version, write_sealed
+
+Positions = Mapping[str, Mapping[str, Any]]
+"""Per log of the run: how long it is, in bytes, and the SHA-256 of that much (track.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,79 +61,194 @@ def this_machine(tokens_per_pass: int, device: torch.device, dtype: torch.dtype)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified folder: `step` steps are done; `positions` are the lengths of the run's logs at that moment."""
+    """A verified folder: `step` steps are done; `positions` says where the run's logs were at that moment."""
 
     folder: Path
     step: int
-    positions: Mapping[str, int]
+    positions: Positions
     machine: Machine
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(run: RunDir, step: int, policy: Any, optimizer: torch.optim.Optimizer, positions: Mapping[str, int]) -> None:
-    """Write the checkpoint of `step` finished steps; it appears under its name only when it is complete."""
+def save(
+    run: RunDir,
+    step: int,
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    positions: Positions,
+    *,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint of `step` finished steps; it appears under its name only when it is complete.
+
+    `state`: what the trainer remembers, as JSON has it (names are text, sequences are lists); some MB at most. Raises
+    ArtifactError where the disk is full or does not let us write.
+    """
     with complete_folder(run.checkpoint(step)) as draft:
         policy.save(draft)
-        torch.save(optimizer.state_dict(), draft / "optimizer.pt")
-        write_json(
-            draft / "state.json", {"step": step, "positions": dict(positions), "machine": read_json(run.machine)}
-        )
-        sums = {str(file.relative_to(draft)): digest(file) for file in sorted(draft.rglob("*")) if file.is_file()}
-        write_json(draft / "made.json", {"verb": "grpo", "minigrpo": version("minigrpo"), "sha256": sums})
+        # Through a stream of ours: torch's own hides why a disk refuses.
+        with (draft / "optimizer.pt").open("wb") as stream:
+            torch.save(optimizer.state_dict(), stream)
+        (draft / "trainer.json").write_text(json.dumps(state or {}, separators=(",", ":")), encoding="utf-8")
+        machine = asdict(_machine_of(run.machine, read_sealed(run.machine)))
+        write_json(draft / "state.json", {"positions": positions, "machine": machine})
+        sums = {name: digest(file) for name, file in _files(draft).items()}
+        sizes = {name: file.stat().st_size for name, file in _files(draft).items()}
+        write_sealed(draft / "made.json", {"verb": "grpo", "step": step, "bytes": sizes, "sha256": sums})
 
 
-def prune(run: RunDir, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for folder in _folders(run)[:-keep]:
-        shutil.rmtree(folder)
+def prune(run: RunDir, keep: int, spare: Collection[int] = frozenset()) -> None:
+    """Remove all but the newest `keep` checkpoints, those of the steps in `spare`, and what was set aside.
+
+    What is not whole counts for nothing, so the last whole one always stays.
+    """
+    whole = [folder for folder in _folders(run) if _looks_whole(folder)]
+    kept = {*whole[-max(keep, 1) :], *(folder for folder in whole if int(folder.name) in spare)}
+    if whole:
+        for folder in [*_folders(run), *_set_aside(run)]:
+            if folder not in kept:
+                remove_folder(folder)
+
+
+def discard_after(run: RunDir, step: int, why: str = "exploded") -> None:
+    """Set aside the checkpoints later than `step`, as 000050.exploded: kept for a look until `prune` is called next."""
+    for folder in _folders(run):
+        if int(folder.name) > step:
+            aside = folder.with_name(f"{folder.name}.{why}")
+            with writing(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
 
 
 def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not."""
+    """The newest checkpoint that is whole, and a sentence for each newer one that is not; None before the first.
+
+    Raises ArtifactError where there are some, and none is whole: to begin again in silence would lose the run.
+    """
     complaints: list[str] = []
     for folder in reversed(_folders(run)):
         try:
             return _verified(folder), complaints
         except ArtifactError as fault:
             complaints.append(f"{fault} Going on from the checkpoint before it.")
+    if complaints:
+        first = complaints[0].removesuffix(" Going on from the checkpoint before it.")
+        raise ArtifactError(
+            f"None of the {len(complaints)} checkpoints of {run.path} can be used. The newest: {first} To begin this "
+            f"run again from its first step, remove {run.checkpoints}; or begin another: --run runs/NAME"
+        )
     return None, complaints
 
 
+def at(run: RunDir, step: int) -> Checkpoint:
+    """The checkpoint of that step, verified. Raises ArtifactError where it is missing or not whole."""
+    if not run.checkpoint(step).is_dir():
+        there = ", ".join(str(int(folder.name)) for folder in _folders(run)) or "none"
+        raise ArtifactError(f"{run.path} has no checkpoint of step {step}. There are: {there}.")
+    return _verified(run.checkpoint(step))
+
+
+def before(run: RunDir, step: int) -> int | None:
+    """The step of the newest whole checkpoint earlier than `step`, if there is one."""
+    for folder in reversed(_folders(run)):
+        if int(folder.name) < step:
+            with suppress(ArtifactError):
+                return _verified(folder).step
+    return None
+
+
 def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer back, bit for bit."""
-    policy.restore(checkpoint.folder)
-    state = torch.load(checkpoint.folder / "optimizer.pt", map_location=policy.device, weights_only=True)
-    optimizer.load_state_dict(state)
+    """Put weights and optimizer back, bit for bit. Raises ArtifactError where they are of another model or recipe."""
+    try:
+        policy.restore(checkpoint.folder)
+        state = torch.load(checkpoint.folder / "optimizer.pt", map_location=policy.device, weights_only=True)
+        optimizer.load_state_dict(state)
+    except torch.OutOfMemoryError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError) as fault:
+        why = " ".join(str(fault).split())[:200]
+        raise ArtifactError(f"{checkpoint.folder} does not fit this model and recipe: {why}") from fault
+    # The optimizer compares counts alone: a moment of another shape would fail at the next step, far from its cause.
+    for parameter, moments in optimizer.state.items():
+        if any(m.numel() > 1 and m.shape != parameter.shape for m in moments.values() if isinstance(m, torch.Tensor)):
+            raise ArtifactError(f"{checkpoint.folder / 'optimizer.pt'} does not fit this model: shapes differ.")
 
 
 def read_machine(run: RunDir) -> Machine | None:
-    """The Machine that the run began on, or None for a run that has not begun."""
-    return Machine(**read_json(run.machine)) if run.machine.is_file() else None
+    """The Machine that the run began on, or None for a run that has not begun.
+
+    Where its file is gone, the newest checkpoint tells. Raises ArtifactError where it is damaged.
+    """
+    if not run.machine.is_file():
+        found, _ = latest(run)
+        return found.machine if found else None
+    try:
+        return _machine_of(run.machine, read_sealed(run.machine))
+    except ArtifactError as fault:
+        if not _folders(run):
+            raise
+        raise ArtifactError(f"{fault} Or remove that file: the newest checkpoint holds the same.") from None
 
 
 def write_machine(run: RunDir, machine: Machine) -> None:
-    write_json(run.machine, asdict(machine))
+    write_sealed(run.machine, asdict(machine))
+
+
+def _machine_of(file: Path, data: Mapping[str, Any]) -> Machine:
+    names = {f.name for f in fields(Machine)}
+    own = {name: value for name, value in data.items() if name not in ("format", "minigrpo", "seal")}
+    if differing := sorted(own.keys() ^ names):
+        raise ArtifactError(
+            f"{file} is of minigrpo {data.get('minigrpo', 'of another version')}, and this is {this_version()}, which "
+            f"does not agree on: {', '.join(differing)}. Go on with the version that made it, or begin another run: "
+            "--run runs/NAME"
+        )
+    return Machine(**own)
 
 
 def _verified(folder: Path) -> Checkpoint:
     """Raises ArtifactError, naming the file, where anything differs from what was saved."""
-    made = folder / "made.json"
+    made = read_sealed(folder / "made.json")
+    if made["step"] != int(folder.name):
+        raise ArtifactError(f"{folder} is of step {made['step']}, so it was renamed.")
+    there = _files(folder)
+    for name, expected in made["sha256"].items():
+        if name not in there:
+            raise ArtifactError(f"{folder / name} is missing.")
+        if digest(there[name]) != expected:
+            raise ArtifactError(f"{folder / name} is damaged: its contents are not what was saved.")
+    if extra := sorted(there.keys() - made["sha256"].keys()):
+        raise ArtifactError(f"{folder / extra[0]} is not of this checkpoint: nobody saved it there. Remove it.")
+    state = read_json(folder / "state.json")
+    machine = _machine_of(folder / "state.json", {**state["machine"], "minigrpo": made["minigrpo"]})
+    return Checkpoint(folder, made["step"], state["positions"], machine, read_json(folder / "trainer.json"))
+
+
+def _looks_whole(folder: Path) -> bool:
+    """As far as can be told without reading weights: `prune` follows every save."""
     try:
-        sums = read_json(made)["sha256"]
-        for name, expected in sums.items():
-            if not (folder / name).is_file():
-                raise ArtifactError(f"{folder / name} is missing.")
-            if digest(folder / name) != expected:
-                raise ArtifactError(f"{folder / name} is damaged: its contents are not what was saved.")
-        state = read_json(folder / "state.json")
-        return Checkpoint(folder, state["step"], state["positions"], Machine(**state["machine"]))
-    except (KeyError, TypeError, AttributeError):
-        raise ArtifactError(f"{made} is damaged, or from another version of minigrpo.") from None
+        made = read_sealed(folder / "made.json")
+    except ArtifactError:
+        return False
+    return made["bytes"] == {name: file.stat().st_size for name, file in _files(folder).items()}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All but made.json and hidden ones, which desktops and file servers leave everywhere."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file for name, file in files.items() if name != "made.json" and not file.name.startswith(".")}
 
 
 def _folders(run: RunDir) -> list[Path]:
+    """In the order of their steps."""
     if not run.checkpoints.is_dir():
         return []
-    return sorted(p for p in run.checkpoints.iterdir() if p.is_dir() and p.name.isdigit())
+    found = [p for p in run.checkpoints.iterdir() if re.fullmatch("[0-9]{6,}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name))
+
+
+def _set_aside(run: RunDir) -> list[Path]:
+    return [p for p in run.checkpoints.iterdir() if re.fullmatch(r"[0-9]{6,}\.[a-z]+", p.name) and p.is_dir()]
 
 
 def _processor() -> str:

@@ -76,6 +76,29 @@ def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None,
     raise typer.Exit(0 if verdict.go else 1)
 
 
+@app.command(cls=QuietKnobCommand)
+def warmup(
+    context: typer.Context,
+    recipe: RecipeName,
+    *,
+    run: RunOption = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model the form that it never finds.
+
+    The adapter imitates right answers, the task's own or those of --warmup.data, for --warmup.steps steps. Train and
+    run go on from it, and do it by themselves where the recipe has warmup.steps.
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    with result_alone(as_json):
+        result = pipeline.warmup(loaded, folder(recipe, run), resume=resume)
+    if as_json:
+        print_json(result)
+
+
 @app.command(cls=KnobCommand)
 def train(
     context: typer.Context,
@@ -176,6 +199,32 @@ def quickstart(
         result = pipeline.quickstart(loaded, folder("quickstart", run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
+
+
+@app.command("check-task", cls=QuietKnobCommand)
+def check_task_command(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
+    *,
+    limit: Annotated[int, typer.Option(min=2, help="Prompts tried, half of each split.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Try a task's grader on right and wrong answers.
+
+    Scores right, empty, wrong, very long and strange answers, and compares the splits. No model is loaded. Exit code 0
+    where all is well, 1 where training would go wrong. The knobs of the recipe are options here too: --task.name.
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo.checktask import check_task, checked_table
+    from minigrpo.tasks import open_task
+
+    with result_alone(as_json):
+        found = check_task(loaded, open_task(loaded), limit)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Console().print(checked_table(found))
+    raise typer.Exit(0 if found.ok else 1)
 
 
 @app.command(cls=Command)

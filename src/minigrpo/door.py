@@ -25,6 +25,10 @@ EXAMPLES: dict[str, str] = {
     "preflight": """
         minigrpo preflight quickstart
         minigrpo preflight my.yaml --rollout.max_tokens 512  # do longer answers end?""",
+    "warmup": """
+        minigrpo warmup my.yaml --warmup.steps 60  # on the task's own right answers
+        minigrpo warmup my.yaml --warmup.steps 60 --warmup.data answers.jsonl
+        minigrpo train my.yaml --warmup.steps 60  # the same, and GRPO from there""",
     "train": """
         minigrpo train quickstart
         minigrpo train my.yaml --lora.rank 16 --train.lr=2e-5 --run runs/r16
@@ -41,6 +45,9 @@ EXAMPLES: dict[str, str] = {
         minigrpo quickstart
         minigrpo quickstart --seed 1 --run runs/second
         minigrpo quickstart --train.steps 40 --run runs/short""",
+    "check-task": """
+        minigrpo check-task  # the embedded task
+        minigrpo check-task my.yaml --json  # the task of a recipe; --task.name FILE.py:NAME for one of your own""",
     "doctor": """
         minigrpo doctor
         minigrpo doctor --json""",

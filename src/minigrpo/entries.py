@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minigrpo.errors import RecipeError
 from minigrpo.knobs import in_words, knobs_by_name, sections
 
 LARGEST = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
+MOST = 1000  # knobs in a file; YAML's aliases can make billions of a few lines
 NULLS = ("", "~", "null")
 ENDLESS = "is nested without end. A recipe is sections of knobs, two levels deep."
 
@@ -41,15 +43,32 @@ def read_entries(path: Path) -> list[Entry]:
         raise RecipeError(f"{path} is missing. `minigrpo recipes NAME > {path}` writes one to start from.") from None
     except OSError as fault:
         raise RecipeError(f"{path} cannot be read: {fault.strerror or fault}.") from None
+    if len(raw) > LARGEST or b"\0" in raw:
+        raise RecipeError(f"{path} is not a text file. A recipe is a .yaml or .toml file: see `minigrpo recipes`.")
     try:
         text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if len(raw) > LARGEST or "\0" in text:
-        raise RecipeError(f"{path} is not a text file. A recipe is a .yaml or .toml file: see `minigrpo recipes`.")
-    entries = _toml_entries(path, text) if path.suffix == ".toml" else _yaml_entries(path, text)
+    except UnicodeDecodeError as fault:
+        line = raw.count(b"\n", 0, fault.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: byte 0x{raw[fault.start]:02x} is not UTF-8. Save the file as UTF-8."
+        ) from None
+    entries = _read(path, text, _toml_entries if path.suffix == ".toml" else _yaml_entries)
     if not entries:
         raise RecipeError(f"{path} sets no knob. For all defaults, leave the recipe out; see `minigrpo recipes`.")
+    return entries
+
+
+def _read(path: Path, text: str, parse: Callable[[Path, str], Iterator[Entry]]) -> list[Entry]:
+    kind = "TOML" if path.suffix == ".toml" else "YAML"
+    try:
+        entries = list(islice(parse(path, text), MOST + 1))
+    except RecursionError:
+        raise RecipeError(f"{path} {ENDLESS}") from None
+    except (ValueError, OverflowError) as fault:
+        # What both parsers let through: a number of thousands of digits, an escape beyond the last character.
+        raise RecipeError(f"{path}: this is not {kind}: {' '.join(str(fault).split())}.") from None
+    if len(entries) > MOST:
+        raise RecipeError(f"{path} sets more than {MOST} knobs. A recipe is a page: see `minigrpo recipes`.")
     return entries
 
 
@@ -58,39 +77,45 @@ def read_table(text: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return plain(node) if node else {}
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         return text
 
 
-def _yaml_entries(path: Path, text: str) -> list[Entry]:
+def _yaml_entries(path: Path, text: str) -> Iterator[Entry]:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise RecipeError(
-                f"{path} holds no knobs. A recipe is lines like `seed: 0`, or a section `lora:` with them."
-            )
-        return list(_from_mapping(root, "", str(path)))
+    except yaml.reader.ReaderError as fault:
+        place = text.count("\n", 0, fault.position) + 1
+        what = f"the character U+{int(fault.character):04X} is not allowed"
+        raise RecipeError(f"{path}:{place}: this is not YAML: {what}.") from None
     except yaml.MarkedYAMLError as fault:
-        line = f":{fault.problem_mark.line + 1}" if fault.problem_mark else ""
+        # A fault at the very end of the text is marked one line below its last.
+        last = max(1, len(text.splitlines()))
+        line = f":{min(fault.problem_mark.line + 1, last)}" if fault.problem_mark else ""
         what = ", ".join(filter(None, (fault.context, fault.problem)))
         raise RecipeError(f"{path}{line}: this is not YAML: {what}.") from None
     except yaml.YAMLError as fault:
         raise RecipeError(f"{path}: this is not YAML: {' '.join(str(fault).split())}") from None
-    except RecursionError:
-        raise RecipeError(f"{path} {ENDLESS}") from None
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path} holds no knobs. A recipe is lines like `seed: 0`, or a section `lora:` with them.")
+    yield from _from_mapping(root, "", str(path))
 
 
 def _from_mapping(node: yaml.MappingNode, prefix: str, file: str) -> Iterator[Entry]:
     for key, value in node.value:
-        # A key that is itself a list or a mapping cannot name a knob; its text shows what stands there.
-        name = prefix + (str(key.value) if isinstance(key, yaml.ScalarNode) else f"({key.id})")
-        deeper = isinstance(value, yaml.MappingNode) and name not in knobs_by_name() and prefix.count(".") < 2
-        if deeper and value.value:
+        name = prefix + _key(key)
+        if isinstance(value, yaml.MappingNode) and value.value and _may_hold(name, prefix):
             yield from _from_mapping(value, f"{name}.", file)
         elif name not in sections() or not _is_empty(value):
             yield Entry(name, plain(value), f"{file}:{key.start_mark.line + 1}")
+
+
+def _may_hold(name: str, prefix: str) -> bool:
+    """Whether a mapping under this name is read key by key: a section, a knob that is a table, or a mistake to name."""
+    knob = knobs_by_name().get(name)
+    return (knob is None or knob.is_table) and prefix.count(".") < 2
 
 
 def _is_empty(node: yaml.Node) -> bool:
@@ -99,48 +124,67 @@ def _is_empty(node: yaml.Node) -> bool:
 
 
 def plain(node: yaml.Node, depth: int = 0) -> Any:
-    """Nodes as text, lists and dicts; anything deeper than a recipe can be stays out of the way as "..."."""
+    """Nodes as text, or one level of list or dict: what lies deeper than any knob reaches is left empty."""
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value.lower() in NULLS else str(node.value)
-    if depth == 2:
-        return "..."
-    if isinstance(node, yaml.MappingNode):
-        return {str(plain(key, 2)): plain(value, depth + 1) for key, value in node.value}
-    return [plain(value, depth + 1) for value in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    if depth:
+        return {}
+    return {_key(key): plain(value, depth + 1) for key, value in node.value}
 
 
-def _toml_entries(path: Path, text: str) -> list[Entry]:
+def _key(node: yaml.Node) -> str:
+    """A key that is itself a list or a mapping cannot name anything; its kind shows what stands there."""
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    return "(mapping)" if isinstance(node, yaml.MappingNode) else "(sequence)"
+
+
+def _toml_entries(path: Path, text: str) -> Iterator[Entry]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         found = re.search(r"at line (\d+)", str(fault))
-        line = f":{found[1]}" if found else ""
-        raise RecipeError(f"{path}{line}: this is not TOML: {fault}.") from None
-    except RecursionError:
-        raise RecipeError(f"{path} {ENDLESS}") from None
+        line = found[1] if found else max(1, len(text.splitlines()))
+        raise RecipeError(f"{path}:{line}: this is not TOML: {fault}.") from None
     lines = _toml_lines(text)
-    return [Entry(name, value, f"{path}:{lines[name]}" if name in lines else str(path)) for name, value in _flat(data)]
+    for name, value in _flat(data):
+        # An inline table has its keys on its own line.
+        spelled = name if name in lines else name.rpartition(".")[0]
+        yield Entry(name, value, f"{path}:{lines[spelled]}" if spelled in lines else str(path))
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in knobs_by_name() and prefix.count(".") < 2:
+        if isinstance(value, dict) and value and _may_hold(name, prefix):
             yield from _flat(value, f"{name}.")
         else:
             yield name, as_text(value)
 
 
+_PART = r"""(?:[\w\-]+|"[^"]*"|'[^']*')"""
+_KEY = rf"({_PART}(?:\s*\.\s*{_PART})*)"
+
+
 def _toml_lines(text: str) -> dict[str, int]:
-    """Line of each key, found by its looks: tomllib keeps none."""
+    """Line of each key and section, found by its looks: tomllib keeps none."""
     lines: dict[str, int] = {}
     section = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*\[\s*([\w.\- ]+?)\s*\]", line):
-            section = f"{header[1]}."
-        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
-            lines.setdefault(section + key[1], number)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if header := re.match(rf"\s*\[+\s*{_KEY}\s*\]", line):
+            name = _spelled(header[1])
+            section = f"{name}."
+            lines.setdefault(name, number)
+        elif key := re.match(rf"\s*{_KEY}\s*=", line):
+            lines.setdefault(section + _spelled(key[1]), number)
     return lines
+
+
+def _spelled(key: str) -> str:
+    """`"lora" . rank` as lora.rank."""
+    return ".".join(part.strip("\"'") for part in re.findall(_PART, key))
 
 
 def as_text(value: Any) -> Any:

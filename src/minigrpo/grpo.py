@@ -11,93 +11,178 @@ Shapes: P prompts, G siblings, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minigrpo import checkpoint
 from minigrpo.config import Recipe
-from minigrpo.errors import DivergenceError
+from minigrpo.engines.context import check_prompts
+from minigrpo.entropy import chosen_tokens
+from minigrpo.grader import Grader
 from minigrpo.interrupt import finish_first
+from minigrpo.keeper import Keeper
 from minigrpo.metrics import Clock, batch_metrics, group_metrics
 from minigrpo.noise import name_key
-from minigrpo.objective import OBJECTIVES, Objective
-from minigrpo.packing import Batch, pack
-from minigrpo.plan import tokens_per_pass
+from minigrpo.objective import Objective, open_objective
+from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
-from minigrpo.rollout import PromptSampler, prompts_of, rollout
-from minigrpo.rundir import RunDir
+from minigrpo.rollout import prompts_of, rollout
+from minigrpo.sampler import PromptSampler, split_off
+from minigrpo.shaping import with_overlong_penalty
+from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.track import Track
-from minigrpo.types import Engine, Sampling, Task
-
-PATIENCE = 5
-"""Steps in a row whose gradient is not finite before the run stops."""
+from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 
 
 def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Track) -> None:
     """Train the policy; the run's folder is the track's. Begins where the newest checkpoint ends, if there is one."""
-    P, G = recipe.rollout.prompts, recipe.rollout.completions
-    objective = open_objective(recipe, policy)
+    G, longest = recipe.rollout.completions, recipe.rollout.max_tokens
+    objective = open_objective(recipe, sixteen_bit=policy.dtype in (torch.bfloat16, torch.float16))
     optimizer = open_optimizer(recipe, policy)
-    sampler = PromptSampler(prompts_of(task, "train"), recipe.seed)
-    start, budget = restore(recipe, policy, optimizer, track)
+    training, held_out = split_off(prompts_of(task, "train"), recipe)
+    check_prompts([*training, *held_out], policy.tokenizer, longest, policy.model)
+    source = GroupSource(PromptSampler(training, recipe.seed, recipe.groups), recipe.rollout.prompts, recipe.groups)
+    keeper = Keeper(recipe, track, policy, optimizer, source)
+    start, budget = keeper.restore()
     engine.update(policy)
-    failures = 0
-    with track, finish_first() as interrupted:
+    with track, Grader.of(task, recipe.task, track.say) as grader, finish_first() as interrupted:
+        asking = Asking(engine, task, policy.tokenizer, grader, recipe)
         for step in range(start, recipe.train.steps):
             clock = Clock()
 
             # 1. Sample G completions of P prompts from the policy as it is now, and grade their text.
-            prompts = sampler.take(step, P)
-            groups = rollout(engine, task, prompts, n=G, sampling=sampling_at(recipe, step), tokenizer=policy.tokenizer)
+            ask = partial(asking.groups, n=G, sampling=sampling_at(recipe, step))
+            gathered = source.gather(step, ask, teaches=partial(teaches, objective, longest))
             clock.lap("rollout")
 
             # 2. Compare siblings: advantages, and weights over the whole batch.
-            batch = pack(groups, objective, recipe.rollout.max_tokens)
+            batch = pack(gathered.groups, objective, longest)
 
             # 3. Improve. Weights are shares of the whole batch, so micro-batches add up exactly.
-            figures = accumulate(policy, objective, batch, step, budget)
-            rate = learning_rate(recipe, step)
-            norm = optimise(policy, optimizer, rate, recipe.train.grad_norm) if batch.moves else 0.0
+            pace = Pace(step, budget, learning_rate(recipe, step), recipe.train.grad_norm, recipe.train.inner_epochs)
+            figures = improve(policy, optimizer, replace(objective, entropy=keeper.bonus.weight), batch, pace)
             clock.lap("update")
             engine.update(policy)
             clock.lap("sync")
 
             # 4. Record, save; stop where the numbers can no longer be used.
-            failures = 0 if math.isfinite(norm) else failures + 1
-            figures |= {"learning_rate": rate, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
-            metrics = group_metrics(groups) | batch_metrics(batch, figures) | clock.metrics(groups)
-            track.record(step + 1, metrics, groups, batch.advantages_PG.tolist())
-            last = step + 1 == recipe.train.steps or interrupted()
-            if (step + 1) % recipe.save.every == 0 or last:
-                checkpoint.save(track.run, step + 1, policy, optimizer, track.positions())
-                checkpoint.prune(track.run, recipe.save.keep)
-            stop_if_diverged(failures, track.run)
-            if interrupted():
+            metrics = step_metrics(gathered, batch, figures)
+            if recipe.eval.every and (step + 1) % recipe.eval.every == 0:
+                metrics |= held_out_metrics(asking.groups(held_out, n=1, sampling=Sampling(0.0, longest)))
+                clock.lap("eval")
+            metrics |= clock.metrics(gathered.sampled)
+            keeper.record(step + 1, metrics, gathered, batch)
+            stop = interrupted()
+            keeper.settle(step + 1, last=stop or step + 1 == recipe.train.steps)
+            if stop:
                 return
+    keeper.finish()
 
 
-def accumulate(policy: Policy, objective: Objective, batch: Batch, step: int, budget: int) -> dict[str, float]:
-    """Add the gradient of the whole batch, micro-batch by micro-batch; the figures of the loss, summed likewise."""
-    totals: dict[str, Tensor] = {}
-    for part in batch.split(budget) if batch.moves else ():
-        scores = policy.logprobs(part, step=step)
-        if objective.kl > 0:
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who answers and who judges: all that is needed to turn prompts into graded groups."""
+
+    engine: Engine
+    task: Task
+    tokenizer: Any
+    grader: Grader
+    recipe: Recipe
+
+    def groups(self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling) -> list[Group]:
+        groups = rollout(
+            self.engine, self.task, prompts, n=n, sampling=sampling, tokenizer=self.tokenizer, grader=self.grader
+        )
+        return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
+
+
+def teaches(objective: Objective, longest: int, group: Group) -> bool:
+    """Whether the group's siblings differ in what the objective compares."""
+    return pack([group], objective, longest).teaches
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`."""
+
+    step: int
+    budget: int
+    rate: float
+    limit: float
+    epochs: int
+
+
+def improve(
+    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, pace: Pace
+) -> dict[str, float]:
+    """One update for each inner epoch; the figures of the loss, means over the epochs.
+
+    `old` is what the first epoch's pass found before any update: it needs no pass of its own, and there the ratio is
+    1 exactly.
+    """
+    parts = list(batch.split(pace.budget)) if batch.moves else []
+    if objective.top_entropy < 1:
+        parts = with_chosen_tokens(policy, objective, parts, pace.step)
+    epochs: list[dict[str, float]] = []
+    for _ in range(pace.epochs):
+        parts, sums = accumulate(policy, objective, parts, step=pace.step)
+        norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
+        finite = math.isfinite(norm)
+        epochs.append(sums | {"grad_norm": norm, "skipped": float(not finite)})
+        if not finite:
+            break
+    means = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
+    # Engine and policy are compared where both had the same weights: before the first update.
+    before = {name: epochs[0][name] for name in SAMPLED if name in epochs[0]}
+    return means | before | {"learning_rate": pace.rate, "skipped": float(any(epoch["skipped"] for epoch in epochs))}
+
+
+def accumulate(
+    policy: Policy, objective: Objective, parts: Sequence[Part], *, step: int
+) -> tuple[list[Part], dict[str, float]]:
+    """Add the gradient of the whole batch, micro-batch by micro-batch; the figures of the loss, summed likewise.
+
+    Returns the micro-batches with `old` and `ref` filled in, for further epochs.
+    """
+    done: list[Part] = []
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        if objective.kl > 0 and part.ref_N is None:
             part = replace(part, ref_N=policy.reference(part))
-        loss = objective.loss(scores.logprobs_N, part)
+        scores = policy.logprobs(part, step=step, entropy_learns=objective.entropy > 0)
+        loss = objective.loss(scores.logprobs_N, part, scores.entropy_N)
         loss.total.backward()
         for name, value in {**loss.figures, **sampler_gap(scores, part)}.items():
-            totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu()
-    return {name: float(total) for name, total in totals.items()}
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+        done.append(part if part.old_N is not None else replace(part, old_N=scores.logprobs_N.detach()))
+    return done, {name: float(total) for name, total in sums.items()}
 
 
-def sampler_gap(scores: Any, part: Any) -> dict[str, Tensor]:
+def with_chosen_tokens(policy: Policy, objective: Objective, parts: list[Part], step: int) -> list[Part]:
+    """The tokens of highest entropy of the whole batch: which they are, only a pass over all of it can tell."""
+    with torch.no_grad():
+        entropies = [policy.logprobs(part, step=step).entropy_N for part in parts]
+    counted = [(part.shares_N > 0).to(entropy_N.device) for part, entropy_N in zip(parts, entropies, strict=True)]
+    chosen = chosen_tokens(entropies, counted, objective.top_entropy)
+    count = sum(int(chosen_N.sum()) for chosen_N in chosen)
+    return [
+        replace(part, chosen_N=chosen_N, shares_N=chosen_N / count)
+        for part, chosen_N in zip(parts, chosen, strict=True)
+    ]
+
+
+SAMPLED = ("gap_sum", "entropy_sum", "scored_tokens")
+
+
+def sampler_gap(scores: Any, part: Part) -> dict[str, Tensor]:
     """Sums over tokens: how far engine and policy disagree on what was sampled, and the policy's entropy."""
     gap_N = (scores.logprobs_N.detach() - part.engine_N.to(scores.logprobs_N)).abs()
     count = torch.tensor(float(len(gap_N)))
-    return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.sum(), "scored_tokens": count}
+    return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}
 
 
 def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, limit: float) -> float:
@@ -127,11 +212,6 @@ def sampling_at(recipe: Recipe, step: int) -> Sampling:
     return Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "rollout", step))
 
 
-def open_objective(recipe: Recipe, policy: Policy) -> Objective:
-    sixteen_bit = policy.dtype in (torch.bfloat16, torch.float16)
-    return OBJECTIVES[recipe.objective.name].with_knobs(recipe.objective, sixteen_bit=sixteen_bit)
-
-
 def open_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     """AdamW with the defaults of its paper; one kernel for all parameters."""
     return torch.optim.AdamW(
@@ -139,37 +219,16 @@ def open_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     )
 
 
-def restore(recipe: Recipe, policy: Policy, optimizer: Any, track: Track) -> tuple[int, int]:
-    """(first step to do, tokens per pass). Makes the arithmetic repeatable; takes up the newest whole checkpoint."""
-    if policy.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-    run = track.run
-    then = checkpoint.read_machine(run)
-    if then is not None:
-        torch.set_num_threads(then.threads)
-    budget = then.tokens_per_pass if then else tokens_per_pass(policy, recipe)
-    now = checkpoint.this_machine(budget, policy.device, policy.dtype)
-    if then is None:
-        checkpoint.write_machine(run, now)
-    elif different := now.differences(then):
-        track.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
-    found, complaints = checkpoint.latest(run)
-    for complaint in complaints:
-        track.say(complaint)
-    track.rewind(found.positions if found else {})
-    if not policy.shares_prompts:
-        kind = policy.model.config.model_type
-        track.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
-    if found is None:
-        return 0, budget
-    checkpoint.load(found, policy, optimizer)
-    track.say(f"Resumed after step {found.step} of {recipe.train.steps}.")
-    return found.step, budget
+def step_metrics(gathered: Gathered, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
+    """Progress is judged by the groups that were not chosen for what they earned."""
+    metrics = group_metrics(gathered.fair) | dict(gathered.figures) | batch_metrics(batch, figures)
+    if gathered.figures.get("replayed_groups") and "engine_gap" in metrics:
+        # An older policy sampled some of these tokens: the gap says nothing of the engine.
+        metrics["off_policy_gap"] = metrics.pop("engine_gap")
+    return metrics
 
 
-def stop_if_diverged(failures: int, run: RunDir) -> None:
-    if failures >= PATIENCE:
-        raise DivergenceError(
-            f"The gradient was not finite in {failures} steps in a row; the weights are those before them. "
-            f"Their prompts and answers stand in {run.groups}. A lower --train.lr is the usual cure."
-        )
+def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How the likeliest answers to prompts that are never trained on fare."""
+    figures = group_metrics(groups)
+    return {f"eval/{name}": figures[name] for name in ("accuracy", "reward", "format")}

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -19,7 +19,9 @@ def finish_first() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("\nStopping: this step is finished and saved first. Once more to stop at once.", file=sys.stderr)
+        # The signal may have come in the middle of a write to the same stream, or its terminal may be gone.
+        with suppress(RuntimeError, OSError, ValueError):
+            print("\nStopping: this step is finished and saved first. Once more to stop at once.", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -109,6 +109,11 @@ ALIASES: dict[str, str] = {
 SYMBOLS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
+NUMBERS, VALUES = "names with numbers, {name: number}", "names with values, {name: value}"
+ROWS = {NUMBERS: "a number", VALUES: "true, false, a finite number or text"}
+"""Kind of a table -> what one of its rows may hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Knob:
     """One knob as a person reads it. `name` is dotted; `choices` is empty where any value of the kind goes."""
@@ -131,8 +136,13 @@ class Knob:
 
     @property
     def is_table(self) -> bool:
-        """Whether its value is rows of names and numbers, of which each may be set alone: task.weights.NAME."""
+        """Whether its value is rows of names and values, of which each may be set alone: task.weights.NAME."""
         return isinstance(self.default, dict)
+
+    @property
+    def row_expects(self) -> str:
+        """What the value of one row of a table must be."""
+        return ROWS[self.kind]
 
     @property
     def shown_default(self) -> str:
@@ -203,7 +213,7 @@ def _knob(name: str, field: FieldInfo) -> Knob:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    table = "names with numbers, {name: number}" if kind == dict[str, float] else "names with values, {name: value}"
+    table = NUMBERS if kind == dict[str, float] else VALUES
     extra = field.json_schema_extra
     return Knob(
         name=name,

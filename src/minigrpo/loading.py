@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.render import QUESTION, check_tokenizer, render
+from minigrpo.render import QUESTION, check_tokenizer, render, set_options
 from minigrpo.types import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,10 +47,33 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU."""
     if name != "auto":
+        if device.type == "cpu" and DTYPES[name] != torch.float32:
+            check_instructions(name)
         return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@cache
+def check_instructions(dtype: str) -> None:
+    """Raises ModelError where 16-bit arithmetic would kill the process: some virtual machines announce matrix
+    instructions (AMX) that they then refuse. Only trying tells, so a child tries.
+    """
+    if not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the pool of threads was not forked
+        ones = torch.ones(64, 64, dtype=DTYPES[dtype])
+        ones @ ones
+        os._exit(0)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        raise ModelError(
+            f"model.dtype {dtype}: this machine announces matrix instructions that it does not execute, so the process "
+            "would be killed. Start it with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment, or use "
+            "--model.dtype float32"
+        )
 
 
 def resolve(path: str, seed: int, report: Report | None = None) -> str:
@@ -67,9 +92,13 @@ def open_model(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> Loaded:
-    """Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation."""
+    """`template`: options of the chat template, which the tokenizer keeps from then on.
+
+    Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -90,6 +119,7 @@ def open_model(
     except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
         reason = " ".join(str(fault).split())[:300]
         raise ModelError(f"the model at {source} could not be loaded: {type(fault).__name__}: {reason}") from fault
+    set_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
     return Loaded(model.to(device).eval(), tokenizer, source, warnings)

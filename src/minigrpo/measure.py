@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, comb, sqrt
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ArtifactError
 from minigrpo.rollout import rollout
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+
+if TYPE_CHECKING:
+    from minigrpo.grader import Grader
 
 Report = Callable[[int, int, str], None]
 """Told how far a stage is: done, total, a note."""
@@ -94,13 +97,14 @@ def grade_prompts(
     tokenizer: Any,
     report: Report | None = None,
     rows: int = 256,
+    grader: Grader | None = None,
 ) -> Scores:
     """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown."""
     groups: list[Group] = []
     batch = max(1, rows // n)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        groups += rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer)
+        groups += rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
         if report:
             right = fmean(grade.solved for group in groups for grade in group.grades)
             report(len(groups), len(prompts), f"{right:.0%} right")
@@ -108,20 +112,22 @@ def grade_prompts(
 
 
 def score(groups: Sequence[Group]) -> Scores:
-    """Count what groups of equal size show."""
+    """Count what groups of equal size show. A completion that could not be scored is not right, and earns no reward
+    that the mean could count; 0 where nothing could be scored."""
     n = len(groups[0].grades)
     grades = [grade for group in groups for grade in group.grades]
     completions = [completion for group in groups for completion in group.completions]
     right_P = [sum(grade.solved for grade in group.grades) for group in groups]
     formed = [grade for grade in grades if grade.formed]
     lengths = [len(completion.token_ids) for completion in completions]
+    rewards = [grade.reward for grade in grades if grade.scored]
     return Scores(
         samples=n,
         accuracy=wilson(fmean(right_P) / n, len(groups)),
         formed=wilson(len(formed) / len(grades), len(groups)),
         accuracy_formed=wilson(share(grade.solved for grade in formed), ceil(len(formed) / n)),
         truncated=wilson(share(completion.finish == "length" for completion in completions), len(groups)),
-        mean_reward=fmean(grade.reward for grade in grades),
+        mean_reward=fmean(rewards) if rewards else 0.0,
         mean_tokens=fmean(lengths),
         tokens=sum(lengths),
         pass_at={k: fmean(pass_at(k, n, right) for right in right_P) for k in powers_of_two(n)} if n > 1 else {},
@@ -139,10 +145,11 @@ def answers_of(group: Group) -> list[dict[str, Any]]:
             "text": completion.text,
             "tokens": len(completion.token_ids),
             "finish": completion.finish,
-            "reward": grade.reward,
+            "reward": grade.reward if grade.scored else None,
             "parts": dict(grade.parts),
             "formed": grade.formed,
             "solved": grade.solved,
+            **({"notes": dict(grade.notes)} if grade.notes else {}),
         }
         for completion, grade in zip(group.completions, group.grades, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -36,19 +37,27 @@ class Clock:
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What was sampled and what it earned. `reward_std`: mean over groups of the deviation among siblings."""
+    """What was sampled and what it earned. `reward_std`: mean over groups of the deviation among siblings.
+
+    Rewards are those of the completions that could be scored; a part counts only where its function applied.
+    """
     completions = [completion for group in groups for completion in group.completions]
     grades = [grade for group in groups for grade in group.grades]
     lengths = [len(completion.token_ids) for completion in completions]
     tied = [group.spread <= TIE for group in groups]
-    parts = {name: [grade.parts.get(name, 0.0) for grade in grades] for grade in grades for name in grade.parts}
+    known = [[grade.reward for grade in group.grades if grade.scored] for group in groups]
+    unscored = statistics.fmean(not grade.scored for grade in grades)
+    parts = by_name([grade.parts for grade in grades])
     return {
-        "reward": statistics.fmean(grade.reward for grade in grades),
-        "reward_std": statistics.fmean(statistics.stdev(group.rewards) for group in groups),
+        # First, so that a name of ours stays ours.
+        **{name: statistics.fmean(values) for name, values in by_name([g.metrics for g in grades]).items()},
+        "reward": mean([reward for rewards in known for reward in rewards]),
+        "reward_std": mean([statistics.stdev(rewards) for rewards in known if len(rewards) > 1]),
         "frac_reward_zero_std": statistics.fmean(tied),
         "informative_groups": 1 - statistics.fmean(tied),
         "accuracy": statistics.fmean(grade.solved for grade in grades),
         "format": statistics.fmean(grade.formed for grade in grades),
+        **({"unscored": unscored} if unscored else {}),
         **{f"rewards/{name}/mean": statistics.fmean(values) for name, values in parts.items()},
         **{f"rewards/{name}/std": statistics.pstdev(values) for name, values in parts.items()},
         "completions/mean_length": statistics.fmean(lengths),
@@ -57,6 +66,19 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/clipped_ratio": statistics.fmean(c.finish == "length" for c in completions),
         "num_tokens": sum(lengths),
     }
+
+
+def by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for each in figures:
+        for name, value in each.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing: it is written as null."""
+    return statistics.fmean(values) if values else math.nan
 
 
 def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:

@@ -1,10 +1,11 @@
-"""How rewards become a loss: advantages, weights, the clipped surrogate, the KL penalty. A variant is a value.
+"""How rewards become a loss: advantages, weights, ratio, surrogate, KL, entropy. A variant is a value.
 
-Shapes: P prompts, G siblings, B = P * G completions, N scored tokens of all completions, one after the other.
+Shapes: P prompts, G siblings, B = P * G completions, F reward functions, N scored tokens of all completions, one
+after the other.
 
 Three kinds of past log-probability, never mixed up: `old` is the policy's own before the first update of this batch
-and enters the ratio; `engine` is what the sampler reported and enters only the importance weight; `ref` is the
-reference policy and enters only the KL.
+and enters the ratio; `engine` is what the sampler reported and enters only the importance weight (and the test of how
+far a completion is off-policy); `ref` is the reference policy and enters only the KL.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minigrpo.config import ObjectiveKnobs
+from minigrpo.advantages import TIE, Rewards, batch_standardized, centered, gdpo, standardized
+from minigrpo.config import ObjectiveKnobs, Recipe
 
-TIE = 1e-6
-"""Rewards closer than this are the same reward: noise over a tiny deviation would pass for a huge advantage."""
+LOG_RATIO_LIMIT = 20.0
+"""exp beyond it is of no use to anyone, and an infinite ratio makes NaN gradients under a clipped, finite loss."""
 
 
 class Scored(Protocol):
@@ -30,11 +32,17 @@ class Scored(Protocol):
     @property
     def weights_N(self) -> Tensor: ...
     @property
+    def shares_N(self) -> Tensor: ...
+    @property
     def engine_N(self) -> Tensor: ...
+    @property
+    def lengths(self) -> list[int]: ...
     @property
     def old_N(self) -> Tensor | None: ...
     @property
     def ref_N(self) -> Tensor | None: ...
+    @property
+    def chosen_N(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,78 +54,187 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Importance:
+    """Correction for a sampler that is not quite the policy: w = p_policy / p_sampler, a constant in the gradient.
+
+    `sequence`: w is the product over the completion, else each token's own. `mask`: what lies outside [floor, cap] is
+    dropped (masked importance sampling, IcePop), else w is brought to the nearer bound (truncated; TIS proper has
+    the upper bound only). "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
+    """
+
+    cap: float = 2.0
+    floor: float = 0.0
+    sequence: bool = False
+    mask: bool = False
+
+    def weights(self, old_N: Tensor, engine_N: Tensor, lengths: list[int]) -> Tensor:
+        log_N = (old_N - engine_N).detach()
+        if self.sequence:
+            log_N = spread_over([log_n.sum() for log_n in log_N.split(lengths)], lengths)
+        weight_N = torch.exp(log_N)
+        if self.mask:
+            return weight_N.masked_fill((weight_N < self.floor) | (weight_N > self.cap), 0.0)
+        return weight_N.clamp(self.floor, self.cap)
+
+
+@dataclass(frozen=True, slots=True)
 class Objective:
     """One member of the GRPO family.
 
-    `advantages`: rewards_PG -> advantages_PG. `weights`: (lengths_B, longest allowed) -> the weight of each token of
-    completion b; they are taken once over the whole sampled batch, so that every loss is a plain sum, and cutting
-    the batch into micro-batches (or ranks) cannot change the gradient.
+    `advantages`: (Rewards, tie) -> advantages_PG. `weights`: (lengths_B, kept_B, longest allowed) -> the weight of
+    each token of completion b; they are taken once over the whole sampled batch, so that every loss is a plain sum,
+    and cutting the batch into micro-batches (or ranks) cannot change the gradient. `ratio`: (log ratio_N, lengths) ->
+    ratio_N. `surrogate`: (objective, ratio_N, logprobs_N, advantages_N) -> the loss of each token.
     """
 
     name: str
-    advantages: Callable[[Tensor], Tensor]
-    weights: Callable[[Tensor, int], Tensor]
+    advantages: Callable[[Rewards, float], Tensor]
+    weights: Callable[[Tensor, Tensor, int], Tensor]
+    ratio: Callable[[Tensor, list[int]], Tensor]
+    surrogate: Callable[[Objective, Tensor, Tensor, Tensor], Tensor]
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float | None = None
     kl: float = 0.0
-    importance_cap: float | None = None
+    kl_unbiased: bool = False
+    importance: Importance | None = None
+    off_policy: float | None = None
+    entropy: float = 0.0
+    top_entropy: float = 1.0
+    mask_truncated: bool = False
+    tie: float = TIE
 
-    def loss(self, logprobs_N: Tensor, part: Scored) -> Loss:
-        """Weighted sum over tokens of -min(r A, clip(r) A) * importance + kl * k3."""
+    @property
+    def needs_all(self) -> bool:
+        """Whether a term other than the advantages pulls on every completion."""
+        return self.kl > 0 or self.entropy > 0
+
+    def loss(self, logprobs_N: Tensor, part: Scored, entropy_N: Tensor | None = None) -> Loss:
+        """Sum over tokens of weight * (surrogate * trust + kl * k3) - entropy bonus."""
         advantages_N, weights_N = part.advantages_N.to(logprobs_N), part.weights_N.to(logprobs_N)
         old_N = logprobs_N.detach() if part.old_N is None else part.old_N
-        ratio_N = torch.exp(logprobs_N - old_N)
-        clipped_N = ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-        if self.importance_cap is not None:
-            surrogate_N = surrogate_N * importance(old_N, part.engine_N.to(logprobs_N), self.importance_cap)
-        total = (weights_N * surrogate_N).sum()
+        ratio_N = self.ratio((logprobs_N - old_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), part.lengths)
+        trust_N = self.trust(logprobs_N.detach(), old_N, advantages_N, part)
+        total = (weights_N * trust_N * self.surrogate(self, ratio_N, logprobs_N, advantages_N)).sum()
+        low_N = (ratio_N < 1 - self.clip_low) & (advantages_N < 0)
+        high_N = (ratio_N > 1 + self.clip_high) & (advantages_N > 0)
         figures = {
-            "clip_ratio/low_mean": (weights_N * ((ratio_N < 1 - self.clip_low) & (advantages_N < 0))).sum(),
-            "clip_ratio/high_mean": (weights_N * ((ratio_N > 1 + self.clip_high) & (advantages_N > 0))).sum(),
+            "clip_ratio/low_mean": (weights_N * low_N).sum(),
+            "clip_ratio/high_mean": (weights_N * high_N).sum(),
+            "clip_ratio/region_mean": (weights_N * (low_N | high_N)).sum(),
         }
         if part.ref_N is not None:
             penalty_N = k3(logprobs_N, part.ref_N)
-            total = total + self.kl * (weights_N * penalty_N).sum()
+            penalty_N = penalty_N * ratio_N if self.kl_unbiased else penalty_N
             figures["kl"] = (weights_N * penalty_N).sum()
+            total = total + self.kl * figures["kl"]
+        if self.entropy > 0 and entropy_N is not None:
+            total = total - self.entropy * (part.shares_N.to(logprobs_N) * entropy_N).sum()
         return Loss(total, {"loss": total.detach(), **{name: value.detach() for name, value in figures.items()}})
 
-    def with_knobs(self, knobs: ObjectiveKnobs, *, sixteen_bit: bool) -> Objective:
-        """This objective as a recipe bends it. `sixteen_bit`: sampler and policy round differently."""
-        corrected = knobs.importance not in ("auto", "off") or (knobs.importance == "auto" and sixteen_bit)
+    def trust(self, logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, part: Scored) -> Tensor:
+        """What each token's policy term counts, a constant: importance weight, off-policy mask, top-entropy mask."""
+        trust_N = torch.ones_like(logprobs_N)
+        engine_N = part.engine_N.to(logprobs_N)
+        if self.importance is not None:
+            trust_N = trust_N * self.importance.weights(old_N, engine_N, part.lengths)
+        if self.off_policy is not None:
+            behaviour_N = old_N if self.importance is None else engine_N
+            trust_N = trust_N * near_policy(behaviour_N - logprobs_N, advantages_N, part.lengths, self.off_policy)
+        return trust_N if part.chosen_N is None else trust_N * part.chosen_N
+
+    def with_knobs(self, knobs: ObjectiveKnobs, *, inexact_sampler: bool, tie: float = TIE) -> Objective:
+        """This objective as a recipe bends it. `inexact_sampler`: it rounds differently, or was an older policy."""
+        importance = None
+        if knobs.importance not in ("auto", "off") or (knobs.importance == "auto" and inexact_sampler):
+            sequence, mask = knobs.importance.startswith("sequence"), knobs.importance.endswith("mask")
+            importance = Importance(knobs.importance_cap, knobs.importance_floor, sequence, mask)
+        own = ("kl", "kl_unbiased", "clip_dual", "off_policy", "entropy", "top_entropy", "mask_truncated")
         return replace(
             self,
+            **{name: getattr(knobs, name) for name in own},
+            advantages=COMPARISONS.get(knobs.compare, self.advantages),
             clip_low=self.clip_low if knobs.clip_low is None else knobs.clip_low,
             clip_high=self.clip_high if knobs.clip_high is None else knobs.clip_high,
-            kl=knobs.kl,
-            importance_cap=knobs.importance_cap if corrected else None,
+            importance=importance,
+            tie=tie,
         )
 
 
-def centered(rewards_PG: Tensor) -> Tensor:
-    """R - mean of the group; exactly 0 where all siblings tie. Dr. GRPO, arXiv 2503.20783, section 3.2."""
-    spread_P1 = rewards_PG.amax(1, True) - rewards_PG.amin(1, True)
-    return torch.where(spread_P1 > TIE, rewards_PG - rewards_PG.mean(1, True), 0.0)
+def open_objective(recipe: Recipe, *, sixteen_bit: bool) -> Objective:
+    """The objective that a recipe describes. `sixteen_bit`: weights in 16 bit, which sampler and policy round apart."""
+    return OBJECTIVES[recipe.objective.name].with_knobs(
+        recipe.objective, inexact_sampler=sixteen_bit or recipe.groups.replay > 0, tie=recipe.groups.min_spread
+    )
 
 
-def standardized(rewards_PG: Tensor) -> Tensor:
-    """(R - mean) / (std + 1e-4) in each group, std over G - 1. GRPO, arXiv 2402.03300, section 4.1.2."""
-    return centered(rewards_PG) / (rewards_PG.std(1, keepdim=True) + 1e-4)
+def token_ratio(log_ratio_N: Tensor, lengths: list[int]) -> Tensor:
+    """Each token's own ratio. PPO, arXiv 1707.06347."""
+    return torch.exp(log_ratio_N)
 
 
-def per_sequence(lengths_B: Tensor, longest: int) -> Tensor:
+def sequence_ratio(log_ratio_N: Tensor, lengths: list[int]) -> Tensor:
+    """exp of the completion's mean log ratio, the same for all its tokens. GSPO, arXiv 2507.18071, equation 7."""
+    return torch.exp(spread_over([log_n.mean() for log_n in log_ratio_N.split(lengths)], lengths))
+
+
+def clipped(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
+    """-min(r A, clip(r) A). PPO, arXiv 1707.06347, equation 7; asymmetric bounds: DAPO, arXiv 2503.14476.
+
+    Dual clip: where A < 0 the ratio counts up to `clip_dual` only, or one bad answer that the policy has come to like
+    outweighs the batch. INTELLECT-2, arXiv 2505.07291, section 3.4; first in arXiv 1912.09729.
+    """
+    bounded_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    if objective.clip_dual is not None:
+        ratio_N = ratio_N.clamp(max=objective.clip_dual)
+    return -torch.minimum(ratio_N * advantages_N, bounded_N * advantages_N)
+
+
+def capped(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
+    """-stopgrad(min(r, cap)) A logp: no token ever loses its gradient. CISPO, arXiv 2506.13585, equation 4.
+
+    The cap is 1 + clip_high, as everywhere here; the paper's e_max is this sum.
+    """
+    return -ratio_N.detach().clamp(max=1 + objective.clip_high) * advantages_N * logprobs_N
+
+
+def softened(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
+    """-(4 / tau) sigmoid(tau (r - 1)) A: a gate that closes by degrees; sooner for A < 0. SAPO, arXiv 2511.20347."""
+    tau_N = torch.where(advantages_N > 0, SAPO_TEMPERATURES[0], SAPO_TEMPERATURES[1]).to(ratio_N)
+    return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio_N - 1)) * advantages_N
+
+
+SAPO_TEMPERATURES = (1.0, 1.05)
+"""tau for good and for bad answers."""
+
+
+def spread_over(values: list[Tensor], lengths: list[int]) -> Tensor:
+    """One value per completion -> one per token. Not x[index]: its backward pass differs from run to run on a CPU."""
+    return torch.cat([value.expand(n) for value, n in zip(values, lengths, strict=True)])
+
+
+def near_policy(drift_N: Tensor, advantages_N: Tensor, lengths: list[int], limit: float) -> Tensor:
+    """0 for the tokens of bad completions whose mean drift (behaviour - policy, nats) is above the limit, else 1.
+
+    DeepSeek-V3.2, arXiv 2512.02556, section 3.1: learning to avoid what the policy no longer says unsettles it.
+    """
+    drift_N = spread_over([drift_n.mean() for drift_n in drift_N.split(lengths)], lengths)
+    return ((advantages_N >= 0) | (drift_N <= limit)).to(drift_N)
+
+
+def per_sequence(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
     """Mean over a completion's tokens, then over completions. GRPO, arXiv 2402.03300, equation 3."""
-    return 1.0 / (len(lengths_B) * lengths_B)
+    return kept_B / (len(lengths_B) * lengths_B)
 
 
-def per_token(lengths_B: Tensor, longest: int) -> Tensor:
+def per_token(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
     """Every token of the whole batch counts the same. DAPO, arXiv 2503.14476, equation 8."""
-    return torch.ones_like(lengths_B) / lengths_B.sum()
+    return kept_B / (lengths_B * kept_B).sum().clamp(min=1.0)
 
 
-def per_budget(lengths_B: Tensor, longest: int) -> Tensor:
+def per_budget(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
     """Token sum over a constant, the longest completion allowed. Dr. GRPO, arXiv 2503.20783, section 3.2."""
-    return torch.full_like(lengths_B, 1.0 / (len(lengths_B) * longest))
+    return kept_B / (len(lengths_B) * longest)
 
 
 def k3(logprobs_N: Tensor, ref_N: Tensor) -> Tensor:
@@ -129,17 +246,20 @@ def k3(logprobs_N: Tensor, ref_N: Tensor) -> Tensor:
     return torch.exp(d_N) - d_N - 1
 
 
-def importance(old_N: Tensor, engine_N: Tensor, cap: float) -> Tensor:
-    """min(p_policy / p_sampler, cap), a constant: samples came from the engine, whose rounding differs slightly.
-
-    Truncated importance sampling; the lower side is left open, as in "Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training" (2025).
-    """
-    return torch.exp(old_N - engine_N).clamp(max=cap).detach()
-
+COMPARISONS: Mapping[str, Callable[[Rewards, float], Tensor]] = {
+    "group": standardized,
+    "batch": batch_standardized,
+    "none": centered,
+    "gdpo": gdpo,
+}
 
 OBJECTIVES: Mapping[str, Objective] = {
-    "grpo": Objective("grpo", standardized, per_sequence),
-    "dr_grpo": Objective("dr_grpo", centered, per_budget),
-    "dapo": Objective("dapo", standardized, per_token, clip_high=0.28),
+    "grpo": Objective("grpo", standardized, per_sequence, token_ratio, clipped),
+    "dr_grpo": Objective("dr_grpo", centered, per_budget, token_ratio, clipped),
+    "dapo": Objective("dapo", standardized, per_token, token_ratio, clipped, clip_high=0.28),
+    # BNPO divides by the tokens of each micro-batch; a micro-batch is no unit here, so the whole batch is the divisor.
+    "bnpo": Objective("bnpo", standardized, per_token, token_ratio, clipped),
+    "gspo": Objective("gspo", standardized, per_sequence, sequence_ratio, clipped, clip_low=3e-4, clip_high=4e-4),
+    "cispo": Objective("cispo", standardized, per_token, token_ratio, capped, clip_high=4.0),
+    "sapo": Objective("sapo", standardized, per_sequence, token_ratio, softened),
 }

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigrpo.objective import Objective
+from minigrpo.advantages import Rewards
+from minigrpo.objective import Objective, per_token
 from minigrpo.types import Group
 
 
@@ -63,18 +64,29 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A micro-batch: bundles with equally many siblings each, and what the loss needs to know of their N tokens."""
+    """A micro-batch: bundles with equally many siblings each, and what the loss needs to know of their N tokens.
+
+    `shares_N`: what each token counts in a plain mean over the batch (the entropy bonus), 0 where it is left out.
+    `chosen_N`: the tokens that the policy learns from, where those are not all.
+    """
 
     bundles: tuple[Bundle, ...]
     advantages_N: Tensor
     weights_N: Tensor
+    shares_N: Tensor
     engine_N: Tensor
     old_N: Tensor | None = None
     ref_N: Tensor | None = None
+    chosen_N: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return sum(bundle.tokens for bundle in self.bundles)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the completions, whose sum is N."""
+        return [n for bundle in self.bundles for n in bundle.lengths]
 
     @property
     def layout(self) -> Layout:
@@ -116,17 +128,29 @@ class Batch:
     groups: tuple[Group, ...]
     advantages_PG: Tensor
     weights_PG: Tensor
+    shares_PG: Tensor
     needs_all: bool
+
+    @property
+    def teaches_P(self) -> Tensor:
+        """Which groups pull the policy by their advantages."""
+        return ((self.advantages_PG != 0) & (self.weights_PG != 0)).any(1)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether siblings differ anywhere."""
+        return bool(self.teaches_P.any())
 
     @property
     def moves(self) -> bool:
         """Whether any completion pulls the policy anywhere."""
-        return self.needs_all or bool((self.advantages_PG != 0).any())
+        return self.teaches or (self.needs_all and bool((self.weights_PG != 0).any()))
 
     def split(self, tokens_per_pass: int) -> Iterator[Part]:
         """Micro-batches of at most `tokens_per_pass` tokens (a single completion may exceed it: it cannot be cut).
 
-        A group whose siblings all tie has zero gradient and is left out, unless a KL term pulls on it.
+        A group whose siblings all tie has zero gradient and is left out, unless a KL term or an entropy bonus
+        pulls on it.
         """
         waiting: list[Bundle] = []
         for bundle in self._bundles():
@@ -141,8 +165,8 @@ class Batch:
             yield self._part(waiting)
 
     def _bundles(self) -> Iterator[Bundle]:
-        for index, group in enumerate(self.groups):
-            if self.needs_all or bool((self.advantages_PG[index] != 0).any()):
+        for index, (group, teaches) in enumerate(zip(self.groups, self.teaches_P.tolist(), strict=True)):
+            if teaches or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
                 yield Bundle(index, group.prompt_ids, tuple(range(len(ids))), ids)
 
@@ -151,22 +175,30 @@ class Batch:
         lengths_B = torch.tensor([n for b in bundles for n in b.lengths])
         advantages_B = torch.stack([self.advantages_PG[place] for place in places])
         weights_B = torch.stack([self.weights_PG[place] for place in places])
+        shares_B = torch.stack([self.shares_PG[place] for place in places])
         engine = [lp for group, sibling in places for lp in self.groups[group].completions[sibling].logprobs]
         return Part(
             tuple(bundles),
             advantages_B.repeat_interleave(lengths_B),
             weights_B.repeat_interleave(lengths_B),
+            shares_B.repeat_interleave(lengths_B),
             torch.tensor(engine, dtype=advantages_B.dtype),
         )
 
 
 def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
     """Rewards -> advantages, lengths -> weights, once over the whole batch. `longest`: the completion limit."""
-    rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    lengths_PG = torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups])
-    weights_B = objective.weights(lengths_PG.flatten().double(), longest)
+    completions = [completion for group in groups for completion in group.completions]
+    lengths_B = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
+    kept = [not (objective.mask_truncated and completion.finish == "length") for completion in completions]
+    kept_B = torch.tensor(kept, dtype=torch.float64)
+    advantages_PG = objective.advantages(Rewards.of(groups), objective.tie)
     return Batch(
-        tuple(groups), objective.advantages(rewards_PG), weights_B.view_as(rewards_PG), needs_all=objective.kl > 0
+        tuple(groups),
+        advantages_PG,
+        objective.weights(lengths_B, kept_B, longest).view_as(advantages_PG),
+        per_token(lengths_B, kept_B, longest).view_as(advantages_PG),
+        needs_all=objective.needs_all,
     )
 
 

@@ -1,5 +1,5 @@
-"""The stages in order: preflight, train, evaluate. Each leaves an artefact in the run's folder, stamped with what it
-was made from; a resumed run skips what is there and still fits, and makes the rest.
+"""The stages in order: preflight, warm-up, train, evaluate. Each leaves an artefact in the run's folder, stamped with
+what it was made from; a resumed run skips what is there and still fits, and makes the rest.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo import tables
+from minigrpo import beginning, tables
 from minigrpo.config import Recipe
-from minigrpo.errors import MinigrpoError
+from minigrpo.lock import hold
 from minigrpo.recipefile import load_recipe
 from minigrpo.rollout import prompts_of
-from minigrpo.rundir import RunDir, complete_folder, read_json, write_json
+from minigrpo.rundir import RunDir, complete_folder, read_json, tidy, write_json
 from minigrpo.stamps import begin, check_folder, finished, fits, seconds_of, slug, stamp, timed, trained
 from minigrpo.track import Track, stage
 from minigrpo.types import Engine, Sampling, Task
@@ -56,21 +56,54 @@ def open_all(recipe: Recipe) -> Opened:
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    return _preflight(open_all(recipe), run, Console())
+    return beginning.preflight(open_all(recipe), run, Console())
+
+
+def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
+    """Let the model imitate right answers, and leave its adapter in RUN/warmup, for `train` to begin with.
+
+    Returns how many answers were taught, and what was measured before and after.
+    """
+    from minigrpo.warmup import refuse_idle
+
+    console = Console()
+    refuse_idle(recipe)
+    with taken(recipe, run, resume):
+        if beginning.is_warm(recipe, run):
+            console.print(Text(f"{run.warmup} is there already."))
+        else:
+            opened = open_all(recipe)
+            beginning.check_lessons(opened)
+            begin(recipe, run)
+            beginning.warm_up(opened, run, console)
+        console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
+        figures: dict[str, Any] = read_json(run.warmup / "made.json")
+    return {name: value for name, value in figures.items() if name != "made"} | {"run": str(run.path)}
 
 
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
     """Train, and leave the adapter (or the model) in the run's folder."""
     console = Console()
-    check_folder(recipe, run, resume)
-    if trained(run, recipe).exists():
-        console.print(Text(f"{trained(run, recipe)} is there already: nothing left to train."))
-        return
-    opened = open_all(recipe)
-    begin(recipe, run)
-    with timed(run, "train"):
-        _train(opened, run, show_samples)
+    with taken(recipe, run, resume):
+        if trained(run, recipe).exists():
+            console.print(Text(f"{trained(run, recipe)} is there already: nothing left to train."))
+            return
+        opened = open_all(recipe)
+        beginning.check_lessons(opened)
+        begin(recipe, run)
+        beginning.warm_up(opened, run, console)
+        with timed(run, "train"):
+            _train(opened, run, show_samples)
     console.print(Text(f"Trained: {trained(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
+
+
+@contextmanager
+def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
+    """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left."""
+    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
+        check_folder(recipe, run, resume)
+        tidy(run)
+        yield
 
 
 def evaluate(
@@ -119,8 +152,8 @@ def evaluate(
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """Preflight, train, evaluate before and after. Returns the figures, which also stand in evals/comparison.json."""
-    comparisons = _run_all(recipe, run, Console(), resume=resume, show_samples=show_samples)
-    return _finish(run, comparisons)
+    with taken(recipe, run, resume):
+        return _finish(run, _run_all(recipe, run, Console(), show_samples))
 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
@@ -128,7 +161,9 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     from minigrpo.evaluate import example_pairs
 
     console = Console()
-    comparisons = _run_all(recipe, run, console, resume=resume, show_samples=show_samples)
+    with taken(recipe, run, resume):
+        comparisons = _run_all(recipe, run, console, show_samples)
+        figures = _finish(run, comparisons)
     for before, after in example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -142,30 +177,21 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
         ),
         soft_wrap=True,  # commands are to be copied
     )
-    return _finish(run, comparisons)
+    return figures
 
 
-def _run_all(recipe: Recipe, run: RunDir, console: Console, *, resume: bool, show_samples: bool) -> list[Comparison]:
-    check_folder(recipe, run, resume)
+def _run_all(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     console.print(Text(f"run {run.path}: preflight, train, evaluate", style="bold"))
     with timed(run, "model"):
         opened = open_all(recipe)
+        beginning.check_lessons(opened)
         begin(recipe, run)
-    if fits(run.preflight, stamp("preflight", recipe)):
-        console.print(Text(f"{run.preflight} is there already."))
-    else:
-        with timed(run, "preflight"):
-            _preflight(opened, run, console)
-    if not read_json(run.preflight)["go"]:
-        raise MinigrpoError(
-            f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names; "
-            f"to train all the same: minigrpo train {run.recipe} --run {run.path} --resume"
-        )
     if trained(run, recipe).exists():
         opened.policy.restore(trained(run, recipe))
         opened.engine.update(opened.policy)
         console.print(Text(f"{trained(run, recipe)} is there already."))
     else:
+        beginning.prepare(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
     with timed(run, "evaluate"):
@@ -173,17 +199,6 @@ def _run_all(recipe: Recipe, run: RunDir, console: Console, *, resume: bool, sho
     console.print(tables.comparison_table(comparisons))
     console.print(tables.times_table(seconds_of(run)))
     return comparisons
-
-
-def _preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
-    from minigrpo.preflight import preflight
-
-    with stage("preflight", 0) as report:
-        verdict = preflight(opened.recipe, opened.task, opened.policy, opened.engine, report)
-    console.print(tables.verdict_table(verdict))
-    if run:
-        write_json(run.preflight, verdict.to_dict() | {"made": stamp("preflight", opened.recipe)})
-    return verdict
 
 
 def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:
@@ -261,10 +276,13 @@ class Questions:
 
     def put_to(self, name: str, policy: Policy, engine: Engine) -> Evaluation:
         from minigrpo.evaluate import evaluate
+        from minigrpo.grader import Grader
 
         prompts = prompts_of(self.task, "test", self.limit)
         sampling = Sampling(self.temperature, self.recipe.rollout.max_tokens, self.recipe.seed)
-        with stage(f"evaluate {name}", len(prompts), Console(stderr=True, quiet=self.console.quiet)) as report:
+        console = Console(stderr=True, quiet=self.console.quiet)
+        grading = Grader.of(self.task, self.recipe.task, console.print)
+        with stage(f"evaluate {name}", len(prompts), console) as report, grading as grader:
             return evaluate(
                 engine,
                 self.task,
@@ -273,6 +291,7 @@ class Questions:
                 sampling=sampling,
                 tokenizer=policy.tokenizer,
                 n=self.n,
+                grader=grader,
                 report=report,
             )
 

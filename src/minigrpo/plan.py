@@ -40,7 +40,8 @@ def probe_part(policy: Policy, prompt: int, completions: int, length: int) -> Pa
     answers = tuple(tuple(ids[prompt + g * length : prompt + (g + 1) * length]) for g in range(completions))
     bundle = Bundle(0, tuple(ids[:prompt]), tuple(range(completions)), answers)
     tokens = completions * length
-    return Part((bundle,), torch.ones(tokens), torch.full((tokens,), 1 / tokens), torch.zeros(tokens))
+    equal_N = torch.full((tokens,), 1 / tokens)
+    return Part((bundle,), torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
 
 
 def bytes_per_token(policy: Policy) -> float:

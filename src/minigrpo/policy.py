@@ -25,7 +25,7 @@ from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_devi
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
-from minigrpo.scoring import HeadCall, score
+from minigrpo.scoring import Float32Head, HeadCall, score
 
 # Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
 # sliding window: what passes from token to token passes through attention alone, so siblings can share a row.
@@ -34,7 +34,10 @@ SHARED_PROMPT_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of N tokens, in nats: log-probability (differentiable) and entropy of the distribution it was drawn from."""
+    """Of N tokens, in nats: log-probability (differentiable) and entropy of the distribution it was drawn from.
+
+    The entropy is differentiable only where that was asked for.
+    """
 
     logprobs_N: Tensor
     entropy_N: Tensor
@@ -55,6 +58,7 @@ class Policy:
         self.shares_prompts = self.model.config.model_type in SHARED_PROMPT_MODELS
         self.dropouts: list[SeededDropout] = []
         self.frozen_copy: nn.Module | None = None
+        self.start: list[Tensor] | None = None
         if self.shares_prompts:
             attention.register()
             self.model.set_attn_implementation(attention.NAME)
@@ -67,17 +71,23 @@ class Policy:
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def logprobs(self, part: Part, *, step: int) -> Scores:
+    def logprobs(self, part: Part, *, step: int, entropy_learns: bool = False) -> Scores:
         """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
         for dropout in self.dropouts:
             dropout.step = step
-        return self._score(self.model, part)
+        return self._score(self.model, part, entropy_learns)
 
     @torch.no_grad()
     def reference(self, part: Part) -> Tensor:
-        """logprobs_N under the reference: the same model with its adapter off, or the frozen copy; dropout off."""
+        """logprobs_N under the model that training began with; dropout off.
+
+        That is the frozen copy, the base under its warm adapter, or the base with its adapter off.
+        """
         if self.frozen_copy is not None:
             return self._score(self.frozen_copy, part).logprobs_N
+        if self.start is not None:
+            with self._dropout_off(), self._as_at_start(self.start):
+                return self._score(self.model, part).logprobs_N
         with self._dropout_off(), self.adapter_off():
             return self._score(self.model, part).logprobs_N
 
@@ -94,6 +104,15 @@ class Policy:
         """The model as transformers' own generate expects it, inside the block: dropout off, plain attention."""
         was_training = self.model.training
         self.model.eval()
+        try:
+            with self.plain_attention():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """One text a row, as transformers' own code expects it, inside the block; the adapter's dropout is off."""
         if self.shares_prompts:
             self.model.set_attn_implementation("sdpa")
         try:
@@ -102,7 +121,22 @@ class Policy:
         finally:
             if self.shares_prompts:
                 self.model.set_attn_implementation(attention.NAME)
-            self.model.train(was_training)
+
+    @contextmanager
+    def _as_at_start(self, start: list[Tensor]) -> Iterator[None]:
+        """The adapter that training began with, inside the block.
+
+        Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still waits for
+        its backward pass finds its own tensors.
+        """
+        now = [parameter.data for parameter in self.trainable]
+        for parameter, then in zip(self.trainable, start, strict=True):
+            parameter.data = then
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.trainable, now, strict=True):
+                parameter.data = data
 
     @contextmanager
     def _dropout_off(self) -> Iterator[None]:
@@ -116,10 +150,10 @@ class Policy:
             for dropout, step in zip(self.dropouts, steps, strict=True):
                 dropout.step = step
 
-    def _score(self, model: nn.Module, part: Part) -> Scores:
+    def _score(self, model: nn.Module, part: Part, entropy_learns: bool = False) -> Scores:
         labels_N = torch.tensor(part.labels, device=self.device)
         hidden_ND = self._shared_hidden(model, part) if self.shares_prompts else self._padded_hidden(model, part)
-        return Scores(*score(hidden_ND, labels_N, HeadCall.of(model, self.temperature)))
+        return Scores(*score(hidden_ND, labels_N, HeadCall.of(model, self.temperature), entropy_learns=entropy_learns))
 
     def _shared_hidden(self, model: nn.Module, part: Part) -> Tensor:
         """One row; its last N positions are the scored ones."""
@@ -168,6 +202,15 @@ class Policy:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def begin_with(self, folder: Path, *, keep_reference: bool) -> None:
+        """Take over a warm adapter as what training begins with; kept, it is the reference, whatever is restored later.
+
+        A copy costs the memory of the adapter once more, so it is only kept where a KL term needs it.
+        """
+        self.restore(folder)
+        if keep_reference:
+            self.start = [parameter.detach().clone() for parameter in self.trainable]
+
     def restore(self, folder: Path) -> None:
         """Take over what `save` left, bit for bit."""
         if self.is_lora:
@@ -188,12 +231,7 @@ def decoder(model: Any) -> nn.Module:
 
 def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
     """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
-    device = _machine(recipe)
-    dtype = pick_dtype(recipe.model.dtype, device)
-    loaded = open_model(
-        recipe.model.path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed, report=report
-    )
-    policy = Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
+    policy = _opened(recipe.model.path, recipe, report)
     if recipe.train.full:
         _train_everything(policy, keep_reference=recipe.objective.kl > 0)
     else:
@@ -208,13 +246,28 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
     """A finished model to look at: a folder, a Hub id, or an adapter folder (its base is read from it)."""
     folder = Path(path).expanduser()
     base = adapter_base(folder)
-    device = _machine(recipe)
-    dtype = pick_dtype(recipe.model.dtype, device)
-    loaded = open_model(base or path, revision=recipe.model.revision, dtype=dtype, device=device, seed=recipe.seed)
-    policy = Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
+    policy = _opened(base or path, recipe)
     if base is not None:
         policy.model = attach_adapter(policy.model, folder)
     return policy
+
+
+def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
+    """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
+    device = _machine(recipe)
+    dtype = pick_dtype(recipe.model.dtype, device)
+    loaded = open_model(
+        path,
+        revision=recipe.model.revision,
+        dtype=dtype,
+        device=device,
+        seed=recipe.seed,
+        template=recipe.model.template,
+        report=report,
+    )
+    if recipe.model.head_float32 and dtype != torch.float32:
+        loaded.model.set_output_embeddings(Float32Head.of(loaded.model.get_output_embeddings()))
+    return Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
 
 
 def _machine(recipe: Recipe) -> torch.device:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from minigrpo.config import Recipe
+from minigrpo.config import Recipe, contradictions
 from minigrpo.entries import NULLS, Entry, as_text, read_entries, read_table
 from minigrpo.errors import RecipeError
 from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest, sections
@@ -131,14 +132,29 @@ def _build(entries: list[Entry]) -> tuple[Recipe | None, list[Fault]]:
         target = data.setdefault(section, {}) if section else data
         if knob.name == entry.name:
             target[leaf] = entry.value
-        else:
-            own = target.get(leaf)
-            target[leaf] = {**(own if isinstance(own, dict) else {}), entry.name[len(knob.name) + 1 :]: entry.value}
+        elif isinstance(own := target.setdefault(leaf, {}), dict):
+            target[leaf] = {**own, entry.name[len(knob.name) + 1 :]: entry.value}
         places[entry.name] = entry.where
     try:
         return Recipe.model_validate(data), faults
     except ValidationError as fault:
-        return None, faults + [_wrong(error, places) for error in fault.errors()]
+        wrong = [_wrong(error, places) for error in fault.errors() if error["loc"]]
+        # A table's row has one error for each type it might have had; they all read alike.
+        return None, faults + (list(dict.fromkeys(wrong)) or _contradictory(data, places))
+
+
+def _contradictory(data: Mapping[str, Any], places: Mapping[str, str]) -> list[Fault]:
+    """Knobs that are each fine alone: every contradiction, with the places of all the knobs that it names."""
+    plain = Recipe.model_validate({name: value for name, value in data.items() if name not in sections()})
+    own = {name: type(getattr(plain, name)).model_validate(data[name]) for name in sections() if name in data}
+    sentences = [sentence for wrong, sentence in contradictions(plain.model_copy(update=own)) if wrong]
+    return [Fault(" and ".join(_named_in(sentence, places)) or "recipe", sentence) for sentence in sentences]
+
+
+def _named_in(sentence: str, places: Mapping[str, str]) -> list[str]:
+    """Places of the knobs that the sentence names, each place once."""
+    words = set(re.findall(r"[\w.]*\w", sentence))
+    return list(dict.fromkeys(where for name, where in places.items() if name in words))
 
 
 def _holder(name: str) -> Knob | None:
@@ -148,40 +164,37 @@ def _holder(name: str) -> Knob | None:
 
 
 def _unknown(entry: Entry) -> Fault:
-    if entry.name in sections():
-        return Fault(
-            entry.where, f"{entry.name} is a section and takes no value itself. It holds {sections()[entry.name]}."
-        )
+    name = _short(entry.name)
+    if name in sections():
+        return Fault(entry.where, f"{name} is a section and takes no value itself. It holds {sections()[name]}.")
     near = nearest(entry.name)
     if near is None:
-        return Fault(entry.where, f"there is no knob {entry.name}. `minigrpo train --help` lists them all.")
-    return Fault(entry.where, f"there is no knob {entry.name}. Did you mean {near}?", knobs_by_name()[near].manual)
+        return Fault(entry.where, f"there is no knob {name}. `minigrpo train --help` lists them all.")
+    return Fault(entry.where, f"there is no knob {name}. Did you mean {near}?", knobs_by_name()[near].manual)
 
 
 def _wrong(error: Any, places: Mapping[str, str]) -> Fault:
-    name = ".".join(str(part) for part in error["loc"])
-    knob = _holder(name)
-    if knob is None:
-        # A contradiction between knobs that are each fine alone: its message names them.
-        what = str(error["msg"]).removeprefix("Value error, ")
-        named = [where for other, where in places.items() if other in what]
-        return Fault(" and ".join(named) or "recipe", what)
-    where = places.get(name) or places.get(knob.name) or "recipe"
+    path = [str(part) for part in error["loc"]]
+    knob = knobs_by_name()[".".join(path[:2])]
+    # Behind the name of a table's row stand the types that it might have had.
+    name = ".".join(path[:3])
+    where = places.get(name) or places.get(knob.name, "recipe")
     given = "nothing" if error["input"] is None else _short(error["input"])
     if knob.name == "rollout.completions" and given == "1":
         what = f"{name} is 1. A group of one compares nothing: GRPO learns from the differences between siblings."
     else:
-        what = f"{name} is {given}, but must be {knob.expects if name == knob.name else 'a number'}."
+        what = f"{_short(name)} is {given}, but must be {knob.expects if name == knob.name else knob.row_expects}."
         near = nearest_of(given, knob.choices)
         what += f" Did you mean {near}?" if near else ""
     return Fault(where, what, knob.summary)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str):
-        text = " ".join(value.split())
-        return (text if len(text) <= 60 else f"{text[:57]}...") or "empty"
-    return "a list" if isinstance(value, list) else "a mapping"
+    """What somebody wrote, fit for one line of a terminal: no escape sequence, half a character or page of text."""
+    if isinstance(value, list | Mapping):
+        return "a list" if isinstance(value, list) else "a mapping"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(value).split()))
+    return (text if len(text) <= 60 else f"{text[:57]}...") or "empty"
 
 
 def _report(faults: list[Fault]) -> str:

@@ -6,7 +6,9 @@ with the faults that make a model babble or never stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minigrpo.errors import ModelError
@@ -31,6 +33,44 @@ def render(tokenizer: Any, prompt: Prompt) -> Rendered:
             f"messages ({', '.join(message['role'] for message in prompt.messages)}) or use another model."
         ) from None
     return Rendered(prompt, tuple(int(token) for token in encoded["input_ids"]))
+
+
+def set_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Write options into the template itself, as its defaults.
+
+    So whatever is saved with this tokenizer renders as training did (the adapter, a merged model, a served one), and
+    nobody has to remember them. Raises ModelError where the template does not know an option.
+    """
+    if not options:
+        return
+    if not isinstance(tokenizer.chat_template, str):
+        raise ModelError(
+            f"model.template sets options, but {name_of(tokenizer)} has no chat template, or several by name. Leave "
+            "model.template empty or use a model with one template."
+        )
+    from jinja2 import Environment, meta
+
+    # A tag of transformers' own, which marks the assistant's words: jinja2 alone does not know it.
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)
+    known = meta.find_undeclared_variables(Environment(extensions=EXTENSIONS).parse(plain))
+    offered = sorted(known - GIVEN)
+    for name, value in options.items():
+        if name not in offered:
+            raise ModelError(
+                f"model.template names {name!r}, which the chat template of {name_of(tokenizer)} does not know. It "
+                f"knows: {', '.join(offered) or 'no options'}."
+            )
+        default = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
+        text = json.dumps(value) if not isinstance(value, bool) else str(value).lower()
+        tokenizer.chat_template = default.replace("NAME", name).replace("VALUE", text) + tokenizer.chat_template
+
+
+EXTENSIONS = ("jinja2.ext.loopcontrols", "jinja2.ext.do")
+GIVEN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
+}
+"""Variables of a chat template that transformers itself fills in."""
 
 
 def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:

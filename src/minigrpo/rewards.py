@@ -41,17 +41,32 @@ def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple
 def graded(rewards: Sequence[Reward], prompt: Prompt, text: str, *, formed: bool, solved: bool) -> Grade:
     """Ask every function; `reward` is the weighted sum, `parts` are the values as the functions gave them."""
     parts = {reward.name: checked(reward, prompt, text) for reward in rewards}
-    total = math.fsum(reward.weight * parts[reward.name] for reward in rewards)
-    return Grade(reward=total, parts=parts, formed=formed, solved=solved)
+    weights = {reward.name: reward.weight for reward in rewards}
+    return Grade(reward=weighted(parts, weights), parts=parts, formed=formed, solved=solved, weights=weights)
+
+
+def weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum of what applied; NaN where nothing did. The sum is exact, so the order of parts is nothing."""
+    return math.fsum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else math.nan
 
 
 def checked(reward: Reward, prompt: Prompt, text: str) -> float:
     """A reward that is not a finite number would poison its whole group: refuse it where it arises."""
-    value = reward.function(prompt, text)
+    return finite(reward.function(prompt, text), reward.name, f"prompt {prompt.id}")
+
+
+def finite(value: object, name: str, where: str) -> float:
+    """The number that a reward function gave; raises TaskError for anything else. True is 1, and text is no number."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise TaskError(f"The reward function {reward.name} gave {value!r} for prompt {prompt.id}. Return a number.")
+        raise TaskError(f"The reward function {name} gave {shown(value)} for {where}. Return a finite number.")
     return number
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value as it may stand in a sentence."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -2,54 +2,154 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import random
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.render import render
-from minigrpo.types import Engine, Grade, Group, Prompt, Sampling, Split, Task
+from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Split, Task
+
+if TYPE_CHECKING:
+    from minigrpo.grader import Grader
 
 
 def rollout(
-    engine: Engine, task: Task, prompts: Sequence[Prompt], *, n: int, sampling: Sampling, tokenizer: Any
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    sampling: Sampling,
+    tokenizer: Any,
+    grader: Grader | None = None,
 ) -> list[Group]:
-    """Ask the engine for n completions of each prompt and have the task judge each."""
+    """Ask the engine for n completions of each prompt and have the task judge each.
+
+    With a grader, groups are judged while others are still being sampled; the outcome is the same. Raises TaskError
+    where the task cannot judge, or where no reward function applied to any completion of several prompts.
+    """
     rendered = [render(tokenizer, prompt) for prompt in prompts]
-    answers = engine.generate(rendered, n, sampling)
-    return [
-        Group(asked.prompt, asked.ids, siblings, tuple(judge(task, asked.prompt, one.text) for one in siblings))
-        for asked, siblings in zip(rendered, answers, strict=True)
+    if grader is None:
+        answers = engine.generate(rendered, n, sampling)
+        graded = [judge_group(task, asked.prompt, own) for asked, own in zip(rendered, answers, strict=True)]
+    else:
+        batch = grader.begin(prompts)
+        answers = engine.generate(rendered, n, sampling, batch.hand_over)
+        graded = batch.collect(answers)
+    groups = [
+        Group(asked.prompt, asked.ids, own, grades)
+        for asked, own, grades in zip(rendered, answers, graded, strict=True)
     ]
+    look_for_unscored(task, groups, grader)
+    return groups
+
+
+def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Grade, ...]:
+    """The grades of all siblings, in their order."""
+    return tuple(judgements(task, prompt, completions))
+
+
+def judgements(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
+    """Grades one by one, as far as the task judges one by one. Graders get a copy: the caller's prompt stays his."""
+    shown = copy_of(prompt)
+    if task.grade_group is None:
+        for completion in completions:
+            yield judge(task, shown, completion.text)
+        return
+    where = f"prompt {prompt.id}"
+    try:
+        grades = task.grade_group(shown, completions)
+    except MinigrpoError:
+        raise
+    except (Exception, SystemExit) as fault:
+        raise failure(task, fault, where) from fault
+    if not isinstance(grades, list | tuple) or len(grades) != len(completions):
+        what = f"{len(grades)} grades" if isinstance(grades, list | tuple) else type(grades).__name__
+        raise TaskError(
+            f"The grader of task {task.name} returned {what} for the {len(completions)} completions of {where}. "
+            "Return a list with a minigrpo.Grade for each, in their order."
+        )
+    for grade, completion in zip(grades, completions, strict=True):
+        yield checked(task, grade, named(prompt, completion.text))
 
 
 def judge(task: Task, prompt: Prompt, text: str) -> Grade:
     """The task's grade; a grader that fails is named with what it failed on, so that its author can repeat it."""
-    where = f"prompt {prompt.id}, answer {text[:80]!r}{' ...' if len(text) > 80 else ''}"
     try:
         grade = task.grade(prompt, text)
     except MinigrpoError:
         raise
-    except Exception as fault:
-        last = traceback.extract_tb(fault.__traceback__)[-1]
-        raise TaskError(
-            f"The grader of task {task.name} raised {type(fault).__name__}: {fault} ({last.filename}:{last.lineno}) on "
-            f"{where}. A grader must judge any text: give what it cannot read a reward, such as 0."
-        ) from fault
+    except (Exception, SystemExit) as fault:
+        raise failure(task, fault, named(prompt, text)) from fault
+    return checked(task, grade, named(prompt, text))
+
+
+def failure(task: Task, fault: BaseException, where: str) -> TaskError:
+    last = traceback.extract_tb(fault.__traceback__)[-1]
+    return TaskError(
+        f"The grader of task {task.name} raised {type(fault).__name__}: {fault} ({last.filename}:{last.lineno}) on "
+        f"{where}. A grader must judge any text: give what it cannot read a reward, such as 0."
+    )
+
+
+def checked(task: Task, grade: Any, where: str) -> Grade:
+    """A Grade of finite numbers, or one that says in notes["grader"] why its reward is NaN: it could not be told."""
     if not isinstance(grade, Grade):
         raise TaskError(
             f"The grader of task {task.name} returned {type(grade).__name__} on {where}. Return a minigrpo.Grade."
         )
-    amounts = {"reward": grade.reward, **grade.parts}
-    faulty = [f"{name} = {amount}" for name, amount in amounts.items() if not math.isfinite(amount)]
+    untold = not grade.parts and "grader" in grade.notes
+    amounts = {"reward": 0.0 if untold and not grade.scored else grade.reward, **grade.parts, **grade.metrics}
+    faulty = [f"{name} = {amount}" for name, amount in amounts.items() if not is_finite(amount)]
     if faulty:
         raise TaskError(
             f"The grader of task {task.name} gave {', '.join(faulty)} on {where}. Rewards must be finite numbers."
         )
     return grade
+
+
+def is_finite(amount: Any) -> bool:
+    return not isinstance(amount, str) and hasattr(amount, "__float__") and math.isfinite(amount)
+
+
+def named(prompt: Prompt, text: str) -> str:
+    return f"prompt {prompt.id}, answer {text[:80]!r}{' ...' if len(text) > 80 else ''}"
+
+
+def copy_of(prompt: Prompt) -> Prompt:
+    """What cannot be copied (a lock, a handle) is handed out as it is."""
+    try:
+        messages = tuple(dict(message) for message in prompt.messages)
+        return replace(prompt, messages=messages, target=copy.deepcopy(prompt.target))
+    except Exception:  # deepcopy runs code of any class there is
+        return prompt
+
+
+def look_for_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) -> None:
+    """Say once what was left out; raise TaskError where functions gave None for everything."""
+    unscored = [(group, grade) for group in groups for grade in group.grades if not grade.scored]
+    if not unscored:
+        return
+    whys = {str(grade.notes["grader"]): group.prompt.id for group, grade in reversed(unscored)}
+    # One odd row asked alone (the last of a search, say) is no proof against the task.
+    every = len(groups) > 1 and len(unscored) == sum(len(group.grades) for group in groups)
+    if every and not any("took longer" in why for why in whys):
+        told = "; ".join(f"{why}, first on prompt {name}" for why, name in sorted(whys.items()))
+        raise TaskError(
+            f"Task {task.name} could not score one completion of this step ({told}). At least one function must apply "
+            "to each prompt."
+        )
+    for why, name in sorted(whys.items()):
+        sentence = f"Left out, because it could not be scored: {why} (task {task.name}, first on prompt {name})."
+        if grader is None:
+            warnings.warn(sentence, stacklevel=3)
+        else:
+            grader.say_once(why, sentence)
 
 
 def prompts_of(task: Task, split: Split, limit: int | None = None) -> Sequence[Prompt]:
@@ -60,39 +160,3 @@ def prompts_of(task: Task, split: Split, limit: int | None = None) -> Sequence[P
             f"Task {task.name} has no {split} prompts. Give its `prompts({split!r})` at least one, or use another task."
         )
     return prompts if limit is None else prompts[:limit]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSampler:
-    """Shuffled epochs over the prompts. There is no state: what a step takes follows from the seed and the step.
-
-    An epoch ends with its last full step; what is left over waits for the next epoch, which is shuffled anew. So no
-    step holds a prompt twice, unless a step takes more than there are.
-    """
-
-    prompts: Sequence[Prompt]
-    seed: int
-
-    def take(self, step: int, count: int) -> list[Prompt]:
-        """The prompts of this step. `count` must not change within a run: epochs are counted in steps."""
-        if count > len(self.prompts):
-            return self.repeated(step, count)
-        steps_per_epoch = len(self.prompts) // count
-        epoch, offset = divmod(step, steps_per_epoch)
-        order = self.order(str(epoch))
-        return [self.prompts[i] for i in order[offset * count : (offset + 1) * count]]
-
-    def repeated(self, step: int, count: int) -> list[Prompt]:
-        """More than there are. Copies get names of their own, because a name is also a random stream (Sampling)."""
-        rounds = math.ceil(count / len(self.prompts))
-        drawn = [
-            self.prompts[i] if turn == 0 else replace(self.prompts[i], id=f"{self.prompts[i].id}#{turn + 1}")
-            for turn in range(rounds)
-            for i in self.order(f"{step}/{turn}")
-        ]
-        return drawn[:count]
-
-    def order(self, name: str) -> list[int]:
-        order = list(range(len(self.prompts)))
-        random.Random(f"prompts/{self.seed}/{name}").shuffle(order)  # seeding by text is the same on every platform
-        return order

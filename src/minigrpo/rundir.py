@@ -1,13 +1,18 @@
 """The folder that a run leaves: names of artefacts, writes that are whole or absent, stamps of what was made from what.
 
 runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  evals/*.json
+
+A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
+undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import ArtifactError
+
+DRAFT, RETIRED, REMOVED = ".draft", ".retired", ".removed"
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BARRED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP}
+REFUSALS = FULL | BARRED | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+"""Why a disk does not take what it is given: the user's to mend. Any other OSError is a fault of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +43,15 @@ class RunDir:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def made(self) -> Path:
+        """By which version the run was begun, and with which knobs: sealed, so that a later change is noticed."""
+        return self.path / "made.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
 
     @property
     def metrics(self) -> Path:
@@ -48,6 +69,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def warmup(self) -> Path:
+        """The adapter after its supervised start, in PEFT's format: what GRPO began with."""
+        return self.path / "warmup"
 
     @property
     def adapter(self) -> Path:
@@ -76,36 +102,139 @@ class RunDir:
 
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it appears as `target` only when the block ends well, and survives a power cut from then on."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp makes private folders; artefacts are meant to be read
-        for path in draft.rglob("*"):
-            if path.is_file():
+    """A folder to fill; it appears as `target` only when the block ends well, and survives a power cut from then on.
+
+    Raises ArtifactError where the disk is full or does not let us write.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=DRAFT, dir=target.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)  # mkdtemp makes private folders; artefacts are meant to be read
+            for path in (*draft.rglob("*"), draft):
                 sync(path)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(retired / target.name)
-            draft.rename(target)
-            shutil.rmtree(retired)
-        else:
-            draft.rename(target)
+            _put(draft, target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         sync(target.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}{DRAFT}")
+        try:
+            draft.write_text(text, encoding="utf-8", newline="\n")
+            sync(draft)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Gone under its name at once, and then from the disk."""
+    with writing(path):
+        hidden = path.with_name(f".{path.name}{REMOVED}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def tidy(run: RunDir) -> None:
+    """Finish or undo what killed processes left half done. Only for the holder of the run's lock."""
+    for folder in (run.path, run.checkpoints, run.evals):
+        for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
+            with writing(path):
+                _settle(path)
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Give the draft its name. Between the two renames the target is missing: `_settle` brings it back."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=RETIRED, dir=target.parent))
+    try:
+        target.rename(retired / target.name)
+        draft.rename(target)
+    finally:
+        _settle(retired)
+
+
+def _settle(path: Path) -> None:
+    """A replaced folder goes back where nothing took its place; drafts and what was being deleted go."""
+    if path.suffix == RETIRED:
+        for old in path.iterdir():
+            if not path.with_name(old.name).exists():
+                old.rename(path.with_name(old.name))
+    if path.suffix == DRAFT and path.is_file():
+        # Verbs that only add a file to a run, such as evaluate, hold no lock: theirs may be in the making.
+        pid = path.name.split(".")[-2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not alive(int(pid)):
+            path.unlink(missing_ok=True)
+    elif path.suffix in (DRAFT, RETIRED, REMOVED) and path.is_dir():
+        shutil.rmtree(path)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine has that number. Where that cannot be asked without harm, yes."""
+    if os.name == "nt":
+        return True  # os.kill(pid, 0) would send it Ctrl-C there
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk or its permissions refuse in the block ends as an ArtifactError: what, how much room, what next."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as fault:
+        refusal = _refusal(fault, path.parent)
+        if refusal is None:
+            raise
+        raise ArtifactError(
+            f"{path} could not be written: {os.strerror(refusal)}. {_next_step(path, refusal)}"
+        ) from fault
+
+
+def _refusal(fault: BaseException | None, folder: Path) -> int | None:
+    """The disk's error number. Libraries wrap it: torch keeps it as the context, safetensors in the words."""
+    while fault is not None:
+        wrapped = re.search(r"\(os error (\d+)\)", str(fault))
+        number = fault.errno if isinstance(fault, OSError) else int(wrapped[1]) if wrapped else None
+        # A name that is missing may be anybody's, except where we write: that folder was taken away.
+        ours = number == errno.ENOENT and str(getattr(fault, "filename", "")).startswith(str(folder))
+        if ours or number in REFUSALS:
+            return number
+        fault = fault.__cause__ or fault.__context__
+    return None
+
+
+def _next_step(path: Path, refusal: int) -> str:
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    cure = f"See to it that {there} may be written to"
+    if refusal in FULL:
+        cure = f"{there} has {shutil.disk_usage(there).free / 2**20:,.0f} MiB left: make room"
+    run = next((run for run in map(RunDir, path.parents) if run.exists()), None)
+    if run is None:
+        return f"{cure}, or name another folder: --run runs/NAME"
+    # By name alone: a checkpoint has its name only when it is whole.
+    steps = [int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit()] if run.checkpoints.is_dir() else []
+    kept = f"intact up to checkpoint {max(steps)}" if steps else "intact, but has no checkpoint yet"
+    return f"The run is {kept}. {cure}, then go on: the same command with --resume"
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -118,13 +247,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read: {fault.strerror or fault}.") from None
+    except (ValueError, RecursionError) as fault:  # not JSON, not UTF-8, or numbers without end
         raise ArtifactError(f"{path} is damaged ({fault}). Remove it and run the stage that makes it again.") from None
 
 
 def sync(path: Path) -> None:
     """Push a file or folder to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # it opens no folders, and syncs nothing that may not be written to
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

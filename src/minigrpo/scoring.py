@@ -46,46 +46,90 @@ class HeadCall:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V] at this temperature, in float32 at least."""
-        logits_nV = nn.functional.linear(hidden_nD, self.weight_VD, self.bias_V)
+        logits_nV = nn.functional.linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
         logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
         if self.cap is not None:
             logits_nV = torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
             return logits_nV
         return logits_nV * (self.scale / self.temperature)
 
+    def to_hidden(self, slope_nV: Tensor, hidden_nD: Tensor) -> Tensor:
+        """d / d logits -> d / d hidden, where there is no cap."""
+        direction_nD = slope_nV.to(self.weight_VD.dtype) @ self.weight_VD
+        return direction_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
 
-def score(hidden_ND: Tensor, labels_N: Tensor, head: HeadCall) -> tuple[Tensor, Tensor]:
-    """logprobs_N of the labels (differentiable in hidden states and head) and entropy_N (not), in nats."""
+
+class Float32Head(nn.Linear):
+    """An output head that takes 16-bit hidden states and works in float32. ScaleRL, arXiv 2510.13786, section 3.2."""
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> Float32Head:
+        """A frozen copy: the head of a model with tied embeddings is its embedding, which stays as it is."""
+        copy = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        copy.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+        if head.bias is not None:
+            copy.bias = nn.Parameter(head.bias.detach().float(), requires_grad=False)
+        return copy
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.float())
+
+
+def score(
+    hidden_ND: Tensor, labels_N: Tensor, head: HeadCall, *, entropy_learns: bool = False
+) -> tuple[Tensor, Tensor]:
+    """logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
+
+    `entropy_learns`: the entropy is differentiable as well; it costs a second direction per token.
+    """
     size = max(1, CHUNK_ENTRIES // head.weight_VD.shape[0])
     logprobs, entropies = [], []
     for hidden_nD, labels_n in zip(hidden_ND.split(size), labels_N.split(size), strict=True):
         if head.is_frozen:
-            logprobs_n, entropy_n = _FrozenChunk.apply(hidden_nD, labels_n, head)
+            logprobs_n, entropy_n = _FrozenChunk.apply(hidden_nD, labels_n, head, entropy_learns)
         else:
-            logprobs_n, entropy_n = _Chunk.apply(hidden_nD, head.weight_VD, head.bias_V, labels_n, head)
+            logprobs_n, entropy_n = _Chunk.apply(
+                hidden_nD, head.weight_VD, head.bias_V, labels_n, Learned(head, entropy_learns)
+            )
         logprobs.append(logprobs_n)
         entropies.append(entropy_n)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def logprob_slope(probs_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """d logp / d logits = onehot - softmax. `probs_nV` is used up."""
+    slope_nV = probs_nV.neg_()
+    return slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
+
+
+def entropy_slope(logits_nV: Tensor, probs_nV: Tensor, entropy_n: Tensor) -> Tensor:
+    """d H / d logits = -p (log p + H)."""
+    normaliser_n = logits_nV.logsumexp(-1)
+    return probs_nV * ((normaliser_n - entropy_n)[:, None] - logits_nV)
 
 
 class _FrozenChunk(torch.autograd.Function):
     """Keeps d logp / d hidden, [n, D]; the backward pass is one multiplication."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: HeadCall) -> tuple[Tensor, Tensor]:
-        logprobs_n, entropy_n, probs_nV = _scored(head.logits(hidden_nD), labels_n)
+    def forward(
+        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: HeadCall, entropy_learns: bool
+    ) -> tuple[Tensor, Tensor]:
+        logits_nV = head.logits(hidden_nD)
+        logprobs_n, entropy_n, probs_nV = _scored(logits_nV, labels_n)
+        if not entropy_learns:
+            ctx.mark_non_differentiable(entropy_n)
         if ctx.needs_input_grad[0]:
-            slope_nV = probs_nV.neg_()
-            slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
-            direction_nD = slope_nV.to(hidden_nD.dtype) @ head.weight_VD
-            ctx.save_for_backward(direction_nD.mul_(head.scale / head.temperature))
-        ctx.mark_non_differentiable(entropy_n)
+            learned = [entropy_slope(logits_nV, probs_nV, entropy_n)] if entropy_learns else []
+            slopes = [logprob_slope(probs_nV, labels_n), *learned]
+            ctx.save_for_backward(*(head.to_hidden(slope_nV, hidden_nD) for slope_nV in slopes))
         return logprobs_n, entropy_n
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (direction_nD,) = ctx.saved_tensors
-        return (direction_nD * gradients[0][:, None]).to(direction_nD.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        pairs = zip(ctx.saved_tensors, gradients, strict=False)
+        pulls = [(direction_nD * pull_n[:, None]).to(direction_nD.dtype) for direction_nD, pull_n in pairs]
+        return sum(pulls[1:], pulls[0]), None, None, None
 
 
 def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,40 +140,50 @@ def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor
     return logprobs_n, normaliser_n - torch.linalg.vecdot(probs_nV, logits_nV), probs_nV
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A head in training, and whether the entropy is part of what it learns from."""
+
+    head: HeadCall
+    entropy: bool
+
+
 class _Chunk(torch.autograd.Function):
     """Keeps hidden states and labels; the backward pass makes the logits anew."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_n: Tensor, head: HeadCall
+        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_n: Tensor, learned: Learned
     ) -> tuple[Tensor, Tensor]:
-        logprobs_n, entropy_n, _ = _scored(head.logits(hidden_nD), labels_n)
+        logprobs_n, entropy_n, _ = _scored(learned.head.logits(hidden_nD), labels_n)
         # Weight and bias stay in `head`: they are the model's own and outlive the graph.
         ctx.save_for_backward(hidden_nD, labels_n)
-        ctx.head = head
-        ctx.mark_non_differentiable(entropy_n)
+        ctx.learned = learned
+        if not learned.entropy:
+            ctx.mark_non_differentiable(entropy_n)
         return logprobs_n, entropy_n
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_nD, labels_n = ctx.saved_tensors
-        head: HeadCall = ctx.head
+        head: HeadCall = ctx.learned.head
         needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         with torch.no_grad():
             logits_nV = head.logits(hidden_nD)
-            # d logp / d logits = onehot - softmax
-            slope_nV = logits_nV.softmax(-1).neg_()
-            slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
-            slope_nV *= gradients[0][:, None]
+            _, entropy_n, probs_nV = _scored(logits_nV, labels_n)
+            pull_nV = (
+                entropy_slope(logits_nV, probs_nV, entropy_n) * gradients[1][:, None] if ctx.learned.entropy else 0
+            )
+            slope_nV = logprob_slope(probs_nV, labels_n) * gradients[0][:, None] + pull_nV
             if head.cap is None:
                 slope_nV *= head.scale / head.temperature
             else:
                 squashed_nV = logits_nV * (head.temperature / head.cap)
                 slope_nV *= (1 - squashed_nV.square()) * (head.scale / head.temperature)
-            slope_nV = slope_nV.to(hidden_nD.dtype)
+            slope_nV = slope_nV.to(head.weight_VD.dtype)
             return (
-                slope_nV @ head.weight_VD,
-                slope_nV.T @ hidden_nD if needs_weight else None,
+                (slope_nV @ head.weight_VD).to(hidden_nD.dtype),
+                slope_nV.T @ hidden_nD.to(slope_nV.dtype) if needs_weight else None,
                 slope_nV.sum(0) if needs_bias else None,
                 None,
                 None,

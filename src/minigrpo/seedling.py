@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from minigrpo import demonstrations, grading
+from minigrpo import demonstrations, grading, imitation
 from minigrpo.errors import ModelError
+from minigrpo.imitation import Lesson, Schedule, warm_start
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
 from minigrpo.tasks import wordproblems
@@ -42,30 +40,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What to say after a prompt. Only the answer is learned; it ends with the stop token, or stopping is not."""
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """`rows` lessons a step; the learning rate rises over the first steps, then falls along half a cosine.
-
-    Learning ends before `steps` once the loss, in nats a token, smoothed over some twenty steps, is below `enough`.
-    """
-
-    steps: int
-    rows: int
-    lr: float
-    warmup: int = 30
-    enough: float = 0.0
-
-    def lr_at(self, step: int) -> float:
-        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
+# Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
+SCHOOL = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
+IMITATION = Schedule(steps=450, rows=16, lr=1.5e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +57,8 @@ class Blueprint:
     kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
-    # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
-    school: Schedule = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
-    imitation: Schedule = Schedule(steps=450, rows=16, lr=1.5e-3)
+    school: Schedule = SCHOOL
+    imitation: Schedule = IMITATION
 
 
 def is_seedling(path: str) -> bool:
@@ -118,7 +94,7 @@ def fingerprint(blueprint: Blueprint) -> str:
     import transformers
 
     total = hashlib.sha256(json.dumps(asdict(blueprint), sort_keys=True).encode())
-    for module in (demonstrations, wordproblems, grading):
+    for module in (demonstrations, wordproblems, grading, imitation):
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     total.update(f"{torch.__version__} {transformers.__version__} {tokenizers.__version__}".encode())
@@ -250,52 +226,3 @@ def decoder(blueprint: Blueprint, tokenizer: Any) -> Any:
         **extra,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def warm_start(
-    model: Any,
-    lessons: Sequence[Lesson],
-    schedule: Schedule,
-    *,
-    seed: int = 0,
-    report: Callable[[int, float], None] | None = None,
-) -> float:
-    """Teach any causal model the answers: every parameter, in place. Returns the last loss, smoothed."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    order = random.Random(seed)
-    queue: list[Lesson] = []
-    smooth = math.nan
-    model.train()
-    for step in range(schedule.steps):
-        while len(queue) < schedule.rows:
-            queue += order.sample(lessons, len(lessons))
-        batch, queue = queue[: schedule.rows], queue[schedule.rows :]
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        loss = imitation_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
-        if report is not None:
-            report(step + 1, smooth)
-        if smooth < schedule.enough:
-            break
-    model.eval()
-    return smooth
-
-
-def imitation_loss(model: Any, lessons: Sequence[Lesson]) -> Tensor:
-    """Mean negative log-probability of the answers' tokens. B lessons, T positions of the longest, V vocabulary."""
-    rows = [(*lesson.prompt_ids, *lesson.answer_ids) for lesson in lessons]
-    longest = max(len(row) for row in rows)
-    # Padded on the right, so a causal model needs no mask: nothing real comes after the padding.
-    tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
-    labels_BT = torch.full_like(tokens_BT, -100)
-    for row, lesson in enumerate(lessons):
-        start, end = len(lesson.prompt_ids), len(rows[row])
-        labels_BT[row, start:end] = tokens_BT[row, start:end]
-    kept = longest - min(len(lesson.prompt_ids) for lesson in lessons)  # positions before every answer need no logits
-    logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False, logits_to_keep=kept).logits
-    return torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT[:, -kept:].flatten())

@@ -1,53 +1,138 @@
 """Whose a run's folder is, what each artefact in it was made from, and how long its stages took.
 
 An artefact carries `made`: verb, versions, and the hash of everything it was made from. Where these still agree the
-stage need not run again; where they do not, what is there is stale.
+stage need not run again; where they do not, what is there is stale. Files that a resumed run must be able to trust are
+sealed: they carry the hash of their own text, and the number of the format that they are written in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from minigrpo.config import Recipe
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.recipefile import dump_recipe, load_recipe
-from minigrpo.rundir import RunDir, digest, read_json, write_json, write_whole
+from minigrpo.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
+
+FORMAT = 1
+"""Of what a run's folder holds. It rises when a version can no longer go on with what the one before it left."""
 
 
 def check_folder(recipe: Recipe, run: RunDir, resume: bool) -> None:
-    """Raises ArtifactError where this recipe may not begin, or not go on, in this folder. Writes nothing."""
-    if run.exists() and resume:
-        return refuse_other_recipe(recipe, run)
+    """Raises ArtifactError where this recipe may not begin, or not go on, in this folder. Leaves nothing in it."""
     if run.path.exists() and not run.path.is_dir():
         raise ArtifactError(f"{run.path} is a file, so no run can be kept there. Name a folder: --run runs/NAME")
-    if run.exists():
+    if run.exists() and not resume:
         raise ArtifactError(f"{run.path} already holds a run. Go on with it: --resume. Or another: --run runs/NAME")
-    # A preflight that was asked for on its own leaves its verdict first.
-    if run.path.exists() and {path.name for path in run.path.iterdir()} - {run.preflight.name}:
+    if run.exists():
+        refuse_other_recipe(recipe, run)
+        _refuse_what_is_in_the_way(run)
+    # A preflight that was asked for on its own leaves its verdict first; a start that was killed leaves its drafts.
+    elif run.path.exists() and any(not _may_be_first(path, run) for path in run.path.iterdir()):
         raise ArtifactError(f"{run.path} already holds files that are no run. Name a new folder: --run runs/NAME")
+    if run.path.exists():
+        with writing(run.path), TemporaryFile(dir=run.path) as stream:
+            stream.write(b"?")
+
+
+def _may_be_first(path: Path, run: RunDir) -> bool:
+    own = (run.preflight.name, run.made.name, run.lock.name)
+    drafts = tuple(f".{file.name}." for file in (run.preflight, run.made, run.recipe))
+    return path.name in own or (path.name.startswith(drafts) and path.suffix == DRAFT)
+
+
+def _refuse_what_is_in_the_way(run: RunDir) -> None:
+    for folder in (run.checkpoints, run.warmup, run.adapter, run.model, run.evals):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file, where the run keeps a folder. Move it away.")
+    for file in (run.recipe, run.made, run.machine, run.metrics, run.groups):
+        if file.exists() and not file.is_file():
+            raise ArtifactError(f"{file} is a folder, where the run keeps a file. Move it away.")
 
 
 def begin(recipe: Recipe, run: RunDir) -> None:
     """From here on the folder is a run. To be called when the recipe's parts are open: a slip in it leaves nothing."""
     if not run.exists():
-        write_whole(run.recipe, dump_recipe(recipe))
+        text = dump_recipe(recipe)
+        knobs = flat(recipe.model_dump(mode="json", exclude={"about"}))
+        # First: the folder is a run as soon as it has a recipe.
+        write_sealed(run.made, {"verb": "begin", "sha256": _sum(text), "recipe": knobs})
+        write_whole(run.recipe, text)
 
 
 def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
-    then, now = (flat(each.model_dump(exclude={"about"})) for each in (load_recipe(str(run.path)), recipe))
-    changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then[name] != now[name]]
-    if changed:
+    """Raises ArtifactError, naming the knobs, where the run's recipe is not this one, or no longer what it was."""
+    begun = read_sealed(run.made) if run.made.exists() else {}
+    by = f"{run.path} was begun by minigrpo {begun.get('minigrpo', 'of another version')}; this is {this_version()}"
+    try:
+        own = load_recipe(str(run.path))
+    except RecipeError as fault:
+        if begun and begun["minigrpo"] == this_version():
+            raise ArtifactError(
+                f"{run.recipe} is damaged. The knobs that the run began with stand in {run.made}. {fault}"
+            ) from None
+        raise ArtifactError(f"{by}, which cannot read its recipe. {fault}") from None
+    if begun and _sum(run.recipe.read_text(encoding="utf-8")) != begun["sha256"]:
+        now = flat(own.model_dump(mode="json", exclude={"about"}))
+        if changed := _differences(begun["recipe"], now):
+            raise ArtifactError(
+                f"{run.recipe} was changed since the run began ({changed}). Put that back, or begin another run: "
+                "--run runs/NAME"
+            )
+    if changed := _differences(*(flat(each.model_dump(exclude={"about"})) for each in (own, recipe))):
         raise ArtifactError(
-            f"{run.path} was begun with another recipe ({'; '.join(changed)}). Go on with its own: {run.recipe}. Or "
+            f"{run.path} was begun with another recipe ({changed}). Go on with its own: {run.recipe}. Or "
             "begin another: --run runs/NAME"
         )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A knob that only one of them knows is no difference: another version's defaults fill in."""
+    names = [name for name in now if name in then and then[name] != now[name]]
+    return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in names)
+
+
+def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON that carries its format, the version that wrote it, and the hash of its own text."""
+    write_whole(path, _sealed({"format": FORMAT, "minigrpo": this_version(), **data}))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises ArtifactError where any byte is another, or another version wrote it."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} is damaged: it is not what was saved.")
+    if data.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path} is damaged or from another version: it says minigrpo {data.get('minigrpo')}, format "
+            f"{data.get('format')}; this is minigrpo {this_version()}, format {FORMAT}. Go on with the version that "
+            "made it, or begin another run: --run runs/NAME"
+        )
+    data.pop("seal", None)
+    if _sealed(data).encode() != path.read_bytes():
+        raise ArtifactError(f"{path} is damaged: it is not what was saved.")
+    return data
+
+
+def _sealed(data: Mapping[str, Any]) -> str:
+    return json.dumps({**data, "seal": _sum(json.dumps(data))}, indent=2) + "\n"
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def this_version() -> str:
+    return installed("minigrpo") or "unknown"
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -83,8 +168,14 @@ def stamp(verb: str, recipe: Recipe, *sources: Path) -> dict[str, Any]:
 
 
 def fits(file: Path, made: dict[str, Any]) -> bool:
-    """Whether an artefact is there and was made from what is there now."""
-    return file.exists() and read_json(file).get("made", {}).get("from") == made["from"]
+    """Whether an artefact is there and was made from what is there now. Raises ArtifactError where it is damaged."""
+    if not file.exists():
+        return False
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{file} is damaged. Remove it and run the stage that makes it again.")
+    then = content.get("made")
+    return isinstance(then, dict) and then.get("from") == made["from"]
 
 
 def installed(package: str) -> str | None:
@@ -95,22 +186,31 @@ def installed(package: str) -> str | None:
 
 
 def seconds_of(run: RunDir) -> dict[str, float]:
-    """How long each stage took so far."""
+    """How long each stage took so far. Raises ArtifactError where that is damaged."""
     file = run.path / "seconds.json"
-    return read_json(file) if file.exists() else {}
+    seconds = read_json(file) if file.exists() else {}
+    if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
+        raise ArtifactError(f"{file} is damaged. Remove it; only the time taken so far is lost.")
+    return seconds
 
 
 @contextmanager
 def timed(run: RunDir, name: str) -> Iterator[None]:
     """Keep how long a stage takes, once the run has begun; an interrupted and a resumed stage add up."""
-    start = time.monotonic()
+    before, start = seconds_of(run), time.monotonic()
+
+    def keep() -> None:
+        if run.exists():
+            total = before.get(name, 0.0) + time.monotonic() - start
+            write_json(run.path / "seconds.json", before | {name: total})
+
     try:
         yield
-    finally:
-        seconds = seconds_of(run)
-        total = seconds.get(name, 0.0) + time.monotonic() - start
-        if run.exists():
-            write_json(run.path / "seconds.json", seconds | {name: total})
+    except BaseException:
+        with suppress(ArtifactError):  # what ended the stage is to be told, not that this found no room either
+            keep()
+        raise
+    keep()
 
 
 def slug(name: str) -> str:

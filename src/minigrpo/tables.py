@@ -15,8 +15,10 @@ from minigrpo.display import duration, printable
 
 if TYPE_CHECKING:
     from minigrpo.evaluate import Comparison, Evaluation
+    from minigrpo.findings import Figures, PromptLengths
     from minigrpo.measure import Scores
-    from minigrpo.preflight import Figures, Verdict
+    from minigrpo.preflight import Verdict
+    from minigrpo.warmup import Warmed
 
 LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
 
@@ -41,10 +43,11 @@ def figures_table(figures: Figures) -> RenderableType:
         "completions sampled": f"{figures.completions} in {figures.groups} groups",
         "well-formed": f"{figures.formed:.0%}",
         "right": f"{figures.solved:.0%}",
-        "reward": f"{figures.reward_mean:.3f}, standard deviation {figures.reward_std:.3f}",
+        "reward": rewards(figures),
         "groups that teach": f"{figures.informative:.0%}",
         "cut off at the limit": f"{figures.truncated:.0%}",
         "length": f"{figures.mean_tokens:.0f} tokens",
+        "longest prompt": longest_prompt(figures.prompts),
         "sampling": f"{figures.tokens_per_second:,.0f} tokens/s",
         "one step": f"{figures.step_seconds:.1f} s",
         "the whole training": f"about {duration(figures.training_seconds)}",
@@ -53,6 +56,29 @@ def figures_table(figures: Figures) -> RenderableType:
     for name, value in rows.items():
         table.add_row(name, value)
     return titled("preflight", table)
+
+
+def rewards(figures: Figures) -> str:
+    if figures.reward_mean is None:
+        return "could not be told"
+    left_out = f" ({figures.unscored:.0%} could not be told)" if figures.unscored else ""
+    return f"{figures.reward_mean:.3f}, standard deviation {figures.reward_std:.3f}{left_out}"
+
+
+def longest_prompt(prompts: PromptLengths) -> str:
+    context = f" of a context of {prompts.context}" if prompts.context else ""
+    return f"{prompts.longest} tokens{context}"
+
+
+def warmup_table(warmed: Warmed) -> RenderableType:
+    """Before and after a supervised start."""
+    table = plain_table("before", "after")
+    before, after = warmed.before, warmed.after
+    table.add_row("well-formed", f"{before.formed:.0%}", f"{after.formed:.0%}")
+    table.add_row("loss on the lessons", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("loss on answers held aside", f"{before.held_aside:.3f}", f"{after.held_aside:.3f}")
+    title = f"warm-up: {warmed.lessons} written answers, {warmed.held_aside} held aside; losses in nats a token"
+    return Stack(titled(title, table), *(Text(f"warning: {warning}", style="yellow") for warning in warmed.warnings))
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
@@ -116,11 +142,12 @@ def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
     said = said if len(said) <= LONGEST_TEXT else said[:LONGEST_TEXT] + " ..."
     judged = "right" if answer["solved"] else "wrong" if answer["formed"] else "not in the form"
     end = ", cut off at the limit" if answer["finish"] == "length" else ""
+    earned = "unknown" if answer["reward"] is None else f"{answer['reward']:g}"
     body = Text.assemble(
         (printable(str(question)).strip(), "dim"),
         ("\n→ ", "bold"),
         said.strip() or "(nothing)",
-        (f"\n{judged}: reward {answer['reward']:g}, target {answer['target']}{end}", "italic"),
+        (f"\n{judged}: reward {earned}, target {answer['target']}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
 

@@ -1,11 +1,13 @@
 """What a run leaves for the eye: one line per step in metrics.jsonl, one per group in groups.jsonl, and the terminal.
 
-Both files only grow; a checkpoint remembers how long they were (`positions`), and a resumed run cuts them back to that
-length (`rewind`), so that no step stands there twice.
+Both files only grow; a checkpoint remembers how long they were, with a hash of that much (`positions`), and a resumed
+run cuts them back to that length (`rewind`), so that no step stands there twice and none has changed. The hash grows
+with the files: each byte is read once in a process, from memory that the system still has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from rich.console import Console
 
 from minigrpo.display import Board, Lines, Pulse, View, board_fits, duration
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, sync
+from minigrpo.rundir import RunDir, sync, writing
 from minigrpo.types import Group
 
 
@@ -46,6 +48,7 @@ class Track:
         view = Board if board_fits(self._console) else Lines
         self._view: View = view(self._console, total_steps)
         self._pulse = Pulse()
+        self._prefixes = {path: Prefix(path) for path in (run.metrics, run.groups)}
 
     def __enter__(self) -> Track:
         self._pulse = Pulse(rewards=tuple(_past_rewards(self.run.metrics)), since=time.monotonic())
@@ -74,18 +77,63 @@ class Track:
         """A remark for the person who watches; it stands above the display."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def positions(self) -> dict[str, int]:
-        """Length of both files in bytes, on the disk itself: what a checkpoint stores."""
-        return {path.name: _synced_length(path) for path in (self.run.metrics, self.run.groups)}
+    def positions(self) -> dict[str, dict[str, Any]]:
+        """Length in bytes and SHA-256 of both files, which are on the disk itself then: what a checkpoint stores."""
+        return {path.name: prefix.whole() for path, prefix in self._prefixes.items()}
 
-    def rewind(self, positions: Mapping[str, int]) -> None:
-        """Cut both files back to what a checkpoint stored; {} empties them. Touches nothing unless both can be cut."""
-        lengths = {path: positions.get(path.name, 0) for path in (self.run.metrics, self.run.groups)}
-        for path, length in lengths.items():
-            _check(path, length)
-        for path, length in lengths.items():
+    def rewind(self, positions: Mapping[str, Mapping[str, Any]]) -> None:
+        """Cut both files back to what a checkpoint stored; {} empties them. Touches nothing unless both can be cut.
+
+        Raises ArtifactError where what would be kept is not what it was.
+        """
+        kept = {path: positions.get(path.name, {"bytes": 0}) for path in self._prefixes}
+        self._prefixes = {path: Prefix(path) for path in kept}
+        for path, then in kept.items():
+            self._prefixes[path].check(then)
+        for path, then in kept.items():
             if path.exists():
-                os.truncate(path, length)
+                with writing(path):
+                    os.truncate(path, then["bytes"])
+
+
+class Prefix:
+    """The hash of a growing file, up to where it was last asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._length = 0
+        self._hash = hashlib.sha256()
+
+    def whole(self) -> dict[str, Any]:
+        """Of all that is there, once it is on the disk."""
+        if self.path.exists():
+            with writing(self.path):
+                sync(self.path)
+        return self._upto(self.path.stat().st_size if self.path.exists() else 0)
+
+    def check(self, then: Mapping[str, Any]) -> None:
+        """The first bytes must be what they were when a checkpoint stored them."""
+        length = then["bytes"]
+        if length == 0:
+            return
+        advice = "Remove the newest checkpoint to go back to the one before it, or start anew elsewhere with --run."
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < length:
+            what = f"has {size} bytes" if self.path.exists() else "is missing"
+            raise ArtifactError(f"{self.path} {what}, but the checkpoint was saved with {length}. {advice}")
+        if self._upto(length) != then:
+            raise ArtifactError(f"{self.path} was changed since the checkpoint was saved. {advice}")
+
+    def _upto(self, length: int) -> dict[str, Any]:
+        if length < self._length:
+            self._length, self._hash = 0, hashlib.sha256()
+        if length > self._length:
+            with self.path.open("rb") as stream:
+                stream.seek(self._length)
+                while block := stream.read(min(1 << 20, length - self._length)):
+                    self._hash.update(block)
+                    self._length += len(block)
+        return {"bytes": length, "sha256": self._hash.hexdigest()}
 
 
 @contextmanager
@@ -153,6 +201,7 @@ def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[s
                 "formed": grade.formed,
                 "solved": grade.solved,
                 "advantage": advantage,
+                **({"notes": grade.notes} if grade.notes else {}),
             }
             for completion, grade, advantage in zip(group.completions, group.grades, advantages_G, strict=True)
         ],
@@ -182,34 +231,13 @@ def _clean(value: Any) -> Any:
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """ASCII JSON: model output may hold lone surrogates, or line separators that split a line for some readers."""
+    """ASCII JSON: model output may hold lone surrogates, or line separators that split a line for some readers.
+
+    A full disk can leave half a line; `rewind` cuts it off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="ascii", newline="\n") as stream:
+    with writing(path), path.open("a", encoding="ascii", newline="\n") as stream:
         stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
-
-
-def _synced_length(path: Path) -> int:
-    if not path.exists():
-        return 0
-    sync(path)
-    return path.stat().st_size
-
-
-def _check(path: Path, length: int) -> None:
-    """The first `length` bytes must be there, and be whole lines."""
-    if length == 0:
-        return
-    advice = "Start anew in another folder with --run, or remove the checkpoint that says so."
-    if not path.exists():
-        raise ArtifactError(f"{path} is missing, but the checkpoint was saved with {length} bytes of it. {advice}")
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        stream.seek(max(length - 1, 0))
-        whole = stream.read(1) == b"\n"
-    if size < length:
-        raise ArtifactError(f"{path} has {size} bytes, but the checkpoint was saved with {length}. {advice}")
-    if not whole:
-        raise ArtifactError(f"{path} was changed since the checkpoint was saved (byte {length} ends no line). {advice}")
 
 
 def _past_rewards(path: Path) -> Iterator[float]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.sampling import draw
 from minigrpo.noise import name_key, uniform
-from minigrpo.types import Completion, Rendered, Sampling
+from minigrpo.types import Completion, Ready, Rendered, Sampling
 
 
 class TransformersEngine:
@@ -28,12 +29,18 @@ class TransformersEngine:
     def update(self, policy: Any) -> None:
         self.policy = policy
 
-    def generate(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[tuple[Completion, ...]]:
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+    ) -> list[tuple[Completion, ...]]:
+        check_room(prompts, sampling.max_tokens, context_of(self.policy.model))
         at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):
             flat = self._wave(prompts[start : start + at_once], n, sampling)
-            answers += [tuple(flat[first : first + n]) for first in range(0, len(flat), n)]
+            own = [tuple(flat[first : first + n]) for first in range(0, len(flat), n)]
+            for place, siblings in enumerate(own) if ready else ():
+                ready(start + place, siblings)  # type: ignore[misc]
+            answers += own
         return answers
 
     @torch.no_grad()

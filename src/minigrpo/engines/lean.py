@@ -172,7 +172,7 @@ class Lean:
         self.width = decoder.layers[0].self_attn.head_dim
         self.layers = [Layer.of(module, self.heads, self.kv_heads) for module in decoder.layers]
         self.norm = Norm(decoder.norm)
-        self.dtype, self.device = head.weight.dtype, head.weight.device
+        self.dtype, self.device = decoder.dtype, head.weight.device
 
     def refresh(self) -> None:
         for layer in self.layers:

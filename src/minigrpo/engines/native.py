@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Layer, Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.noise import name_key, uniform
-from minigrpo.types import Completion, Rendered, Sampling
+from minigrpo.types import Completion, Ready, Rendered, Sampling
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
@@ -35,6 +36,7 @@ class NativeEngine:
 
         self.lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
         self.tokenizer = policy.tokenizer
+        self.context = context_of(policy.model)
         self.rows = rows
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.lean.device)
         self.stop_rule = stop_rule or (lambda tokens_n, row_n, so_far: torch.isin(tokens_n, self.stop_ids_s))
@@ -42,23 +44,45 @@ class NativeEngine:
     def update(self, policy: Any) -> None:
         self.lean.refresh()
 
-    def generate(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[tuple[Completion, ...]]:
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+    ) -> list[tuple[Completion, ...]]:
         """n completions of each prompt, in order; as many prompts at a time as `rows` admits."""
+        check_room(prompts, sampling.max_tokens, self.context)
         at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):
             wave = _Wave(self.lean, prompts[start : start + at_once], n, sampling)
             rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
-            wave.run(rule)
-            answers += self._completions(wave, n)
+            answers += self._answers(wave, rule, start, ready)
         return answers
 
-    def _completions(self, wave: _Wave, n: int) -> list[tuple[Completion, ...]]:
-        lengths = wave.lengths_B.tolist()
-        ids = [row[:length] for row, length in zip(wave.tokens_BC.tolist(), lengths, strict=True)]
-        logprobs = [row[:length] for row, length in zip(wave.logprobs_BC.tolist(), lengths, strict=True)]
+    def _answers(self, wave: _Wave, rule: StopRule, start: int, ready: Ready | None) -> list[tuple[Completion, ...]]:
+        """What a wave says; `ready` is told of each prompt as its last row ends."""
+        if ready is None:
+            wave.run(rule)
+            return self._completions(wave, 0, wave.prompts)
+        done: dict[int, tuple[Completion, ...]] = {}
+
+        def tell(place: int) -> None:
+            done[place] = self._completions(wave, place, place + 1)[0]
+            ready(start + place, done[place])
+
+        wave.run(rule, tell)
+        return [done[place] for place in range(wave.prompts)]
+
+    def _completions(self, wave: _Wave, first: int, end: int) -> list[tuple[Completion, ...]]:
+        """Of the prompts from `first` up to `end`, all of whose rows have ended."""
+        n = wave.siblings
+        rows = slice(first * n, end * n)
+        lengths = wave.lengths_B[rows].tolist()
+        longest = max(lengths)
+        ids = [row[:length] for row, length in zip(wave.tokens_BC[rows, :longest].tolist(), lengths, strict=True)]
+        logprobs = [
+            row[:length] for row, length in zip(wave.logprobs_BC[rows, :longest].tolist(), lengths, strict=True)
+        ]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        stopped = wave.stopped_B.tolist()
+        stopped = wave.stopped_B[rows].tolist()
         flat = [
             Completion(text, tuple(row), tuple(lps), "stop" if stop else "length")
             for text, row, lps, stop in zip(texts, ids, logprobs, stopped, strict=True)
@@ -73,6 +97,7 @@ class _Wave:
         self.lean, self.sampling, self.siblings = lean, sampling, n
         device = lean.device
         M, B = len(prompts), len(prompts) * n
+        self.prompts = M
         shared_M = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)
         self.shared_M = shared_M
         self.turn = lean.turns(int(shared_M.max()) + sampling.max_tokens)
@@ -107,8 +132,9 @@ class _Wave:
         return shared
 
     @torch.no_grad()
-    def run(self, stops: StopRule) -> None:
-        """Decode until every row has ended."""
+    def run(self, stops: StopRule, tell: Callable[[int], None] | None = None) -> None:
+        """Decode until every row has ended; `tell` hears of each prompt whose last row has."""
+        open_M = [self.siblings] * self.prompts
         for so_far in range(self.sampling.max_tokens):
             self._look(so_far)
             logits_nV = self.lean.decode(self.feed_n, self._turn_now, self._attend)
@@ -120,10 +146,22 @@ class _Wave:
             ended_n = stops(tokens_n, self.row_n, so_far + 1)
             self.feed_n = tokens_n
             if bool(ended_n.any()):
-                self.stopped_B[self.row_n[ended_n]] = True
+                ended = self.row_n[ended_n]
+                self.stopped_B[ended] = True
                 self._drop(ended_n, so_far + 1)
+                for place in self._closed(ended, open_M) if tell else ():
+                    tell(place)  # type: ignore[misc]
             if not len(self.row_n):
                 return
+        for place in [place for place, rows in enumerate(open_M) if rows] if tell else ():
+            tell(place)  # type: ignore[misc]
+
+    def _closed(self, ended: Tensor, open_M: list[int]) -> list[int]:
+        """Prompts that lost their last row just now; `open_M` counts rows that go on, by prompt."""
+        places = [row // self.siblings for row in ended.tolist()]
+        for place in places:
+            open_M[place] -= 1
+        return sorted({place for place in places if not open_M[place]})
 
     def _look(self, so_far: int) -> None:
         """What holds for this step in every layer: places, masks, room in the cache."""

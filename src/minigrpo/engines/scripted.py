@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minigrpo.types import Completion, Prompt, Rendered, Sampling
+from minigrpo.types import Completion, Prompt, Ready, Rendered, Sampling
 
 Script = Callable[[Prompt, int], str]
 
@@ -23,11 +23,16 @@ class Scripted:
         self.script = script
         self.tokenizer = tokenizer
 
-    def generate(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[tuple[Completion, ...]]:
-        return [
-            tuple(self.say(self.line(rendered.prompt, sibling), sampling) for sibling in range(n))
-            for rendered in prompts
-        ]
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+    ) -> list[tuple[Completion, ...]]:
+        answers = []
+        for place, rendered in enumerate(prompts):
+            own = tuple(self.say(self.line(rendered.prompt, sibling), sampling) for sibling in range(n))
+            answers.append(own)
+            if ready:
+                ready(place, own)
+        return answers
 
     def update(self, policy: Any) -> None:
         """Nothing to take over."""

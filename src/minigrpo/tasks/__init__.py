@@ -1,6 +1,8 @@
-"""Where tasks come from: the ones of the package by name, or your own as FILE.py:NAME.
+"""Where tasks come from: the ones of the package by name, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
 
-NAME is a Task, or a function from the Recipe to a Task.
+NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions. Reward
+functions need rows: `task.data`, or `rows` (and `test_rows`) in the same file, a list or a function that returns one.
+The file may also hold `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from minigrpo.config import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.tasks import wordproblems
+from minigrpo.tasks import gym, wordproblems
+from minigrpo.tasks.functions import kind_of
+from minigrpo.tasks.rows import read_data
+from minigrpo.tasks.scored import reward_task as reward_task
+from minigrpo.tasks.scored import scored_task, table_of
 from minigrpo.types import Prompt, Split, Task
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task}
@@ -25,20 +32,26 @@ TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task}
 def open_task(recipe: Recipe) -> Task:
     """The task that the recipe names. Its prompts are checked when they are asked for: some, and no id twice."""
     name = recipe.task.name
-    if name in TASKS:
-        return with_checked_prompts(TASKS[name](recipe))
     if ".py" in name:
         return with_checked_prompts(own_task(name, recipe))
+    if recipe.task.data and (name in TASKS or name.startswith("rg:")):
+        raise TaskError(f"task.data has no meaning for {name}: its problems are its own. Data is for FILE.py:FUNCTION.")
+    if name in TASKS:
+        return with_checked_prompts(TASKS[name](recipe))
+    if name.startswith("rg:"):
+        return with_checked_prompts(gym.task(name.removeprefix("rg:"), recipe))
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
-    raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME.")
+    raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME.")
 
 
 def own_task(spec: str, recipe: Recipe) -> Task:
     """FILE.py:NAME, opened. `task.size` holds for it as for any other: the first so many training prompts."""
     file, found, name = spec.rpartition(":")
     if not found or not file.endswith(".py") or not name:
-        raise TaskError(f"{spec!r} names no task. Write FILE.py:NAME; NAME is a Task or a function Recipe -> Task.")
+        raise TaskError(
+            f"{spec!r} names no task. Write FILE.py:NAME; NAME: a Task, a function Recipe -> Task or a reward."
+        )
     path = Path(file)
     if not path.is_file():
         raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
@@ -47,13 +60,53 @@ def own_task(spec: str, recipe: Recipe) -> Task:
         names = ", ".join(candidates(module)) or "none"
         raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
     value = getattr(module, name)
+    if is_rewards(value, f"{name} in {path}"):
+        return shortened(of_rewards(value, module, spec, recipe), recipe.task.size)
+    if recipe.task.data and isinstance(value, Task):
+        raise TaskError(f"task.data cannot reach into {spec!r}, a finished Task. Name a reward function instead.")
     task = value if isinstance(value, Task) else built(value, path, name, recipe)
     if isinstance(value, Task) and recipe.task.weights:
         raise TaskError(
             f"task.weights cannot reach into {spec!r}, a finished Task. Make {name} a function Recipe -> Task that "
-            "passes recipe.task.weights to minigrpo.rewards.reweighted."
+            "passes recipe.task.weights to minigrpo.rewards.reweighted or to minigrpo.reward_task."
         )
     return shortened(task, recipe.task.size)
+
+
+def is_rewards(value: object, where: str) -> bool:
+    """A reward function or a list of them. Raises TaskError where a list holds anything else."""
+    if not isinstance(value, list | tuple):
+        return kind_of(value, where) is not None
+    kinds = [kind_of(one, f"{where}, place {place}") for place, one in enumerate(value, 1)]
+    if not kinds or None in kinds:
+        raise TaskError(f"{where} is a list, but not of reward functions alone: each needs `completion(s)`.")
+    return True
+
+
+def of_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
+    """The task that reward functions make with their rows: `task.data`, else what stands in the same file."""
+    if recipe.task.data:
+        table = read_data(recipe.task.data)
+    elif hasattr(module, "rows"):
+        try:
+            table = table_of(module.rows, getattr(module, "test_rows", None))
+        except MinigrpoError:
+            raise
+        except Exception as fault:
+            raise TaskError(f"{blame(Path(str(module.__file__)), fault)} It was making the rows.") from fault
+    else:
+        raise TaskError(
+            f"{spec} scores rows, but there are none. Give --task.data FILE (.jsonl, .json, .csv, .parquet, a folder, "
+            "a Hub data set), or put `rows`, a list or a function that returns one, into the same file."
+        )
+    return scored_task(
+        value if isinstance(value, list | tuple) else [value],
+        table,
+        name=spec.rpartition(":")[2],
+        system=getattr(module, "system", None),
+        gold=getattr(module, "gold", None),
+        weights=recipe.task.weights,
+    )
 
 
 def loaded(path: Path) -> ModuleType:
@@ -74,7 +127,9 @@ def loaded(path: Path) -> ModuleType:
 
 def built(value: object, path: Path, name: str, recipe: Recipe) -> Task:
     if not callable(value):
-        raise TaskError(f"{name} in {path} is a {type(value).__name__}. Make it a Task or a function Recipe -> Task.")
+        raise TaskError(
+            f"{name} in {path} is a {type(value).__name__}. Make it a Task, a function Recipe -> Task or a reward."
+        )
     try:
         task = value(recipe)
     except MinigrpoError:

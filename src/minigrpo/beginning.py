@@ -1,0 +1,131 @@
+"""What comes before the first step of GRPO: preflight and the warm-up, in the order that the model needs.
+
+Preflight judges the model that GRPO would begin with. Where its only fault is that no answer has the form, and the
+recipe has a warm-up, that comes first and preflight judges again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from minigrpo import tables
+from minigrpo.config import Recipe
+from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.rundir import RunDir, complete_folder, read_json, write_json
+from minigrpo.stamps import fits, stamp, timed
+from minigrpo.track import stage
+
+if TYPE_CHECKING:
+    from minigrpo.pipeline import Opened
+    from minigrpo.preflight import Verdict
+
+
+def prepare(opened: Opened, run: RunDir, console: Console) -> None:
+    """Preflight and warm-up, as far as they are not done. Raises MinigrpoError where training would teach nothing."""
+    go, warms = judged(opened, run, console)
+    if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
+        console.print(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
+        warm_up(opened, run, console)
+        go, _ = judged(opened, run, console)
+    if not go:
+        raise MinigrpoError(
+            f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names; "
+            f"to train all the same: minigrpo train {run.recipe} --run {run.path} --resume"
+        )
+    warm_up(opened, run, console)
+
+
+def judged(opened: Opened, run: RunDir, console: Console) -> tuple[bool, bool]:
+    """(go, whether a warm-up would mend what is wrong): preflight's verdict, an earlier one if it still holds."""
+    if verdict_holds(opened.recipe, run):
+        console.print(Text(f"{run.preflight} is there already."))
+    else:
+        with timed(run, "preflight"):
+            preflight(opened, run, console)
+    verdict = read_json(run.preflight)
+    return bool(verdict["go"]), bool(verdict.get("warms"))
+
+
+def verdict_holds(recipe: Recipe, run: RunDir) -> bool:
+    """A warm model needs a verdict of its own only where the cold one was judged unfit."""
+    if fits(run.preflight, verdict_stamp(recipe, run)):
+        return True
+    return fits(run.preflight, stamp("preflight", recipe)) and bool(read_json(run.preflight)["go"])
+
+
+def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
+    """Of a verdict on the model that GRPO would begin with now."""
+    return stamp("preflight", recipe, *([run.warmup] if is_warm(recipe, run) else []))
+
+
+def preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
+    """Sample the real task, print what was seen; keep it in the run's folder, where there is one."""
+    from minigrpo.preflight import preflight
+
+    recipe = opened.recipe
+    if run and is_warm(recipe, run):
+        take_over(opened, run)
+    with stage("preflight", 0) as report:
+        verdict = preflight(recipe, opened.task, opened.policy, opened.engine, report)
+    console.print(tables.verdict_table(verdict))
+    if run:
+        write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
+    return verdict
+
+
+def check_lessons(opened: Opened) -> None:
+    """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
+    from minigrpo.warmup import check
+
+    if opened.recipe.warmup.steps:
+        check(opened.recipe, opened.task, opened.policy)
+
+
+def warm_up(opened: Opened, run: RunDir, console: Console) -> None:
+    """Let the policy begin with the adapter of RUN/warmup, made now unless it is there; if the recipe has a warm-up."""
+    if not opened.recipe.warmup.steps:
+        return
+    if not is_warm(opened.recipe, run):
+        _refuse_other_start(run)
+        with timed(run, "warmup"):
+            _warm_up(opened, run, console)
+    take_over(opened, run)
+
+
+def is_warm(recipe: Recipe, run: RunDir) -> bool:
+    return bool(recipe.warmup.steps) and fits(run.warmup / "made.json", _stamp(recipe))
+
+
+def take_over(opened: Opened, run: RunDir) -> None:
+    opened.policy.begin_with(run.warmup, keep_reference=opened.recipe.objective.kl > 0)
+    opened.engine.update(opened.policy)
+
+
+def _warm_up(opened: Opened, run: RunDir, console: Console) -> None:
+    from minigrpo.warmup import warmup
+
+    recipe = opened.recipe
+    with stage("warmup", recipe.warmup.steps) as report:
+        warmed = warmup(recipe, opened.task, opened.policy, opened.engine, report)
+    console.print(tables.warmup_table(warmed))
+    with complete_folder(run.warmup) as draft:
+        opened.policy.save(draft)
+        write_json(draft / "made.json", warmed.to_dict() | {"made": _stamp(recipe)})
+
+
+def _stamp(recipe: Recipe) -> dict[str, Any]:
+    data = [Path(recipe.warmup.data).expanduser()] if recipe.warmup.data else []
+    return stamp("warmup", recipe, *data)
+
+
+def _refuse_other_start(run: RunDir) -> None:
+    """Another warm adapter would be another reference, and the checkpoints grew out of this one."""
+    if run.warmup.exists() and run.checkpoints.exists():
+        raise ArtifactError(
+            f"{run.warmup} was made from other answers than warmup.data holds now, and the run has gone on from it. "
+            "Put the file back as it was, or begin another run: --run runs/NAME"
+        )

@@ -1,0 +1,297 @@
+"""Is a task fit to train on? Answers that should earn all or nothing, graded without a model.
+
+GRPO finds whatever a reward pays for. What it should not pay for shows here in seconds: right answers that earn too
+little, empty or wrong ones that earn as much, scores that change from call to call, prompts on both sides of the split.
+
+Not covered: clever wrong answers. A grader that passes is not hard to fool; it is merely not fooled by these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.text import Text
+
+from minigrpo.config import Recipe
+from minigrpo.errors import TaskError
+from minigrpo.grader import Grader
+from minigrpo.rollout import prompts_of
+from minigrpo.tables import plain_table, titled
+from minigrpo.types import Completion, Grade, Prompt, Split, Task
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+LONG = 100_000  # characters: more than any completion limit lets through
+ENOUGH = 3  # graders that fall over do so on every prompt
+SLOW = 0.1  # seconds a completion; a step of 256 would wait half a minute
+KINDS: Mapping[str, str] = {
+    "gold": "right answer",
+    "empty": "no text at all",
+    "other": "right answer of another prompt",
+    "noise": "right answer, digits or letters changed",
+    "long": "very long text",
+    "unicode": "random characters",
+}
+WRONG = ("other", "noise", "long", "unicode")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What answers of one kind earned; rewards are None where none could be scored."""
+
+    name: str
+    about: str
+    count: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    solved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`stops`: training on this would go wrong. What does not stop is worth a look."""
+
+    what: str
+    change: str
+    stops: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """`seconds`: the mean time to grade one completion."""
+
+    task: str
+    prompts: Mapping[str, int]
+    kinds: tuple[Kind, ...]
+    faults: tuple[Fault, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not any(fault.stops for fault in self.faults)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One answer to one prompt, graded twice."""
+
+    prompt: Prompt
+    kind: str
+    text: str
+    first: Grade
+    second: Grade
+
+
+def check_task(recipe: Recipe, task: Task, limit: int = 32) -> Checked:
+    """Grade made-up answers to `limit` prompts, half of each split. Raises TaskError where a split has none."""
+    every = {split: list(prompts_of(task, split)) for split in SPLITS}
+    asked = [prompt for prompts in every.values() for prompt in spread(prompts, max(1, limit // 2))]
+    faults: list[Fault] = []
+    trials: list[Trial] = []
+    began = time.perf_counter()
+    with Grader.of(task, recipe.task) as grader:
+        for prompt in asked:
+            found = tried(grader, task, prompt, asked)
+            trials += found if isinstance(found, list) else []
+            faults += [found] if isinstance(found, Fault) else []
+            if len(faults) == ENOUGH:
+                break
+    seconds = (time.perf_counter() - began) / max(1, 2 * len(trials))
+    faults += [*scoring_faults(task, trials), *split_faults(every)]
+    if seconds > SLOW:
+        change = "Raise --task.workers: groups are graded while others are sampled."
+        faults.append(Fault(f"Grading takes {seconds:.2g} s a completion.", change, stops=False))
+    counts: dict[str, int] = {split: len(prompts) for split, prompts in every.items()}
+    return Checked(task.name, counts, tuple(kinds_of(trials)), tuple(faults), seconds)
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Some of them, evenly spaced: files are often sorted."""
+    return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else list(prompts)
+
+
+def answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[str, str]:
+    """Texts by their kind."""
+    rng = random.Random(f"check-task {prompt.id}")
+    texts = {"empty": "", "long": "and so on " * (LONG // 10), "unicode": babble(rng)}
+    if task.gold is None:
+        return texts
+    gold = task.gold(prompt)
+    strangers = [one for one in asked if target_of(one) != target_of(prompt)]
+    other = task.gold(rng.choice(strangers)) if strangers else gold
+    found = {"gold": gold, "other": other, "noise": noisy(gold)}
+    return {kind: text for kind, text in found.items() if kind == "gold" or text != gold} | texts
+
+
+def target_of(prompt: Prompt) -> str:
+    target = prompt.target
+    return repr(target["answer"] if isinstance(target, Mapping) and "answer" in target else target)
+
+
+def noisy(text: str) -> str:
+    """Every digit becomes the next one; where there is none, letters do. Tags stay, so that the form does."""
+    if any(letter.isdecimal() and letter.isascii() for letter in text):
+        return text.translate(str.maketrans("0123456789", "1234567890"))
+    body, tag = [], False
+    for letter in text:
+        tag = letter == "<" or (tag and letter != ">")
+        shifts = not tag and letter.isascii() and letter.isalpha() and letter not in "zZ"
+        body.append(chr(ord(letter) + 1) if shifts else letter)
+    return "".join(body)
+
+
+def babble(rng: random.Random) -> str:
+    """All planes but lone surrogates, which no tokenizer gives."""
+    places = (rng.randrange(0x110000) for _ in range(400))
+    return "".join(chr(place) for place in places if not 0xD800 <= place <= 0xDFFF)
+
+
+def tried(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[Trial] | Fault:
+    """As siblings of one group, twice, in the threads that training grades in."""
+    texts = answers(task, prompt, asked)
+    group = tuple(Completion(text, (), (), "stop") for text in texts.values())
+    try:
+        first, second = grader.begin([prompt, prompt]).collect([group, group])
+    except TaskError as fault:
+        return Fault(str(fault), "Training would end here.")
+    return [Trial(prompt, *each) for each in zip(texts, texts.values(), first, second, strict=True)]
+
+
+def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[Fault]:
+    by_prompt: dict[str, dict[str, Trial]] = {}
+    for trial in trials:
+        by_prompt.setdefault(trial.prompt.id, {})[trial.kind] = trial
+    groups = list(by_prompt.values())
+    yield from told(
+        "gives another score when asked again",
+        [trial for trial in trials if not same(trial.first, trial.second)],
+        len(trials),
+        "A reward must depend on prompt and answer alone.",
+    )
+    late = [trial for trial in trials if "took longer" in str(trial.first.notes.get("grader"))]
+    yield from told("takes too long", late, len(trials), "Mend what hangs, or raise --task.seconds.")
+    if trials and not any(trial.first.scored for trial in trials):
+        yield Fault("No answer could be scored at all.", "At least one function must apply to each prompt.")
+        return
+    if task.gold is None:
+        yield Fault(
+            "The task gives no right answers, so none could be tried.", "Give it `gold(prompt) -> text`.", stops=False
+        )
+    yield from earning_faults(groups)
+    yield from constant_faults(trials)
+
+
+def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[Fault]:
+    """What the wrong earns, and what the right does not."""
+    golds = [group["gold"] for group in groups if "gold" in group]
+    yield from told(
+        "does not count the right answer as solved",
+        [trial for trial in golds if not trial.first.solved],
+        len(golds),
+        "Is `gold` written in the form that the grader reads?",
+    )
+    empty = [group["empty"] for group in groups]
+    yield from told(
+        "pays for an empty answer",
+        [trial for trial in empty if trial.first.reward > 0],
+        len(empty),
+        "Saying nothing would be learned first: give it 0.",
+    )
+    for kind in WRONG:
+        pairs = [(group[kind], group["gold"]) for group in groups if {kind, "gold"} <= group.keys()]
+        as_much = [wrong for wrong, gold in pairs if wrong.first.reward >= gold.first.reward]
+        change = "Training would find that sooner than the right answer."
+        yield from told(f"pays as much for the {KINDS[kind]} as for the right one", as_much, len(pairs), change)
+
+
+def constant_faults(trials: Sequence[Trial]) -> Iterator[Fault]:
+    rewards = {trial.first.reward for trial in trials if trial.first.scored}
+    if len(rewards) == 1:
+        right = any(trial.kind == "gold" for trial in trials)
+        yield Fault(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
+        return
+    names = {name for trial in trials for name in trial.first.parts}
+    for name in sorted(names):
+        values = {trial.first.parts[name] for trial in trials if name in trial.first.parts}
+        if len(values) == 1:
+            what = f"{name} is {values.pop():g} for every answer."
+            yield Fault(what, "A constant adds nothing to what siblings are compared by.", stops=False)
+
+
+def split_faults(every: Mapping[Split, Sequence[Prompt]]) -> Iterator[Fault]:
+    """What stands on both sides, or twice on one."""
+    ids = {split: {prompt.id for prompt in prompts} for split, prompts in every.items()}
+    if shared := sorted(ids["train"] & ids["test"]):
+        change = "Ids name random streams and prompts in files: make them differ."
+        yield Fault(f"{len(shared)} ids stand in both splits, such as {shared[0]}.", change)
+    said = {split: [said_in(prompt) for prompt in prompts] for split, prompts in every.items()}
+    trained = set(said["train"])
+    if seen := [prompt.id for prompt, words in zip(every["test"], said["test"], strict=True) if words in trained]:
+        change = "Then an evaluation measures memory. Take them out of one split."
+        yield Fault(f"{len(seen)} test prompts stand in train word for word, such as {seen[0]}.", change)
+    for split, words in said.items():
+        if twice := len(words) - len(set(words)):
+            change = "They count that much more often; take them out if that is not meant."
+            yield Fault(f"{twice} {split} prompts repeat an earlier one.", change, stops=False)
+
+
+def said_in(prompt: Prompt) -> str:
+    return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
+
+
+def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterator[Fault]:
+    """One sentence for all of them, with the first as an example."""
+    if found:
+        example = found[0]
+        earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
+        text = example.text[:60] + (" ..." if len(example.text) > 60 else "")
+        yield Fault(
+            f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text!r}, "
+            f"which earned {earned}.",
+            change,
+        )
+
+
+def same(first: Grade, second: Grade) -> bool:
+    rewards = first.reward == second.reward or (math.isnan(first.reward) and math.isnan(second.reward))
+    return rewards and first.solved == second.solved and dict(first.parts) == dict(second.parts)
+
+
+def kinds_of(trials: Sequence[Trial]) -> Iterator[Kind]:
+    for name, about in KINDS.items():
+        grades = [trial.first for trial in trials if trial.kind == name]
+        known = [grade.reward for grade in grades if grade.scored]
+        if grades:
+            mean = math.fsum(known) / len(known) if known else None
+            solved = sum(grade.solved for grade in grades) / len(grades)
+            yield Kind(name, about, len(grades), mean, min(known, default=None), max(known, default=None), solved)
+
+
+def checked_table(found: Checked) -> RenderableType:
+    """What each kind of answer earned, and what to mend."""
+    table = plain_table("tried", "mean", "low", "high", "right")
+    for kind in found.kinds:
+        earned = ["-" if value is None else f"{value:.3g}" for value in (kind.mean, kind.low, kind.high)]
+        table.add_row(kind.about, str(kind.count), *earned, f"{kind.solved:.0%}")
+    prompts = ", ".join(f"{count} {split}" for split, count in found.prompts.items())
+    title = f"{found.task}: {prompts} prompts; {1000 * found.seconds:.2g} ms to grade a completion"
+    lines = [
+        Text(
+            f"{'change this' if fault.stops else 'note'}: {fault.what} {fault.change}",
+            "red" if fault.stops else "yellow",
+        )
+        for fault in found.faults
+    ]
+    verdict = Text("fit to train on", "bold green") if found.ok else Text("not yet fit to train on", "bold red")
+    return Stack(titled(title, table), *lines, verdict)

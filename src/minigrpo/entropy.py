@@ -1,0 +1,60 @@
+"""Keeping a policy from becoming certain too early: how much the entropy bonus weighs, and which tokens are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minigrpo.config import ObjectiveKnobs
+
+STRIDES = 20
+"""Steps in which an adaptive bonus goes from nothing to its largest weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyBonus:
+    """The weight of the bonus from step to step.
+
+    With a target it rises by a stride after every step whose entropy was at or below it, sinks after the others, and
+    counts only while entropy is at or below it: c_{k+1} = c_k +- stride, alpha_k = c_k [e_k <= target]. Skywork-OR1,
+    arXiv 2505.22312, section 4.5.
+    """
+
+    largest: float
+    target: float | None
+    rising: float = 0.0
+    last: float = math.inf
+
+    @classmethod
+    def of(cls, knobs: ObjectiveKnobs) -> EntropyBonus:
+        return cls(knobs.entropy, knobs.entropy_target)
+
+    @property
+    def weight(self) -> float:
+        if self.target is None:
+            return self.largest
+        return self.rising if self.last <= self.target else 0.0
+
+    def after(self, entropy: float | None) -> EntropyBonus:
+        """The bonus of the next step; `entropy` is that of this one, in nats, or None where nothing was scored."""
+        if self.target is None or entropy is None:
+            return self
+        stride = self.largest / STRIDES * (1 if entropy <= self.target else -1)
+        return replace(self, rising=min(max(self.rising + stride, 0.0), self.largest), last=entropy)
+
+
+def chosen_tokens(entropies: Sequence[Tensor], counted: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Which tokens of each micro-batch belong to the `share` of highest entropy among the `counted` ones of the batch.
+
+    The forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
+    """
+    pairs = list(zip(entropies, counted, strict=True))
+    known_N = torch.cat([entropy_N[counted_N] for entropy_N, counted_N in pairs]) if pairs else torch.zeros(0)
+    if not len(known_N):
+        return list(counted)
+    threshold = torch.quantile(known_N.float(), 1 - share).to(known_N.dtype)
+    return [(entropy_N >= threshold) & counted_N for entropy_N, counted_N in pairs]

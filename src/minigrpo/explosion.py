@@ -1,0 +1,168 @@
+"""Has a step been too large? Judged from the logged figures alone, so a resumed run judges as the uninterrupted one.
+
+Two signs, each on its own. A figure leaps beyond many times what has been usual: |loss|, the gradient's norm, KL or
+entropy. Or the policy is gone: after having been better, groups no longer compare anything, and the answers have lost
+their form, run into the limit, or changed their length threefold. The second is what a far too large learning rate
+looks like: nothing is compared, so there is no gradient left that could be large.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minigrpo.config import Recipe, WatchKnobs
+from minigrpo.past import is_known
+from minigrpo.rundir import RunDir
+
+RECENT = 20
+"""Healthy steps whose median is the usual."""
+FIRST = 5
+"""As many make a median; before that, the largest value yet stands in for it. Their own median stays a lower bound:
+a gradient that has become small because the task is solved may grow back to where it began."""
+EARLY = 10
+"""An explosion in the first so many steps means that the rate is far off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure that may leap. `floor`: what is usual anyway; `share` of watch.explosion is the factor allowed."""
+
+    name: str
+    words: str
+    floor: float
+    share: float = 1.0
+
+
+FIGURES = (
+    # Near 0 by construction, advantages being sums of about 1: a few tenths are not unusual with several updates.
+    Figure("loss", "|loss|", floor=0.1),
+    Figure("grad_norm", "the gradient's norm", floor=1e-6),
+    # 0 in the first step, by definition; one nat a token is another model.
+    Figure("kl", "the KL to the reference", floor=0.05),
+    # Bounded by ln V, so a factor as large as the others' could never be reached.
+    Figure("entropy", "the entropy", floor=0.4, share=0.25),
+)
+ANSWERS = ("reward", "format", "completions/clipped_ratio", "completions/mean_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Explosion:
+    """`what` happened at `step`; `onset` is the step whose update did it, so checkpoints before it are good.
+
+    `rate`: the learning rate of that update, where it is known.
+    """
+
+    step: int
+    onset: int
+    what: str
+    rate: float | None = None
+
+
+class Watch:
+    """Fed with every step's metrics in order, from the first."""
+
+    def __init__(self, knobs: WatchKnobs) -> None:
+        self._knobs = knobs
+        self._healthy: dict[str, list[float]] = {}
+        self._update: tuple[int, float | None] = (1, None)
+        self._row: list[Explosion] = []
+
+    @classmethod
+    def replayed(cls, knobs: WatchKnobs, rows: Iterable[Mapping[str, Any]]) -> Watch:
+        """As it stood after these lines of metrics.jsonl."""
+        watch = cls(knobs)
+        for row in rows:
+            watch.after(int(row["step"]), row)
+        return watch
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the newest step looks like an explosion: its weights should not become a checkpoint."""
+        return bool(self._row)
+
+    def after(self, step: int, metrics: Mapping[str, Any]) -> Explosion | None:
+        """The explosion, once it has lasted watch.patience steps in a row. A skipped step changes nothing here."""
+        now = {name: value for name, value in metrics.items() if is_known(value)}
+        if not self._knobs.explosion or now.get("skipped"):
+            return None
+        what = self._leap(now) or self._collapse(now)
+        if what is None:
+            self._row = []
+            self._remember(now)
+        else:
+            # Answers are sampled before the update of their step: what shows now was done by the update before.
+            self._row.append(Explosion(step, self._update[0], what, self._update[1]))
+        if now.get("grad_norm"):
+            self._update = (step, now.get("learning_rate"))
+        return self._row[0] if len(self._row) >= max(1, self._knobs.patience) else None
+
+    def _leap(self, now: Mapping[str, float]) -> str | None:
+        for figure in FIGURES:
+            usual, value = self._usual(figure), abs(now.get(figure.name, 0.0))
+            if usual is not None and value > self._knobs.explosion * figure.share * usual:
+                return f"{figure.words} rose to {value:.3g}, {value / usual:.0f} times what is usual"
+        return None
+
+    def _usual(self, figure: Figure) -> float | None:
+        values = self._healthy.get(figure.name, [])
+        if not values:
+            return None
+        if len(values) < FIRST:
+            return max(figure.floor, *values)
+        return max(figure.floor, statistics.median(values[:FIRST]), statistics.median(values[-RECENT:]))
+
+    def _collapse(self, now: Mapping[str, float]) -> str | None:
+        then = {name: statistics.median(self._healthy[name][-RECENT:]) for name in ANSWERS if name in self._healthy}
+        if now.get("informative_groups", 1.0) > 0.1 or not then or not then.keys() <= now.keys():
+            return None
+        if "reward" not in then or now["reward"] >= then["reward"]:
+            return None
+        ruin = _ruin(then, now)
+        return ruin and f"the reward fell from {then['reward']:.3g} to {now['reward']:.3g}, and {ruin}"
+
+    def _remember(self, now: Mapping[str, float]) -> None:
+        # Where nothing is compared there is neither a gradient nor a proof of health.
+        if now.get("informative_groups", 1.0) > 0:
+            for name in (*(figure.name for figure in FIGURES), *ANSWERS):
+                if name in now:
+                    self._healthy.setdefault(name, []).append(abs(now[name]) if name not in ANSWERS else now[name])
+
+
+def _ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+    """What became of the answers, where it is more than a worse reward."""
+    form, cut, length = ANSWERS[1:]
+    if then.get(form, 0.0) >= 0.2 and now[form] <= 0.1 * then[form]:
+        return f"{now[form]:.0%} of the answers have the asked-for form, {then[form]:.0%} had"
+    if cut in then and now[cut] >= then[cut] + 0.5:
+        return f"{now[cut]:.0%} of the answers are cut off, {then[cut]:.0%} were"
+    if length in then and not then[length] / 3 <= now[length] <= then[length] * 3:
+        return f"answers have {now[length]:.0f} tokens, they had {then[length]:.0f}"
+    return None
+
+
+def propose_rate(recipe: Recipe, explosion: Explosion) -> float:
+    """A learning rate to begin again with: one digit, a tenth of what exploded at once, a third of what did later.
+
+    Warm-up counts: a run that exploded on its way up to the peak is measured by how far it had come.
+    """
+    rate = min(explosion.rate or recipe.train.lr, recipe.train.lr)
+    return float(f"{rate / (10 if explosion.onset <= EARLY else 3):.0e}")
+
+
+def message(explosion: Explosion, last_good_step: int | None, recipe: Recipe, run_path: Path) -> str:
+    """What exploded and when, which weights are good, and the command that begins again more carefully."""
+    rate = f"{propose_rate(recipe, explosion):g}"
+    run = RunDir(run_path)
+    kept = "No checkpoint is older than that."
+    if last_good_step is not None:
+        kept = f"The weights from before stand in {run.checkpoint(last_good_step)} (step {last_good_step})."
+    command = ["minigrpo", "train", str(run.recipe), "--train.lr", rate, "--run", f"{run_path}-lr{rate}"]
+    return (
+        f"Training exploded: at step {explosion.step} {explosion.what}, and so it went on. {kept} "
+        f"Begin again with a lower learning rate, in another folder: {shlex.join(command)}"
+    )

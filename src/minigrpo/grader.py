@@ -1,0 +1,175 @@
+"""Grading beside generation: a group whose last sibling has ended is judged while others are still being sampled.
+
+    with Grader(task, workers=4, seconds=60, say=track.say) as grader:
+        groups = rollout(engine, task, prompts, ..., grader=grader)
+
+Groups are judged in the order in which they end, and come back in the order of their prompts: the outcome is that of
+judging them one after the other. A group that takes too long is given up: what was judged of it stays, the rest gets a
+reward of NaN with a note. Python cannot stop a thread, so the one that hangs is left behind and replaced; threads are
+daemons and never keep the process from ending.
+
+Not covered: graders that only work in the main thread (those that set signals), and, with several workers, graders
+whose calls disturb one another. A hang inside a C extension that holds Python's lock stops everything.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from minigrpo.config import TaskKnobs
+from minigrpo.errors import TaskError
+from minigrpo.rollout import judgements
+from minigrpo.types import Completion, Grade, Prompt, Task
+
+PATIENCE = 3
+"""Groups in a row that hang before the run stops."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One group on its way through a worker. `closed`: its time is up, and what the worker still says is not heard."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    grades: list[Grade] = field(default_factory=list)
+    fault: BaseException | None = None
+    began: float = math.inf
+    closed: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Grader:
+    """Judges groups in threads of its own. `say` is told, once each, what a person should know."""
+
+    def __init__(
+        self, task: Task, *, workers: int = 1, seconds: float = 60.0, say: Callable[[str], None] | None = None
+    ) -> None:
+        self.task, self.workers, self.seconds = task, workers, seconds
+        self._say = say or warnings.warn
+        self._said: set[str] = set()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: list[Job] = []
+        self._hung = 0
+
+    @classmethod
+    def of(cls, task: Task, knobs: TaskKnobs, say: Callable[[str], None] | None = None) -> Grader:
+        return cls(task, workers=knobs.workers, seconds=knobs.seconds, say=say)
+
+    def __enter__(self) -> Grader:
+        for _ in range(self.workers):
+            self._hire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
+        while not self._jobs.empty():
+            self._jobs.get()
+        for _worker in range(self.workers):
+            self._jobs.put(None)
+
+    def begin(self, prompts: Sequence[Prompt]) -> Batch:
+        return Batch(self, prompts)
+
+    def say_once(self, kind: str, sentence: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self._say(sentence)
+
+    def _hire(self) -> None:
+        threading.Thread(target=self._work, name=f"grader of {self.task.name}", daemon=True).start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            with self._lock:
+                job.began = time.monotonic()
+                self._running.append(job)
+            self._judge(job)
+            with self._lock:
+                if job.closed:
+                    return  # somebody else has this place now
+                self._running.remove(job)
+                self._hung = 0
+                job.ended.set()
+
+    def _judge(self, job: Job) -> None:
+        try:
+            for grade in judgements(self.task, job.prompt, job.completions):
+                if not self._kept(job, grade):
+                    return
+        except BaseException as fault:  # it belongs to whoever collects; here it would only end the thread
+            with self._lock:
+                job.fault = None if job.closed else fault
+
+    def _kept(self, job: Job, grade: Grade) -> bool:
+        with self._lock:
+            if not job.closed:
+                job.grades.append(grade)
+            return not job.closed
+
+    def wait(self, job: Job) -> None:
+        """Until the job has ended, or was given up."""
+        while not job.ended.is_set():
+            with self._lock:
+                soonest = min((running.began for running in self._running), default=math.inf) + self.seconds
+            left = min(soonest - time.monotonic(), self.seconds)
+            job.ended.wait(max(left, 0.0) + 1e-3)
+            self.give_up_late_ones()
+
+    def give_up_late_ones(self) -> None:
+        """Raises TaskError where it happens again and again."""
+        now = time.monotonic()
+        with self._lock:
+            late = [job for job in self._running if now - job.began > self.seconds]
+            for job in late:
+                self._running.remove(job)
+                self._hung += 1
+                note = {"grader": f"took longer than {self.seconds:g} s"}
+                missing = len(job.completions) - len(job.grades)
+                job.grades += [Grade(math.nan, formed=False, notes=note)] * missing
+                job.closed = True
+                job.ended.set()
+                self._hire()
+            hung = self._hung
+        if late and hung >= PATIENCE:
+            raise TaskError(
+                f"The grader of task {self.task.name} took longer than {self.seconds:g} s on {hung} groups in a row, "
+                f"the last of them prompt {late[-1].prompt.id}. Mend what hangs, or raise --task.seconds."
+            )
+
+
+class Batch:
+    """The groups of one rollout: handed over as they end, collected in the order of their prompts."""
+
+    def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
+        self.grader, self.prompts = grader, prompts
+        self._jobs: dict[int, Job] = {}
+
+    def hand_over(self, place: int, completions: tuple[Completion, ...]) -> None:
+        """What an engine calls as `ready`."""
+        self._jobs[place] = job = Job(self.prompts[place], completions)
+        self.grader.submit(job)
+        self.grader.give_up_late_ones()
+
+    def collect(self, answers: Sequence[tuple[Completion, ...]]) -> list[tuple[Grade, ...]]:
+        """All grades, when the last is there. The first fault, by prompts, is raised as if there were no threads."""
+        for place, completions in enumerate(answers):
+            if place not in self._jobs:  # an engine need not tell of every prompt
+                self.hand_over(place, completions)
+        graded = []
+        for place in range(len(answers)):
+            job = self._jobs[place]
+            self.grader.wait(job)
+            if job.fault is not None:
+                raise job.fault
+            graded.append(tuple(job.grades))
+        return graded

@@ -1,0 +1,142 @@
+"""What stands between a run and its loss: the way back to its newest checkpoint, its log, its alarms, its saves.
+
+Whatever is judged here is judged from the logged figures alone, so a resumed run, which reads them back, judges as the
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from minigrpo import checkpoint
+from minigrpo.alarms import Alarms
+from minigrpo.config import Recipe
+from minigrpo.entropy import EntropyBonus
+from minigrpo.errors import DivergenceError
+from minigrpo.explosion import Watch, message
+from minigrpo.packing import Batch
+from minigrpo.plan import tokens_per_pass
+from minigrpo.policy import Policy
+from minigrpo.rundir import RunDir
+from minigrpo.teaching import Gathered, GroupSource
+from minigrpo.track import Track
+
+PATIENCE = 5
+"""Steps in a row whose gradient is not finite before the run stops."""
+
+
+class Keeper:
+    """Belongs to one run of the training loop; `bonus` is the entropy bonus as it stands after the last step."""
+
+    def __init__(
+        self, recipe: Recipe, track: Track, policy: Policy, optimizer: torch.optim.Optimizer, source: GroupSource
+    ) -> None:
+        self.recipe, self.track, self.run = recipe, track, track.run
+        self.policy, self.optimizer, self.source = policy, optimizer, source
+        self.bonus = EntropyBonus.of(recipe.objective)
+        self.alarms = Alarms(recipe, sixteen_bit=policy.dtype != torch.float32)
+        self.watch = Watch(recipe.watch)
+        self.failures = 0
+        self.best: tuple[float, float, int] | None = None
+
+    def restore(self) -> tuple[int, int]:
+        """(first step to do, tokens per pass). Makes arithmetic repeatable; takes up the newest whole checkpoint."""
+        if self.policy.device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+        budget = self._settle_machine()
+        found, complaints = checkpoint.latest(self.run)
+        for complaint in complaints:
+            self.track.say(complaint)
+        self.track.rewind(found.positions if found else {})
+        if not self.policy.shares_prompts:
+            kind = self.policy.model.config.model_type
+            self.track.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
+        if found is None:
+            # Whatever would keep a later checkpoint from being written is found now, not after an hour.
+            self._save(0)
+            return 0, budget
+        if complaints:
+            checkpoint.discard_after(self.run, found.step, "damaged")
+        checkpoint.load(found, self.policy, self.optimizer)
+        self.source.restore(found.state["source"])
+        for metrics in past_metrics(self.run):
+            self._learn(int(metrics["step"]), metrics)
+        self.track.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
+        return found.step, budget
+
+    def record(self, step: int, metrics: Mapping[str, float], gathered: Gathered, batch: Batch) -> None:
+        """Log step number `step`, and say what is alarming about it."""
+        unused = [[0.0] * len(group.grades) for group in gathered.others]
+        advantages = [*batch.advantages_PG.tolist(), *unused]
+        self.track.record(step, metrics, [*batch.groups, *gathered.others], advantages)
+        for sentence in self._learn(step, metrics):
+            self.track.say(sentence)
+
+    def settle(self, step: int, *, last: bool) -> None:
+        """Save when it is time; stop, with a DivergenceError, when to go on no longer makes sense."""
+        due = step % self.recipe.save.every == 0 or self.best_step == step
+        # What looks like an explosion is not kept: the newest checkpoint stays one to go back to.
+        if last or (due and not self.watch.suspicious):
+            self._save(step)
+        self._stop_if_broken(step)
+
+    def finish(self) -> None:
+        """The policy as it is to be delivered: as it ended, or as it was when it did best on held-out prompts."""
+        if self.recipe.save.take == "best" and self.best_step is not None:
+            checkpoint.load(checkpoint.at(self.run, self.best_step), self.policy, self.optimizer)
+            self.track.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
+
+    @property
+    def best_step(self) -> int | None:
+        return self.best[2] if self.best else None
+
+    def _learn(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """Take the figures of a step to heart: the same from a log as from a step just done."""
+        self.bonus = self.bonus.after(metrics.get("entropy"))
+        self.failures = self.failures + 1 if metrics.get("skipped") else 0
+        if metrics.get("eval/accuracy") is not None:
+            judged = (metrics["eval/accuracy"], metrics.get("eval/reward") or 0.0, step)
+            self.best = max(self.best, judged) if self.best else judged
+        self.explosion = self.watch.after(step, metrics)
+        return self.alarms.after(step, metrics)
+
+    def _save(self, step: int) -> None:
+        state = {"source": self.source.state()}
+        checkpoint.save(self.run, step, self.policy, self.optimizer, self.track.positions(), state=state)
+        spare = frozenset() if self.best_step is None else frozenset({self.best_step})
+        checkpoint.prune(self.run, self.recipe.save.keep, spare)
+
+    def _stop_if_broken(self, step: int) -> None:
+        if self.failures >= PATIENCE:
+            raise DivergenceError(
+                f"The gradient was not finite in {self.failures} steps in a row; the weights are those before them. "
+                f"Their prompts and answers stand in {self.run.groups}. A lower --train.lr is the usual cure."
+            )
+        if self.explosion is not None:
+            good = checkpoint.before(self.run, self.explosion.onset)
+            checkpoint.discard_after(self.run, good or 0)
+            raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
+
+    def _settle_machine(self) -> int:
+        """Tokens per pass. Threads and plan are those that the run began with; says where the machine is another."""
+        then = checkpoint.read_machine(self.run)
+        if then is not None:
+            torch.set_num_threads(then.threads)
+        budget = then.tokens_per_pass if then else tokens_per_pass(self.policy, self.recipe)
+        now = checkpoint.this_machine(budget, self.policy.device, self.policy.dtype)
+        if then is None:
+            checkpoint.write_machine(self.run, now)
+        elif different := now.differences(then):
+            self.track.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
+        return budget
+
+
+def past_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The figures of the steps that the run's log holds."""
+    if run.metrics.is_file():
+        with run.metrics.open(encoding="ascii") as stream:
+            yield from (json.loads(line) for line in stream)

@@ -1,0 +1,165 @@
+"""One process at a time in a run's folder: two would write over one another's logs and checkpoints.
+
+The lock is the kernel's, on RUN/.lock: when its holder dies, however it dies, it is free. What stands in the file
+(host, process, since when, command) is only for the message. Where a file system keeps no locks, that is said, and what
+stands in the file decides: a process that still lives on this host, or any of another host, is in the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from minigrpo.errors import ArtifactError
+from minigrpo.rundir import RunDir, alive, writing
+
+TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
+"""How a kernel says that another has the lock; anything else says that there are no locks here."""
+
+_held: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who works in a run's folder."""
+
+    host: str
+    pid: int
+    since: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
+
+
+@contextmanager
+def hold(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
+    """The run's folder for this process alone; it is made where it is missing, and goes again if nothing is put in it.
+
+    Raises ArtifactError where another process holds it, naming that one, and where the folder cannot be written to.
+    `say` takes a remark for the user.
+    """
+    with writing(run.path):
+        if run.path.exists() and not run.path.is_dir():
+            raise ArtifactError(f"{run.path} is a file, so no run can be kept there. Name a folder: --run runs/NAME")
+        made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+        handle = _take(run, say)
+    try:
+        with writing(run.lock):
+            _introduce(handle)
+        yield
+    finally:
+        _release(run.lock, handle)
+        with suppress(OSError):  # in use by now: it stays
+            for folder in made:
+                folder.rmdir()
+
+
+def holder(run: RunDir) -> Holder | None:
+    """Who holds the run's folder, or held it last, if that can be told."""
+    try:
+        return Holder(**json.loads(run.lock.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _take(run: RunDir, say: Callable[[str], None]) -> int:
+    for _ in range(100):
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # its last holder has just taken the empty folder away
+        try:
+            _claim(run, handle, say)
+            if _is_file(run.lock, handle):
+                _held.add(handle)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its last holder removed it between our opening it and our claim
+    raise ArtifactError(f"{run.lock} comes and goes, so {run.path} cannot be held. Name another: --run runs/NAME")
+
+
+def _claim(run: RunDir, handle: int, say: Callable[[str], None]) -> None:
+    try:
+        _lock(handle)
+    except OSError as fault:
+        if fault.errno in TAKEN:
+            raise _in_use(run) from None
+        found = holder(run)
+        if found and (found.host != socket.gethostname() or (found.pid != os.getpid() and alive(found.pid))):
+            raise ArtifactError(f"{_in_use(run)} If that process is gone, remove {run.lock}.") from None
+        say(f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine.")
+
+
+def _in_use(run: RunDir) -> ArtifactError:
+    """The holder writes its name after it took the lock: a moment's patience, rather than naming the one before."""
+    for _ in range(20):
+        found = holder(run)
+        if found and (found.host != socket.gethostname() or alive(found.pid)):
+            break
+        time.sleep(0.02)
+    return ArtifactError(
+        f"{run.path} is in use: {found or 'another process'}. Wait for it or stop it; or begin another run: "
+        "--run runs/NAME"
+    )
+
+
+def _introduce(handle: int) -> None:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    me = Holder(socket.gethostname(), os.getpid(), since, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    os.ftruncate(handle, 0)
+    os.write(handle, json.dumps(asdict(me)).encode())
+
+
+def _is_file(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _release(path: Path, handle: int) -> None:
+    """The file goes while the lock is still held, so that nobody's fresh one is removed."""
+    if handle not in _held:
+        return  # a forked child: the lock is its parent's
+    _held.discard(handle)
+    with suppress(OSError):  # Windows removes no open file: it stays, unlocked
+        path.unlink()
+    os.close(handle)
+
+
+def _let_go() -> None:
+    """A forked child must not keep the lock of a parent that was killed."""
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(handle: int) -> None:
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # far behind the text, which others must be able to read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    def _lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,146 @@
+"""Which prompts a step asks: shuffled epochs, in which mastered prompts rest and half-solved ones come more often.
+
+What is drawn follows from the seed and from what was learned of each prompt; both stand in `state`, so a resumed run
+draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from minigrpo.config import GroupsKnobs, Recipe
+from minigrpo.errors import ArtifactError, RecipeError
+from minigrpo.noise import name_key
+from minigrpo.types import Group, Prompt
+
+UNKNOWN = 0.5
+"""A prompt never tried counts as half solved: nobody knows that it would teach less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a prompt fared when it was last tried: the share of right completions, and the epoch."""
+
+    solved: float
+    epoch: int
+
+
+def split_off(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts to train on, prompts kept aside to judge by during training). Raises RecipeError where too few are."""
+    if not recipe.eval.every:
+        return list(prompts), []
+    count = recipe.eval.held_out
+    if count >= len(prompts):
+        raise RecipeError(
+            f"eval.held_out keeps {count} of the {len(prompts)} training prompts aside, which leaves none to train on. "
+            "Lower it, or raise task.size."
+        )
+    order = sorted(range(len(prompts)), key=lambda place: name_key(recipe.seed, "held out", prompts[place].id))
+    aside = set(order[:count])
+    return [p for i, p in enumerate(prompts) if i not in aside], [prompts[i] for i in sorted(aside)]
+
+
+class PromptSampler:
+    """Draws without replacement within an epoch; what is left over at its end waits for the next, shuffled anew.
+
+    So no step holds a prompt twice, unless a step takes more than there are.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, knobs: GroupsKnobs | None = None) -> None:
+        self.prompts = prompts
+        self.seed = seed
+        self.knobs = knobs or GroupsKnobs()
+        self.epoch = -1
+        self.deck: list[int] = []
+        self.records: dict[str, Record] = {}
+        self.tried: set[int] = set()
+        self.ids = {prompt.id for prompt in prompts}
+
+    def take(self, count: int) -> list[Prompt]:
+        """The prompts of a new step."""
+        self.tried = set()
+        if count > len(self.prompts):
+            return self._repeated(count)
+        if count > len(self.deck):
+            self._deal(count)
+        return self._draw(count)
+
+    def more(self, count: int) -> list[Prompt]:
+        """Further prompts for the same step, none that it has had; perhaps fewer than asked for, perhaps none."""
+        if count > len(self.deck):
+            self._deal(count)
+        return self._draw(count)
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Remember how prompts fared, as far as the choice of later ones depends on it."""
+        if self.knobs.rest is None and not self.knobs.focus:
+            return
+        for group in groups:
+            share = fmean(grade.solved for grade in group.grades)
+            name = group.prompt.id
+            # A copy (see _repeated) tells of its original.
+            self.records[name if name in self.ids else name.rpartition("#")[0]] = Record(share, self.epoch)
+
+    def state(self) -> dict[str, Any]:
+        """All that later draws depend on, for JSON."""
+        records = {name: [record.solved, record.epoch] for name, record in self.records.items()}
+        return {"epoch": self.epoch, "deck": self.deck, "records": records}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the sampler whose state this is; raises ArtifactError where the prompts cannot be the same."""
+        if any(not 0 <= place < len(self.prompts) for place in state["deck"]):
+            raise ArtifactError(
+                f"The checkpoint was made with more prompts than the {len(self.prompts)} that the task has now. "
+                "Put the task's data back as it was, or begin another run: --run runs/NAME"
+            )
+        self.epoch, self.deck = state["epoch"], list(state["deck"])
+        self.records = {name: Record(*record) for name, record in state["records"].items()}
+
+    def _draw(self, count: int) -> list[Prompt]:
+        drawn = [place for place in self.deck if place not in self.tried][:count]
+        taken = set(drawn)
+        self.deck = [place for place in self.deck if place not in taken]
+        self.tried |= taken
+        return [self.prompts[place] for place in drawn]
+
+    def _deal(self, count: int) -> None:
+        """A new epoch: the prompts that are awake, in a new order; all of them where too few are."""
+        self.epoch += 1
+        awake = [place for place in self._order(str(self.epoch)) if self._is_awake(place)]
+        self.deck = awake if len(awake) >= count else self._order(str(self.epoch))
+
+    def _is_awake(self, place: int) -> bool:
+        """Mastered prompts rest for some epochs; the others come with a chance of their own (groups.focus)."""
+        name = self.prompts[place].id
+        record = self.records.get(name)
+        if record and self.knobs.rest is not None and record.solved >= self.knobs.rest:
+            return self.epoch - record.epoch > self.knobs.rest_epochs
+        if not self.knobs.focus:
+            return True
+        solved = record.solved if record else UNKNOWN
+        # p (1 - p) is the variance of right and wrong among siblings: what a group has to teach.
+        chance = (1 + self.knobs.focus * 4 * solved * (1 - solved)) / (1 + self.knobs.focus)
+        return random.Random(f"focus/{self.seed}/{self.epoch}/{name}").random() < chance
+
+    def _repeated(self, count: int) -> list[Prompt]:
+        """More than there are. Copies get names of their own, because a name is also a random stream (Sampling)."""
+        self.epoch += 1
+        rounds = math.ceil(count / len(self.prompts))
+        drawn = [
+            self.prompts[place]
+            if turn == 0
+            else replace(self.prompts[place], id=f"{self.prompts[place].id}#{turn + 1}")
+            for turn in range(rounds)
+            for place in self._order(f"{self.epoch}/{turn}")
+        ]
+        return drawn[:count]
+
+    def _order(self, name: str) -> list[int]:
+        order = list(range(len(self.prompts)))
+        random.Random(f"prompts/{self.seed}/{name}").shuffle(order)  # seeding by text is the same on every platform
+        return order

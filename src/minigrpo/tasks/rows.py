@@ -1,0 +1,253 @@
+"""Rows for reward functions: from a file, a folder, the Hub, or Python. Each becomes a Prompt, or a sentence.
+
+    {"prompt": "What is 2 + 2?", "answer": "4", "level": 1}
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "answer": "4"}
+
+All columns but the prompt are the target, which only reward functions see. Where there is no test split, a hash of the
+prompt decides, so that a question never stands on both sides: about one in ten is unseen, and at least one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minigrpo.errors import TaskError
+from minigrpo.rewards import shown
+from minigrpo.types import Message, Prompt, Split
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+TEST_SHARE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row that was checked. `where` says where it stands, for a sentence about it."""
+
+    prompt: str | tuple[Message, ...]
+    columns: Mapping[str, Any]
+    where: str
+
+
+Table = dict[Split, list[Row]]
+
+
+def read_data(source: str) -> Table:
+    """Rows of a file, of a folder with train.* (and test.*), or of a Hub data set; raises TaskError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return read_folder(path)
+    if path.is_file():
+        return divided(read_file(path), source)
+    if path.suffix.lower() in KINDS or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise TaskError(f"task.data {source!r} is missing; is the path right from {Path.cwd()}?")
+    return read_hub(source)
+
+
+def read_folder(folder: Path) -> Table:
+    files: dict[Split, list[Path]] = {"train": [], "test": []}
+    for split, found in files.items():
+        found += [folder / f"{split}{kind}" for kind in KINDS if (folder / f"{split}{kind}").is_file()]
+        if len(found) > 1:
+            raise TaskError(f"{folder} has {found[0].name} and {found[1].name}. Leave one of them.")
+    if not files["train"]:
+        raise TaskError(f"{folder} has no train file. Put train.jsonl into it (or {', '.join(KINDS[1:])}).")
+    train = read_file(files["train"][0])
+    if not files["test"]:
+        return divided(train, str(folder))
+    return {"train": train, "test": read_file(files["test"][0])}
+
+
+def read_file(path: Path) -> list[Row]:
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise TaskError(f"{path} is a {kind or 'nameless'} file. Rows come from {', '.join(KINDS)}.")
+    try:
+        rows = {".jsonl": lines_of, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}[kind](path)
+    except OSError as fault:
+        raise TaskError(f"{path} cannot be read: {fault.strerror or fault}.") from None
+    return checked_rows(rows, str(path))
+
+
+def lines_of(path: Path) -> list[tuple[str, Any]]:
+    """JSON lines, each with its place. Empty lines are passed over."""
+    with path.open("rb") as stream:
+        pieces = [(f"{path}:{number}", raw) for number, raw in enumerate(stream, 1)]
+    return [(where, parsed(text(raw, where), where)) for where, raw in pieces if raw.strip()]
+
+
+def json_rows(path: Path) -> list[tuple[str, Any]]:
+    value = parsed(text(path.read_bytes(), str(path)), str(path))
+    if not isinstance(value, list):
+        raise TaskError(f"{path} holds a {type(value).__name__}, not a list of rows: [{{...}}, {{...}}].")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(value, 1)]
+
+
+def csv_rows(path: Path) -> list[tuple[str, Any]]:
+    """The first line names the columns. Everything in a CSV file is text, numbers too."""
+    raw = path.read_bytes()
+    reader = csv.DictReader(io.StringIO(text(raw, str(path)), newline=""), strict=True)
+    rows: list[tuple[str, Any]] = []
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise TaskError(f"{path}:1 names a column twice: {shown(', '.join(names))}.")
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise TaskError(f"{where} has not the {len(names)} fields that the first line names.")
+            rows.append((where, row))
+    except csv.Error as fault:
+        raise TaskError(f"{path}:{reader.line_num} is no CSV: {fault}.") from None
+    return rows
+
+
+def parquet_rows(path: Path) -> list[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError) as fault:
+        raise TaskError(f"{path} is no Parquet file: {' '.join(str(fault).split())[:200]}") from None
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def read_hub(source: str) -> Table:
+    """`owner/name`, or `owner/name:CONFIG`; its train split, and its test split where it has one."""
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None)
+    except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty kinds between them
+        reason = " ".join(str(fault).split())[:300]
+        raise TaskError(
+            f"task.data {source!r} is no file, and could not be loaded as a Hub data set: "
+            f"{type(fault).__name__}: {reason}"
+        ) from fault
+    if "train" not in found:
+        raise TaskError(f"The data set {source} has no train split, but {', '.join(found)}. Save it as train.jsonl.")
+    train = hub_rows(found["train"], f"{source} train")
+    return (
+        {"train": train, "test": hub_rows(found["test"], f"{source} test")}
+        if "test" in found
+        else divided(train, source)
+    )
+
+
+def hub_rows(rows: Iterable[Any], where: str) -> list[Row]:
+    return checked_rows([(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)], where)
+
+
+def text(raw: bytes, where: str) -> str:
+    """UTF-8, with or without the mark that some editors put first."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = "" if ":" in where else f":{raw[: fault.start].count(10) + 1}"
+        raise TaskError(f"{where}{line} is not UTF-8 text: {fault.reason} at byte {fault.start}.") from None
+
+
+def parsed(line: str, where: str) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(line, parse_constant=refuse)
+    except json.JSONDecodeError as fault:
+        at = where if fault.lineno == 1 else f"{where}:{fault.lineno}"
+        raise TaskError(f"{at} is no JSON: {fault.msg} at character {fault.colno}.") from None
+    except ValueError as fault:  # a number of thousands of digits, or NaN
+        raise TaskError(f"{where} cannot be read: {fault}.") from None
+    except RecursionError:
+        raise TaskError(f"{where} is nested without end. A row is an object of columns.") from None
+
+
+def checked_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Row]:
+    if not rows:
+        raise TaskError(f"{source} holds no rows.")
+    found = [checked_row(row, where) for where, row in rows]
+    plain = [isinstance(row.prompt, str) for row in found]
+    if any(plain) and not all(plain):
+        odd = found[plain.index(not plain[0])]
+        raise TaskError(
+            f"{source} mixes prompts that are text with prompts that are messages: {odd.where} is the first of "
+            "another kind. Use one of the two."
+        )
+    return found
+
+
+def checked_row(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise TaskError(f"{where} is {shown(row)}, not a row: an object of columns with a prompt.")
+    if odd := [name for name in row if not isinstance(name, str)]:
+        raise TaskError(f"{where} has a column named {shown(odd[0])}. Names are text.")
+    if "prompt" not in row:
+        names = ", ".join(row) or "nothing"
+        raise TaskError(f"{where} has no 'prompt', but {shown(names)}. Name the question's column prompt.")
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    return Row(checked_prompt(row["prompt"], where), columns, where)
+
+
+def checked_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
+    if isinstance(value, str):
+        return sayable(value, where)
+    if not isinstance(value, list | tuple) or not value:
+        raise TaskError(f"{where}: its prompt is {shown(value)}. Give text, or a list of messages.")
+    return tuple(checked_message(one, where) for one in value)
+
+
+def checked_message(message: Any, where: str) -> Message:
+    """Keys without a value are left out: files with many columns fill them in."""
+    whole = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+    texts = all(isinstance(part, str) for pair in whole.items() for part in pair)
+    if not texts or not {"role", "content"} <= whole.keys():
+        raise TaskError(f'{where}: {shown(message)} is no message. Write {{"role": "user", "content": "..."}}.')
+    return {name: sayable(part, where) if name == "content" else part for name, part in whole.items()}
+
+
+def sayable(value: str, where: str) -> str:
+    """Text that a tokenizer can read: something, and no half of a character."""
+    if not value.strip():
+        raise TaskError(f"{where}: its prompt is empty.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise TaskError(f"{where}: its prompt holds half a character (a lone surrogate), which is no text.")
+    return value
+
+
+def divided(rows: Sequence[Row], source: str) -> Table:
+    """Train and test by a hash of the prompt: rows that ask the same stay together."""
+    number_of = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) for key in map(key_of, rows)}
+    if len(number_of) < 2:
+        raise TaskError(f"{source} asks one question alone. Training needs another one to be tested on.")
+    test = {key for key, number in number_of.items() if number % TEST_SHARE == 0}
+    if not test:
+        test = {min(number_of, key=number_of.__getitem__)}
+    elif len(test) == len(number_of):
+        test.remove(max(number_of, key=number_of.__getitem__))
+    return {
+        "train": [row for row in rows if key_of(row) not in test],
+        "test": [row for row in rows if key_of(row) in test],
+    }
+
+
+def key_of(row: Row) -> str:
+    return json.dumps(row.prompt, sort_keys=True)
+
+
+def as_prompts(rows: Sequence[Row], split: Split, system: str | None) -> list[Prompt]:
+    opening: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    return [
+        Prompt(f"{split}-{number}", opening + messages_of(row), dict(row.columns)) for number, row in enumerate(rows, 1)
+    ]
+
+
+def messages_of(row: Row) -> tuple[Message, ...]:
+    return ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else row.prompt

@@ -1,0 +1,125 @@
+"""Groups that teach: siblings that all earn the same compare nothing, so others are found in their place.
+
+First further prompts are tried, up to a stated budget (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2); then
+groups of the last steps may stand in, each once. These were sampled by an older policy: their importance weights,
+p_policy / p_sampler, put that right.
+
+Shapes: P prompts of a step, G siblings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from minigrpo.config import GroupsKnobs
+from minigrpo.sampler import PromptSampler
+from minigrpo.types import Completion, Grade, Group, Prompt
+
+LOWEST_RATE = 0.25
+"""However few groups taught so far, no more than four times as many prompts are tried at once as are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """`groups`: the P that the step learns from. `sampled`: all that were asked, the first P of them as drawn, the
+    fair sample of the task. `figures`: what the search cost and found.
+    """
+
+    groups: tuple[Group, ...]
+    sampled: tuple[Group, ...]
+    drawn: int
+    figures: Mapping[str, float]
+
+    @property
+    def fair(self) -> tuple[Group, ...]:
+        """The groups that were not chosen for what they earned: the ones to judge progress by."""
+        return self.sampled[: self.drawn]
+
+    @property
+    def others(self) -> tuple[Group, ...]:
+        """What was sampled and is not learned from."""
+        kept = {id(group) for group in self.groups}
+        return tuple(group for group in self.sampled if id(group) not in kept)
+
+
+class GroupSource:
+    """Asks for the groups of one step after another; remembers prompts and recent groups (`state`)."""
+
+    def __init__(self, sampler: PromptSampler, prompts: int, knobs: GroupsKnobs) -> None:
+        self.sampler = sampler
+        self.prompts = prompts
+        self.knobs = knobs
+        self.pool: list[tuple[int, Group]] = []
+
+    def gather(
+        self, step: int, ask: Callable[[Sequence[Prompt]], list[Group]], teaches: Callable[[Group], bool]
+    ) -> Gathered:
+        """P groups for the step; `ask` samples prompts, `teaches` tells whether a group moves the policy."""
+        groups = ask(self.sampler.take(self.prompts))
+        sampled = list(groups)
+        tied = [place for place, group in enumerate(groups) if not teaches(group)]
+        figures = {"informative_groups": 1 - len(tied) / len(groups), "frac_reward_zero_std": len(tied) / len(groups)}
+        budget, tries = round(self.knobs.resample * self.prompts), 0
+        while tied and tries < budget:
+            rate = max(LOWEST_RATE, sum(map(teaches, sampled)) / len(sampled))
+            fresh = ask(self.sampler.more(min(budget - tries, math.ceil(len(tied) / rate))))
+            if not fresh:
+                break
+            tries += len(fresh)
+            sampled += fresh
+            found = [group for group in fresh if teaches(group)]
+            for group in found[: len(tied)]:
+                groups[tied.pop(0)] = group
+        if budget:
+            figures |= {"resample/tried": tries, "resample/found": sum(map(teaches, sampled[self.prompts :]))}
+        if self.knobs.replay:
+            figures["replayed_groups"] = self._replay(step, groups, tied)
+            self.pool += [(step, group) for group in sampled if teaches(group)]
+        self.sampler.learn(sampled)
+        return Gathered(tuple(groups), tuple(sampled), len(groups), figures)
+
+    def _replay(self, step: int, groups: list[Group], tied: list[int]) -> int:
+        """Let the newest groups of the pool stand in; each stands in once, and none that is too old."""
+        self.pool = [(then, group) for then, group in self.pool if step - then <= self.knobs.replay]
+        asked = {group.prompt.id for group in groups}
+        count = 0
+        for place in tied:
+            fits = [index for index, (_, group) in enumerate(self.pool) if group.prompt.id not in asked]
+            if not fits:
+                break
+            _, groups[place] = self.pool.pop(fits[-1])
+            asked.add(groups[place].prompt.id)
+            count += 1
+        return count
+
+    def state(self) -> dict[str, Any]:
+        """All that later steps depend on, for JSON."""
+        pool = [{"step": step, **_as_data(group)} for step, group in self.pool]
+        return {"sampler": self.sampler.state(), "pool": pool}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.sampler.restore(state["sampler"])
+        known = {prompt.id: prompt for prompt in self.sampler.prompts}
+        self.pool = [(row["step"], _as_group(row, known)) for row in state["pool"]]
+
+
+def _as_data(group: Group) -> dict[str, Any]:
+    return {
+        "prompt": group.prompt.id,
+        "prompt_ids": group.prompt_ids,
+        "completions": [asdict(completion) for completion in group.completions],
+        "grades": [asdict(grade) for grade in group.grades],
+    }
+
+
+def _as_group(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:
+    name = row["prompt"]
+    prompt = known[name] if name in known else replace(known[name.rpartition("#")[0]], id=name)
+    completions = [
+        Completion(**{**data, "token_ids": tuple(data["token_ids"]), "logprobs": tuple(data["logprobs"])})
+        for data in row["completions"]
+    ]
+    return Group(prompt, tuple(row["prompt_ids"]), tuple(completions), tuple(Grade(**data) for data in row["grades"]))

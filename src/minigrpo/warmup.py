@@ -1,0 +1,319 @@
+"""A supervised start, for a model that never shows the form that the task asks for.
+
+GRPO strengthens what a model does sometimes. What it never does can be shown to it: right answers, written by the task
+itself or by a person, are imitated for a few steps. Only the adapter learns, by the same code as the embedded model.
+
+Not covered: dropout. lora.dropout is off here, for its masks are named by the tokens of GRPO's passes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigrpo.config import Recipe
+from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
+from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
+from minigrpo.measure import grade_prompts
+from minigrpo.noise import name_key
+from minigrpo.plan import tokens_per_pass
+from minigrpo.policy import Policy
+from minigrpo.render import render
+from minigrpo.rollout import judge, prompts_of
+from minigrpo.sampler import split_off
+from minigrpo.types import Engine, Message, Prompt, Sampling, Task
+
+Report = Callable[[int, int, str], None]
+
+ASIDE = 0.1
+"""Share of the prompts whose answers are not taught, to see whether the others are learned or learned by heart."""
+
+MEASURED_LESSONS = 64
+ASKED = 32
+ANSWERS = 64
+
+LOGITS = 128 << 20
+"""Logits of one pass: 512 MB in float32, and three times that with what their gradient needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A right answer to a prompt, and where it stands. `known`: it is a prompt of the task, which can judge answers."""
+
+    prompt: Prompt
+    answer: str
+    place: str
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`formed`: share of sampled answers that have the form. Losses are nats per token of the written answers."""
+
+    formed: float
+    loss: float
+    held_aside: float
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What a warm-up did: how many answers it taught, how many it held aside, and what changed."""
+
+    lessons: int
+    held_aside: int
+    before: Measured
+    after: Measured
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report | None = None) -> Warmed:
+    """Let the policy's adapter imitate written answers.
+
+    Raises RecipeError where warmup.steps is 0, TaskError where there are no answers or one cannot be used, and
+    DivergenceError where the loss is not finite.
+    """
+    knobs = recipe.warmup
+    taught, aside = answers_of(recipe, task)
+    lessons, held_aside = lessons_of(taught, policy), lessons_of(aside, policy)
+    vocabulary = policy.model.get_input_embeddings().num_embeddings
+    room = Room(tokens_per_pass(policy, recipe), max(1, LOGITS // vocabulary))
+
+    def measured() -> Measured:
+        engine.update(policy)
+        with policy.plain_attention():
+            losses = [mean_loss(policy.model, kind[:MEASURED_LESSONS], room) for kind in (lessons, held_aside)]
+        return Measured(form_rate(recipe, task, policy, engine, aside), *losses)
+
+    def learning(done: int, loss: float) -> None:
+        if report is not None:
+            report(done, knobs.steps, f"loss {loss:.2f}")
+
+    before = measured()
+    schedule = Schedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
+    with policy.plain_attention():
+        last = warm_start(policy.model, lessons, schedule, seed=recipe.seed, room=room, report=learning)
+    if not math.isfinite(last):
+        raise DivergenceError(
+            f"The loss of the warm-up is {last}. Nothing was kept. Lower --warmup.lr, or set --model.dtype float32"
+        )
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()  # GRPO asks how much is free, and what is only cached does not count
+    after = measured()
+    warnings = (*doubts(recipe, task, taught, lessons), *by_heart(before, after), *too_short(recipe, after))
+    return Warmed(len(lessons), len(held_aside), before, after, warnings)
+
+
+def check(recipe: Recipe, task: Task, policy: Policy) -> None:
+    """Raises what `warmup` would raise, before anything is done."""
+    for answers in answers_of(recipe, task):
+        lessons_of(answers, policy)
+
+
+def answers_of(recipe: Recipe, task: Task) -> tuple[list[Written], list[Written]]:
+    """(to be taught, held aside)."""
+    refuse_idle(recipe)
+    return split(written_answers(recipe, task))
+
+
+def refuse_idle(recipe: Recipe) -> None:
+    if not recipe.warmup.steps:
+        raise RecipeError("warmup.steps is 0, so there is nothing to do. Say how long to warm up: --warmup.steps 60")
+
+
+def written_answers(recipe: Recipe, task: Task) -> list[Written]:
+    """As many as the steps can use, in a random order: from the recipe's file, or the task's own right answers."""
+    order = random.Random(f"warmup/{recipe.seed}")
+    most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - ASIDE)) + 1
+    training, judging = split_off(prompts_of(task, "train"), recipe)
+    if recipe.warmup.data:
+        unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
+        found = list(read_answers(Path(recipe.warmup.data).expanduser(), training, unseen))
+        return order.sample(found, min(most, len(found)))
+    if task.gold is None:
+        raise TaskError(
+            f"Task {task.name} cannot write right answers itself (it has no `gold`). Write some down, as lines of JSON "
+            '{"prompt": ..., "completion": ...}, and name the file: --warmup.data FILE'
+        )
+    chosen = order.sample(training, min(most, len(training)))
+    return [Written(prompt, gold(task, prompt), f"prompt {prompt.id}", known=True) for prompt in chosen]
+
+
+def gold(task: Task, prompt: Prompt) -> str:
+    assert task.gold is not None
+    try:
+        answer = task.gold(prompt)
+    except MinigrpoError:
+        raise
+    except Exception as fault:
+        raise TaskError(
+            f"The `gold` of task {task.name} raised {type(fault).__name__} on prompt {prompt.id}: {fault}"
+        ) from fault
+    if not isinstance(answer, str) or not answer.strip():
+        raise TaskError(f"The `gold` of task {task.name} gave {answer!r} on {prompt.id}. Return the text of an answer.")
+    return answer
+
+
+def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> Iterator[Written]:
+    """The lines of a file. Raises TaskError, naming file and line, for the first that cannot be used.
+
+    `unseen`: ids of prompts to be measured on, which must not be taught.
+    """
+    if not path.is_file():
+        raise TaskError(f"{path} is missing. warmup.data asks for it; is the path right from {Path.cwd()}?")
+    known = {prompt.id: prompt for prompt in training}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise TaskError(f"{path}: not UTF-8 ({fault.reason} at byte {fault.start}). Save it as UTF-8.") from None
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        if line.strip():
+            prompt, answer = fields(line, place)
+            yield written(prompt, answer, place, known=known, unseen=unseen)
+
+
+def test_prompts(task: Task) -> Sequence[Prompt]:
+    try:
+        return task.prompts("test")
+    except TaskError:  # there is none, so none can be given away
+        return ()
+
+
+def fields(line: str, place: str) -> tuple[Any, str]:
+    """The prompt, whatever it is, and the answer."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as fault:
+        raise TaskError(f'{place}: not JSON ({fault}). Write {{"prompt": ..., "completion": ...}}.') from None
+    if not isinstance(row, dict) or "prompt" not in row or "completion" not in row:
+        has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+        raise TaskError(f'{place}: it must have "prompt" and "completion"; it has {has or "nothing"}.')
+    if not isinstance(row["completion"], str) or not row["completion"].strip():
+        raise TaskError(f'{place}: "completion" must be the text of a right answer.')
+    return row["prompt"], row["completion"]
+
+
+def written(prompt: Any, answer: str, place: str, *, known: dict[str, Prompt], unseen: set[str]) -> Written:
+    """`prompt`: an id of the task, a question, or messages."""
+    if isinstance(prompt, str) and prompt in known:
+        return Written(known[prompt], answer, place, known=True)
+    if isinstance(prompt, str) and prompt in unseen:
+        raise TaskError(
+            f"{place}: {prompt!r} is a prompt to be measured on. Leave it out, or the figures mean nothing."
+        )
+    messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
+    if not is_conversation(messages):
+        raise TaskError(
+            f'{place}: "prompt" must be a prompt id of the task, a question, or messages [{{"role", "content"}}, ...] '
+            "of which the last is not the assistant's."
+        )
+    return Written(Prompt(place, tuple(messages)), answer, place, known=False)
+
+
+def is_conversation(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages:
+        return False
+    whole = all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    return whole and messages[-1]["role"] != "assistant"
+
+
+def split(answers: Sequence[Written]) -> tuple[list[Written], list[Written]]:
+    """(to be taught, held aside). All answers to a prompt are on one side, or nothing would be held aside."""
+    questions = list(dict.fromkeys(asked(answer) for answer in answers))
+    if len(questions) < 2:
+        raise TaskError(
+            f"A warm-up needs answers to two different prompts at least, of which one is held aside; here: "
+            f"{len(questions)}. Raise task.size, or add lines to warmup.data."
+        )
+    aside = set(questions[: max(1, round(ASIDE * len(questions)))])
+    return [a for a in answers if asked(a) not in aside], [a for a in answers if asked(a) in aside]
+
+
+def asked(answer: Written) -> tuple[tuple[str, str], ...]:
+    messages: Sequence[Message] = answer.prompt.messages
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def lessons_of(answers: Sequence[Written], policy: Policy) -> list[Lesson]:
+    """As tokens, each answer ending with the eos token. Raises TaskError where some do not fit into the context."""
+    tokenizer = policy.tokenizer
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    lessons = [Lesson(render(tokenizer, a.prompt).ids, answer_ids(a.answer, tokenizer)) for a in answers]
+    long = [(a, lesson) for a, lesson in zip(answers, lessons, strict=True) if context and len(lesson) > context]
+    if long:
+        places = ", ".join(answer.place for answer, _ in long[:5]) + (" ..." if len(long) > 5 else "")
+        raise TaskError(
+            f"{places}: with the answer that is {max(len(lesson) for _, lesson in long)} tokens, and the model reads "
+            f"{context} at most. Shorten or leave out what is too long ({len(long)} in all)."
+        )
+    return lessons
+
+
+def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return tuple(ids) if ids[-1:] == [end] else (*ids, end)
+
+
+def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[Written]) -> float:
+    """Share of answers, sampled as in training, that have the form: to prompts held aside, or else to training ones."""
+    prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:ASKED]
+    prompts = prompts or list(split_off(prompts_of(task, "train"), recipe)[0][:ASKED])
+    sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
+    n = max(1, ANSWERS // len(prompts))
+    return grade_prompts(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer).formed.value
+
+
+def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[Lesson]) -> Iterator[str]:
+    """What is odd about the lessons themselves."""
+    limit = recipe.rollout.max_tokens
+    if long := sum(len(lesson.answer_ids) > limit for lesson in lessons):
+        yield (
+            f"{long} of {len(lessons)} written answers are longer than rollout.max_tokens {limit}: what imitates them "
+            "will be cut off."
+        )
+    judged = [answer for answer in taught if answer.known][:ASKED]
+    try:
+        broken = [a for a in judged if not judge(task, a.prompt, a.answer).formed]
+    except MinigrpoError as fault:
+        yield f"The task could not judge the written answers: {fault}"
+        return
+    if broken:
+        yield (
+            f"{len(broken)} of {len(judged)} written answers lack the form that the task itself asks for, beginning "
+            f"with {broken[0].place}."
+        )
+    tests = {tuple((m["role"], m["content"]) for m in prompt.messages) for prompt in test_prompts(task)}
+    if leaked := [answer for answer in taught if asked(answer) in tests]:
+        yield (
+            f"{len(leaked)} lessons answer a test prompt, beginning with {leaked[0].place}: what is measured on it "
+            "means nothing."
+        )
+
+
+def by_heart(before: Measured, after: Measured) -> Iterator[str]:
+    if after.held_aside > 1.5 * after.loss + 0.1 or after.held_aside > before.held_aside:
+        yield (
+            f"The answers were learned by heart: the loss on them is {after.loss:.3f}, on those held aside "
+            f"{after.held_aside:.3f}. More answers, fewer --warmup.steps or a lower --warmup.lr."
+        )
+
+
+def too_short(recipe: Recipe, after: Measured) -> Iterator[str]:
+    if after.formed < 0.5:
+        yield (
+            f"Only {after.formed:.0%} of the answers have the form after the warm-up. Longer: --warmup.steps "
+            f"{2 * recipe.warmup.steps}. Or faster: --warmup.lr {3 * recipe.warmup.lr:g}"
+        )

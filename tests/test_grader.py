@@ -1,0 +1,170 @@
+"""Grading beside generation: the same outcome as without, sooner; and what hangs or fails stops nothing else."""
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from minigrpo.engines.scripted import Scripted
+from minigrpo.errors import TaskError
+from minigrpo.grader import Grader
+from minigrpo.rollout import rollout
+from minigrpo.types import Grade, Sampling
+
+SAY = ["1", "2", "no"]
+
+
+class Slow(Scripted):
+    """Takes its time for each prompt, as a model does."""
+
+    def line(self, prompt, sibling):
+        time.sleep(0.02)
+        return super().line(prompt, sibling)
+
+
+class Silent(Scripted):
+    """An engine that tells of nothing before its end."""
+
+    def generate(self, prompts, n, sampling, ready=None):
+        return super().generate(prompts, n, sampling)
+
+
+def roll(task, tokenizer, grader=None, count=6, engine=Scripted):
+    prompts = task.prompts("train")[:count]
+    return rollout(engine(SAY, tokenizer), task, prompts, n=3, sampling=Sampling(), tokenizer=tokenizer, grader=grader)
+
+
+def slowly(task, seconds):
+    def grade(prompt, text):
+        time.sleep(seconds)
+        return task.grade(prompt, text)
+
+    return replace(task, grade=grade)
+
+
+@pytest.mark.parametrize("engine", [Scripted, Silent])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_the_outcome_is_that_of_grading_one_after_the_other(echo_task, tokenizer, workers, engine):
+    with Grader(slowly(echo_task, 0.002), workers=workers) as grader:
+        for _ in range(2):
+            assert roll(echo_task, tokenizer, grader, engine=engine) == roll(echo_task, tokenizer)
+
+
+def test_all_siblings_at_once_are_graded_alike(echo_task, tokenizer):
+    whole = replace(echo_task, grade_group=lambda prompt, group: [echo_task.grade(prompt, one.text) for one in group])
+    with Grader(whole, workers=2) as grader:
+        assert roll(whole, tokenizer, grader) == roll(whole, tokenizer) == roll(echo_task, tokenizer)
+
+
+def test_a_slow_reward_runs_while_other_groups_are_sampled(echo_task, tokenizer):
+    slow = slowly(echo_task, 0.02)
+    start = time.perf_counter()
+    roll(slow, tokenizer, engine=Slow)
+    after_another = time.perf_counter() - start
+    with Grader(slow, workers=2) as grader:
+        start = time.perf_counter()
+        roll(slow, tokenizer, grader, engine=Slow)
+        beside = time.perf_counter() - start
+    assert beside < 0.75 * after_another
+
+
+def hanging(task, hangs):
+    """Never returns where `hangs` says so."""
+
+    def grade(prompt, text):
+        if hangs(prompt, text):
+            threading.Event().wait()
+        return task.grade(prompt, text)
+
+    return replace(task, grade=grade)
+
+
+def test_a_group_that_hangs_is_left_out_from_there_on_and_told_once(echo_task, tokenizer):
+    said = []
+    task = hanging(echo_task, lambda prompt, text: prompt.id in ("train-1", "train-4") and text == "2")
+    with Grader(task, seconds=0.15, say=said.append) as grader:
+        groups = roll(task, tokenizer, grader)
+    assert [[grade.scored for grade in group.grades] for group in groups] == [
+        [True, group.prompt.id not in ("train-1", "train-4"), group.prompt.id not in ("train-1", "train-4")]
+        for group in groups
+    ]
+    assert groups[1].grades[2].notes == {"grader": "took longer than 0.15 s"}
+    assert len(said) == 1
+    assert "train-1" in said[0]
+
+
+def test_three_groups_that_hang_in_a_row_end_the_run(echo_task, tokenizer):
+    task = hanging(echo_task, lambda prompt, text: True)
+    with (
+        Grader(task, seconds=0.1) as grader,
+        pytest.raises(TaskError, match=r"task echo took longer than 0\.1 s on 3 groups in a row.*prompt train-2"),
+    ):
+        roll(task, tokenizer, grader)
+
+
+def test_a_grader_that_hangs_keeps_no_process_from_ending():
+    code = (
+        "import threading\n"
+        "from minigrpo.grader import Grader\n"
+        "from minigrpo.types import Completion, Prompt, Task\n"
+        "task = Task('stuck', lambda split: [], lambda prompt, text: threading.Event().wait())\n"
+        "with Grader(task, seconds=0.1) as grader:\n"
+        "    print(grader.begin([Prompt('p', ())]).collect([(Completion('x', (), (), 'stop'),)])[0][0].reward)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (ended.returncode, ended.stdout) == (0, "nan\n")
+
+
+def test_the_first_fault_by_prompts_is_raised_as_without_threads(echo_task, tokenizer):
+    def falls(prompt, text):
+        if prompt.id == "train-2":
+            raise KeyError("late")
+        return Grade(1 / (prompt.id != "train-1"))
+
+    broken = replace(echo_task, grade=falls)
+    with Grader(broken, workers=4) as grader:
+        for given in (grader, None):
+            with pytest.raises(TaskError, match=r"task echo raised ZeroDivisionError.*prompt train-1, answer '1'"):
+                roll(broken, tokenizer, given)
+
+
+@pytest.mark.parametrize(
+    ("grades", "told"),
+    [
+        ([Grade(1.0)], "returned 1 grades for the 3 completions of prompt train-0"),
+        (None, "returned NoneType for the 3 completions"),
+        ([Grade(1.0), 1.0, Grade(1.0)], "returned float on prompt train-0, answer '2'"),
+        ([Grade(1.0), Grade(math.nan), Grade(1.0)], "gave reward = nan on prompt train-0, answer '2'"),
+        ([Grade(1.0, metrics={"m": math.inf})] * 3, "gave m = inf"),
+        ([Grade(1.0, {"a": "1"})] * 3, "gave a = 1"),
+    ],
+)
+def test_grades_of_a_group_are_checked_like_any_other(echo_task, tokenizer, grades, told):
+    with pytest.raises(TaskError, match=told):
+        roll(replace(echo_task, grade_group=lambda prompt, group: grades), tokenizer)
+
+
+def test_a_grader_cannot_change_the_prompt(echo_task, tokenizer):
+    prompt = replace(echo_task.prompts("train")[0], target={"list": [1]})
+
+    def spoils(prompt, text):
+        prompt.target["list"].clear()
+        prompt.messages[0]["content"] = "spoilt"
+        return Grade(0.0)
+
+    task = replace(echo_task, prompts=lambda split: [prompt], grade=spoils)
+    assert roll(task, tokenizer)[0].prompt is prompt
+    assert (prompt.target, prompt.messages[0]["content"]) == ({"list": [1]}, "say 0")
+
+
+def test_handing_over_costs_next_to_nothing(echo_task, tokenizer):
+    completions = roll(echo_task, tokenizer, count=1)[0].completions
+    prompts = echo_task.prompts("train")[:1] * 300
+    with Grader(echo_task) as grader:
+        start = time.perf_counter()
+        grader.begin(prompts).collect([completions] * 300)
+        assert (time.perf_counter() - start) / 300 < 1e-3  # seconds a group, grading included; about 1e-4
