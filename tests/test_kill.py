@@ -27,7 +27,8 @@ def prompts(split):
 
 def grade(prompt, text):
     time.sleep(0.002)
-    return Grade(sum(letter.islower() for letter in text) / 8)
+    share = sum(letter.islower() for letter in text) / 8
+    return Grade(round(2 * share) / 2, solved=share > 0.4)
 
 letters = Task("letters", prompts, grade)
 """
@@ -37,7 +38,7 @@ lora: {{rank: 8, alpha: 16, dropout: 0.1}}
 task: {{name: '{task}:letters'}}
 rollout: {{prompts: 3, completions: 4, max_tokens: 12}}
 groups: {{resample: 1.0, rest: 0.9, focus: 2.0}}
-train: {{steps: 60, lr: 1e-2, threads: 2, tokens_per_pass: 90}}
+train: {{steps: 150, lr: 1e-2, threads: 2, tokens_per_pass: 90}}
 save: {{every: 2}}
 """
 
@@ -91,9 +92,10 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_left_alone(
     ended(launch(whole.path, recipe))
     draw = random.Random(5)
     pace = seconds_of(whole)["train"] / len(logged(whole.metrics))
+    assert sum(row["resample/tried"] for row in logged(whole.metrics)) > 0
     kills = sum(kill_somewhere(launch(cut.path, recipe), cut, draw, pace) for _ in range(20))
+    assert kills == 20
     ended(launch(cut.path, recipe))
-    assert kills >= 15  # a fast machine may be done before the last
     weights = "adapter_model.safetensors"
     assert (whole.adapter / weights).read_bytes() == (cut.adapter / weights).read_bytes()
     assert logged(whole.metrics) == logged(cut.metrics)

@@ -116,6 +116,10 @@ def check_task(recipe: Recipe, task: Task, limit: int = 32) -> Checked:
     return Checked(task.name, counts, tuple(kinds_of(trials)), tuple(faults), seconds)
 
 
+MADE_UP = {"long": "very long", "unicode": "random characters"}
+"""What nobody wants to read."""
+
+
 def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Some of them, evenly spaced: files are often sorted."""
     return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else list(prompts)
@@ -188,8 +192,10 @@ def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[Fault]:
         yield Fault(
             "The task gives no right answers, so none could be tried.", "Give it `gold(prompt) -> text`.", stops=False
         )
-    yield from earning_faults(groups)
-    yield from constant_faults(trials)
+    constant = list(constant_faults(trials))
+    # Where every answer earns the same, that says it all.
+    yield from () if any(fault.stops for fault in constant) else earning_faults(groups)
+    yield from constant
 
 
 def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[Fault]:
@@ -219,7 +225,8 @@ def constant_faults(trials: Sequence[Trial]) -> Iterator[Fault]:
     rewards = {trial.first.reward for trial in trials if trial.first.scored}
     if len(rewards) == 1:
         right = any(trial.kind == "gold" for trial in trials)
-        yield Fault(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
+        every = "Every answer, the right one too," if right else "Every answer"
+        yield Fault(f"{every} earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
         return
     names = {name for trial in trials for name in trial.first.parts}
     for name in sorted(names):
@@ -255,9 +262,9 @@ def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterato
     if found:
         example = found[0]
         earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
-        text = example.text[:60] + (" ..." if len(example.text) > 60 else "")
+        text = MADE_UP.get(example.kind) or repr(example.text[:60]) + (" ..." if len(example.text) > 60 else "")
         yield Fault(
-            f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text!r}, "
+            f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text}, "
             f"which earned {earned}.",
             change,
         )
