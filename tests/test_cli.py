@@ -275,9 +275,9 @@ def test_recipes_lists_them_and_prints_one_that_can_be_read_back(minigrpo_says: 
     assert json.loads(minigrpo_says("recipes", "quickstart", "--json").out)["lora"]["rank"]
 
 
-def test_tasks_lists_them(minigrpo_says: Any) -> None:
+def test_tasks_lists_them_and_says_where_others_come_from(minigrpo_says: Any) -> None:
     listed = json.loads(minigrpo_says("tasks", "--json").out)
-    assert [row["name"] for row in listed] == list(TASK_NAMES)
+    assert [row["name"] for row in listed] == [*TASK_NAMES, "rg:NAME", "FILE.py:NAME"]
     assert all(row["about"] for row in listed)
 
 

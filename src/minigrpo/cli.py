@@ -256,10 +256,14 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(cls=Command)
 def tasks(as_json: AsJson = False) -> None:
-    """The tasks that come with the package."""
+    """The tasks that come with the package, and where others come from."""
     from minigrpo.tasks import TASKS
 
-    print_list({name: build(Recipe()).about for name, build in TASKS.items()}, as_json)
+    others = {
+        "rg:NAME": "a data set of reasoning-gym, as in rg:leg_counting",
+        "FILE.py:NAME": "your own: a reward function with its rows, or a Task (docs/tasks.md)",
+    }
+    print_list({name: build(Recipe()).about for name, build in TASKS.items()} | others, as_json)
 
 
 @app.command(cls=Command)
