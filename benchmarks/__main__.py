@@ -54,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("The benchmark compares with TRL, which is not installed: pip install 'minigrpo\\[bench]'")
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    from minigrpo.errors import ModelError
+    from minigrpo.loading import check_instructions  # brings torch, which reads the environment above
+
+    try:
+        check_instructions("bfloat16")
+    except ModelError as fault:
+        console.print(str(fault), markup=False)
+        return 2
     machine = describe(given.threads)
     console.print(str(machine), soft_wrap=True, highlight=False)
     file = given.json or Path("bench-results") / f"{datetime.now(UTC):%Y%m%d-%H%M}.json"
