@@ -225,8 +225,7 @@ def constant_faults(trials: Sequence[Trial]) -> Iterator[Fault]:
     rewards = {trial.first.reward for trial in trials if trial.first.scored}
     if len(rewards) == 1:
         right = any(trial.kind == "gold" for trial in trials)
-        every = "Every answer, the right one too," if right else "Every answer"
-        yield Fault(f"{every} earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
+        yield Fault(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
         return
     names = {name for trial in trials for name in trial.first.parts}
     for name in sorted(names):
