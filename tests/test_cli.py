@@ -20,7 +20,8 @@ from minigrpo.errors import ModelError, RecipeError
 from minigrpo.recipefile import knob_table, load_recipe, recipe_names
 from minigrpo.rundir import RunDir
 
-COMMANDS = ("preflight", "train", "evaluate", "run", "quickstart", "check-task", "warmup", "doctor", "tasks", "recipes")
+ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "run", "quickstart")
+COMMANDS = (*ROAD, "check-task", "doctor", "tasks", "recipes")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
 
@@ -116,6 +117,7 @@ def test_every_example_in_the_help_is_a_command_that_parses(
 ) -> None:
     for stage in ("preflight", "train", "evaluate", "run_all", "quickstart", "warmup"):
         spy(stage, {} if stage != "preflight" else VERDICT)
+    spy("plan", FakePlan(True))
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
@@ -132,6 +134,27 @@ class FakeVerdict:
 
 
 VERDICT = FakeVerdict(True)
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    fits: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"fits": self.fits}
+
+
+@pytest.mark.parametrize(("told", "meant"), [("15GB", 15.0), ("15", 15.0), ("7.5 gb", 7.5)])
+def test_a_plan_that_does_not_fit_ends_with_one(minigrpo_says: Any, spy: Any, told: str, meant: float) -> None:
+    asked = spy("plan", FakePlan(False))
+    ended = minigrpo_says("plan", "quickstart", "--gpu-memory", told, "--json")
+    assert ended.code == 1
+    assert asked.args[1] == meant
+    assert json.loads(ended.out) == {"fits": False}
+
+
+def test_memory_that_is_no_number_is_refused(minigrpo_says: Any) -> None:
+    assert "--gpu-memory 15GB" in " ".join(minigrpo_says("plan", "quickstart", "--gpu-memory", "much").err.split())
 
 
 def test_the_version_is_told(minigrpo_says: Any) -> None:
@@ -259,7 +282,14 @@ def test_evaluate_takes_the_recipe_of_the_run_that_made_the_model(minigrpo_says:
         minigrpo_says("evaluate", model, "--n", "4", "--rollout.max_tokens", "99")
         assert evaluate.args[0] == model
         assert (evaluate.args[1].seed, evaluate.args[1].rollout.max_tokens) == (9, 99)
-        assert evaluate.options == {"base": None, "limit": None, "n": 4, "temperature": 1.0, "out": None}
+        assert evaluate.options == {
+            "base": None,
+            "limit": None,
+            "n": 4,
+            "temperature": 1.0,
+            "split": "test",
+            "out": None,
+        }
 
 
 def test_one_answer_is_the_likeliest_by_default(minigrpo_says: Any, spy: Any) -> None:

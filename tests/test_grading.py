@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
 from minigrpo.errors import TaskError
-from minigrpo.grading import Answer, find_answer, parse_number, same_number
+from minigrpo.grading import Answer, Reading, find_answer, parse_fraction, parse_number, read_number, same_number
 from minigrpo.rewards import Reward, graded, reweighted
 from minigrpo.types import Prompt
 
@@ -62,6 +63,12 @@ def test_a_broken_form_holds_no_answer(text: str) -> None:
         ("1200.0", 1200),
         ("28.", 28),
         ("40%", 40),
+        ("20 €", 20),
+        ("- 5", -5),
+        ("１，２００", 1200),
+        ("1.2e3", 1200),
+        ("1e9", 10**9),
+        (".5", Decimal("0.5")),
     ],
 )
 def test_a_number_is_read_as_people_write_it(text: str, number: int | Decimal) -> None:
@@ -78,7 +85,8 @@ def test_a_number_is_read_as_people_write_it(text: str, number: int | Decimal) -
         "2 8",
         "12,00",
         ",5",
-        "1e9",
+        "1e999",
+        "1e",
         "0x1c",
         "inf",
         "nan",
@@ -92,6 +100,28 @@ def test_a_number_is_read_as_people_write_it(text: str, number: int | Decimal) -
 )
 def test_anything_else_is_no_number(text: str) -> None:
     assert parse_number(text) is None
+
+
+def test_a_fraction_is_a_number_in_lowest_terms_alone() -> None:
+    assert parse_fraction("1/2") == parse_fraction(" 1 / 2 ") == Fraction(1, 2)
+    assert parse_fraction("-$3/4") == Fraction(-3, 4)
+    assert [parse_fraction(text) for text in ("144/2", "2/4", "1/0", "0/1", "1/2/3", "x/2", "9" * 99 + "/2")] == [
+        None
+    ] * 7
+
+
+def test_one_number_is_found_among_words_with_its_sign() -> None:
+    assert read_number("72 apples") == read_number("x = 72") == Reading(Fraction(72), False)
+    assert read_number("it is -$5.") == read_number("minus 5 degrees") == Reading(Fraction(-5), False)
+    assert read_number("$1,200.00") == Reading(Fraction(1200), True)
+    assert [read_number(text) for text in ("", "none", "7 2", "7,2", "72²", "a.5", "1.2.3", "7" * 65)] == [None] * 8
+    assert read_number("word " * 500 + "72") is None  # longer than anything that is read
+
+
+def test_one_number_has_one_canonical_text() -> None:
+    readings = [read_number(text) for text in ("1200", "1,200.0", "$1200", "1.2e3", "1200 coins")]
+    assert {reading.canonical for reading in readings if reading} == {"1200"}
+    assert None not in readings
 
 
 def test_long_numbers_differ_in_their_last_digit() -> None:

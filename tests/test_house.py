@@ -35,13 +35,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 2 machines
     (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
-        *("sampler", "teaching", "keeper"),
+        *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
+        *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "demonstrations", "imitation", "doctor"),
     ),
     # 3 verbs
     ("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables"),
     # 4 road
-    ("pipeline", "beginning"),
+    ("pipeline", "beginning", "judging"),
     # 5 door
     ("cli", "door", "__init__"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -87,3 +88,24 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates.index(max(rates)) in (8, 9, 10)
     assert rates[0] < 0.2
     assert rates[-1] < 0.05
+
+
+def test_in_float16_the_loss_is_scaled_so_that_small_gradients_survive_and_overflow_is_repeated() -> None:
+    """Against float32: the same lessons, a two-layer model in both number types."""
+    import copy
+
+    from minigrpo.imitation import scaled_gradient
+    from minigrpo.precision import LossScale
+
+    exact = build_model("qwen2")
+    half = copy.deepcopy(exact).half()
+    lessons = [Lesson((5, 6, 7), tuple(range(8, 40))) for _ in range(64)]
+    accumulate(exact, lessons)
+    loss, scale = scaled_gradient(half, lessons, None, LossScale(2.0**24, 0, True))
+    assert scale.scale < 2.0**24
+    assert math.isfinite(loss)
+    for fine, coarse in zip(exact.parameters(), half.parameters(), strict=True):
+        if fine.grad is not None:
+            assert coarse.grad is not None
+            assert float((fine.grad - coarse.grad.float()).norm() / fine.grad.norm().clamp(min=1e-6)) < 0.05
+    assert torch.float16 in {p.dtype for p in half.parameters()}

@@ -1,8 +1,9 @@
 """One group, one sequence: the same numbers as one padded row per completion, and as the model's own forward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE
 from models import gradients, made_up_groups, make_policy, set_lora
 
-from minigrpo.config import LoraKnobs
+from minigrpo.config import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
+from minigrpo.errors import ModelError
 from minigrpo.grpo import accumulate
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
-from minigrpo.policy import Policy
+from minigrpo.policy import Policy, open_policy
 
 EVERYTHING = 1 << 30
 
@@ -122,25 +124,25 @@ def test_the_reference_is_the_model_without_its_adapter_and_without_dropout() ->
 
 
 def test_checkpointed_activations_change_nothing() -> None:
-    from minigrpo.policy import _recompute_activations
+    from minigrpo.policy import recompute_activations
 
     policy = make_policy(double=True, dropout=0.1)
     part = one_part(policy)
     plain, plain_gradients = scores_and_gradients(policy, part)
-    _recompute_activations(policy.model)
+    recompute_activations(policy.model)
     again, again_gradients = scores_and_gradients(policy, part)
     assert torch.equal(plain, again)
     assert all(torch.equal(a, b) for a, b in zip(plain_gradients, again_gradients, strict=True))
 
 
 def test_a_reference_pass_between_forward_and_recomputing_backward_changes_no_mask() -> None:
-    from minigrpo.policy import _recompute_activations
+    from minigrpo.policy import recompute_activations
 
     policy, objective = make_policy(double=True, dropout=0.3), replace(OBJECTIVES["grpo"], kl=0.1)
     batch = pack(made_up_groups(), objective, 60)
     accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
     plain = gradients(policy)
-    _recompute_activations(policy.model)
+    recompute_activations(policy.model)
     accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(policy), strict=True))
 
@@ -164,16 +166,24 @@ def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
     assert len(lone) == 9
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rank", [2, 16], ids=["narrow", "folded"])
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
-def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_float64(arch: str, rank: int) -> None:
+def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_float64(
+    arch: str, rank: int, dropout: float, checkpointing: bool
+) -> None:
     from minigrpo.lora import add_lora
+    from minigrpo.policy import recompute_activations
 
     policy = make_policy(arch, lora=None, double=True)
     policy.model.requires_grad_(False)
-    policy.model, _ = add_lora(policy.model, LoraKnobs(rank=rank, alpha=16, rslora=True), seed=1)
+    knobs = LoraKnobs(rank=rank, alpha=16, rslora=True, dropout=dropout)
+    policy.model, policy.dropouts = add_lora(policy.model, knobs, seed=1)
     policy.model.double()
     set_lora(policy, 0.05)
+    if checkpointing:
+        recompute_activations(policy.model)
     part = one_part(policy)
     fused, fused_gradients = scores_and_gradients(policy, part)
     layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
@@ -185,6 +195,19 @@ def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_f
     for left, right in zip(fused_gradients, plain_gradients, strict=True):
         assert float((left - right).abs().max()) <= 1e-10 * max(1.0, float(right.abs().max()))
     assert max(float(gradient.abs().max()) for gradient in fused_gradients) > 1e-2
+
+
+def test_every_layer_with_dropout_is_one_step_of_the_graph() -> None:
+    policy = make_policy(dropout=0.3)
+    logprobs_N = policy.logprobs(one_part(policy), step=3).logprobs_N
+    seen, waiting, steps = set(), [logprobs_N.grad_fn], 0
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            steps += node.name() == "_NarrowBackward"
+            waiting += [parent for parent, _ in node.next_functions]
+    assert steps == 14
 
 
 def test_in_sixteen_bit_a_fused_layer_is_as_near_to_float32_as_pefts() -> None:
@@ -203,3 +226,57 @@ def test_in_sixteen_bit_a_fused_layer_is_as_near_to_float32_as_pefts() -> None:
     assert fused.dtype == plain.dtype == torch.bfloat16
     errors = [float((y.float() - exact).abs().mean().detach()) for y in (fused, plain)]
     assert errors[0] < 1.2 * errors[1]
+
+
+def whole_recipe(folder: Path, **train: Any) -> Recipe:
+    return Recipe(
+        model=ModelKnobs(path=str(folder)), train=TrainKnobs(full=True, **train), objective=ObjectiveKnobs(kl=0.1)
+    )
+
+
+def test_the_frozen_copy_gives_the_same_values_wherever_it_lies(tiny_folder: Callable[..., Path]) -> None:
+    policies = [open_policy(whole_recipe(tiny_folder(), reference=where)) for where in ("device", "cpu", "auto")]
+    part = one_part(policies[0])
+    with torch.no_grad():
+        for policy in policies:
+            for parameter in policy.trainable:
+                parameter += 0.05
+    found = [policy.reference(part) for policy in policies]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert float((found[0] - policies[0].logprobs(part, step=0).logprobs_N.detach()).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "lfm2"])
+def test_a_copy_on_another_device_is_asked_there_and_only_its_answer_moves(
+    arch: str, tiny_folder: Callable[..., Path]
+) -> None:
+    policy = open_policy(whole_recipe(tiny_folder(arch), reference="cpu"))
+    policy.device = torch.device("meta")  # a device that cannot compute: ids sent there would fail
+    found = policy.reference(one_part(policy))
+    assert found.device.type == "meta"
+    assert found.shape == one_part(policy).advantages_N.shape
+
+
+@pytest.mark.parametrize(
+    ("room", "memory", "where"), [(5.1, None, "cuda"), (4.9, None, "cpu"), (9.0, 5.9, "cpu"), (9.0, 6.1, "cuda")]
+)
+def test_a_copy_goes_to_the_cpu_where_the_gpu_has_no_room_for_it_beside_what_training_needs(
+    room: float, memory: float | None, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minigrpo.policy import _reference_device
+    from minigrpo.quantize import weight_bytes
+
+    policy = make_policy(lora=None)
+    weights = weight_bytes(policy.model)
+    policy.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(room * weights), 0))
+    train = TrainKnobs(full=True, memory=None if memory is None else memory * weights / 1e9)
+    assert _reference_device(policy, Recipe(train=train)).type == where
+
+
+def test_training_everything_in_sixteen_bit_is_refused_with_both_ways_out(tiny_folder: Callable[..., Path]) -> None:
+    recipe = whole_recipe(tiny_folder())
+    recipe = recipe.model_copy(update={"model": ModelKnobs(path=recipe.model.path, dtype="bfloat16")})
+    with pytest.raises(ModelError, match=r"gives bfloat16 here.*--model\.dtype float32, or train an adapter"):
+        open_policy(recipe)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from minigrpo.config import Recipe
-from minigrpo.door import OVERRIDES, Command, KnobCommand, QuietKnobCommand, refuse
+from minigrpo.door import (
+    OVERRIDES,
+    Command,
+    KnobCommand,
+    QuietKnobCommand,
+    in_gigabytes,
+    print_json,
+    print_list,
+    refuse,
+)
 from minigrpo.errors import MinigrpoError
 from minigrpo.recipefile import dump_recipe, load_recipe, recipe_names
 from minigrpo.rundir import RunDir
+from minigrpo.types import Split
 
 app = typer.Typer(
     help="From a base model and a reward function to a fine-tuned model, on the machine you have. "
@@ -74,6 +82,32 @@ def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None,
     if as_json:
         print_json(verdict.to_dict())
     raise typer.Exit(0 if verdict.go else 1)
+
+
+@app.command(cls=QuietKnobCommand)
+def plan(
+    context: typer.Context,
+    recipe: RecipeName,
+    *,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", metavar="GB", help="Of a GPU, here or not.", show_default="this machine"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The memory that a run would take, line by line.
+
+    Needs the model's config and tokenizer, but neither its weights nor a GPU. Says what would be chosen to fit, and
+    what to turn where nothing fits (exit code 1). The knobs of the recipe are options here too: --lora.rank 16.
+    """
+    loaded = load_recipe(recipe, context.meta[OVERRIDES])
+    from minigrpo import pipeline
+
+    with result_alone(as_json):
+        found = pipeline.plan(loaded, in_gigabytes(gpu_memory))
+    if as_json:
+        print_json(found.to_dict())
+    raise typer.Exit(0 if found.fits else 1)
 
 
 @app.command(cls=QuietKnobCommand)
@@ -136,20 +170,21 @@ def evaluate(
         float | None,
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
     ] = None,
+    split: Annotated[Split, typer.Option(help="train: how hard each training prompt is, for task.rates.")] = "test",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save every answer as JSON here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on unseen prompts of a task.
 
     Accuracy with its interval, format, examples right and wrong; with --base both side by side, prompt by prompt.
-    The knobs of the recipe are options here too: see minigrpo train --help.
+    After a stop the same command goes on where it was. The knobs of the recipe are options too: minigrpo train --help.
     """
     loaded = load_recipe(recipe or recipe_of(model), context.meta[OVERRIDES])
     from minigrpo import pipeline
 
     heat = temperature if temperature is not None else 0.0 if n == 1 else 1.0
     with result_alone(as_json):
-        result = pipeline.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, out=out)
+        result = pipeline.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, split=split, out=out)
     if as_json:
         print_json(result)
 
@@ -241,16 +276,9 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json(report)
         raise typer.Exit(0 if report["ok"] else 1)
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[bold red]!![/]"}
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    topic = ""
-    for found in findings:
-        if topic and found.topic != topic:
-            table.add_row()
-        topic = found.topic
-        words = f"{found.value}\n[dim]{plain(found.advice)}[/]" if found.advice else plain(found.value)
-        table.add_row(marks[found.level], found.name, words)
-    Console().print(table)
+    from minigrpo.tables import doctor_table
+
+    Console().print(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)
 
 
@@ -300,27 +328,6 @@ def result_alone(as_json: bool) -> Iterator[None]:
     """With --json, what a stage prints for people goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
-
-
-def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-
-
-def print_list(rows: dict[str, str], as_json: bool) -> None:
-    """Names with one line each."""
-    if as_json:
-        print_json([{"name": name, "about": about} for name, about in rows.items()])
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    for name, about in rows.items():
-        table.add_row(name, plain(about))
-    Console().print(table)
-
-
-def plain(text: str) -> str:
-    """Text as it is: brackets in it are no markup."""
-    return text.replace("[", r"\[")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
 EngineName = Literal["auto", "native", "transformers"]
-TaskName = Literal["wordproblems"]
+TaskName = Literal["wordproblems", "gsm8k"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Comparison = Literal["auto", "group", "batch", "none", "gdpo"]
@@ -56,7 +56,13 @@ class ModelKnobs(Knobs):
         "auto", "number type of the frozen weights; auto: bfloat16 where the device truly has it, and float32 on a CPU"
     )
     device: str = knob("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
-    checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    quantize: Literal["none", "nf4"] = knob(
+        "none", "nf4: the frozen weights in 4 bit with double quantisation (QLoRA): a quarter of the memory, slower"
+    )
+    checkpointing: Literal["auto", "on", "off"] = knob(
+        "auto",
+        "recompute activations in the backward pass: less memory, a third more time; auto: where the plan needs it",
+    )
     head_float32: bool = knob(False, "logits in float32 from end to end, where weights are 16 bit; the sampler's too")
     template: dict[str, bool | int | float | str] = knob(
         {}, "options of the chat template by name, as in model.template.enable_thinking: false"
@@ -81,7 +87,17 @@ class TaskKnobs(Knobs):
     name: str = knob(
         "wordproblems", "a task of `minigrpo tasks`, FILE.py:NAME for your own, or rg:NAME of reasoning-gym"
     )
-    data: str | None = knob(None, "rows for a reward function: a JSON lines, CSV or Parquet file, or a Hub data set")
+    data: str | None = knob(
+        None,
+        "rows for a reward function, or questions for gsm8k: a JSON lines, CSV or Parquet file, a folder with train "
+        "and test files, or a Hub data set; wordproblems: generates some for gsm8k",
+    )
+    example: bool = knob(False, "one worked example in the prompt, in training, preflight and evaluation alike")
+    rates: str | None = knob(
+        None, "an evaluation's JSON over the training prompts: those outside [hardest, easiest] are left out"
+    )
+    hardest: float = knob(0.0, "least share of right answers in task.rates", ge=0, le=1)
+    easiest: float = knob(1.0, "largest share of right answers in task.rates", ge=0, le=1)
     size: int = knob(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
     weights: dict[str, float] = knob({}, "weight of each reward function by name, over the task's own weights")
     workers: int = knob(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
@@ -171,6 +187,10 @@ class TrainKnobs(Knobs):
     grad_norm: float = knob(1.0, "the gradient is scaled down to this norm", gt=0)
     full: bool = knob(False, "train every parameter instead of a LoRA adapter")
     tokens_per_pass: int = knob(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
+    memory: float | None = knob(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)
+    reference: Literal["auto", "device", "cpu"] = knob(
+        "auto", "where the frozen copy of train.full with a KL term lies; auto: on the device where the plan has room"
+    )
     threads: int = knob(0, "CPU threads; 0: all cores", "threads", ge=0)
 
 
@@ -236,6 +256,10 @@ class Recipe(Knobs):
 def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what to do about it). The sentence names the knobs, so that their lines can be shown."""
     train, lora, objective = recipe.train, recipe.lora, recipe.objective
+    yield (
+        train.full and recipe.model.quantize != "none",
+        "model.quantize packs frozen weights, and train.full trains them: leave one of them at its default",
+    )
     yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
     yield (
         train.inner_epochs > 1 and lora.dropout > 0,

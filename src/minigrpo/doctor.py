@@ -33,6 +33,7 @@ TESTED = {
 """The versions of constraints.txt, for those who installed from a package index; a test holds both equal."""
 
 OPTIONAL = {
+    "bitsandbytes": ("weights in 4 bit: model.quantize nf4", "pip install 'minigrpo[qlora]'"),
     "trl": ("the benchmark against TRL; never needed to train", "pip install 'minigrpo[bench]'"),
 }
 """Import name -> what it is for, and how to get it."""

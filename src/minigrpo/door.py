@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,10 @@ EXAMPLES: dict[str, str] = {
     "preflight": """
         minigrpo preflight quickstart
         minigrpo preflight my.yaml --rollout.max_tokens 512  # do longer answers end?""",
+    "plan": """
+        minigrpo plan quickstart  # on this machine
+        minigrpo plan my.yaml --gpu-memory 15GB
+        minigrpo plan my.yaml --gpu-memory 15GB --model.quantize nf4 --json""",
     "warmup": """
         minigrpo warmup my.yaml --warmup.steps 60  # on the task's own right answers
         minigrpo warmup my.yaml --warmup.steps 60 --warmup.data answers.jsonl
@@ -37,7 +42,8 @@ EXAMPLES: dict[str, str] = {
     "evaluate": """
         minigrpo evaluate runs/quickstart  # what the run trained, on its task
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct
-        minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json""",
+        minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json
+        minigrpo evaluate ./model --split train -n 8 --limit 9999 --out rates.json  # then train with --task.rates""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",
@@ -127,7 +133,8 @@ def _is_knob(name: str, own: Sequence[str]) -> bool:
 
 def _value(name: str, queue: list[str]) -> str:
     """Take the option's value off the queue. A switch needs none: --train.full."""
-    knob = knobs_by_name().get(name)
+    # A row of a table (task.weights.NAME) is told by the table's own name.
+    knob = knobs_by_name().get(name) or knobs_by_name().get(".".join(name.split(".")[:2]))
     follows = bool(queue) and (not queue[0].startswith("-") or re.fullmatch(r"-[\d.].*", queue[0]) is not None)
     if knob and knob.kind == "true or false":
         return queue.pop(0) if follows and queue[0].lower() in SWITCH_WORDS else "true"
@@ -168,3 +175,37 @@ def refuse(fault: MinigrpoError) -> None:
     """Say what is wrong, on stderr; lines are not broken, so that a command in them can be copied."""
     console = Console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), str(fault)), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_list(rows: dict[str, str], as_json: bool) -> None:
+    """Names with one line each."""
+    if as_json:
+        print_json([{"name": name, "about": about} for name, about in rows.items()])
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    for name, about in rows.items():
+        table.add_row(name, plain(about))
+    Console().print(table)
+
+
+def plain(text: str) -> str:
+    """Text as it is: brackets in it are no markup."""
+    return text.replace("[", r"\[")
+
+
+def in_gigabytes(text: str | None) -> float | None:
+    """15, 15GB and 15 GB are the same."""
+    if text is None:
+        return None
+    try:
+        number = float(text.strip().upper().removesuffix("B").removesuffix("G"))
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise RecipeError(f"--gpu-memory {text!r} is no amount of memory. Write it in GB: --gpu-memory 15GB")
+    return number

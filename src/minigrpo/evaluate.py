@@ -13,6 +13,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.grader import Grader
+from minigrpo.journal import Journal
 from minigrpo.measure import Paired, Scores, grade_prompts, paired
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
 
@@ -80,15 +81,27 @@ def evaluate(
     tokenizer: Any,
     n: int = 1,
     split: Split = "test",
+    journal: Journal | None = None,
     grader: Grader | None = None,
     report: Report | None = None,
 ) -> Evaluation:
-    """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled."""
+    """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
+
+    What the journal holds is not asked again.
+    """
     if n > 1 and sampling.temperature == 0:
         raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
     start = time.perf_counter()
     scores = grade_prompts(
-        engine, task, prompts, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader, report=report
+        engine,
+        task,
+        prompts,
+        n=n,
+        sampling=sampling,
+        tokenizer=tokenizer,
+        journal=journal,
+        grader=grader,
+        report=report,
     )
     return Evaluation(name, task.name, split, sampling, time.perf_counter() - start, scores)
 

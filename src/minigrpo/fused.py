@@ -3,11 +3,14 @@
 PEFT computes W x and s B A x as five recorded operations and keeps an input for each. Here the layer is one operation
 with a written-out gradient, and keeps x and A x alone. Two exact forms, chosen by what they cost:
 
-    narrow   y = x W' + (x A') (s B)'        two thin products beside the wide one
-    folded   y = x (W + s B A)'              where the adapter is not thin: one product, in float32 or wider only
+    narrow   y = x W' + (drop(x) A') (s B)'  two thin products beside the wide one
+    folded   y = x (W + s B A)'              where the adapter is not thin: one product, in float32 or wider only, and
+                                             only where nothing is dropped
 
-In 16 bit the thin products are taken in the base's own type, as the engine takes them. Everything that is not one plain
-adapter (dropout, DoRA, several adapters, an adapter switched off) goes PEFT's own way.
+In 16 bit the thin products are taken in the base's own type, as the engine takes them. Weights in 4 bit are unpacked
+for the forward pass and again for the backward pass: kept, they would be the copy that 4 bit saves. A dropout mask is
+kept as one byte an input, beside the x that neighbouring layers share. Everything that is not one plain adapter (DoRA,
+several adapters, an adapter switched off) goes PEFT's own way.
 
 Shapes: N rows, I inputs, O outputs, R rank.
 """
@@ -15,19 +18,79 @@ Shapes: N rows, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from minigrpo.noise import keep_mask, name_key
+
+
+class SeededDropout(nn.Module):
+    """Inverted dropout: kept inputs are scaled by 1 / (1 - p). Off while `step` is None.
+
+    `token_keys` names the tokens that are about to pass: it must have the input's leading shape.
+    """
+
+    def __init__(self, p: float, name: str) -> None:
+        super().__init__()
+        self.p = p
+        self.name = name
+        self.step: int | None = None
+        self.token_keys: Tensor | None = None
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        """True where an entry of x is kept; None while nothing is dropped."""
+        if self.step is None:
+            return None
+        keys = self.token_keys
+        if keys is None or keys.shape != x.shape[:-1]:
+            raise RuntimeError(f"dropout of {self.name}: its tokens have no names")
+        return keep_mask(keys, name_key(self.name, self.step), x.shape[-1], self.p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = self.keep(x)
+        return x if keep is None else x * keep * (1 / (1 - self.p))
+
 
 def install(model: nn.Module) -> None:
-    """Let every LoRA layer of a PEFT model over a plain linear layer take the fused way in training."""
+    """Let every LoRA layer of a PEFT model over a plain or a 4-bit linear layer take the fused way in training."""
     for module in model.modules():
-        if hasattr(module, "lora_A") and type(getattr(module, "base_layer", None)) is nn.Linear:
+        base = getattr(module, "base_layer", None)
+        if hasattr(module, "lora_A") and (type(base) is nn.Linear or is_packed(base)):
             # A bound method, not a closure: it survives copy.deepcopy.
             module.forward = types.MethodType(_forward, module)
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether its weights lie in 4 bit."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def weight_of(layer: Any) -> Tensor:
+    """[O, I]: the layer's weights; unpacked into new memory where they lie in 4 bit."""
+    if not is_packed(layer):
+        weight: Tensor = layer.weight
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    unpacked: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return unpacked
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is fixed in a layer. `scale` is the adapter's; `gain` is what makes up for inputs that are dropped."""
+
+    base: nn.Linear
+    scale: float
+    gain: float = 1.0
+
+    def thin(self, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both halves in the base's type. The gain goes into A, which is small, and not over every input."""
+        return (A_RI if self.gain == 1 else A_RI * self.gain).to(dtype), (B_OR * self.scale).to(dtype)
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **others: Any) -> Tensor:
@@ -36,10 +99,20 @@ def _forward(self: Any, x: Tensor, *args: Any, **others: Any) -> Tensor:
         return output
     base, name = self.base_layer, self.active_adapters[0]
     A, B, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-    wide = base.weight.dtype in (torch.float32, torch.float64)
-    folds = wide and 3 * len(A) * (base.in_features + base.out_features) > base.in_features * base.out_features
-    y_NO = (_Folded if folds else _Narrow).apply(x.flatten(0, -2), base, A, B, scale)
+    dropout, x_NI = self.lora_dropout[name], x.flatten(0, -2)
+    keep = dropout.keep(x) if isinstance(dropout, SeededDropout) else None
+    if keep is not None:
+        y_NO = _Narrow.apply(x_NI, A, B, keep.flatten(0, -2), Beside(base, scale, 1 / (1 - dropout.p)))
+    elif _folds(base, len(A)):
+        y_NO = _Folded.apply(x_NI, A, B, Beside(base, scale))
+    else:
+        y_NO = _Narrow.apply(x_NI, A, B, None, Beside(base, scale))
     return y_NO.unflatten(0, x.shape[:-1])
+
+
+def _folds(base: nn.Linear, rank: int) -> bool:
+    wide = base.weight.dtype in (torch.float32, torch.float64)
+    return wide and 3 * rank * (base.in_features + base.out_features) > base.in_features * base.out_features
 
 
 def _is_plain(module: Any) -> bool:
@@ -48,7 +121,7 @@ def _is_plain(module: Any) -> bool:
         return False
     name = active[0]
     return (
-        isinstance(module.lora_dropout[name], nn.Identity)
+        isinstance(module.lora_dropout[name], nn.Identity | SeededDropout)
         and not module.lora_variant.get(name)
         and module.lora_B[name].bias is None
         and not module.base_layer.weight.requires_grad
@@ -57,11 +130,11 @@ def _is_plain(module: Any) -> bool:
 
 class _Folded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, base: nn.Linear, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-        folded_OI = torch.addmm(base.weight, B_OR, A_RI, alpha=scale)
+    def forward(ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, beside: Beside) -> Tensor:
+        folded_OI = torch.addmm(beside.base.weight, B_OR, A_RI, alpha=beside.scale)
         ctx.save_for_backward(x_NI, folded_OI, A_RI, B_OR)
-        ctx.scale = scale
-        return linear(x_NI, folded_OI, base.bias)
+        ctx.scale = beside.scale
+        return linear(x_NI, folded_OI, beside.base.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,25 +142,34 @@ class _Folded(torch.autograd.Function):
         slope_NO = gradients[0]
         slope_OI = slope_NO.T @ x_NI
         slope_NI = slope_NO @ folded_OI if ctx.needs_input_grad[0] else None
-        return slope_NI, None, (B_OR.T @ slope_OI).mul_(ctx.scale), (slope_OI @ A_RI.T).mul_(ctx.scale), None
+        return slope_NI, (B_OR.T @ slope_OI).mul_(ctx.scale), (slope_OI @ A_RI.T).mul_(ctx.scale), None
 
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, base: nn.Linear, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-        W_OI = base.weight
-        A, B = A_RI.to(W_OI.dtype), (B_OR * scale).to(W_OI.dtype)
-        thin_NR = x_NI @ A.T
-        ctx.save_for_backward(x_NI, thin_NR, W_OI, A, B)
-        ctx.scale, ctx.dtype = scale, A_RI.dtype
-        return torch.addmm(linear(x_NI, W_OI, base.bias), thin_NR, B.T)
+    def forward(ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, keep_NI: Tensor | None, beside: Beside) -> Tensor:
+        W_OI = weight_of(beside.base)
+        A, B = beside.thin(A_RI, B_OR, W_OI.dtype)
+        thin_NR = _dropped(x_NI, keep_NI) @ A.T
+        # The adapter's own tensors: A and B in another type or scale are soon made again, and would be held twice.
+        ctx.save_for_backward(x_NI, thin_NR, keep_NI, A_RI, B_OR)
+        ctx.beside = beside
+        return torch.addmm(linear(x_NI, W_OI, beside.base.bias), thin_NR, B.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, thin_NR, W_OI, A, B = ctx.saved_tensors
-        slope_NO = gradients[0]
+        x_NI, thin_NR, keep_NI, A_RI, B_OR = ctx.saved_tensors
+        beside, slope_NO = ctx.beside, gradients[0]
+        A, B = beside.thin(A_RI, B_OR, x_NI.dtype)
         slope_NR = slope_NO @ B
-        slope_NI = (slope_NO @ W_OI).addmm_(slope_NR, A) if ctx.needs_input_grad[0] else None
-        slope_A = (slope_NR.T @ x_NI).to(ctx.dtype)
-        slope_B = (slope_NO.T @ thin_NR).to(ctx.dtype).mul_(ctx.scale)
-        return slope_NI, None, slope_A, slope_B, None
+        slope_NI = None
+        if ctx.needs_input_grad[0]:
+            slope_NI = slope_NO @ weight_of(beside.base)
+            slope_NI = slope_NI.addmm_(slope_NR, A) if keep_NI is None else slope_NI.add_((slope_NR @ A).mul_(keep_NI))
+        slope_A = (slope_NR.T @ _dropped(x_NI, keep_NI)).to(A_RI.dtype)
+        slope_B = (slope_NO.T @ thin_NR).to(B_OR.dtype).mul_(beside.scale)
+        return slope_NI, slope_A if beside.gain == 1 else slope_A.mul_(beside.gain), slope_B, None, None
+
+
+def _dropped(x_NI: Tensor, keep_NI: Tensor | None) -> Tensor:
+    return x_NI if keep_NI is None else x_NI * keep_NI

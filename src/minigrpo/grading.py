@@ -1,22 +1,37 @@
 """Find an answer in a text, read a number, compare. No model, no torch.
 
 The text may be anything that a model can write, so nothing here looks twice at a character: tags are counted, not
-matched by a pattern that could backtrack, and a number longer than `LONGEST_NUMBER` is not read at all.
+matched by a pattern that could backtrack; a number longer than `LONGEST_NUMBER` is not read at all, nor is an answer
+longer than `LONGEST_ANSWER`.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
+from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LONGEST_NUMBER = 64  # characters; no gold answer comes near, and a text of a million digits costs nothing
+LONGEST_ANSWER = 2000  # characters; more than that is an essay, and no answer
+
+CURRENCY = "$€£¥₹¢"
+UNITS = CURRENCY + "%°′″'\""
+# Full-width forms and the other characters that mean a minus sign, as the plain ones.
+PLAIN = str.maketrans("０１２３４５６７８９，．＄％－＋−–", "0123456789,.$%-+--", "\u2060\ufeff")
 
 # A sign may stand before or after the currency: -$5, $-5. Thousands commas only where they belong: 1,200 but not 12,00.
 NUMBER = re.compile(
-    r"(?P<sign>[-+−]?)[$€£]?(?P<late>[-+−]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?P<rest>\.[0-9]+|\.?)%?"
+    rf"(?P<sign>[-+]?)\s*[{CURRENCY}]?\s*(?P<late>[-+]?)"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+|\.?)|\.[0-9]+)(?P<power>[eE][-+]?[0-9]{1,2})?"
+    rf"\s*[{UNITS}]?"
 )
+FRACTION = re.compile(rf"(?P<sign>[-+]?)\s*[{CURRENCY}]?(?P<over>[0-9]+)\s*/\s*(?P<under>[0-9]+)\s*[{UNITS}]?")
+DIGITS = re.compile(r"\d[\d.,]*")
+MINUS_BEFORE = re.compile(rf"(?:(?<![\w)\]])-[{CURRENCY}]?|\b(?:minus|negative)\s+[{CURRENCY}]?)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +40,19 @@ class Answer:
 
     reasoning: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The one number that a text holds. `alone`: but for currency, percent or a unit's sign, there is nothing else."""
+
+    value: Fraction
+    alone: bool
+
+    @property
+    def canonical(self) -> str:
+        """The same text for the same number, however it was written: "1200" for 1,200.0, "1/2" for 0.5."""
+        return str(self.value)
 
 
 def find_answer(text: str) -> Answer | None:
@@ -44,18 +72,51 @@ def find_answer(text: str) -> Answer | None:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The number that the text is: 1200 for "1,200", "$1200" and "1200.0"; None if it is anything else or more."""
+    """The number that the text is: 1200 for "1,200", "$1200", "1200.0" and "1.2e3"; None if it is anything else."""
     if len(text) > LONGEST_NUMBER:
         return None
-    match = NUMBER.fullmatch(text.strip())
+    match = NUMBER.fullmatch(text.strip().translate(PLAIN))
     if match is None or (match["sign"] and match["late"]):
         return None
-    number = Decimal(match["whole"].replace(",", "") + match["rest"])
+    number = Decimal(match["digits"].replace(",", "") + (match["power"] or ""))
     # copy_negate is exact; unary minus would round to the context's precision
-    return number.copy_negate() if "-" in (sign := match["sign"] + match["late"]) or "−" in sign else number
+    return number.copy_negate() if "-" in (match["sign"], match["late"]) else number
 
 
 def same_number(text: str, gold: int | str | Decimal) -> bool:
     """Whether the text is the gold number and nothing else. Numbers compare as numbers: "28.0" is 28."""
     number = parse_number(text)
     return number is not None and number == Decimal(gold)
+
+
+def parse_fraction(text: str) -> Fraction | None:
+    """1/2 in lowest terms. "144/2" is a calculation that was not carried out, and no number."""
+    match = FRACTION.fullmatch(text.strip().translate(PLAIN)) if len(text) <= LONGEST_NUMBER else None
+    if match is None or not int(match["under"]):
+        return None
+    value = Fraction(int(match["over"]), int(match["under"]))
+    if value.denominator == 1 or value.denominator != int(match["under"]):
+        return None
+    return -value if match["sign"] == "-" else value
+
+
+def read_number(text: str) -> Reading | None:
+    """The number that a text holds, among words or alone; None where it holds none, several, or one hard to read."""
+    if len(text) > LONGEST_ANSWER:
+        return None
+    number = parse_number(text)
+    value = parse_fraction(text) if number is None else Fraction(number)
+    return _among_words(text.translate(PLAIN)) if value is None else Reading(value, alone=True)
+
+
+def _among_words(text: str) -> Reading | None:
+    found = list(islice(DIGITS.finditer(text), 2))
+    # A raised two or a Roman one beside the digits is a number too; Chinese characters, which are words, are none.
+    if len(found) != 1 or any(not c.isascii() and unicodedata.category(c) in ("Nd", "Nl", "No") for c in text):
+        return None
+    before = text[: found[0].start()]
+    number = None if before.endswith((".", ",")) else parse_number(found[0][0].rstrip(".,"))
+    if number is None:
+        return None
+    minus = MINUS_BEFORE.search(before[-24:]) is not None
+    return Reading(-Fraction(number) if minus else Fraction(number), alone=False)

@@ -11,7 +11,7 @@ Shapes: P prompts, G siblings, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.config import Recipe
-from minigrpo.engines.context import check_prompts
+from minigrpo.engines.context import check_prompts, longest_prompt
 from minigrpo.entropy import chosen_tokens
 from minigrpo.grader import Grader
 from minigrpo.interrupt import finish_first
@@ -30,9 +30,11 @@ from minigrpo.noise import name_key
 from minigrpo.objective import Objective, open_objective
 from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
+from minigrpo.rehearsal import clear_gradients, rehearse
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import PromptSampler, split_off
 from minigrpo.shaping import with_overlong_penalty
+from minigrpo.shortage import with_room
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.track import Track
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
@@ -47,7 +49,9 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
     check_prompts([*training, *held_out], policy.tokenizer, longest, policy.model)
     source = GroupSource(PromptSampler(training, recipe.seed, recipe.groups), recipe.rollout.prompts, recipe.groups)
     keeper = Keeper(recipe, track, policy, optimizer, source)
-    start, budget = keeper.restore()
+    prompt = longest_prompt(training, policy.tokenizer)
+    start = keeper.restore(prompt)
+    rises = rehearse(policy, objective, recipe, prompt, keeper)
     engine.update(policy)
     with track, Grader.of(task, recipe.task, track.say) as grader, finish_first() as interrupted:
         asking = Asking(engine, task, policy.tokenizer, grader, recipe)
@@ -63,8 +67,10 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
             batch = pack(gathered.groups, objective, longest)
 
             # 3. Improve. Weights are shares of the whole batch, so micro-batches add up exactly.
-            pace = Pace(step, budget, learning_rate(recipe, step), recipe.train.grad_norm, recipe.train.inner_epochs)
-            figures = improve(policy, optimizer, replace(objective, entropy=keeper.bonus.weight), batch, pace)
+            rate, knobs = learning_rate(recipe, step), recipe.train
+            pace = Pace(step, keeper.budget, rate, knobs.grad_norm, knobs.inner_epochs, keeper.shrink)
+            with keeper.updating(rises, step):
+                figures = improve(policy, optimizer, replace(objective, entropy=keeper.bonus.weight), batch, pace)
             clock.lap("update")
             engine.update(policy)
             clock.lap("sync")
@@ -107,13 +113,17 @@ def teaches(objective: Objective, longest: int, group: Group) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`."""
+    """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`.
+
+    `shrink` is told of the smaller budget with which the batch went through, where memory ran out.
+    """
 
     step: int
     budget: int
     rate: float
     limit: float
     epochs: int
+    shrink: Callable[[int], None] = lambda budget: None
 
 
 def improve(
@@ -126,11 +136,12 @@ def improve(
     """
     parts = list(batch.split(pace.budget)) if batch.moves else []
     if objective.top_entropy < 1:
-        parts = with_chosen_tokens(policy, objective, parts, pace.step)
+        choose = partial(with_chosen_tokens, policy, objective, step=pace.step)
+        parts, budget = with_room(choose, parts, pace.budget, clear=partial(clear_gradients, policy))
+        pace.shrink(budget)
     epochs: list[dict[str, float]] = []
     for _ in range(pace.epochs):
-        parts, sums = accumulate(policy, objective, parts, step=pace.step)
-        norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
+        parts, sums, norm = update(policy, optimizer, objective, parts, pace)
         finite = math.isfinite(norm)
         epochs.append(sums | {"grad_norm": norm, "skipped": float(not finite)})
         if not finite:
@@ -139,6 +150,28 @@ def improve(
     # Engine and policy are compared where both had the same weights: before the first update.
     before = {name: epochs[0][name] for name in SAMPLED if name in epochs[0]}
     return means | before | {"learning_rate": pace.rate, "skipped": float(any(epoch["skipped"] for epoch in epochs))}
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, parts: Sequence[Part], pace: Pace
+) -> tuple[list[Part], dict[str, float], float]:
+    """One update; what `accumulate` returns, and the norm of the gradient.
+
+    A pass whose scaled loss overflowed float16 is done again with a smaller scale: a rollout costs more than a pass.
+    """
+    before = policy.loss_scale
+    while True:
+        whole = partial(accumulate, policy, objective, step=pace.step)
+        (done, sums), budget = with_room(whole, parts, pace.budget, clear=partial(clear_gradients, policy))
+        pace.shrink(budget)
+        norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
+        if math.isfinite(norm):
+            policy.loss_scale = policy.loss_scale.after_good() if parts else before
+            return done, sums, norm
+        if not (policy.loss_scale.can_fall and math.isfinite(sums["loss"])):
+            policy.loss_scale = before  # it was not the scale
+            return done, sums, norm
+        policy.loss_scale = policy.loss_scale.after_overflow()
 
 
 def accumulate(
@@ -155,14 +188,14 @@ def accumulate(
             part = replace(part, ref_N=policy.reference(part))
         scores = policy.logprobs(part, step=step, entropy_learns=objective.entropy > 0)
         loss = objective.loss(scores.logprobs_N, part, scores.entropy_N)
-        loss.total.backward()
+        policy.loss_scale.up(loss.total).backward()
         for name, value in {**loss.figures, **sampler_gap(scores, part)}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
         done.append(part if part.old_N is not None else replace(part, old_N=scores.logprobs_N.detach()))
     return done, {name: float(total) for name, total in sums.items()}
 
 
-def with_chosen_tokens(policy: Policy, objective: Objective, parts: list[Part], step: int) -> list[Part]:
+def with_chosen_tokens(policy: Policy, objective: Objective, parts: Sequence[Part], step: int) -> list[Part]:
     """The tokens of highest entropy of the whole batch: which they are, only a pass over all of it can tell."""
     with torch.no_grad():
         entropies = [policy.logprobs(part, step=step).entropy_N for part in parts]
@@ -187,6 +220,7 @@ def sampler_gap(scores: Any, part: Part) -> dict[str, Tensor]:
 
 def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, limit: float) -> float:
     """One AdamW step on the accumulated gradient; returns its norm. A gradient that is not finite is thrown away."""
+    policy.loss_scale.down(policy.trainable)
     norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable, limit))
     if math.isfinite(norm):
         for group in optimizer.param_groups:

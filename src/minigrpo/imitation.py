@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.precision import LossScale
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
@@ -75,14 +77,14 @@ def warm_start(
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = random.Random(seed)
     queue: list[Lesson] = []
-    smooth = math.nan
+    smooth, scale = math.nan, LossScale.of(dtype_of(model))
     for step in range(schedule.steps):
         while len(queue) < schedule.rows:
             queue += order.sample(lessons, len(lessons))
         batch, queue = queue[: schedule.rows], queue[schedule.rows :]
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step)
-        loss = accumulate(model, batch, room)
+        loss, scale = scaled_gradient(model, batch, room, scale)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -94,12 +96,35 @@ def warm_start(
     return smooth
 
 
-def accumulate(model: Any, lessons: Sequence[Lesson], room: Room | None = None) -> float:
-    """Add the gradient of the mean loss over all answer tokens, pass by pass; returns that loss."""
+def scaled_gradient(
+    model: Any, lessons: Sequence[Lesson], room: Room | None, scale: LossScale
+) -> tuple[float, LossScale]:
+    """`accumulate` with a loss scale, which float16 needs: again with a smaller one where it overflowed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    while True:
+        loss = accumulate(model, lessons, room, scale)
+        scale.down(trainable)
+        finite = not scale.adapts or all(bool(p.grad.isfinite().all()) for p in trainable if p.grad is not None)
+        if finite or not scale.can_fall or not math.isfinite(loss):
+            return loss, scale.after_good()
+        scale = scale.after_overflow()
+        model.zero_grad()
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """What activations are computed in: an adapter may be finer than the weights that it adapts."""
+    weights = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    return torch.float16 if torch.float16 in weights else weights[0]
+
+
+def accumulate(
+    model: Any, lessons: Sequence[Lesson], room: Room | None = None, scale: LossScale | None = None
+) -> float:
+    """Add the gradient of the mean loss over all answer tokens, pass by pass, scaled; returns the loss, unscaled."""
     tokens, total = answer_tokens(lessons), 0.0
     for part in passes(lessons, room):
         loss = summed_loss(model, part) / tokens
-        loss.backward()
+        (scale.up(loss) if scale else loss).backward()
         total += loss.item()
     return total
 

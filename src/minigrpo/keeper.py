@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +21,10 @@ from minigrpo.entropy import EntropyBonus
 from minigrpo.errors import DivergenceError
 from minigrpo.explosion import Watch, message
 from minigrpo.packing import Batch
-from minigrpo.plan import tokens_per_pass
+from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.policy import Policy
 from minigrpo.rundir import RunDir
+from minigrpo.shortage import left_by_a_kill, noted
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.track import Track
 
@@ -41,13 +44,17 @@ class Keeper:
         self.alarms = Alarms(recipe, sixteen_bit=policy.dtype != torch.float32)
         self.watch = Watch(recipe.watch)
         self.failures = 0
+        self.budget = 0
         self.best: tuple[float, float, int] | None = None
 
-    def restore(self) -> tuple[int, int]:
-        """(first step to do, tokens per pass). Makes arithmetic repeatable; takes up the newest whole checkpoint."""
+    def restore(self, prompt: int) -> int:
+        """The first step to do; sets `budget`. Makes arithmetic repeatable; takes up the newest whole checkpoint.
+
+        `prompt`: tokens of the longest prompt, for the plan.
+        """
         if self.policy.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        budget = self._settle_machine()
+        self._settle_machine(prompt)
         found, complaints = checkpoint.latest(self.run)
         for complaint in complaints:
             self.track.say(complaint)
@@ -58,15 +65,27 @@ class Keeper:
         if found is None:
             # Whatever would keep a later checkpoint from being written is found now, not after an hour.
             self._save(0)
-            return 0, budget
+            return 0
         if complaints:
             checkpoint.discard_after(self.run, found.step, "damaged")
         checkpoint.load(found, self.policy, self.optimizer)
         self.source.restore(found.state["source"])
+        self.policy.loss_scale = self.policy.loss_scale.restored(found.state.get("loss_scale", {}))
         for metrics in past_metrics(self.run):
             self._learn(int(metrics["step"]), metrics)
         self.track.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
-        return found.step, budget
+        return found.step
+
+    def shrink(self, budget: int) -> None:
+        """Memory ran out: from here on, and after a resume, passes are of at most so many tokens."""
+        if budget != self.budget:
+            self.track.say(f"Memory ran out in a pass of {self.budget} tokens: going on with {budget}. Same gradient.")
+            self._set_budget(budget)
+
+    def updating(self, rises: int, step: int) -> AbstractContextManager[None]:
+        """Around an update that takes `rises` bytes: what a kill for memory leaves behind, while that is likely."""
+        free = free_memory(self.policy.device)
+        return noted(self.run, rises, free, {"step": step, "tokens_per_pass": self.budget})
 
     def record(self, step: int, metrics: Mapping[str, float], gathered: Gathered, batch: Batch) -> None:
         """Log step number `step`, and say what is alarming about it."""
@@ -105,7 +124,7 @@ class Keeper:
         return self.alarms.after(step, metrics)
 
     def _save(self, step: int) -> None:
-        state = {"source": self.source.state()}
+        state = {"source": self.source.state(), "loss_scale": self.policy.loss_scale.state()}
         checkpoint.save(self.run, step, self.policy, self.optimizer, self.track.positions(), state=state)
         spare = frozenset() if self.best_step is None else frozenset({self.best_step})
         checkpoint.prune(self.run, self.recipe.save.keep, spare)
@@ -121,18 +140,31 @@ class Keeper:
             checkpoint.discard_after(self.run, good or 0)
             raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
 
-    def _settle_machine(self) -> int:
-        """Tokens per pass. Threads and plan are those that the run began with; says where the machine is another."""
+    def _settle_machine(self, prompt: int) -> None:
+        """Tokens per pass, threads: those that the run began with; says where the machine is another."""
         then = checkpoint.read_machine(self.run)
         if then is not None:
             torch.set_num_threads(then.threads)
-        budget = then.tokens_per_pass if then else tokens_per_pass(self.policy, self.recipe)
-        now = checkpoint.this_machine(budget, self.policy.device, self.policy.dtype)
+        planned = tokens_per_pass(self.policy, self.recipe, prompt)
+        self.budget = then.tokens_per_pass if then else planned
+        now = checkpoint.this_machine(self.budget, self.policy.device, self.policy.dtype)
         if then is None:
             checkpoint.write_machine(self.run, now)
         elif different := now.differences(then):
             self.track.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
-        return budget
+        note = left_by_a_kill(self.run)
+        if note is not None and self.budget > 1:
+            self.track.say(
+                f"This run was killed in an update while memory was tight ({note.get('free', 0) / 1e9:.1f} GB free): "
+                f"going on with passes of {self.budget // 2} tokens instead of {self.budget}. Same gradient."
+            )
+            self._set_budget(self.budget // 2)
+
+    def _set_budget(self, budget: int) -> None:
+        self.budget = budget
+        then = checkpoint.read_machine(self.run)
+        assert then is not None, "the machine is written before the first step"
+        checkpoint.write_machine(self.run, replace(then, tokens_per_pass=budget))
 
 
 def past_metrics(run: RunDir) -> Iterator[dict[str, Any]]:

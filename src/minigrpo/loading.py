@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
+from minigrpo.quantize import in_four_bit
 from minigrpo.render import QUESTION, check_tokenizer, render, set_options
 from minigrpo.types import Prompt
 
@@ -93,10 +94,12 @@ def open_model(
     device: torch.device,
     seed: int = 0,
     template: Mapping[str, Any] | None = None,
+    four_bit: bool = False,
     report: Report | None = None,
 ) -> Loaded:
     """`template`: options of the chat template, which the tokenizer keeps from then on.
 
+    `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
     Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,6 +125,8 @@ def open_model(
     set_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
+    if four_bit:
+        model = in_four_bit(model, device)
     return Loaded(model.to(device).eval(), tokenizer, source, warnings)
 
 

@@ -7,6 +7,7 @@ after a resume and in any micro-batch, and off wherever log-probabilities are co
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,39 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minigrpo import fused
 from minigrpo.config import LoraKnobs
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.noise import keep_mask, name_key
-
-
-class SeededDropout(nn.Module):
-    """Inverted dropout: kept inputs are scaled by 1 / (1 - p). Off while `step` is None.
-
-    `token_keys` names the tokens that are about to pass: it must have the input's leading shape.
-    """
-
-    def __init__(self, p: float, name: str) -> None:
-        super().__init__()
-        self.p = p
-        self.name = name
-        self.step: int | None = None
-        self.token_keys: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.step is None:
-            return x
-        keys = self.token_keys
-        if keys is None or keys.shape != x.shape[:-1]:
-            raise RuntimeError(f"dropout of {self.name}: its tokens have no names")
-        keep = keep_mask(keys, name_key(self.name, self.step), x.shape[-1], self.p)
-        return x * keep * (1 / (1 - self.p))
+from minigrpo.fused import SeededDropout
+from minigrpo.noise import name_key
 
 
 def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, list[SeededDropout]]:
     """The model under a fresh PEFT adapter (float32, B = 0) and the dropouts inside it."""
+    mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
     targets = knobs.targets if knobs.targets == "all-linear" else [t.strip() for t in knobs.targets.split(",")]
@@ -81,6 +61,7 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
     """The model under a finished adapter, as PEFT reads it."""
+    mute_bitsandbytes()
     from peft import PeftModel
 
     with _quiet():
@@ -100,6 +81,11 @@ def load_adapter(model: Any, folder: Path) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if strangers or missing:
         raise ArtifactError(f"{file} belongs to another model or another lora setting: {(strangers + missing)[0]}")
+
+
+def mute_bitsandbytes() -> None:
+    """Where it is installed, PEFT imports it, and it complains of a faster kernel that it would have to download."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager

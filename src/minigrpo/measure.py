@@ -6,6 +6,7 @@ intervals count prompts, not samples: the samples of one prompt resemble one ano
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, comb, sqrt
@@ -13,8 +14,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ArtifactError
+from minigrpo.journal import Journal
 from minigrpo.rollout import rollout
-from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+from minigrpo.types import Engine, Grade, Group, Prompt, Sampling, Task
 
 if TYPE_CHECKING:
     from minigrpo.grader import Grader
@@ -44,9 +46,10 @@ class Rate:
 class Scores:
     """`answers`: one dict a completion, in prompt order, siblings together: all that is needed to count again.
 
-    `majority`: share of prompts for which more than half of the samples are right. Wrong answers are not compared
-    with one another, so a plurality vote would do at least as well. `pass_at[k]`: chance that k samples hold a right
-    one, estimated without bias from the n drawn (arXiv 2107.03374).
+    `majority`: share of prompts for which a vote among the samples is right. Where grades carry answers, the answer
+    that most samples gave wins, of equals the one that was given first (arXiv 2203.11171); elsewhere wrong answers
+    cannot be compared with one another, and more than half of the samples must be right. `pass_at[k]`: chance that k
+    samples hold a right one, estimated without bias from the n drawn (arXiv 2107.03374).
     """
 
     samples: int
@@ -98,17 +101,25 @@ def grade_prompts(
     report: Report | None = None,
     rows: int = 256,
     grader: Grader | None = None,
+    journal: Journal | None = None,
 ) -> Scores:
-    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown."""
-    groups: list[Group] = []
+    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
+
+    What the journal holds is not asked again, and what is answered is put there.
+    """
+    groups = journal.known(prompts) if journal else {}
+    left = [prompt for prompt in prompts if prompt.id not in groups]
     batch = max(1, rows // n)
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        groups += rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
+    for start in range(0, len(left), batch):
+        part = left[start : start + batch]
+        fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
+        groups |= {group.prompt.id: group for group in fresh}
+        if journal:
+            journal.add(fresh)
         if report:
-            right = fmean(grade.solved for group in groups for grade in group.grades)
+            right = fmean(grade.solved for group in groups.values() for grade in group.grades)
             report(len(groups), len(prompts), f"{right:.0%} right")
-    return score(groups)
+    return score([groups[prompt.id] for prompt in prompts])
 
 
 def score(groups: Sequence[Group]) -> Scores:
@@ -131,9 +142,18 @@ def score(groups: Sequence[Group]) -> Scores:
         mean_tokens=fmean(lengths),
         tokens=sum(lengths),
         pass_at={k: fmean(pass_at(k, n, right) for right in right_P) for k in powers_of_two(n)} if n > 1 else {},
-        majority=fmean(2 * right > n for right in right_P) if n > 1 else None,
+        majority=fmean(vote(group.grades) for group in groups) if n > 1 else None,
         answers=tuple(answer for group in groups for answer in answers_of(group)),
     )
+
+
+def vote(grades: Sequence[Grade]) -> bool:
+    """Whether a vote among the samples of one prompt finds a right answer. What has no answer does not vote."""
+    votes = Counter(grade.answer for grade in grades if grade.answer is not None)
+    if not votes:
+        return 2 * sum(grade.solved for grade in grades) > len(grades)
+    winner = votes.most_common(1)[0][0]  # of equals, the first that was counted
+    return any(grade.solved for grade in grades if grade.answer == winner)
 
 
 def answers_of(group: Group) -> list[dict[str, Any]]:
@@ -149,6 +169,7 @@ def answers_of(group: Group) -> list[dict[str, Any]]:
             "parts": dict(grade.parts),
             "formed": grade.formed,
             "solved": grade.solved,
+            **({"answer": grade.answer} if grade.answer is not None else {}),
             **({"notes": dict(grade.notes)} if grade.notes else {}),
         }
         for completion, grade in zip(group.completions, group.grades, strict=True)

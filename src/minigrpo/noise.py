@@ -15,6 +15,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
+_TOP = -(1 << 63)
 
 
 def name_key(*parts: int | str) -> int:
@@ -39,10 +40,11 @@ def uniform(keys: Tensor) -> Tensor:
 def keep_mask(token_keys: Tensor, channel_key: int, channels: int, drop: float) -> Tensor:
     """True where a dropout mask keeps: shape [*token_keys.shape, channels], each entry named by token and channel."""
     names = torch.arange(channels, device=token_keys.device)
-    channel_keys = mix(names + channel_key)
-    # 31 bits decide; one multiplication between the two names is enough for a mask, and four times cheaper than mix.
-    scrambled = (token_keys.unsqueeze(-1) ^ channel_keys) * _FIRST
-    return _shift(scrambled, 33) >= int(drop * 2**31)
+    # The upper 31 bits decide, as a number without a sign. Its top bit is turned in the keys (an odd factor keeps it
+    # turned), so that the comparison may have one: no shift, and two passes less over every entry.
+    channel_keys = mix(names + channel_key) ^ _TOP
+    # One multiplication between the two names is enough for a mask, and four times cheaper than mix.
+    return (token_keys.unsqueeze(-1) ^ channel_keys).mul_(_FIRST) >= (int(drop * 2**31) << 33) + _TOP
 
 
 def _shift(keys: Tensor, by: int) -> Tensor:

@@ -1,31 +1,65 @@
-"""How many tokens fit into one training pass: measured on this model and this machine, not guessed.
+"""How much of the plan a machine has room for: what is free, what is held, and how many tokens a pass may have.
 
-A forward pass over a short row tells how many bytes the backward pass would keep for each token; half of the free
-memory is spent on them. (A plan of the whole run's memory is more than this and builds on it.)
+`budget` counts what a run takes; here it meets the device. Where a model cannot be counted without running it, a
+forward pass over a short row is measured instead, and half of the free memory is spent on what it keeps.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minigrpo.budget import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
 from minigrpo.config import Recipe
-from minigrpo.packing import Bundle, Part
-from minigrpo.policy import Policy
+from minigrpo.packing import Part
+from minigrpo.policy import Policy, recompute_activations
+from minigrpo.shadow import UnplannableError, uniform_part
 
 PROBE_TOKENS = 64
 SHARE = 0.5
-# Beyond this a longer row makes matrix products no faster, and only takes memory.
-MOST = 32768
-LEAST = 256
 
 
-def tokens_per_pass(policy: Policy, recipe: Recipe) -> int:
-    """A power of two, so that a little more or less free memory gives the same plan."""
-    if recipe.train.tokens_per_pass:
-        return recipe.train.tokens_per_pass
+def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) -> int:
+    """What the recipe says or the plan has room for; a power of two, so that a little more or less free memory gives
+    the same. From then on the policy recomputes its activations, if the plan needs that. `prompt`: longest, in tokens.
+    """
+    try:
+        plan = plan_of(policy, recipe, prompt)
+    except UnplannableError:
+        return recipe.train.tokens_per_pass or measured_tokens(policy)
+    if plan.recompute and not recomputes(policy):
+        recompute_activations(policy.model)
+    return plan.tokens_per_pass
+
+
+def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True) -> Plan:
+    """The plan of the updates of a policy that is open already. `engine`: whether its engine is, too."""
+    place = here(recipe, policy.device, policy.dtype)
+    opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
+    return make_plan(policy.model.config, recipe, replace(place, opened=opened), prompt, rollout=not engine)
+
+
+def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Place:
+    """This machine, and no more of it than train.memory."""
+    limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
+    return Place(device.type, dtype, free_memory(device), limit, resident())
+
+
+def elsewhere(gigabytes: float, dtype: torch.dtype) -> Place:
+    """A GPU that need not be here."""
+    return Place("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
+
+
+def recomputes(policy: Any) -> bool:
+    return bool(getattr(policy.model, "is_gradient_checkpointing", False))
+
+
+def measured_tokens(policy: Policy) -> int:
+    """For a model whose shapes depend on values."""
     fits = SHARE * free_memory(policy.device) / bytes_per_token(policy)
     budget = LEAST
     while budget * 2 <= min(fits, MOST):
@@ -36,12 +70,7 @@ def tokens_per_pass(policy: Policy, recipe: Recipe) -> int:
 def probe_part(policy: Policy, prompt: int, completions: int, length: int) -> Part:
     """A micro-batch of one group of the given shape, its tokens taken from the vocabulary in turn."""
     vocabulary = policy.model.config.get_text_config().vocab_size
-    ids = [n % vocabulary for n in range(prompt + completions * length)]
-    answers = tuple(tuple(ids[prompt + g * length : prompt + (g + 1) * length]) for g in range(completions))
-    bundle = Bundle(0, tuple(ids[:prompt]), tuple(range(completions)), answers)
-    tokens = completions * length
-    equal_N = torch.full((tokens,), 1 / tokens)
-    return Part((bundle,), torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
+    return uniform_part(prompt, completions, length, vocabulary=vocabulary)
 
 
 def bytes_per_token(policy: Policy) -> float:
@@ -66,6 +95,15 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_available(), _cgroup_room())
+
+
+def resident() -> int:
+    """Bytes of this process in main memory; 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS:"))
 
 
 def _available() -> int:

@@ -9,6 +9,7 @@ Shapes: N scored tokens, T tokens of a row, B completions, V vocabulary, D hidde
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_devi
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
+from minigrpo.precision import LossScale
+from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score
 
 # Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
@@ -53,10 +56,11 @@ class Policy:
         self.warnings = loaded.warnings
         self.temperature = temperature
         self.seed = seed
-        self.device: torch.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         self.dtype: torch.dtype = self.model.dtype
         self.shares_prompts = self.model.config.model_type in SHARED_PROMPT_MODELS
         self.dropouts: list[SeededDropout] = []
+        self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None
         self.start: list[Tensor] | None = None
         if self.shares_prompts:
@@ -81,10 +85,11 @@ class Policy:
     def reference(self, part: Part) -> Tensor:
         """logprobs_N under the model that training began with; dropout off.
 
-        That is the frozen copy, the base under its warm adapter, or the base with its adapter off.
+        That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy that lies on
+        another device works there; the N numbers alone come back.
         """
         if self.frozen_copy is not None:
-            return self._score(self.frozen_copy, part).logprobs_N
+            return self._score(self.frozen_copy, part).logprobs_N.to(self.device)
         if self.start is not None:
             with self._dropout_off(), self._as_at_start(self.start):
                 return self._score(self.model, part).logprobs_N
@@ -151,17 +156,18 @@ class Policy:
                 dropout.step = step
 
     def _score(self, model: nn.Module, part: Part, entropy_learns: bool = False) -> Scores:
-        labels_N = torch.tensor(part.labels, device=self.device)
+        labels_N = torch.tensor(part.labels, device=device_of(model))
         hidden_ND = self._shared_hidden(model, part) if self.shares_prompts else self._padded_hidden(model, part)
         return Scores(*score(hidden_ND, labels_N, HeadCall.of(model, self.temperature), entropy_learns=entropy_learns))
 
     def _shared_hidden(self, model: nn.Module, part: Part) -> Tensor:
         """One row; its last N positions are the scored ones."""
         ids, positions = part.row()
+        device = device_of(model)
         self._name_tokens(part.names()[None])
         hidden_1TD = decoder(model)(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             layout=part.layout,
         ).last_hidden_state
@@ -180,13 +186,14 @@ class Policy:
         sibling_B1 = torch.tensor([b.siblings[i] for b, i in pairs])[:, None]
         sibling_BT = torch.where(place_T < starts, -1, sibling_B1)
         self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, place_T.expand_as(ids_BT)], -1))
+        device = device_of(model)
         hidden_BTD = decoder(model)(
-            input_ids=ids_BT.to(self.device),
-            attention_mask=(place_T < stops).long().to(self.device),
+            input_ids=ids_BT.to(device),
+            attention_mask=(place_T < stops).long().to(device),
             use_cache=False,
         ).last_hidden_state
         scored = ((place_T >= starts) & (place_T < stops)).flatten().nonzero().flatten()
-        return hidden_BTD.flatten(0, 1).index_select(0, scored.to(self.device))
+        return hidden_BTD.flatten(0, 1).index_select(0, scored.to(device))
 
     def _name_tokens(self, names: Tensor) -> None:
         """Give every adapter's dropout the names [..., 3] of the tokens that are about to pass."""
@@ -229,16 +236,20 @@ def decoder(model: Any) -> nn.Module:
     return below_head
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
     """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
     policy = _opened(recipe.model.path, recipe, report)
     if recipe.train.full:
-        _train_everything(policy, keep_reference=recipe.objective.kl > 0)
+        _train_everything(policy, recipe)
     else:
         policy.model.requires_grad_(False)
         policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=recipe.seed)
-    if recipe.model.checkpointing:
-        _recompute_activations(policy.model)
+    if recipe.model.checkpointing == "on":
+        recompute_activations(policy.model)
     return policy
 
 
@@ -263,6 +274,7 @@ def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
         device=device,
         seed=recipe.seed,
         template=recipe.model.template,
+        four_bit=recipe.model.quantize == "nf4",
         report=report,
     )
     if recipe.model.head_float32 and dtype != torch.float32:
@@ -277,20 +289,39 @@ def _machine(recipe: Recipe) -> torch.device:
     return pick_device(recipe.model.device)
 
 
-def _train_everything(policy: Policy, *, keep_reference: bool) -> None:
+def _train_everything(policy: Policy, recipe: Recipe) -> None:
     if policy.dtype != torch.float32:
         raise ModelError(
-            "train.full needs float32 weights: an update of 1e-5 is below the rounding of 16-bit ones. "
-            "Set --model.dtype float32"
+            f"train.full needs float32 weights, and model.dtype {recipe.model.dtype} gives {str(policy.dtype)[6:]} "
+            "here: 16-bit weights round away updates as small as training makes them. Set --model.dtype float32, or "
+            "train an adapter: --train.full false"
         )
-    if keep_reference:
-        import copy
-
-        policy.frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
+    if recipe.objective.kl > 0:
+        policy.frozen_copy = _frozen_copy(policy, _reference_device(policy, recipe))
     policy.model.requires_grad_(True)
 
 
-def _recompute_activations(model: Any) -> None:
+def _frozen_copy(policy: Policy, device: torch.device) -> nn.Module:
+    """Copied where it is to lie: a GPU without room for two never holds two."""
+    policy.model.to(device)
+    frozen = copy.deepcopy(policy.model).requires_grad_(False)
+    policy.model.to(policy.device)
+    return frozen
+
+
+def _reference_device(policy: Policy, recipe: Recipe) -> torch.device:
+    """auto: beside the policy where gradients, Adam's two moments, the copy and as much again for a pass have room."""
+    cpu = torch.device("cpu")
+    if recipe.train.reference != "auto" or policy.device.type != "cuda":
+        return cpu if recipe.train.reference == "cpu" else policy.device
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    weights = weight_bytes(policy.model)
+    if recipe.train.memory is not None:
+        free = min(free, int(recipe.train.memory * 1e9) - weights)
+    return policy.device if free >= 5 * weights else cpu
+
+
+def recompute_activations(model: Any) -> None:
     """Trade a third more time for activations of one layer at a time. transformers does it in training mode only."""
     # Its name until transformers 5.x, deprecated since.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -67,13 +67,25 @@ def is_seedling(path: str) -> bool:
 
 def resolve(path: str, seed: int, report: Report | None = None) -> Path:
     """The folder of `seedling` or `seedling:ARCHITECTURE`, built unless it is in the cache."""
+    return cached(blueprint_of(path, seed), report)
+
+
+def blueprint_of(path: str, seed: int) -> Blueprint:
     architecture = path.partition(":")[2] if ":" in path else DEFAULT_ARCHITECTURE
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"seedling:{name}" for name in ARCHITECTURES)
         raise ModelError(
             f"model.path {path!r} names no architecture that the embedded model can have. Use one of: {known}."
         )
-    return cached(Blueprint(architecture=architecture, seed=seed), report)
+    return Blueprint(architecture=architecture, seed=seed)
+
+
+def sketch(path: str, seed: int) -> tuple[Any, Any]:
+    """(config, tokenizer) of the embedded model, whether it is built yet or not: seconds."""
+    blueprint = blueprint_of(path, seed)
+    tokenizer = train_tokenizer(blueprint)
+    with torch.device("meta"):
+        return decoder(blueprint, tokenizer).config, tokenizer
 
 
 def cached(blueprint: Blueprint, report: Report | None = None) -> Path:

@@ -14,6 +14,8 @@ from rich.text import Text
 from minigrpo.display import duration, printable
 
 if TYPE_CHECKING:
+    from minigrpo.budget import Plan
+    from minigrpo.doctor import Finding
     from minigrpo.evaluate import Comparison, Evaluation
     from minigrpo.findings import Figures, PromptLengths
     from minigrpo.measure import Scores
@@ -150,6 +152,47 @@ def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
         (f"\n{judged}: reward {earned}, target {answer['target']}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
+
+
+def doctor_table(findings: Sequence[Finding]) -> RenderableType:
+    """What was found, topic by topic, with what to do about it."""
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[bold red]!![/]"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    topic = ""
+    for found in findings:
+        if topic and found.topic != topic:
+            table.add_row()
+        topic = found.topic
+        advice = f"\n{found.advice}" if found.advice else ""
+        table.add_row(marks[found.level], found.name, Text.assemble(found.value, (advice, "dim")))
+    return table
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Where the memory goes, the largest line marked; what is chosen, or what to turn."""
+    table = plain_table("GB", "when", "what it is")
+    largest = max(line.bytes for line in plan.lines)
+    for line in plan.lines:
+        style = "bold" if line.bytes == largest else ""
+        table.add_row(line.name, gigabytes(line.bytes), line.when, line.about, style=style)
+    for name, value in {"rollout": plan.at("rollout"), "update": plan.at("update")}.items():
+        table.add_row(Text(f"in all, {name}"), gigabytes(value), "", "")
+    table.add_row("may take", gigabytes(plan.budget), "", "a tenth of it is left alone")
+    recompute = "recomputed" if plan.recompute else "kept"
+    chosen = (
+        f"{plan.tokens_per_pass} tokens per pass (the longest has {plan.pass_tokens}), activations {recompute}, "
+        f"{plan.rows} rows sampled side by side; prompts of up to {plan.prompt} tokens"
+    )
+    if plan.fits:
+        ends = [Text(chosen), Text("it fits", style="bold green")]
+    else:
+        turns = "\n".join(f"  {sentence}" for sentence in plan.advice)
+        ends = [Text("it does not fit", style="bold red"), Text(f"What to turn, the most helpful first:\n{turns}")]
+    return titled(f"memory on {plan.device}, {plan.dtype}", table, "", *ends)
+
+
+def gigabytes(count: int) -> Text:
+    return Text(f"{count / 1e9:.2f}", justify="right")
 
 
 def plain_table(*columns: str) -> Table:

@@ -97,16 +97,17 @@ class GroupSource:
 
     def state(self) -> dict[str, Any]:
         """All that later steps depend on, for JSON."""
-        pool = [{"step": step, **_as_data(group)} for step, group in self.pool]
+        pool = [{"step": step, **group_data(group)} for step, group in self.pool]
         return {"sampler": self.sampler.state(), "pool": pool}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.sampler.restore(state["sampler"])
         known = {prompt.id: prompt for prompt in self.sampler.prompts}
-        self.pool = [(row["step"], _as_group(row, known)) for row in state["pool"]]
+        self.pool = [(row["step"], group_of(row, known)) for row in state["pool"]]
 
 
-def _as_data(group: Group) -> dict[str, Any]:
+def group_data(group: Group) -> dict[str, Any]:
+    """A group for JSON; its prompt by id alone."""
     return {
         "prompt": group.prompt.id,
         "prompt_ids": group.prompt_ids,
@@ -115,7 +116,8 @@ def _as_data(group: Group) -> dict[str, Any]:
     }
 
 
-def _as_group(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:
+def group_of(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:
+    """What `group_data` gave, with the prompt that has its id, or of which it was a copy."""
     name = row["prompt"]
     prompt = known[name] if name in known else replace(known[name.rpartition("#")[0]], id=name)
     completions = [

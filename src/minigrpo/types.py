@@ -69,8 +69,9 @@ class Grade:
 
     `formed`: the answer had the asked-for form, so that it could be judged at all. `solved`: it is right. `weights`:
     what each part counts in the sum (1 where it is not named). `notes` are logged beside the completion, `metrics`
-    beside the figures of the step. A reward of NaN means that it could not be told (no function applied, or the
-    grader hung): the completion is left out of its group's comparison.
+    beside the figures of the step. `answer`: what it said, in a form that is the same for the same answer, for a vote
+    among samples; None where it said nothing that can be compared. A reward of NaN means that it could not be told (no
+    function applied, or the grader hung): the completion is left out of its group's comparison.
     """
 
     reward: float
@@ -80,6 +81,7 @@ class Grade:
     weights: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
 
     @property
     def scored(self) -> bool:

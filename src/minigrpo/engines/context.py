@@ -32,3 +32,8 @@ def check_room(prompts: Sequence[Rendered], max_tokens: int, context: int | None
 def check_prompts(prompts: Sequence[Prompt], tokenizer: Any, max_tokens: int, model: Any) -> None:
     """`check_room` before a run begins, for every prompt that it may ask."""
     check_room([render(tokenizer, prompt) for prompt in prompts], max_tokens, context_of(model))
+
+
+def longest_prompt(prompts: Sequence[Prompt], tokenizer: Any) -> int:
+    """Tokens."""
+    return max(len(render(tokenizer, prompt).ids) for prompt in prompts)

@@ -5,7 +5,8 @@ from the model's own rotary module, activations from its MLP, scales and windows
 
 Adapters: on float32 weights the adapter is folded into private fused copies, in float32. On 16-bit weights a folded
 copy would round early training away (a bf16 fold of a young adapter loses most of it), so the adapter stays a second,
-narrow pass beside the untouched base weights.
+narrow pass beside the untouched base weights. 4-bit layers are called as they are: on a GPU few rows pass through a
+product that unpacks as it goes, and a copy would cost the memory that 4 bit saves.
 
 Shapes: n rows in flight, M prompts, P longest shared prompt (the prompt without its last token), C own tokens so far,
 H query heads, K key/value heads, R = H / K, D head width, W hidden width.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from minigrpo.adapter import low_rank
+from minigrpo.fused import is_packed
 
 LEAN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
@@ -40,11 +42,11 @@ class Projection:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
-        bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-        self.weights: list[Tensor] = [base.weight for base in bases]
-        self.biases: list[Tensor | None] = [base.bias for base in bases]
-        self.sizes = [len(weight) for weight in self.weights]
-        self.folds = self.weights[0].dtype == torch.float32
+        self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
+        self.weights: list[Tensor] = [base.weight for base in self.bases]
+        self.biases: list[Tensor | None] = [base.bias for base in self.bases]
+        self.sizes = [base.out_features for base in self.bases]
+        self.folds = all(base.weight.dtype == torch.float32 for base in self.bases)
         if self.folds:
             self.fused = torch.cat([weight.detach() for weight in self.weights])
         self.refresh()
@@ -54,7 +56,7 @@ class Projection:
         """Take over the weights and the adapter as they are now."""
         pairs = [low_rank(module) for module in self.modules]
         if not self.folds:
-            dtype = self.weights[0].dtype
+            dtype = computes_in(self.bases[0])
             self.pairs = [pair and (pair[0].to(dtype), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
             return
         for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
@@ -69,10 +71,16 @@ class Projection:
         if self.folds:
             return linear(x, self.fused, self.fused_bias)
         outputs = []
-        for weight, bias, pair in zip(self.weights, self.biases, self.pairs, strict=True):
-            y = linear(x, weight, bias)
+        for base, pair in zip(self.bases, self.pairs, strict=True):
+            y = base(x)
             outputs.append(y if pair is None else y + linear(linear(x, pair[0]), pair[1]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def computes_in(layer: Any) -> torch.dtype:
+    """What its products are taken in: of packed weights, what they unpack to."""
+    dtype: torch.dtype = layer.weight.quant_state.dtype if is_packed(layer) else layer.weight.dtype
+    return dtype
 
 
 class Norm:

@@ -19,27 +19,42 @@ from typing import Any
 
 from minigrpo.config import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.tasks import gym, wordproblems
+from minigrpo.tasks import gsm8k, gym, wordproblems
 from minigrpo.tasks.functions import kind_of
+from minigrpo.tasks.rates import rated
 from minigrpo.tasks.rows import read_data
 from minigrpo.tasks.scored import reward_task as reward_task
 from minigrpo.tasks.scored import scored_task, table_of
 from minigrpo.types import Prompt, Split, Task
 
-TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task}
+TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task, "gsm8k": gsm8k.task}
+TAKES_DATA = ("gsm8k",)
+TAKES_EXAMPLE = ("gsm8k",)
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The task that the recipe names. Its prompts are checked when they are asked for: some, and no id twice."""
+    """The task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
+
+    Its prompts are checked when they are asked for: some, and no id twice.
+    """
+    return rated(with_checked_prompts(named_task(recipe)), recipe.task)
+
+
+def named_task(recipe: Recipe) -> Task:
     name = recipe.task.name
+    if recipe.task.example and name not in TAKES_EXAMPLE:
+        raise TaskError(f"task.example has no meaning for {name}: only {', '.join(TAKES_EXAMPLE)} has a worked one.")
     if ".py" in name:
-        return with_checked_prompts(own_task(name, recipe))
-    if recipe.task.data and (name in TASKS or name.startswith("rg:")):
-        raise TaskError(f"task.data has no meaning for {name}: its problems are its own. Data is for FILE.py:FUNCTION.")
+        return own_task(name, recipe)
+    if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in TAKES_DATA:
+        raise TaskError(
+            f"task.data has no meaning for {name}: its problems are its own. Data is for FILE.py:FUNCTION and "
+            f"{', '.join(TAKES_DATA)}."
+        )
     if name in TASKS:
-        return with_checked_prompts(TASKS[name](recipe))
+        return TASKS[name](recipe)
     if name.startswith("rg:"):
-        return with_checked_prompts(gym.task(name.removeprefix("rg:"), recipe))
+        return gym.task(name.removeprefix("rg:"), recipe)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
     raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME.")

@@ -13,7 +13,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,27 @@ class Row:
 
 
 Table = dict[Split, list[Row]]
+Check = Callable[[Sequence[tuple[str, Any]], str], list[Row]]
+"""Turns what was read, each with its place, into rows; the text says what all of it was read from."""
 
 
-def read_data(source: str) -> Table:
-    """Rows of a file, of a folder with train.* (and test.*), or of a Hub data set; raises TaskError."""
+def read_data(source: str, check: Check | None = None) -> Table:
+    """Rows of a file, of a folder with train.* (and test.*), or of a Hub data set; raises TaskError.
+
+    `check`: how to read rows that have other columns than a prompt.
+    """
+    check = check or checked_rows
     path = Path(source).expanduser()
     if path.is_dir():
-        return read_folder(path)
+        return read_folder(path, check)
     if path.is_file():
-        return divided(read_file(path), source)
+        return divided(read_file(path, check), source)
     if path.suffix.lower() in KINDS or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise TaskError(f"task.data {source!r} is missing; is the path right from {Path.cwd()}?")
-    return read_hub(source)
+    return read_hub(source, check)
 
 
-def read_folder(folder: Path) -> Table:
+def read_folder(folder: Path, check: Check) -> Table:
     files: dict[Split, list[Path]] = {"train": [], "test": []}
     for split, found in files.items():
         found += [folder / f"{split}{kind}" for kind in KINDS if (folder / f"{split}{kind}").is_file()]
@@ -58,13 +64,13 @@ def read_folder(folder: Path) -> Table:
             raise TaskError(f"{folder} has {found[0].name} and {found[1].name}. Leave one of them.")
     if not files["train"]:
         raise TaskError(f"{folder} has no train file. Put train.jsonl into it (or {', '.join(KINDS[1:])}).")
-    train = read_file(files["train"][0])
+    train = read_file(files["train"][0], check)
     if not files["test"]:
         return divided(train, str(folder))
-    return {"train": train, "test": read_file(files["test"][0])}
+    return {"train": train, "test": read_file(files["test"][0], check)}
 
 
-def read_file(path: Path) -> list[Row]:
+def read_file(path: Path, check: Check) -> list[Row]:
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise TaskError(f"{path} is a {kind or 'nameless'} file. Rows come from {', '.join(KINDS)}.")
@@ -72,14 +78,14 @@ def read_file(path: Path) -> list[Row]:
         rows = {".jsonl": lines_of, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}[kind](path)
     except OSError as fault:
         raise TaskError(f"{path} cannot be read: {fault.strerror or fault}.") from None
-    return checked_rows(rows, str(path))
+    return check(rows, str(path))
 
 
 def lines_of(path: Path) -> list[tuple[str, Any]]:
     """JSON lines, each with its place. Empty lines are passed over."""
     with path.open("rb") as stream:
         pieces = [(f"{path}:{number}", raw) for number, raw in enumerate(stream, 1)]
-    return [(where, parsed(text(raw, where), where)) for where, raw in pieces if raw.strip()]
+    return [(where, parsed(text(raw, where).rstrip("\r\n"), where)) for where, raw in pieces if raw.strip()]
 
 
 def json_rows(path: Path) -> list[tuple[str, Any]]:
@@ -119,13 +125,16 @@ def parquet_rows(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def read_hub(source: str) -> Table:
-    """`owner/name`, or `owner/name:CONFIG`; its train split, and its test split where it has one."""
+def read_hub(source: str, check: Check, revision: str | None = None) -> Table:
+    """`owner/name`, or `owner/name:CONFIG`; its train split, and its test split where it has one.
+
+    `revision`: a commit of the data set; the newest where it is None.
+    """
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        found = datasets.load_dataset(name, config or None)
+        found = datasets.load_dataset(name, config or None, revision=revision)
     except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty kinds between them
         reason = " ".join(str(fault).split())[:300]
         raise TaskError(
@@ -134,16 +143,16 @@ def read_hub(source: str) -> Table:
         ) from fault
     if "train" not in found:
         raise TaskError(f"The data set {source} has no train split, but {', '.join(found)}. Save it as train.jsonl.")
-    train = hub_rows(found["train"], f"{source} train")
+    train = hub_rows(found["train"], f"{source} train", check)
     return (
-        {"train": train, "test": hub_rows(found["test"], f"{source} test")}
+        {"train": train, "test": hub_rows(found["test"], f"{source} test", check)}
         if "test" in found
         else divided(train, source)
     )
 
 
-def hub_rows(rows: Iterable[Any], where: str) -> list[Row]:
-    return checked_rows([(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)], where)
+def hub_rows(rows: Iterable[Any], where: str, check: Check) -> list[Row]:
+    return check([(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)], where)
 
 
 def text(raw: bytes, where: str) -> str:

@@ -1,0 +1,338 @@
+"""The plan of a run's memory: every line of it, what it would take at its height, and whether that fits.
+
+A run's height is in its rollouts or in its updates, whichever is higher; what is held all the time counts in both.
+What is chosen here: tokens per pass, whether activations are recomputed, how many rows are sampled side by side.
+
+Not covered: what other programs take meanwhile, and completions of very uneven length, whose padding inside attention
+may exceed that of equally long ones. Memory that runs out all the same is met in `shortage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from minigrpo.config import Recipe
+from minigrpo.decoding import Sampling, Wave, native_sampling, transformers_sampling
+from minigrpo.engines.lean import is_lean
+from minigrpo.packing import Part
+from minigrpo.policy import Policy
+from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
+
+When = Literal["always", "rollout", "update"]
+
+SHARE = 0.9
+"""Of the budget: an allocator cannot hand out every hole between two blocks, and other programs breathe."""
+
+MOST, LEAST = 32768, 256
+"""Tokens per pass. Beyond MOST a longer row makes matrix products no faster, and only takes memory."""
+
+ENOUGH = 1024
+"""Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
+
+LIBRARIES = 16 << 20
+"""What matrix products borrow on a CPU to sort their inputs: measured, 4 to 13 MB."""
+
+PRODUCTS, PRODUCT = 1024, 330_000
+"""oneDNN compiles 16-bit products of a CPU for their shapes, and keeps the last 1024 of them, so many bytes each
+(measured). A rollout meets four new shapes with every token.
+"""
+
+CONTEXT = 600 << 20
+"""What CUDA and its libraries hold on a GPU before the first tensor, cuBLAS's work space included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`when` it counts; `about`: what it is, in a few words."""
+
+    name: str
+    bytes: int
+    when: When
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run would take place. `free`: bytes still to be had; `limit`: most that the run may take in all.
+
+    `resident`: what this process holds already, in main memory; `opened`: the lines that are among it, or on the GPU.
+    """
+
+    device: str
+    dtype: torch.dtype
+    free: int
+    limit: int | None = None
+    resident: int = 0
+    opened: tuple[str, ...] = ()
+
+
+OPEN_POLICY = ("weights", "adapter", "reference", "warm start")
+OPEN_ENGINE = "engine copies"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes and tokens. `fits`: the highest moment stays below SHARE of the budget."""
+
+    device: str
+    dtype: str
+    budget: int
+    prompt: int
+    completion: int
+    tokens_per_pass: int
+    pass_tokens: int
+    recompute: bool
+    rows: int
+    lines: tuple[Line, ...]
+    advice: tuple[str, ...] = ()
+
+    def at(self, when: When) -> int:
+        return sum(line.bytes for line in self.lines if line.when in ("always", when))
+
+    @property
+    def peak(self) -> int:
+        return max(self.at("rollout"), self.at("update"))
+
+    def line(self, name: str) -> int:
+        """Bytes; 0 where the plan has no such line."""
+        return next((line.bytes for line in self.lines if line.name == name), 0)
+
+    @property
+    def update_rises(self) -> int:
+        """What an update takes on top of what is held all the time."""
+        return sum(line.bytes for line in self.lines if line.when == "update")
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= SHARE * self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"fits": self.fits, "peak": self.peak, "rollout": self.at("rollout"), "update": self.at("update")}
+        return asdict(self) | own
+
+
+def make_plan(config: Any, recipe: Recipe, place: Place, prompt: int, *, rollout: bool = True) -> Plan:
+    """`config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False leaves its lines out.
+
+    Raises UnplannableError, and RecipeError where lora.targets fits no layer.
+    """
+    return _Planner(config, recipe, place, max(1, prompt), rollout=rollout).plan()
+
+
+def batch_tokens(recipe: Recipe, prompt: int) -> int:
+    """Of a step whose completions are all as long as they may be."""
+    return recipe.rollout.prompts * (prompt - 1 + recipe.rollout.completions * recipe.rollout.max_tokens)
+
+
+def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> Part:
+    """The longest micro-batch that a step could cut: prompts and completions as long as they may be."""
+    knobs = recipe.rollout
+    own = prompt - 1 + knobs.completions * knobs.max_tokens
+    if own <= tokens_per_pass:
+        groups = min(knobs.prompts, tokens_per_pass // own)
+        return uniform_part(prompt, knobs.completions, knobs.max_tokens, groups=groups, vocabulary=vocabulary)
+    siblings = max(1, (tokens_per_pass - (prompt - 1)) // knobs.max_tokens)
+    return uniform_part(prompt, min(siblings, knobs.completions), knobs.max_tokens, vocabulary=vocabulary)
+
+
+class _Planner:
+    """Counts what has to be counted once, and tries choices until one fits."""
+
+    def __init__(self, config: Any, recipe: Recipe, place: Place, prompt: int, *, rollout: bool) -> None:
+        self.rollout = rollout
+        self.config, self.recipe, self.place, self.prompt = config, recipe, place, prompt
+        self.bare = self._shadow(recompute=False)
+        self.passes: dict[tuple[bool, int], Pass] = {}
+
+    def plan(self) -> Plan:
+        """The first choice that fits; where none does, the smallest, and what could be turned."""
+        knob = self.recipe.model.checkpointing
+        plan = self._longest(recompute=knob == "on")
+        enough = min(ENOUGH, batch_tokens(self.recipe, self.prompt))
+        settled = plan.fits and (self.recipe.train.tokens_per_pass > 0 or plan.pass_tokens >= enough)
+        if knob == "auto" and not settled:
+            again = self._longest(recompute=True)
+            if not plan.fits or (again.fits and again.pass_tokens > plan.pass_tokens):
+                plan = again
+        return plan if plan.fits else replace(plan, advice=advice(plan, self.recipe))
+
+    def _longest(self, recompute: bool) -> Plan:
+        """By bisection over powers of two: more tokens never take less."""
+        own = self.recipe.train.tokens_per_pass
+        sizes = [own] if own else [n for n in _powers() if n < 2 * batch_tokens(self.recipe, self.prompt)] or [LEAST]
+        best, rest = sizes[0], sizes[:-1]
+        if self._with(recompute, sizes[-1]).fits:
+            return self._with(recompute, sizes[-1])
+        while rest:
+            middle = len(rest) // 2
+            if self._with(recompute, rest[middle]).fits:
+                best, rest = rest[middle], rest[middle + 1 :]
+            else:
+                rest = rest[:middle]
+        return self._with(recompute, best)
+
+    def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
+        part = largest_part(self.recipe, self.prompt, tokens_per_pass)
+        key = (recompute, part.tokens)
+        if key not in self.passes:
+            self.passes[key] = training_pass(
+                self._shadow(recompute=True) if recompute else self.bare,
+                part,
+                self.place.device,
+                entropy_learns=self.recipe.objective.entropy > 0,
+            )
+        rows, sampling = self.sampling
+        lines = (*self.held, *self._update_lines(part, self.passes[key]), *self._rollout_lines(rows, sampling))
+        return Plan(
+            device=self.place.device,
+            dtype=str(self.place.dtype).removeprefix("torch."),
+            budget=self._budget(self.held),
+            prompt=self.prompt,
+            completion=self.recipe.rollout.max_tokens,
+            tokens_per_pass=tokens_per_pass,
+            pass_tokens=part.tokens,
+            recompute=recompute,
+            rows=rows,
+            lines=tuple(line for line in lines if line.bytes),
+        )
+
+    def _shadow(self, *, recompute: bool) -> Policy:
+        return shadow(self.config, self.recipe, self.place.dtype, recompute=recompute)
+
+    @cached_property
+    def held(self) -> tuple[Line, ...]:
+        """What is there in rollouts and updates alike."""
+        return self._held(self.sampling[1].copies)
+
+    def _held(self, copies: int) -> tuple[Line, ...]:
+        recipe, policy = self.recipe, self.bare
+        trained = sum(parameter.nbytes for parameter in policy.trainable)
+        every = sum(p.nbytes for p in policy.model.parameters()) + sum(b.nbytes for b in policy.model.buffers())
+        adapter = 0 if recipe.train.full else trained
+        saved = quantised_share(policy)[0] if recipe.model.quantize == "nf4" else 0
+        kl = recipe.objective.kl > 0
+        copy = every if kl and recipe.train.full and recipe.train.reference != "cpu" else 0
+        kind = "4 bit" if saved else str(self.place.dtype).removeprefix("torch.")
+        loaded = (
+            Line("weights", every - adapter - saved, "always", f"the model, {kind}"),
+            Line("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
+            Line("reference", copy, "always", "a frozen copy for the KL term"),
+            Line("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
+            Line(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
+        )
+        moments = Line("optimizer", 2 * trained, "always", "AdamW's two moments")
+        return (self._program(loaded), *loaded, moments)
+
+    def _program(self, loaded: tuple[Line, ...]) -> Line:
+        if self.place.device != "cpu":
+            return Line("program", CONTEXT, "always", "CUDA and its libraries")
+        own = max(0, self.place.resident - self._opened(loaded))
+        return Line("program", own + LIBRARIES, "always", "Python and its libraries")
+
+    def _opened(self, lines: tuple[Line, ...]) -> int:
+        return sum(line.bytes for line in lines if line.name in self.place.opened)
+
+    def _budget(self, lines: tuple[Line, ...]) -> int:
+        """What the whole run may take: what is free, and what it holds already."""
+        own = self.place.resident if self.place.device == "cpu" else CONTEXT + self._opened(lines)
+        return min(self.place.free + own, self.place.limit or self.place.free + own)
+
+    def _update_lines(self, part: Part, cost: Pass) -> tuple[Line, ...]:
+        gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
+        # attention.py keeps the masks of the last four shapes, of which the pass itself counts one.
+        masks = 3 * len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
+        quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
+        return (
+            Line("gradients", gradients, "update", "of what is trained"),
+            Line("activations", cost.kept, "update", f"kept for the backward pass: {part.tokens} tokens"),
+            Line("update, passing", cost.passing, "update", f"highest in the {cost.phase}"),
+            Line("attention masks", masks if self.bare.shares_prompts else 0, "update", "of earlier passes"),
+            Line("unpacked layer", quantised, "update", "the largest 4-bit layer in 16 bit"),
+        )
+
+    def _rollout_lines(self, rows: int, cost: Sampling) -> tuple[Line, ...]:
+        tokens = self.recipe.rollout.max_tokens
+        longest = f"{self.prompt} + {tokens} tokens"
+        compiles = self.rollout and self.place.device == "cpu" and self.place.dtype != torch.float32
+        products = PRODUCT * min(PRODUCTS, 4 * tokens) if compiles else 0
+        return (
+            Line("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
+            Line("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
+            Line("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
+        )
+
+    @cached_property
+    def sampling(self) -> tuple[int, Sampling]:
+        """(rows side by side, what they cost): as many as the recipe asks for, or by halves as many as fit."""
+        rows = self.recipe.rollout.rows
+        if not self.rollout:
+            return rows, Sampling(0, 0, 0, "")
+        while True:
+            cost = max((self._sampled(wave) for wave in self._waves(rows)), key=lambda cost: cost.peak)
+            held = self._held(cost.copies)
+            room = SHARE * self._budget(held) - sum(line.bytes for line in held)
+            if cost.peak <= room or rows <= self.recipe.rollout.completions:
+                return min(rows, max(wave.rows for wave in self._waves(rows))), cost
+            rows = max(rows // 2, self.recipe.rollout.completions)
+
+    def _waves(self, rows: int) -> tuple[Wave, ...]:
+        """Training's, and evaluation's: one completion each of many prompts, none of which share one."""
+        knobs = self.recipe.rollout
+        at_once = max(1, min(rows // knobs.completions, knobs.prompts))
+        asked = min(rows, self.recipe.eval.limit)
+        lengths = (self.prompt, knobs.max_tokens)
+        return Wave(at_once, knobs.completions, *lengths), Wave(asked, 1, *lengths)
+
+    def _sampled(self, wave: Wave) -> Sampling:
+        native = self.recipe.rollout.engine != "transformers" and is_lean(self.bare.model)
+        count = native_sampling if native else transformers_sampling
+        try:
+            return count(self.bare, wave, self.recipe.rollout.temperature, self.place.device)
+        except (NotImplementedError, RuntimeError) as fault:
+            raise UnplannableError(str(fault).splitlines()[0]) from fault
+
+
+def _powers() -> list[int]:
+    return [LEAST << n for n in range((MOST // LEAST).bit_length())]
+
+
+def advice(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
+    """What to turn where nothing fits, in the order of what it would spare."""
+    size: Mapping[str, int] = {line.name: line.bytes for line in plan.lines}
+    trained = size.get("optimizer", 0) + size.get("gradients", 0)
+    rolls = plan.at("rollout") - plan.at("update")
+    choices = [
+        (recipe.train.full, trained, "train an adapter: --train.full false"),
+        (recipe.train.full, size.get("reference", 0), "keep the reference in main memory: --train.reference cpu"),
+        (
+            not recipe.train.full and recipe.model.quantize == "none" and plan.device != "cpu",
+            int(0.7 * size["weights"]),
+            "hold the frozen weights in 4 bit: --model.quantize nf4",
+        ),
+        (not recipe.train.full and recipe.lora.rank > 8, trained // 2, f"--lora.rank {max(8, recipe.lora.rank // 2)}"),
+        (recipe.model.checkpointing == "off", size["activations"] // 2, "--model.checkpointing auto"),
+        (recipe.train.tokens_per_pass > LEAST, size["activations"] // 2, "--train.tokens_per_pass 0"),
+        (
+            rolls < 0,
+            (size["activations"] + size["update, passing"]) // 2,
+            f"shorter completions: --rollout.max_tokens {max(1, recipe.rollout.max_tokens // 2)}",
+        ),
+        (
+            rolls >= 0 and recipe.rollout.completions > 2,
+            size["cache"] // 2,
+            f"--rollout.completions {max(2, recipe.rollout.completions // 2)}",
+        ),
+        (
+            rolls >= 0,
+            size["cache"] // 2,
+            f"--rollout.max_tokens {max(1, recipe.rollout.max_tokens // 2)}",
+        ),
+        (True, size["weights"] // 2, "a smaller model: --model.path"),
+    ]
+    ordered = sorted((each for each in choices if each[0] and each[1]), key=lambda each: -each[1])
+    return tuple(sentence for _, _, sentence in ordered)

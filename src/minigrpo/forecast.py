@@ -1,0 +1,80 @@
+"""A plan before anything is loaded: the model's config and its tokenizer are enough, and no GPU need be here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigrpo.budget import Place, Plan, make_plan
+from minigrpo.config import Recipe
+from minigrpo.engines.context import longest_prompt
+from minigrpo.errors import ModelError
+from minigrpo.loading import DTYPES, pick_device, pick_dtype
+from minigrpo.plan import elsewhere, here
+from minigrpo.render import set_options
+from minigrpo.rollout import prompts_of
+from minigrpo.shadow import UnplannableError
+from minigrpo.tasks import open_task
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What is known of a model without its weights."""
+
+    config: Any
+    tokenizer: Any
+
+
+def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
+    """The plan of a whole run: on a GPU of so many GB, or on this machine.
+
+    Raises ModelError where the model's config or tokenizer cannot be read, or its memory depends on its weights.
+    """
+    place = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe)
+    sketch = sketch_of(recipe)
+    prompt = longest_prompt(prompts_of(open_task(recipe), "train"), sketch.tokenizer)
+    try:
+        return make_plan(sketch.config, recipe, place, prompt)
+    except UnplannableError as fault:
+        raise ModelError(
+            f"the memory of {recipe.model.path} cannot be told from its config: its shapes depend on values ({fault}). "
+            "A run measures it instead"
+        ) from None
+
+
+def _gpu(recipe: Recipe, gigabytes: float) -> Place:
+    """Weights as they would be there: bfloat16 and float16 take the same."""
+    auto = torch.float32 if recipe.train.full else torch.bfloat16
+    dtype = auto if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+    return elsewhere(min(gigabytes, recipe.train.memory or gigabytes), dtype)
+
+
+def _this_machine(recipe: Recipe) -> Place:
+    import peft  # noqa: F401  (what a run imports must count in what the program takes)
+
+    device = pick_device(recipe.model.device)
+    return here(recipe, device, pick_dtype(recipe.model.dtype, device))
+
+
+def sketch_of(recipe: Recipe) -> Sketch:
+    """Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
+    from minigrpo import seedling
+
+    path, revision = recipe.model.path, recipe.model.revision
+    if seedling.is_seedling(path):
+        return Sketch(*seedling.sketch(path, recipe.seed))
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(path).expanduser()
+    source = str(folder) if folder.exists() else path
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except Exception as fault:  # transformers and the Hub client raise some twenty kinds between them
+        reason = " ".join(str(fault).split())[:300]
+        raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault
+    set_options(tokenizer, recipe.model.template)
+    return Sketch(config, tokenizer)

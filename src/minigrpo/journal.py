@@ -1,0 +1,53 @@
+"""Answers of an evaluation, kept as they come, so that a killed one goes on where it stopped.
+
+The first line says what was asked, of which model; where that is no longer the same, what follows is not believed. A
+line that a kill cut short is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigrpo.rundir import writing
+from minigrpo.teaching import group_data, group_of
+from minigrpo.types import Group, Prompt
+
+
+class Journal:
+    """`asked`: everything that an answer depends on, as JSON has it."""
+
+    def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
+        self.file = file
+        self.head = json.dumps({"asked": asked}, sort_keys=True, default=str)
+
+    def known(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
+        """The groups that stand here already, by prompt; the journal holds nothing else from then on."""
+        by_id = {prompt.id: prompt for prompt in prompts}
+        rows = [row for row in self._rows() if row["prompt"] in by_id]
+        with writing(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [self.head, *(json.dumps(row) for row in rows)]
+            self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return {row["prompt"]: group_of(row, by_id) for row in rows}
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Raises ArtifactError where the disk is full."""
+        with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(group_data(group), default=str) + "\n" for group in groups)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if not self.file.is_file():
+            return
+        head, *lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if head != self.head:
+            return
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and {"prompt", "completions", "grades"} <= row.keys():
+                yield row

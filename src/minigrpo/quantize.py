@@ -1,0 +1,71 @@
+"""Frozen linear layers in 4 bit: NF4 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314).
+
+bitsandbytes packs the weights and unpacks them, on a CPU and on a GPU. The output head and the embeddings keep their
+type, so what is tied stays tied. A 4-bit layer computes in the type that its weights had.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigrpo.errors import ModelError
+from minigrpo.lora import mute_bitsandbytes
+
+HERE = "pip install 'minigrpo[qlora]'"
+
+
+def in_four_bit(model: Any, device: torch.device) -> Any:
+    """The model with every plain linear layer but its head packed, layer by layer, on `device`.
+
+    The rest stays where it was. Raises ModelError where bitsandbytes is missing, or the weights are packed already.
+    """
+    _check(model)
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear and layer is not head:
+                setattr(parent, name, _packed(layer, device))
+    model.is_loaded_in_4bit = True  # what PEFT asks before it wraps a layer
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all weights, with what unpacking the packed ones needs."""
+    tensors: dict[int, torch.Tensor] = {}
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        parts = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        tensors |= {tensor.untyped_storage().data_ptr(): tensor for tensor in (weight.data, *parts)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def _check(model: Any) -> None:
+    mute_bitsandbytes()
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ModelError(f"model.quantize nf4 needs bitsandbytes, which is not installed: {HERE}") from None
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            "model.quantize nf4: the weights of this model are quantised already. Give its 16-bit original as "
+            "--model.path, or leave model.quantize at none."
+        )
+
+
+def _packed(layer: nn.Linear, device: torch.device) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    dtype = layer.weight.dtype
+    packed: Any = Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=packed)
+    packed.weight = weight.to(device)
+    packed.bias = layer.bias
+    # Else it repacks its weights at the first pass without a gradient, for a kernel that has none: later gradients
+    # would be lost without a word.
+    packed.support_avx512bf16_for_cpu = False
+    return packed

@@ -1,0 +1,141 @@
+"""When memory runs out all the same: smaller passes, the same gradient.
+
+On a GPU, and where a CPU's allocator says no, the step is begun again with passes of half the size. A kernel that runs
+short kills the process instead, and says nothing: so while memory is tight an update leaves a note in the run's folder,
+and takes it away when it is done. A resumed run that finds one halves its passes before it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from minigrpo.errors import RecipeError
+from minigrpo.packing import Bundle, Part
+from minigrpo.rundir import RunDir, write_json
+
+Work = TypeVar("Work")
+
+NOTE = "updating.json"
+TIGHT = 1.5
+"""Memory is tight where an update is planned to take more than the free memory divided by this."""
+
+
+def ran_out(fault: BaseException) -> bool:
+    """Whether this is an allocator's way to say that there is no more."""
+    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = str(fault)
+    return isinstance(fault, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
+
+
+def with_room(
+    work: Callable[[Sequence[Part]], Work], parts: Sequence[Part], budget: int, *, clear: Callable[[], None]
+) -> tuple[Work, int]:
+    """What `work` makes of the micro-batches, and the tokens per pass with which it could.
+
+    Nothing that a failed try added may stay: `clear` throws its gradients away. Raises RecipeError where no cut is
+    left.
+    """
+    while True:
+        try:
+            return work(parts), budget
+        except (RuntimeError, MemoryError) as fault:
+            if not ran_out(fault):
+                raise
+            told = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        # Beyond the handler: until then the traceback holds the tensors of the pass that failed.
+        clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        budget, parts = _halved(parts, budget, told)
+
+
+def _halved(parts: Sequence[Part], budget: int, told: str) -> tuple[int, list[Part]]:
+    longest = max(part.tokens for part in parts)
+    smaller = budget // 2
+    while smaller >= longest:
+        smaller //= 2
+    pieces = [piece for part in parts for piece in cut(part, smaller)]
+    if len(pieces) == len(parts):
+        raise RecipeError(
+            f"Memory ran out in a pass over a single completion, which cannot be cut ({told[:120]}). See what takes "
+            "it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --model.checkpointing on takes less"
+        )
+    return smaller, pieces
+
+
+def cut(part: Part, tokens_per_pass: int) -> Iterator[Part]:
+    """The same tokens in smaller micro-batches, with all that is known of them."""
+    start = 0
+    for bundles in _bundles(part, tokens_per_pass):
+        stop = start + sum(n for bundle in bundles for n in bundle.lengths)
+        here = slice(start, stop)
+        known: dict[str, Any] = {
+            name: None if (value := getattr(part, name)) is None else value[here]
+            for name in ("advantages_N", "weights_N", "shares_N", "engine_N", "old_N", "ref_N", "chosen_N")
+        }
+        yield replace(part, bundles=tuple(bundles), **known)
+        start = stop
+
+
+def _bundles(part: Part, tokens_per_pass: int) -> Iterator[list[Bundle]]:
+    waiting: list[Bundle] = []
+    for bundle in part.bundles:
+        for piece in _pieces(bundle, tokens_per_pass):
+            # Siblings are counted alike in all bundles of a row, so a piece of a group has a row of its own.
+            alike = not waiting or len(waiting[0].siblings) == len(piece.siblings)
+            if waiting and (not alike or sum(b.tokens for b in waiting) + piece.tokens > tokens_per_pass):
+                yield waiting
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield waiting
+
+
+def _pieces(bundle: Bundle, tokens_per_pass: int) -> Iterator[Bundle]:
+    """A group too long for one pass, as pieces of its siblings; each pays for the prompt again."""
+    start, shared = 0, len(bundle.prompt_ids) - 1
+    while start < len(bundle.siblings):
+        stop, tokens = start + 1, shared + bundle.lengths[start]
+        while stop < len(bundle.siblings) and tokens + bundle.lengths[stop] <= tokens_per_pass:
+            tokens += bundle.lengths[stop]
+            stop += 1
+        yield Bundle(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
+        start = stop
+
+
+@contextmanager
+def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
+    """A note beside the run while an update takes `needs` bytes and no more than `free` are there, if that is tight.
+
+    An exception takes it away as well: only a process that is killed leaves it.
+    """
+    if needs * TIGHT <= free:
+        yield
+        return
+    note = run.path / NOTE
+    write_json(note, what | {"needs": needs, "free": free})
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
+    """The note of an update that never ended; it is taken away. A damaged one counts, for only an update writes it."""
+    note = run.path / NOTE
+    if not note.is_file():
+        return None
+    text = note.read_text(encoding="utf-8")
+    note.unlink()
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return found

@@ -1,0 +1,99 @@
+"""How hard each training prompt is, from an evaluation over them: what is too hard or too easy is left out.
+
+    minigrpo evaluate MODEL --split train -n 8 --out rates.json
+    minigrpo train RECIPE --task.rates rates.json --task.hardest 0.1 --task.easiest 0.9
+
+A prompt that is never solved, or always, has siblings that tie, and teaches nothing (arXiv 2503.14476).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from minigrpo.config import TaskKnobs
+from minigrpo.errors import TaskError
+from minigrpo.types import Prompt, Split, Task
+
+
+def rated(task: Task, knobs: TaskKnobs) -> Task:
+    """The task with only those of its training prompts whose rate lies within [hardest, easiest]; raises TaskError."""
+    source = knobs.rates
+    if source is None:
+        if knobs.hardest > 0 or knobs.easiest < 1:
+            raise TaskError(
+                "task.hardest and task.easiest have no meaning without task.rates: measure first, with "
+                "minigrpo evaluate MODEL --split train -n 8 --out rates.json"
+            )
+        return task
+    if knobs.hardest > knobs.easiest:
+        raise TaskError(f"task.hardest {knobs.hardest:g} is above task.easiest {knobs.easiest:g}: nothing lies within.")
+
+    @cache
+    def training() -> Sequence[Prompt]:
+        return within(task.prompts("train"), read_rates(Path(source).expanduser(), task.name), knobs)
+
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return training() if split == "train" else task.prompts(split)
+
+    return replace(task, prompts=prompts)
+
+
+def within(prompts: Sequence[Prompt], rates: Mapping[str, float], knobs: TaskKnobs) -> list[Prompt]:
+    known = [prompt for prompt in prompts if prompt.id in rates]
+    if not known:
+        raise TaskError(
+            f"{knobs.rates} knows none of the {len(prompts)} training prompts. Measure them with the same task.data, "
+            "task.size and seed."
+        )
+    if len(known) < len(prompts):
+        warnings.warn(
+            f"{knobs.rates} does not know {len(prompts) - len(known)} of the {len(prompts)} training prompts. They are "
+            f"left out; to measure them all: minigrpo evaluate MODEL --split train --limit {len(prompts)}",
+            stacklevel=2,
+        )
+    kept = [prompt for prompt in known if knobs.hardest <= rates[prompt.id] <= knobs.easiest]
+    if not kept:
+        easy = sum(rates[prompt.id] > knobs.easiest for prompt in known)
+        raise TaskError(
+            f"Of {len(known)} training prompts {len(known) - easy} are solved less often than task.hardest "
+            f"{knobs.hardest:g} and {easy} more often than task.easiest {knobs.easiest:g}, so none is left. Widen them."
+        )
+    return kept
+
+
+def read_rates(path: Path, task: str) -> dict[str, float]:
+    """Share of right answers of each prompt in an evaluation's JSON."""
+    measure = "Make it with: minigrpo evaluate MODEL --split train -n 8 --out"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TaskError(f"task.rates {str(path)!r} is missing. {measure} {path}") from None
+    except OSError as fault:
+        raise TaskError(f"task.rates {str(path)!r} cannot be read: {fault.strerror or fault}.") from None
+    except (ValueError, RecursionError):
+        raise TaskError(f"task.rates {str(path)!r} is no JSON. {measure} {path}") from None
+    try:
+        split, name, answers = found["split"], found["task"], found["scores"]["answers"]
+        rates = shares(answers)
+    except (KeyError, TypeError, AttributeError):
+        raise TaskError(f"task.rates {str(path)!r} is no evaluation. {measure} {path}") from None
+    if split != "train":
+        raise TaskError(f"task.rates {str(path)!r} was measured on the {split} split. {measure} {path}")
+    if name != task:
+        raise TaskError(
+            f"task.rates {str(path)!r} was measured on the task {name}, and this is {task}. {measure} {path}"
+        )
+    return rates
+
+
+def shares(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    solved: dict[str, list[bool]] = {}
+    for answer in answers:
+        solved.setdefault(answer["prompt"], []).append(bool(answer["solved"]))
+    return {name: sum(right) / len(right) for name, right in solved.items()}
