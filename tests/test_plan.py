@@ -64,12 +64,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 @linux
+@pytest.mark.long  # what a library holds besides differs from machine to machine
 def test_an_update_takes_what_was_planned() -> None:
     small = case("qwen2", size(256, 2, 4, 2, 8000), 8, (1, 8, 65, 128))
     assert 0.95 <= planned_over_measured("update", small) <= 1.15
 
 
 @linux
+@pytest.mark.long
 def test_a_rollout_takes_what_was_planned() -> None:
     small = case("llama", size(256, 2, 4, 4, 8000), 8, (8, 32, 65, 70))
     assert 0.95 <= planned_over_measured("rollout", small) <= 1.15
