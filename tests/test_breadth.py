@@ -15,9 +15,10 @@ from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
 from minigrpo.recipefile import load_recipe
+from minigrpo.render import render
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track
-from minigrpo.types import Grade, Prompt, Task
+from minigrpo.types import Grade, Prompt, Sampling, Task
 
 
 def letters(step: float = 0.25) -> Task:
@@ -150,6 +151,39 @@ def test_the_checkpoint_that_did_best_on_held_out_prompts_is_kept_and_taken(
         assert torch.equal(one, two)
     asked = {json.loads(line)["prompt"] for line in run.groups.read_text().splitlines()}
     assert len(asked) <= 16
+
+
+def test_the_engine_that_is_handed_on_speaks_with_the_weights_that_were_taken(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Evaluation follows in the same process: it must judge what was delivered, not the last step."""
+    recipe = recipe_for(tiny_folder(), eval__every=4, eval__held_out=4, save__take="best", train__lr=0.05)
+    policy, run = open_policy(recipe), RunDir(tmp_path / "run")
+    run.path.mkdir()
+    engine = open_engine(policy, recipe)
+    grpo(recipe, letters(), policy, engine, Track(run, recipe.train.steps))
+    asked = [render(policy.tokenizer, letters().prompts("train")[0])]
+    fresh = open_engine(policy, recipe)
+    fresh.update(policy)
+    assert engine.generate(asked, 4, Sampling(1.0, 8, 0)) == fresh.generate(asked, 4, Sampling(1.0, 8, 0))
+
+
+def test_a_step_that_looks_like_an_explosion_is_never_the_best(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out accuracy that leaps while training is in ruins: such steps have no checkpoint to be taken from."""
+    calls = iter(range(10**6))
+
+    def grade(prompt: Prompt, text: str) -> Grade:
+        count = next(calls)
+        if count < 48:  # three steps of twelve answers, and four held-out ones
+            return Grade(float(count % 4))
+        return Grade(-1.0 - 1e-9 * count, formed=False, solved=True)
+
+    changes = {"eval__every": 1, "eval__held_out": 4, "save__take": "best", "save__every": 10}
+    recipe = recipe_for(tiny_folder(), watch__explosion=20, watch__patience=20, **changes)
+    train(recipe, RunDir(tmp_path / "run"), Task("ruined", letters().prompts, grade))
+    assert "Taken: the weights of step 3" in capfd.readouterr().err
 
 
 def test_a_run_without_any_step_has_a_checkpoint_so_a_full_disk_is_found_at_once(

@@ -87,6 +87,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
             if stop:
                 return
     keeper.finish()
+    engine.update(policy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,10 +117,11 @@ class Keeper:
         """Take the figures of a step to heart: the same from a log as from a step just done."""
         self.bonus = self.bonus.after(metrics.get("entropy"))
         self.failures = self.failures + 1 if metrics.get("skipped") else 0
-        if metrics.get("eval/accuracy") is not None:
+        self.explosion = self.watch.after(step, metrics)
+        # What looks like an explosion is not saved, so it cannot be the best that is kept either.
+        if metrics.get("eval/accuracy") is not None and not self.watch.suspicious:
             judged = (metrics["eval/accuracy"], metrics.get("eval/reward") or 0.0, step)
             self.best = max(self.best, judged) if self.best else judged
-        self.explosion = self.watch.after(step, metrics)
         return self.alarms.after(step, metrics)
 
     def _save(self, step: int) -> None:
