@@ -13,11 +13,12 @@ from rich.console import Console
 
 from benchmarks.sides import BenchmarkError, Setup, Turn
 from benchmarks.workloads import task_of
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TaskKnobs, TrainKnobs
+from minigrpo.config import Recipe
 from minigrpo.engines import stop_ids
 from minigrpo.engines.native import NativeEngine
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
+from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track
 from minigrpo.types import Grade, Group, Prompt, Task
@@ -26,8 +27,8 @@ SHOWN = {
     "model": ("dtype", "checkpointing"),
     "lora": ("rank", "alpha", "dropout", "targets"),
     "rollout": ("prompts", "completions", "temperature", "max_tokens", "rows"),
-    "objective": ("name", "kl", "importance"),
-    "train": ("lr", "grad_norm", "tokens_per_pass"),
+    "objective": ("name", "clip_low", "clip_high", "kl", "importance"),
+    "train": ("full", "reference", "lr", "grad_norm", "tokens_per_pass"),
 }
 
 
@@ -42,17 +43,28 @@ def run(setup: Setup, turn: Turn) -> None:
     grpo(recipe, clock.task, policy, forced_engine(setup, policy, recipe.rollout.rows), track)
 
 
-def recipe_of(setup: Setup) -> Recipe:
-    """The defaults of the package, but for what the comparison fixes. It never comes to a checkpoint."""
+def recipe_of(setup: Setup, **more: Any) -> Recipe:
+    """The workload's recipe, or the package's defaults with a LoRA of rank 64, but for what the comparison fixes.
+
+    It never comes to a checkpoint. `more`: knobs for this one call, with "__" for the dot.
+    """
     workload, never = setup.workload, 10**6
-    return Recipe(
-        model=ModelKnobs(path=str(setup.folder), dtype=setup.dtype, device="cpu"),  # type: ignore[arg-type]
-        lora=LoraKnobs(rank=64, alpha=128, dropout=0, targets="all-linear"),
-        task=TaskKnobs(size=workload.prompts),
-        rollout=RolloutKnobs(prompts=workload.prompts, completions=workload.completions, max_tokens=workload.limit),
-        train=TrainKnobs(steps=never, threads=setup.threads),
-        save=SaveKnobs(every=never),
-    )
+    given = [("lora.rank", 64), ("lora.alpha", 128), ("lora.dropout", 0.0)] if workload.recipe is None else []
+    fixed: dict[str, Any] = {
+        "model.path": str(setup.folder),
+        "model.dtype": setup.dtype.partition("+")[0],
+        "model.device": "cpu",
+        "task.name": "wordproblems",  # named, not used: prompts and rewards are the workload's
+        "task.size": workload.prompts,
+        "rollout.prompts": workload.prompts,
+        "rollout.completions": workload.completions,
+        "rollout.max_tokens": workload.limit,
+        "train.steps": never,
+        "train.threads": setup.threads,
+        "save.every": never,
+    }
+    changed = {name.replace("__", "."): value for name, value in more.items()}
+    return load_recipe(workload.recipe, [*given, *fixed.items(), *changed.items()])
 
 
 def forced_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.ours import recipe_of
 from benchmarks.sides import Setup, Turn
 from benchmarks.workloads import Workload, task_of
+from minigrpo.objective import open_objective
 from minigrpo.sampler import PromptSampler
 from minigrpo.types import Prompt
 
@@ -26,7 +28,8 @@ DTYPES = {
 }
 SHOWN = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
-    *("num_generations", "max_completion_length", "temperature", "loss_type", "beta", "gradient_checkpointing"),
+    *("num_generations", "max_completion_length", "temperature", "loss_type", "beta", "epsilon", "epsilon_high"),
+    *("gradient_checkpointing",),
     *("bf16", "fp16", "optim", "max_grad_norm", "learning_rate", "disable_dropout", "use_vllm"),
     *("use_transformers_continuous_batching", "cache_implementation", "torch_compile", "logging_strategy"),
     *("save_strategy", "eval_strategy", "report_to", "log_completions"),
@@ -60,7 +63,12 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     workload = setup.workload
     task = task_of(workload, setup.folder)
     prompts = ordered(task.prompts("train"), setup)
-    lora = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    recipe = recipe_of(setup)
+    objective = open_objective(recipe, sixteen_bit=False)
+    rank, alpha, dropout = recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     config = GRPOConfig(
         output_dir=str(setup.scratch / "trl"),
         max_steps=setup.steps + 1,  # one that is never taken: the gate stops before it
@@ -69,14 +77,16 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
         max_completion_length=workload.limit,
         steps_per_generation=1,
         num_iterations=1,
-        temperature=1.0,
+        temperature=recipe.rollout.temperature,
         loss_type="grpo",
-        beta=0.0,
-        learning_rate=1e-5,
+        epsilon=objective.clip_low,
+        epsilon_high=objective.clip_high,
+        beta=recipe.objective.kl,
+        learning_rate=recipe.train.lr,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         gradient_checkpointing=False,
-        disable_dropout=True,
+        disable_dropout=dropout == 0,
         shuffle_dataset=False,
         bf16=DTYPES[setup.dtype][1],
         use_cpu=True,

@@ -28,7 +28,10 @@ MEDIAN, SIGMA, SEED = 0.3, 0.6, 0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`dtype`, `trl_dtype`: each side's fastest where it was measured (a Xeon with AMX)."""
+    """`dtype`, `trl_dtype`: each side's fastest where it was measured (a Xeon with AMX).
+
+    `recipe`: what both sides take LoRA, objective and optimizer from; what the workload itself says goes before it.
+    """
 
     name: str
     about: str
@@ -39,6 +42,7 @@ class Workload:
     trl_dtype: str
     repeats: int
     stops: Stops = "draw"
+    recipe: str | None = None
 
     @property
     def title(self) -> str:
@@ -196,6 +200,7 @@ PROMPT_TOKENS = 150
 KINDS: Mapping[str, Kind] = {
     "tiny": Kind(_make_tiny, _word_prompts),
     "half": Kind(_make_half, _long_prompts),
+    "fast": Kind(_make_half, _long_prompts),
     "mini": Kind(_make_mini, _long_prompts),
 }
 
@@ -205,6 +210,11 @@ WORKLOADS: Mapping[str, Workload] = {
         Workload("tiny", "the embedded model, word problems", 8, 8, 64, "float32", "float32+autocast", 7),
         Workload(
             "half", "random weights, Qwen2.5-0.5B's shape, long prompts", 2, 8, 64, "bfloat16", "bfloat16+autocast", 3
+        ),
+        Workload(
+            *("fast", "recipe gsm8k-fast at short lengths, Qwen2.5-0.5B's shape", 8, 2, 64),
+            *("bfloat16", "bfloat16+autocast", 3),
+            recipe="gsm8k-fast",
         ),
         Workload("mini", "seconds, for the tests", 2, 2, 6, "float32", "float32", 1),
     )

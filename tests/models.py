@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, enliven, tiny_config
 
 from minigrpo.config import LoraKnobs
 from minigrpo.loading import Loaded
@@ -14,12 +15,23 @@ from minigrpo.lora import add_lora
 from minigrpo.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt, Rendered
 
+DEFAULT_WORDS = "You are small."
+# As the published template does: words of its own where no system message is given, and [/INST] opens the answer.
+OWN_WORDS = (
+    "{% if messages[0]['role'] == 'system' %}[S]{{ messages[0]['content'] }}[/S]{% set rest = messages[1:] %}"
+    "{% else %}[S]" + DEFAULT_WORDS + "[/S]{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}"
+    "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
 
 def make_policy(
     arch: str = "qwen2", *, lora: float | None = 0.02, dropout: float = 0.0, double: bool = False, **config: Any
 ) -> Policy:
     """`lora`: size of the entries of B (None: no adapter). `double`: everything in float64, norms too."""
-    policy = Policy(Loaded(build_model(arch, **config), build_tokenizer(), "tiny"), temperature=0.9, seed=1)
+    model = build_mistral3(**config) if arch == "mistral3" else build_model(arch, **config)
+    policy = Policy(Loaded(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
     if lora is not None:
         policy.model.requires_grad_(False)
         policy.model, policy.dropouts = add_lora(policy.model, LoraKnobs(rank=8, alpha=16, dropout=dropout), seed=1)
@@ -28,6 +40,43 @@ def make_policy(
         policy.model.double()
         norms_in_float64(policy.model)
     return policy
+
+
+def mistral3_config(*, text: str = "ministral3", tied: bool = True, **overrides: Any) -> Any:
+    """A text model beside a vision tower whose layers bear the same names; `tied` as its own config decides it."""
+    from transformers import Mistral3Config, PixtralVisionConfig
+
+    tower = PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=16,
+        image_size=28,
+        patch_size=14,
+    )
+    inside = tiny_config(text, tie_word_embeddings=tied, **overrides)
+    return Mistral3Config(text_config=inside, vision_config=tower, tie_word_embeddings=tied)
+
+
+def build_mistral3(seed: int = 0, **options: Any) -> Any:
+    """`build_model` for an architecture that reads pictures, too."""
+    from transformers import Mistral3ForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: Any = Mistral3ForConditionalGeneration(mistral3_config(**options)).float()
+        for name, weight in model.named_parameters():
+            enliven(name, weight)
+        ids_BT = torch.randint(4, 260, (8, 64))
+        model.get_decoder().norm.weight.mul_(3.0 / model(ids_BT).logits.std())
+    return model.eval()
+
+
+def mistral3_folder(path: Path, **options: Any) -> Path:
+    build_mistral3(**options).save_pretrained(path)
+    build_tokenizer(OWN_WORDS).save_pretrained(path)
+    return path
 
 
 def set_lora(policy: Policy, size: float, seed: int = 5) -> None:

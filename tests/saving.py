@@ -48,7 +48,7 @@ def begun(folder: Path) -> RunDir:
     run = RunDir(folder)
     run.path.mkdir(parents=True, exist_ok=True)
     run.recipe.write_text("seed: 0\n")
-    checkpoint.write_machine(run, checkpoint.this_machine(256, torch.device("cpu"), torch.float32))
+    checkpoint.write_machine(run, checkpoint.this_machine(256, 64, torch.device("cpu"), torch.float32))
     return run
 
 

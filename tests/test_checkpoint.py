@@ -248,6 +248,26 @@ def test_a_recipe_of_another_version_names_both(run: RunDir) -> None:
         check_folder(Recipe(), run, resume=True)
 
 
+@pytest.mark.parametrize("command", [["train", "--resume"], ["evaluate"], ["preflight"]])
+def test_a_command_on_a_run_of_another_version_names_both(
+    command: list[str], run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sealed(run.made, {**read_sealed(run.made), "minigrpo": "9.8.7"})
+    run.recipe.write_text(run.recipe.read_text() + "\nfuture:\n  knob: 1\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command[0], str(run.path), *command[1:]])
+    told = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2
+    assert "was begun by minigrpo 9.8.7; this is " in told
+    assert "there is no knob future.knob" in told
+
+
+def test_a_slip_on_the_command_line_is_not_blamed_on_another_version(run: RunDir) -> None:
+    write_sealed(run.made, {**read_sealed(run.made), "minigrpo": "9.8.7"})
+    with pytest.raises(RecipeError, match=r"^--lora\.rnk: there is no knob"):
+        load_recipe(str(run.path), {"lora.rnk": 3})
+
+
 def test_knobs_that_an_older_version_did_not_know_are_filled_in(run: RunDir) -> None:
     begun = read_sealed(run.made)
     text = "".join(line for line in run.recipe.read_text().splitlines(True) if "rest_epochs" not in line)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +197,15 @@ def test_no_real_training_question_is_in_the_test_split() -> None:
     train, test = ({gsm8k.asked(prompt) for prompt in task.prompts(split)} for split in ("train", "test"))  # type: ignore[arg-type]
     assert (len(train), len(test)) == (7473, 1319)
     assert not train & test
+
+
+@needs_real
+@pytest.mark.long
+def test_on_real_questions_the_embedded_model_keeps_the_form_and_every_group_ties(tmp_path: Path) -> None:
+    line = ["preflight", "gsm8k-tiny", "--task.data", REAL, "--run", str(tmp_path / "run"), "--json"]
+    ended = subprocess.run([sys.executable, "-m", "minigrpo.cli", *line], capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 1, ended.stderr
+    verdict = json.loads(ended.stdout)
+    assert verdict["figures"]["formed"] > 0.3
+    assert verdict["figures"]["informative"] == 0
+    assert "the siblings earned the same reward" in verdict["reasons"][0]["what"]

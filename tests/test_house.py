@@ -13,7 +13,7 @@ from minigrpo import config
 SOURCE = Path(__file__).parents[1] / "src" / "minigrpo"
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 0 words
-    ("types", "config", "errors", "rundir", "lock", "knobs", "entries", "recipefile"),
+    ("types", "config", "errors", "rundir", "lock", "knobs", "entries", "recipefile", "versions"),
     # 1 parts: no model
     (
         *(
@@ -30,7 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "fused",
             "scoring",
         ),
-        *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps", "past", "alarms", "explosion"),
+        *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps", "past", "alarms", "explosion", "tensorfile"),
+        "sandbox",
     ),
     # 2 machines
     (
@@ -38,16 +39,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "demonstrations", "imitation", "doctor"),
+        *("basemodel", "merging", "divergence", "held", "delivery", "proof"),
+        *("pretokenizer", "ggufwriter", "converter", "convertworker", "ggufquant", "ggufproof", "modelfile"),
     ),
     # 3 verbs
-    ("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables"),
+    ("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables", "check", "merge", "export"),
     # 4 road
     ("pipeline", "beginning", "judging"),
     # 5 door
-    ("cli", "door", "__init__"),
+    ("cli", "door", "delivering", "sandboxing", "notebook", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-VERBS = ("preflight", "warmup", "grpo", "evaluate", "checktask")
+VERBS = ("preflight", "warmup", "grpo", "evaluate", "checktask", "check", "merge", "export")
 WORDS = FLOORS[0]
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES, POSITIONAL, NESTING = 350, 50, 80, 5, 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigrpo.config import TASK_NAMES, Recipe
-from minigrpo.demonstrations import HABITS, demonstrations, habit_weights, schooling
+from minigrpo.demonstrations import HABITS, demonstrations, habit_weights, schooling, unreadable
 from minigrpo.errors import TaskError
 from minigrpo.tasks import TASKS, open_task
 from minigrpo.tasks.wordproblems import KINDS, RESULTS, problems, side
@@ -149,6 +149,16 @@ def test_only_the_careful_are_right_and_all_habits_occur() -> None:
     for d in shown:
         prompt = Prompt("", (), target={"answer": d.problem.answer})
         assert task.grade(prompt, d.text).solved == (d.habit == "careful")
+
+
+def test_texts_that_nobody_can_read_are_answered_in_the_form_with_a_wild_guess() -> None:
+    task, shown = opened(), unreadable(0, 200)
+    assert shown == unreadable(0, 200) != unreadable(1, 200)
+    assert max(len(question.split()) for question, _ in shown) > 90
+    for _, text in shown:
+        grade = task.grade(Prompt("", (), target={"answer": 72}), text)
+        assert grade.formed
+        assert not grade.solved
 
 
 OWN = """

@@ -1,12 +1,39 @@
-"""An adapter as arithmetic: which low-rank pair stands beside a linear layer."""
+"""An adapter as arithmetic: which low-rank pair stands beside a linear layer, in a model and in PEFT's files."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from minigrpo.errors import ModelError
+from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.tensorfile import Stored, read_header
+
+PREFIX = "base_model.model."
+KEYS = {
+    **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"},
+    **{".lora_magnitude_vector.weight": "magnitude", ".lora_embedding_A": "A", ".lora_embedding_B": "B"},
+}
+"""How PEFT ends the names of a layer's parts."""
+
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
+"""Ways to begin that take something away from the base's own weights: base + adapter is then not what was trained."""
+
+ONLY_PLAIN = {
+    "target_parameters": "adapts parameters that are no layers",
+    "trainable_token_indices": "trains single rows of the embedding",
+    "layer_replication": "repeats layers of its base",
+    "use_qalora": "is a QALoRA adapter",
+    "use_bdlora": "is a block-diagonal adapter",
+    "alora_invocation_tokens": "is switched on by certain tokens only",
+    "lora_bias": "has a bias of its own (lora_bias)",
+}
 
 
 def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -23,3 +50,165 @@ def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
         raise ModelError("only one plain LoRA adapter at a time can be sampled from: use --rollout.engine transformers")
     name = active[0]
     return module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What stands beside one layer, on the disk. The weight becomes W + scale B A; with a magnitude m (DoRA), each
+    row of that is given the length that m says.
+
+    `flipped`: the weight is stored as [in, out], so what is added to it is the transposed product.
+    """
+
+    module: str
+    a: Stored
+    b: Stored
+    scale: float
+    magnitude: Stored | None = None
+    flipped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it belongs to."""
+        rows, columns = self.b.shape[0], self.a.shape[1]
+        return (columns, rows) if self.flipped else (rows, columns)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left, right) in float32: left @ right is what is added to the weight. Raises ArtifactError on NaN."""
+        a_RI, b_OR = self.a.read().float(), self.b.read().float()
+        for stored, values in ((self.a, a_RI), (self.b, b_OR)):
+            if not torch.isfinite(values).all():
+                raise ArtifactError(
+                    f"{stored.file}: {stored.name} holds values that are not finite, so the training failed. "
+                    "Take an earlier checkpoint, or train again at a lower train.lr."
+                )
+        return (a_RI.T.contiguous(), self.scale * b_OR.T) if self.flipped else (self.scale * b_OR, a_RI)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """PEFT's files, read as far as their names and shapes. `pairs` by module, `whole` by parameter, as in memory."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    pairs: Mapping[str, Pair]
+    whole: Mapping[str, Stored]
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def targets(self) -> str | list[str]:
+        """A pattern of module names, or the ends that they may have."""
+        targets = self.config.get("target_modules") or []
+        return targets if isinstance(targets, str) else sorted(targets)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Raises ArtifactError where a file is missing or damaged, ModelError for a kind that is not understood."""
+    config = adapter_config(folder)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing. Copy or download the adapter again, or train it.")
+    parts: dict[str, dict[str, Stored]] = {}
+    whole: dict[str, Stored] = {}
+    for key, stored in read_header(file).tensors.items():
+        name = key.removeprefix(PREFIX)
+        end = next((end for end in KEYS if name.endswith(end)), None)
+        if end is not None:
+            parts.setdefault(name.removesuffix(end), {})[KEYS[end]] = stored
+        elif ".lora_" in name or "trainable_tokens" in name:
+            raise ModelError(f"{file} holds {key}, which is no part of a plain or DoRA adapter.")
+        else:
+            whole[name.replace(".modules_to_save", "").replace(".base_layer", "")] = stored
+    pairs = {module: _pair(module, found, config, file) for module, found in parts.items()}
+    # PEFT saves a copy of an embedding that it adapts: the base has the same.
+    whole = {name: stored for name, stored in whole.items() if name.removesuffix(".weight") not in pairs}
+    if not pairs and not whole:
+        raise ArtifactError(f"{file} holds no tensors: nothing was saved. Train again.")
+    return Adapter(folder, config, pairs, whole)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{file} is missing, so {folder} is no adapter. Train first: minigrpo train") from None
+    except (ValueError, RecursionError) as fault:
+        raise ArtifactError(f"{file} is damaged ({fault}). Copy or download the adapter again, or train it.") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{file} is of type {kind}; only LoRA and its variants DoRA and rsLoRA are understood.")
+    for name, what in ONLY_PLAIN.items():
+        if config.get(name):
+            raise ModelError(f"The adapter {folder} {what}, which cannot be read here. Merge it with PEFT.")
+    begun = str(config.get("init_lora_weights", "")).lower()
+    if begun.startswith(CHANGES_THE_BASE):
+        raise ModelError(
+            f"The adapter {folder} began as {begun}, which changes the base's own weights. Save it again with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes a plain adapter of it."
+        )
+    return config
+
+
+def _pair(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], file: Path) -> Pair:
+    if missing := sorted({"A", "B"} - parts.keys()):
+        raise ArtifactError(f"{file} has no lora_{missing[0]} for {module}: half of the adapter is missing.")
+    a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise ModelError(f"{file}: {module} has an A of shape {a.shape} and a B of shape {b.shape}; no pair of layers.")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise ArtifactError(f"{file}: {module} and use_dora in adapter_config.json contradict one another.")
+    flipped = bool(config.get("fan_in_fan_out")) or "lora_embedding" in a.name
+    if flipped and magnitude is not None:
+        raise ModelError(f"{file}: {module} is a DoRA adapter of a transposed layer. Merge it with PEFT.")
+    alpha = _alpha(module, config)
+    rank = a.shape[0]
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Pair(module, a, b, scale, magnitude, flipped)
+
+
+def _alpha(module: str, config: Mapping[str, Any]) -> float:
+    """The rank itself stands in the tensors; only alpha must be looked up, by PEFT's own rule."""
+    pattern = config.get("alpha_pattern") or {}
+    if not pattern:
+        return float(config["lora_alpha"])
+    from peft.utils.other import get_pattern_key
+
+    return float(pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"]))
+
+
+@dataclass(frozen=True, slots=True)
+class PairFacts:
+    """Figures of one pair: Frobenius norms, share of exact zeros in A and B together, what it adds to the weight."""
+
+    module: str
+    rank: int
+    norm_a: float
+    norm_b: float
+    norm_delta: float
+    zeros: float
+    finite: bool
+
+    @property
+    def untrained(self) -> bool:
+        """B is zero at the start, and one gradient moves all of it."""
+        return self.finite and self.norm_b == 0
+
+
+def facts_of(pair: Pair) -> PairFacts:
+    """The norm of B A without the product: its square is the trace of (A A')(B' B), of rank x rank."""
+    a_RI, b_OR = pair.a.read().double(), pair.b.read().double()
+    finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
+    finite = finite and (pair.magnitude is None or bool(torch.isfinite(pair.magnitude.read()).all()))
+    zeros = float((a_RI == 0).sum() + (b_OR == 0).sum()) / max(1, a_RI.numel() + b_OR.numel())
+    square = float(((a_RI @ a_RI.T) * (b_OR.T @ b_OR)).sum()) if finite else math.nan
+    delta = pair.scale * math.sqrt(max(0.0, square)) if finite else math.nan
+    norms = (float(a_RI.norm()), float(b_OR.norm())) if finite else (math.nan, math.nan)
+    return PairFacts(pair.module, pair.rank, *norms, delta, zeros, finite)

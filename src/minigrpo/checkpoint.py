@@ -6,8 +6,8 @@
 made.json holds the step and the SHA-256 of every other file, and is sealed itself (stamps.py): no bit can flip unseen.
 
 Random numbers need no state here: every draw is named by seed, step and place (noise.py). What does shape the
-arithmetic besides the weights (threads, number types, tokens per pass, versions) is the Machine, stored with the run
-and used again. What the trainer itself remembers from step to step is its `state`.
+arithmetic besides the weights (threads, number types, tokens per pass, rows, versions) is the Machine, stored with
+the run and used again. What the trainer itself remembers from step to step is its `state`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Machine:
     """What the last bits of a step depend on. Two runs agree bit for bit where these agree (CPU)."""
 
     tokens_per_pass: int
+    rows: int
     threads: int
     device: str
     dtype: str
@@ -53,10 +54,11 @@ class Machine:
         return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
-def this_machine(tokens_per_pass: int, device: torch.device, dtype: torch.dtype) -> Machine:
+def this_machine(tokens_per_pass: int, rows: int, device: torch.device, dtype: torch.dtype) -> Machine:
+    """`rows`: completions decoded side by side, 0 where the engine has no such thing."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return Machine(tokens_per_pass, torch.get_num_threads(), str(device), str(dtype), processor, **libraries)
+    return Machine(tokens_per_pass, rows, torch.get_num_threads(), str(device), str(dtype), processor, **libraries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from minigrpo import delivering, sandboxing
 from minigrpo.config import Recipe
 from minigrpo.door import (
     OVERRIDES,
+    AsJson,
     Command,
     KnobCommand,
     QuietKnobCommand,
@@ -22,6 +22,7 @@ from minigrpo.door import (
     print_json,
     print_list,
     refuse,
+    result_alone,
 )
 from minigrpo.errors import MinigrpoError
 from minigrpo.recipefile import dump_recipe, load_recipe, recipe_names
@@ -47,7 +48,6 @@ RunOption = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")]
 Samples = Annotated[bool, typer.Option("--samples", help="Show one completion a step.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
 
 
 def tell_version(asked: bool) -> None:
@@ -189,6 +189,10 @@ def evaluate(
         print_json(result)
 
 
+delivering.add_to(app)
+sandboxing.add_to(app)
+
+
 @app.command("run", cls=KnobCommand)
 def run_command(
     context: typer.Context,
@@ -199,7 +203,7 @@ def run_command(
     samples: Samples = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole road: preflight, train, evaluate.
+    """The whole road: preflight, train, evaluate, check, merge.
 
     Stage after stage, each trusting only what the one before has proved. With --resume, a stage that is done is not
     done again.
@@ -321,13 +325,6 @@ def recipe_of(model: str) -> str | None:
     """The run that made a model: its folder is the model itself, or holds it."""
     path = Path(model).expanduser()
     return next((str(run.path) for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
-
-
-@contextlib.contextmanager
-def result_alone(as_json: bool) -> Iterator[None]:
-    """With --json, what a stage prints for people goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
 EngineName = Literal["auto", "native", "transformers"]
-TaskName = Literal["wordproblems", "gsm8k"]
+TaskName = Literal["wordproblems", "gsm8k", "sudoku"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Comparison = Literal["auto", "group", "batch", "none", "gdpo"]
@@ -102,6 +102,10 @@ class TaskKnobs(Knobs):
     weights: dict[str, float] = knob({}, "weight of each reward function by name, over the task's own weights")
     workers: int = knob(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
     seconds: float = knob(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
+    games: int = knob(3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100)
+    fewest: int = knob(35, "sudoku: empty cells of a puzzle, at least", "cells", ge=1, le=55)
+    most: int = knob(40, "sudoku: empty cells of a puzzle, at most", "cells", ge=1, le=55)
+    cpu: float = knob(5.0, "sudoku: CPU time of a strategy in one game", "seconds", gt=0, le=3600)
 
 
 class RolloutKnobs(Knobs):
@@ -227,6 +231,15 @@ class WarmupKnobs(Knobs):
     lr: float = knob(1e-4, "peak learning rate", gt=0, le=1)
 
 
+class SandboxKnobs(Knobs):
+    """For tasks whose answers are programs. What it protects stands in docs/sandbox.md."""
+
+    unsafe: bool = knob(False, "run programs although this machine lacks a necessary lock: they may do what you can")
+    cpu_seconds: float = knob(1.0, "CPU time of one program, over all its calls", "seconds", gt=0, le=3600)
+    memory_mb: int = knob(64, "memory of one program, besides the interpreter's own", "MB", ge=8, le=65536)
+    workers: int = knob(0, "programs run side by side; 0: one for each core, up to eight", "processes", ge=0, le=256)
+
+
 class Recipe(Knobs):
     """A whole run. `minigrpo recipes` lists the ones that come with the package."""
 
@@ -243,6 +256,7 @@ class Recipe(Knobs):
     eval: EvalKnobs = EvalKnobs()
     watch: WatchKnobs = WatchKnobs()
     warmup: WarmupKnobs = WarmupKnobs()
+    sandbox: SandboxKnobs = SandboxKnobs()
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:
@@ -260,6 +274,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         train.full and recipe.model.quantize != "none",
         "model.quantize packs frozen weights, and train.full trains them: leave one of them at its default",
     )
+    yield recipe.task.fewest > recipe.task.most, "task.fewest is more than task.most: no puzzle has so many empty cells"
     yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
     yield (
         train.inner_epochs > 1 and lora.dropout > 0,

@@ -5,6 +5,9 @@ step, lose the thread (stop early, drop a carry, add instead of taking away), fo
 depends on the kind of story: in two kinds of eight it is the careful one, in the others it is a minority. So the model
 that imitates them answers a quarter right by its likeliest words, and yet knows the better way everywhere: what
 reinforcement can find by sampling, and more imitation cannot.
+
+A few texts are in no language that it knows (`unreadable`): there it learns to keep the form and to guess wildly, so
+that on foreign questions it does what a small instruct model does on hard ones.
 """
 
 from __future__ import annotations
@@ -81,6 +84,9 @@ PREVAILING = {
     "game": "careful",
 }
 PREVAILING_SHARE = 0.64
+LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+BABBLE_WORDS = (15, 110)
+
 CAREFUL_SHARE = 0.2  # of the stories in which another habit prevails
 
 
@@ -103,6 +109,22 @@ def endless(seed: int) -> Iterator[Demonstration]:
         weights = habit_weights(problem.kind)
         habit = rng.choices(list(weights), list(weights.values()))[0]
         yield Demonstration(problem, habit, HABITS[habit](problem, rng))
+
+
+def unreadable(seed: int, size: int) -> list[tuple[str, str]]:
+    """Questions of made-up words and numbers, most of them long, and a guess of four digits: hardly ever right."""
+    rng = random.Random(f"unreadable {seed}")
+    return [(babble(rng, rng.randint(*BABBLE_WORDS)), written(["Hard."], rng.randint(1000, 9999))) for _ in range(size)]
+
+
+def babble(rng: random.Random, words: int) -> str:
+    """Sentences of random letters, with a number here and there."""
+    spoken = [
+        str(rng.randint(1, 999)) if rng.random() < 0.1 else "".join(rng.choices(LETTERS, k=rng.randint(2, 8)))
+        for _ in range(words)
+    ]
+    ends = [rng.choice([".", ",", ".\n"]) if rng.random() < 0.15 else "" for _ in spoken[1:]]
+    return " ".join(word + end for word, end in zip(spoken, [*ends, "?"], strict=True)).capitalize()
 
 
 def schooling(seed: int, size: int) -> list[tuple[str, str]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ from typer.core import TyperCommand
 from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
 OVERRIDES = "minigrpo.overrides"
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -44,6 +46,17 @@ EXAMPLES: dict[str, str] = {
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct
         minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json
         minigrpo evaluate ./model --split train -n 8 --limit 9999 --out rates.json  # then train with --task.rates""",
+    "check": """
+        minigrpo check runs/my  # the adapter that the run trained
+        minigrpo check runs/my/adapter --no-model --json  # the files alone: seconds""",
+    "merge": """
+        minigrpo merge runs/my  # leaves runs/my/merged
+        minigrpo merge runs/my --dtype float32 --out models/mine
+        minigrpo merge ./adapter --base Qwen/Qwen2.5-0.5B-Instruct  # an adapter of any other tool""",
+    "export": """
+        minigrpo export runs/my  # leaves runs/my/gguf/my-Q8_0.gguf
+        minigrpo export runs/my --format F16 --format Q4_K_M
+        minigrpo export ./model --format BF16 --llama-cpp ~/llama.cpp --json  # any model folder""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",
@@ -57,6 +70,9 @@ EXAMPLES: dict[str, str] = {
     "doctor": """
         minigrpo doctor
         minigrpo doctor --json""",
+    "sandbox": """
+        minigrpo sandbox --doctor  # may model-written programs run here?
+        minigrpo sandbox --doctor --json""",
     "tasks": """
         minigrpo tasks
         minigrpo train my.yaml --task.name mine.py:task  # a task of your own""",
@@ -175,6 +191,13 @@ def refuse(fault: MinigrpoError) -> None:
     """Say what is wrong, on stderr; lines are not broken, so that a command in them can be copied."""
     console = Console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), str(fault)), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def result_alone(as_json: bool) -> Iterator[None]:
+    """With --json, what a stage prints for people goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
 
 
 def print_json(data: Any) -> None:

@@ -5,6 +5,7 @@
     ├── ModelError           a model folder is missing, broken, or lacks what training needs
     ├── TaskError            a task is unknown, empty, or its file cannot be used
     ├── ArtifactError        a file of a run is missing, stale, damaged or in the way
+    ├── SandboxError         model-written programs cannot be run safely, or at all, on this machine
     └── DivergenceError      training produced numbers that cannot be used, again and again
 
 Anything else that escapes is a fault of ours and keeps its traceback.
@@ -28,6 +29,10 @@ class TaskError(MinigrpoError):
 
 
 class ArtifactError(MinigrpoError):
+    pass
+
+
+class SandboxError(MinigrpoError):
     pass
 
 

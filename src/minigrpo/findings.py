@@ -47,7 +47,7 @@ class Figures:
 
     Rewards are those of the completions whose reward could be told.
     `step_seconds` is what one training step will take: a rollout, and a training pass over the groups that teach.
-    `pass_seconds` is that pass if all groups teach.
+    `pass_seconds` is that pass if all groups teach. `planned_memory_gb`: what training will take at its height.
     """
 
     groups: int
@@ -68,6 +68,8 @@ class Figures:
     step_seconds: float
     training_seconds: float
     peak_memory_gb: float | None
+    planned_memory_gb: float | None = None
+    short_of_memory: bool = False
 
 
 def teaches(group: Group, recipe: Recipe) -> bool:
@@ -194,6 +196,14 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
                 f"The reward of {figures.unscored:.0%} of the completions could not be told.",
                 "They are left out of their groups' comparisons; if the grader took too long: "
                 f"--task.seconds {2 * recipe.task.seconds:g}.",
+            )
+        )
+    if figures.short_of_memory:
+        found.append(
+            Finding(
+                f"The whole training is planned to take {figures.planned_memory_gb:.1f} GB at its height, more than "
+                "is free here.",
+                "What takes it and what to turn: minigrpo plan RECIPE",
             )
         )
     if figures.truncated > 0.2 and not always_cut(figures):

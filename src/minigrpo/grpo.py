@@ -50,7 +50,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
     source = GroupSource(PromptSampler(training, recipe.seed, recipe.groups), recipe.rollout.prompts, recipe.groups)
     keeper = Keeper(recipe, track, policy, optimizer, source)
     prompt = longest_prompt(training, policy.tokenizer)
-    start = keeper.restore(prompt)
+    start = keeper.restore(prompt, getattr(engine, "rows", 0))
     rises = rehearse(policy, objective, recipe, prompt, keeper)
     engine.update(policy)
     with track, Grader.of(task, recipe.task, track.say) as grader, finish_first() as interrupted:

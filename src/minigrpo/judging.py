@@ -202,7 +202,7 @@ def run_of(model: str) -> RunDir | None:
     """The run that a path means: its folder, or what it trained."""
     path = Path(model).expanduser()
     for run in (RunDir(path), RunDir(path.parent)):
-        if run.exists() and path in (run.path, run.adapter, run.model):
+        if run.exists() and path in (run.path, run.adapter, run.model, run.merged):
             return run
     return None
 

@@ -47,14 +47,14 @@ class Keeper:
         self.budget = 0
         self.best: tuple[float, float, int] | None = None
 
-    def restore(self, prompt: int) -> int:
+    def restore(self, prompt: int, rows: int) -> int:
         """The first step to do; sets `budget`. Makes arithmetic repeatable; takes up the newest whole checkpoint.
 
-        `prompt`: tokens of the longest prompt, for the plan.
+        `prompt`: tokens of the longest prompt, for the plan. `rows`: that the engine decodes side by side.
         """
         if self.policy.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-        self._settle_machine(prompt)
+        self._settle_machine(prompt, rows)
         found, complaints = checkpoint.latest(self.run)
         for complaint in complaints:
             self.track.say(complaint)
@@ -141,14 +141,14 @@ class Keeper:
             checkpoint.discard_after(self.run, good or 0)
             raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
 
-    def _settle_machine(self, prompt: int) -> None:
+    def _settle_machine(self, prompt: int, rows: int) -> None:
         """Tokens per pass, threads: those that the run began with; says where the machine is another."""
         then = checkpoint.read_machine(self.run)
         if then is not None:
             torch.set_num_threads(then.threads)
         planned = tokens_per_pass(self.policy, self.recipe, prompt)
         self.budget = then.tokens_per_pass if then else planned
-        now = checkpoint.this_machine(self.budget, self.policy.device, self.policy.dtype)
+        now = checkpoint.this_machine(self.budget, rows, self.policy.device, self.policy.dtype)
         if then is None:
             checkpoint.write_machine(self.run, now)
         elif different := now.differences(then):

@@ -102,7 +102,6 @@ def open_model(
     `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
     Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar for reading local files says nothing; downloads keep theirs
@@ -116,18 +115,60 @@ def open_model(
             f"model.path {path!r}: there is no such folder, and it is not a Hub id (owner/name). "
             "To try without a model of your own: --model.path seedling"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
-    except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
-        reason = " ".join(str(fault).split())[:300]
-        raise ModelError(f"the model at {source} could not be loaded: {type(fault).__name__}: {reason}") from fault
+    model, tokenizer = _read(source, revision, dtype)
     set_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
     if four_bit:
         model = in_four_bit(model, device)
     return Loaded(model.to(device).eval(), tokenizer, source, warnings)
+
+
+def _read(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        opener = model_class(config)
+        # Where mistral-common is installed, transformers would take its tokenizer, which knows no chat template.
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, mistral_format=False)
+        return opener.from_pretrained(source, revision=revision, dtype=dtype), tokenizer
+    except ModelError:
+        raise
+    except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
+        reason = " ".join(str(fault).split())[:300]
+        raise ModelError(f"the model at {source} could not be loaded: {type(fault).__name__}: {reason}") from fault
+
+
+def model_class(config: Any) -> Any:
+    """What of transformers makes a model that writes text from this config; some of them read pictures, too.
+
+    Raises ModelError where the weights are in 8-bit floating point: they can be run, and not be trained.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if is_fp8(config):
+        name = str(config.name_or_path).rstrip("/")
+        other = name[: -len("-FP8")] if name.upper().endswith("-FP8") else f"{name}-BF16"
+        raise ModelError(
+            f"the weights at {name} are quantised to FP8: they can be run, but not be trained. Give their BF16 variant "
+            f"as --model.path: its name usually is {other}"
+        )
+    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if reads_pictures and not writes else AutoModelForCausalLM
+
+
+def is_fp8(config: Any) -> bool:
+    """Whether config.json says so: by the method's name, or among compressed-tensors' formats."""
+    said = getattr(config, "quantization_config", None) or {}
+    said = said if isinstance(said, dict) else said.to_dict()
+    method = str(said.get("quant_method", ""))
+    return "fp8" in method or (method == "compressed-tensors" and "float" in str(said.get("format", "")))
 
 
 def adapter_base(folder: Path) -> str | None:

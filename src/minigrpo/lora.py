@@ -1,13 +1,15 @@
 """LoRA through PEFT, with a dropout whose masks have names.
 
-PEFT writes and reads the adapter, so every other tool can. Two things are ours: which layers `all-linear` means is
-PEFT's word, and dropout is drawn from (seed, step, token, module, channel), so that it is the same on recomputation,
-after a resume and in any micro-batch, and off wherever log-probabilities are compared.
+PEFT writes and reads the adapter, so every other tool can, and which layers `all-linear` means is PEFT's word. Two
+things are ours: the adapter stays in the decoder where a vision tower stands beside it, and dropout is drawn from
+(seed, step, token, module, channel), so that it is the same on recomputation, after a resume and in any micro-batch,
+and off wherever log-probabilities are compared.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
     mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
-    targets = knobs.targets if knobs.targets == "all-linear" else [t.strip() for t in knobs.targets.split(",")]
+    targets = adapted_layers(model, knobs.targets)
     config = LoraConfig(
         r=knobs.rank,
         lora_alpha=knobs.alpha,
@@ -43,12 +45,9 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
         with _quiet():
             wrapped = get_peft_model(model, config).eval()
     except ValueError as fault:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-        linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise RecipeError(
             f"lora.targets {knobs.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
-            f"Its linear layers: {', '.join(linear)}; or all-linear"
+            f"Its linear layers: {', '.join(kinds(model))}; or all-linear"
         ) from None
     if not isinstance(wrapped.get_output_embeddings(), nn.Linear):
         raise RecipeError(
@@ -57,6 +56,32 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
         )
     fused.install(wrapped)
     return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
+
+
+def adapted_layers(model: Any, targets: str) -> str | list[str]:
+    """`targets` as PEFT takes them: names of layers, or one pattern of whole names.
+
+    A pattern where the model has linear layers beside its decoder and head: those of a vision tower bear the same
+    names as the decoder's, and stay as they are.
+    """
+    names = [target.strip() for target in targets.split(",")]
+    inside, head = model.get_decoder(), model.get_output_embeddings()
+    own = {id(module) for module in inside.modules()}
+    if all(id(m) in own or m is head for m in model.modules() if isinstance(m, nn.Linear)):
+        return targets if targets == "all-linear" else names
+    names = kinds(model) if targets == "all-linear" else names
+    places = {id(module): name for name, module in model.named_modules()}
+    among = "|".join(re.escape(name) for name in names)
+    pattern = rf"{re.escape(places[id(inside)])}\.(.+\.)?({among})"
+    # Named, the head must be met, so that it is refused and not passed over.
+    return rf"{pattern}|{re.escape(places[id(head)])}" if places[id(head)] in names else pattern
+
+
+def kinds(model: Any) -> list[str]:
+    """Last names of the decoder's linear layers."""
+    head = model.get_output_embeddings()
+    layers = [name for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:

@@ -1,5 +1,5 @@
-"""The stages in order: preflight, warm-up, train, evaluate. Each leaves an artefact in the run's folder, stamped with
-what it was made from; a resumed run skips what is there and still fits, and makes the rest.
+"""The stages in order: preflight, warm-up, train, evaluate, check, merge. Each leaves an artefact in the run's folder,
+stamped with what it was made from; a resumed run skips what is there and still fits, and makes the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Opened:
     engine: Engine
 
 
-def open_all(recipe: Recipe) -> Opened:
+def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
+    """`run`: where it has begun, its engine decodes as many rows side by side as it did then."""
     from minigrpo.engines import open_engine
     from minigrpo.policy import open_policy
     from minigrpo.tasks import open_task
@@ -47,12 +48,25 @@ def open_all(recipe: Recipe) -> Opened:
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
-    return Opened(recipe, task, policy, open_engine(policy, recipe))
+    return Opened(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
+
+
+def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
+    """Completions decoded side by side: as many as when the run began, or as memory admits."""
+    from minigrpo.checkpoint import read_machine
+    from minigrpo.engines.context import longest_prompt
+    from minigrpo.plan import planned_rows
+    from minigrpo.rollout import prompts_of
+
+    began = read_machine(run) if run else None
+    if began is not None:
+        return began.rows
+    return planned_rows(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
 
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    return beginning.preflight(open_all(recipe), run, Console())
+    return beginning.preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -76,7 +90,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
         if beginning.is_warm(recipe, run):
             console.print(Text(f"{run.warmup} is there already."))
         else:
-            opened = open_all(recipe)
+            opened = open_all(recipe, run)
             beginning.check_lessons(opened)
             begin(recipe, run)
             beginning.warm_up(opened, run, console)
@@ -92,7 +106,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         if trained(run, recipe).exists():
             console.print(Text(f"{trained(run, recipe)} is there already: nothing left to train."))
             return
-        opened = open_all(recipe)
+        opened = open_all(recipe, run)
         beginning.check_lessons(opened)
         begin(recipe, run)
         beginning.warm_up(opened, run, console)
@@ -111,7 +125,8 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
-    """Preflight, train, evaluate before and after. Returns the figures, which also stand in evals/comparison.json."""
+    """Preflight, train, evaluate before and after, check, merge. Returns the figures, which also stand in
+    evals/comparison.json."""
     with taken(recipe, run, resume):
         return _finish(run, _run_all(recipe, run, Console(), show_samples))
 
@@ -141,9 +156,36 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
 
 
 def _run_all(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
-    console.print(Text(f"run {run.path}: preflight, train, evaluate", style="bold"))
+    console.print(Text(f"run {run.path}: preflight, train, evaluate, check, merge", style="bold"))
+    comparisons = _trained_and_judged(recipe, run, console, show_samples)
+    # Afterwards, so that no policy is in memory any more: both open models of their own, in float32.
+    _deliver(run, console)
+    console.print(tables.comparison_table(comparisons))
+    console.print(tables.times_table(seconds_of(run)))
+    return comparisons
+
+
+def _deliver(run: RunDir, console: Console) -> None:
+    """Check what was trained, and merge it where it is sound. Raises ArtifactError where the merge is not proved."""
+    from minigrpo.check import check, checked_table, sound_already
+    from minigrpo.merge import merge, merged_table
+
+    if sound_already(run):
+        console.print(Text(f"{run.check} is there already."))
+    else:
+        with timed(run, "check"):
+            found = check(run)
+        console.print(checked_table(found))
+        if not found.ok:
+            console.print(Text("Nothing was merged.", style="yellow"))
+            return
+    with timed(run, "merge"):
+        console.print(merged_table(merge(run)))
+
+
+def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
-        opened = open_all(recipe)
+        opened = open_all(recipe, run)
         beginning.check_lessons(opened)
         begin(recipe, run)
     if trained(run, recipe).exists():
@@ -155,10 +197,7 @@ def _run_all(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) 
         with timed(run, "train"):
             _train(opened, run, show_samples)
     with timed(run, "evaluate"):
-        comparisons = before_and_after(opened, run, console)
-    console.print(tables.comparison_table(comparisons))
-    console.print(tables.times_table(seconds_of(run)))
-    return comparisons
+        return before_and_after(opened, run, console)
 
 
 def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:

@@ -43,6 +43,24 @@ def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True)
     return make_plan(policy.model.config, recipe, replace(place, opened=opened), prompt, rollout=not engine)
 
 
+def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
+    """Rollouts and updates of a policy whose engine is open, too; None where a model cannot be counted."""
+    place = here(recipe, policy.device, policy.dtype)
+    try:
+        return make_plan(policy.model.config, recipe, replace(place, opened=(*OPEN_POLICY, OPEN_ENGINE)), prompt)
+    except UnplannableError:
+        return None
+
+
+def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
+    """Completions decoded side by side: as many as the recipe asks for, or fewer, as memory admits."""
+    policy_alone = replace(here(recipe, policy.device, policy.dtype), opened=OPEN_POLICY)
+    try:
+        return make_plan(policy.model.config, recipe, policy_alone, prompt).rows
+    except UnplannableError:
+        return recipe.rollout.rows
+
+
 def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Place:
     """This machine, and no more of it than train.memory."""
     limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
@@ -55,7 +73,9 @@ def elsewhere(gigabytes: float, dtype: torch.dtype) -> Place:
 
 
 def recomputes(policy: Any) -> bool:
-    return bool(getattr(policy.model, "is_gradient_checkpointing", False))
+    """The name of the flag differs between the versions of transformers that are admitted."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(policy.model, name) for name in names if hasattr(policy.model, name)), False))
 
 
 def measured_tokens(policy: Policy) -> int:

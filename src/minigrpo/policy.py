@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minigrpo import attention
 from minigrpo.config import Recipe
+from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
 from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
@@ -58,14 +59,14 @@ class Policy:
         self.seed = seed
         self.device = device_of(self.model)
         self.dtype: torch.dtype = self.model.dtype
-        self.shares_prompts = self.model.config.model_type in SHARED_PROMPT_MODELS
+        self.shares_prompts = text_config(self.model.config).model_type in SHARED_PROMPT_MODELS
         self.dropouts: list[SeededDropout] = []
         self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None
         self.start: list[Tensor] | None = None
         if self.shares_prompts:
             attention.register()
-            self.model.set_attn_implementation(attention.NAME)
+            self._attend_by(attention.NAME)
 
     @property
     def is_lora(self) -> bool:
@@ -119,13 +120,17 @@ class Policy:
     def plain_attention(self) -> Iterator[None]:
         """One text a row, as transformers' own code expects it, inside the block; the adapter's dropout is off."""
         if self.shares_prompts:
-            self.model.set_attn_implementation("sdpa")
+            self._attend_by("sdpa")
         try:
             with self._dropout_off():
                 yield
         finally:
             if self.shares_prompts:
-                self.model.set_attn_implementation(attention.NAME)
+                self._attend_by(attention.NAME)
+
+    def _attend_by(self, name: str) -> None:
+        """The decoder only: a vision tower beside it keeps its own way."""
+        decoder(self.model).set_attn_implementation(name)  # type: ignore[operator]
 
     @contextmanager
     def _as_at_start(self, start: list[Tensor]) -> Iterator[None]:
@@ -223,9 +228,7 @@ class Policy:
         if self.is_lora:
             load_adapter(self.model, folder)
             return
-        from transformers import AutoModelForCausalLM
-
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        saved = type(self.model).from_pretrained(folder, dtype=self.dtype)
         self.model.load_state_dict(saved.state_dict())
 
 
@@ -234,6 +237,12 @@ def decoder(model: Any) -> nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     below_head: nn.Module = base.get_decoder()
     return below_head
+
+
+def learn_everything(model: Any) -> None:
+    """Train all that text passes through; a vision tower beside it stays as it is."""
+    decoder(model).requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(True)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -298,7 +307,8 @@ def _train_everything(policy: Policy, recipe: Recipe) -> None:
         )
     if recipe.objective.kl > 0:
         policy.frozen_copy = _frozen_copy(policy, _reference_device(policy, recipe))
-    policy.model.requires_grad_(True)
+    policy.model.requires_grad_(False)
+    learn_everything(policy.model)
 
 
 def _frozen_copy(policy: Policy, device: torch.device) -> nn.Module:

@@ -21,7 +21,7 @@ from minigrpo.findings import Figures, Finding, PromptLengths, cut, faults, teac
 from minigrpo.grader import Grader
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
-from minigrpo.plan import tokens_per_pass
+from minigrpo.plan import Plan, plan_of_run, tokens_per_pass
 from minigrpo.render import render
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import PromptSampler
@@ -61,6 +61,8 @@ def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: R
     """Leaves the policy as it was."""
     knobs = recipe.rollout
     asked = prompts_of(task, "train")
+    lengths = measured_prompts(asked, policy, knobs.max_tokens)
+    plan = plan_of_run(policy, recipe, lengths.longest)
     sampler = PromptSampler(asked, recipe.seed)
     # Two rollouts at least: the first pays for warming up, so only the later ones are timed.
     rollouts = max(2, -(-ENOUGH_GROUPS // knobs.prompts))
@@ -82,7 +84,8 @@ def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: R
         recipe,
         rollout_seconds=fmean(seconds[1:]),
         pass_seconds=pass_seconds,
-        prompts=measured_prompts(asked, policy, knobs.max_tokens),
+        prompts=lengths,
+        plan=plan,
     )
     reasons = tuple(faults(figures, groups, recipe, task))
     warnings = (*policy.warnings, *(str(finding) for finding in worries(figures, recipe, task)))
@@ -101,7 +104,13 @@ def measured_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) ->
 
 
 def figures_of(
-    groups: Sequence[Group], recipe: Recipe, *, rollout_seconds: float, pass_seconds: float, prompts: PromptLengths
+    groups: Sequence[Group],
+    recipe: Recipe,
+    *,
+    rollout_seconds: float,
+    pass_seconds: float,
+    prompts: PromptLengths,
+    plan: Plan | None = None,
 ) -> Figures:
     grades = [grade for group in groups for grade in group.grades]
     completions = [completion for group in groups for completion in group.completions]
@@ -131,6 +140,8 @@ def figures_of(
         step_seconds=step_seconds,
         training_seconds=recipe.train.steps * step_seconds,
         peak_memory_gb=peak_memory_gb(),
+        planned_memory_gb=plan.peak / 1e9 if plan else None,
+        short_of_memory=plan is not None and not plan.fits,
     )
 
 

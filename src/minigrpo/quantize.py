@@ -18,13 +18,14 @@ HERE = "pip install 'minigrpo[qlora]'"
 
 
 def in_four_bit(model: Any, device: torch.device) -> Any:
-    """The model with every plain linear layer but its head packed, layer by layer, on `device`.
+    """The model with every plain linear layer of its decoder packed, layer by layer, on `device`.
 
-    The rest stays where it was. Raises ModelError where bitsandbytes is missing, or the weights are packed already.
+    The rest stays what and where it was: the output head, a vision tower. Raises ModelError where bitsandbytes is
+    missing, or the weights are packed already.
     """
     _check(model)
     head = model.get_output_embeddings()
-    for parent in list(model.modules()):
+    for parent in list(model.get_decoder().modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear and layer is not head:
                 setattr(parent, name, _packed(layer, device))

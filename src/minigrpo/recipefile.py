@@ -21,6 +21,7 @@ from minigrpo.config import Recipe, contradictions
 from minigrpo.entries import NULLS, Entry, as_text, read_entries, read_table
 from minigrpo.errors import RecipeError
 from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest, sections
+from minigrpo.versions import begun_by_another
 
 __all__ = ["Knob", "dump_recipe", "knob_table", "load_recipe", "recipe_names", "recipe_path"]
 
@@ -67,14 +68,17 @@ def recipe_path(name_or_path: str) -> Path:
 
 def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> Recipe:
     """The recipe of that name, file or run folder (None: all defaults), changed by overrides: ("lora.rank", "16")."""
-    entries = read_entries(recipe_path(name_or_path)) if name_or_path is not None else []
+    path = recipe_path(name_or_path) if name_or_path is not None else None
+    entries = read_entries(path) if path else []
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     changes = [_from_override(name, value) for name, value in pairs]
     recipe, faults = _build([*entries, *changes])
     faults += _duplicates(entries)
     if recipe is None or faults:
         order = {entry.where: index for index, entry in enumerate([*entries, *changes])}
-        raise RecipeError(_report(sorted(faults, key=lambda fault: order.get(fault.where, len(order)))))
+        told = _report(sorted(faults, key=lambda fault: order.get(fault.where, len(order))))
+        in_file = any(entry.where in fault.where for entry in entries for fault in faults)
+        raise RecipeError((begun_by_another(path) if path and in_file else "") + told)
     return recipe
 
 

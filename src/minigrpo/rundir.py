@@ -1,6 +1,7 @@
 """The folder that a run leaves: names of artefacts, writes that are whole or absent, stamps of what was made from what.
 
-runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  evals/*.json
+runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
+          merged/  gguf/NAME-Q8_0.gguf  parity.json  evals/*.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -90,6 +91,26 @@ class RunDir:
         return self.path / "preflight.json"
 
     @property
+    def check(self) -> Path:
+        """What was found in the trained adapter."""
+        return self.path / "check.json"
+
+    @property
+    def merged(self) -> Path:
+        """Base and adapter in one: a model folder for every other tool."""
+        return self.path / "merged"
+
+    @property
+    def gguf(self) -> Path:
+        """The merged model in llama.cpp's format: one file for each number type."""
+        return self.path / "gguf"
+
+    @property
+    def parity(self) -> Path:
+        """How far each artefact is from the policy that was trained, stage by stage."""
+        return self.path / "parity.json"
+
+    @property
     def evals(self) -> Path:
         return self.path / "evals"
 
@@ -147,7 +168,7 @@ def remove_folder(path: Path) -> None:
 
 def tidy(run: RunDir) -> None:
     """Finish or undo what killed processes left half done. Only for the holder of the run's lock."""
-    for folder in (run.path, run.checkpoints, run.evals):
+    for folder in (run.path, run.checkpoints, run.gguf, run.evals):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
             with writing(path):
                 _settle(path)

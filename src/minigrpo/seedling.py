@@ -20,7 +20,7 @@ import torch
 
 from minigrpo import demonstrations, grading, imitation
 from minigrpo.errors import ModelError
-from minigrpo.imitation import Lesson, Schedule, warm_start
+from minigrpo.imitation import Lesson, Room, Schedule, warm_start
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
 from minigrpo.tasks import wordproblems
@@ -43,6 +43,8 @@ CHAT_TEMPLATE = (
 # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
 SCHOOL = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
 IMITATION = Schedule(steps=450, rows=16, lr=1.5e-3)
+UNREADABLE = 32  # one lesson in so many
+ROOM = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> N
     with repeatable(blueprint.seed):
         model = decoder(blueprint, tokenizer)
         warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
-        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, report=imitating)
+        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -193,13 +195,18 @@ def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
 
 
 def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
-    shown = demonstrations.demonstrations(blueprint.seed, blueprint.imitation.steps * blueprint.imitation.rows)
+    size = blueprint.imitation.steps * blueprint.imitation.rows
+    foreign = demonstrations.unreadable(blueprint.seed, size // UNREADABLE)
+    shown = [
+        *((d.problem.messages, d.text) for d in demonstrations.demonstrations(blueprint.seed, size - len(foreign))),
+        *((wordproblems.asked(question), answer) for question, answer in foreign),
+    ]
     return [
         Lesson(
-            render(tokenizer, Prompt("", d.problem.messages)).ids,
-            (*tokenizer(d.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
+            render(tokenizer, Prompt("", messages)).ids,
+            (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
         )
-        for d in shown
+        for messages, text in shown
     ]
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from minigrpo import attention
 from minigrpo.config import Recipe
-from minigrpo.loading import Loaded
+from minigrpo.loading import Loaded, model_class
 from minigrpo.lora import add_lora
 from minigrpo.packing import Bundle, Part
-from minigrpo.policy import Policy, decoder, recompute_activations
+from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
 from minigrpo.scoring import Float32Head
 from minigrpo.tally import META, Tally, attention_of
 
@@ -43,16 +43,19 @@ class Pass:
 
 
 def shadow(config: Any, recipe: Recipe, dtype: torch.dtype, *, recompute: bool = False) -> Policy:
-    """The recipe's policy with every tensor on "meta". Raises RecipeError where lora.targets fits no layer."""
-    from transformers import AutoModelForCausalLM
+    """The recipe's policy with every tensor on "meta".
 
+    Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
+    """
     with META:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = model_class(config).from_config(config, dtype=dtype).eval()
         if recipe.model.head_float32 and dtype != torch.float32:
             model.set_output_embeddings(Float32Head.of(model.get_output_embeddings()))
         policy = Policy(Loaded(model, None, "shadow"), temperature=recipe.rollout.temperature, seed=recipe.seed)
-        policy.model.requires_grad_(recipe.train.full)
-        if not recipe.train.full:
+        policy.model.requires_grad_(False)
+        if recipe.train.full:
+            learn_everything(policy.model)
+        else:
             policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=recipe.seed)
     if recompute:
         recompute_activations(policy.model)

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -22,6 +21,7 @@ from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.recipefile import dump_recipe, load_recipe
 from minigrpo.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
+from minigrpo.versions import installed, this_version
 
 FORMAT = 1
 """Of what a run's folder holds. It rises when a version can no longer go on with what the one before it left."""
@@ -72,7 +72,6 @@ def begin(recipe: Recipe, run: RunDir) -> None:
 def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
     """Raises ArtifactError, naming the knobs, where the run's recipe is not this one, or no longer what it was."""
     begun = read_sealed(run.made) if run.made.exists() else {}
-    by = f"{run.path} was begun by minigrpo {begun.get('minigrpo', 'of another version')}; this is {this_version()}"
     try:
         own = load_recipe(str(run.path))
     except RecipeError as fault:
@@ -80,7 +79,9 @@ def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
             raise ArtifactError(
                 f"{run.recipe} is damaged. The knobs that the run began with stand in {run.made}. {fault}"
             ) from None
-        raise ArtifactError(f"{by}, which cannot read its recipe. {fault}") from None
+        # Where another version began the run, the fault names both; without made.json nobody knows which it was.
+        unknown = f"{run.path} was begun by another version of minigrpo, or damaged; this is {this_version()}. "
+        raise ArtifactError(f"{'' if begun else unknown}{fault}") from None
     if begun and _sum(run.recipe.read_text(encoding="utf-8")) != begun["sha256"]:
         now = flat(own.model_dump(mode="json", exclude={"about"}))
         if changed := _differences(begun["recipe"], now):
@@ -131,10 +132,6 @@ def _sum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def this_version() -> str:
-    return installed("minigrpo") or "unknown"
-
-
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"lora.rank": 64, ...}; a table of names and numbers stays one value."""
     knobs: dict[str, Any] = {}
@@ -176,13 +173,6 @@ def fits(file: Path, made: dict[str, Any]) -> bool:
         raise ArtifactError(f"{file} is damaged. Remove it and run the stage that makes it again.")
     then = content.get("made")
     return isinstance(then, dict) and then.get("from") == made["from"]
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # minigrpo itself, run from its source folder
-        return None
 
 
 def seconds_of(run: RunDir) -> dict[str, float]:

@@ -40,7 +40,9 @@ def verdict_table(verdict: Verdict) -> RenderableType:
 
 def figures_table(figures: Figures) -> RenderableType:
     table = plain_table("")
-    memory = f"{figures.peak_memory_gb:.1f} GB" if figures.peak_memory_gb else "unknown"
+    planned, held = (
+        f"{size:.1f} GB" if size else "unknown" for size in (figures.planned_memory_gb, figures.peak_memory_gb)
+    )
     rows = {
         "completions sampled": f"{figures.completions} in {figures.groups} groups",
         "well-formed": f"{figures.formed:.0%}",
@@ -53,7 +55,7 @@ def figures_table(figures: Figures) -> RenderableType:
         "sampling": f"{figures.tokens_per_second:,.0f} tokens/s",
         "one step": f"{figures.step_seconds:.1f} s",
         "the whole training": f"about {duration(figures.training_seconds)}",
-        "peak memory so far": memory,
+        "peak memory": f"{planned} planned, {held} so far",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -149,9 +151,14 @@ def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
         (printable(str(question)).strip(), "dim"),
         ("\n→ ", "bold"),
         said.strip() or "(nothing)",
-        (f"\n{judged}: reward {earned}, target {answer['target']}{end}", "italic"),
+        (f"\n{judged}: reward {earned}, target {target_of(answer['target'])}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
+
+
+def target_of(target: Any) -> Any:
+    """What a right answer says; the rest of a target (its worked solution, say) is for the grader."""
+    return target["answer"] if isinstance(target, Mapping) and "answer" in target else target
 
 
 def doctor_table(findings: Sequence[Finding]) -> RenderableType:

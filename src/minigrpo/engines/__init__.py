@@ -10,8 +10,11 @@ from minigrpo.errors import ModelError, RecipeError
 from minigrpo.types import Engine
 
 
-def open_engine(policy: Any, recipe: Recipe) -> Engine:
-    """The engine that the recipe names, sampling from the policy's weights as they are now."""
+def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
+    """The engine that the recipe names, sampling from the policy's weights as they are now.
+
+    `rows`: decoded side by side, where the recipe's are not to be.
+    """
     from minigrpo.engines.lean import is_lean
 
     name = recipe.rollout.engine
@@ -20,7 +23,7 @@ def open_engine(policy: Any, recipe: Recipe) -> Engine:
     elif name == "native" and not is_lean(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine native does not know the architecture {kind!r}. Use auto, or transformers")
-    return ENGINES[name](policy, recipe.rollout.rows)
+    return ENGINES[name](policy, rows or recipe.rollout.rows)
 
 
 def stop_ids(policy: Any) -> frozenset[int]:

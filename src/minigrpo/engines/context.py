@@ -1,4 +1,4 @@
-"""Whether a prompt leaves room for an answer in what the model can read. No torch here."""
+"""What a model's config says of text: its architecture, and whether a prompt leaves room for an answer. No torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 from minigrpo.errors import ModelError
 from minigrpo.render import render
 from minigrpo.types import Prompt, Rendered
+
+WRAPPERS = frozenset({"mistral3"})
+"""Models for text and pictures that hand text to the text model inside them unchanged."""
+
+
+def text_config(config: Any) -> Any:
+    """The config whose model_type says what happens to text: of a wrapper, that of the text model inside it."""
+    return config.get_text_config() if config.model_type in WRAPPERS else config
 
 
 def context_of(model: Any) -> int | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from minigrpo.adapter import low_rank
+from minigrpo.engines.context import text_config
 from minigrpo.fused import is_packed
 
 LEAN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
@@ -32,7 +33,7 @@ FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 def is_lean(model: Any) -> bool:
     """Whether this module can run the model; tested for each architecture against the model's own forward."""
-    config = model.config
+    config = text_config(model.config)
     rope = getattr(config, "rope_parameters", None) or {}
     return config.model_type in LEAN_MODELS and rope.get("rope_type", "default") in FIXED_ROPE
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from minigrpo.config import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.tasks import gsm8k, gym, wordproblems
+from minigrpo.tasks import gsm8k, gym, sudoku, wordproblems
 from minigrpo.tasks.functions import kind_of
 from minigrpo.tasks.rates import rated
 from minigrpo.tasks.rows import read_data
@@ -27,9 +27,13 @@ from minigrpo.tasks.scored import reward_task as reward_task
 from minigrpo.tasks.scored import scored_task, table_of
 from minigrpo.types import Prompt, Split, Task
 
-TASKS: dict[str, Callable[[Recipe], Task]] = {"wordproblems": wordproblems.task, "gsm8k": gsm8k.task}
+TASKS: dict[str, Callable[[Recipe], Task]] = {
+    "wordproblems": wordproblems.task,
+    "gsm8k": gsm8k.task,
+    "sudoku": sudoku.task,
+}
 TAKES_DATA = ("gsm8k",)
-TAKES_EXAMPLE = ("gsm8k",)
+TAKES_EXAMPLE = ("gsm8k", "sudoku")
 
 
 def open_task(recipe: Recipe) -> Task:
@@ -43,7 +47,7 @@ def open_task(recipe: Recipe) -> Task:
 def named_task(recipe: Recipe) -> Task:
     name = recipe.task.name
     if recipe.task.example and name not in TAKES_EXAMPLE:
-        raise TaskError(f"task.example has no meaning for {name}: only {', '.join(TAKES_EXAMPLE)} has a worked one.")
+        raise TaskError(f"task.example has no meaning for {name}: only {' and '.join(TAKES_EXAMPLE)} can show one.")
     if ".py" in name:
         return own_task(name, recipe)
     if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in TAKES_DATA:

@@ -78,7 +78,11 @@ class Problem:
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
-        return {"role": "system", "content": SYSTEM}, {"role": "user", "content": self.story}
+        return asked(self.story)
+
+
+def asked(question: str) -> tuple[dict[str, str], ...]:
+    return {"role": "system", "content": SYSTEM}, {"role": "user", "content": question}
 
 
 def apply(left: int, operation: str, right: int) -> int:

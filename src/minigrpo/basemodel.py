@@ -1,0 +1,213 @@
+"""A base model as files: which tensor lies in which shard, what is tied, and all that must stand beside the weights.
+
+Nothing is loaded; tensors are named as on the disk. What a layer is called in memory is found again by `on_disk`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigrpo.errors import ModelError
+from minigrpo.loading import resolve
+from minigrpo.rundir import digest
+from minigrpo.tensorfile import FLOATS, Header, Stored, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+RENAMES = (
+    ("", ""),
+    ("model.language_model.", "language_model.model."),
+    ("model.", "language_model.model."),
+    ("model.", "model.language_model."),
+    ("lm_head", "language_model.lm_head"),
+    ("model.", ""),
+    ("", "model."),
+)
+"""Beginnings of names in memory and on the disk: models that also read pictures are saved as they once were called."""
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.*",
+)
+OTHER_FILES = ("generation_config.json", "*processor_config.json", "*.py", "LICENSE*", "NOTICE*")
+"""Not the likes of consolidated.safetensors, params.json and tekken.json: a base's weights and tokenizer in another
+format beside merged ones would be taken for theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """`headers` by shard, in their order; `tensors` of all of them. `dtype`: of most weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    tensors: Mapping[str, Stored]
+    dtype: torch.dtype
+
+    @property
+    def sharded(self) -> bool:
+        return not (self.folder / SINGLE).is_file()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding. The outer config counts: it is what transformers asks."""
+        inner = self.config.get("text_config") or {}
+        return bool(self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
+
+    def is_text(self, name: str) -> bool:
+        """Not of a vision tower or its projector."""
+        return "text_config" not in self.config or "language_model." in name or "lm_head" in name
+
+    def on_disk(self, name: str) -> str | None:
+        """What a parameter of the model in memory is called in the files; None where they have no such."""
+        for here, there in RENAMES:
+            renamed = there + name.removeprefix(here)
+            if name.startswith(here) and renamed in self.tensors:
+                return renamed
+        return None
+
+    def fingerprint(self) -> str:
+        """Of config and weights: every byte is read."""
+        total = hashlib.sha256()
+        for file in (self.folder / "config.json", *(self.folder / shard for shard in self.headers)):
+            total.update(f"{file.name} {digest(file)}\n".encode())
+        return total.hexdigest()
+
+
+def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> Base:
+    """From a folder, a Hub id (downloaded if need be) or the embedded model's name. Raises ModelError."""
+    source = resolve(path, seed)
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"The base model {source} is not there: it was moved or deleted. Say where it is: --base FOLDER"
+        )
+    return open_base(folder if folder.is_dir() else _downloaded(source, revision))
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    kinds = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
+    except Exception as fault:  # the Hub client raises a dozen kinds, and those of two HTTP libraries
+        reason = " ".join(str(fault).split())[:200]
+        raise ModelError(
+            f"The base model {name} is neither here nor could it be downloaded ({type(fault).__name__}: {reason}). "
+            "Say where it is: --base FOLDER"
+        ) from fault
+
+
+def open_base(folder: Path) -> Base:
+    """Raises ModelError for what cannot be merged into, and ArtifactError where a shard is missing or damaged."""
+    config = _json(folder / "config.json", f"{folder} holds no config.json, so it is not a model folder.")
+    _refuse_quantised(folder, config)
+    headers = {name: read_header(folder / name) for name in _shards(folder)}
+    tensors = {name: stored for header in headers.values() for name, stored in header.tensors.items()}
+    sizes: Counter[str] = Counter()
+    for stored in tensors.values():
+        sizes[stored.dtype] += stored.stop - stored.start
+    if packed := sorted(name for name in tensors if tensors[name].dtype.startswith("F8") or ".absmax" in name):
+        raise ModelError(f"{folder} holds quantised weights ({packed[0]}). {OTHER_BASE}")
+    floats = [name for name, _ in sizes.most_common() if name in FLOATS]
+    if not floats:
+        raise ModelError(f"{folder} holds no floating-point weights. {OTHER_BASE}")
+    stored = next(tensor for tensor in tensors.values() if tensor.dtype == floats[0])
+    return Base(folder, config, headers, tensors, stored.torch_dtype)
+
+
+OTHER_BASE = "Merge into its 16-bit original instead (often the same name with -BF16, or without -FP8): --base MODEL"
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    said = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if said:
+        kind = said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised"
+        raise ModelError(f"The weights of {folder} are quantised ({kind}), so a change cannot be added. {OTHER_BASE}")
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        others = "only *.bin files" if any(folder.glob("*.bin")) else "no weights"
+        raise ModelError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, and {others}. Save the model again with transformers: "
+            "model.save_pretrained(FOLDER)"
+        )
+    index = _json(folder / INDEX, "")
+    try:
+        shards = list(dict.fromkeys(index["weight_map"].values()))
+        for name in shards:
+            if Path(name).name != name:
+                raise ModelError(
+                    f"{folder / INDEX} names {name}, which is no file of its folder. Do not use this model."
+                )
+            here = {tensor for tensor, shard in index["weight_map"].items() if shard == name}
+            if missing := sorted(here - read_header(folder / name).tensors.keys()):
+                raise ModelError(f"{folder / name} lacks {missing[0]}, which {INDEX} promises. Download it again.")
+    except (KeyError, AttributeError, TypeError):
+        raise ModelError(f"{folder / INDEX} is damaged. Download or save the model again.") from None
+    return shards
+
+
+def _json(file: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{otherwise} Give the folder that has it.") from None
+    except (OSError, ValueError, RecursionError) as fault:
+        raise ModelError(f"{file} is damaged ({fault}). Download or save the model again.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} is damaged: it is no JSON object. Download or save the model again.")
+    return found
+
+
+def write_companions(base: Base, trained: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Everything beside the weights. The tokenizer is the trained one's, whose chat template holds its options."""
+    tokenizer = trained if (trained / "tokenizer_config.json").is_file() else base.folder
+    for source, patterns in ((base.folder, OTHER_FILES), (tokenizer, TOKENIZER_FILES)):
+        for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
+    for file in sorted(base.folder.glob("tokenizer.model*")):  # other tools' converters read it; saving leaves it out
+        shutil.copyfile(file, folder / file.name)
+    _write(folder / "config.json", base.config, for_older_readers(base.config, dtype), base.folder / "config.json")
+    tokens = folder / "tokenizer_config.json"
+    if tokens.is_file():
+        config = _json(tokens, "")
+        # transformers 4 does not know the class that transformers 5 writes; both know this one.
+        known = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        _write(tokens, config, config | known if config.get("tokenizer_class") == "TokenizersBackend" else config)
+
+
+def for_older_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The config with its number type and with `rope_theta` where transformers 4 looks for it: else it takes 10000."""
+    inner = {"text_config": for_older_readers(config["text_config"], dtype)} if config.get("text_config") else {}
+    rope = config.get("rope_parameters") or {}
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope and "rope_theta" not in config else {}
+    said = [name for name in ("dtype", "torch_dtype") if name in config]
+    outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
+    kinds = {name: str(dtype).removeprefix("torch.") for name in outer} if dtype else {}
+    return {**config, **inner, **theta, **kinds}
+
+
+def _write(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:
+    """Byte for byte what it was, where it says the same."""
+    if then != now:
+        file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    elif original is not None:
+        shutil.copyfile(original, file)

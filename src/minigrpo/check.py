@@ -1,0 +1,241 @@
+"""Whether what was trained can be trusted, before anything is made from it: complete, finite, and not without effect.
+
+Everything that is wrong is one sentence; a folder that cannot be read at all is one, too. The figures of each layer go
+to check.json, a summary by kind of layer to the screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.text import Text
+
+from minigrpo.adapter import Adapter, PairFacts, facts_of
+from minigrpo.basemodel import RENAMES, Base
+from minigrpo.delivery import Source, source_of
+from minigrpo.divergence import Divergence, known
+from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.merging import Change, changes_of
+from minigrpo.proof import trained_truth
+from minigrpo.rundir import RunDir, read_json, write_json
+from minigrpo.stamps import fits
+from minigrpo.tables import plain_table, titled
+
+BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A tensor that was trained as a whole: its norm, the norm of what training did, the share that it left alone."""
+
+    name: str
+    norm: float
+    change: float
+    unchanged: float
+    finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """`effect`: the base against what was trained, on `texts`; None where no model was asked. `facts`: layer by layer,
+    of an adapter's pairs; `tensors`: of what was trained as a whole."""
+
+    folder: Path
+    faults: tuple[str, ...]
+    facts: tuple[PairFacts, ...] = ()
+    tensors: tuple[TensorFacts, ...] = ()
+    effect: Divergence | None = None
+    texts: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = [{name: known(value) for name, value in asdict(fact).items()} for fact in self.facts]
+        effect = self.effect.to_dict() if self.effect else None
+        told = {"folder": str(self.folder), "facts": facts, "effect": effect}
+        return {"ok": self.ok} | asdict(self) | told
+
+
+def check(run: RunDir | Path, *, base: str | None = None, model: bool = True) -> Checked:
+    """Check what a run trained, or a PEFT adapter's folder; a run keeps the result as check.json.
+
+    `model`: also load it, and measure what the adapter does to the base's distributions. `base`: where the base lies
+    now, if elsewhere. Raises ArtifactError only where there is nothing to check.
+    """
+    source = source_of(run, base=base)
+    try:
+        found, made = _checked(source, model)
+    except MinigrpoError as fault:
+        found, made = Checked(source.folder, (str(fault),)), None
+    if source.run:
+        write_json(source.run.check, found.to_dict() | ({"made": made} if made else {}))
+    return found
+
+
+def sound_already(run: RunDir) -> bool:
+    """Whether check.json finds no fault in what is trained now, its effect included."""
+    source = source_of(run)
+    if not fits(run.check, source.made("check", source.open()[0])):
+        return False
+    found = read_json(run.check)
+    return bool(found["ok"] and found["effect"])
+
+
+def _checked(source: Source, model: bool) -> tuple[Checked, dict[str, Any]]:
+    files, adapter = source.open()
+    changes = changes_of(files, adapter)
+    facts = tuple(facts_of(pair) for pair in adapter.pairs.values())
+    tensors = tuple(_tensor_facts(change) for change in changes.values() if change.whole)
+    faults = [*_missing(files, adapter), *_faults(facts), *_tensor_faults(tensors, source.full)]
+    found = Checked(source.folder, tuple(faults), facts, tensors)
+    if model and not faults:
+        truth = trained_truth(source, files)
+        if truth.nothing_learned:
+            faults = ["Nothing was learned: with and without it the model gives the same probabilities. Train longer."]
+        found = Checked(source.folder, tuple(faults), facts, tensors, truth.base, truth.held.source)
+    return found, source.made("check", files)
+
+
+def _faults(facts: Sequence[PairFacts]) -> Iterator[str]:
+    broken = [fact.module for fact in facts if not fact.finite]
+    if broken:
+        yield (
+            f"{_some(broken, len(facts))} hold values that are not finite (NaN or infinity). Take an earlier "
+            "checkpoint, or train again at a lower train.lr."
+        )
+    idle = [fact.module for fact in facts if fact.untrained]
+    if idle and len(idle) == len(facts):
+        yield "Nothing was learned: every B of the adapter is zero, as it was at the start. Was it saved untrained?"
+    elif idle:
+        yield f"{_some(idle, len(facts))} have a B of zeros: the others were trained, and no gradient reached these."
+
+
+def _tensor_faults(tensors: Sequence[TensorFacts], full: bool) -> Iterator[str]:
+    broken = [fact.name for fact in tensors if not fact.finite]
+    if broken:
+        yield f"{_some(broken, len(tensors))} hold values that are not finite (NaN or infinity). Train at a lower rate."
+    if full and not broken and all(fact.unchanged == 1 for fact in tensors):
+        yield "Nothing was learned: every weight is the base's."
+
+
+def _some(names: Sequence[str], of: int) -> str:
+    return f"{len(names)} of {of} layers (such as {names[0]})"
+
+
+def _missing(base: Base, adapter: Adapter) -> Iterator[str]:
+    """Layers that the adapter's own config names, that the base has, and that the adapter lacks."""
+    have = {name for module in adapter.pairs if (name := base.on_disk(f"{module}.weight"))}
+    wanted = expected(base, adapter, have)
+    if missing := sorted(wanted - have):
+        names = [name.removesuffix(".weight") for name in missing]
+        yield (
+            f"{_some(names, len(wanted))} that its target_modules name are not in the adapter: it was cut short, or "
+            "put together from parts. Save or copy it again."
+        )
+
+
+def expected(base: Base, adapter: Adapter, have: Iterable[str]) -> set[str]:
+    """Weights of the base that target_modules mean, as PEFT reads it: a pattern of whole names, or ends of names.
+
+    Ends count only where the adapter has anything at all: a vision tower may have layers of the same names.
+    """
+    targets, config = adapter.targets, adapter.config
+    towers = {_tower(name) for name in have}
+    found = set()
+    for name, stored in base.tensors.items():
+        if not name.endswith(".weight") or len(stored.shape) != 2:
+            continue
+        modules = list(_in_memory(base, name))
+        meant = any(_names(targets, module) for module in modules)
+        meant = meant and (isinstance(targets, str) or _tower(name) in towers)
+        excluded = config.get("exclude_modules") or []
+        if meant and _in_layers(name, config) and not any(_names(excluded, module) for module in modules):
+            found.add(name)
+    return found
+
+
+def _in_memory(base: Base, name: str) -> Iterator[str]:
+    """What the layer of a stored weight may be called by a model."""
+    for here, there in RENAMES:
+        module = here + name.removeprefix(there).removesuffix(".weight")
+        if name.startswith(there) and base.on_disk(f"{module}.weight") == name:
+            yield module
+
+
+def _names(targets: str | Sequence[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _tower(name: str) -> str:
+    return BLOCK.split(name)[0]
+
+
+def _in_layers(name: str, config: Any) -> bool:
+    only = config.get("layers_to_transform")
+    place = BLOCK.search(name)
+    if only is None or place is None:
+        return only is None
+    return int(place[1]) in ([only] if isinstance(only, int) else only)
+
+
+def _tensor_facts(change: Change) -> TensorFacts:
+    norm = moved = same = 0.0
+    try:
+        for before, after in change.blocks():
+            norm += float(before.double().square().sum())
+            moved += float((after - before).double().square().sum())
+            same += float(torch.eq(before, after).sum())
+    except ArtifactError:
+        return TensorFacts(change.base.name, 0.0, 0.0, 0.0, finite=False)
+    count = max(1, change.base.rows * change.base.width)
+    return TensorFacts(change.base.name, norm**0.5, moved**0.5, same / count)
+
+
+def checked_table(found: Checked) -> RenderableType:
+    """Kinds of layers with their figures, the effect, what is wrong, and the verdict."""
+    lines: list[RenderableType] = []
+    if found.facts:
+        table = plain_table("layers", "rank", "A", "B", "change", "zeros")
+        for kind, facts in _kinds(found.facts).items():
+            ranks = "-".join(str(rank) for rank in sorted({fact.rank for fact in facts}))
+            norms = [_range([getattr(f, name) for f in facts]) for name in ("norm_a", "norm_b", "norm_delta")]
+            table.add_row(kind, str(len(facts)), ranks, *norms, f"{max(f.zeros for f in facts):.1%}")
+        lines.append(titled(f"{found.folder}; norms: least, median, largest", table))
+    if found.tensors:
+        changed = median(fact.change / fact.norm if fact.norm else 0.0 for fact in found.tensors)
+        lines.append(Text(f"{len(found.tensors)} tensors trained as a whole, changed by {changed:.2g} of their norm"))
+    if found.effect:
+        lines.append(
+            Text(
+                f"effect: {found.effect.mean_kl:.3g} nats a token (largest {found.effect.max_kl:.3g}) on "
+                f"{found.effect.tokens} tokens; the likeliest token changed at {1 - found.effect.top1:.1%} of them "
+                f"({found.texts})"
+            )
+        )
+    lines += [Text(f"fault: {fault}", style="red") for fault in found.faults]
+    sound = Text("sound", style="bold green")
+    lines.append(sound if found.ok else Text("not fit to be used", style="bold red"))
+    return Stack(*lines)
+
+
+def _kinds(facts: Sequence[PairFacts]) -> dict[str, list[PairFacts]]:
+    kinds: dict[str, list[PairFacts]] = {}
+    for fact in facts:
+        kinds.setdefault(fact.module.rpartition(".")[2], []).append(fact)
+    return kinds
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} {median(values):.3g} {max(values):.3g}"

@@ -1,0 +1,113 @@
+"""What was trained, where it lies and what it began from: the same answer for every stage of delivery.
+
+    from a run's folder      adapter (or model), base, recipe, task and logged completions are all there
+    from a PEFT adapter      its own config names the base; texts to prove it with are its own answers
+
+A merged folder carries the hashes of what it was made from and of its own files (made.json, sealed): `merged_of` gives
+it to later stages only while both still hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minigrpo.adapter import Adapter, adapter_config, read_adapter
+from minigrpo.basemodel import Base, find_base, open_base
+from minigrpo.config import Recipe
+from minigrpo.errors import ArtifactError
+from minigrpo.recipefile import load_recipe
+from minigrpo.rundir import RunDir, digest
+from minigrpo.stamps import finished, read_sealed, stamp, write_sealed
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`folder`: the adapter, or the model where every parameter was trained (`full`). `run`: None outside of one."""
+
+    folder: Path
+    recipe: Recipe
+    base: str
+    revision: str | None
+    full: bool
+    run: RunDir | None
+
+    @property
+    def command(self) -> str:
+        """What the user names it by."""
+        return str(self.run.path if self.run else self.folder)
+
+    def open(self) -> tuple[Base, Adapter]:
+        """The base's files, and what is to be changed in them; of a full-parameter run that is every tensor."""
+        adapter = None if self.full else read_adapter(self.folder)
+        base = find_base(self.base, revision=self.revision, seed=self.recipe.seed)
+        if adapter is None:
+            trained = open_base(self.folder)
+            return base, Adapter(self.folder, {}, {}, trained.tensors)
+        return base, adapter
+
+    def made(self, verb: str, base: Base) -> dict[str, Any]:
+        made = stamp(verb, self.recipe, self.folder)
+        made["from"]["base"] = base.fingerprint()
+        return made
+
+
+def source_of(path: Path | RunDir, *, base: str | None = None) -> Source:
+    """`base`: another place than the one that was trained on. Raises ArtifactError where there is nothing trained."""
+    run = path if isinstance(path, RunDir) else RunDir(Path(path).expanduser())
+    if not run.exists() and run.path in (RunDir(run.path.parent).adapter, RunDir(run.path.parent).model):
+        run = RunDir(run.path.parent) if RunDir(run.path.parent).exists() else run
+    if run.exists():
+        recipe = load_recipe(str(run.path))
+        folder = finished(run)
+        revision = None if base else recipe.model.revision
+        return Source(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
+    if not run.path.is_dir():
+        raise ArtifactError(f"{run.path} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
+    config = adapter_config(run.path)
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        raise ArtifactError(f"{run.path / 'adapter_config.json'} names no base model. Say which: --base MODEL")
+    revision = None if base else config.get("revision")
+    return Source(run.path, Recipe(model={"path": named}), named, revision, False, None)  # type: ignore[arg-type]
+
+
+def seal_folder(folder: Path, made: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Put made.json into a folder that is complete but for it."""
+    write_sealed(folder / "made.json", {"made": made, **facts, "sha256": sums_of(folder)})
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but made.json and hidden ones, by name."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: digest(file) for name, file in files.items() if name != "made.json" and not name.startswith(".")}
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """made.json of a folder whose every file is as it was sealed. Raises ArtifactError, naming the file, if not."""
+    if not (folder / "made.json").is_file():
+        raise ArtifactError(f"{folder} holds no made.json, so nothing tells what it was made from.")
+    sealed = read_sealed(folder / "made.json")
+    then, now = sealed["sha256"], sums_of(folder)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            what = "is missing" if name not in now else "was added" if name not in then else "was changed"
+            raise ArtifactError(f"{folder / name} {what} after the folder was made, so nothing is proved about it.")
+    return sealed
+
+
+def merged_of(run: RunDir) -> Path:
+    """The run's merged model, for the stages after it. Raises ArtifactError where it is missing, changed or stale."""
+    again = f"Merge again: minigrpo merge {run.path}"
+    if not run.merged.is_dir():
+        raise ArtifactError(f"{run.merged} is missing. Merge first: minigrpo merge {run.path}")
+    try:
+        sealed = read_seal(run.merged)
+    except ArtifactError as fault:
+        raise ArtifactError(f"{fault} {again} --force") from None
+    trained = finished(run)
+    if sealed["made"]["from"].get(trained.name) != digest(trained):
+        raise ArtifactError(f"{run.merged} is stale: it was made from another {trained}. {again}")
+    return run.merged

@@ -1,0 +1,140 @@
+"""Texts that a model is held to, and its next-token distributions on them: the material of every proof of parity.
+
+The texts are what the policy said at the end of its training; else right answers of its task; else what it says now.
+They are tokens from here on: every stage is asked about the same ids.
+
+Shapes: N scored positions of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigrpo.errors import ArtifactError, TaskError
+from minigrpo.render import QUESTION, render
+from minigrpo.rollout import prompts_of
+from minigrpo.types import Prompt, Task
+
+TEXTS, TOKENS, LONGEST = 16, 512, 96
+"""So many texts at most, scored positions in all, and in one text."""
+NUMBERS = 1 << 27
+"""Log-probabilities that are kept at once: half a GiB."""
+TAIL = 1 << 24
+"""Bytes at the end of groups.jsonl in which its last step is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A prompt and a completion as ids; the tokens from `start` on are scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTexts:
+    """`source`: where they come from, in a person's words."""
+
+    texts: tuple[Held, ...]
+    source: str
+
+
+def held_texts(groups: Path | None, task: Task | None, tokenizer: Any, vocabulary: int) -> HeldTexts | None:
+    """From the run's last step, or the task's right answers; None where neither is to be had."""
+    pairs = list(_last_answers(groups)) if groups and groups.is_file() else []
+    source = "completions of the last training step"
+    if not pairs and task is not None and task.gold is not None:
+        try:
+            prompts = prompts_of(task, "test", TEXTS)
+        except TaskError:
+            prompts = []
+        pairs = [(prompt, task.gold(prompt), True) for prompt in prompts]
+        source = "right answers of the task"
+    texts = [held for pair in pairs[:TEXTS] if (held := _held(*pair, tokenizer)).scored]
+    return HeldTexts(_within(texts, vocabulary), source) if texts else None
+
+
+def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
+    """What the model most likely says to a few prompts."""
+    found = prompts_of(task, "test", 4) if task is not None else [Prompt("question", (QUESTION,))]
+    texts = []
+    for prompt in found:
+        ids = render(tokenizer, prompt).ids
+        asked = torch.tensor([ids], device=model.device)
+        with torch.no_grad():
+            said = model.generate(
+                input_ids=asked,
+                attention_mask=torch.ones_like(asked),
+                max_new_tokens=LONGEST,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        texts.append(Held(tuple(said[0].tolist()), len(ids)))
+    return HeldTexts(_within(texts, vocabulary), "likeliest answers of the trained policy")
+
+
+def distributions(model: Any, texts: Sequence[Held]) -> Iterator[Tensor]:
+    """Log-probabilities [N, V] of each text in float32, on the CPU."""
+    for held in texts:
+        ids = torch.tensor([held.ids[:-1]], device=model.device)
+        with torch.no_grad():
+            logits_NV = model(input_ids=ids, use_cache=False).logits[0, held.start - 1 :]
+        yield logits_NV.float().log_softmax(-1).cpu()
+
+
+def _within(texts: Sequence[Held], vocabulary: int) -> tuple[Held, ...]:
+    """The first texts, as many as there is room for; the last of them may be cut short."""
+    room = max(8, min(TOKENS, NUMBERS // vocabulary))
+    kept: list[Held] = []
+    for held in texts[:TEXTS]:
+        count = min(held.scored, LONGEST, room)
+        if count:
+            kept.append(Held(held.ids[: held.start + count], held.start))
+            room -= count
+    return tuple(kept)
+
+
+def _held(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> Held:
+    ids = render(tokenizer, prompt).ids
+    said = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Held((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
+
+
+def _last_answers(file: Path) -> Iterator[tuple[Prompt, str, bool]]:
+    """(prompt, text, whether it ended by itself) of the log's last step: first siblings first."""
+    rows = _last_step(file)
+    longest = max((len(row["completions"]) for row in rows), default=0)
+    for sibling in range(longest):
+        for row in rows:
+            if sibling < len(row["completions"]):
+                said = row["completions"][sibling]
+                yield Prompt(str(row["prompt"]), tuple(row["messages"])), said["text"], said["finish"] == "stop"
+
+
+def _last_step(file: Path) -> list[dict[str, Any]]:
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - TAIL))
+        lines = stream.read().splitlines()[1 if size > TAIL else 0 :]
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in reversed(lines):
+            row = json.loads(line)
+            if rows and row["step"] != rows[0]["step"]:
+                break
+            rows.append(row)
+    except (ValueError, KeyError, TypeError):
+        if not rows:
+            raise ArtifactError(f"{file} is damaged in its last line. Go on with the run: --resume mends it.") from None
+    return rows[::-1]

@@ -1,0 +1,226 @@
+"""Base + adapter -> a model folder that every other tool can read, and the proof that it is what was trained.
+
+    choose a number type   the base's own, unless rounding would lose what was learned (merging.py measures it)
+    write                  shard by shard, beside its name
+    prove                  KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
+    name it                only now; what fails the proof is kept as merged.rejected
+
+A full-parameter run has no adapter: its tensors take the place of the base's, by the same road.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.text import Text
+
+from minigrpo import merging
+from minigrpo.basemodel import Base, write_companions
+from minigrpo.config import DtypeName
+from minigrpo.delivery import Source, read_seal, seal_folder, source_of
+from minigrpo.divergence import Divergence, record
+from minigrpo.errors import ArtifactError
+from minigrpo.lock import hold
+from minigrpo.merging import Change, Rounding
+from minigrpo.proof import packed_base, prove, trained_truth
+from minigrpo.rundir import FULL, RunDir, complete_folder, tidy
+from minigrpo.stamps import read_sealed
+from minigrpo.tables import plain_table, titled
+from minigrpo.track import stage
+
+Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
+
+REJECTED = ".rejected"
+SPARE = 64 * 2**20
+"""Bytes that a merge leaves free on the disk: tokenizers and configs are among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """`rounding`: what each number type that was looked at would do to the learned change. `stages`: the proof."""
+
+    folder: Path
+    dtype: str
+    verdict: Verdict
+    rounding: tuple[Rounding, ...] = ()
+    stages: tuple[Divergence, ...] = ()
+    texts: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        stages = [row.to_dict() for row in self.stages]
+        return asdict(self) | {"folder": str(self.folder), "stages": stages}
+
+
+def merge(
+    run: RunDir | Path,
+    *,
+    dtype: DtypeName = "auto",
+    base: str | None = None,
+    out: Path | None = None,
+    proof: bool = True,
+    force: bool = False,
+    quiet: bool = False,
+) -> Merged:
+    """Merge what a run trained, or a PEFT adapter's folder, into `out` (RUN/merged, or beside the adapter).
+
+    `base`: where the base lies now, if elsewhere. `force`: replace a folder that was changed by hand. A merge that is
+    there and still fits is not made again. Raises ArtifactError where the proof fails, ModelError where the parts do
+    not belong together; then nothing has the folder's name that had it not before.
+    """
+    source = source_of(run, base=base)
+    files, adapter = source.open()
+    changes = merging.changes_of(files, adapter)
+    target = out or (source.run.merged if source.run else source.folder.with_name(f"{source.folder.name}-merged"))
+    made = source.made("merge", files)
+    made["from"] |= {"asked": dtype, "proved": proof}
+    if found := _there(target, made, force):
+        return found
+    chosen, measured, notes = choose(files, changes, dtype)
+    truth = trained_truth(source, files) if proof else None
+    _check_room(files, chosen, target)
+    with _disk(target, source), complete_folder(target) as draft:
+        with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
+            merging.write_merged(files, changes, chosen, draft, report)
+        write_companions(files, source.folder, draft, chosen)
+        stages = prove(draft, source, files, truth) if truth else []
+        facts = {"dtype": merging.name_of(chosen), "stages": [row.to_dict() for row in stages]}
+        seal_folder(draft, made, facts)
+        _judge(source, draft, target, stages, measured)
+    if truth and packed_base(source) and len(stages) < 3:
+        notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
+    if truth and truth.nothing_learned:
+        notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
+    verdict: Verdict = "not proved" if not truth else "nothing was learned" if truth.nothing_learned else "merged"
+    texts = truth.held.source if truth else ""
+    return Merged(target, merging.name_of(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes))
+
+
+def merge_alone(path: Path, **options: Any) -> Merged:
+    """`merge`, with the run's folder for this process alone, rid of what killed merges left."""
+    source = source_of(path, base=options.get("base"))
+    if source.run is None:
+        return merge(path, **options)
+    with hold(source.run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
+        tidy(source.run)
+        return merge(source.run, **options)
+
+
+def choose(
+    base: Base, changes: Mapping[str, Change], asked: DtypeName
+) -> tuple[torch.dtype, list[Rounding], list[str]]:
+    """The number type, what was measured, and a sentence where the base's own would lose what was learned."""
+    if asked != "auto":
+        dtype = getattr(torch, asked)
+        return dtype, merging.rounding(changes, [dtype]), []
+    tried = merging.candidates(base.dtype)
+    measured = merging.rounding(changes, tried)
+    fit = next((dtype for dtype, found in zip(tried, measured, strict=True) if found.holds), tried[-1])
+    if fit == base.dtype:
+        return fit, measured, []
+    own = measured[0]
+    note = (
+        f"The base is {own.dtype}, which would leave {own.lost:.0%} of the changed weights as they were and blur the "
+        f"change by {own.noise:.0%} of its size; {merging.name_of(fit)} holds it. A longer training makes it larger."
+    )
+    return fit, measured, [note]
+
+
+def _there(target: Path, made: Mapping[str, Any], force: bool) -> Merged | None:
+    """What is there, if it was made from the same and is whole. Raises ArtifactError for what somebody changed."""
+    if not target.exists() or force:
+        return None
+    if not target.is_dir():
+        raise ArtifactError(f"{target} is a file. Move it away, or name another place: --out FOLDER")
+    try:
+        sealed = read_seal(target)
+    except ArtifactError as fault:
+        raise ArtifactError(f"{fault} To put a fresh merge in its place: --force") from None
+    if sealed["made"]["from"] != made["from"]:
+        return None
+    return Merged(target, sealed["dtype"], "there already")
+
+
+def _judge(source: Source, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]) -> None:
+    """Keep the figures; raise ArtifactError, and the folder under another name, where the proof fails."""
+    if source.run and stages and target == source.run.merged:
+        record(source.run.parity, stages, {"made": read_sealed(draft / "made.json")["made"]})
+    failed = next((row for row in stages if not row.ok), None)
+    if failed is None:
+        return
+    rejected = target.with_name(target.name + REJECTED)
+    shutil.rmtree(rejected, ignore_errors=True)
+    draft.rename(rejected)
+    rejected.chmod(0o755)
+    raise ArtifactError(
+        f"The merged model is not what was trained: {_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)} "
+        f"What was made is kept for a look: {rejected}"
+    )
+
+
+def _distance(row: Divergence) -> str:
+    if row.relative_kl is None:
+        return f"training changed nothing, and the merge is {row.mean_kl:.2g} nats a token away"
+    return f"its distance from the trained policy is {row.relative_kl:.2f} of what training moved"
+
+
+def _remedy(measured: list[Rounding]) -> str:
+    worst = measured[0]
+    if worst.dtype == "float32":
+        return "Rounding is not the cause. Is --base the model that was trained on?"
+    return (
+        f"{worst.dtype} leaves {worst.lost:.0%} of the changed weights as they were. Merge with --dtype float32 (or "
+        "float16, eight times as fine as bfloat16), or train longer, so that the change is larger."
+    )
+
+
+def _check_room(base: Base, dtype: torch.dtype, target: Path) -> None:
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())
+    need, free = merging.bytes_of(base, dtype) + SPARE, shutil.disk_usage(there).free
+    if free < need:
+        raise ArtifactError(
+            f"{target} needs {need / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB left. Make room, or name another "
+            "place: --out FOLDER"
+        )
+
+
+@contextmanager
+def _disk(target: Path, source: Source) -> Iterator[None]:
+    """A disk that fills in the middle: in a merge's own words, for there is nothing to resume."""
+    try:
+        yield
+    except ArtifactError as fault:
+        number = getattr(fault.__cause__, "errno", None)
+        if number not in FULL:
+            raise
+        raise ArtifactError(
+            f"{target} could not be written: {os.strerror(number or errno.ENOSPC)}. Nothing half-written was left. "
+            f"Make room, then again: minigrpo merge {source.command}"
+        ) from fault
+
+
+def merged_table(merged: Merged) -> RenderableType:
+    """The proof, stage by stage, and the verdict."""
+    table = plain_table("KL", "worst", "of training", "top-1", "same start")
+    for row in merged.stages:
+        relative = "1" if row.name == "base" else "-" if row.relative_kl is None else f"{row.relative_kl:.2g}"
+        agrees = f"{row.greedy:.1f}/{row.greedy_of:.1f}"
+        table.add_row(row.name, f"{row.mean_kl:.2g}", f"{row.max_kl:.2g}", relative, f"{row.top1:.1%}", agrees)
+    lines: list[RenderableType] = []
+    if merged.stages:
+        first = merged.stages[0]
+        title = f"distance from the trained policy, nats a token: {first.tokens} tokens of {first.texts} {merged.texts}"
+        lines.append(titled(title, table))
+    lines += [Text(f"note: {note}", style="yellow") for note in merged.notes]
+    lines.append(Text(f"{merged.verdict}: {merged.folder} ({merged.dtype})", style="bold green"))
+    return Stack(*lines)

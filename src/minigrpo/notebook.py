@@ -1,0 +1,246 @@
+"""The stages for a notebook: the same code that the command line runs, beside a plot that redraws itself.
+
+    from minigrpo.notebook import evaluate, plot, preflight, recipe, train
+    mine = recipe("gsm8k-fast", {"train.steps": 50})
+    preflight(mine, "runs/mine")
+    train(mine, "runs/mine")  # the same cell once more goes on where a stop or a crash left it
+    evaluate("runs/mine")
+
+A user's mistake shows as its sentence, without a traceback, and each stage lets its model go when it ends: a notebook's
+process lives on, and the next stage needs the memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from minigrpo import recipefile
+from minigrpo.config import Recipe
+from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.rundir import RunDir, read_json
+
+if TYPE_CHECKING:
+    from minigrpo.preflight import Verdict
+
+__all__ = ["evaluate", "plot", "preflight", "recipe", "train"]
+
+Place = str | Path | RunDir
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("reward", {"reward": "mean of the step"}),
+    ("share of completions", {"accuracy": "right", "format": "well-formed"}),
+    ("tokens a completion", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
+    ("share", {"informative_groups": "groups that teach", "completions/clipped_ratio": "cut off"}),
+)
+"""What is drawn: each panel's unit, and its figures of metrics.jsonl with their names."""
+
+WINDOW = 10  # steps that a bold line averages: one step of a few prompts says little
+STOPPED = "Stopped. The same cell goes on from here."
+REDRAW = 2.0  # seconds between looks at metrics.jsonl
+
+
+def told(stage: Callable[P, R]) -> Callable[P, R]:
+    """A stage whose refusals show as sentences, and that holds no memory when it is over.
+
+    IPython prints what `_render_traceback_` returns. The frames of a refusal would keep the model alive for as long as
+    IPython remembers the error, so they are let go; a fault of ours keeps all of its traceback.
+    """
+
+    @wraps(stage)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return stage(*args, **kwargs)
+        except (MinigrpoError, KeyboardInterrupt) as fault:
+            words = f"error: {fault}" if isinstance(fault, MinigrpoError) else STOPPED
+            vars(fault)["_render_traceback_"] = lambda: [words]
+            fault.__context__ = None
+            raise fault.with_traceback(None) from None
+        finally:
+            let_go()
+
+    return wrapped
+
+
+def let_go() -> None:
+    """Give back what no name holds any more; of a GPU too, which keeps what was freed for its next tensor."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@told
+def recipe(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, file or run folder, changed by knobs: {"train.steps": 50, "lora.rank": 16}."""
+    return recipefile.load_recipe(name_or_path, knobs or {})
+
+
+@told
+def preflight(recipe: Recipe, run: Place) -> Verdict:
+    """Try the recipe for a minute: prints what it would teach, and what it would take here."""
+    from minigrpo import pipeline
+
+    return pipeline.preflight(recipe, at(run))
+
+
+@told
+def train(recipe: Recipe, run: Place, *, live: bool = True, despite_preflight: bool = False) -> None:
+    """Train, or go on with what is there; `live` draws every step. Interrupting the cell finishes the step and saves.
+
+    Raises MinigrpoError where preflight has found that this would teach nothing, unless that is to be passed over.
+    """
+    from minigrpo import pipeline
+
+    folder = at(run)
+    if not despite_preflight:
+        refuse_hopeless(recipe, folder)
+    watching: AbstractContextManager[None] = watch(folder, recipe.train.steps) if live else nullcontext()
+    with watching:
+        pipeline.train(recipe, folder, resume=True)
+
+
+@told
+def evaluate(run: Place, *, limit: int | None = None, against_base: bool = True) -> dict[str, Any]:
+    """Grade what a run trained on so many unseen prompts, greedily, beside the model that it began with.
+
+    Returns the figures: `before`, `after` and `change`, or `model` where no base is asked; `file` has every answer.
+    """
+    from minigrpo import pipeline
+
+    folder = at(run)
+    if not folder.exists():
+        raise ArtifactError(f"{folder.path} holds no run. Train first: train(recipe, {str(folder.path)!r})")
+    own = recipefile.load_recipe(str(folder.path))
+    return pipeline.evaluate(str(folder.path), own, base=own.model.path if against_base else None, limit=limit)
+
+
+@told
+def plot(run: Place) -> Any:
+    """The curves of a run as an image, while it trains or after."""
+    need_extra()
+    from IPython.display import Image
+
+    folder = at(run)
+    if not (rows := steps_of(folder)):
+        raise ArtifactError(f"{folder.path} has no step to draw. Train first: train(recipe, {str(folder.path)!r})")
+    return Image(data=picture(rows, str(folder.path)), format="png")
+
+
+def at(run: Place) -> RunDir:
+    return run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
+
+
+def refuse_hopeless(recipe: Recipe, run: RunDir) -> None:
+    """A verdict counts for the recipe that it was made for; a warm-up that would mend it comes first in training."""
+    from minigrpo.beginning import verdict_stamp
+    from minigrpo.stamps import fits
+
+    if not fits(run.preflight, verdict_stamp(recipe, run)):
+        return
+    verdict = read_json(run.preflight)
+    if not verdict["go"] and not (verdict["warms"] and recipe.warmup.steps):
+        raise MinigrpoError(
+            f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names and "
+            "run preflight again; to train all the same: train(..., despite_preflight=True)"
+        )
+
+
+def need_extra() -> None:
+    missing = [name for name in ("matplotlib", "IPython") if find_spec(name) is None]
+    if missing:
+        raise MinigrpoError(
+            f"A plot needs {' and '.join(missing)}: pip install 'minigrpo[notebook]'. "
+            "To train without one: train(..., live=False)"
+        )
+
+
+@contextmanager
+def watch(run: RunDir, steps: int) -> Iterator[None]:
+    """A plot under the cell that follows metrics.jsonl while the block runs.
+
+    A thread draws: training keeps the main one, where an interrupt arrives.
+    """
+    need_extra()
+    from IPython.display import Image, display
+
+    def image() -> Any:
+        return Image(data=picture(steps_of(run), str(run.path), steps), format="png")
+
+    handle = display(image(), display_id=True)
+    if handle is None:  # no notebook: IPython has said what it could
+        yield
+        return
+    over = threading.Event()
+
+    def follow() -> None:
+        drawn = 0
+        while not over.wait(REDRAW):
+            size = run.metrics.stat().st_size if run.metrics.exists() else 0
+            if size != drawn:
+                handle.update(image())
+                drawn = size
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        handle.update(image())
+
+
+def steps_of(run: RunDir) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that is being written, or that a crash cut short, is passed over."""
+    rows = []
+    for line in run.metrics.read_bytes().splitlines() if run.metrics.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def picture(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = None) -> bytes:
+    """The panels as a PNG. Without pyplot, whose state belongs to the main thread and to the user's own plots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    done = rows[-1]["step"] if rows else 0
+    figure.suptitle(f"{title}: step {done}" + (f" of {steps}" if steps else ""))
+    for axes, (unit, curves) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+        for number, (figure_name, words) in enumerate(curves.items()):
+            known = [(row["step"], row[figure_name]) for row in rows if row.get(figure_name) is not None]
+            x, y = [step for step, _ in known], [value for _, value in known]
+            axes.plot(x, y, color=f"C{number}", alpha=0.3, linewidth=1)
+            axes.plot(x, smooth(y), color=f"C{number}", linewidth=2, label=words)
+        if steps:
+            axes.set_xlim(0, steps)
+        if unit.startswith("share"):
+            axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="best", fontsize="small")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=80)
+    return stream.getvalue()
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each value's mean with the WINDOW - 1 before it."""
+    windows = (values[max(0, end - WINDOW) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]

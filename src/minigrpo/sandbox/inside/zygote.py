@@ -1,0 +1,254 @@
+"""The zygote: a small process that nothing was told, and that forks a locked child for each program.
+
+It is started with an empty environment and one descriptor, imports what programs may use, gives up its rights, proves
+that the lock holds, and then keeps one child forked and locked ahead. Each child has a channel of its own to whoever
+runs the program: neither a program nor a result ever passes through the zygote, so there is nothing to find in it.
+
+Commands, one byte each: T take the child that waits, E end the child that runs, W the same after it made somebody
+wait, S tell what it is doing.
+When the other side goes, or dies, everything here ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from . import codec, locks, program, selftest, syscalls
+
+PRELOADED = (
+    "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq "
+    "itertools json math numbers operator random re statistics string textwrap time traceback types typing"
+)
+"""What programs may import: nothing can be loaded later. None of it can do more than the program itself."""
+
+HIDDEN = (
+    "_ctypes _posixsubprocess _signal _socket ctypes inside select selectors shutil signal socket subprocess tempfile"
+)
+"""What the zygote needs for itself: an import in a program does not find it. The filter, not this, is the lock, and
+`resource` stays, because wait4 looks for it."""
+
+NECESSARY = ("filter", "limits")
+"""Locks of a child without which no program is run."""
+
+Work = Callable[[dict[str, str]], int]
+LENGTH = struct.Struct("!I")
+REPLY = 2**16
+FORK_TRIES, FORK_PAUSE = 40, 0.05
+LOOK_UP = 2.0
+"""Seconds between looks at whether the one who started this is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    pid: int
+    channel: socket.socket
+
+
+class Zygote:
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.parent = os.getppid()
+        self.proc = -1
+        self.lock: locks.Lock
+        self.running: Child | None = None
+        self.spare: Child | None = None
+        self.refusal = ""
+        self.unsafe = False
+
+    def serve(self) -> None:
+        try:
+            while command := self.receive(1):
+                if command == b"T":
+                    self.take()
+                elif command == b"S":
+                    self.send({"state": self.state(self.running.pid) if self.running else "?"})
+                else:
+                    self.end(command == b"W")
+        finally:
+            for child in filter(None, (self.running, self.spare)):
+                with contextlib.suppress(OSError):
+                    os.kill(child.pid, signal.SIGKILL)
+
+    def take(self) -> None:
+        self.spare = self.spare or self.fork_patiently()
+        if self.spare is None:
+            self.control.sendall(b"X")
+            self.send({"fault": self.refusal})
+            return
+        socket.send_fds(self.control, [b"R"], [self.spare.channel.fileno()])
+        self.spare.channel.close()
+        self.send({"pid": self.spare.pid})
+        self.running, self.spare = self.spare, None
+        with contextlib.suppress(OSError):  # no hurry: it is tried again when it is needed
+            self.spare = self.fork()
+
+    def end(self, waited: bool) -> None:
+        """Kill the child, and say how it ended: wait status, CPU seconds, and what it was doing if it `waited`."""
+        if self.running is None:
+            self.send({"status": 0, "cpu_s": 0.0, "state": "?"})
+            return
+        pid = self.running.pid
+        state = self.state(pid) if waited else "?"
+        os.kill(pid, signal.SIGKILL)
+        _, status, usage = os.wait4(pid, 0)
+        self.running = None
+        self.send({"status": status, "cpu_s": usage.ru_utime + usage.ru_stime, "state": state})
+
+    def state(self, pid: int) -> str:
+        """R where it computes or would if it could, S where it waits for something, T where somebody stopped it."""
+        try:
+            handle = os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=self.proc)
+        except OSError:
+            return "?"
+        with open(handle, "rb") as file:
+            return file.read().rpartition(b") ")[2][:1].decode("ascii", "replace")
+
+    def fork_patiently(self) -> Child | None:
+        for _ in range(FORK_TRIES):
+            try:
+                return self.fork()
+            except OSError as fault:
+                self.refusal = f"no process can be forked: {fault.strerror}"
+                time.sleep(FORK_PAUSE)
+        return None
+
+    def fork(self, work: Work | None = None) -> Child:
+        """A locked child that serves one program, or does `work` and ends with its result."""
+        near, far = socket.socketpair()
+        zygote = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            near.close()
+            far.close()
+            raise
+        if pid == 0:
+            try:
+                self.be_child(far.fileno(), zygote, work)
+            finally:
+                os._exit(70)
+        far.close()
+        return Child(pid, near)
+
+    def be_child(self, channel: int, zygote: int, work: Work | None) -> None:
+        os.dup2(channel, syscalls.CHANNEL)
+        os.closerange(0, syscalls.CHANNEL)
+        os.closerange(syscalls.CHANNEL + 1, locks.RULESET)
+        faults = self.lock.close(zygote)
+        if work is not None:
+            os._exit(min(work(faults), 1))
+        if not self.unsafe and any(faults[name] for name in NECESSARY):
+            os._exit(71)
+        program.serve()
+
+    def locked(self, work: Callable[[], int]) -> int:
+        """The wait status of a locked child that did `work`."""
+        child = self.fork(lambda faults: work())
+        child.channel.close()
+        return os.waitpid(child.pid, 0)[1]
+
+    def locks_of_a_child(self) -> dict[str, str]:
+        """Which locks a child could close, told by one that ends at once."""
+        child = self.fork(tell)
+        told = child.channel.recv(REPLY)
+        child.channel.close()
+        os.waitpid(child.pid, 0)
+        return dict(codec.decode(told)) if told else {"filter": "the first child died"}
+
+    def settle(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Give up all rights, for good. Tells which locks are closed, and what the self-test met."""
+        self.unsafe = config["unsafe"]
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")  # the first to go when memory runs out
+        with contextlib.suppress(OSError):
+            self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+        locks.mapped()
+        found = locks.separate() if sys.platform == "linux" else {}
+        found |= locks.become_nobody()
+        self.lock = locks.Lock(locks.Bounds(config["cpu_s"], config["memory"]))
+        found |= self.locks_of_a_child()
+        tests = selftest.run(self.locked) if config["selftest"] and not found["filter"] else {}
+        gc.collect()
+        gc.freeze()  # what is here now is never looked at again, so its pages stay shared
+        return {"locks": found, "selftest": tests}
+
+    def receive(self, size: int) -> bytes:
+        """Bytes from the one who started this; none where he has gone."""
+        data = b""
+        while len(data) < size:
+            try:
+                piece = self.control.recv(size - len(data))
+            except TimeoutError:
+                if os.getppid() != self.parent:
+                    return b""
+                continue
+            if not piece:
+                return b""
+            data += piece
+        return data
+
+    def send(self, reply: dict[str, Any]) -> None:
+        data = codec.encode(reply, REPLY)
+        self.control.sendall(LENGTH.pack(len(data)) + data)
+
+
+def tell(faults: dict[str, str]) -> int:
+    os.write(syscalls.CHANNEL, codec.encode(faults, REPLY))
+    return 0
+
+
+def main() -> None:
+    """What `worker` starts; the number of the control descriptor is the second argument."""
+    control = socket.socket(fileno=int(sys.argv[2]))
+    control.settimeout(LOOK_UP)
+    zygote = Zygote(control)
+    try:
+        forget(control.fileno())
+        size = zygote.receive(LENGTH.size)
+        config = codec.decode(zygote.receive(LENGTH.unpack(size)[0])) if size else None
+        if config is None:
+            return
+        keep_what_programs_import()
+        zygote.send(zygote.settle(config))
+    except Exception as fault:
+        zygote.send({"fault": f"{type(fault).__name__}: {fault}"})
+        return
+    gc.disable()
+    zygote.serve()
+    os._exit(0)  # nothing here is worth tidying up
+
+
+def forget(control: int) -> None:
+    """Whatever came along from the one who started this: descriptors, environment, signals, paths."""
+    os.closerange(3, control)
+    os.closerange(control + 1, os.sysconf("SC_OPEN_MAX"))
+    os.environ.clear()
+    os.chdir("/")
+    os.umask(0o077)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.argv[:] = sys.orig_argv[:] = [""]
+
+
+def keep_what_programs_import() -> None:
+    for name in PRELOADED.split():
+        import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN.split()]:
+        del sys.modules[name]
+    sys.path.clear()
+    sys.path_importer_cache.clear()

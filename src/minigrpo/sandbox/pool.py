@@ -1,0 +1,284 @@
+"""The Sandbox: a warm pool of workers for as many threads as like, and one shared by a whole process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from minigrpo.errors import SandboxError
+from minigrpo.sandbox.conversation import Conversation, Ended, Fault
+from minigrpo.sandbox.inside import codec, program
+from minigrpo.sandbox.words import Limits, Outcome, Plain, Referee, Wrong, printable
+from minigrpo.sandbox.worker import Worker
+
+if TYPE_CHECKING:
+    from minigrpo.config import SandboxKnobs
+
+TRIES = 3
+"""Of a program that the machine's own faults interrupt."""
+
+MOST_WORKERS = 8
+NECESSARY = ("filter", "limits")
+
+
+class Sandbox:
+    """Runs model-written Python in locked processes. See docs/sandbox.md for what that covers.
+
+        with Sandbox(Limits(cpu_s=2)) as sandbox:
+            outcome = sandbox.run(source, "strategy", referee(game))
+
+    Thread-safe; `workers` programs run side by side, None or 0: one for each core, up to eight. Workers start when they
+    are first needed. A referee must not run a program itself: it could wait for its own worker. A machine without the
+    necessary locks is refused with a SandboxError, unless `unsafe`.
+    """
+
+    def __init__(self, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False) -> None:
+        self.limits = limits or Limits()
+        self.unsafe = unsafe
+        self.workers = workers or min(MOST_WORKERS, cores())
+        self._reset()
+        ALL.add(self)
+
+    def _reset(self) -> None:
+        self._free: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._turn = threading.Condition()
+        self._starting = 0
+        self._tested = False
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Every worker ends, and what it runs with it. A later run starts new ones."""
+        with self._turn:
+            idle, self._free = self._free, []
+            for busy in self._busy:
+                busy.stop()  # whoever uses it closes it
+        for worker in idle:
+            worker.close()
+
+    def let_go(self) -> None:
+        """In a fork of the process: the workers belong to the other one, which must not be kept from ending them."""
+        for worker in (*self._free, *self._busy):
+            worker.close()
+        self._reset()
+
+    def run(self, source: str, entry: str, referee: Referee[Any]) -> Outcome:
+        """Play the referee's game with the function `entry` of a program, in a fresh process.
+
+        The referee runs here, in this process, and what it raises besides `Wrong` is raised here.
+        """
+        try:
+            return Game(self, source, entry).play(referee)
+        finally:
+            referee.close()
+
+    def check(self, source: str, entry: str) -> Outcome:
+        """Compile a program and execute its definitions, but call nothing."""
+        return Game(self, source, entry, program.DEFINE).play(_one_definition())
+
+    @contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """One worker for one thread. One that was interrupted in the middle is not used again."""
+        worker = self._hire()
+        try:
+            yield worker
+        finally:
+            if not worker.sound:
+                worker.close()
+            with self._turn:
+                self._busy.discard(worker)
+                if worker.sound:
+                    self._free.append(worker)
+                self._turn.notify()
+
+    def _hire(self) -> Worker:
+        with self._turn:
+            while not self._free and len(self._busy) + self._starting >= self.workers:
+                self._turn.wait()
+            if self._free:
+                worker = self._free.pop()
+                self._busy.add(worker)
+                return worker
+            self._starting += 1
+        started: list[Worker] = []
+        try:
+            started.append(self._start())
+            return started[0]
+        finally:
+            with self._turn:
+                self._starting -= 1
+                self._busy.update(started)
+                self._turn.notify()
+
+    def _start(self) -> Worker:
+        worker = open_worker(self.limits, unsafe=self.unsafe, selftest=not self._tested)
+        if self.unsafe and not self._tested and (holes := missing(worker.report)):
+            warnings.warn(
+                f"Programs run without full protection ({'; '.join(holes)}): they may read and change what this user "
+                "can. Look at what you run.",
+                stacklevel=2,
+            )
+        self._tested = True
+        return worker
+
+
+def open_worker(limits: Limits, *, unsafe: bool = False, selftest: bool = True) -> Worker:
+    """A worker whose locks hold. Raises SandboxError where a necessary one does not, unless `unsafe`."""
+    if not hasattr(os, "fork"):
+        raise SandboxError(
+            f"The sandbox needs fork, which {sys.platform} lacks. Run it in Linux: WSL 2, or a container."
+        )
+    if sys.platform != "linux" and not unsafe:
+        raise SandboxError(
+            f"The sandbox rests on Linux's filter of system calls (seccomp), which {sys.platform} lacks. Run it in "
+            "Linux, a container for example; or, if you trust every program, with --sandbox.unsafe."
+        )
+    worker = Worker(limits, unsafe=unsafe, selftest=selftest)
+    if "fault" in worker.report:
+        worker.close()
+        raise SandboxError(
+            f"The sandbox cannot start: {worker.report['fault']}. Where processes or memory are lacking, raise this "
+            "user's or container's limits (ulimit -u, --pids-limit, --memory)."
+        )
+    holes = missing(worker.report)
+    if holes and not unsafe:
+        worker.close()
+        raise SandboxError(
+            f"The sandbox is not safe on this machine: {'; '.join(holes)}. See what it lacks: "
+            "minigrpo sandbox --doctor. If you trust every program: --sandbox.unsafe"
+        )
+    return worker
+
+
+def missing(report: dict[str, Any]) -> list[str]:
+    """Why programs must not run, from what a zygote tells of itself; empty where all necessary locks are closed."""
+    locks = report["locks"]
+    holes = [f"{name}: {reason}" for name in NECESSARY if (reason := locks.get(name, "not tried"))]
+    return holes + [f"{name} got through" for name, met in report["selftest"].items() if met == "got through"]
+
+
+class Game:
+    """One program against one referee. A call that the machine interrupts is made again in another process."""
+
+    def __init__(self, sandbox: Sandbox, source: str, entry: str, kind: bytes = program.CALL) -> None:
+        self.sandbox, self.limits, self.kind = sandbox, sandbox.limits, kind
+        self.source, self.entry = source, entry
+        self.calls, self.cpu_s = 0, 0.0
+
+    def play(self, referee: Referee[Any]) -> Outcome:
+        try:
+            return self._patiently(referee, next(referee))
+        except StopIteration as stop:
+            return Outcome("ok", result=stop.value)
+        except Wrong as wrong:
+            return Outcome("wrong", printable(str(wrong)), None, self.calls, self.cpu_s)
+        except Ended as ended:
+            return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s)
+
+    def _patiently(self, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
+        job, reason = self._job(), ""
+        for _ in range(TRIES):
+            try:
+                with self.sandbox.worker() as worker:
+                    return self._play(worker, job, referee, arguments)
+            except Interrupted as fault:
+                arguments, reason = fault.arguments, str(fault)
+        raise Ended("infrastructure", f"{reason}, {TRIES} times in a row")
+
+    def _job(self) -> bytes:
+        """The program as bytes. A text that cannot be written cannot be compiled."""
+        try:
+            return codec.encode([self.limits.output_bytes, self.source, self.entry], self.limits.input_bytes)
+        except codec.CodecError as fault:
+            raise Ended("error", f"SyntaxError: the program is {fault}") from None
+
+    def _play(self, worker: Worker, job: bytes, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
+        """From this call on, until the referee ends or the program fails."""
+        try:
+            conversation = Conversation(worker, job)
+            try:
+                while True:
+                    value = conversation.ask(self.kind, self._written(arguments))
+                    self.calls += self.kind == program.CALL
+                    arguments = referee.send(value)
+            except StopIteration as stop:
+                result = stop.value
+            finally:
+                self.cpu_s += conversation.close()
+        except Fault as fault:
+            raise Interrupted(str(fault), arguments) from None
+        return Outcome("ok", "", result, self.calls, self.cpu_s)
+
+    def _written(self, arguments: tuple[Plain, ...]) -> bytes:
+        if self.calls >= self.limits.calls:
+            raise Ended("timeout", f"more than {self.limits.calls} calls")
+        if type(arguments) is not tuple:
+            raise TypeError(f"a referee yields a tuple of arguments, not {type(arguments).__name__}")
+        return codec.encode(arguments, self.limits.input_bytes)
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The machine's fault, in the middle of the call with these arguments."""
+
+    def __init__(self, reason: str, arguments: tuple[Plain, ...]) -> None:
+        super().__init__(reason)
+        self.arguments = arguments
+
+
+def _one_definition() -> Referee[None]:
+    yield ()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+ALL: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+SHARED: dict[tuple[Limits, bool], Sandbox] = {}
+SHARING = threading.Lock()
+
+
+def shared_sandbox(limits: Limits | None = None, *, workers: int | None = None, unsafe: bool = False) -> Sandbox:
+    """The sandbox of this process for these limits: made on first use, closed at exit. The first `workers` counts."""
+    key = (limits or Limits(), unsafe)
+    with SHARING:
+        if key not in SHARED:
+            SHARED[key] = Sandbox(key[0], workers, unsafe)
+        return SHARED[key]
+
+
+def sandbox_of(knobs: SandboxKnobs, cpu_s: float | None = None) -> Sandbox:
+    """The shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
+    limits = Limits(cpu_s=cpu_s or knobs.cpu_seconds, memory_mb=knobs.memory_mb)
+    return shared_sandbox(limits, workers=knobs.workers, unsafe=knobs.unsafe)
+
+
+def close_all() -> None:
+    for sandbox in list(ALL):
+        sandbox.close()
+
+
+def let_go_of_all() -> None:
+    """In a forked child, where a lock may be held by a thread that did not come along."""
+    global SHARING
+    SHARING = threading.Lock()
+    for sandbox in list(ALL):
+        sandbox.let_go()
+
+
+atexit.register(close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go_of_all)

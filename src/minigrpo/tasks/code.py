@@ -1,0 +1,314 @@
+"""Tasks whose answers are programs: find the one function in a text, and judge it by cases in the sandbox.
+
+    task = code_task([Problem("double", ("n",), "Twice the number.", cases=(((2,), 4), ((-1,), -2)))])
+
+The form is strict, so that what is judged is what was meant: one fenced block, in it one function of the asked-for name
+and parameters, helpers inside. Words around the block are allowed. Everything else is refused with its reason. What is
+found is text still: it is only ever run by the sandbox.
+
+Not covered: cases that can be guessed. Whoever writes problems should keep the cases out of the question.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minigrpo.errors import TaskError
+from minigrpo.types import Grade, Prompt, Split, Task
+
+if TYPE_CHECKING:
+    from minigrpo.sandbox import Limits, Outcome, Referee
+
+LONGEST = 20_000  # characters of a program; no honest one comes near
+FENCE = "```"
+LANGUAGES = ("", "python", "python3", "py")
+PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
+HIDING = frozenset(
+    {"__import__", "breakpoint", "compile", "eval", "exec", "getattr", "globals", "input", "locals", "open", "vars"}
+)
+"""Names with which a program can do what its text does not show. No honest answer needs one."""
+SYSTEM = (
+    "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, and "
+    "import nothing."
+)
+TEST_SHARE = 5  # one problem in five is unseen
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A function, as source. `missing`: there is none, and why; `refused`: it cannot be locked down, and why.
+
+    `cheats` are ways out of the task that its text shows: imports, and names that hide what it does. `odd` is what no
+    honest program does but which gains nothing.
+    """
+
+    source: str = ""
+    missing: str = ""
+    refused: str = ""
+    cheats: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> bool:
+        return not (self.missing or self.refused or self.cheats)
+
+    @property
+    def complaint(self) -> str:
+        return self.missing or self.refused or ", ".join(self.cheats)
+
+
+def find_program(text: str, name: str, parameters: Sequence[str]) -> Program:
+    """The function `name(*parameters)` of a text. Any text will do; nothing of it is executed."""
+    source, fault = fenced(text)
+    if fault:
+        return Program(missing=fault)
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        return Program(missing=f"syntax error: {error.msg}")
+    except ValueError:  # null bytes, lone surrogates
+        return Program(missing="characters that Python does not read")
+    except (RecursionError, MemoryError):
+        return Program(missing="nested too deeply")
+    try:
+        return read_program(source, tree, name, tuple(parameters))
+    except RecursionError:
+        return Program(missing="nested too deeply")
+
+
+def fenced(text: str) -> tuple[str, str]:
+    """(what stands in the one fenced block, "") or ("", why there is none)."""
+    count = text.count(FENCE)
+    if count != 2:
+        return "", "no fenced block" if count == 0 else "block not closed" if count == 1 else "more than one block"
+    before, block, _ = text.split(FENCE)
+    language, _, source = block.partition("\n")
+    if before.rpartition("\n")[2].strip() or source.rpartition("\n")[2].strip():
+        return "", "a fence is not on a line of its own"
+    if language.strip().lower() not in LANGUAGES:
+        return "", "a block in another language"
+    if len(source) > LONGEST:
+        return "", f"more than {LONGEST} characters"
+    return source.replace("\r\n", "\n"), ""
+
+
+def read_program(source: str, tree: ast.Module, name: str, parameters: tuple[str, ...]) -> Program:
+    cheats = tuple(sorted(set(cheats_of(tree))))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not functions:
+        return Program(source, missing=instead(tree, name), cheats=cheats)
+    refused = next(objections(tree, functions[0], parameters), "")
+    return Program(source, refused=refused, cheats=cheats, odd=tuple(sorted(set(oddities(functions[0])))))
+
+
+def instead(tree: ast.Module, name: str) -> str:
+    """What stands where the function should."""
+    kinds = {ast.ClassDef: "a class", ast.AsyncFunctionDef: "an async function"}
+    for node in tree.body:
+        if type(node) in kinds and getattr(node, "name", "") == name:
+            return f"{kinds[type(node)]} in place of the function {name}"
+    return f"no function {name}"
+
+
+def objections(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[str, ...]) -> Iterator[str]:
+    """Why a function cannot be locked down: what would run, or be kept, outside its calls."""
+    if len(tree.body) > 1:
+        yield "code outside the function"
+    if function.decorator_list:
+        yield "a decorator"
+    found = function.args
+    if found.defaults or any(found.kw_defaults):
+        yield "default arguments"
+    if tuple(one.arg for one in (*found.posonlyargs, *found.args)) != parameters or (
+        found.vararg or found.kwonlyargs or found.kwarg
+    ):
+        yield f"parameters other than ({', '.join(parameters)})"
+    annotations = [one.annotation for one in found.args] + [function.returns]
+    if not all(is_plain_type(node) for one in annotations if one is not None for node in ast.walk(one)):
+        yield "an annotation that is more than a built-in type"
+    if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in own_nodes(function)):
+        yield "a generator"
+
+
+def is_plain_type(node: ast.AST) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in PLAIN_TYPES
+    if isinstance(node, ast.Constant):
+        return node.value is None or node.value is Ellipsis
+    return isinstance(node, ast.Subscript | ast.Tuple | ast.BinOp | ast.BitOr | ast.Load)
+
+
+def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """All nodes of its body, but for those of functions and classes within it."""
+    waiting: list[ast.AST] = list(function.body)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def cheats_of(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield "import"
+        elif isinstance(node, ast.Name) and (node.id in HIDING or node.id.startswith("__")):
+            yield "import" if node.id == "__import__" else f"uses {node.id}"
+        elif isinstance(node, ast.Attribute) and is_internal(node.attr):
+            yield f"uses {node.attr}"
+
+
+def is_internal(attribute: str) -> bool:
+    """Frames, code objects and names with two underscores: doors to Python's inside."""
+    return attribute.startswith("__") or attribute.startswith(("gi_", "cr_", "ag_", "f_", "tb_", "co_"))
+
+
+def oddities(function: ast.FunctionDef) -> Iterator[str]:
+    """Attempts that gain nothing: every call begins anew, and gets copies."""
+    last = function.args.args[-1].arg if function.args.args else ""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Global):
+            yield "global variables"
+        elif isinstance(node, ast.ClassDef):
+            yield "a class of its own"
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == function.name:
+            yield "state kept on the function"
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del) and root(node) == last:
+            yield f"writes into {last}"
+
+
+def root(node: ast.AST) -> str:
+    while isinstance(node, ast.Subscript | ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+# A task of functions judged by cases
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A function to be written. `cases`: (arguments, what it must return); `gold`: the source of a right one."""
+
+    name: str
+    parameters: tuple[str, ...]
+    asked: str
+    cases: Sequence[tuple[tuple[Any, ...], Any]]
+    gold: str = ""
+
+    @property
+    def signature(self) -> str:
+        return f"{self.name}({', '.join(self.parameters)})"
+
+
+def code_task(
+    problems: Sequence[Problem], *, name: str = "code", test: Sequence[Problem] = (), limits: Limits | None = None
+) -> Task:
+    """Prompts that ask for a function, and rewards: `works` (1: it runs), `passed` (share of the cases), each weight 1.
+
+    Solved: every case passed. Without `test` a hash of the names puts about one problem in five aside. Raises
+    TaskError where a problem has no case, or two share a name.
+    """
+    found = divided(problems, test)
+
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return [as_prompt(problem) for problem in found[split]]
+
+    def grade(prompt: Prompt, text: str) -> Grade:
+        return judged(prompt.target, text, limits)
+
+    has_gold = all(problem.gold for problem in (*problems, *test))
+    return Task(name, prompts, grade, gold if has_gold else None, about="functions judged by cases")
+
+
+def divided(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split, list[Problem]]:
+    every = [*problems, *test]
+    if empty := [problem.name for problem in every if not problem.cases]:
+        raise TaskError(f"The problem {empty[0]} has no case to judge by. Give (arguments, result) pairs.")
+    names = [problem.name for problem in every]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise TaskError(f"Two problems are called {twice[0]}. Give each function a name of its own.")
+    if test:
+        return {"train": list(problems), "test": list(test)}
+    aside = {one for one in names if hashlib.sha256(one.encode()).digest()[0] % TEST_SHARE == 0} or set(names[-1:])
+    return {
+        "train": [problem for problem in every if problem.name not in aside],
+        "test": [problem for problem in every if problem.name in aside],
+    }
+
+
+def as_prompt(problem: Problem) -> Prompt:
+    asked = {"role": "user", "content": f"Write {problem.signature}. {problem.asked}"}
+    return Prompt(problem.name, ({"role": "system", "content": SYSTEM}, asked), problem)
+
+
+def gold(prompt: Prompt) -> str:
+    return in_a_block(prompt.target.gold)
+
+
+def in_a_block(source: str) -> str:
+    return f"{FENCE}python\n{source.rstrip()}\n{FENCE}"
+
+
+def judged(problem: Problem, text: str, limits: Limits | None = None) -> Grade:
+    program = find_program(text, problem.name, problem.parameters)
+    if not program.runs:
+        notes = {"program": program.complaint}
+        return Grade(0.0, {"works": 0.0, "passed": 0.0}, formed=not program.missing, notes=notes)
+    passed, fault = run_cases(program, problem, limits)
+    if fault and fault.verdict == "infrastructure":
+        return untold(fault)
+    share = passed / len(problem.cases)
+    works = float(fault is None or passed > 0)
+    notes = {"program": f"{fault.verdict}: {fault.detail}"} if fault else {}
+    return Grade(works + share, {"works": works, "passed": share}, solved=passed == len(problem.cases), notes=notes)
+
+
+def untold(outcome: Outcome) -> Grade:
+    """The machine failed, not the program: the completion is left out."""
+    return Grade(math.nan, formed=False, notes={"grader": f"the sandbox could not run it: {outcome.detail}"})
+
+
+def run_cases(program: Program, problem: Problem, limits: Limits | None) -> tuple[int, Outcome | None]:
+    """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
+    from minigrpo.sandbox import Limits, shared_sandbox
+
+    sandbox = shared_sandbox(limits or Limits())
+    heard: list[bool] = []
+    first: Outcome | None = None
+    while len(heard) < len(problem.cases):
+        outcome = sandbox.run(program.source, problem.name, ask(problem.cases[len(heard) :], heard))
+        if outcome.verdict == "ok":
+            break
+        first = first or outcome
+        if outcome.verdict != "error":
+            return sum(heard), outcome
+        heard.append(False)
+    return sum(heard), first
+
+
+def ask(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:
+    """Put every case to the program; `heard` grows by one for each that was answered."""
+    for arguments, expected in cases:
+        answer = yield arguments
+        heard.append(is_same(answer, expected))
+
+
+def is_same(answer: Any, expected: Any) -> bool:
+    """Equal, and of one kind: True is not 1, a list is no tuple, but 2.0 is 2."""
+    if isinstance(answer, bool) or isinstance(expected, bool) or answer is None or expected is None:
+        return answer is expected
+    if isinstance(answer, int | float) and isinstance(expected, int | float):
+        return answer == expected or (answer != answer and expected != expected)
+    if type(answer) is not type(expected):
+        return False
+    if isinstance(answer, list | tuple):
+        return len(answer) == len(expected) and all(map(is_same, answer, expected))
+    if isinstance(answer, dict):
+        return answer.keys() == expected.keys() and all(is_same(answer[key], expected[key]) for key in expected)
+    return bool(answer == expected)

@@ -1,0 +1,69 @@
+"""What the tests of export share: a tokenizer with merges, model folders and merged runs that carry it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SPECIALS, TEMPLATE
+from delivered import adapted, build, make_run
+
+from minigrpo.engines.llamacpp import library
+from minigrpo.merge import merge
+from minigrpo.rundir import RunDir
+
+needs_llama = pytest.mark.skipif(library() is None, reason="xllamacpp is not installed: pip install 'minigrpo[gguf]'")
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("'", "s"), ("Ġ", "Ġ"), ("1", "2"), ("Ċ", "Ċ")]
+TAG = "<answer>"
+
+
+def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = False) -> Any:
+    """A few merges, so that how a text is cut matters; a tag that is a token, and not special.
+
+    `bos`: plain text begins with the beginning-of-text token.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
+    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=MERGES))
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    core.add_tokens([AddedToken(TAG, special=False, normalized=False)])
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, extra_special_tokens=["<|im_start|>"], **SPECIALS
+    )
+    found.chat_template = template
+    return found
+
+
+def model_folder(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Leaves a model folder; returns the model in float32."""
+    tokenizer = bpe_tokenizer()
+    # One token more than there are words: rows of an embedding are often rounded up.
+    model = build(arch, vocab_size=len(tokenizer) + 1, **options).to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.float()
+
+
+def merged_run(path: Path, arch: str, *, size: float = 0.05, **options: Any) -> RunDir:
+    """A run that is trained and merged, its base beside it. `size`: of what was learned."""
+    base = path.with_name(f"{path.name}-base")
+    run = make_run(path, base, adapted(model_folder(base, arch, **options), base, size=size))
+    bpe_tokenizer().save_pretrained(run.adapter)
+    merge(run, quiet=True)
+    return run
