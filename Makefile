@@ -59,7 +59,7 @@ quickstart: $(SETUP)
 	$(BIN)/minigrpo quickstart $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

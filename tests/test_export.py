@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def test_llama_cpp_says_of_each_family_what_the_merged_model_says(tmp_path: Path
     run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"))
     found = exported(run, "F32", "F16", "Q8_0")
     assert {file.verdict for file in found.values()} == {"proved"}
-    assert found["F32"].proof["greatest"] < 1e-4
+    assert found["F32"].proof["greatest"] < 3e-4  # of models whose every rounding is made large
+    assert found["F32"].proof["mean_kl"] < 1e-8
     assert found["F16"].proof["mean_kl"] < 2e-5
     assert found["Q8_0"].proof["relative_kl"] < 0.1
     assert found["F32"].bits == 32
@@ -102,8 +104,6 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Re
 def test_a_file_whose_weights_or_settings_are_another_models_fails(
     tmp_path: Path, truths: Any, family: str, fault: Any, kind: str
 ) -> None:
-    import shutil
-
     folder, truth = truths[family]
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     fault(wrong)
@@ -121,6 +121,17 @@ def test_a_file_without_the_permutation_of_q_and_k_fails(
     ggufwriter.write(folder, tmp_path / "x.gguf", "F32", "x")
     proof = prove_file(tmp_path / "x.gguf", "F32", truth)
     assert "written wrongly" in proof.faults[0]
+
+
+def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(tmp_path / "m", "llama")
+    monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
+    found = exported(tmp_path / "m", "Q8_0", "Q4_K_M")
+    assert {file.verdict for file in found.values()} == {"rejected"}
+    assert all("written wrongly" in file.proof["faults"][0] for file in found.values())
+    assert [file.name for file in (tmp_path / "m-gguf").iterdir()] == ["m-F32.gguf.rejected"]
 
 
 def test_a_file_of_the_base_without_the_adapter_fails(qwen: RunDir, tmp_path: Path) -> None:
@@ -178,7 +189,10 @@ def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "'longrope'"),
     ],
 )
-def test_what_our_writer_does_not_know_is_refused_by_name(tmp_path: Path, change: Any, told: str) -> None:
+def test_what_our_writer_does_not_know_is_refused_by_name(
+    tmp_path: Path, change: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path / "cache"))
     model_folder(tmp_path / "m", "qwen2")
     edit_json(tmp_path / "m" / "config.json", **change)
     for writer in ("own", "auto"):

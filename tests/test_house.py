@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
         *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
-        *("seedling", "demonstrations", "imitation", "doctor"),
+        *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),
         *("pretokenizer", "ggufwriter", "converter", "convertworker", "ggufquant", "ggufproof", "modelfile"),
     ),

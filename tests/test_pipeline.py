@@ -64,10 +64,10 @@ def done(make_recipe, tmp_path_factory):
 
 def test_the_whole_road_leaves_every_artefact_with_its_stamp(done):
     run, _ = done
-    for artefact in (run.preflight, run.adapter / "made.json", run.evals / "tuned-even-test.json"):
+    for artefact in (run.preflight, run.check, run.adapter / "made.json", run.evals / "tuned-even-test.json"):
         data = read_json(artefact)
         assert {"verb", "versions", "from"} <= (data.get("made") or data).keys()
-    assert run.recipe.is_file()
+    assert {row["name"]: row["ok"] for row in read_json(run.parity)["stages"]} == {"base": True, "merged": True}
     assert len(run.metrics.read_text().splitlines()) == 2
 
 
@@ -172,14 +172,6 @@ def test_a_verdict_against_training_stops_the_road(make_recipe, tmp_path):
 
 def test_stages_are_timed(done):
     assert seconds_of(done[0]).keys() == {"model", "preflight", "train", "evaluate", "check", "merge"}
-
-
-def test_the_merged_model_at_the_end_of_the_road_is_what_was_trained(done):
-    run, _ = done
-    merged = next(row for row in read_json(run.parity)["stages"] if row["name"] == "merged")
-    assert merged["relative_kl"] < 0.1
-    assert read_json(run.check)["ok"]
-    assert (run.merged / "model.safetensors").is_file()
 
 
 def test_a_run_folder_that_exists_is_refused(done, make_recipe):

@@ -2,9 +2,10 @@
 
     python -P convertworker.py LLAMA_CPP PRE_TOKENIZER FOLDER OUTTYPE FILE NAME
 
-Two things of it are replaced. It knows pre-tokenizers by a hash of what they make of one text, and so refuses every
-tokenizer that is not on its list, however plain; the name is found from the pattern itself before. And it asks for
-sentencepiece even where there is no sentencepiece model.
+Three things of it are replaced. It knows pre-tokenizers by a hash of what they make of one text, and so refuses every
+tokenizer that is not on its list, however plain; the name is found from the pattern itself before. It asks for
+sentencepiece even where there is no sentencepiece model. And it takes an architecture's own tokenizer class, which
+may add tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main(root: str, kind: str, folder: str, outtype: str, file: str, name: str) -> None:
+def main(root: str, kind: str, folder: str, *words: str) -> None:
     sys.path[:0] = [root, f"{root}/gguf-py"]
     base: Any = importlib.import_module("conversion.base")
     if kind:
+        # The class that belongs to an architecture may add tokens of its own, beyond what the model knows.
+        transformers = importlib.import_module("transformers")
+        setattr(transformers, "AutoTokenizer", transformers.PreTrainedTokenizerFast)  # noqa: B010 (a lazy module)
         base.TextModel.get_vocab_base_pre = lambda self, tokenizer: kind
     if not (Path(folder) / "tokenizer.model").is_file():
 
@@ -27,6 +31,7 @@ def main(root: str, kind: str, folder: str, outtype: str, file: str, name: str) 
             raise FileNotFoundError("tokenizer.model")
 
         base.TextModel._set_vocab_sentencepiece = absent
+    outtype, file, name = words
     script = f"{root}/convert_hf_to_gguf.py"
     sys.argv = [script, folder, "--outtype", outtype, "--outfile", file, "--model-name", name]
     runpy.run_path(script, run_name="__main__")

@@ -72,7 +72,7 @@ def sketch_of(recipe: Recipe) -> Sketch:
     source = str(folder) if folder.exists() else path
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, mistral_format=False)
     except Exception as fault:  # transformers and the Hub client raise some twenty kinds between them
         reason = " ".join(str(fault).split())[:300]
         raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault

@@ -72,7 +72,9 @@ class Proof:
 def reference(folder: Path, run: RunDir | None) -> Reference:
     """Opens the merged model in float32, asks it, and lets go of it."""
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = _task(run)
     model: Any = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,0 +1,265 @@
+"""A model folder written as GGUF by ourselves: for a few architectures, so that an export needs no network.
+
+Names of tensors and keys come from the `gguf` package; a test holds the file against llama.cpp's own converter, tensor
+by tensor and key by key. Every other architecture is refused: who guesses makes files that load and babble.
+
+Shapes: O rows of a weight, I columns.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigrpo.basemodel import Base, open_base
+from minigrpo.errors import ModelError
+from minigrpo.merging import redundant
+from minigrpo.pretokenizer import kind_of
+from minigrpo.tensorfile import Stored
+
+ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "ministral3": "mistral3"}
+"""transformers' model_type of the text part -> llama.cpp's name."""
+PERMUTED = ("llama", "mistral3")
+"""llama.cpp turns neighbouring pairs of these, transformers the two halves: rows of q and k change places."""
+ROPES = {
+    "qwen2": ("default", "yarn"),
+    "qwen3": ("default", "yarn"),
+    "llama": ("default", "llama3"),
+    "mistral3": ("yarn",),
+}
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, **(config.get("text_config") or {})}
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "rope_theta" not in rope and config.get("rope_theta") is not None:
+        rope["rope_theta"] = config["rope_theta"]
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why this writer does not write such a model; None where it does."""
+    config = text_config(config)
+    kind = config.get("model_type")
+    arch = ARCHITECTURES.get(str(kind))
+    if arch is None:
+        return f"the architecture {kind!r} is none of {', '.join(ARCHITECTURES)}"
+    if (rope := rope_of(config)["rope_type"]) not in ROPES[arch]:
+        return f"{kind} with a rotation of type {rope!r}"
+    if config.get("use_sliding_window") or (arch == "mistral3" and config.get("sliding_window")):
+        return f"{kind} with a sliding window"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"{kind} with {config['hidden_act']} for silu"
+    return None
+
+
+def write(folder: Path, file: Path, kind: str, name: str) -> None:
+    """`kind`: F32, F16 or BF16. Raises ModelError for what is not known here to be written rightly."""
+    import gguf
+
+    base = open_base(folder)
+    config = text_config(base.config)
+    if reason := refusal(base.config):
+        raise ModelError(f"{folder}: {reason}, which cannot be written without llama.cpp's converter.")
+    arch = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(file, arch)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        _add_shape(writer, arch, config)
+        _add_rope(writer, arch, rope_of(config))
+        files = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
+        writer.add_file_type(gguf.LlamaFileType[files[kind]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_vocabulary(writer, folder, config)
+        with full_disk_told():
+            _write_tensors(writer, base, arch, kind)
+    finally:
+        writer.close()
+
+
+@contextmanager
+def full_disk_told() -> Iterator[None]:
+    """numpy says how many bytes it could not write, and not why."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno is not None or "requested and" not in str(fault):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from fault
+
+
+def _add_shape(writer: Any, arch: str, config: Mapping[str, Any]) -> None:
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if arch in PERMUTED:
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(_head_dim(config))
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _add_rope(writer: Any, arch: str, rope: Mapping[str, Any]) -> None:
+    import gguf
+
+    if "rope_theta" in rope:
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] != "yarn":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope.get("attention_factor") is not None:
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if rope.get("beta_fast") is not None:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    if rope.get("beta_slow") is not None:
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if arch == "mistral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        # Queries far out are scaled up; without this the file is right on short texts only.
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _add_vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    import gguf
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    added = core.get_added_tokens_decoder()
+    words = {token_id: word for word, token_id in core.get_vocab(with_added_tokens=True).items()}
+    size = config["vocab_size"]
+    if words and max(words) >= size:
+        raise ModelError(f"{folder}: its tokenizer has a token {max(words)}, but the model knows {size} tokens.")
+    tokens, kinds = [], []
+    for token_id in range(size):
+        word = words.get(token_id)
+        tokens.append(f"[PAD{token_id}]" if word is None else word)
+        if word is None:
+            kinds.append(gguf.TokenType.UNUSED)
+        elif token_id not in added:
+            kinds.append(gguf.TokenType.NORMAL)
+        elif added[token_id].special or (word.startswith("<|") and word.endswith("|>")):
+            kinds.append(gguf.TokenType.CONTROL)
+        else:
+            kinds.append(gguf.TokenType.USER_DEFINED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(kind_of(folder))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
+
+
+def _write_tensors(writer: Any, base: Base, arch: str, kind: str) -> None:
+    """Headers of all first, then the values of one tensor at a time."""
+    import gguf
+    import numpy as np
+
+    config = text_config(base.config)
+    names = _names(base, arch, config["num_hidden_layers"])
+    made: list[tuple[Stored | Tensor, str, Any]] = [(base.tensors[name], new, None) for name, new in names.items()]
+    if (factors := _frequencies(rope_of(config), _head_dim(config))) is not None:
+        made.insert(0, (factors, "rope_freqs.weight", None))
+    for source, new, _ in made:
+        shape = tuple(source.shape)
+        quant = gguf.GGMLQuantizationType[_kind(new, shape, kind)]
+        stored = np.dtype(np.float16 if quant.name == "F16" else np.float32)
+        size = math.prod(shape) * (2 if quant.name != "F32" else 4)
+        as_bytes = quant.name == "BF16"
+        told = (*shape[:-1], 2 * shape[-1]) if as_bytes else shape
+        writer.add_tensor_info(new, told, np.dtype(np.uint8) if as_bytes else stored, size, quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for source, new, _ in made:
+        values = source.read() if isinstance(source, Stored) else source
+        writer.write_tensor_data(_values(_permuted(values, new, arch, config), _kind(new, tuple(values.shape), kind)))
+
+
+def _names(base: Base, arch: str, layers: int) -> dict[str, str]:
+    """Of the text part: name on the disk -> name in the file. Raises ModelError for one that nobody knows."""
+    import gguf
+
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    table = gguf.get_tensor_name_map(number, layers)
+    dropped = redundant(base)
+    found = {}
+    for name in base.tensors:
+        if name in dropped or not base.is_text(name) or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        new = table.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise ModelError(f"{base.folder} holds {name}, for which a GGUF file of a {arch} has no place.")
+        found[name] = new
+    return found
+
+
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Vectors and norms are small, and keep float32."""
+    return "F32" if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") else kind
+
+
+def _permuted(values: Tensor, name: str, arch: str, config: Mapping[str, Any]) -> Tensor:
+    if arch not in PERMUTED or not (".attn_q." in name or ".attn_k." in name):
+        return values
+    heads = config["num_attention_heads"]
+    if ".attn_k." in name:
+        heads = config.get("num_key_value_heads") or heads
+    halves = values.view(heads, 2, values.shape[0] // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(values.shape)
+
+
+def _values(values: Tensor, kind: str) -> Any:
+    if kind == "BF16":
+        return values.bfloat16().contiguous().view(torch.uint8).numpy()
+    if kind == "F16":
+        half = values.half()
+        if not torch.isfinite(half).all():
+            raise ModelError("A weight is beyond 65504, which F16 cannot hold. Export as BF16 or F32.")
+        return half.contiguous().numpy()
+    return values.float().contiguous().numpy()
+
+
+def _frequencies(rope: Mapping[str, Any], width: int) -> Tensor | None:
+    """Llama 3's rotation: by how much each frequency is slowed down; long waves fully, short ones not at all."""
+    if rope["rope_type"] != "llama3":
+        return None
+    old, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = old / rope["low_freq_factor"], old / rope["high_freq_factor"]
+    found = []
+    for step in range(0, width, 2):
+        wave = 2 * math.pi * rope["rope_theta"] ** (step / width)
+        share = (old / wave - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        found.append(1.0 if wave < high else factor if wave > low else 1 / ((1 - share) / factor + share))
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def described(file: Path) -> Iterator[tuple[str, Any]]:
+    """Every key of a GGUF file with its value, in plain Python."""
+    import gguf
+
+    for name, field in gguf.GGUFReader(file).fields.items():
+        yield name, json.loads(json.dumps(field.contents(), default=str))
