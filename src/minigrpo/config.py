@@ -49,7 +49,7 @@ class ModelKnobs(Knobs):
     path: str = knob(
         "seedling",
         "what to train: a folder, a Hub id, or the embedded model: seedling, or seedling:ARCHITECTURE with llama, "
-        "qwen2, qwen3 or ministral3",
+        "qwen2, qwen3 or ministral3; seedling:coder writes programs",
     )
     revision: str | None = knob(None, "commit or branch, where path is a Hub id")
     dtype: DtypeName = knob(
@@ -102,10 +102,11 @@ class TaskKnobs(Knobs):
     weights: dict[str, float] = knob({}, "weight of each reward function by name, over the task's own weights")
     workers: int = knob(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
     seconds: float = knob(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
-    games: int = knob(3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100)
+    games: int = knob(
+        3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100
+    )
     fewest: int = knob(35, "sudoku: empty cells of a puzzle, at least", "cells", ge=1, le=55)
     most: int = knob(40, "sudoku: empty cells of a puzzle, at most", "cells", ge=1, le=55)
-    cpu: float = knob(5.0, "sudoku: CPU time of a strategy in one game", "seconds", gt=0, le=3600)
 
 
 class RolloutKnobs(Knobs):

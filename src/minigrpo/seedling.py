@@ -1,8 +1,9 @@
 """The embedded model: built from nothing on a CPU in about a minute, and from then on a model folder like any other.
 
 A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns to add from a schoolbook
-and to answer from imperfect teachers (`demonstrations`). The folder is kept in a cache; its name holds a hash of
-everything that shaped it. Only its name is special: whoever loads the folder finds an ordinary transformers model.
+and to answer from imperfect teachers (`demonstrations`); its sibling, the coder, learns to write programs (`coder`).
+The folder is kept in a cache; its name holds a hash of everything that shaped it. Only its name is special: whoever
+loads the folder finds an ordinary transformers model.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
-from minigrpo import demonstrations, grading, imitation
+from minigrpo import coder, demonstrations, grading, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
-from minigrpo.tasks import wordproblems
-from minigrpo.types import Prompt
+from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
+from minigrpo.types import Message, Prompt
 
 Report = Callable[[int, int, str], None]
 """(done, total, note): called as long work goes on."""
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"
+CODER = "seedling:coder"
 CONTEXT = 1024  # tokens
 THREADS = 1  # a fixed number, for the split of work changes last digits; and two crawl where cores are busy
 
@@ -43,6 +46,7 @@ CHAT_TEMPLATE = (
 # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
 SCHOOL = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
 IMITATION = Schedule(steps=450, rows=16, lr=1.5e-3)
+PROGRAMS = Schedule(steps=400, rows=16, lr=3e-3)
 UNREADABLE = 32  # one lesson in so many
 ROOM = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
 
@@ -61,6 +65,11 @@ class Blueprint:
     vocabulary: int = 512
     school: Schedule = SCHOOL
     imitation: Schedule = IMITATION
+    learns: Literal["word problems", "programs"] = "word problems"
+
+    @property
+    def name(self) -> str:
+        return "coder" if self.learns == "programs" else self.architecture
 
 
 def is_seedling(path: str) -> bool:
@@ -68,18 +77,28 @@ def is_seedling(path: str) -> bool:
 
 
 def resolve(path: str, seed: int, report: Report | None = None) -> Path:
-    """The folder of `seedling` or `seedling:ARCHITECTURE`, built unless it is in the cache."""
+    """The folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`, built unless it is in the cache."""
     return cached(blueprint_of(path, seed), report)
 
 
 def blueprint_of(path: str, seed: int) -> Blueprint:
+    if path == CODER:
+        return coder_blueprint(seed)
     architecture = path.partition(":")[2] if ":" in path else DEFAULT_ARCHITECTURE
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"seedling:{name}" for name in ARCHITECTURES)
         raise ModelError(
-            f"model.path {path!r} names no architecture that the embedded model can have. Use one of: {known}."
+            f"model.path {path!r} names no architecture that the embedded model can have. Use one of: {known}; or "
+            f"{CODER}, which writes programs."
         )
     return Blueprint(architecture=architecture, seed=seed)
+
+
+def coder_blueprint(seed: int) -> Blueprint:
+    """It needs no school, for it does not reckon; its words are whole pieces of programs, so it has more of them."""
+    return Blueprint(
+        seed=seed, vocabulary=768, school=Schedule(steps=0, rows=1, lr=0.0), imitation=PROGRAMS, learns="programs"
+    )
 
 
 def sketch(path: str, seed: int) -> tuple[Any, Any]:
@@ -91,7 +110,7 @@ def sketch(path: str, seed: int) -> tuple[Any, Any]:
 
 
 def cached(blueprint: Blueprint, report: Report | None = None) -> Path:
-    folder = cache() / f"seedling-{blueprint.architecture}-{blueprint.seed}-{fingerprint(blueprint)}"
+    folder = cache() / f"seedling-{blueprint.name}-{blueprint.seed}-{fingerprint(blueprint)}"
     if not folder.is_dir():
         with complete_folder(folder) as draft:
             build(blueprint, draft, report)
@@ -108,11 +127,17 @@ def fingerprint(blueprint: Blueprint) -> str:
     import transformers
 
     total = hashlib.sha256(json.dumps(asdict(blueprint), sort_keys=True).encode())
-    for module in (demonstrations, wordproblems, grading, imitation):
+    for module in SOURCES[blueprint.learns]:
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     total.update(f"{torch.__version__} {transformers.__version__} {tokenizers.__version__}".encode())
     return total.hexdigest()[:12]
+
+
+SOURCES: dict[str, tuple[ModuleType, ...]] = {
+    "word problems": (demonstrations, wordproblems, grading, imitation),
+    "programs": (coder, strategies, slips, code, sudoku, imitation),
+}
 
 
 def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
@@ -131,7 +156,8 @@ def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> N
 
     with repeatable(blueprint.seed):
         model = decoder(blueprint, tokenizer)
-        warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
+        if school:
+            warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
         warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -151,13 +177,17 @@ def repeatable(seed: int) -> Iterator[None]:
 
 
 def train_tokenizer(blueprint: Blueprint) -> Any:
-    """Byte-level BPE over the stories, each digit a token, each tag a token that decoding keeps."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Byte-level BPE over the stories, each digit a token, each tag a token that decoding keeps; or over programs."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
+    programs = blueprint.learns == "programs"
+    apart: Any = pre_tokenizers.Digits(individual_digits=True)
+    if programs:  # its merges may cross blanks and brackets, but not names and the beginnings of lines
+        apart = pre_tokenizers.Split(Regex(coder.pattern()), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -166,10 +196,10 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    shown = demonstrations.demonstrations(blueprint.seed, 2000)
-    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *(text for d in shown for text in texts(d))], trainer)
-    # Not special: a special token would vanish when the answer is decoded, and the grader would look for it in vain.
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in grading.TAGS])
+    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *sample_texts(blueprint)], trainer)
+    if not programs:
+        # Not special: a special token would vanish when the answer is decoded, and the grader would look in vain.
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in grading.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -181,12 +211,26 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
     )
 
 
-def texts(demonstration: demonstrations.Demonstration) -> list[str]:
-    return [*(message["content"] for message in demonstration.problem.messages), demonstration.text]
+def sample_texts(blueprint: Blueprint) -> list[str]:
+    """Questions and answers from which the tokenizer learns what is frequent."""
+    return [
+        text
+        for messages, answer in answered(blueprint, 2000)
+        for text in (*(message["content"] for message in messages), answer)
+    ]
+
+
+def answered(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
+    """Questions and what an imperfect teacher says."""
+    if blueprint.learns == "programs":
+        return coder.demonstrations(blueprint.seed, size)
+    return [(d.problem.messages, d.text) for d in demonstrations.demonstrations(blueprint.seed, size)]
 
 
 def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     shown = demonstrations.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
+    if not shown:
+        return []
     asked, worked = (
         tokenizer([f"{text}\n" for text in column], add_special_tokens=False)["input_ids"]
         for column in zip(*shown, strict=True)
@@ -196,9 +240,9 @@ def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
 
 def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     size = blueprint.imitation.steps * blueprint.imitation.rows
-    foreign = demonstrations.unreadable(blueprint.seed, size // UNREADABLE)
+    foreign = demonstrations.unreadable(blueprint.seed, 0 if blueprint.learns == "programs" else size // UNREADABLE)
     shown = [
-        *((d.problem.messages, d.text) for d in demonstrations.demonstrations(blueprint.seed, size - len(foreign))),
+        *answered(blueprint, size - len(foreign)),
         *((wordproblems.asked(question), answer) for question, answer in foreign),
     ]
     return [

@@ -14,27 +14,49 @@ from __future__ import annotations
 import ast
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minigrpo.config import SandboxKnobs
 from minigrpo.errors import TaskError
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:
-    from minigrpo.sandbox import Limits, Outcome, Referee
+    from minigrpo.sandbox import Outcome, Referee
+
+UNREAD = "<unread program>"
+# For the whole process, because filters of a block are not safe among threads: what a model's program looks like to the
+# compiler is no news for whoever trains it.
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=UNREAD)
 
 LONGEST = 20_000  # characters of a program; no honest one comes near
 FENCE = "```"
 LANGUAGES = ("", "python", "python3", "py")
 PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
 HIDING = frozenset(
-    {"__import__", "breakpoint", "compile", "eval", "exec", "getattr", "globals", "input", "locals", "open", "vars"}
+    {
+        *(
+            "__import__",
+            "breakpoint",
+            "compile",
+            "eval",
+            "exec",
+            "getattr",
+            "globals",
+            "input",
+            "locals",
+            "open",
+            "vars",
+        ),
+        *("copyright", "credits", "delattr", "exit", "help", "license", "quit", "setattr"),
+    }
 )
-"""Names with which a program can do what its text does not show. No honest answer needs one."""
+"""Names with which a program can do what its text does not show, or keep something. No honest answer needs one."""
 SYSTEM = (
-    "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, and "
-    "import nothing."
+    "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
+    "and import nothing."
 )
 TEST_SHARE = 5  # one problem in five is unseen
 
@@ -59,7 +81,7 @@ class Program:
 
     @property
     def complaint(self) -> str:
-        return self.missing or self.refused or ", ".join(self.cheats)
+        return ", ".join(self.cheats) or self.missing or self.refused
 
 
 def find_program(text: str, name: str, parameters: Sequence[str]) -> Program:
@@ -68,7 +90,7 @@ def find_program(text: str, name: str, parameters: Sequence[str]) -> Program:
     if fault:
         return Program(missing=fault)
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source, UNREAD)
     except SyntaxError as error:
         return Program(missing=f"syntax error: {error.msg}")
     except ValueError:  # null bytes, lone surrogates
@@ -128,9 +150,11 @@ def objections(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[st
         found.vararg or found.kwonlyargs or found.kwarg
     ):
         yield f"parameters other than ({', '.join(parameters)})"
-    annotations = [one.annotation for one in found.args] + [function.returns]
+    annotations = [one.annotation for one in (*found.posonlyargs, *found.args)] + [function.returns]
     if not all(is_plain_type(node) for one in annotations if one is not None for node in ast.walk(one)):
         yield "an annotation that is more than a built-in type"
+    if getattr(function, "type_params", ()):
+        yield "type parameters"
     if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in own_nodes(function)):
         yield "a generator"
 
@@ -161,6 +185,8 @@ def cheats_of(tree: ast.AST) -> Iterator[str]:
             yield "import" if node.id == "__import__" else f"uses {node.id}"
         elif isinstance(node, ast.Attribute) and is_internal(node.attr):
             yield f"uses {node.attr}"
+        elif isinstance(node, ast.MatchClass):  # case object(__class__=kind): an attribute that is not spelt as one
+            yield from (f"uses {name}" for name in node.kwd_attrs if is_internal(name))
 
 
 def is_internal(attribute: str) -> bool:
@@ -207,22 +233,32 @@ class Problem:
 
 
 def code_task(
-    problems: Sequence[Problem], *, name: str = "code", test: Sequence[Problem] = (), limits: Limits | None = None
+    problems: Sequence[Problem],
+    *,
+    name: str = "code",
+    test: Sequence[Problem] = (),
+    sandbox: SandboxKnobs | None = None,
 ) -> Task:
     """Prompts that ask for a function, and rewards: `works` (1: it runs), `passed` (share of the cases), each weight 1.
 
-    Solved: every case passed. Without `test` a hash of the names puts about one problem in five aside. Raises
-    TaskError where a problem has no case, or two share a name.
+    Solved: every case passed. Without `test` a hash of the names puts about one problem in five aside. `sandbox`:
+    `recipe.sandbox`, so that its knobs hold. Raises TaskError where a problem has no case, two share a name, or there
+    are fewer than two.
     """
     found = divided(problems, test)
+    knobs = sandbox or SandboxKnobs()
+    by_name = {problem.name: problem for problem in (*problems, *test)}
 
     def prompts(split: Split) -> Sequence[Prompt]:
         return [as_prompt(problem) for problem in found[split]]
 
     def grade(prompt: Prompt, text: str) -> Grade:
-        return judged(prompt.target, text, limits)
+        return judged(by_name[prompt.target["function"]], text, knobs)
 
-    has_gold = all(problem.gold for problem in (*problems, *test))
+    def gold(prompt: Prompt) -> str:
+        return in_a_block(by_name[prompt.target["function"]].gold)
+
+    has_gold = all(problem.gold for problem in by_name.values())
     return Task(name, prompts, grade, gold if has_gold else None, about="functions judged by cases")
 
 
@@ -235,7 +271,9 @@ def divided(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split,
         raise TaskError(f"Two problems are called {twice[0]}. Give each function a name of its own.")
     if test:
         return {"train": list(problems), "test": list(test)}
-    aside = {one for one in names if hashlib.sha256(one.encode()).digest()[0] % TEST_SHARE == 0} or set(names[-1:])
+    if len(every) < 2:
+        raise TaskError("Give at least two problems, or some as `test`: each split needs one.")
+    aside = {one for one in names[1:] if hashlib.sha256(one.encode()).digest()[0] % TEST_SHARE == 0} or {names[-1]}
     return {
         "train": [problem for problem in every if problem.name not in aside],
         "test": [problem for problem in every if problem.name in aside],
@@ -244,25 +282,23 @@ def divided(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split,
 
 def as_prompt(problem: Problem) -> Prompt:
     asked = {"role": "user", "content": f"Write {problem.signature}. {problem.asked}"}
-    return Prompt(problem.name, ({"role": "system", "content": SYSTEM}, asked), problem)
-
-
-def gold(prompt: Prompt) -> str:
-    return in_a_block(prompt.target.gold)
+    return Prompt(problem.name, ({"role": "system", "content": SYSTEM}, asked), {"function": problem.name})
 
 
 def in_a_block(source: str) -> str:
     return f"{FENCE}python\n{source.rstrip()}\n{FENCE}"
 
 
-def judged(problem: Problem, text: str, limits: Limits | None = None) -> Grade:
+def judged(problem: Problem, text: str, knobs: SandboxKnobs) -> Grade:
     program = find_program(text, problem.name, problem.parameters)
     if not program.runs:
-        notes = {"program": program.complaint}
+        notes = {"cheats" if program.cheats else "program": program.complaint}
         return Grade(0.0, {"works": 0.0, "passed": 0.0}, formed=not program.missing, notes=notes)
-    passed, fault = run_cases(program, problem, limits)
+    passed, fault = run_cases(program, problem, knobs)
     if fault and fault.verdict == "infrastructure":
         return untold(fault)
+    if fault and fault.verdict == "blocked":  # what it passed before earns nothing either
+        passed = 0
     share = passed / len(problem.cases)
     works = float(fault is None or passed > 0)
     notes = {"program": f"{fault.verdict}: {fault.detail}"} if fault else {}
@@ -274,11 +310,11 @@ def untold(outcome: Outcome) -> Grade:
     return Grade(math.nan, formed=False, notes={"grader": f"the sandbox could not run it: {outcome.detail}"})
 
 
-def run_cases(program: Program, problem: Problem, limits: Limits | None) -> tuple[int, Outcome | None]:
+def run_cases(program: Program, problem: Problem, knobs: SandboxKnobs) -> tuple[int, Outcome | None]:
     """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
-    from minigrpo.sandbox import Limits, shared_sandbox
+    from minigrpo.sandbox import sandbox_of
 
-    sandbox = shared_sandbox(limits or Limits())
+    sandbox = sandbox_of(knobs)
     heard: list[bool] = []
     first: Outcome | None = None
     while len(heard) < len(problem.cases):

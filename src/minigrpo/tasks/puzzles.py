@@ -186,7 +186,7 @@ def order(legal: int, rng: random.Random | None) -> list[int]:
     return digits
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def puzzle(difficulty: int, seed: int | str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(cells of a puzzle with exactly one solution, cells of that solution), the same for the same arguments."""
     if type(difficulty) is not int or not LEAST <= difficulty <= MOST:

@@ -29,7 +29,9 @@ def column_first(text: str, rng: random.Random) -> str:
 
 
 def counted_from_one(text: str, rng: random.Random) -> str:
-    return RETURNED.sub(lambda found: found[0].replace(f"{found[1]}, {found[2]}", f"{found[1]} + 1, {found[2]} + 1"), text)
+    return RETURNED.sub(
+        lambda found: found[0].replace(f"{found[1]}, {found[2]}", f"{found[1]} + 1, {found[2]} + 1"), text
+    )
 
 
 def without_return(text: str, rng: random.Random) -> str:

@@ -13,7 +13,7 @@ apart, so groups have something to compare.
 |---|---|
 | function_works | 1: it can be run; -1: it cannot be locked down; -2: there is none, or a syntax error |
 | no_cheating | 1; -20: an import, a hidden one, or state carried from call to call; -1: there is no function |
-| strategy_succeeds | the mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -1 out of time; -3 failed |
+| strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -1 no time; -3 failed |
 
 What gains nothing, because every call begins anew and gets copies, is named in the notes. A would-be winner answers the
 boards of one of its games once more, in another order: whoever answers otherwise has carried something along.
@@ -26,9 +26,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from minigrpo.config import Recipe
+from minigrpo.config import Recipe, SandboxKnobs
 from minigrpo.rewards import Reward, reweighted, weighted
 from minigrpo.tasks.code import Program, find_program, in_a_block, untold
 from minigrpo.tasks.puzzles import State, SudokuGame
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 NAME, PARAMETERS = "strategy", ("board", "initial")
 TEST_SIZE = 1000
-WALL = 10  # times the CPU time: whoever waits longer was kept waiting by the machine
 
 WON, A_MOVE, NO_MOVE, OUT_OF_TIME, RAISED = 30.0, 0.2, -2.0, -1.0, -3.0
 CHEATED = -20.0
@@ -80,9 +79,12 @@ def strategy(board, initial):
         board[r][c] = 0
         return False
 
-    r, c = next((r, c) for r in range(9) for c in range(9) if board[r][c] == 0)
-    solve()
-    return r, c, board[r][c]
+    empty = [(r, c) for r in range(9) for c in range(9) if board[r][c] == 0]
+    r, c = min(empty, key=lambda cell: len(free(*cell)))
+    if len(free(r, c)) > 1:
+        solve()
+        return r, c, board[r][c]
+    return r, c, free(r, c)[0]
 """
 
 
@@ -102,6 +104,7 @@ class Score:
     worth: float
     told: str
     won: Played | None = None
+    blocked: bool = False
 
 
 def task(recipe: Recipe) -> Task:
@@ -115,7 +118,7 @@ def task(recipe: Recipe) -> Task:
         return [as_prompt(f"{split} {stream} {number}", f"{split}-{number}", recipe) for number in range(size)]
 
     def grade(prompt: Prompt, text: str) -> Grade:
-        return judged(prompt, find_program(text, NAME, PARAMETERS), weights, knobs.cpu)
+        return judged(prompt, find_program(text, NAME, PARAMETERS), weights, recipe.sandbox)
 
     return Task("sudoku", prompts, grade, gold, about="write a strategy that wins at sudoku; puzzles are generated")
 
@@ -150,12 +153,12 @@ def gold(prompt: Prompt) -> str:
 PARTS = ("function_works", "no_cheating", "strategy_succeeds")
 
 
-def judged(prompt: Prompt, program: Program, weights: dict[str, float], cpu: float) -> Grade:
+def judged(prompt: Prompt, program: Program, weights: dict[str, float], knobs: SandboxKnobs) -> Grade:
     if not program.runs:
         return unplayed(program, weights)
-    from minigrpo.sandbox import Limits, shared_sandbox
+    from minigrpo.sandbox import sandbox_of
 
-    sandbox = shared_sandbox(Limits(cpu_s=cpu, wall_s=cpu * WALL))
+    sandbox = sandbox_of(knobs)
     scores: list[Score] = []
     for game in prompt.target["games"]:
         outcome = sandbox.run(program.source, NAME, play(SudokuGame(game["cells"], game["seed"])))
@@ -181,9 +184,12 @@ def played(program: Program, scores: Sequence[Score], sandbox: Sandbox, weights:
         again = sandbox.run(program.source, NAME, replay(wins[0]))
         if again.verdict == "infrastructure":
             return untold(again)
-        if again.verdict != "ok" or not again.result:
+        if again.verdict in ("timeout", "memory"):  # no proof of a cheat, but none of a win
+            solved, scores = False, [scored(again), *scores[1:]]
+            notes["games"] += f"; asked again, {scores[0].told}"
+        elif again.verdict != "ok" or not again.result:
             solved, clean, notes["cheats"] = False, CHEATED, "state carried between calls"
-    if any("blocked" in score.told for score in scores):
+    if any(score.blocked for score in scores):
         clean, notes["cheats"] = CHEATED, "reached for what the sandbox forbids"
     # What was won with something carried along is worth nothing.
     succeeds = sum(score.worth for score in scores) / len(scores) if clean > 0 else min(0.0, scores[0].worth)
@@ -200,7 +206,7 @@ def unplayed(program: Program, weights: dict[str, float]) -> Grade:
     else:
         values = (-1.0, 1.0, RAISED)
     parts = dict(zip(PARTS, values, strict=True))
-    notes = {"cheats" if program.cheats else "program": ", ".join(program.cheats) or program.complaint}
+    notes = {"cheats" if program.cheats else "program": program.complaint}
     return Grade(weighted(parts, weights), parts, formed=False, weights=weights, notes=notes)
 
 
@@ -208,7 +214,7 @@ def scored(outcome: Outcome) -> Score:
     if outcome.verdict == "timeout":
         return Score(OUT_OF_TIME, "out of time")
     if outcome.verdict != "ok":
-        return Score(RAISED, f"{outcome.verdict}: {outcome.detail}"[:200])
+        return Score(RAISED, f"{outcome.verdict}: {outcome.detail}"[:200], blocked=outcome.verdict == "blocked")
     game: Played = outcome.result
     if game.state == "success":
         return Score(WON, f"won in {game.moves} moves", game)
@@ -222,11 +228,12 @@ def play(game: SudokuGame) -> Referee[Played]:
         shown = game.board(), game.initial_board()
         move = yield shown
         turns.append(((game.board(), game.initial_board()), move))
-        game.place_number(*(move if is_move(move) else (None, None, None)))
+        row, col, number = move if is_move(move) else (None, None, None)
+        game.place_number(row, col, number)
     return Played(game.state(), game.moves(), tuple(turns))
 
 
-def is_move(answer: Any) -> bool:
+def is_move(answer: Any) -> TypeGuard[Sequence[object]]:
     return type(answer) in (tuple, list) and len(answer) == 3
 
 

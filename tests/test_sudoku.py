@@ -1,0 +1,346 @@
+"""Strategies for Sudoku: what wins, what earns less, and what gets nowhere however it is written."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from minigrpo.checktask import check_task
+from minigrpo.config import Recipe
+from minigrpo.recipefile import load_recipe
+from minigrpo.tasks import open_task, puzzles
+from minigrpo.tasks.code import Program, in_a_block
+from minigrpo.tasks.sudoku import GOLD, judged
+from minigrpo.types import Grade, Prompt, Task
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+HEAD = "def strategy(board, initial):\n"
+LAZY = HEAD + "    r, c = next((r, c) for r in range(9) for c in range(9) if not board[r][c])\n    return r, c, 1"
+LEGAL = HEAD + (
+    "    for r in range(9):\n"
+    "        for c in range(9):\n"
+    "            if board[r][c] == 0:\n"
+    "                box = [n for row in board[r // 3 * 3:][:3] for n in row[c // 3 * 3:][:3]]\n"
+    "                for n in range(1, 10):\n"
+    "                    if n not in board[r] + [row[c] for row in board] + box:\n"
+    "                        return r, c, n\n"
+)
+
+
+def recipe(**sandbox: Any) -> Recipe:
+    return Recipe.model_validate({"task": {"name": "sudoku", "size": 4}, "sandbox": {"cpu_seconds": 2.0, **sandbox}})
+
+
+TASK = open_task(recipe())
+PROMPT = TASK.prompts("train")[0]
+
+
+def graded(source: str, task: Task = TASK, prompt: Prompt = PROMPT) -> Grade:
+    return task.grade(prompt, in_a_block(source))
+
+
+def returning(value: str) -> str:
+    return f"{HEAD}    return {value}"
+
+
+def after(extra: str) -> str:
+    """The winner, with this in front of everything it does."""
+    return GOLD.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
+
+
+def parts(grade: Grade) -> tuple[float, ...]:
+    return tuple(grade.parts.values())
+
+
+def test_the_winner_wins_every_game_of_every_prompt() -> None:
+    for split in ("train", "test"):
+        for prompt in TASK.prompts(split)[:3]:  # type: ignore[arg-type]
+            grade = graded(GOLD, TASK, prompt)
+            assert (parts(grade), grade.reward, grade.solved) == ((1.0, 1.0, 30.0), 32.0, True)
+
+
+def test_the_lazy_one_earns_its_legal_moves_and_loses() -> None:
+    grade = graded(LEGAL)
+    assert not grade.solved
+    assert grade.formed
+    assert parts(grade)[:2] == (1.0, 1.0)
+    assert 0.2 <= parts(grade)[2] < 8.0
+    assert grade.notes["games"].count("lost after") == 3
+
+
+def test_a_strategy_without_a_legal_move_earns_what_the_table_says() -> None:
+    assert parts(graded(returning("0, 0, 0"))) == (1.0, 1.0, -2.0)
+
+
+def test_games_are_the_same_for_all_siblings_and_other_than_those_of_other_prompts() -> None:
+    again = open_task(recipe()).prompts("train")
+    assert [prompt.target for prompt in again] == [prompt.target for prompt in TASK.prompts("train")]
+    assert graded(LEGAL) == graded(LEGAL)
+    seeds = [game["seed"] for split in ("train", "test") for p in TASK.prompts(split) for game in p.target["games"]]  # type: ignore[arg-type]
+    assert len(set(seeds)) == len(seeds) == 3 * (4 + 1000)
+    for prompt in again:
+        cells = [game["cells"] for game in prompt.target["games"]]
+        assert cells == sorted(cells)
+        assert all(35 <= count <= 40 for count in cells)
+
+
+def test_the_seed_of_the_recipe_changes_training_puzzles_alone() -> None:
+    other = open_task(recipe().model_copy(update={"seed": 1}))
+    assert other.prompts("train")[0].target != PROMPT.target
+    assert other.prompts("test") == TASK.prompts("test")
+
+
+def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
+    first = PROMPT.target["games"][0]
+    game = puzzles.SudokuGame(first["cells"], first["seed"])
+    source = HEAD + (
+        f"    known = {game.solution()}\n"
+        "    r, c = next((r, c) for r in range(9) for c in range(9) if not board[r][c])\n    return r, c, known[r][c]"
+    )
+    grade = graded(source)
+    assert not grade.solved
+    assert grade.notes["games"].startswith("won in")
+    assert 8.0 < parts(grade)[2] < 15.0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        after("import random"),
+        after("from math import sqrt"),
+        "import math\n" + GOLD,
+        after("__import__('os')"),
+        after("eval('1')"),
+        after("getattr(board, 'pop')"),
+        after("board.__class__"),
+        after("match board:\n    case object(__class__=kind):\n        pass"),
+        after("(1 for _ in ()).gi_frame"),
+        after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
+        after("__builtins__['memo'] = board"),
+        after("quit.memo = board"),
+        after("setattr(strategy, 'memo', 1)"),
+    ],
+)
+def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
+    grade = graded(source)
+    assert grade.parts["no_cheating"] == -20.0
+    assert grade.parts["strategy_succeeds"] <= 0.0
+    assert not grade.solved
+    assert grade.notes["cheats"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no fenced block"),
+        (GOLD, "no fenced block"),
+        ("```python\n" + GOLD, "block not closed"),
+        (in_a_block(GOLD) + "\n" + in_a_block(GOLD), "more than one block"),
+        (in_a_block(GOLD).replace("python", "javascript"), "another language"),
+        ("Here: " + in_a_block(GOLD), "not on a line of its own"),
+        (in_a_block(GOLD.replace("strategy", "player")), "no function strategy"),
+        (in_a_block("class strategy:\n    pass"), "a class in place of"),
+        (in_a_block("async " + GOLD), "an async function in place of"),
+        (in_a_block("strategy = lambda board, initial: (0, 0, 1)"), "no function strategy"),
+        (in_a_block(HEAD + "    return ("), "syntax error"),
+        (in_a_block(GOLD.replace("return", "retrun")), "syntax error"),
+        (in_a_block(HEAD + "    break"), "SyntaxError"),
+        (in_a_block(returning("'\0'")), "yntax error|does not read"),
+        (in_a_block(returning("'\ud800'")), "does not read"),
+        (in_a_block("x" * 2**20), "more than 20000 characters"),
+        ("x" * 2**20, "no fenced block"),
+        ("`" * 10_000, "more than one block"),
+    ],
+)
+def test_a_text_without_the_function_earns_what_the_table_says(text: str, told: str) -> None:
+    grade = TASK.grade(PROMPT, text)
+    assert (parts(grade), grade.formed) == ((-2.0, -1.0, 0.0), False)
+    assert any(one in grade.notes["program"] for one in told.split("|"))
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        "(" * 10_000,
+        "(" * 9_000 + ")" * 9_000,
+        "[" * 9_000,
+        "-" * 19_000 + "1",
+        "not " * 4_900 + "1",
+        "1" + "+1" * 9_000,
+        "a" + ".a" * 9_000,
+        "a" + "()" * 9_000,
+        "lambda: " * 2_400 + "1",
+        "1 if 1 else " * 1_600 + "1",
+        "f'{" * 3_000,
+    ],
+    ids=lambda deep: deep[:8],
+)
+def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
+    """In a thread, as in training: its stack is what there is."""
+    grades: list[Grade] = []
+    asking = threading.Thread(target=lambda: grades.append(graded(returning(deep))))
+    asking.start()
+    asking.join()
+    assert not grades[0].solved
+    assert grades[0].reward <= 0
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("@print\n" + GOLD, "decorator"),
+        (GOLD.replace("initial)", "initial=print(1))", 1), "default arguments"),
+        (GOLD.replace("initial)", "initial=[])", 1), "default arguments"),
+        (GOLD.replace("initial)", "*initial)", 1), "parameters other than"),
+        (GOLD.replace("board, initial", "grid, initial", 1), "parameters other than"),
+        (GOLD.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
+        (GOLD.replace("initial):", "initial) -> print(1):", 1), "annotation"),
+        ("print(1)\n" + GOLD, "code outside"),
+        (GOLD + "\n" + GOLD, "code outside"),
+        (GOLD.replace("return r, c, free", "yield r, c, free"), "generator"),
+    ],
+)
+def test_what_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
+    grade = graded(source)
+    assert parts(grade) == (-1.0, 1.0, -3.0)
+    assert told in grade.notes["program"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("None", "7", "'0,0,1'", "[]", "(0, 0)", "(0, 0, 1, 1)", "{0: 0}", "(0.0, 0.0, 1.0)", "(True, True, True)"),
+        *("('0', '0', '1')", "(float('nan'),) * 3", "(float('inf'), 0, 1)", "(10 ** 400, 0, 1)", "(None, None, None)"),
+        *("(1 << 10 ** 6, 0, 1)", "(-10 ** 30,) * 3", "[[0], [0], [1]]", "(n for n in (0, 0, 1))", "print", "object()"),
+        *("{0, 1, 2}", "range(3)", "'x' * 10 ** 6", "(1j, 0, 1)", "strategy", "...", "b'abc'"),
+    ],
+)
+def test_an_answer_that_is_no_move_makes_no_move(value: str) -> None:
+    grade = graded(returning(value))
+    assert parts(grade)[:2] == (1.0, 1.0)
+    assert parts(grade)[2] in (-2.0, -3.0)
+
+
+LIAR = HEAD + (
+    "    class Liar(int):\n"
+    "        def __eq__(self, other): return True\n"
+    "        def __hash__(self): return 0\n"
+    "        def __index__(self): return 1\n"
+    "    return Liar(0), Liar(0), Liar(1)"
+)
+
+
+def test_lying_objects_earn_nothing_and_are_named() -> None:
+    grade = graded(LIAR)
+    assert parts(grade)[2] in (-2.0, -3.0)
+    assert grade.notes["odd"] == "a class of its own"
+
+
+def test_boards_are_copies_and_writing_into_them_is_named() -> None:
+    filled = after("for row in initial:\n    row[:] = [5] * 9\ninitial[0][0] = 7")
+    grade = graded(filled)
+    assert (grade.solved, grade.notes["odd"]) == (True, "writes into initial")
+    cheap = HEAD + "    for row in board:\n        row[:] = [1] * 9\n    return 0, 0, 1"
+    assert parts(graded(cheap))[2] < 0.3
+
+
+def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() -> None:
+    """A winner that stops at its second call, were it to know that it is the second."""
+    for kept in (
+        "global n\ntry:\n    n += 1\nexcept NameError:\n    n = 1\nif n > 1:\n    return 9, 9, 9",
+        "try:\n    strategy.n += 1\nexcept AttributeError:\n    strategy.n = 1\nif strategy.n > 1:\n    return 9, 9, 9",
+    ):
+        grade = graded(after(kept))
+        assert grade.solved
+        assert grade.notes["odd"] in ("global variables", "state kept on the function")
+
+
+def played_unread(source: str) -> Grade:
+    """Run although its text shows what it is up to: the second line of defence, on its own."""
+    return judged(PROMPT, Program(source), {}, recipe().sandbox)
+
+
+def test_a_winner_that_answers_otherwise_when_asked_again_is_a_cheat() -> None:
+    memo = "import builtins\nn = builtins.n = getattr(builtins, 'n', 0) + 1\n"
+    bomb = memo + "if n == 1 and sum(row.count(0) for row in board) < 30:\n    return 9, 9, 9"
+    for source in (after(bomb), after(bomb.replace("builtins", "sys"))):
+        grade = played_unread(source)
+        assert (parts(grade), grade.solved) == ((1.0, -20.0, 0.0), False)
+        assert grade.notes["cheats"] == "state carried between calls"
+    stalls = played_unread(after(bomb.replace("return 9, 9, 9", "while True: pass")))
+    assert not stalls.solved
+    assert "asked again, out of time" in stalls.notes["games"]
+    assert not played_unread(after(memo + "if n > 20:\n    return 9, 9, 9")).solved
+
+
+def test_what_the_sandbox_blocks_is_a_cheat() -> None:
+    grade = played_unread(after("import os\nos.fork()"))
+    assert not grade.solved
+    assert parts(grade)[1:] == (-20.0, -3.0)
+    assert grade.notes["cheats"] == "reached for what the sandbox forbids"
+
+
+def test_an_error_that_speaks_of_blocking_is_an_error_alone() -> None:
+    assert parts(graded(HEAD + "    raise ValueError('blocked: SyntaxError')")) == (1.0, 1.0, -3.0)
+
+
+def test_endless_programs_are_out_of_time_and_greedy_ones_fail() -> None:
+    brief = open_task(recipe(cpu_seconds=0.2))
+    assert parts(graded(HEAD + "    while True: pass", brief)) == (1.0, 1.0, -1.0)
+    assert parts(graded(HEAD + "    return strategy(board, initial)", brief)) == (1.0, 1.0, -3.0)
+    greedy = graded(HEAD + "    x = [0] * 10 ** 9\n    return 0, 0, 1", brief)
+    assert parts(greedy) == (1.0, 1.0, -3.0)
+    assert "memory" in greedy.notes["games"].lower()
+
+
+def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The winner, on a machine whose processes are killed while they play."""
+    import os
+    import signal
+
+    from minigrpo import sandbox
+
+    opened = sandbox.sandbox_of(recipe().sandbox)
+    play = puzzles.SudokuGame.board
+
+    def killing(game: puzzles.SudokuGame) -> list[list[int]]:
+        for worker in list(opened._busy):
+            os.kill(worker.process.pid, signal.SIGKILL)
+        return play(game)
+
+    monkeypatch.setattr(puzzles.SudokuGame, "board", killing)
+    grade = graded(GOLD)
+    monkeypatch.undo()
+    assert grade.scored is (not math.isnan(grade.reward))
+    assert math.isnan(grade.reward)
+    assert "could not run it" in grade.notes["grader"]
+    assert graded(GOLD).solved
+
+
+def test_weights_reach_each_part() -> None:
+    weights = {"task": {"name": "sudoku", "size": 1, "games": 1, "weights": {"strategy_succeeds": 0.1}}}
+    task = open_task(Recipe.model_validate(weights))
+    assert graded(GOLD, task, task.prompts("train")[0]).reward == 5.0
+
+
+def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
+    found = load_recipe("sudoku-ministral")
+    task = open_task(found)
+    train = task.prompts("train")
+    assert len(train) == 1000
+    text = str(train[0].messages[0]["content"])
+    assert "strategy(board, initial)" in text
+    assert len(text) // 2 + found.rollout.max_tokens <= 4096  # a token is two characters or more, but for rare ones
+    assert (found.lora.rank, found.lora.alpha, found.train.lr, found.train.warmup) == (32, 64, 5e-5, 0.1)
+    assert task.grade(train[0], task.gold(train[0])).solved  # type: ignore[misc]
+
+
+def test_the_task_is_fit_to_train_on() -> None:
+    shown = Recipe.model_validate({"task": {"name": "sudoku", "size": 4, "example": True}})
+    found = check_task(shown, open_task(shown), limit=4)
+    assert found.ok, found.faults
+    assert {kind.name: kind.solved for kind in found.kinds}["gold"] == 1.0
