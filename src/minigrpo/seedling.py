@@ -142,6 +142,8 @@ SOURCES: dict[str, tuple[ModuleType, ...]] = {
 
 def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
     """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
+    from transformers.utils import logging
+
     say = report or (lambda done, total, note: None)
     before, total = blueprint.school.steps, blueprint.school.steps + blueprint.imitation.steps
     say(0, total, "training a tokenizer")
@@ -159,6 +161,7 @@ def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> N
         if school:
             warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
         warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
+    logging.disable_progress_bar()  # a bar for one small file says nothing
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
