@@ -72,16 +72,6 @@ def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
     assert "20 test prompts stand in train word for word, such as other-0" in told(copied)[1]
 
 
-def test_the_same_words_with_other_targets_are_a_note_alone(echo_task):
-    train = echo_task.prompts("train")
-    hidden = [Prompt(f"other-{i}", prompt.messages, {"game": i}) for i, prompt in enumerate(train)]
-    task = replace(echo_task, prompts=lambda split: train if split == "train" else hidden, gold=None)
-    task = replace(task, grade=lambda prompt, text: Grade(float("1" in text)))
-    _, faults = told(task)
-    assert "20 test prompts stand in train word for word, such as other-0; their targets differ" in faults
-    assert "measures memory" not in faults
-
-
 def test_a_prompt_twice_and_a_part_that_never_changes_are_notes_alone(echo_task):
     def constant(prompt, text):
         grade = echo_task.grade(prompt, text)
