@@ -48,7 +48,7 @@ $(SETUP): pyproject.toml constraints.txt
 	else $(PIP) install --no-deps --timeout 15 --retries 2 --extra-index-url $(CPU_INDEX) $(TESTED_TORCH); fi
 	grep -v '^torch==' constraints.txt > $(TESTED)
 	@echo "installing minigrpo and the tested versions of what it needs into $(VENV): about a minute"
-	$(PIP) install --quiet --constraint $(TESTED) --editable .
+	$(PIP) install --quiet --constraint $(TESTED) --editable '.[gguf]'
 	@touch $@
 
 $(TOOLS): $(SETUP)

@@ -289,6 +289,9 @@ class _Planner:
         return Wave(at_once, knobs.completions, *lengths), Wave(asked, 1, *lengths)
 
     def _sampled(self, wave: Wave) -> Sampling:
+        if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
+            share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
+            return Sampling(0, 0, int(share * self.place.free), "vLLM")
         native = self.recipe.rollout.engine != "transformers" and is_lean(self.bare.model)
         count = native_sampling if native else transformers_sampling
         try:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
-EngineName = Literal["auto", "native", "transformers"]
+EngineName = Literal["auto", "native", "transformers", "vllm"]
 TaskName = Literal["wordproblems", "gsm8k", "sudoku"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -92,6 +92,11 @@ class TaskKnobs(Knobs):
         "rows for a reward function, or questions for gsm8k: a JSON lines, CSV or Parquet file, a folder with train "
         "and test files, or a Hub data set; wordproblems: generates some for gsm8k",
     )
+    system: str | None = knob(
+        None,
+        'system message of every prompt, in place of the task\'s own; null: as the task has it; "": an empty one, so '
+        "that the chat template puts in no words of its own",
+    )
     example: bool = knob(False, "one worked example in the prompt, in training, preflight and evaluation alike")
     rates: str | None = knob(
         None, "an evaluation's JSON over the training prompts: those outside [hardest, easiest] are left out"
@@ -115,6 +120,8 @@ class RolloutKnobs(Knobs):
     temperature: float = knob(1.0, "sampling temperature in training; scoring uses the same", gt=0, le=10)
     max_tokens: int = knob(256, "longest completion", "tokens", ge=1)
     engine: EngineName = knob("auto", "who samples; auto: native where the architecture is known to it")
+    server: str | None = knob(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
+    share: float = knob(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
     rows: int = knob(256, "completions decoded side by side", "rows", ge=1)
 
 
@@ -241,6 +248,19 @@ class SandboxKnobs(Knobs):
     workers: int = knob(0, "programs run side by side; 0: one for each core, up to eight", "processes", ge=0, le=256)
 
 
+class ExportKnobs(Knobs):
+    """What `run` makes of the merged model for llama.cpp."""
+
+    formats: str = knob("Q8_0", 'GGUF files, with commas between: F16, Q8_0, Q4_K_M ...; "": none')
+
+
+class PublishKnobs(Knobs):
+    """Whether `run` ends on the Hugging Face Hub."""
+
+    repo: str | None = knob(None, "USER/NAME to publish to; null: nothing leaves this machine")
+    public: bool = knob(False, "let everybody see it")
+
+
 class Recipe(Knobs):
     """A whole run. `minigrpo recipes` lists the ones that come with the package."""
 
@@ -258,6 +278,8 @@ class Recipe(Knobs):
     watch: WatchKnobs = WatchKnobs()
     warmup: WarmupKnobs = WarmupKnobs()
     sandbox: SandboxKnobs = SandboxKnobs()
+    export: ExportKnobs = ExportKnobs()
+    publish: PublishKnobs = PublishKnobs()
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:
@@ -298,6 +320,13 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         objective.importance_floor > 0 and objective.importance == "off",
         "objective.importance_floor has no meaning with objective.importance off",
     )
+    vllm = recipe.rollout.engine == "vllm"
+    yield vllm and train.full, "rollout.engine vllm takes over an adapter: it cannot be combined with train.full"
+    yield (
+        vllm and recipe.model.quantize != "none",
+        "rollout.engine vllm would sample from the base in 16 bit and train it in 4: leave model.quantize at none",
+    )
+    yield recipe.rollout.server is not None and not vllm, "rollout.server is asked by rollout.engine vllm only"
     yield recipe.save.take == "best" and not recipe.eval.every, "save.take best needs eval.every: who else would tell?"
     yield (
         recipe.groups.replay > 0 and objective.importance == "off",

@@ -163,8 +163,9 @@ class Objective:
 
 def open_objective(recipe: Recipe, *, sixteen_bit: bool) -> Objective:
     """The objective that a recipe describes. `sixteen_bit`: weights in 16 bit, which sampler and policy round apart."""
+    inexact = sixteen_bit or recipe.groups.replay > 0 or recipe.rollout.engine == "vllm"
     return OBJECTIVES[recipe.objective.name].with_knobs(
-        recipe.objective, inexact_sampler=sixteen_bit or recipe.groups.replay > 0, tie=recipe.groups.min_spread
+        recipe.objective, inexact_sampler=inexact, tie=recipe.groups.min_spread
     )
 
 

@@ -111,6 +111,11 @@ class RunDir:
         return self.path / "parity.json"
 
     @property
+    def summary(self) -> Path:
+        """What a whole run ends with, as it stood on the screen."""
+        return self.path / "summary.txt"
+
+    @property
     def evals(self) -> Path:
         return self.path / "evals"
 

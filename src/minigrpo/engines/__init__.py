@@ -23,7 +23,7 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
     elif name == "native" and not is_lean(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine native does not know the architecture {kind!r}. Use auto, or transformers")
-    return ENGINES[name](policy, rows or recipe.rollout.rows)
+    return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
 
 
 def stop_ids(policy: Any) -> frozenset[int]:
@@ -37,16 +37,26 @@ def stop_ids(policy: Any) -> frozenset[int]:
     return ids
 
 
-def _native(policy: Any, rows: int) -> Engine:
+def _native(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.engines.native import NativeEngine
 
     return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
-def _transformers(policy: Any, rows: int) -> Engine:
+def _transformers(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.engines.huggingface import TransformersEngine
 
     return TransformersEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
-ENGINES: Mapping[str, Callable[[Any, int], Engine]] = {"native": _native, "transformers": _transformers}
+def _vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
+    from minigrpo.engines.vllm import open_vllm
+
+    return open_vllm(policy, recipe, rows, sorted(stop_ids(policy)))
+
+
+ENGINES: Mapping[str, Callable[[Any, Recipe, int], Engine]] = {
+    "native": _native,
+    "transformers": _transformers,
+    "vllm": _vllm,
+}

@@ -1,0 +1,259 @@
+"""The vLLM engine: rollouts by vLLM, in this process or by a server, for those who have it.
+
+Only the adapter travels: it is saved in PEFT's format at every update and loaded under a new name. The base that vLLM
+holds is never merged into: a hundred merges in place move more than half of a 16-bit base's weights. vLLM rounds in its
+own way and in its own order, so what it samples is not quite the policy's: `objective.importance auto` corrects for it,
+and the distance is logged at every step (engine_gap).
+
+In this process (`rollout.server` null) vLLM sleeps while the policy trains: it lets its cache go and moves its weights
+to the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from minigrpo.config import Recipe
+from minigrpo.engines.context import check_room, context_of
+from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.noise import name_key
+from minigrpo.types import Completion, Ready, Rendered, Sampling
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's --max-lora-rank is one of these."""
+SEEDS = 2**31
+PATIENCE = 3600.0
+"""Seconds that a server may take to answer one request: one prompt with all its siblings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One prompt as vLLM is asked it. `seed` names its streams; `adapter` is None for the base alone."""
+
+    ids: tuple[int, ...]
+    n: int
+    sampling: Sampling
+    seed: int
+    stop_ids: tuple[int, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """Every knob that a model's own generation config could bend is named: the policy is plain softmax."""
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        drawn = {"n": self.n, "temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
+        return {**plain, **drawn, "seed": self.seed, "stop_token_ids": list(self.stop_ids), "logprobs": 0}
+
+
+Answer = tuple[tuple[int, ...], tuple[float, ...], str]
+"""Token ids, their log-probabilities, and why it ended."""
+
+
+class Host(Protocol):
+    """Where vLLM runs."""
+
+    def take(self, name: str, folder: Path) -> None:
+        """Load an adapter; the one before it may be forgotten."""
+        ...
+
+    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+        """Calls place(i, answers) for each prompt, in any order."""
+        ...
+
+
+class VllmEngine:
+    def __init__(self, policy: Any, host: Host, *, stop_ids: Sequence[int]) -> None:
+        self.host, self.stop_ids = host, tuple(sorted(stop_ids))
+        self.tokenizer, self.context = policy.tokenizer, context_of(policy.model)
+        self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
+        self._count = 0
+        self.adapter: str | None = None
+        self.update(policy)
+
+    def update(self, policy: Any) -> None:
+        """Hand the adapter over, as it is now; nothing at all where it is switched off."""
+        self.adapter = None
+        if _is_off(policy.model):
+            return
+        self._count += 1
+        name = f"policy-{self._count}"
+        folder = Path(self._folder.name) / name
+        policy.model.save_pretrained(folder)
+        self.host.take(name, folder)
+        self.adapter = name
+
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+    ) -> list[tuple[Completion, ...]]:
+        """n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
+        check_room(prompts, sampling.max_tokens, self.context)
+        seeds = [name_key(sampling.seed, prompt.prompt.id) % SEEDS for prompt in prompts]
+        asked = [
+            Asked(prompt.ids, n, sampling, seed, self.stop_ids) for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        done: dict[int, tuple[Completion, ...]] = {}
+
+        def place(index: int, answers: Sequence[Answer]) -> None:
+            done[index] = self._completions(answers)
+            if ready:
+                ready(index, done[index])
+
+        self.host.answer(asked, self.adapter, place)
+        return [done[index] for index in range(len(prompts))]
+
+    def _completions(self, answers: Sequence[Answer]) -> tuple[Completion, ...]:
+        texts = self.tokenizer.batch_decode([ids for ids, _, _ in answers], skip_special_tokens=True)
+        return tuple(
+            Completion(text, ids, logprobs, "stop" if finish == "stop" else "length")
+            for text, (ids, logprobs, finish) in zip(texts, answers, strict=True)
+        )
+
+
+def _is_off(model: Any) -> bool:
+    return any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
+
+
+class Served:
+    """A vLLM server that runs already, on a machine that sees the same files."""
+
+    def __init__(self, url: str, model: str, rank: int) -> None:
+        self.url, self.model, self.rank = url.rstrip("/"), model, rank
+        self._loaded: str | None = None
+        self.base = str(self._ask("/v1/models")["data"][0]["id"])
+
+    def take(self, name: str, folder: Path) -> None:
+        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if self._loaded:
+            self._ask("/v1/unload_lora_adapter", {"lora_name": self._loaded})
+        self._loaded = name
+
+    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+        with ThreadPoolExecutor(max_workers=64) as threads:
+            answers = [threads.submit(self._one, each, adapter or self.base) for each in asked]
+            try:
+                for index, found in enumerate(answers):
+                    place(index, found.result())
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, asked: Asked, model: str) -> list[Answer]:
+        own = {"model": model, "prompt": list(asked.ids), "return_token_ids": True, "add_special_tokens": False}
+        choices = self._ask("/v1/completions", {**own, **asked.settings()})["choices"]
+        found = []
+        for choice in sorted(choices, key=lambda choice: choice["index"]):
+            ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+            if ids is None or logprobs is None or len(ids) != len(logprobs):
+                raise MinigrpoError(
+                    f"The server at {self.url} returns no token ids with their log-probabilities. It must be vLLM 0.11 "
+                    "or newer."
+                )
+            found.append((tuple(ids), tuple(logprobs), str(choice["finish_reason"])))
+        return found
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as fault:
+            told = " ".join(fault.read().decode(errors="replace").split())[:300]
+            raise MinigrpoError(
+                f"The vLLM server at {self.url} refused {path} ({fault.code}): {told}. {self._how()}"
+            ) from None
+        except (OSError, ValueError) as fault:
+            reason = getattr(fault, "reason", fault)
+            raise MinigrpoError(f"No vLLM server answers at {self.url} ({reason}). {self._how()}") from None
+        try:
+            return json.loads(text)
+        except ValueError:
+            return {}  # the adapter's doors answer in words
+
+    def _how(self) -> str:
+        return (
+            "It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve "
+            f"{self.model} --enable-lora --max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs. "
+            "A run that was under way goes on with --resume"
+        )
+
+
+class Colocated:
+    """vLLM in this process, on the policy's GPU; asleep but for `answer`."""
+
+    def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int) -> None:
+        if find_spec("vllm") is None:
+            raise ModelError(
+                "rollout.engine vllm needs vLLM, which is not installed here. Install it (pip install vllm), name a "
+                "server that runs elsewhere (--rollout.server http://HOST:8000), or use --rollout.engine auto"
+            )
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=model,
+            revision=recipe.model.revision,
+            dtype="auto" if recipe.model.dtype == "auto" else recipe.model.dtype,
+            enable_lora=True,
+            max_lora_rank=room_for(rank),
+            max_loras=1,
+            max_num_seqs=rows,
+            gpu_memory_utilization=recipe.rollout.share,
+            enable_sleep_mode=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+        )
+        self._loaded: tuple[str, int, Path] | None = None
+        self.llm.sleep(level=1)
+
+    def take(self, name: str, folder: Path) -> None:
+        self._loaded = name, int(name.rpartition("-")[2]), folder
+
+    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        request = None
+        if adapter and self._loaded:
+            name, number, folder = self._loaded
+            request = LoRARequest(name, number, str(folder))
+        settings = [SamplingParams(**each.settings(), detokenize=False) for each in asked]
+        self.llm.wake_up()
+        try:
+            prompts = [{"prompt_token_ids": list(each.ids)} for each in asked]
+            found = self.llm.generate(prompts, settings, lora_request=request, use_tqdm=False)
+        finally:
+            self.llm.sleep(level=1)
+        for index, output in enumerate(found):
+            place(index, [_answer_of(one) for one in output.outputs])
+
+
+def _answer_of(output: Any) -> Answer:
+    ids = tuple(output.token_ids)
+    logprobs = tuple(float(at[token].logprob) for at, token in zip(output.logprobs, ids, strict=True))
+    return ids, logprobs, str(output.finish_reason)
+
+
+def room_for(rank: int) -> int:
+    """The least that vLLM takes as --max-lora-rank. Raises ModelError where the rank is beyond all of them."""
+    for room in RANKS:
+        if rank <= room:
+            return room
+    raise ModelError(f"vLLM takes adapters up to rank {RANKS[-1]}, and lora.rank is {rank}.")
+
+
+def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -> VllmEngine:
+    if not policy.is_lora:
+        raise ModelError(
+            "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
+        )
+    model, rank = policy.path, recipe.lora.rank
+    server = recipe.rollout.server
+    host = Served(server, model, rank) if server else Colocated(model, rank, recipe=recipe, rows=rows)
+    return VllmEngine(policy, host, stop_ids=stop_ids)
