@@ -1,4 +1,4 @@
-"""Run in a process of its own: `python peak.py update|rollout '{...}'` prints planned and measured bytes as JSON.
+"""Run in a process of its own: `python peak.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
 
 MALLOC_MMAP_THRESHOLD_ gives every larger block a mapping of its own: what is freed leaves the process at once, so the
 high-water mark is what was asked for and not what the allocator kept back.
@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from minigrpo.budget import LIBRARIES, PRODUCT, PRODUCTS
 from minigrpo.config import Recipe
-from minigrpo.decoding import Wave, native_sampling
+from minigrpo.decoding import Wave, native_sampling, slot_sampling
 from minigrpo.engines.native import NativeEngine
+from minigrpo.engines.slots import SlotEngine
 from minigrpo.loading import Loaded
 from minigrpo.lora import add_lora
 from minigrpo.policy import Policy, recompute_activations
@@ -42,8 +43,7 @@ def main(kind: str, case: dict[str, Any]) -> None:
         policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=0)
     if case["recompute"]:
         recompute_activations(policy.model)
-    count = update if kind == "update" else rollout
-    planned, measured = count(policy, hollow, case)
+    planned, measured = {"update": update, "rollout": rollout, "slots": in_slots}[kind](policy, hollow, case)
     print(json.dumps({"planned": planned + LIBRARIES, "measured": measured}))
 
 
@@ -63,7 +63,7 @@ def rollout(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, 
     groups, completions, prompt, completion = case["shape"]
     engine = NativeEngine(policy, stop_ids=[3], rows=1 << 20, stop_rule=lambda t, row, c: torch.zeros_like(t).bool())
     engine.tokenizer = Speechless()
-    asked = [Rendered(Prompt(f"p{i}", ()), tuple(range(4, 4 + prompt))) for i in range(groups)]
+    asked = made_up(groups, prompt)
     planned = native_sampling(hollow, Wave(groups, completions, prompt, completion), 1.0, "cpu").peak
     if policy.dtype != torch.float32:
         planned += PRODUCT * min(PRODUCTS, 4 * completion)
@@ -71,6 +71,23 @@ def rollout(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, 
     before = from_here()
     engine.generate(asked, completions, Sampling(1.0, completion, 1))
     return planned, status("VmHWM") - before
+
+
+def in_slots(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, int]:
+    groups, completions, prompt, completion = case["shape"]
+    engine = SlotEngine(policy, stop_ids=[-1], rows=1 << 20)  # no row ends
+    engine.tokenizer = Speechless()
+    planned = slot_sampling(hollow, Wave(groups, completions, prompt, completion), 1.0, "cpu").peak
+    engine.generate(made_up(1, prompt), 2, Sampling(1.0, 4, 1))
+    engine.update(policy)
+    engine._made = None
+    before = from_here()
+    engine.generate(made_up(groups, prompt), completions, Sampling(1.0, completion, 1))
+    return planned, status("VmHWM") - before
+
+
+def made_up(prompts: int, length: int) -> list[Rendered]:
+    return [Rendered(Prompt(f"p{i}", ()), tuple(range(4, 4 + length))) for i in range(prompts)]
 
 
 class Speechless:

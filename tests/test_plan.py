@@ -77,6 +77,13 @@ def test_a_rollout_takes_what_was_planned() -> None:
     assert 0.95 <= planned_over_measured("rollout", small) <= 1.15
 
 
+@linux
+@pytest.mark.long
+def test_a_rollout_at_fixed_shapes_takes_what_was_planned() -> None:
+    small = case("llama", size(256, 2, 4, 4, 8000), 8, (8, 32, 65, 70))
+    assert 0.95 <= planned_over_measured("slots", small) <= 1.15
+
+
 LARGE_UPDATES = [
     case("qwen2", size(768, 6, 12, 2, 32000), 64, (2, 8, 257, 512), again=True),
     case("llama", size(1024, 2, 16, 8, 32000), 8, (4, 8, 65, 200)),

@@ -272,6 +272,6 @@ def test_no_override_brings_a_traceback(name: str, value: str) -> None:
 def test_the_table_has_every_knob_with_help() -> None:
     table = {knob.name: knob for knob in knob_table()}
     assert all(knob.about for knob in table.values())
-    assert table["rollout.engine"].choices == ("auto", "native", "transformers", "vllm")
+    assert table["rollout.engine"].choices == ("auto", "native", "slots", "transformers", "vllm")
     assert table["lora.dropout"].range == ">= 0 and < 1"
     assert table["objective.clip_low"].optional

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minigrpo.config import Recipe
-from minigrpo.decoding import Sampling, Wave, native_sampling, transformers_sampling
+from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.engines.lean import is_lean
 from minigrpo.packing import Part
 from minigrpo.policy import Policy
@@ -292,8 +292,9 @@ class _Planner:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
             return Sampling(0, 0, int(share * self.place.free), "vLLM")
-        native = self.recipe.rollout.engine != "transformers" and is_lean(self.bare.model)
-        count = native_sampling if native else transformers_sampling
+        engine, lean = self.recipe.rollout.engine, is_lean(self.bare.model)
+        ours = slot_sampling if engine == "slots" else native_sampling
+        count = ours if engine != "transformers" and lean else transformers_sampling
         try:
             return count(self.bare, wave, self.recipe.rollout.temperature, self.place.device)
         except (NotImplementedError, RuntimeError) as fault:

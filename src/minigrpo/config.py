@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ObjectiveName = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
-EngineName = Literal["auto", "native", "transformers", "vllm"]
+EngineName = Literal["auto", "native", "slots", "transformers", "vllm"]
 TaskName = Literal["wordproblems", "gsm8k", "sudoku"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -119,7 +119,11 @@ class RolloutKnobs(Knobs):
     completions: int = knob(8, "completions of each prompt: the group", "completions", ge=2)
     temperature: float = knob(1.0, "sampling temperature in training; scoring uses the same", gt=0, le=10)
     max_tokens: int = knob(256, "longest completion", "tokens", ge=1)
-    engine: EngineName = knob("auto", "who samples; auto: native where the architecture is known to it")
+    engine: EngineName = knob(
+        "auto",
+        "who samples; auto: native where the architecture is known to it; slots: the same at fixed shapes, recorded "
+        "as CUDA graphs on a GPU",
+    )
     server: str | None = knob(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
     share: float = knob(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
     rows: int = knob(256, "completions decoded side by side", "rows", ge=1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines import native
+from minigrpo.engines import native, slots
 from minigrpo.engines.lean import Lean
 from minigrpo.engines.sampling import draw
 from minigrpo.policy import Policy, decoder
@@ -103,6 +103,28 @@ def _decode(lean: Lean, wave: Wave, turn: Any, caches: tuple[Tensor, Tensor], te
         state._bias = {}
         logits_nV = lean.decode(feed_n, turn.at(state._reach_n), state._attend)
         feed_n, _ = draw(logits_nV, torch.zeros(B, dtype=torch.float64), temperature)
+
+
+def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
+    """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
+    tally = Tally(held_by(policy), device)
+    with torch.no_grad(), tally, attention_of(device), META:
+        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
+        copies = tally.now
+        tally.peak = copies
+        tally.phase = "reading prompts"
+        P = -(-(wave.prompt - 1) // slots.ROUND) * slots.ROUND or slots.ROUND
+        state = slots.State.empty(lean, wave.prompts, wave.completions, shared=P, own=wave.completion)
+        cache = tally.now - copies
+        turn = lean.turns(P + wave.completion)
+        at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
+        lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, state.shared[:, :, :at_once])
+        tally.phase = "drawing a token"
+        stops = torch.zeros(1, dtype=torch.long)
+        step = slots.Step(lean, state, wave.completions, turn=turn, stop_ids_s=stops, heat=temperature)
+        for _ in range(2):
+            step(wave.completion)
+    return Sampling(copies, cache, tally.peak - copies - cache, tally.peak_phase)
 
 
 def transformers_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:

@@ -20,9 +20,9 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
     name = recipe.rollout.engine
     if name == "auto":
         name = "native" if is_lean(policy.model) else "transformers"
-    elif name == "native" and not is_lean(policy.model):
+    elif name in ("native", "slots") and not is_lean(policy.model):
         kind = policy.model.config.model_type
-        raise RecipeError(f"rollout.engine native does not know the architecture {kind!r}. Use auto, or transformers")
+        raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
     return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
 
 
@@ -43,6 +43,12 @@ def _native(policy: Any, recipe: Recipe, rows: int) -> Engine:
     return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
+def _slots(policy: Any, recipe: Recipe, rows: int) -> Engine:
+    from minigrpo.engines.slots import SlotEngine
+
+    return SlotEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
+
+
 def _transformers(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.engines.huggingface import TransformersEngine
 
@@ -57,6 +63,7 @@ def _vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
 
 ENGINES: Mapping[str, Callable[[Any, Recipe, int], Engine]] = {
     "native": _native,
+    "slots": _slots,
     "transformers": _transformers,
     "vllm": _vllm,
 }

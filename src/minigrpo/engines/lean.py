@@ -58,14 +58,20 @@ class Projection:
         pairs = [low_rank(module) for module in self.modules]
         if not self.folds:
             dtype = computes_in(self.bases[0])
-            self.pairs = [pair and (pair[0].to(dtype), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
+            fresh = [pair and (pair[0].to(dtype, copy=True), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
+            before = getattr(self, "pairs", [None] * len(fresh))
+            self.pairs = [
+                new and (in_place(old and old[0], new[0]), in_place(old and old[1], new[1]))
+                for old, new in zip(before, fresh, strict=True)
+            ]
             return
         for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
             fused.copy_(weight)
             if pair is not None:
                 fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)]
-        self.fused_bias = torch.cat(given) if any(bias is not None for bias in self.biases) else None
+        biased = any(bias is not None for bias in self.biases)
+        self.fused_bias = in_place(getattr(self, "fused_bias", None), torch.cat(given)) if biased else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., sum of sizes]."""
@@ -76,6 +82,13 @@ class Projection:
             y = base(x)
             outputs.append(y if pair is None else y + linear(linear(x, pair[0]), pair[1]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def in_place(old: Tensor | None, new: Tensor) -> Tensor:
+    """The old tensor with the new one's numbers where they fit: recorded steps read addresses."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        return new
+    return old.copy_(new)
 
 
 def computes_in(layer: Any) -> torch.dtype:
@@ -108,7 +121,8 @@ class HeadNorm:
     def refresh(self) -> None:
         """Where all parameters are trained, these change too."""
         query, key = self.attn.q_norm.weight.detach(), self.attn.k_norm.weight.detach()
-        self.weight_HD = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
+        both_HD = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
+        self.weight_HD = in_place(getattr(self, "weight_HD", None), both_HD)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight_HD * rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
@@ -186,6 +200,19 @@ class Lean:
     def refresh(self) -> None:
         for layer in self.layers:
             layer.refresh()
+
+    def copies(self) -> list[Tensor]:
+        """All tensors of its own: what `refresh` writes."""
+        found: list[Tensor | None] = []
+        for layer in self.layers:
+            for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                found += (
+                    [part.fused, part.fused_bias]
+                    if part.folds
+                    else [each for pair in part.pairs for each in pair or ()]
+                )
+            found += [layer.qk_norm.weight_HD] if layer.qk_norm else []
+        return [tensor for tensor in found if tensor is not None]
 
     def turns(self, length: int) -> Turn:
         """Angles of positions 0 .. length - 1, from the model's own rotary module."""
