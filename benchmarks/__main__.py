@@ -1,4 +1,4 @@
-"""python -m benchmarks: minigrpo and TRL, one step each in turns, on this machine."""
+"""python -m benchmarks: minigrpo beside TRL, one step each in turns, and beside the limit of this machine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.machine import describe
+from benchmarks import sweeps as along
+from benchmarks.machine import Machine, describe
+from benchmarks.models import SHAPES
 from benchmarks.report import Result, show, write
 from benchmarks.sides import BenchmarkError, Setup
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, Stops, Workload
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,19 +29,48 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-WIDTH = 110
+WIDTH = 130
 """Columns, where the output goes to a file."""
+VARIANTS = ("best", "defaults", "continuous", "vllm")
+EXAMPLES = """
+examples:
+  python -m benchmarks                                      tiny and half beside TRL at its best; minutes
+  python -m benchmarks --workload tiny --stops draw fixed natural --trl best defaults continuous vllm
+  python -m benchmarks --workload half --length long        completions of up to 256 tokens
+  python -m benchmarks --workload half 3b --device cuda     32 prompts x 8 completions
+  python -m benchmarks --sweep group total                  how cost grows; no TRL
+  python -m benchmarks --sweep group --model half --values 4 16
+
+A run that is stopped keeps what it measured: the file is written after every repetition.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["tiny", "half"], help="what to run")
     p.add_argument(
-        "--stops", nargs="+", choices=["draw", "fixed"], default=["draw"], help="stop lengths; fixed: no stragglers"
+        "--stops",
+        nargs="+",
+        choices=["draw", "fixed", "natural"],
+        default=["draw"],
+        help="stop lengths; fixed: no stragglers; natural: the model ends its completions itself (tiny)",
     )
+    p.add_argument("--length", nargs="+", choices=["short", "long"], default=["short"], help="longest completion")
+    p.add_argument(
+        "--trl", nargs="*", choices=VARIANTS, default=["best"], help="ways to set TRL, a row each; none: minigrpo alone"
+    )
+    p.add_argument("--sweep", nargs="+", choices=list(along.AXES), help="minigrpo alone, along these axes")
+    p.add_argument("--model", choices=list(SHAPES), default="slim", help="shape that is swept (default: slim)")
+    p.add_argument("--values", nargs="+", type=int, metavar="N", help="values of the axis (default: its own)")
     p.add_argument("--repeats", type=int, metavar="N", help="timed steps a side (default: the workload's own)")
     p.add_argument("--warmup", type=int, metavar="N", default=1, help="steps before the timed ones (default: 1)")
     p.add_argument("--threads", type=int, metavar="N", default=os.cpu_count() or 1, help="CPU threads of each side")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--dtype", help="float32 or bfloat16, for minigrpo (default: the workload's own)")
     p.add_argument("--trl-dtype", help="the same for TRL; +autocast: bf16 products over these weights")
     p.add_argument("--no-proof", action="store_true", help="do not compare gradients first")
@@ -47,60 +78,142 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@dataclass(slots=True)
+class Book:
+    """What has been measured so far, and the file that it goes to; the picture lies beside it."""
+
+    file: Path
+    machine: Machine
+    console: Console
+    results: list[Result] = field(default_factory=list)
+    sweeps: list[along.Sweep] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+
+    def save(self, unfinished: Result | along.Sweep | None = None) -> None:
+        """With the last one as far as it went, where it is not yet done."""
+        results = [*self.results, *([unfinished] if isinstance(unfinished, Result) else [])]
+        swept = [*self.sweeps, *([unfinished] if isinstance(unfinished, along.Sweep) else [])]
+        write(self.file, self.machine, results, [sweep.as_json() for sweep in swept])
+
+    def close(self) -> None:
+        from benchmarks.plots import draw
+
+        self.save()
+        picture = self.file.with_suffix(".png")
+        self.console.print(draw(picture, str(self.machine), self.results, self.sweeps), highlight=False, markup=False)
+        self.console.print(f"Every step's figures: {self.file}", highlight=False, markup=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    if importlib.util.find_spec("trl") is None:
-        console.print("The benchmark compares with TRL, which is not installed: pip install 'minigrpo\\[bench]'")
-        return 2
-    os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
-    from minigrpo.errors import ModelError
-    from minigrpo.loading import check_instructions  # brings torch, which reads the environment above
-
-    try:
-        check_instructions("bfloat16")
-    except ModelError as fault:
-        console.print(str(fault), markup=False)
+    if fault := refusal(given):
+        console.print(fault, markup=False, soft_wrap=True)
         return 2
     machine = describe(given.threads)
     console.print(str(machine), soft_wrap=True, highlight=False)
     file = given.json or Path("bench-results") / f"{datetime.now(UTC):%Y%m%d-%H%M}.json"
-    results: list[Result] = []
+    book = Book(file, machine, console)
     with tempfile.TemporaryDirectory(prefix="minigrpo-bench-") as scratch:
-        for setup in setups(given, Path(scratch)):
-            try:
-                results.append(run(setup, given, console))
-            except BenchmarkError as fault:
-                console.print(f"{setup.workload.title}: {fault}", markup=False)
-                return 1
-            show(results[-1], console)
-            write(file, machine, results)
-    console.print(f"Every step's figures: {file}", highlight=False)
+        jobs = swept(given, Path(scratch), book) if given.sweep else compared(given, Path(scratch), book)
+        try:
+            for job in jobs:
+                job()
+        except BenchmarkError as fault:
+            console.print(str(fault), markup=False)
+            return 1
+        except KeyboardInterrupt:
+            console.print(f"Stopped. What was measured is kept: {file}", markup=False)
+            return 130
+    book.close()
     return 0
+
+
+def refusal(given: argparse.Namespace) -> str | None:
+    """Why this cannot be run, and what can; None where it can."""
+    if not given.sweep and importlib.util.find_spec("trl") is None:
+        return "The benchmark compares with TRL, which is not installed: pip install 'minigrpo[bench]'"
+    for name in [] if given.sweep else given.workload:
+        if WORKLOADS[name].needs_gpu and given.device == "cpu":
+            return f"Workload {name} has too many weights for a CPU: run it with --device cuda, or take --workload half"
+        if "natural" in given.stops and name != "tiny":
+            return f"Workload {name} has random weights, which end no completion: --stops natural is for tiny"
+    os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    import torch  # reads the environment above
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        return "This machine shows no CUDA GPU to torch: run without --device cuda"
+    return None if given.device == "cuda" else _sixteen_bit()
+
+
+def _sixteen_bit() -> str | None:
+    """What is wrong with this machine's 16-bit products, if anything is."""
+    from minigrpo.errors import ModelError
+    from minigrpo.loading import check_instructions
+
+    try:
+        check_instructions("bfloat16")
+    except ModelError as fault:
+        return str(fault)
+    return None
+
+
+Job = Callable[[], None]
+
+
+def compared(given: argparse.Namespace, scratch: Path, book: Book) -> list[Job]:
+    """One job a workload."""
+
+    def job(setup: Setup) -> None:
+        from benchmarks.harness import Plan, make_model, measure
+
+        make_model(setup, setup.folder)
+        repeats = given.repeats or setup.workload.repeats
+        plan = Plan(repeats, given.warmup, not given.no_proof, given.trl, book.say, book.save)
+        book.results.append(measure(setup, plan))
+        book.save()
+        show(book.results[-1], book.console)
+
+    return [lambda setup=setup: job(setup) for setup in setups(given, scratch)]  # type: ignore[misc]
+
+
+def swept(given: argparse.Namespace, scratch: Path, book: Book) -> list[Job]:
+    """One job an axis."""
+
+    def job(axis: str) -> None:
+        asked = along.Asked(
+            given.model, given.values or (), given.repeats or 3, given.threads, given.device, book.say, book.save
+        )
+        book.sweeps.append(along.run(axis, asked, scratch))
+        book.save()
+        along.show(book.sweeps[-1], book.console)
+
+    return [lambda axis=axis: job(axis) for axis in given.sweep]  # type: ignore[misc]
 
 
 def setups(given: argparse.Namespace, scratch: Path) -> list[Setup]:
     chosen = []
     for name in given.workload:
-        for stops in given.stops:
-            plain = WORKLOADS[name]
-            workload = replace(
-                plain, stops=stops, dtype=given.dtype or plain.dtype, trl_dtype=given.trl_dtype or plain.trl_dtype
-            )
-            runs = scratch / f"{name}-{stops}"
-            chosen.append(Setup(workload, scratch / name, runs, given.threads, workload.dtype, steps=1))
+        for length in given.length:
+            for stops in given.stops:
+                workload = shaped(WORKLOADS[name], given, length, stops)
+                folder = scratch / (f"{name}-grown" if stops == "natural" else name)
+                runs = scratch / f"{name}-{stops}-{length}"
+                chosen.append(Setup(workload, folder, runs, given.threads, workload.dtype, 1, given.device))
     return chosen
 
 
-def run(setup: Setup, given: argparse.Namespace, console: Console) -> Result:
-    from benchmarks.harness import make_model, measure
-
-    def say(line: str) -> None:
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
-
-    make_model(setup, setup.folder)
-    repeats = given.repeats or setup.workload.repeats
-    return measure(setup, repeats=repeats, warmup=given.warmup, prove=not given.no_proof, say=say)
+def shaped(plain: Workload, given: argparse.Namespace, length: str, stops: Stops) -> Workload:
+    sized = plain.on_gpu() if given.device == "cuda" else plain
+    return replace(
+        sized,
+        stops=stops,
+        limit=sized.long if length == "long" else sized.limit,
+        dtype=given.dtype or sized.dtype,
+        trl_dtype=given.trl_dtype or sized.trl_dtype,
+    )
 
 
 if __name__ == "__main__":

@@ -1,45 +1,110 @@
-"""One workload, measured: both sides started, warmed up, then stepped in turns."""
+"""One workload, measured: all sides started, warmed up, then stepped in turns; then the limit, on the same machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import ours, proof, trls
+from benchmarks.limit import Kernels, Limit
 from benchmarks.proof import Proof
-from benchmarks.report import OURS, TRL, Result
+from benchmarks.report import OURS, Result, side_name
 from benchmarks.report import Side as Measured
+from benchmarks.shapes import Lengths, Shape, phases
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
-
-PROGRAMS = {OURS: ours.run, TRL: trls.run}
 
 Say = Callable[[str], None]
 
 
-def measure(setup: Setup, *, repeats: int, warmup: int, prove: bool, say: Say) -> Result:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`keep` is given what has been measured so far, after every repetition."""
+
+    repeats: int
+    warmup: int
+    prove: bool
+    variants: Sequence[str]
+    say: Say
+    keep: Callable[[Result], None] = lambda result: None
+
+
+def measure(setup: Setup, plan: Plan) -> Result:
     """Raises BenchmarkError where a side fails, or does not do the same work as the other."""
     workload = setup.workload
-    proven = check(setup, say) if prove else None
-    dtypes = {OURS: workload.dtype, TRL: workload.trl_dtype}
-    setup = replace(setup, steps=warmup + repeats)
+    proven = check(setup, plan.say) if plan.prove else None
+    setup = replace(setup, steps=plan.warmup + plan.repeats)
+    absent: dict[str, str] = {}
+    taken: dict[str, list[Step]] = {}
     with ExitStack() as stack:
-        # One after the other: a side must not load while the other's memory is at its peak.
-        sides = [
-            stack.enter_context(Side(name, program, replace(setup, dtype=dtypes[name])))
-            for name, program in PROGRAMS.items()
-        ]
-        taken: dict[str, list[Step]] = {side.name: [] for side in sides}
-        for turn in range(warmup + repeats):
-            for side in sides if turn % 2 == 0 else reversed(sides):
-                step = side.step()
-                taken[side.name].append(step)
-                word = "warm-up" if turn < warmup else f"{turn - warmup + 1}/{repeats}"
-                say(f"{workload.title} {word}: {side.name} {step.seconds:.2f} s, {step.rate:.1f} tokens/s")
-            same_work(workload.lengths_B, taken[OURS][-1], taken[TRL][-1])
-        measured = {side.name: Measured(side.facts, tuple(taken[side.name][warmup:])) for side in sides}
-    return Result(workload, measured, proven)
+        sides = open_sides(setup, plan, stack, absent)
+        result = Result(workload, {}, proven, absent)
+        began = time.monotonic()
+        for turn in range(plan.warmup + plan.repeats):
+            take_turns(sides if turn % 2 == 0 else sides[::-1], taken, workload.lengths_B)
+            plan.say(progress(workload.title, turn, plan, taken, time.monotonic() - began))
+            if turn >= plan.warmup:
+                timed = {s.name: Measured(s.facts, tuple(taken[s.name][plan.warmup :])) for s in sides}
+                result = replace(result, sides=timed)
+                plan.keep(result)
+    plan.say(f"{workload.title}: bare kernels of the step's own products")
+    return replace(result, limits=limits(setup, taken[OURS][-1]))
+
+
+def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str]) -> list[Side]:
+    """One after the other: a side must not load while another's memory is at its peak.
+
+    minigrpo and TRL at its best must start; another way to set TRL may be missing, with the reason in `absent`.
+    """
+    workload = setup.workload
+    opened = [stack.enter_context(Side(OURS, ours.run, replace(setup, dtype=workload.dtype)))]
+    for variant in plan.variants:
+        name = side_name(variant)
+        chosen = replace(setup, dtype=trls.weights_of(variant, workload.trl_dtype), variant=variant)
+        why = trls.VARIANTS[variant].missing(workload)
+        try:
+            if why is None:
+                opened.append(stack.enter_context(Side(name, trls.run, chosen)))
+        except BenchmarkError as fault:
+            if variant == "best":
+                raise
+            why = str(fault).strip().splitlines()[-1]
+        if why is not None:
+            absent[name] = why
+            plan.say(f"{workload.title}: {name} is left out: {why}")
+    return opened
+
+
+def take_turns(sides: Sequence[Side], taken: dict[str, list[Step]], wanted: tuple[int, ...]) -> None:
+    for side in sides:
+        taken.setdefault(side.name, []).append(side.step())
+    for name, steps in taken.items():
+        same_work(wanted, taken[OURS][-1], steps[-1], name)
+
+
+def progress(title: str, turn: int, plan: Plan, taken: dict[str, list[Step]], spent: float) -> str:
+    word = "warm-up" if turn < plan.warmup else f"{turn - plan.warmup + 1}/{plan.repeats}"
+    steps = ", ".join(f"{name} {steps[-1].seconds:.2f} s" for name, steps in taken.items())
+    left = spent / (turn + 1) * (plan.repeats + plan.warmup - turn - 1)
+    return f"{title} {word}: {steps}" + (f"; about {left:.0f} s to go" if left >= 1 else "")
+
+
+def limits(setup: Setup, step: Step) -> dict[str, Limit]:
+    """Of minigrpo's own step: its lengths, its number type."""
+    import torch
+    from transformers import AutoConfig
+
+    workload = setup.workload
+    dtype: torch.dtype = getattr(torch, workload.dtype)
+    shape = Shape.of(AutoConfig.from_pretrained(setup.folder))
+    lengths = Lengths.of(step.prompt_lengths, step.completion_lengths, workload.completions)
+    rank = ours.recipe_of(setup).lora.rank
+    torch.set_num_threads(setup.threads)
+    kernels = Kernels(dtype, setup.device, shape.entries * dtype.itemsize)
+    whole = phases(shape, lengths, rank, wide=dtype.itemsize >= 4)
+    return {name: kernels.price(work) for name, work in whole.items()}
 
 
 def check(setup: Setup, say: Say) -> Proof:
@@ -51,11 +116,14 @@ def check(setup: Setup, say: Say) -> Proof:
     return proven
 
 
-def same_work(wanted: tuple[int, ...], a: Step, b: Step) -> None:
-    if not (a.completion_lengths == b.completion_lengths == wanted):
-        raise BenchmarkError(f"Completions differ in length: {a.completion_lengths} and {b.completion_lengths}.")
+def same_work(wanted: tuple[int, ...], a: Step, b: Step, name: str = "the other side") -> None:
+    """`wanted` is empty where each side ends its completions itself: then only the prompts must be the same."""
+    if wanted and not (a.completion_lengths == b.completion_lengths == wanted):
+        raise BenchmarkError(
+            f"Completions differ in length: {a.completion_lengths}, and {b.completion_lengths} of {name}."
+        )
     if a.prompt_lengths != b.prompt_lengths:
-        raise BenchmarkError(f"Prompts differ in length: {a.prompt_lengths} and {b.prompt_lengths}.")
+        raise BenchmarkError(f"Prompts differ in length: {a.prompt_lengths}, and {b.prompt_lengths} of {name}.")
 
 
 def make_model(setup: Setup, path: Path) -> None:

@@ -7,11 +7,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "peft", "trl")
+PACKAGES = ("torch", "transformers", "peft", "trl", "vllm")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -55,15 +56,32 @@ def describe(threads: int) -> Machine:
     )
 
 
-def reset_peak() -> None:
+def now(device: str = "cpu") -> float:
+    """Seconds of a clock, once the device has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak(device: str = "cpu") -> None:
     """From here on, the peak of this process counts anew (Linux; elsewhere it keeps counting from the start)."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     # Not Linux, or a container that forbids it: `peak_bytes` is then the peak since the process began.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes() -> int:
-    """Largest resident memory since the last reset. Not ru_maxrss: that one cannot be reset."""
+def peak_bytes(device: str = "cpu") -> int:
+    """Largest memory in use since the last reset, the GPU's where it works there. Not ru_maxrss: it cannot be reset."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     found = re.search(r"VmHWM:\s*(\d+)", _read("/proc/self/status"))
     return int(found[1]) * 1024 if found else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.sides import BenchmarkError, Setup, Turn
+from benchmarks.sides import BenchmarkError, Laps, Setup, Turn
 from benchmarks.workloads import task_of
 from minigrpo.config import Recipe
 from minigrpo.engines import stop_ids
@@ -37,10 +38,23 @@ def run(setup: Setup, turn: Turn) -> None:
     recipe = recipe_of(setup)
     torch.set_num_threads(setup.threads)
     policy = open_policy(recipe)
-    clock = RewardClock(task_of(setup.workload, setup.folder))
-    track = TurnTrack(RunDir(setup.scratch / "run"), recipe.train.steps, turn=turn, clock=clock)
+    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    clock, laps = RewardClock(task_of(setup.workload, setup.folder)), Laps(setup.device)
+    look_into(policy, engine, laps)
+    track = TurnTrack(RunDir(setup.scratch / "run"), recipe.train.steps, turn=turn, clock=clock, laps=laps)
     turn.ready(settings(recipe))
-    grpo(recipe, clock.task, policy, forced_engine(setup, policy, recipe.rollout.rows), track)
+    grpo(recipe, clock.task, policy, engine, track)
+
+
+def look_into(policy: Policy, engine: NativeEngine, laps: Laps) -> None:
+    """Clocks around the phases that the loop's own metrics do not tell apart."""
+    algorithm = importlib.import_module("minigrpo.grpo")
+    for name, owner, method in (
+        ("prefill", engine.lean, "prefill"),
+        ("scoring", policy, "logprobs"),
+        ("optimizer", algorithm, "optimise"),
+    ):
+        setattr(owner, method, laps.timed(name, getattr(owner, method)))
 
 
 def recipe_of(setup: Setup, **more: Any) -> Recipe:
@@ -53,7 +67,7 @@ def recipe_of(setup: Setup, **more: Any) -> Recipe:
     fixed: dict[str, Any] = {
         "model.path": str(setup.folder),
         "model.dtype": setup.dtype.partition("+")[0],
-        "model.device": "cpu",
+        "model.device": setup.device,
         "task.name": "wordproblems",  # named, not used: prompts and rewards are the workload's
         "task.size": workload.prompts,
         "rollout.prompts": workload.prompts,
@@ -68,13 +82,14 @@ def recipe_of(setup: Setup, **more: Any) -> Recipe:
 
 
 def forced_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
-    """The native engine, whose completions stop where the workload says."""
-    lengths_B = torch.tensor(setup.workload.lengths_B)
+    """The native engine, whose completions stop where the workload says, if it says anything."""
+    lengths_B = torch.tensor(setup.workload.lengths_B, device=setup.device)
+    forced = setup.workload.stops != "natural"
     return NativeEngine(
         policy,
         stop_ids=sorted(stop_ids(policy)),
         rows=rows,
-        stop_rule=lambda tokens_n, row_n, so_far: lengths_B[row_n] == so_far,
+        stop_rule=(lambda tokens_n, row_n, so_far: lengths_B[row_n] == so_far) if forced else None,
     )
 
 
@@ -101,12 +116,13 @@ class RewardClock:
 class TurnTrack(Track):
     """Writes and shows what any run does; between two steps it waits."""
 
-    def __init__(self, run: RunDir, total_steps: int, *, turn: Turn, clock: RewardClock) -> None:
+    def __init__(self, run: RunDir, total_steps: int, *, turn: Turn, clock: RewardClock, laps: Laps) -> None:
         super().__init__(run, total_steps, console=Console(file=io.StringIO()))
-        self._turn, self._clock = turn, clock
+        self._turn, self._clock, self._laps = turn, clock, laps
 
     def __enter__(self) -> Track:
         entered = super().__enter__()
+        self._laps.take()
         self._turn.begin()
         return entered
 
@@ -121,12 +137,21 @@ class TurnTrack(Track):
         if metrics["informative_groups"] < 1:
             raise BenchmarkError("A group's rewards tie: minigrpo skipped its passes, which TRL did not.")
         reward, self._clock.seconds = self._clock.seconds, 0.0
+        inside = self._laps.take("prefill", "scoring", "optimizer")
+        rollout, update, sync = (metrics[f"seconds/{name}"] for name in ("rollout", "update", "sync"))
         phases = {
-            "rollout": metrics["seconds/rollout"] - reward,
+            "rollout": rollout - reward,
             "reward": reward,
-            "update": metrics["seconds/update"] + metrics["seconds/sync"],
+            "scoring": inside["scoring"],
+            "update": update - inside["scoring"] + sync,
         }
-        self._turn.end(phases, *lengths(groups))
+        parts = {
+            "prefill": inside["prefill"],
+            "decode": rollout - reward - inside["prefill"],
+            "training": update - inside["optimizer"],
+            "update": inside["optimizer"] + sync,
+        }
+        self._turn.end(phases, *lengths(groups), parts)
         self._turn.begin()
 
 

@@ -1,11 +1,11 @@
-"""What was measured, as a table and as JSON: medians, ratios of steps taken side by side, and their spread."""
+"""What was measured, as tables and as JSON: medians, ratios of steps taken side by side, spread, and the limit."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.limit import Limit
 from benchmarks.machine import Machine
 from benchmarks.proof import Proof
 from benchmarks.sides import Step
 from benchmarks.workloads import Workload
 
 OURS, TRL = "minigrpo", "TRL"
-PHASES = ("rollout", "reward", "update", "other")
+PHASES = ("rollout", "reward", "scoring", "update", "other")
+PARTS = ("prefill", "decode", "training", "update")
+COARSE = {"rollout": ("prefill", "decode"), "passes": ("training", "update"), "step": PARTS}
 GIB = 2**30
+
+
+def side_name(variant: str) -> str:
+    return TRL if variant == "best" else f"{TRL} {variant}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +43,74 @@ class Side:
     def phase(self, name: str) -> float:
         return statistics.median(step.phases[name] for step in self.steps)
 
+    def part(self, name: str) -> float | None:
+        """Seconds of a row of the limit: a part, or parts together. None where the side cannot be looked into."""
+        if name == "step":
+            return self.median("seconds")
+        if name == "rollout":
+            return self.phase("rollout")
+        if name == "passes":
+            return statistics.median(step.phases["scoring"] + step.phases["update"] for step in self.steps)
+        found = [step.parts.get(name) for step in self.steps]
+        return None if None in found else statistics.median(found)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One workload on both sides. `proof` is None where it was skipped."""
+    """One workload on all sides. `proof` is None where it was skipped; `absent`: sides left out, and why."""
 
     workload: Workload
     sides: Mapping[str, Side]
     proof: Proof | None
+    absent: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+
+    def ratios(self, other: str = TRL) -> tuple[float, ...]:
+        """Our tokens per second over the other side's, repetition by repetition."""
+        pairs = zip(self.sides[OURS].steps, self.sides[other].steps, strict=True)
+        return tuple(a.rate / b.rate for a, b in pairs)
+
+    def memory(self, other: str = TRL) -> float:
+        return self.sides[OURS].median("peak") / self.sides[other].median("peak")
 
     @property
-    def ratios(self) -> tuple[float, ...]:
-        """Our tokens per second over TRL's, repetition by repetition."""
-        return tuple(a.rate / b.rate for a, b in zip(self.sides[OURS].steps, self.sides[TRL].steps, strict=True))
+    def others(self) -> list[str]:
+        return [name for name in self.sides if name != OURS]
 
-    @property
-    def memory_ratio(self) -> float:
-        return self.sides[OURS].median("peak") / self.sides[TRL].median("peak")
+    def limit(self, row: str) -> Limit:
+        """Of a part, or of parts together."""
+        chosen = [self.limits[name] for name in COARSE.get(row, (row,))]
+        return Limit(
+            sum(limit.operations for limit in chosen),
+            sum(limit.bytes for limit in chosen),
+            sum(limit.seconds for limit in chosen),
+            sum(limit.machine for limit in chosen),
+        )
+
+    def reached(self, row: str, side: str = OURS) -> float | None:
+        """Fraction of the limit; None where it is not known, or where the side sampled lengths of its own."""
+        if not self.limits or (side != OURS and self.workload.stops == "natural"):
+            return None
+        seconds = self.sides[side].part(row)
+        return self.limit(row).seconds / seconds if seconds else None
 
 
 def show(result: Result, console: Console) -> None:
     workload = result.workload
-    about = f"{workload.about}: {workload.prompts} prompts x {workload.completions} completions, limit {workload.limit}"
-    table = Table(title=f"{workload.title}: {about}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    about = f"{workload.about}: {workload.prompts} prompts x {workload.completions} completions"
+    console.print(f"\n{workload.title} ({about})", highlight=False, soft_wrap=True)
+    console.print(speeds(result))
+    if result.limits:
+        console.print(reaches(result))
+    for other in result.others:
+        console.print(verdict(result, other), soft_wrap=True, highlight=False)
+    for name, why in result.absent.items():
+        console.print(f"{name}: not measured. {why}", soft_wrap=True, highlight=False)
+    console.print(settings(result))
+
+
+def speeds(result: Result) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("tokens/s", "step s", "from - to", *PHASES, "CPU s", "peak GiB"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -68,32 +120,50 @@ def show(result: Result, console: Console) -> None:
             name,
             f"{side.median('rate'):.1f}",
             f"{side.median('seconds'):.2f}",
-            f"{min(seconds):.2f} - {max(seconds):.2f}",
+            f"{min(seconds):.2f}-{max(seconds):.2f}",
             *(f"{side.phase(phase):.2f}" for phase in PHASES),
             f"{side.median('cpu_seconds'):.2f}",
             f"{side.median('peak') / GIB:.2f}",
         )
-    console.print(table)
-    console.print(verdict(result), soft_wrap=True, highlight=False)
-    console.print(settings(result))
+    return table
 
 
-def verdict(result: Result) -> str:
-    ratios, steps = result.ratios, result.sides[OURS].steps
+def reaches(result: Result) -> Table:
+    """Each phase beside its limit: work, the bare kernels' time, the machine's, and each side's share of it."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("the limit", no_wrap=True)
+    for name in ("GFLOP", "GB", "kernels s", "machine s", f"{OURS} s", f"{OURS} %", *(f"{x} %" for x in result.others)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in ("prefill", "decode", "rollout", "training", "update", "passes", "step"):
+        limit, seconds = result.limit(row), result.sides[OURS].part(row)
+        shares = [result.reached(row, name) for name in result.sides]
+        table.add_row(
+            {"passes": "training + update"}.get(row, row),
+            *(f"{limit.operations / 1e9:.1f}", f"{limit.bytes / 1e9:.2f}"),
+            *(f"{limit.seconds:.4f}", f"{limit.machine:.4f}"),
+            "" if seconds is None else f"{seconds:.4f}",
+            *("" if share is None else f"{share:.0%}" for share in shares),
+        )
+    return table
+
+
+def verdict(result: Result, other: str) -> str:
+    ratios, ours, theirs = result.ratios(other), result.sides[OURS].steps[0], result.sides[other].steps[0]
     proof = "not checked" if result.proof is None else f"{result.proof.gap:.0e} apart on {result.proof.tokens} tokens"
+    equal = f"{ours.tokens} tokens in {len(ours.completion_lengths)} completions of equal lengths on both sides"
+    own = f"each side its own lengths, {ours.tokens} tokens and {theirs.tokens} in the first step"
     return (
-        f"minigrpo makes {statistics.median(ratios):.2f} times as many completion tokens a second "
-        f"({min(ratios):.2f} - {max(ratios):.2f} in {len(ratios)} repetitions), with {result.memory_ratio:.2f} times "
-        f"the memory. Same work: {steps[0].tokens} tokens in {len(steps[0].completion_lengths)} completions of equal "
-        f"lengths on both sides; gradients {proof}."
+        f"minigrpo makes {statistics.median(ratios):.2f} times as many completion tokens a second as {other} "
+        f"({min(ratios):.2f} - {max(ratios):.2f} in {len(ratios)} repetitions), with {result.memory(other):.2f} times "
+        f"the memory. Same work: {own if result.workload.stops == 'natural' else equal}; gradients {proof}."
     )
 
 
 def settings(result: Result) -> Table:
-    """Both sides' settings beside each other, as each side reads them back."""
+    """All sides' settings beside each other, as each side reads them back."""
     grid = Table.grid(padding=(0, 3))
-    for name, side in result.sides.items():
-        grid.add_column(name, overflow="fold")
+    for side in result.sides.values():
+        grid.add_column(overflow="fold")
         assert side.settings
     listed = ["\n".join(f"{key} = {value}" for key, value in side.settings.items()) for side in result.sides.values()]
     grid.add_row(*result.sides)
@@ -101,10 +171,25 @@ def settings(result: Result) -> Table:
     return grid
 
 
-def write(path: Path, machine: Machine, results: Sequence[Result]) -> None:
-    rows = [
-        {**asdict(result), "lengths": result.workload.lengths_B, "ratios": result.ratios, "memory": result.memory_ratio}
-        for result in results
-    ]
+def as_json(result: Result) -> dict[str, Any]:
+    rows = (*PARTS, *COARSE)
+    return {
+        **asdict(result),
+        "lengths": result.workload.lengths_B,
+        "ratios": result.ratios() if TRL in result.sides else [],
+        "ratio": {name: statistics.median(result.ratios(name)) for name in result.others},
+        "memory": {name: result.memory(name) for name in result.others},
+        "reached": {name: {row: result.reached(row, name) for row in rows} for name in result.sides},
+    }
+
+
+def write(path: Path, machine: Machine, results: Sequence[Result], sweeps: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Whole or not at all: a run that is stopped while it writes leaves the file of the last repetition."""
+    text = json.dumps(
+        {"machine": asdict(machine), "results": [as_json(result) for result in results], "sweeps": list(sweeps)},
+        indent=2,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": asdict(machine), "results": rows}, indent=2) + "\n", encoding="utf-8")
+    draft = path.with_suffix(".part")
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(path)

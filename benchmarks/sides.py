@@ -11,13 +11,13 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.machine import peak_bytes, reset_peak
+from benchmarks.machine import now, peak_bytes, reset_peak
 from benchmarks.workloads import Workload
 
 GO, STOP = "go", "stop"
@@ -33,7 +33,10 @@ class FinishedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a side needs to begin: a model folder, a folder to write to, and how many steps it may be asked for."""
+    """What a side needs to begin: a model folder, a folder to write to, and how many steps it may be asked for.
+
+    `variant`: how TRL is set (trls.VARIANTS); minigrpo has but one way.
+    """
 
     workload: Workload
     folder: Path
@@ -41,12 +44,15 @@ class Setup:
     threads: int
     dtype: str
     steps: int
+    device: str = "cpu"
+    variant: str = "best"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of one side. Phases in seconds; what they leave of `seconds` is `other`. Lengths prompt by prompt.
 
+    `parts`: the step cut as the limit is (prefill, decode, training, update), as far as a side can be looked into.
     `cpu_seconds`: what all threads together were given. On one thread it hardly depends on who else is on the machine.
     """
 
@@ -56,6 +62,7 @@ class Step:
     prompt_lengths: tuple[int, ...]
     completion_lengths: tuple[int, ...]
     peak: int
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -70,8 +77,8 @@ class Step:
 class Turn:
     """The child's end: `begin` waits until it may, `end` reports."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Connection, device: str = "cpu") -> None:
+        self._pipe, self.device = pipe, device
         self._began = self._cpu_began = 0.0
 
     def ready(self, facts: Mapping[str, Any]) -> None:
@@ -81,15 +88,47 @@ class Turn:
     def begin(self) -> None:
         if self._pipe.recv() == STOP:
             raise FinishedError
-        reset_peak()
-        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+        reset_peak(self.device)
+        self._began, self._cpu_began = now(self.device), time.process_time()
 
     def end(
-        self, phases: Mapping[str, float], prompt_lengths: Sequence[int], completion_lengths: Sequence[int]
+        self,
+        phases: Mapping[str, float],
+        prompt_lengths: Sequence[int],
+        completion_lengths: Sequence[int],
+        parts: Mapping[str, float] | None = None,
     ) -> None:
-        seconds, cpu = time.perf_counter() - self._began, time.process_time() - self._cpu_began
+        seconds, cpu = now(self.device) - self._began, time.process_time() - self._cpu_began
         whole = {**phases, "other": seconds - sum(phases.values())}
-        self._pipe.send(Step(seconds, cpu, whole, tuple(prompt_lengths), tuple(completion_lengths), peak_bytes()))
+        peak = peak_bytes(self.device)
+        lengths = tuple(prompt_lengths), tuple(completion_lengths)
+        self._pipe.send(Step(seconds, cpu, whole, *lengths, peak, dict(parts or {})))
+
+
+class Laps:
+    """Seconds spent inside some calls, by name, since they were last taken."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._seconds: dict[str, float] = {}
+
+    def timed(self, name: str, call: Callable[..., Any], after: Callable[[Any], None] | None = None) -> Any:
+        """The same call, counted; `after` is shown what it returns."""
+
+        def counted(*given: Any, **named: Any) -> Any:
+            began = now(self.device)
+            answer = call(*given, **named)
+            self._seconds[name] = self._seconds.get(name, 0.0) + now(self.device) - began
+            if after:
+                after(answer)
+            return answer
+
+        return counted
+
+    def take(self, *names: str) -> dict[str, float]:
+        """Seconds of the given names, 0 where there was no call; from here on, all count anew."""
+        taken, self._seconds = self._seconds, {}
+        return {name: taken.get(name, 0.0) for name in names}
 
 
 Program = Callable[[Setup, Turn], None]
@@ -146,7 +185,7 @@ def _serve(program: Program, setup: Setup, pipe: Connection) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(setup.threads)
     try:
-        program(setup, Turn(pipe))
+        program(setup, Turn(pipe, setup.device))
     except FinishedError:
         return
     except Exception:

@@ -1,19 +1,23 @@
-"""TRL's side: GRPOTrainer.train at its best, stopped after each step by a callback that waits for its turn.
+"""TRL's side: GRPOTrainer.train in several ways, stopped after each step by a callback that waits for its turn.
 
 At its best means: no gradient checkpointing, the whole batch in one pass, sdpa, the faster dtype, no logging, no
 saving, no evaluation. One thing cannot be switched off: without a GPU its output head scores prompt positions too.
+Its defaults are what it does where nobody asks for anything but the problem itself: model, prompts, group size,
+objective, adapter, lengths, learning rate.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from benchmarks.machine import now
 from benchmarks.ours import recipe_of
-from benchmarks.sides import Setup, Turn
+from benchmarks.sides import Laps, Setup, Turn
 from benchmarks.workloads import Workload, task_of
 from minigrpo.objective import open_objective
 from minigrpo.sampler import PromptSampler
@@ -26,12 +30,53 @@ DTYPES = {
     "bfloat16+autocast": (torch.bfloat16, True),
     "float32+autocast": (torch.float32, True),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to set TRL. `tuned`: the best settings known; `autocast`: bfloat16 products over other weights."""
+
+    about: str
+    tuned: bool = True
+    autocast: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def missing(self, workload: Workload) -> str | None:
+        """Why it cannot be run here, or None."""
+        if not self.more.get("use_vllm"):
+            return None
+        if importlib.util.find_spec("vllm") is None:
+            return "vLLM is not installed"
+        return None if workload.stops == "natural" else "vLLM cannot be told where to stop: --stops natural"
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "best": Variant("transformers generation, best settings"),
+    "defaults": Variant("transformers generation, TRL's defaults", tuned=False),
+    # It casts the model itself where bf16 is asked for, in place; a cache sized by hand, or it takes all memory.
+    "continuous": Variant(
+        "transformers' continuous batching, best settings otherwise",
+        autocast=False,
+        more={"use_transformers_continuous_batching": True},
+    ),
+    "vllm": Variant(
+        "vLLM colocated, best settings otherwise",
+        more={"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3},
+    ),
+}
+
 SHOWN = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
     *("num_generations", "max_completion_length", "temperature", "loss_type", "beta", "epsilon", "epsilon_high"),
     *("gradient_checkpointing",),
     *("bf16", "fp16", "optim", "max_grad_norm", "learning_rate", "disable_dropout", "use_vllm"),
-    *("use_transformers_continuous_batching", "cache_implementation", "torch_compile", "logging_strategy"),
+    *(
+        "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config",
+        "cache_implementation",
+        "torch_compile",
+        "logging_strategy",
+    ),
     *("save_strategy", "eval_strategy", "report_to", "log_completions"),
 )
 
@@ -39,16 +84,20 @@ SHOWN = (
 def run(setup: Setup, turn: Turn) -> None:
     """Steps until there are no more turns."""
     trainer = open_trainer(setup, load(setup))
-    clock = PhaseClock(trainer)
-    force_stops(trainer, setup.workload)
+    clock = PhaseClock(trainer, setup.device)
+    if setup.workload.stops != "natural":
+        force_stops(trainer, setup.workload)
     trainer.add_callback(turn_callback(turn, clock))
     turn.ready(settings(trainer))
     trainer.train()
 
 
 def load(setup: Setup) -> Any:
+    """The model, or by default its folder: TRL then loads it as it thinks best."""
     from transformers import AutoModelForCausalLM
 
+    if not VARIANTS[setup.variant].tuned:
+        return str(setup.folder)
     dtype, _ = DTYPES[setup.dtype]
     return AutoModelForCausalLM.from_pretrained(setup.folder, dtype=dtype, attn_implementation="sdpa")
 
@@ -60,43 +109,17 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    workload = setup.workload
-    task = task_of(workload, setup.folder)
+    task = task_of(setup.workload, setup.folder)
     prompts = ordered(task.prompts("train"), setup)
-    recipe = recipe_of(setup)
-    objective = open_objective(recipe, sixteen_bit=False)
-    rank, alpha, dropout = recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout
+    knobs = recipe_of(setup).lora
     lora = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=knobs.rank,
+        lora_alpha=knobs.alpha,
+        lora_dropout=knobs.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
-    config = GRPOConfig(
-        output_dir=str(setup.scratch / "trl"),
-        max_steps=setup.steps + 1,  # one that is never taken: the gate stops before it
-        per_device_train_batch_size=workload.prompts * workload.completions,
-        num_generations=workload.completions,
-        max_completion_length=workload.limit,
-        steps_per_generation=1,
-        num_iterations=1,
-        temperature=recipe.rollout.temperature,
-        loss_type="grpo",
-        epsilon=objective.clip_low,
-        epsilon_high=objective.clip_high,
-        beta=recipe.objective.kl,
-        learning_rate=recipe.train.lr,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        disable_dropout=dropout == 0,
-        shuffle_dataset=False,
-        bf16=DTYPES[setup.dtype][1],
-        use_cpu=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        generation_kwargs={"use_cache": True},
-    )
-
+    config = GRPOConfig(**problem(setup), **manner(setup))
     by_id = {prompt.id: prompt for prompt in prompts}
 
     def reward(completions: Sequence[Any], id: Sequence[str], **_: Any) -> list[float]:
@@ -113,6 +136,53 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     )
 
 
+def problem(setup: Setup) -> dict[str, Any]:
+    """What both sides must do, whatever the manner."""
+    workload, recipe = setup.workload, recipe_of(setup)
+    objective = open_objective(recipe, sixteen_bit=False)
+    return {
+        "output_dir": str(setup.scratch / f"trl-{setup.variant}"),
+        "max_steps": setup.steps + 1,  # one that is never taken: the gate stops before it
+        "num_generations": workload.completions,
+        "max_completion_length": workload.limit,
+        "num_iterations": 1,
+        "temperature": recipe.rollout.temperature,
+        "loss_type": "grpo",
+        "epsilon": objective.clip_low,
+        "epsilon_high": objective.clip_high,
+        "beta": recipe.objective.kl,
+        "learning_rate": recipe.train.lr,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "shuffle_dataset": False,
+        "use_cpu": setup.device == "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def manner(setup: Setup) -> dict[str, Any]:
+    """How it does it. By default in passes of 8 completions, which add up to the same step."""
+    workload, variant = setup.workload, VARIANTS[setup.variant]
+    every = workload.prompts * workload.completions
+    if not variant.tuned:
+        return {"per_device_train_batch_size": min(8, every), "gradient_accumulation_steps": max(1, every // 8)}
+    tuned = {
+        "per_device_train_batch_size": every,
+        "steps_per_generation": 1,
+        "gradient_checkpointing": False,
+        "disable_dropout": recipe_of(setup).lora.dropout == 0,
+        "bf16": DTYPES[setup.dtype][1] and variant.autocast,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "generation_kwargs": {"use_cache": True},
+    }
+    if variant.more.get("use_transformers_continuous_batching"):
+        blocks = every * (2 + (workload.prompt_tokens + workload.limit) // 256)  # of 256 tokens
+        tuned["transformers_continuous_batching_config"] = {"num_blocks": blocks, "max_batch_tokens": 4096}
+    return {**tuned, **variant.more}
+
+
 def row(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": [dict(message) for message in prompt.messages], "id": prompt.id}
 
@@ -127,6 +197,9 @@ def force_stops(trainer: Any, workload: Workload) -> None:
     """End each completion where the workload says, and not before."""
     from transformers import LogitsProcessorList
 
+    if trainer.use_transformers_continuous_batching:
+        force_requests(trainer, workload.lengths_B)
+        return
     plain = trainer.model.generate
     eos = trainer.eos_token_ids[0]
 
@@ -153,25 +226,39 @@ def stop_processor(lengths_B: Sequence[int], eos: int) -> Callable[[torch.Tensor
     return process
 
 
+def force_requests(trainer: Any, lengths_B: Sequence[int]) -> None:
+    """Continuous batching takes a length for each request; -1 is no token, so none ends before."""
+    plain = trainer.model.generate_batch
+    trainer.generation_config.eos_token_id = -1
+
+    def add_requests(manager: Any, inputs: Sequence[list[int]], **_: Any) -> list[str]:
+        return [
+            manager.add_request(ids, request_id=f"row_{n}", max_new_tokens=length, eos_token_id=-1)
+            for n, (ids, length) in enumerate(zip(inputs, lengths_B, strict=True))
+        ]
+
+    def generate_batch(*given: Any, **named: Any) -> Any:
+        from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+        ContinuousBatchingManager.add_requests = add_requests
+        return plain(*given, **named)
+
+    trainer.model.generate_batch = generate_batch
+
+
 class PhaseClock:
     """Seconds of the trainer's own phases, and the lengths of what it generated."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.seconds = {"rollout": 0.0, "reward": 0.0}
+    def __init__(self, trainer: Any, device: str) -> None:
+        self.laps = Laps(device)
         self.prompt_lengths: list[int] = []
         self.completion_lengths: list[int] = []
-        trainer._generate = self._timed("rollout", trainer._generate, self._note)
-        trainer._calculate_rewards = self._timed("reward", trainer._calculate_rewards, lambda answer: None)
-
-    def _timed(self, phase: str, method: Callable[..., Any], after: Callable[[Any], None]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            began = time.perf_counter()
-            answer = method(*given, **named)
-            self.seconds[phase] = time.perf_counter() - began
-            after(answer)
-            return answer
-
-        return call
+        for name, method, after in (
+            ("rollout", "_generate", self._note),
+            ("reward", "_calculate_rewards", None),
+            ("scoring", "_get_per_token_logps_and_entropies", None),
+        ):
+            setattr(trainer, method, self.laps.timed(name, getattr(trainer, method), after))
 
     def _note(self, answer: Any) -> None:
         prompt_ids, completion_ids, *_ = answer
@@ -188,11 +275,13 @@ def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             turn.begin()
-            self.began = time.perf_counter()
+            clock.laps.take()
+            self.began = now(turn.device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            rest = time.perf_counter() - self.began - sum(clock.seconds.values())
-            turn.end({**clock.seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
+            seconds = clock.laps.take("rollout", "reward", "scoring")
+            rest = now(turn.device) - self.began - sum(seconds.values())
+            turn.end({**seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
 
     return Gate()
 
@@ -203,6 +292,12 @@ def settings(trainer: Any) -> dict[str, str]:
     found = {
         "weights": str(model.dtype).removeprefix("torch."),
         "attention": str(model.config._attn_implementation),
-        "use_cache": str(trainer.generation_kwargs["use_cache"]),
     }
     return found | {name: str(getattr(trainer.args, name)) for name in SHOWN}
+
+
+def weights_of(variant: str, dtype: str) -> str:
+    """The number type of a variant: without autocast, the products' own type is the weights' type."""
+    if VARIANTS[variant].autocast or "+" not in dtype:
+        return dtype
+    return "float32" if dtype.startswith("float32") else "bfloat16"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import harness, sweeps, trls
 from benchmarks.harness import same_work
 from benchmarks.machine import peak_bytes, reset_peak
 from benchmarks.ours import recipe_of
-from benchmarks.sides import BenchmarkError, Setup, Step
+from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
 from minigrpo.engines.native import NativeEngine
 from minigrpo.types import Prompt
@@ -88,6 +90,31 @@ def test_trl_stops_exactly_where_it_is_told() -> None:
         assert [row for row in range(3) if probs_BV[row, 4] == 0] == [row for row in range(3) if row not in due]
 
 
+@needs_trl
+@pytest.mark.long
+@pytest.mark.parametrize("variant", ["defaults", "continuous"])
+def test_every_way_to_set_trl_does_the_same_work(setup: Setup, variant: str) -> None:
+    """The long claim: each loads, generates the forced lengths, and takes its step."""
+    chosen = replace(setup, variant=variant, dtype=trls.weights_of(variant, "float32"))
+    with Side(variant, trls.run, chosen) as side:
+        step = side.step()
+    assert step.completion_lengths == setup.workload.lengths_B
+    asked = side.facts["gradient_checkpointing"], side.facts["use_transformers_continuous_batching"]
+    assert asked == {"defaults": ("True", "False"), "continuous": ("False", "True")}[variant]
+
+
+def test_a_way_that_is_missing_says_why() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        assert trls.VARIANTS["vllm"].missing(WORKLOADS["tiny"]) == "vLLM is not installed"
+    assert all(trls.VARIANTS[name].missing(WORKLOADS["tiny"]) is None for name in ("best", "defaults", "continuous"))
+
+
+def test_without_autocast_the_weights_have_the_type_of_the_products() -> None:
+    assert trls.weights_of("best", "float32+autocast") == "float32+autocast"
+    assert trls.weights_of("continuous", "float32+autocast") == "float32"
+    assert trls.weights_of("continuous", "bfloat16+autocast") == "bfloat16"
+
+
 def test_different_work_is_refused() -> None:
     def step(*lengths: int) -> Step:
         return Step(1.0, 1.0, {}, (3,) * len(lengths), lengths, 0)
@@ -97,6 +124,16 @@ def test_different_work_is_refused() -> None:
         same_work((2, 4), step(2, 4), step(2, 3))
     with pytest.raises(BenchmarkError, match="differ in length"):
         same_work((2, 5), step(2, 4), step(2, 4))
+
+
+def test_where_nothing_is_forced_only_prompts_must_be_the_same() -> None:
+    def step(prompt: int, *lengths: int) -> Step:
+        return Step(1.0, 1.0, {}, (prompt,) * len(lengths), lengths, 0)
+
+    assert replace(WORKLOADS["tiny"], stops="natural").lengths_B == ()
+    same_work((), step(3, 2, 4), step(3, 5, 1))
+    with pytest.raises(BenchmarkError, match="Prompts differ"):
+        same_work((), step(3, 2, 4), step(4, 2, 4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
@@ -119,12 +156,19 @@ def test_the_whole_comparison_runs_and_both_sides_do_the_same_work(
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     (result,) = json.loads(file.read_text())["results"]
+    assert file.with_suffix(".png").stat().st_size > 1000
     assert result["proof"]["gap"] < 1e-4
     assert len(result["ratios"]) == 2
     for side in result["sides"].values():
         assert [step["completion_lengths"] for step in side["steps"]] == [result["lengths"]] * 2
         assert all(abs(sum(step["phases"].values()) - step["seconds"]) < 1e-6 for step in side["steps"])
         assert all(step["peak"] > 0 for step in side["steps"])
+        assert list(side["steps"][0]["phases"]) == ["rollout", "reward", "scoring", "update", "other"]
+    parts = result["sides"]["minigrpo"]["steps"][0]["parts"]
+    assert list(parts) == list(result["limits"]) == ["prefill", "decode", "training", "update"]
+    assert all(result["reached"]["minigrpo"][part] > 0 for part in parts)
+    assert result["reached"]["TRL"]["decode"] is None  # it cannot be looked into
+    assert result["reached"]["TRL"]["step"] > 0
     assert "times as many completion tokens" in printed
     assert "gradient_checkpointing = False" in printed
 
@@ -136,3 +180,85 @@ def test_without_trl_the_command_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else real(name, *rest))
     assert command.main(["--workload", "mini"]) == 2
     assert "pip install 'minigrpo[bench]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workload", "3b"], "too many weights for a CPU"),
+        (["--workload", "half", "--stops", "natural"], "which end no completion"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--workload", "3b", "--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written after every repetition: interrupted in the second, it holds the first."""
+    file = tmp_path / "figures.json"
+    turns: list[int] = []
+    real = harness.take_turns
+
+    def twice(*given: Any) -> None:
+        turns.append(1)
+        if len(turns) > 2:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(harness, "take_turns", twice)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--workload", "mini", "--repeats", "5", "--trl", "--no-proof", "--threads", "1", "--json", str(file)]
+    assert command.main(arguments) == 130
+    (result,) = json.loads(file.read_text())["results"]
+    assert len(result["sides"]["minigrpo"]["steps"]) == 1
+
+
+def test_a_sweep_varies_one_thing() -> None:
+    start = sweeps.base("slim")
+    assert start.lengths_B == (100,) * 32
+    for axis in sweeps.AXES.values():
+        for value in axis.values:
+            point = axis.point(start, value)
+            load = point.workload
+            same = [getattr(load, name) == getattr(start, name) for name in ("completions", "prompt_tokens", "limit")]
+            assert sum(same) >= 2
+            assert set(load.lengths_B) == {load.limit}
+    total = sweeps.AXES["total"].point(start, 2)
+    assert total.x == 2 * (300 + 8 * 100)
+
+
+def test_the_exponent_is_the_slope_of_logarithms() -> None:
+    x = [1, 2, 4, 8]
+    assert sweeps.slope(x, [3 * v for v in x]) == pytest.approx(1)
+    assert sweeps.slope(x, [0.1 * v**2 for v in x]) == pytest.approx(2)
+    assert sweeps.slope(x, [5, 5, 5, 5]) == pytest.approx(0)
+
+
+def test_a_sweep_runs_and_says_how_cost_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "figures.json"
+    arguments = ["--sweep", "completion", "--model", "mini", "--values", "2", "6", "--repeats", "1"]
+    assert command.main([*arguments, "--threads", "1", "--json", str(file)]) == 0
+    (sweep,) = json.loads(file.read_text())["sweeps"]
+    tokens = [steps[0]["completion_lengths"] for steps in sweep["steps"]]
+    assert tokens == [[2] * 32, [6] * 32]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3.0 times the completion length cost" in printed
+    assert file.with_suffix(".png").exists()
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "python -m benchmarks --sweep group" in capsys.readouterr().out

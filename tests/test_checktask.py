@@ -12,6 +12,7 @@ import pytest
 from minigrpo import cli
 from minigrpo.checktask import check_task
 from minigrpo.config import Recipe, TaskKnobs
+from minigrpo.recipefile import load_recipe
 from minigrpo.tasks import open_task
 from minigrpo.types import Grade, Prompt
 
@@ -70,6 +71,31 @@ def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
     copied = replace(echo_task, prompts=lambda split: train if split == "train" else moved)
     assert "20 ids stand in both splits, such as train-0" in told(same)[1]
     assert "20 test prompts stand in train word for word, such as other-0" in told(copied)[1]
+
+
+def test_a_task_whose_prompts_read_alike_is_compared_by_what_it_hides():
+    recipe = load_recipe("sudoku-tiny", {"task.size": "24"})
+    task = open_task(recipe)
+    words = [prompt.messages for split in ("train", "test") for prompt in task.prompts(split)]
+    assert len(words) > len({str(one) for one in words})
+    found = check_task(recipe, task, limit=2)
+    assert (found.ok, [fault for fault in found.faults if "prompts" in fault.what]) == (True, [])
+    told = [fault.what for fault in check_task(recipe, replace(task, unseen=None), limit=2).faults]
+    assert any("stand in train word for word" in what for what in told)
+
+
+def test_one_puzzle_of_a_test_that_stands_in_train_is_caught_though_ids_and_words_differ():
+    recipe = load_recipe("sudoku-tiny", {"task.size": "24"})
+    task = open_task(recipe)
+    known = task.prompts("train")[5].target["games"][0]
+    tested = list(task.prompts("test"))
+    tested[7] = replace(tested[7], target={"games": [tested[7].target["games"][0], known]})
+    leaking = replace(task, prompts=lambda split: tested if split == "test" else task.prompts(split))
+    found = check_task(recipe, leaking, limit=2)
+    assert not found.ok
+    assert [fault.what for fault in found.faults if fault.stops] == [
+        "1 test prompts are judged by what train is judged by too, such as test-7."
+    ]
 
 
 def test_a_prompt_twice_and_a_part_that_never_changes_are_notes_alone(echo_task):

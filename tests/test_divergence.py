@@ -71,8 +71,8 @@ def test_what_cannot_be_compared_is_told(found: torch.Tensor, told: str) -> None
 
 def test_stages_are_recorded_beside_those_of_others(tmp_path: Path) -> None:
     file, truth = tmp_path / "parity.json", [logs([0.5, 0.5])]
-    record(file, [compare("merged", [logs([0.9, 0.1])], truth), compare("gguf", truth, truth)])
-    record(file, [compare("merged", truth, truth)], {"made": {"verb": "merge"}})
+    record(file, [compare("merged", [logs([0.9, 0.1])], truth).to_dict(), compare("gguf", truth, truth).to_dict()])
+    record(file, [compare("merged", truth, truth).to_dict()], {"made": {"verb": "merge"}})
     written = read_json(file)
     assert [(row["name"], row["mean_kl"]) for row in written["stages"]] == [("merged", 0), ("gguf", 0)]
     assert written["made"] == {"verb": "merge"}

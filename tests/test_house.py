@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "shaping",
             "packing",
             "attention",
+            "split",
             "noise",
             "render",
             "adapter",
@@ -31,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "scoring",
         ),
         *("grading", "rewards", "tasks", "metrics", "interrupt", "stamps", "past", "alarms", "explosion", "tensorfile"),
+        *("markdown",),
         "sandbox",
     ),
     # 2 machines
@@ -41,16 +43,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),
         *("pretokenizer", "ggufwriter", "converter", "convertworker", "ggufquant", "ggufproof", "modelfile"),
+        *("ggufhead", "launching", "servers", "servable", "serveworker"),
+        *("hub",),
     ),
     # 3 verbs
-    ("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables", "check", "merge", "export"),
+    (
+        *("preflight", "findings", "warmup", "grpo", "evaluate", "checktask", "tables", "parity"),
+        *("check", "merge", "export", "verify", "card", "cardrun", "parcels", "publish", "serve"),
+    ),
     # 4 road
-    ("pipeline", "beginning", "judging"),
+    ("pipeline", "beginning", "judging", "ending"),
     # 5 door
-    ("cli", "door", "delivering", "sandboxing", "notebook", "__init__"),
+    ("cli", "door", "delivering", "publishing", "sandboxing", "notebook", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-VERBS = ("preflight", "warmup", "grpo", "evaluate", "checktask", "check", "merge", "export")
+VERBS = (
+    *("preflight", "warmup", "grpo", "evaluate", "checktask"),
+    *("check", "merge", "export", "verify", "publish", "serve"),
+)
 WORDS = FLOORS[0]
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES, POSITIONAL, NESTING = 350, 50, 80, 5, 3

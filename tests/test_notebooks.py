@@ -22,7 +22,7 @@ from minigrpo import notebook, seedling
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-COLAB = NOTEBOOKS[0].parent / "gsm8k_colab.ipynb"
+COLAB, SUDOKU = (NOTEBOOKS[0].parent / f"{name}_colab.ipynb" for name in ("gsm8k", "sudoku"))
 PNG = b"\x89PNG\r\n"
 STEPS, QUESTIONS = 3, 6
 
@@ -40,12 +40,13 @@ KNOBS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder to work in, and a cache with a hastily built embedded model under the real one's name."""
+    """An empty folder to work in, and a cache with hastily built embedded models under the real ones' names."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("home")
-    real = seedling.Blueprint()
-    hasty = replace(real, school=replace(real.school, steps=2), imitation=replace(real.imitation, steps=20))
-    seedling.build(hasty, cache / "hasty")
-    (cache / "hasty").rename(cache / f"seedling-{real.architecture}-{real.seed}-{seedling.fingerprint(real)}")
+    for path in ("seedling", seedling.CODER):
+        real = seedling.blueprint_of(path, seed=0)
+        school = replace(real.school, steps=min(2, real.school.steps))
+        seedling.build(replace(real, school=school, imitation=replace(real.imitation, steps=20)), cache / "hasty")
+        (cache / "hasty").rename(cache / f"seedling-{real.name}-{real.seed}-{seedling.fingerprint(real)}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIGRPO_CACHE", str(cache))
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -71,6 +72,14 @@ def execute(book: Any, folder: Path) -> Any:
 def executed(home: Path) -> Any:
     tiny = {"RECIPE": "gsm8k-tiny", "RUN": "runs/tiny", "QUESTIONS": QUESTIONS, "DESPITE_PREFLIGHT": True}
     return execute(with_parameters(COLAB, **tiny, KNOBS=KNOBS), home)
+
+
+@pytest.fixture(scope="module")
+def sudoku(home: Path) -> Any:
+    # Programs of so hasty a model all earn the same; the bonus gives it something to learn.
+    brief = KNOBS | {"objective.entropy": 0.1, "sandbox.workers": 1}
+    tiny = {"RECIPE": "sudoku-tiny", "RUN": "runs/play", "PUZZLES": 2, "DESPITE_PREFLIGHT": True}
+    return execute(with_parameters(SUDOKU, **tiny, KNOBS=brief), home)
 
 
 def outputs(book: Any, ident: str) -> list[Any]:
@@ -101,6 +110,41 @@ def test_the_notebook_for_colab_runs_from_top_to_bottom(executed: Any, home: Pat
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert json.loads((run / "preflight.json").read_text())["figures"]["groups"] >= 8
     assert [file.name for file in (run / "evals").glob("*.json")] == ["tiny-gsm8k-test.json"]
+
+
+def test_the_notebook_for_sudoku_runs_from_top_to_bottom(sudoku: Any, home: Path) -> None:
+    run = home / "runs/play"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert [file.name for file in (run / "evals").glob("*.json")] == ["play-sudoku-test.json"]
+    assert json.loads((run / "check.json").read_text())["ok"], words(outputs(sudoku, "check"))
+    assert (run / "merged/model.safetensors").is_file(), words(outputs(sudoku, "merge"))
+    (image,) = images(outputs(sudoku, "train"))
+    assert image == notebook.picture(notebook.steps_of(notebook.at(run)), "runs/play", STEPS)
+    assert images(outputs(sudoku, "resume")) == []
+
+
+def test_the_notebook_for_sudoku_tells_of_locks_puzzles_programs_and_figures(sudoku: Any) -> None:
+    assert "forbidden calls" in words(outputs(sudoku, "sandbox"))
+    assert re.search(r"\d into row 0, column \d: ongoing after 1 move\n(\+-{7}){3}\+", words(outputs(sudoku, "puzzle")))
+    assert words(outputs(sudoku, "question")).startswith("Sudoku with 2")
+    for ident in ("winners", "cheats"):
+        assert re.search(r"There is none|--- step \d", words(outputs(sudoku, ident)))
+    assert re.search(r"after: +[\d.]+% win all  \[", words(outputs(sudoku, "figures")))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_every_command_that_a_notebook_names_is_one_with_these_options(path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from minigrpo.cli import app
+
+    lines = [line.lstrip("!") for cell in nbformat.read(path, as_version=4).cells for line in cell.source.splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("minigrpo ")]
+    assert commands
+    for verb, *rest in commands:
+        told = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+        assert told.exit_code == 0, verb
+        assert [word for word in rest if word.startswith("--") and word not in told.output] == []
 
 
 def test_its_plot_is_one_image_that_followed_the_steps(executed: Any) -> None:
@@ -190,6 +234,30 @@ def test_what_is_not_there_is_named_with_the_call_that_makes_it(home: Path) -> N
         notebook.evaluate("runs/none")
     with pytest.raises(ArtifactError, match="no step to draw"):
         notebook.plot("runs/none")
+    with pytest.raises(ArtifactError, match="no answers"):
+        notebook.show("runs/none")
+
+
+def test_answers_are_shown_newest_first_once_each_with_what_they_earned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(text: str, **other: Any) -> dict[str, Any]:
+        return {"text": text, "reward": 1.5, "parts": {"works": 1.0, "passed": 0.5}, "solved": True} | other
+
+    cheat = answer("import os", reward=None, solved=False, notes={"cheats": "import"})
+    groups = [[answer("one"), cheat], [answer("two"), answer("one")], [answer("two"), answer("three", solved=False)]]
+    lines = [json.dumps({"step": step, "completions": rows}) for step, rows in enumerate(groups, 1)]
+    (tmp_path / "groups.jsonl").write_text("\n".join([*lines, '{"step": 4, "comple']))
+    notebook.show(tmp_path, solved=True)
+    told = "--- step {}: reward 1.5, works 1, passed 0.5\n{}\n\n"
+    assert capsys.readouterr().out == told.format(3, "two") + told.format(2, "one")
+    notebook.show(tmp_path, note="cheats")
+    cheated = "--- step 1: no reward could be told, works 1, passed 0.5\n    cheats: import\nimport os\n\n"
+    assert capsys.readouterr().out == cheated
+    notebook.show(tmp_path, count=1)
+    assert capsys.readouterr().out == told.format(3, "three")
+    notebook.show(tmp_path, note="odd")
+    assert capsys.readouterr().out == "There is none among the answers of this training.\n"
 
 
 def test_a_half_written_line_is_not_drawn(tmp_path: Path) -> None:

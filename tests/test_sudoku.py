@@ -108,32 +108,6 @@ def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        after("import random"),
-        after("from math import sqrt"),
-        "import math\n" + GOLD,
-        after("__import__('os')"),
-        after("eval('1')"),
-        after("getattr(board, 'pop')"),
-        after("board.__class__"),
-        after("match board:\n    case object(__class__=kind):\n        pass"),
-        after("(1 for _ in ()).gi_frame"),
-        after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
-        after("__builtins__['memo'] = board"),
-        after("quit.memo = board"),
-        after("setattr(strategy, 'memo', 1)"),
-    ],
-)
-def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
-    grade = graded(source)
-    assert grade.parts["no_cheating"] == -20.0
-    assert grade.parts["strategy_succeeds"] <= 0.0
-    assert not grade.solved
-    assert grade.notes["cheats"]
-
-
-@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("", "no fenced block"),
@@ -334,7 +308,11 @@ def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
     assert len(train) == 1000
     text = str(train[0].messages[0]["content"])
     assert "strategy(board, initial)" in text
-    assert len(text) // 2 + found.rollout.max_tokens <= 4096  # a token is two characters or more, but for rare ones
+    board = text.rpartition("example:")[2]
+    # A digit, comma or blank of the board is a token each at worst, prose has three characters a token or more, and the
+    # words that the published template puts in where a task has none are about 560 tokens.
+    assert len(board) // 2 + len(text.removesuffix(board)) // 3 + 560 + found.rollout.max_tokens <= 4096
+    assert found.task.system is None
     assert (found.lora.rank, found.lora.alpha, found.train.lr, found.train.warmup) == (32, 64, 5e-5, 0.1)
     assert task.grade(train[0], task.gold(train[0])).solved  # type: ignore[misc]
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigrpo.errors import MinigrpoError as MinigrpoError
     from minigrpo.errors import ModelError as ModelError
     from minigrpo.errors import RecipeError as RecipeError
+    from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
     from minigrpo.grader import Grader as Grader
     from minigrpo.pipeline import evaluate as evaluate
@@ -52,6 +53,7 @@ HOMES = {
         "MinigrpoError",
         "ModelError",
         "RecipeError",
+        "SandboxError",
         "TaskError",
     ),
     "minigrpo.rundir": ("RunDir",),

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from minigrpo import split
 from minigrpo.packing import Layout
 
 NAME = "minigrpo_shared_prompt"
+
+SPLITS_ON = frozenset({"cpu"})
+"""Devices whose kernel tells what `split` needs; elsewhere prompts are laid beside each completion."""
 
 
 def register() -> None:
@@ -52,8 +56,6 @@ def shared_prompt_attention(
     value_THD = value_1HTD[0].repeat_interleave(groups, 0).transpose(0, 1)
     S, G = layout.shared_tokens, layout.siblings
     own_B = layout.own_B
-    own_key_BHCD, own_value_BHCD = (_padded(x_THD[S:], own_B) for x_THD in (key_THD, value_THD))
-    own_query_BHCD = _padded(query_THD[S:], own_B)
     outputs = []
     if S:
         shared_query, shared_key, shared_value = (
@@ -64,12 +66,34 @@ def shared_prompt_attention(
             shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         outputs.append(_unpadded(attended, layout.shared_M))
+        if query_THD.device.type in SPLITS_ON and _sees_all(layout, sliding_window):
+            shared_THD = (x_1KTD[0, :, :S].transpose(0, 1) for x_1KTD in (key_1HTD, value_1HTD))
+            shared = tuple(_padded(x_THD, layout.shared_M) for x_THD in shared_THD)
+            outputs.append(_in_parts(query_THD[S:], (key_THD[S:], value_THD[S:]), shared, layout, scaling))
+            return torch.cat(outputs).unsqueeze(0), None
+    own_key_BHCD, own_value_BHCD = (_padded(x_THD[S:], own_B) for x_THD in (key_THD, value_THD))
+    own_query_BHCD = _padded(query_THD[S:], own_B)
+    if S:
         own_key_BHCD = torch.cat([_for_siblings(shared_key, G), own_key_BHCD], 2)
         own_value_BHCD = torch.cat([_for_siblings(shared_value, G), own_value_BHCD], 2)
     mask = _own_mask(layout, sliding_window, query_THD.device)
     attended = scaled_dot_product_attention(own_query_BHCD, own_key_BHCD, own_value_BHCD, attn_mask=mask, scale=scaling)
     outputs.append(_unpadded(attended, own_B))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _sees_all(layout: Layout, window: int | None) -> bool:
+    """Whether every completion has a prompt to look at, and the whole of it is in its sight."""
+    return min(layout.shared_M) > 0 and (window is None or max(layout.shared_M) + max(layout.own_B) <= window)
+
+
+def _in_parts(
+    query_NHD: Tensor, own: tuple[Tensor, Tensor], shared: tuple[Tensor, ...], layout: Layout, scaling: float | None
+) -> Tensor:
+    scale = query_NHD.shape[-1] ** -0.5 if scaling is None else scaling
+    group, buckets = split.spots(layout.own_MG, query_NHD.device)
+    bias = split.prompt_bias(layout.shared_M, query_NHD.dtype, query_NHD.device)
+    return split.split_attention(query_NHD, own, shared, split.Call(group, buckets, bias, scale))
 
 
 def _padded(x_THD: Tensor, lengths: tuple[int, ...]) -> Tensor:

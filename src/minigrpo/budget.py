@@ -21,6 +21,7 @@ from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, tr
 from minigrpo.engines.lean import is_lean
 from minigrpo.packing import Part
 from minigrpo.policy import Policy
+from minigrpo.quantize import moment_bytes
 from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
 
 When = Literal["always", "rollout", "update"]
@@ -225,7 +226,8 @@ class _Planner:
             Line("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
             Line(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
         )
-        moments = Line("optimizer", 2 * trained, "always", "AdamW's two moments")
+        moved = moment_bytes(policy.trainable, recipe.train.optimizer)
+        moments = Line("optimizer", moved, "always", "AdamW's two moments")
         return (self._program(loaded), *loaded, moments)
 
     def _program(self, loaded: tuple[Line, ...]) -> Line:

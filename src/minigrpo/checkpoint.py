@@ -159,6 +159,10 @@ def before(run: RunDir, step: int) -> int | None:
     return None
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""What AdamW calls its two moments, in torch and in bitsandbytes: each as large as its parameter."""
+
+
 def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimizer back, bit for bit. Raises ArtifactError where they are of another model or recipe."""
     try:
@@ -171,8 +175,9 @@ def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) 
         why = " ".join(str(fault).split())[:200]
         raise ArtifactError(f"{checkpoint.folder} does not fit this model and recipe: {why}") from fault
     # The optimizer compares counts alone: a moment of another shape would fail at the next step, far from its cause.
-    for parameter, moments in optimizer.state.items():
-        if any(m.numel() > 1 and m.shape != parameter.shape for m in moments.values() if isinstance(m, torch.Tensor)):
+    for parameter, state in optimizer.state.items():
+        moments = [state[name] for name in MOMENTS if name in state]
+        if any(moment.shape != parameter.shape for moment in moments):
             raise ArtifactError(f"{checkpoint.folder / 'optimizer.pt'} does not fit this model: shapes differ.")
 
 

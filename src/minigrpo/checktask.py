@@ -108,7 +108,7 @@ def check_task(recipe: Recipe, task: Task, limit: int = 32) -> Checked:
             if len(faults) == ENOUGH:
                 break
     seconds = (time.perf_counter() - began) / max(1, 2 * len(trials))
-    faults += [*scoring_faults(task, trials), *split_faults(every)]
+    faults += [*scoring_faults(task, trials), *split_faults(task, every)]
     if seconds > SLOW:
         change = "Raise --task.workers: groups are graded while others are sampled."
         faults.append(Fault(f"Grading takes {seconds:.2g} s a completion.", change, stops=False))
@@ -235,19 +235,22 @@ def constant_faults(trials: Sequence[Trial]) -> Iterator[Fault]:
             yield Fault(what, "A constant adds nothing to what siblings are compared by.", stops=False)
 
 
-def split_faults(every: Mapping[Split, Sequence[Prompt]]) -> Iterator[Fault]:
-    """What stands on both sides, or twice on one."""
+def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[Fault]:
+    """What stands on both sides, or twice on one: prompts word for word, or what the task names in their place."""
     ids = {split: {prompt.id for prompt in prompts} for split, prompts in every.items()}
     if shared := sorted(ids["train"] & ids["test"]):
         change = "Ids name random streams and prompts in files: make them differ."
         yield Fault(f"{len(shared)} ids stand in both splits, such as {shared[0]}.", change)
-    said = {split: [said_in(prompt) for prompt in prompts] for split, prompts in every.items()}
-    trained = set(said["train"])
-    if seen := [prompt.id for prompt, words in zip(every["test"], said["test"], strict=True) if words in trained]:
+    unseen = task.unseen or (lambda prompt: (said_in(prompt),))
+    data = {split: [tuple(unseen(prompt)) for prompt in prompts] for split, prompts in every.items()}
+    trained = {one for prompt in data["train"] for one in prompt}
+    seen = [one.id for one, held in zip(every["test"], data["test"], strict=True) if not trained.isdisjoint(held)]
+    if seen:
+        alike = "are judged by what train is judged by too" if task.unseen else "stand in train word for word"
         change = "Then an evaluation measures memory. Take them out of one split."
-        yield Fault(f"{len(seen)} test prompts stand in train word for word, such as {seen[0]}.", change)
-    for split, words in said.items():
-        if twice := len(words) - len(set(words)):
+        yield Fault(f"{len(seen)} test prompts {alike}, such as {seen[0]}.", change)
+    for split, prompts in data.items():
+        if twice := len(prompts) - len(set(prompts)):
             change = "They count that much more often; take them out if that is not meant."
             yield Fault(f"{twice} {split} prompts repeat an earlier one.", change, stops=False)
 

@@ -200,6 +200,9 @@ class TrainKnobs(Knobs):
     schedule: Schedule = knob("constant", "learning rate after warm-up")
     warmup: float = knob(0.0, "share of the steps in which the learning rate rises from 0", ge=0, le=1)
     weight_decay: float = knob(0.0, "decoupled weight decay of AdamW", ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = knob(
+        "adamw", "adamw8bit: AdamW whose two moments are kept in 8 bit (bitsandbytes): a quarter of their memory"
+    )
     grad_norm: float = knob(1.0, "the gradient is scaled down to this norm", gt=0)
     full: bool = knob(False, "train every parameter instead of a LoRA adapter")
     tokens_per_pass: int = knob(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)

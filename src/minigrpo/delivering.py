@@ -10,9 +10,11 @@ from rich.console import Console
 
 from minigrpo.config import DtypeName
 from minigrpo.door import AsJson, Command, print_json, result_alone
+from minigrpo.publishing import publish
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
+ServerName = Literal["auto", "llama.cpp", "vllm"]
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now.", show_default="as it was trained")
 ]
@@ -106,6 +108,75 @@ def export(
     raise typer.Exit(0 if found.ok else 1)
 
 
+def serve(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run, a .gguf file, a model's folder, or a Hub id.")],
+    *,
+    engine: Annotated[ServerName, typer.Option(help="auto: vLLM where it is installed and has a GPU.")] = "auto",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask, too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    kind: Annotated[str, typer.Option("--format", metavar="TYPE", help="Which GGUF file of the run.")] = "Q8_0",
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter unmerged, beside its base (vLLM).")] = False,
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Asked first.", show_default="a problem of the run's task")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
+    context: Annotated[
+        int | None, typer.Option(min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096")
+    ] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that it may be silent while it starts.")] = 600.0,
+    vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of the environment that holds vLLM.")] = None,
+    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Where llama-server is.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve what was trained behind OpenAI's protocol, until Ctrl-C.
+
+    Waits until the server is well, asks it one question, and prints how to ask it more. Ctrl-C ends it with all that it
+    started.
+    """
+    from minigrpo.servable import Wanted
+    from minigrpo.serve import Ready, planned, planned_lines, ready_lines, serve
+
+    wanted = Wanted(engine, host, port, kind, adapter, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp)
+
+    def tell(ready: Ready) -> None:
+        if as_json:
+            print_json(ready.to_dict())
+        else:
+            lines = planned_lines(ready) if dry_run else ready_lines(ready, stays=not once)
+            Console().print(lines, soft_wrap=True)  # commands are to be copied
+
+    if dry_run:
+        tell(planned(what, wanted, question))
+    else:
+        serve(what, wanted, question=question, once=once, tell=tell)
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    *,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve its GGUF file and ask the server, too.")] = False,
+    served: Annotated[
+        str | None, typer.Option("--served", metavar="URL", help="A server of it that runs already: ask it, too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Open again everything that a run left, and hold it to what was trained.
+
+    Merged model, GGUF files, a server: bytes as they were sealed, the same tokens, probabilities within the limits.
+    Rewrites parity.json. Exit code 0 where all is well, 1 where a stage is beyond its limit or was changed.
+    """
+    from minigrpo.verify import verified_table, verify_alone
+
+    with result_alone(as_json):
+        found = verify_alone(run, serve=serve, served=served)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Console().print(verified_table(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (check, merge, export):
+    for command in (check, merge, export, verify, publish, serve):
         app.command(cls=Command)(command)

@@ -9,17 +9,22 @@ it to later stages only while both still hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from minigrpo.adapter import Adapter, adapter_config, read_adapter
 from minigrpo.basemodel import Base, find_base, open_base
 from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError
+from minigrpo.lock import hold
 from minigrpo.recipefile import load_recipe
-from minigrpo.rundir import RunDir, digest
+from minigrpo.rundir import RunDir, digest, tidy
 from minigrpo.stamps import finished, read_sealed, stamp, write_sealed
 
 
@@ -96,6 +101,14 @@ def read_seal(folder: Path) -> dict[str, Any]:
             what = "is missing" if name not in now else "was added" if name not in then else "was changed"
             raise ArtifactError(f"{folder / name} {what} after the folder was made, so nothing is proved about it.")
     return sealed
+
+
+@contextmanager
+def alone(run: RunDir) -> Iterator[None]:
+    """The run's folder for this process, rid of what killed processes left in it."""
+    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
+        tidy(run)
+        yield
 
 
 def merged_of(run: RunDir) -> Path:

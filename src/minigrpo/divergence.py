@@ -10,7 +10,7 @@ Shapes: N scored positions of a text, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -121,9 +121,9 @@ def compare(
     )
 
 
-def record(file: Path, rows: Iterable[Divergence], about: dict[str, Any] | None = None) -> None:
+def record(file: Path, rows: Iterable[Mapping[str, Any]], about: dict[str, Any] | None = None) -> None:
     """Put the rows of a stage into parity.json; rows of the same names give way, those of other stages stay."""
-    fresh = {row.name: row.to_dict() for row in rows}
+    fresh = {row["name"]: dict(row) for row in rows}
     then = read_json(file) if file.exists() else {}
     if not isinstance(then, dict) or not isinstance(then.get("stages", []), list):
         raise ArtifactError(f"{file} is damaged. Remove it and run the stages that make it again.")

@@ -57,6 +57,21 @@ EXAMPLES: dict[str, str] = {
         minigrpo export runs/my  # leaves runs/my/gguf/my-Q8_0.gguf
         minigrpo export runs/my --format F16 --format Q4_K_M
         minigrpo export ./model --format BF16 --llama-cpp ~/llama.cpp --json  # any model folder""",
+    "verify": """
+        minigrpo verify runs/my  # all that is there, measured again
+        minigrpo verify runs/my --serve --json
+        minigrpo verify runs/my --served http://127.0.0.1:8000""",
+    "publish": """
+        minigrpo publish runs/my --repo me/my-model --dry-run  # what would go where; no network
+        minigrpo publish runs/my --repo me/my-model  # me/my-model, me/my-model-lora, me/my-model-GGUF; private
+        minigrpo publish runs/my --repo me/my-model --what gguf --public --fetch
+        minigrpo publish --folder ./model --repo me/other  # any folder as it is""",
+    "serve": """
+        minigrpo serve runs/my  # its GGUF file, with llama.cpp, until Ctrl-C
+        minigrpo serve runs/my --question "What is 7 x 8?" --once
+        minigrpo serve runs/my --engine vllm --adapter --port 8001
+        minigrpo serve model.gguf --context 8192 --host 0.0.0.0
+        minigrpo serve runs/my --dry-run  # the command lines only""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",

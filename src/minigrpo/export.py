@@ -25,16 +25,17 @@ from rich.text import Text
 
 from minigrpo.basemodel import Base, open_base
 from minigrpo.converter import Converter, find_converter
-from minigrpo.delivery import merged_of, sums_of
+from minigrpo.delivery import alone, merged_of, sums_of
+from minigrpo.divergence import record
 from minigrpo.engines.llamacpp import require_library
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.ggufproof import MEAN_KL, Proof, Reference, outline, prove_file, reference
+from minigrpo.ggufproof import Proof, Reference, outline, prove_file, reference
 from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
-from minigrpo.lock import hold
 from minigrpo.merging import bytes_of
 from minigrpo.modelfile import modelfile
+from minigrpo.parity import figure
 from minigrpo.recipefile import load_recipe
-from minigrpo.rundir import DRAFT, FULL, RunDir, digest, read_json, sync, tidy, write_json, write_whole, writing
+from minigrpo.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
 from minigrpo.stamps import read_sealed, slug, write_sealed
 from minigrpo.tables import plain_table, titled
 from minigrpo.track import stage
@@ -143,8 +144,7 @@ def export_alone(path: Path, formats: Sequence[str], **options: Any) -> Exported
     run = RunDir(path.expanduser())
     if not run.exists():
         return export(run.path, formats, **options)
-    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
-        tidy(run)
+    with alone(run):
         return export(run, formats, **options)
 
 
@@ -260,10 +260,11 @@ def _convert(order: Order, kind: str, file: Path) -> None:
 
 def _place(order: Order, kind: str, draft: Path, *, made: Quantised, proof: Proof, truth: Reference) -> File:
     """Give it its name, or that of a rejected one; what stood there before gives way to a proved one only."""
-    _record(order, proof)
+    if order.run is not None:
+        record(order.run.parity, [proof.to_dict()])
     target = order.file(kind)
     rejected = target.with_name(target.name + REJECTED)
-    verdict: Verdict = "proved" if kind in MEAN_KL else "measured"
+    verdict: Verdict = "proved" if proof.judged else "measured"
     found = File(target, kind, verdict, made.by, made.bits, made.types, proof.to_dict())
     if not proof.ok:
         draft.replace(rejected)
@@ -278,15 +279,6 @@ def _place(order: Order, kind: str, draft: Path, *, made: Quantised, proof: Proo
     heat = load_recipe(str(order.run.path)).rollout.temperature if order.run else 1.0
     write_whole(target.with_suffix(".Modelfile"), modelfile(target.name, order.model, truth.tokenizer, heat))
     return found
-
-
-def _record(order: Order, proof: Proof) -> None:
-    """A row of the run's parity.json; rows of other stages stay."""
-    if order.run is None:
-        return
-    then = read_json(order.run.parity) if order.run.parity.is_file() else {}
-    kept = [row for row in then.get("stages", []) if row["name"] != proof.row.name]
-    write_json(order.run.parity, {**then, "stages": [*kept, proof.to_dict()]})
 
 
 @contextmanager
@@ -313,8 +305,7 @@ def exported_table(found: Exported) -> RenderableType:
     table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "")
     for file in found.files:
         row: Mapping[str, Any] = file.proof
-        relative = "-" if row["relative_kl"] is None else f"{row['relative_kl']:.2g}"
-        figures = f"{row['mean_kl']:.2g}", relative, f"{row['max_kl']:.2g}", f"{row['top1']:.1%}"
+        figures = figure(row["mean_kl"]), figure(row["relative_kl"]), figure(row["max_kl"]), f"{row['top1']:.1%}"
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
         table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)
     title = "distance from the merged model, nats a token, as llama.cpp reads the file"

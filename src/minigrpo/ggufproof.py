@@ -5,48 +5,51 @@ Shapes: N scored positions of a text, V vocabulary.
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minigrpo.divergence import LIMIT, Divergence, compare
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import MinigrpoError
-from minigrpo.held import HeldTexts, distributions, held_texts, sampled_texts
-from minigrpo.loading import model_class
+from minigrpo.held import HeldTexts
 from minigrpo.pretokenizer import token_faults
+from minigrpo.proof import as_loaded, task_of, what_is_said
 from minigrpo.render import QUESTION
 from minigrpo.rollout import prompts_of
 from minigrpo.rundir import RunDir, read_json
-from minigrpo.types import Message
+from minigrpo.types import Message, Task
 
 GREATEST = {"F32": 1e-4}
-"""Of a log-probability, at any position: with the same arithmetic nothing else than a wrong mapping is larger."""
-MEAN_KL = {"F32": 1e-8, "F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-4}
-"""Nats a token. llama.cpp rounds what flows through a layer to the file's type, so even a lossless BF16 file differs.
-Formats that stand in neither table have no limit of their own: their distance is told."""
-UNMEASURED = {"Q8_0": 1e-2}
-"""In their stead where nobody knows what training did: of a model that was not trained here. Chat models of some
-billions of weights lose about 0.001 in eight bits."""
-RARE = math.log(1e-5)
-"""Log-probabilities of tokens that are rarer than this may differ by anything: nobody will ever see them."""
+"""Of any log-probability, at any position: with the same arithmetic nothing but a wrong mapping is larger."""
+RELATIVE = {"F32": LIMIT, "F16": LIMIT, "BF16": LIMIT, "Q8_0": 0.25}
+"""Of what training did: a file that is further away has failed, however small that distance is."""
+UNMEASURED = {"F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-2}
+"""Nats a token, where nobody knows what training did. llama.cpp rounds what flows through a layer to the file's type,
+so even a lossless BF16 file differs. Chat models of some billions of weights lose about 0.001 in eight bits."""
+CEILING = 1e-2
+"""Nats a token, for every type with a limit: whatever training did, a right file is nearer."""
+LOSSLESS = {"BF16": UNMEASURED["BF16"]}
+"""Nats a token that are not held against what training did: such a file is the source of all others of a bfloat16
+model, with weights as they were merged, and only llama.cpp's own rounding on a CPU parts the two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The merged model on the held texts. `base_kl`: what training did, in nats a token; None where it is unknown."""
+    """The merged model on the held texts. `base_kl`: what training did, in nats a token; None where it is unknown.
+
+    `trained`: the policy itself on the same texts, where it was opened; the merged model stands for it elsewhere.
+    """
 
     held: HeldTexts
     merged: tuple[Tensor, ...]
     prompts: tuple[tuple[Message, ...], ...]
     tokenizer: Any
     base_kl: float | None
+    trained: tuple[Tensor, ...] | None = None
 
     @property
     def longest(self) -> int:
@@ -55,10 +58,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """`row`: the distance. `greatest`: largest difference of a log-probability. `faults`: why the file is refused."""
+    """`row`: the distance. `greatest`: largest difference of a log-probability from the merged model's.
+
+    `judged`: whether there is a limit for its type; else it is only told. `faults`: why the file is refused.
+    """
 
     row: Divergence
     greatest: float
+    judged: bool
     faults: tuple[str, ...]
 
     @property
@@ -66,37 +73,25 @@ class Proof:
         return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
-        return self.row.to_dict() | {"greatest": self.greatest, "faults": list(self.faults), "ok": self.ok}
+        own = {"greatest": self.greatest, "judged": self.judged, "faults": list(self.faults), "ok": self.ok}
+        return self.row.to_dict() | own
 
 
 def reference(folder: Path, run: RunDir | None) -> Reference:
     """Opens the merged model in float32, asks it, and lets go of it."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    task = _task(run)
-    model: Any = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    held = held_texts(run.groups if run else None, task, tokenizer, vocabulary)
-    held = held or sampled_texts(model, tokenizer, task, vocabulary)
-    merged = tuple(distributions(model, held.texts))
-    del model
-    gc.collect()
-    asked = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", 8)) if task else ()
-    return Reference(held, merged, (*asked, (QUESTION,)), tokenizer, _base_kl(run))
+    tokenizer, task = AutoTokenizer.from_pretrained(folder), task_of(run)
+    held, merged = what_is_said(as_loaded(folder).eval(), tokenizer, run, task)
+    return Reference(held, merged, asked_of(task), tokenizer, _base_kl(run))
 
 
-def _task(run: RunDir | None) -> Any:
-    """The run's task; where its file or data are gone, other texts serve as well."""
-    from minigrpo.recipefile import load_recipe
-    from minigrpo.tasks import open_task
-
-    try:
-        return open_task(load_recipe(str(run.path))) if run else None
-    except MinigrpoError:
-        return None
+def asked_of(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
+    """Conversations whose rendered ids are compared one by one."""
+    asked = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
+    return (*asked, (QUESTION,))
 
 
 def _base_kl(run: RunDir | None) -> float | None:
@@ -115,32 +110,29 @@ def prove_file(file: Path, kind: str, truth: Reference) -> Proof:
             )
         found = list(llama.distributions(truth.held.texts))
         tokens = tuple(token_faults(llama, truth.tokenizer, truth.prompts))
-    row = compare(f"gguf {kind}", found, truth.merged, base_kl=truth.base_kl)
-    greatest = max(_greatest(each, other) for each, other in zip(found, truth.merged, strict=True))
-    return Proof(row, greatest, (*tokens, *_too_far(row, greatest, kind, truth.base_kl is not None)))
+    truths, limit = truth.trained or truth.merged, RELATIVE.get(kind) if truth.base_kl is not None else None
+    row = compare(f"gguf {kind}", found, truths, base_kl=truth.base_kl, limit=limit)
+    greatest = max(float((each - other).abs().max()) for each, other in zip(found, truth.merged, strict=True))
+    return Proof(row, greatest, kind in RELATIVE, (*tokens, *_too_far(row, greatest, kind)))
 
 
-def _greatest(found_NV: Tensor, truth_NV: Tensor) -> float:
-    seen_NV = torch.maximum(found_NV, truth_NV) >= RARE
-    return float((found_NV - truth_NV).abs()[seen_NV].max())
-
-
-def _too_far(row: Divergence, greatest: float, kind: str, measured: bool) -> Iterator[str]:
-    limits = MEAN_KL if measured else MEAN_KL | UNMEASURED
-    if kind not in limits or row.mean_kl <= limits[kind]:
-        return
-    if kind in GREATEST:
-        if greatest > GREATEST[kind]:
-            yield (
-                f"In {kind} nothing is rounded, and yet a log-probability differs by {greatest:.2g} (limit "
-                f"{GREATEST[kind]:g}): tensors or settings were written wrongly. Report it with the model's name."
-            )
-        return
-    if row.relative_kl is None or row.relative_kl > LIMIT:
-        share = "" if row.relative_kl is None else f", {row.relative_kl:.2g} of what training did (limit {LIMIT:g})"
+def _too_far(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
+    if greatest > GREATEST.get(kind, greatest):
         yield (
-            f"Its distance from the merged model is {row.mean_kl:.2g} nats a token (limit {limits[kind]:g}){share}. "
-            f"{_remedy(kind)}"
+            f"In {kind} nothing is rounded, and yet a log-probability differs by {greatest:.2g} (limit "
+            f"{GREATEST[kind]:g}): tensors or settings were written wrongly. Report it with the model's name."
+        )
+        return
+    share, ceiling = row.relative_kl, CEILING if kind in RELATIVE else None
+    limit = UNMEASURED.get(kind) if share is None else ceiling
+    if limit is not None and row.mean_kl > limit:
+        yield (
+            f"Its distance from the merged model is {row.mean_kl:.2g} nats a token (limit {limit:g}). {_remedy(kind)}"
+        )
+    elif share is not None and row.mean_kl > LOSSLESS.get(kind, 0.0) and share > RELATIVE.get(kind, share):
+        yield (
+            f"Its distance is {row.mean_kl:.2g} nats a token, {share:.2g} of what training did (limit "
+            f"{RELATIVE[kind]:g}). {_remedy(kind)}"
         )
 
 

@@ -30,6 +30,7 @@ from minigrpo.noise import name_key
 from minigrpo.objective import Objective, open_objective
 from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
+from minigrpo.quantize import eight_bit_adamw
 from minigrpo.rehearsal import clear_gradients, rehearse
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import PromptSampler, split_off
@@ -249,9 +250,10 @@ def sampling_at(recipe: Recipe, step: int) -> Sampling:
 
 def open_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     """AdamW with the defaults of its paper; one kernel for all parameters."""
-    return torch.optim.AdamW(
-        policy.trainable, lr=recipe.train.lr, betas=(0.9, 0.999), weight_decay=recipe.train.weight_decay, fused=True
-    )
+    knobs: dict[str, Any] = {"lr": recipe.train.lr, "betas": (0.9, 0.999), "weight_decay": recipe.train.weight_decay}
+    if recipe.train.optimizer == "adamw8bit":
+        return eight_bit_adamw(policy.trainable, **knobs)
+    return torch.optim.AdamW(policy.trainable, **knobs, fused=True)
 
 
 def step_metrics(gathered: Gathered, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:

@@ -26,10 +26,12 @@ from minigrpo.track import stage
 from minigrpo.types import Engine, Sampling, Split, Task
 
 if TYPE_CHECKING:
+    from minigrpo.engines.gguf import GgufEngine
     from minigrpo.evaluate import Comparison, Evaluation
     from minigrpo.pipeline import Opened
     from minigrpo.policy import Policy
 
+GGUF = ".gguf"
 TEMPERATURES = (0.0, 1.0)
 """What a run is judged by at its end: its likeliest answers, and the policy as it samples in training."""
 
@@ -48,8 +50,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade a model, and a base beside it on the same prompts; every answer goes to `out` as JSON.
 
-    `model`: a folder, a Hub id, an adapter, or a run (or what it trained), whose own recipe holds where none is given.
-    Returns the figures without the answers, and `file`.
+    `model`: a folder, a Hub id, an adapter, a GGUF file, or a run (or what it trained), whose own recipe holds where
+    none is given. Returns the figures without the answers, and `file`.
     """
     from minigrpo.evaluate import compare, examples
     from minigrpo.tasks import open_task
@@ -86,7 +88,7 @@ class Side:
     """One side of a comparison, ready to answer. `made`: what it is made from, so that a kept answer is known."""
 
     name: str
-    policy: Policy
+    policy: Policy | GgufEngine
     engine: Engine
     made: dict[str, Any]
 
@@ -174,6 +176,8 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
     from minigrpo.policy import open_trained
 
     run, path = run_of(model), Path(model).expanduser()
+    if path.suffix == GGUF:
+        return judge_gguf(path, ask, journal_beside(file, model))
     source = str(finished(run)) if run and run.path == path else model
     policy = open_trained(source, ask.recipe)
     sources = [Path(source).expanduser()] if Path(source).expanduser().exists() else []
@@ -187,9 +191,19 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
     return evaluation
 
 
+def judge_gguf(path: Path, ask: Questions, journal: Path) -> Evaluation:
+    """A file for llama.cpp: the same prompts and the same grading; its own template and tokenizer."""
+    from minigrpo.engines.gguf import open_gguf
+
+    with open_gguf(path, max_tokens=ask.sampling.max_tokens) as engine:
+        return ask.put_to(Side(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)
+
+
 def name_of(model: str) -> str:
     """Short, and telling: a Hub id as it is, of a path its end, of what a run trained the run."""
     run, path = run_of(model), Path(model).expanduser()
+    if path.suffix == GGUF:
+        return path.stem
     return run.path.resolve().name if run else path.resolve().name if path.exists() else model
 
 
@@ -204,7 +218,8 @@ def run_of(model: str) -> RunDir | None:
     for run in (RunDir(path), RunDir(path.parent)):
         if run.exists() and path in (run.path, run.adapter, run.model, run.merged):
             return run
-    return None
+    above = RunDir(path.parent.parent)
+    return above if above.exists() and path.parent == above.gguf else None
 
 
 def kept(run: RunDir, side: Side, ask: Questions) -> Evaluation:

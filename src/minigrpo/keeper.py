@@ -54,6 +54,9 @@ class Keeper:
         """
         if self.policy.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
+            # It would fill every new tensor with NaN, to show who reads what was never written: seven thousand
+            # times a rollout.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._settle_machine(prompt, rows)
         found, complaints = checkpoint.latest(self.run)
         for complaint in complaints:

@@ -27,15 +27,14 @@ from rich.text import Text
 from minigrpo import merging
 from minigrpo.basemodel import Base, write_companions
 from minigrpo.config import DtypeName
-from minigrpo.delivery import Source, read_seal, seal_folder, source_of
+from minigrpo.delivery import Source, alone, read_seal, seal_folder, source_of
 from minigrpo.divergence import Divergence, record
 from minigrpo.errors import ArtifactError
-from minigrpo.lock import hold
 from minigrpo.merging import Change, Rounding
+from minigrpo.parity import TITLE, parity_table
 from minigrpo.proof import packed_base, prove, trained_truth
-from minigrpo.rundir import FULL, RunDir, complete_folder, tidy
+from minigrpo.rundir import FULL, RunDir, complete_folder
 from minigrpo.stamps import read_sealed
-from minigrpo.tables import plain_table, titled
 from minigrpo.track import stage
 
 Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
@@ -111,8 +110,7 @@ def merge_alone(path: Path, **options: Any) -> Merged:
     source = source_of(path, base=options.get("base"))
     if source.run is None:
         return merge(path, **options)
-    with hold(source.run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
-        tidy(source.run)
+    with alone(source.run):
         return merge(source.run, **options)
 
 
@@ -154,7 +152,7 @@ def _there(target: Path, made: Mapping[str, Any], force: bool) -> Merged | None:
 def _judge(source: Source, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]) -> None:
     """Keep the figures; raise ArtifactError, and the folder under another name, where the proof fails."""
     if source.run and stages and target == source.run.merged:
-        record(source.run.parity, stages, {"made": read_sealed(draft / "made.json")["made"]})
+        record(source.run.parity, [row.to_dict() for row in stages], {"made": read_sealed(draft / "made.json")["made"]})
     failed = next((row for row in stages if not row.ok), None)
     if failed is None:
         return
@@ -211,16 +209,11 @@ def _disk(target: Path, source: Source) -> Iterator[None]:
 
 def merged_table(merged: Merged) -> RenderableType:
     """The proof, stage by stage, and the verdict."""
-    table = plain_table("KL", "worst", "of training", "top-1", "same start")
-    for row in merged.stages:
-        relative = "1" if row.name == "base" else "-" if row.relative_kl is None else f"{row.relative_kl:.2g}"
-        agrees = f"{row.greedy:.1f}/{row.greedy_of:.1f}"
-        table.add_row(row.name, f"{row.mean_kl:.2g}", f"{row.max_kl:.2g}", relative, f"{row.top1:.1%}", agrees)
     lines: list[RenderableType] = []
     if merged.stages:
         first = merged.stages[0]
-        title = f"distance from the trained policy, nats a token: {first.tokens} tokens of {first.texts} {merged.texts}"
-        lines.append(titled(title, table))
+        title = f"{TITLE}: {first.tokens} tokens of {first.texts} {merged.texts}"
+        lines.append(parity_table([row.to_dict() for row in merged.stages], title))
     lines += [Text(f"note: {note}", style="yellow") for note in merged.notes]
     lines.append(Text(f"{merged.verdict}: {merged.folder} ({merged.dtype})", style="bold green"))
     return Stack(*lines)

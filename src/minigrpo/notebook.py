@@ -32,7 +32,7 @@ from minigrpo.rundir import RunDir, read_json
 if TYPE_CHECKING:
     from minigrpo.preflight import Verdict
 
-__all__ = ["evaluate", "plot", "preflight", "recipe", "train"]
+__all__ = ["evaluate", "plot", "preflight", "recipe", "show", "train"]
 
 Place = str | Path | RunDir
 P = ParamSpec("P")
@@ -138,6 +138,36 @@ def plot(run: Place) -> Any:
     return Image(data=picture(rows, str(folder.path)), format="png")
 
 
+@told
+def show(run: Place, *, solved: bool | None = None, note: str | None = None, count: int = 3) -> None:
+    """Print the newest different answers of the training: right or wrong ones, or those whose notes have this name.
+
+    Each stands with its step, what it earned by part, and its notes.
+    """
+    folder = at(run)
+    if not folder.groups.exists():
+        raise ArtifactError(f"{folder.path} has no answers. Train first: train(recipe, {str(folder.path)!r})")
+    texts: set[str] = set()
+    for step, answer in newest_answers(folder):
+        fits = solved in (None, answer["solved"]) and (note is None or note in answer.get("notes", {}))
+        if fits and len(texts) < count and answer["text"] not in texts:
+            texts.add(answer["text"])
+            parts = "".join(f", {name} {value:g}" for name, value in answer["parts"].items())
+            earned = "no reward could be told" if answer["reward"] is None else f"reward {answer['reward']:g}"
+            print(f"--- step {step}: {earned}{parts}")
+            for name, words in answer.get("notes", {}).items():
+                print(f"    {name}: {words}")
+            print(answer["text"], end="\n\n")
+    if not texts:
+        print("There is none among the answers of this training.")
+
+
+def newest_answers(run: RunDir) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(step, completion) of groups.jsonl, backwards; a line that is being written is passed over."""
+    for group in reversed(rows_of(run.groups, "completions")):
+        yield from ((group["step"], answer) for answer in reversed(group["completions"]))
+
+
 def at(run: Place) -> RunDir:
     return run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
 
@@ -203,14 +233,18 @@ def watch(run: RunDir, steps: int) -> Iterator[None]:
 
 
 def steps_of(run: RunDir) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is being written, or that a crash cut short, is passed over."""
+    return rows_of(run.metrics, "step")
+
+
+def rows_of(path: Path, column: str) -> list[dict[str, Any]]:
+    """The lines of a file that have this column; one that is being written, or was cut short, is passed over."""
     rows = []
-    for line in run.metrics.read_bytes().splitlines() if run.metrics.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and column in row:
             rows.append(row)
     return rows
 

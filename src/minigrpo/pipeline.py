@@ -1,5 +1,6 @@
-"""The stages in order: preflight, warm-up, train, evaluate, check, merge. Each leaves an artefact in the run's folder,
-stamped with what it was made from; a resumed run skips what is there and still fits, and makes the rest.
+"""The stages in order: preflight, warm-up, train, evaluate, then what ending.py makes of the result. Each leaves an
+artefact in the run's folder, stamped with what it was made from; a resumed run skips what is there and still fits, and
+makes the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo import beginning, tables
+from minigrpo import beginning, ending, tables
 from minigrpo.config import Recipe
 from minigrpo.judging import before_and_after, evaluate
 from minigrpo.lock import hold
@@ -125,10 +126,15 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
-    """Preflight, train, evaluate before and after, check, merge. Returns the figures, which also stand in
-    evals/comparison.json."""
+    """Preflight, train, evaluate before and after, check, merge, export, and publish where the recipe says so.
+
+    Returns the figures, which also stand in evals/comparison.json.
+    """
+    console = Console()
     with taken(recipe, run, resume):
-        return _finish(run, _run_all(recipe, run, Console(), show_samples))
+        figures, _, delivered = _run_all(recipe, run, console, show_samples)
+        ending.close(recipe, run, delivered, console)
+    return figures
 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
@@ -137,50 +143,36 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
 
     console = Console()
     with taken(recipe, run, resume):
-        comparisons = _run_all(recipe, run, console, show_samples)
-        figures = _finish(run, comparisons)
+        figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
+        ending.close(recipe, run, delivered, console)
     for before, after in example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
     console.print(
         Text(
             "What next:\n"
-            f"  minigrpo evaluate {run.path} -n 8  # eight samples of each problem\n"
-            "  minigrpo recipes quickstart > mine.yaml      # a recipe of your own to change\n"
-            "  minigrpo run mine.yaml                       # the same road with it\n"
-            "  minigrpo tasks                               # what else can be learned"
+            "  minigrpo recipes quickstart > mine.yaml  # a recipe of your own to change\n"
+            "  minigrpo run mine.yaml                   # the same road with it\n"
+            "  minigrpo tasks                           # what else can be learned\n"
+            f"All of this stands in {run.summary}"
         ),
         soft_wrap=True,  # commands are to be copied
     )
     return figures
 
 
-def _run_all(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
-    console.print(Text(f"run {run.path}: preflight, train, evaluate, check, merge", style="bold"))
+def _run_all(
+    recipe: Recipe, run: RunDir, console: Console, show_samples: bool
+) -> tuple[dict[str, Any], list[Comparison], ending.Delivered]:
+    road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
+    console.print(Text(f"run {run.path}: {road}", style="bold"))
+    ending.look_ahead(recipe, console)
     comparisons = _trained_and_judged(recipe, run, console, show_samples)
-    # Afterwards, so that no policy is in memory any more: both open models of their own, in float32.
-    _deliver(run, console)
-    console.print(tables.comparison_table(comparisons))
-    console.print(tables.times_table(seconds_of(run)))
-    return comparisons
-
-
-def _deliver(run: RunDir, console: Console) -> None:
-    """Check what was trained, and merge it where it is sound. Raises ArtifactError where the merge is not proved."""
-    from minigrpo.check import check, checked_table, sound_already
-    from minigrpo.merge import merge, merged_table
-
-    if sound_already(run):
-        console.print(Text(f"{run.check} is there already."))
-    else:
-        with timed(run, "check"):
-            found = check(run)
-        console.print(checked_table(found))
-        if not found.ok:
-            console.print(Text("Nothing was merged.", style="yellow"))
-            return
-    with timed(run, "merge"):
-        console.print(merged_table(merge(run)))
+    # Afterwards, so that no policy is in memory any more: each of these opens models of its own, in float32.
+    delivered = ending.deliver(recipe, run, console)
+    figures = _kept(run, comparisons, delivered)
+    ending.summarise(run, comparisons, delivered, console)
+    return figures, comparisons, delivered
 
 
 def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
@@ -217,10 +209,11 @@ def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:
         write_json(draft / "made.json", stamp("train", recipe))
 
 
-def _finish(run: RunDir, comparisons: list[Comparison]) -> dict[str, Any]:
+def _kept(run: RunDir, comparisons: list[Comparison], delivered: ending.Delivered) -> dict[str, Any]:
     figures = {
         "run": str(run.path),
         "comparisons": {comparison.after.decoding: comparison.summary() for comparison in comparisons},
+        "delivered": delivered.to_dict(),
         "seconds": seconds_of(run),
     }
     write_json(run.evals / "comparison.json", figures)

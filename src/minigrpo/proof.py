@@ -26,6 +26,8 @@ from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_te
 from minigrpo.loading import model_class, open_model, pick_device
 from minigrpo.lora import attach_adapter
 from minigrpo.merging import bytes_of
+from minigrpo.rundir import RunDir
+from minigrpo.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,9 @@ def _of_packed(base: Base, source: Source, device: torch.device, texts: Sequence
         return tuple(distributions(_adapted(model, source.folder), texts))
 
 
-def _of_merged(folder: Path, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
-    model = _as_loaded(folder).to(device).eval()
+def of_merged(folder: Path, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
+    """What a merged folder says, as transformers loads it. Raises ModelError where a weight is missing or too many."""
+    model = as_loaded(folder).to(device).eval()
     return tuple(distributions(model, texts))
 
 
@@ -91,29 +94,38 @@ def packed_base(source: Source) -> bool:
 
 
 def _said(model: Any, tokenizer: Any, source: Source) -> tuple[HeldTexts, tuple[Tensor, ...]]:
-    task = _task_of(source)
+    return what_is_said(model, tokenizer, source.run, task_of(source.run))
+
+
+def what_is_said(
+    model: Any, tokenizer: Any, run: RunDir | None, task: Task | None
+) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+    """The texts of a run, or else the model's own, and the model's distributions on them."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    held = held_texts(source.run.groups if source.run else None, task, tokenizer, vocabulary)
+    held = held_texts(run.groups if run else None, task, tokenizer, vocabulary)
     held = held or sampled_texts(model, tokenizer, task, vocabulary)
     return held, tuple(distributions(model, held.texts))
 
 
-def _task_of(source: Source) -> Any:
+def task_of(run: RunDir | None) -> Task | None:
     """The run's task; where its file or data are gone, other texts serve as well."""
+    from minigrpo.recipefile import load_recipe
     from minigrpo.tasks import open_task
 
-    if source.run is None:
-        return None
     try:
-        return open_task(source.recipe)
+        return open_task(load_recipe(str(run.path))) if run else None
     except MinigrpoError:
         return None
 
 
 def prove(folder: Path, source: Source, base: Base, truth: Truth) -> list[Divergence]:
     """The merged model against the trained policy; where the base was in 4 bit while it trained, against that, too."""
+    return judged(of_merged(folder, device_for(source, base), truth.held.texts), source, base, truth)
+
+
+def judged(found: tuple[Tensor, ...], source: Source, base: Base, truth: Truth) -> list[Divergence]:
+    """The rows of a proof. `found`: what the merged model says."""
     device, texts = device_for(source, base), truth.held.texts
-    found = _of_merged(folder, device, texts)
     against = {"base_kl": truth.base.mean_kl}
     rows = [truth.base, compare("merged", found, truth.trained, **against, limit=LIMIT)]
     if packed_base(source) and find_spec("bitsandbytes"):
@@ -146,7 +158,7 @@ def opened(folder: Path, source: Source, device: torch.device, *, four_bit: bool
         gc.collect()
 
 
-def _as_loaded(folder: Path) -> Any:
+def as_loaded(folder: Path) -> Any:
     """As transformers loads it; raises ModelError where one weight is missing, or one too many."""
     from transformers import AutoConfig
 

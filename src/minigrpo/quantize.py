@@ -1,4 +1,6 @@
-"""Frozen linear layers in 4 bit: NF4 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314).
+"""What bitsandbytes packs: frozen weights in 4 bit, and the moments of an optimizer in 8.
+
+Frozen linear layers in 4 bit: NF4 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314).
 
 bitsandbytes packs the weights and unpacks them, on a CPU and on a GPU. The output head and the embeddings keep their
 type, so what is tied stays tied. A 4-bit layer computes in the type that its weights had.
@@ -6,6 +8,7 @@ type, so what is tied stays tied. A 4-bit layer computes in the type that its we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,12 +46,44 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
-def _check(model: Any) -> None:
+PACKED_FROM = 4096
+"""Numbers of a tensor from which on its moments are packed: below, nothing would be won."""
+BLOCK = 256
+"""Moments that share a scale (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861)."""
+
+
+def eight_bit_adamw(
+    parameters: Sequence[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bit, block by block. Raises ModelError where bitsandbytes is missing."""
+    _require("train.optimizer adamw8bit")
+    from bitsandbytes.optim import AdamW8bit
+
+    found: torch.optim.Optimizer = AdamW8bit(
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay, min_8bit_size=PACKED_FROM
+    )
+    return found
+
+
+def moment_bytes(parameters: Sequence[nn.Parameter], optimizer: str) -> int:
+    """Of AdamW's two moments."""
+    if optimizer == "adamw":
+        return 2 * sum(parameter.nbytes for parameter in parameters)
+    small = [p.numel() for p in parameters if p.numel() < PACKED_FROM]
+    packed = [p.numel() for p in parameters if p.numel() >= PACKED_FROM]
+    return 2 * (4 * sum(small) + sum(count + 4 * -(-count // BLOCK) for count in packed))
+
+
+def _require(knob: str) -> None:
     mute_bitsandbytes()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ModelError(f"model.quantize nf4 needs bitsandbytes, which is not installed: {HERE}") from None
+        raise ModelError(f"{knob} needs bitsandbytes, which is not installed: {HERE}") from None
+
+
+def _check(model: Any) -> None:
+    _require("model.quantize nf4")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             "model.quantize nf4: the weights of this model are quantised already. Give its 16-bit original as "

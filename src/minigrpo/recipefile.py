@@ -28,6 +28,7 @@ __all__ = ["Knob", "dump_recipe", "knob_table", "load_recipe", "recipe_names", "
 FOLDER = Path(__file__).parent / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 WIDTH = 110
+BLANK = ("task.system",)  # an empty text means something else than null here, on the command line too
 
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -111,6 +112,8 @@ def _from_override(name: str, value: Any) -> Entry:
     knob = knobs_by_name().get(name)
     if knob and knob.is_table:
         return Entry(name, read_table(value), where)
+    if name in BLANK and not value:
+        return Entry(name, value, where)
     return Entry(name, None if knob and knob.optional and value in NULLS else value, where)
 
 

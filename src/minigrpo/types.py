@@ -117,7 +117,9 @@ class Task:
     """Something that can be scored: where prompts come from, and what a text is worth.
 
     `gold(prompt)` writes a right answer in full, so that anyone can check that the grader pays it. `grade_group`, where
-    it is given, judges all siblings at once, in their order, in place of `grade`.
+    it is given, judges all siblings at once, in their order, in place of `grade`. `unseen(prompt)` names what training
+    must not have met for a test to be one: for most tasks the words of the prompt, which None says; for a task whose
+    prompts read alike while what they are judged by differs, each hidden thing by a name of its own.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Task:
     gold: Callable[[Prompt], str] | None = None
     about: str = ""
     grade_group: Callable[[Prompt, Sequence[Completion]], Sequence[Grade]] | None = None
+    unseen: Callable[[Prompt], Sequence[str]] | None = None
 
 
 Ready = Callable[[int, tuple[Completion, ...]], None]

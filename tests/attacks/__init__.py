@@ -41,6 +41,6 @@ def calls(kind: str, rows: dict[str, str], verdicts: frozenset[str] = STOPPED) -
 
 
 def every() -> tuple[Attack, ...]:
-    from tests.attacks import inputs, lies, reach, resources, walks
+    from tests.attacks import detours, inputs, lies, reach, resources, walks
 
-    return tuple(attack for part in (reach, resources, walks, lies, inputs) for attack in part.ATTACKS)
+    return tuple(attack for part in (reach, resources, walks, lies, inputs, detours) for attack in part.ATTACKS)

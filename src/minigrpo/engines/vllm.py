@@ -25,11 +25,10 @@ from typing import Any, Protocol
 from minigrpo.config import Recipe
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.launching import RANKS
 from minigrpo.noise import name_key
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM's --max-lora-rank is one of these."""
 SEEDS = 2**31
 PATIENCE = 3600.0
 """Seconds that a server may take to answer one request: one prompt with all its siblings."""

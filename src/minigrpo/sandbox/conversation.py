@@ -121,7 +121,10 @@ class Conversation:
             return Ended("error", f"it crashed the interpreter ({signal.Signals(number).name})")
         if number:
             return Fault(f"somebody ended the worker ({signal.Signals(number).name})")
-        return Ended("error", f"it ended its own process (exit code {os.WEXITSTATUS(status)})")
+        code = os.WEXITSTATUS(status)
+        if code == program.NO_MEMORY:
+            return Ended("memory", "no memory left")
+        return Ended("error", f"it ended its own process (exit code {code})")
 
 
 def timeout(limits: Limits) -> Ended:

@@ -25,7 +25,7 @@ from minigrpo.tasks.rates import rated
 from minigrpo.tasks.rows import read_data
 from minigrpo.tasks.scored import reward_task as reward_task
 from minigrpo.tasks.scored import scored_task, table_of
-from minigrpo.types import Prompt, Split, Task
+from minigrpo.types import Message, Prompt, Split, Task
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {
     "wordproblems": wordproblems.task,
@@ -34,6 +34,7 @@ TASKS: dict[str, Callable[[Recipe], Task]] = {
 }
 TAKES_DATA = ("gsm8k",)
 TAKES_EXAMPLE = ("gsm8k", "sudoku")
+SYSTEM = "system"
 
 
 def open_task(recipe: Recipe) -> Task:
@@ -41,7 +42,26 @@ def open_task(recipe: Recipe) -> Task:
 
     Its prompts are checked when they are asked for: some, and no id twice.
     """
-    return rated(with_checked_prompts(named_task(recipe)), recipe.task)
+    return rated(with_system(with_checked_prompts(named_task(recipe)), recipe.task.system), recipe.task)
+
+
+def with_system(task: Task, words: str | None) -> Task:
+    """The task with this system message before every prompt, in place of one that it has; None: as it is.
+
+    Templates put words of their own where a conversation begins without one: an empty message keeps them out.
+    """
+    if words is None:
+        return task
+    opening: Message = {"role": SYSTEM, "content": words}
+
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return [replace(prompt, messages=(opening, *after_system(prompt.messages))) for prompt in task.prompts(split)]
+
+    return replace(task, prompts=prompts)
+
+
+def after_system(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages[1:] if messages[0]["role"] == SYSTEM else messages
 
 
 def named_task(recipe: Recipe) -> Task:

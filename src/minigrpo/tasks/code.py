@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import math
+import symtable
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigrpo.config import SandboxKnobs
 from minigrpo.errors import TaskError
+from minigrpo.tasks.cheating import cheats_of
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:
@@ -35,25 +37,6 @@ LONGEST = 20_000  # characters of a program; no honest one comes near
 FENCE = "```"
 LANGUAGES = ("", "python", "python3", "py")
 PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
-HIDING = frozenset(
-    {
-        *(
-            "__import__",
-            "breakpoint",
-            "compile",
-            "eval",
-            "exec",
-            "getattr",
-            "globals",
-            "input",
-            "locals",
-            "open",
-            "vars",
-        ),
-        *("copyright", "credits", "delattr", "exit", "help", "license", "quit", "setattr"),
-    }
-)
-"""Names with which a program can do what its text does not show, or keep something. No honest answer needs one."""
 SYSTEM = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
@@ -120,12 +103,23 @@ def fenced(text: str) -> tuple[str, str]:
 
 
 def read_program(source: str, tree: ast.Module, name: str, parameters: tuple[str, ...]) -> Program:
-    cheats = tuple(sorted(set(cheats_of(tree))))
+    scopes, fault = compiled(source)
+    cheats = tuple(sorted(set(cheats_of(tree, scopes))))
+    if fault:
+        return Program(source, missing=fault, cheats=cheats)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if not functions:
         return Program(source, missing=instead(tree, name), cheats=cheats)
     refused = next(objections(tree, functions[0], parameters), "")
     return Program(source, refused=refused, cheats=cheats, odd=tuple(sorted(set(oddities(functions[0])))))
+
+
+def compiled(source: str) -> tuple[symtable.SymbolTable | None, str]:
+    """(the scopes of a program, "") or (None, why Python refuses what its grammar allows)."""
+    try:
+        return symtable.symtable(source, UNREAD, "exec"), ""
+    except SyntaxError as error:
+        return None, f"syntax error: {error.msg}"
 
 
 def instead(tree: ast.Module, name: str) -> str:
@@ -175,23 +169,6 @@ def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
         yield node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             waiting += ast.iter_child_nodes(node)
-
-
-def cheats_of(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield "import"
-        elif isinstance(node, ast.Name) and (node.id in HIDING or node.id.startswith("__")):
-            yield "import" if node.id == "__import__" else f"uses {node.id}"
-        elif isinstance(node, ast.Attribute) and is_internal(node.attr):
-            yield f"uses {node.attr}"
-        elif isinstance(node, ast.MatchClass):  # case object(__class__=kind): an attribute that is not spelt as one
-            yield from (f"uses {name}" for name in node.kwd_attrs if is_internal(name))
-
-
-def is_internal(attribute: str) -> bool:
-    """Frames, code objects and names with two underscores: doors to Python's inside."""
-    return attribute.startswith("__") or attribute.startswith(("gi_", "cr_", "ag_", "f_", "tb_", "co_"))
 
 
 def oddities(function: ast.FunctionDef) -> Iterator[str]:

@@ -120,7 +120,13 @@ def task(recipe: Recipe) -> Task:
     def grade(prompt: Prompt, text: str) -> Grade:
         return judged(prompt, find_program(text, NAME, PARAMETERS), weights, recipe.sandbox)
 
-    return Task("sudoku", prompts, grade, gold, about="write a strategy that wins at sudoku; puzzles are generated")
+    about = "write a strategy that wins at sudoku; puzzles are generated"
+    return Task("sudoku", prompts, grade, gold, about, unseen=puzzles_of)
+
+
+def puzzles_of(prompt: Prompt) -> list[str]:
+    """Prompts may read alike: what a test holds back is the games, and each of them follows from these two."""
+    return [f"{game['cells']} cells, {game['seed']}" for game in prompt.target["games"]]
 
 
 def unasked(prompt: Prompt, text: str) -> float:

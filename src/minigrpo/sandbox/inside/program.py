@@ -27,6 +27,8 @@ VALUE, ERROR, MEMORY, BLOCKED = b"V", b"E", b"M", b"B"
 TEXT = 300
 RESERVE = 2**18
 NAME = "program"
+NO_MEMORY = 72
+"""The exit code of a child that had none left to answer with, or to hear what it is asked."""
 
 
 class Nowhere(io.RawIOBase):

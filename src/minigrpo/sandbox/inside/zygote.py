@@ -137,6 +137,8 @@ class Zygote:
         if pid == 0:
             try:
                 self.be_child(far.fileno(), zygote, work)
+            except MemoryError:
+                os._exit(program.NO_MEMORY)
             finally:
                 os._exit(70)
         far.close()

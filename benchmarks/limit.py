@@ -1,0 +1,181 @@
+"""The limit: what the step's own matrix products take as bare kernels, one by one, on this machine, now.
+
+Each product of `shapes` is timed at its own shape and number type with nothing around it, by the fastest of the ways
+torch has for it. Weights are as cold as in a real pass: calls go round distinct copies that fill as much memory as the
+model's weights (up to COLD bytes, beyond any cache). A product counts no less than its weight's bytes over the measured
+memory bandwidth. Attention has too many shapes to time each: it counts at the rate of the fastest batched product, or
+its keys and values over the bandwidth, whichever takes longer.
+
+    fraction of the limit = the limit's time / the measured time
+
+`machine` is the stricter second figure: operations over the highest rate that any large product reaches, or bytes over
+the bandwidth, product by product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.shapes import Product, Work
+
+COLD = 256 << 20
+ROUNDS = 3
+SECONDS = 0.03
+"""How many rounds a measurement has, and how long one goes on where there are operands enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Of one phase: `operations`, `bytes` of weights and cache, and the seconds of the two limits."""
+
+    operations: int
+    bytes: int
+    seconds: float
+    machine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of the machine: operations a second of the best large product, of batched ones, and bytes read a second."""
+
+    matrix: float
+    batched: float
+    bandwidth: float
+
+
+class Kernels:
+    """Bare kernels, timed once per shape. `model_bytes`: what is read between two uses of a weight."""
+
+    def __init__(self, dtype: torch.dtype, device: str, model_bytes: int) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self.cold = min(model_bytes, COLD)
+        self.itemsize = dtype.itemsize
+        self.pool = self._filled(self.cold // self.itemsize)
+        self._known: dict[Product, float] = {}
+        self.rates = Rates(self._matrix_rate(), self._batched_rate(), self._bandwidth())
+
+    @torch.no_grad()
+    def seconds(self, product: Product) -> float:
+        """The bare kernel's time, or its weight's bytes over the bandwidth where larger."""
+        if product not in self._known:
+            measured = self._made(product) if product.way == "made" else self._weighted(product)
+            self._known[product] = max(measured, self._read(product.weight_entries))
+        return self._known[product]
+
+    def price(self, work: Work) -> Limit:
+        """Of each choice the way that takes less time."""
+        chosen = [work.products, *(min(pair, key=self._sum) for pair in work.choices)]
+        every: Counter[Product] = sum(chosen, Counter())
+        attention = work.attention
+        operations = attention.operations + sum(product.operations * times for product, times in every.items())
+        weights = sum(product.weight_entries * times for product, times in every.items())
+        reading = self._read(attention.entries)
+        moving = work.moved / self.rates.bandwidth
+        return Limit(
+            operations,
+            (weights + attention.entries) * self.itemsize + work.moved,
+            self._sum(every) + max(attention.operations / self.rates.batched, reading) + moving,
+            sum(self._machine(product) * times for product, times in every.items())
+            + max(attention.operations / self.rates.matrix, reading)
+            + moving,
+        )
+
+    def _sum(self, products: Mapping[Product, int]) -> float:
+        return sum(self.seconds(product) * times for product, times in products.items())
+
+    def _machine(self, product: Product) -> float:
+        return max(product.operations / self.rates.matrix, self._read(product.weight_entries))
+
+    def _read(self, entries: int) -> float:
+        return entries * self.itemsize / self.rates.bandwidth
+
+    def _weighted(self, product: Product) -> float:
+        """A product with a weight that is not in the cache, unless the whole model is."""
+        entries = product.weight_entries
+        copies = max(1, min(self.cold // (entries * self.itemsize), 4096))
+        shape = (product.outer, product.inner) if product.way == "linear" else (product.inner, product.outer)
+        if len(self.pool) < entries * copies:
+            self.pool = self._filled(entries * copies)
+        weights = [weight.view(shape) for weight in self.pool[: entries * copies].split(entries)]
+        x = self._filled(product.rows, product.inner)
+        return min(self._round(way(x), weights) for way in WAYS[product.way])
+
+    def _made(self, product: Product) -> float:
+        """Both sides lie as the backward pass finds them: the left one is a transposed activation."""
+        left, right = self._filled(product.inner, product.rows), self._filled(product.inner, product.outer)
+        return self._round(lambda other: left.T @ other, [right])
+
+    def _round(self, call: Callable[[Tensor], Any], operands: list[Tensor]) -> float:
+        """Seconds a call: the quickest of several rounds, each of which goes on round the operands where the last
+        one left them."""
+        going = itertools.cycle(operands)
+        calls = max(1, min(len(operands), round(SECONDS / max(self._calls(call, going, 2), 1e-6))))
+        return min(self._calls(call, going, calls) for _ in range(ROUNDS))
+
+    def _calls(self, call: Callable[[Tensor], Any], operands: Iterator[Tensor], count: int) -> float:
+        """Mean seconds of so many calls."""
+        began = self._now()
+        for operand in itertools.islice(operands, count):
+            call(operand)
+        return (self._now() - began) / count
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _filled(self, *shape: int) -> Tensor:
+        """Small numbers: a kernel may be slow at denormals, and must not overflow."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device).uniform_(-0.1, 0.1)
+
+    def _matrix_rate(self) -> float:
+        sizes = (4096, 8192) if self.device.type == "cuda" else (1024, 2048)
+        squares = [self._filled(size, size) for size in sizes]
+        return max(2 * len(x) ** 3 / self._round(lambda other, x=x: x @ other, [x]) for x in squares)  # type: ignore[misc]
+
+    def _batched_rate(self) -> float:
+        """Queries of 64 and 128 rows over heads of 64: the shape of attention at its best."""
+        rates = []
+        for rows in (64, 128, 256):
+            query, key = self._filled(32, rows, 64), self._filled(32, 64, 256)
+            rates.append(2 * 32 * rows * 64 * 256 / self._round(lambda other, q=query: q @ other, [key]))  # type: ignore[misc]
+        return max(rates)
+
+    def _bandwidth(self) -> float:
+        """Reading alone, and copying (read and write), whichever moves more."""
+        source = torch.ones(COLD // 4 * (4 if self.device.type == "cuda" else 1), device=self.device)
+        goal = torch.empty_like(source)
+        size = source.numel() * source.itemsize
+        return max(
+            size / self._round(torch.sum, [source]),
+            2 * size / self._round(lambda other: goal.copy_(other), [source]),
+        )
+
+
+Call = Callable[[Tensor], Any]
+
+
+def _plainly(x: Tensor) -> Call:
+    return lambda weight: linear(x, weight)
+
+
+def _turned(x: Tensor) -> Call:
+    """The transposed product: some libraries are quicker where the long side comes first."""
+    x_T = x.T
+    return lambda weight: weight @ x_T
+
+
+def _against(x: Tensor) -> Call:
+    return lambda weight: x @ weight
+
+
+WAYS: Mapping[str, tuple[Callable[[Tensor], Call], ...]] = {"linear": (_plainly, _turned), "input": (_against,)}

@@ -1,0 +1,340 @@
+"""The page of a published model: what it is, what it does, how it was proved, how to run it. Every value is of the run.
+
+Facts are read once (`facts_of`), and each repository's page is a text made from them. What users wrote (task names,
+recipes, model ids) is escaped: in front matter by YAML, in tables and sentences by `plain`, in blocks by the fence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minigrpo.cardrun import how_to_run
+from minigrpo.errors import ArtifactError
+from minigrpo.hub import in_bytes
+from minigrpo.markdown import fenced, markdown_table, plain
+from minigrpo.parity import read_parity
+from minigrpo.recipefile import load_recipe
+from minigrpo.rundir import RunDir, read_json
+from minigrpo.stamps import read_sealed
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 50
+LICENCES = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"\bMIT License\b", "gpl-3.0": r"GNU GENERAL PUBLIC"}
+DATASETS = {"gsm8k": "openai/gsm8k"}
+"""Which data set of the Hub a task reads where the recipe names none; others generate their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: of what is published
+    together, by kind. `rewards`: mean reward of each step. `gguf`: what is known of each exported file, by name."""
+
+    name: str
+    base: str | None
+    base_words: str
+    licence: dict[str, str]
+    recipe: dict[str, Any]
+    datasets: tuple[str, ...]
+    system: str
+    repos: Mapping[str, str]
+    rewards: tuple[tuple[int, float], ...]
+    comparisons: Mapping[str, Any]
+    stages: list[dict[str, Any]]
+    gguf: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    vision: bool
+    remarks: tuple[str, ...]
+
+
+def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
+    """Reads what is there; parts that a run has not made are left out of the page."""
+    recipe = load_recipe(str(run.path))
+    base = hub_name(recipe.model.path)
+    licence, remarks = licence_of(recipe.model.path, recipe.model.revision, online)
+    knobs: dict[str, Any] = _shown(recipe.model_dump(mode="json"))
+    data = hub_name(recipe.task.data) if recipe.task.data else DATASETS.get(recipe.task.name)
+    made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
+    merged = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
+    versions = {**made.get("made", {}).get("versions", {}), **merged.get("made", {}).get("versions", {})}
+    config = run.merged / "config.json"
+    there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
+    return Facts(
+        name=run.path.absolute().name,
+        base=base,
+        base_words=_base_words(recipe.model.path, base),
+        licence=licence,
+        recipe=knobs,
+        datasets=(data,) if data else (),
+        system=_system_of(run),
+        repos=repos,
+        rewards=tuple(_rewards(run.metrics)),
+        comparisons=_comparisons(run),
+        stages=[row for row in read_parity(run) if row.get("ok", True)],
+        gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
+        versions={name: version for name, version in versions.items() if version},
+        vision="vision_config" in (read_json(config) if config.is_file() else {}),
+        remarks=remarks,
+    )
+
+
+def hub_name(path: str) -> str | None:
+    """USER/NAME where a path is one: neither a folder of this machine nor the embedded model."""
+    name = path.partition(":")[0]
+    if path.partition(":")[0] == "seedling" or Path(path).expanduser().exists() or path.startswith((".", "~", "/")):
+        return None
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def _base_words(path: str, base: str | None) -> str:
+    if base:
+        return f"[{plain(base)}](https://huggingface.co/{base})"
+    if path.partition(":")[0] == "seedling":
+        kind = path.partition(":")[2]
+        return f"the small model that minigrpo builds from nothing{f' ({plain(kind)})' if kind else ''}"
+    return "a model that is not on the Hub"
+
+
+def licence_of(path: str, revision: str | None, online: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What the base's own page or LICENSE says, for the front matter; else nothing, and a remark."""
+    folder = Path(path).expanduser()
+    page = folder / "README.md" if folder.is_dir() else _page_of(path, revision, online)
+    said = front_matter(page) if page and page.is_file() else {}
+    if isinstance(said.get("license"), str):
+        names = ("license", "license_name", "license_link")
+        return {name: str(said[name]) for name in names if said.get(name)}, ()
+    for file in sorted(folder.glob("LICENSE*")) if folder.is_dir() else ():
+        text = file.read_text(encoding="utf-8", errors="replace")[:3000]
+        found = next((name for name, words in LICENCES.items() if re.search(words, text)), None)
+        return ({"license": found} if found else {"license": "other", "license_link": file.name}), ()
+    return {}, ("The base's licence could not be found, so the page names none: add `license:` to README.md by hand.",)
+
+
+def _page_of(path: str, revision: str | None, online: bool) -> Path | None:
+    """The base's README.md: out of the Hub client's cache, or downloaded."""
+    if not hub_name(path):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "README.md", revision=revision)
+    if isinstance(cached, str) or not online:
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        return Path(hf_hub_download(path, "README.md", revision=revision))
+    except Exception:  # a page that cannot be had is told as a licence that was not found
+        return None
+
+
+def front_matter(page: Path) -> dict[str, Any]:
+    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        said = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _shown(value: Any) -> Any:
+    """A recipe's values without paths and addresses of the machine that it ran on: only their last part is told."""
+    if isinstance(value, dict):
+        return {name: _shown(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        return "(an address)"
+    local = re.match(r"(/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/])", value)
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if local and " " not in value else value
+
+
+def _comparisons(run: RunDir) -> dict[str, Any]:
+    """Before and after, by decoding, if the run came so far."""
+    file = run.evals / "comparison.json"
+    if not file.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = read_json(file)["comparisons"]
+        _evaluation(found)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{file} is damaged. Remove it, and what was measured is left out of the page.") from None
+    return found
+
+
+def _system_of(run: RunDir) -> str:
+    """The system message that it was trained with: without it the model is asked something else."""
+    if not run.groups.is_file():
+        return ""
+    with run.groups.open(encoding="utf-8") as stream:
+        try:
+            first = json.loads(next(stream, "{}"))["messages"][0]
+            return str(first["content"]) if first["role"] == "system" else ""
+        except (ValueError, LookupError, TypeError):
+            return ""
+
+
+def _rewards(metrics: Path) -> Iterator[tuple[int, float]]:
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("reward"), int | float) and "step" in row:
+            yield int(row["step"]), float(row["reward"])
+
+
+# From here on: text
+
+
+def card(facts: Facts, what: str) -> str:
+    """The page of one repository: front matter, then what a reader asks, in that order."""
+    parts = [
+        f"---\n{yaml.safe_dump(header(facts, what), sort_keys=False, allow_unicode=True)}---",
+        f"# {plain(facts.repos[what].partition('/')[2])}",
+        _opening(facts, what),
+        _evaluation(facts.comparisons),
+        _files(facts.gguf) if what == "gguf" else "",
+        how_to_run(facts, what),
+        _proof(facts.stages),
+        _training(facts),
+        _recipe(facts.recipe),
+        _versions(facts.versions),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def header(facts: Facts, what: str) -> dict[str, Any]:
+    """The front matter, by which the Hub finds and files a model."""
+    relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}[what]
+    base = facts.repos.get("merged", facts.base) if what == "gguf" else facts.base
+    library = {"merged": {"library_name": "transformers"}, "adapter": {"library_name": "peft"}, "gguf": {}}[what]
+    tags = {"merged": ["transformers"], "adapter": ["peft", "lora"], "gguf": ["gguf", "llama.cpp"]}[what]
+    pictures = facts.vision and what == "merged"
+    return {
+        **({"base_model": [base], "base_model_relation": relation} if base else {}),
+        **({"datasets": list(facts.datasets)} if facts.datasets else {}),
+        **library,
+        "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
+        **facts.licence,
+        "tags": ["grpo", *tags, "minigrpo"],
+    }
+
+
+def _opening(facts: Facts, what: str) -> str:
+    kind = {"merged": "The whole model", "adapter": "The LoRA adapter", "gguf": "GGUF files for llama.cpp and Ollama"}
+    others = [f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items() if name != what]
+    text = (
+        f"{kind[what]}: {facts.base_words}, trained with GRPO on the task {plain(facts.recipe['task']['name'])} by "
+        "minigrpo."
+    )
+    if facts.vision and what == "gguf":
+        text += " Only the part that reads text; the vision tower was not changed, so the base's own `mmproj` serves."
+    return text + (f"\n\nThe same model elsewhere: {', '.join(others)}." if others else "")
+
+
+def _evaluation(comparisons: Mapping[str, Any]) -> str:
+    if not comparisons:
+        return ""
+    rows, count = [], 0
+    for decoding, found in comparisons.items():
+        before, after = found["before"]["scores"], found["after"]["scores"]
+        count = after["accuracy"]["count"]
+        for name, key in (("right", "accuracy"), ("well-formed", "formed"), ("cut off", "truncated")):
+            change = _points(found["change"]) if key == "accuracy" else ""
+            rows.append((f"{name}, {decoding}", _rate(before[key]), f"**{_rate(after[key])}**", change))
+        rows.append((f"mean reward, {decoding}", f"{before['mean_reward']:.3f}", f"{after['mean_reward']:.3f}", ""))
+    table = markdown_table(("", "before", "after", "change in points"), rows)
+    return f"## Before and after\n\nThe same {count} unseen prompts. In brackets: 95 % intervals.\n\n{table}"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{rate['value']:.1%} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def _points(change: Mapping[str, Any]) -> str:
+    return f"{100 * change['difference']:+.1f} [{100 * change['low']:.1f}, {100 * change['high']:.1f}]"
+
+
+def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            f"`{name}`",
+            entry["format"],
+            f"{entry['bits']:.2f}",
+            in_bytes(entry["size"]),
+            f"{entry['proof']['mean_kl']:.2g}",
+        )
+        for name, entry in files.items()
+    ]
+    table = markdown_table(("file", "type", "bits a weight", "size", "KL"), rows)
+    return f"## Files\n\n{table}\n\nKL: distance from the merged model, nats a token, as llama.cpp reads the file."
+
+
+def _proof(stages: Sequence[Mapping[str, Any]]) -> str:
+    if not stages:
+        return ""
+    return (
+        "## How it was proved\n\nNext-token distributions on held texts, each compared with what was trained, nats a "
+        "token. *Of training*: the distance over that of the base, which is how far training moved it; what is further "
+        "than the limit is not published. GGUF files are compared with the merged model, in llama.cpp itself.\n\n"
+        f"{parity_markdown(stages)}"
+    )
+
+
+def parity_markdown(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of parity.json as a table. `greedy`: tokens until the likeliest one differs, of how many."""
+    rows = [
+        (
+            plain(stage["name"]),
+            f"{stage['mean_kl']:.2g}" if stage.get("mean_kl") is not None else "-",
+            f"{stage['relative_kl']:.2g}" if stage.get("relative_kl") is not None else "-",
+            f"{stage['max_kl']:.2g}" if stage.get("max_kl") is not None else "-",
+            f"{stage['top1']:.1%}",
+            f"{stage['greedy']:.1f} of {stage['greedy_of']:.1f}",
+            f"{stage['limit']:g}" if stage.get("limit") is not None else "",
+        )
+        for stage in stages
+    ]
+    return markdown_table(("", "KL", "of training", "worst", "top-1", "greedy", "limit"), rows)
+
+
+def _training(facts: Facts) -> str:
+    knobs = facts.recipe
+    adapter = "every parameter" if knobs["train"]["full"] else f"LoRA of rank {knobs['lora']['rank']}"
+    text = (
+        f"## Training\n\n{knobs['train']['steps']} steps of {plain(knobs['objective']['name'])} at a learning rate of "
+        f"{knobs['train']['lr']:g} ({adapter}); each step {knobs['rollout']['prompts']} prompts with "
+        f"{knobs['rollout']['completions']} completions of at most {knobs['rollout']['max_tokens']} tokens, "
+        f"temperature {knobs['rollout']['temperature']:g}."
+    )
+    return f"{text}\n\n{_curve(facts.rewards)}" if facts.rewards else text
+
+
+def _curve(rewards: Sequence[tuple[int, float]]) -> str:
+    """The mean reward over the steps, as a line of bars and as numbers."""
+    count = min(len(rewards), WIDTH)
+    edges = [i * len(rewards) // count for i in range(count + 1)]
+    means = [sum(value for _, value in rewards[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    bars = "".join(BARS[round((value - low) * scale)] for value in means)
+    marks = sorted({round(i * (len(rewards) - 1) / 5) for i in range(6)})
+    steps = [str(rewards[i][0]) for i in marks]
+    table = markdown_table(("step", *steps), [("mean reward", *(f"{rewards[i][1]:.3f}" for i in marks))])
+    return f"Mean reward, from {low:.3f} to {high:.3f}:\n\n```\n{bars}\n```\n\n{table}"
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    return f"<details><summary>The whole recipe</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return "Made with " + ", ".join(f"{plain(n)} {plain(v)}" for n, v in versions.items()) + "." if versions else ""

@@ -1,0 +1,202 @@
+"""The second half of the road: check, merge, export, one question to the exported file, the summary, the Hub.
+
+What cannot be made here (a library that is missing, an architecture that llama.cpp does not know) is told at once and
+again in the summary, and the road goes on without it; what was made and is not what was trained ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from minigrpo import tables
+from minigrpo.config import Recipe
+from minigrpo.display import printable
+from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.hub import Hub, check_name, find_token, in_bytes
+from minigrpo.rundir import RunDir, writing
+from minigrpo.stamps import finished, seconds_of, timed
+
+if TYPE_CHECKING:
+    from minigrpo.evaluate import Comparison
+    from minigrpo.export import Exported
+    from minigrpo.serve import Answer
+
+WIDTH = 120
+"""Columns of summary.txt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What the second half made. `missing`: what it could not make, in sentences."""
+
+    merged: bool
+    exported: Exported | None = None
+    answer: Answer | None = None
+    missing: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "merged": self.merged,
+            "exported": self.exported.to_dict() if self.exported else None,
+            "answer": self.answer.to_dict() if self.answer else None,
+            "missing": list(self.missing),
+        }
+
+
+def look_ahead(recipe: Recipe, console: Console) -> None:
+    """What would end or thin out the road's second half, told before the first takes its hours.
+
+    Raises MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
+    """
+    if recipe.export.formats:
+        from minigrpo.export import chosen
+
+        chosen([recipe.export.formats])
+        if reason := _no_library():
+            console.print(Text(f"note: {reason}", style="yellow"))
+    if recipe.publish.repo:
+        check_name(recipe.publish.repo)
+        Hub(*find_token(), command="the same command").whoami()
+
+
+def deliver(recipe: Recipe, run: RunDir, console: Console) -> Delivered:
+    """Check, merge, export, ask. Raises ArtifactError where the merge is not what was trained."""
+    if not _checked(run, console):
+        return Delivered(False, missing=("Nothing was merged: the check above says why.",))
+    _merge(run, console)
+    if not recipe.export.formats:
+        return Delivered(True)
+    if reason := _no_library():
+        return Delivered(True, missing=(reason,))
+    try:
+        exported = _export(recipe, run, console)
+    except ModelError as fault:
+        return Delivered(True, missing=(f"Not exported. {fault}",))
+    return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
+
+
+def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -> None:
+    """The last of a run, after its summary. Raises ArtifactError where a file was rejected."""
+    if delivered.exported and not delivered.exported.ok:
+        raise ArtifactError(
+            f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
+        )
+    if recipe.publish.repo and delivered.merged:
+        from minigrpo.publish import publish, published_table
+
+        with timed(run, "publish"):
+            console.print(published_table(publish(run, recipe.publish.repo, private=not recipe.publish.public)))
+
+
+def _no_library() -> str | None:
+    from minigrpo.engines.llamacpp import INSTALL, library
+
+    if library() is None:
+        return f"No GGUF file will be made: xllamacpp is not installed. {INSTALL}"
+    return None
+
+
+def _checked(run: RunDir, console: Console) -> bool:
+    from minigrpo.check import check, checked_table, sound_already
+
+    if sound_already(run):
+        console.print(Text(f"{run.check} is there already."))
+        return True
+    with timed(run, "check"):
+        found = check(run)
+    console.print(checked_table(found))
+    return found.ok
+
+
+def _merge(run: RunDir, console: Console) -> None:
+    from minigrpo.merge import merge, merged_table
+
+    with timed(run, "merge"):
+        console.print(merged_table(merge(run)))
+
+
+def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
+    from minigrpo.export import export, exported_table
+
+    with timed(run, "export"):
+        exported = export(run, [recipe.export.formats])
+    console.print(exported_table(exported))
+    return exported
+
+
+def _answer(run: RunDir, exported: Exported) -> Answer:
+    from minigrpo.serve import ask_once
+
+    with timed(run, "question"):
+        return ask_once(run, format=exported.files[-1].format)
+
+
+def summarise(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
+    """On the screen, and in RUN/summary.txt: before and after, parity, files, times, what to do with it all."""
+    parts = list(_summary(run, comparisons, delivered))
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, Text))  # commands are to be copied
+    with writing(run.summary), run.summary.open("w", encoding="utf-8") as stream:
+        paper = Console(file=stream, width=WIDTH, no_color=True)
+        for part in parts:
+            paper.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered) -> Iterator[RenderableType]:
+    from minigrpo.parity import parity_table, read_parity
+
+    yield tables.comparison_table(comparisons)
+    if delivered.merged:
+        yield parity_table(read_parity(run))
+    if delivered.answer:
+        yield _answer_panel(delivered.answer)
+    yield _files_table(run, delivered)
+    yield tables.times_table(seconds_of(run))
+    for sentence in delivered.missing:
+        yield Text(f"note: {sentence}", style="yellow")
+    yield Text("Use it:\n" + "\n".join(f"  {line}" for line in _commands(run, delivered)))
+
+
+def _answer_panel(answer: Answer) -> RenderableType:
+    earned = "" if answer.reward is None else f"\nreward {answer.reward:g}"
+    said = (
+        (printable(answer.question).strip(), "dim"),
+        ("\n→ ", "bold"),
+        printable(answer.answer).strip(),
+        (earned, "italic"),
+    )
+    title = f"what {answer.engine} answers from the file"
+    return Panel(Text.assemble(*said), title=title, title_align="left", width=100)
+
+
+def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:
+    table = tables.plain_table("size", "")
+    made = [finished(run), *([run.merged] if delivered.merged else [])]
+    made += [file.file for file in delivered.exported.files] if delivered.exported else []
+    for path in made:
+        table.add_row(str(path), in_bytes(_size(path)), "" if path.exists() else "missing")
+    return tables.titled("what was made", table)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _commands(run: RunDir, delivered: Delivered) -> Iterator[str]:
+    yield f"minigrpo evaluate {run.path} -n 8"
+    if delivered.exported and delivered.exported.ok:
+        file = delivered.exported.files[-1].file
+        yield f"minigrpo serve {run.path}"
+        yield f"llama-cli -m {file}"
+        yield f"ollama create {run.path.absolute().name} -f {file.with_suffix('.Modelfile')}"
+    if delivered.merged:
+        yield f"vllm serve {run.merged}"
+        yield f"minigrpo publish {run.path} --repo USER/{run.path.absolute().name}"

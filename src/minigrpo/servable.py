@@ -1,0 +1,154 @@
+"""What can be served, found by its name, and refused where it is missing, changed or stale.
+
+a run       its GGUF file for llama.cpp, its merged model or its adapter for vLLM
+a .gguf     llama.cpp
+a folder    vLLM, of a model; of an adapter, with its base beside it
+a Hub id    vLLM
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minigrpo.config import Recipe
+from minigrpo.delivery import merged_of, source_of, sums_of
+from minigrpo.errors import ArtifactError
+from minigrpo.ggufhead import read_head
+from minigrpo.launching import LOCAL, Model, find_vllm
+from minigrpo.recipefile import load_recipe
+from minigrpo.rundir import RunDir, digest
+from minigrpo.servers import SILENCE
+from minigrpo.stamps import read_sealed, slug
+
+Choice = Literal["auto", "llama.cpp", "vllm"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TOKENS = 256
+"""Of an answer outside of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user chose, beyond the artefact itself. `vllm`: the python that has it. `llama_cpp`: its programs."""
+
+    engine: Choice = "auto"
+    host: str = LOCAL
+    port: int = 8000
+    format: str = "Q8_0"
+    adapter: bool = False
+    context: int | None = None
+    wait: float = SILENCE
+    vllm: Path | None = None
+    llama_cpp: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """What is served: a GGUF file (`gguf`), or what vLLM takes (`model`)."""
+
+    name: str
+    run: RunDir | None
+    gguf: Path | None = None
+    model: Model | None = None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return load_recipe(str(self.run.path)) if self.run else None
+
+    @property
+    def temperature(self) -> float:
+        return self.recipe.rollout.temperature if self.recipe else 1.0
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.rollout.max_tokens if self.recipe else TOKENS
+
+
+def found(what: str, wanted: Wanted) -> Artefact:
+    """Raises ArtifactError where it is missing, stale, or nothing that the engine serves."""
+    path = Path(what).expanduser()
+    run = next((run for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
+    if run and path in (run.path, run.merged, run.gguf, run.adapter, run.model):
+        return _of_run(run, path, wanted)
+    if path.suffix == ".gguf" or path.is_file():
+        return _of_file(path, wanted, run)
+    if path.is_dir():
+        return _of_folder(path, wanted)
+    if HUB_ID.fullmatch(what) and wanted.engine != "llama.cpp":
+        return Artefact(slug(what.rpartition("/")[2]), None, model=Model(what))
+    raise ArtifactError(
+        f"{what} is not there. Give a run's folder, a .gguf file, a model's folder, or, for vLLM, a Hub id."
+    )
+
+
+def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
+    name = slug(run.path.absolute().name)
+    if wanted.adapter or path == run.adapter:
+        _refuse_llama(wanted, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
+        source = source_of(run)
+        if source.full:
+            raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
+        base, _ = source.open()
+        return Artefact(name, run, model=Model(str(base.folder), source.folder))
+    if path != run.gguf and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
+        return Artefact(name, run, model=Model(str(merged_of(run))))
+    return Artefact(name, run, gguf=gguf_of(run, wanted.format))
+
+
+def gguf_of(run: RunDir, kind: str) -> Path:
+    """The run's file of that type, as it was proved. Raises ArtifactError where it is missing, changed or stale."""
+    kind = kind.upper()
+    file = run.gguf / f"{slug(run.path.absolute().name)}-{kind}.gguf"
+    make = f"minigrpo export {run.path} --format {kind}"
+    if not file.is_file():
+        others = ", ".join(sorted(other.stem.rpartition("-")[2] for other in run.gguf.glob("*.gguf")))
+        there = f" There are: {others} (--format)." if others else ""
+        raise ArtifactError(f"{file} is missing.{there} Export first: {make}")
+    made = run.gguf / "made.json"
+    known = read_sealed(made)["files"].get(file.name) if made.is_file() else None
+    read_head(file)  # the plainest fault first
+    if known is None or digest(file) != known["sha256"]:
+        raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
+    if run.merged.is_dir() and known["from"]["model"] != sums_of(merged_of(run)):
+        raise ArtifactError(f"{file} is stale: it was made from another {run.merged}. Export again: {make}")
+    return file
+
+
+def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
+    if wanted.engine == "vllm" or wanted.adapter:
+        raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
+    read_head(path)
+    above = RunDir(path.parent.parent)
+    return Artefact(path.stem, run or (above if above.exists() and path.parent == above.gguf else None), gguf=path)
+
+
+def _of_folder(path: Path, wanted: Wanted) -> Artefact:
+    if (path / "adapter_config.json").is_file():
+        _refuse_llama(wanted, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
+        base, _ = source_of(path).open()
+        return Artefact(slug(path.absolute().name), None, model=Model(str(base.folder), path))
+    if (path / "config.json").is_file():
+        _refuse_llama(wanted, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
+        return Artefact(slug(path.absolute().name), None, model=Model(str(path)))
+    files = sorted(path.glob(f"*{wanted.format.upper()}.gguf"))
+    if len(files) == 1:
+        return _of_file(files[0], wanted, None)
+    raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
+
+
+def _refuse_llama(wanted: Wanted, sentence: str) -> None:
+    if wanted.engine == "llama.cpp":
+        raise ArtifactError(sentence)
+
+
+def _vllm_fits(wanted: Wanted) -> bool:
+    """Named, or installed here where a GPU is."""
+    if wanted.vllm is not None:
+        return True
+    if find_vllm(None) is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
