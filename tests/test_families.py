@@ -7,9 +7,7 @@ likeliest token stands out (logits of standard deviation above 2, entropy of abo
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from minigrpo.ggufproof import Proof, Reference, asked_of, prove_file, reference
 from minigrpo.ggufquant import quantise
 from minigrpo.merge import merge
 from minigrpo.pretokenizer import token_faults
-from minigrpo.proof import as_loaded, task_of
+from minigrpo.proof import task_of
 from minigrpo.rundir import RunDir
 
 pytestmark = needs_llama
@@ -207,37 +205,3 @@ def test_every_fault_fails_every_formats_limit(case: Case, tmp_path: Path, monke
             if within(kind, proof) or proof.ok:
                 passed.append((name, kind, proof.greatest, proof.row.mean_kl, proof.row.relative_kl))
     assert not passed
-
-
-OLDER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, ids, text = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-assert not told["missing_keys"] and not told["unexpected_keys"], told
-said = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-print(json.dumps([said, model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()]))
-"""
-
-
-@pytest.mark.long
-@pytest.mark.skipif("MINIGRPO_TRANSFORMERS4" not in os.environ, reason="names no python that has transformers 4")
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_transformers_4_reads_a_merged_folder_as_5_does(tmp_path: Path, family: str) -> None:
-    """It does not know Ministral 3. The rotation's theta is another than the 10000 that it falls back to."""
-    tokenizer = bpe_tokenizer()
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    model = peaked(build(family, vocab_size=len(tokenizer) + 1, **NARROW, **rope))
-    save(model, tmp_path / "base", tokenizer)
-    run = make_run(tmp_path / "mine", tmp_path / "base", adapted(model, tmp_path / "base", size=0.05))
-    tokenizer.save_pretrained(run.adapter)
-    merge(run, quiet=True)
-    ids, text = list(range(10, 74)), "It's 12 <answer>\n\n the end"
-    command = [os.environ["MINIGRPO_TRANSFORMERS4"], "-c", OLDER, str(run.merged), json.dumps(ids), text]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    said, theirs = json.loads(ended.stdout.splitlines()[-1])
-    assert said == tokenizer(text)["input_ids"]
-    with torch.no_grad():
-        ours_NV = as_loaded(run.merged).eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    assert float((torch.tensor(theirs) - ours_NV).abs().max()) < 1e-5
