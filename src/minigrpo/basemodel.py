@@ -185,7 +185,7 @@ def write_companions(base: Base, trained: Path, folder: Path, dtype: torch.dtype
             shutil.copyfile(file, folder / file.name)
     for file in sorted(base.folder.glob("tokenizer.model*")):  # other tools' converters read it; saving leaves it out
         shutil.copyfile(file, folder / file.name)
-    _write(folder / "config.json", base.config, for_older_readers(base.config, dtype), base.folder / "config.json")
+    _write(folder / "config.json", base.config, for_other_readers(base.config, dtype), base.folder / "config.json")
     tokens = folder / "tokenizer_config.json"
     if tokens.is_file():
         config = _json(tokens, "")
@@ -194,15 +194,25 @@ def write_companions(base: Base, trained: Path, folder: Path, dtype: torch.dtype
         _write(tokens, config, config | known if config.get("tokenizer_class") == "TokenizersBackend" else config)
 
 
-def for_older_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config with its number type and with `rope_theta` where transformers 4 looks for it: else it takes 10000."""
-    inner = {"text_config": for_older_readers(config["text_config"], dtype)} if config.get("text_config") else {}
+def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The config with its number type, and with two settings of the rotation where others look for them.
+
+    transformers 4 takes a theta of 10000 unless `rope_theta` stands outside; vLLM leaves out Ministral 3's scale of
+    attention beyond the original context unless `llama_4_scaling` does.
+    """
+    inner = {"text_config": for_other_readers(config["text_config"], dtype)} if config.get("text_config") else {}
     rope = config.get("rope_parameters") or {}
-    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope and "rope_theta" not in config else {}
+    turned: dict[str, Any] = {}
+    if "rope_theta" in rope and "rope_theta" not in config:
+        turned["rope_theta"] = rope["rope_theta"]
+    beta = rope.get("llama_4_scaling_beta")
+    if beta is not None and "llama_4_scaling" not in config:
+        begins = rope["original_max_position_embeddings"]
+        turned["llama_4_scaling"] = {"beta": beta, "original_max_position_embeddings": begins}
     said = [name for name in ("dtype", "torch_dtype") if name in config]
     outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
     kinds = {name: str(dtype).removeprefix("torch.") for name in outer} if dtype else {}
-    return {**config, **inner, **theta, **kinds}
+    return {**config, **inner, **turned, **kinds}
 
 
 def _write(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:

@@ -25,6 +25,7 @@ StopRule = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
 
 PREFILL_TOKENS = 8192
+"""Prompt tokens that pass through the model at once."""
 FIRST_SLOTS = 64
 
 
@@ -123,12 +124,7 @@ class _Wave:
         shape = (len(lean.layers), 2, len(prompts), lean.kv_heads, P, lean.width)
         shared = torch.zeros(shape, dtype=lean.dtype, device=lean.device)
         if P:
-            padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
-            ids_MP = torch.tensor(padded, device=lean.device)
-            at_once = max(1, PREFILL_TOKENS // P)
-            for start in range(0, len(prompts), at_once):
-                span = slice(start, start + at_once)
-                lean.prefill(ids_MP[span], self.turn, shared[:, :, span])
+            read_prompts(lean, prompts, self.turn, shared)
         return shared
 
     @torch.no_grad()
@@ -230,3 +226,14 @@ class _Wave:
         if n and len(alive_M) <= len(self.place_M) // 2:
             self.shared = self.shared[:, :, torch.searchsorted(self.place_M, alive_M)]
             self.place_M = alive_M
+
+
+def read_prompts(lean: Lean, prompts: Sequence[Rendered], turn: Turn, shared: Tensor) -> None:
+    """Fill `shared` [L, 2, M, K, P, D] with each prompt but for its last token; padding behind it is never seen."""
+    P = max(len(prompt.ids) for prompt in prompts) - 1
+    padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
+    ids_MP = torch.tensor(padded, device=lean.device)
+    at_once = max(1, PREFILL_TOKENS // P)
+    for start in range(0, len(prompts), at_once):
+        span = slice(start, min(start + at_once, len(prompts)))
+        lean.prefill(ids_MP[span], turn, shared[:, :, span, :, :P])

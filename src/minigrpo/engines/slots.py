@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Layer, Lean, Turn
-from minigrpo.engines.native import PREFILL_TOKENS
+from minigrpo.engines.native import read_prompts
 from minigrpo.engines.sampling import draw
 from minigrpo.noise import name_key, uniform
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -273,7 +273,8 @@ class SlotEngine:
             self._made = made = None  # let go of the old one first
             self._made = made = self._make(kind, M, -(-P // ROUND) * ROUND or ROUND)
         state = made.whole
-        self._read(prompts, state)
+        if P:  # what stands in the slots behind is never seen
+            read_prompts(self.lean, prompts, self.lean.turns(P), state.shared)
         rows = torch.arange(len(state.row_B))
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
         state.stream_B[: M * n] = torch.tensor(streams)
@@ -294,18 +295,6 @@ class SlotEngine:
             return Recorded(step) if self.lean.device.type == "cuda" else step
 
         return Made(kind, State.empty(self.lean, prompts, n, shared=shared, own=longest), step_of)
-
-    def _read(self, prompts: Sequence[Rendered], state: State) -> None:
-        """Each prompt passes once. Slots behind it are never seen, so what stands there may stay."""
-        lean, P = self.lean, max(len(prompt.ids) for prompt in prompts) - 1
-        if not P:
-            return
-        padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
-        ids_MP, turn = torch.tensor(padded, device=lean.device), lean.turns(P)
-        at_once = max(1, PREFILL_TOKENS // P)
-        for start in range(0, len(prompts), at_once):
-            span = slice(start, min(start + at_once, len(prompts)))
-            lean.prefill(ids_MP[span], turn, state.shared[:, :, span, :, :P])
 
     def _completions(self, state: State, place: int, n: int) -> tuple[Completion, ...]:
         rows = slice(place * n, (place + 1) * n)
