@@ -65,6 +65,7 @@ def test_the_judge_tells_in_a_sentence_what_it_cannot_do(qwen: Any, tmp_path: Pa
             llama.logprobs([5] * 400, 0)
         assert llama.logprobs([5] * 4, 0).shape[0] == 4  # it goes on after that
         llama._process.kill()
+        llama._process.wait()  # so that its end of the pipe is closed for certain when it is asked
         with pytest.raises(ArtifactError, match=r"llama\.cpp ended with code -9"):
             llama.greedy([5], 1)
 

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +86,8 @@ class LlamaCpp:
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
-                stream.close()
+                with suppress(BrokenPipeError):  # it ended before it had read all that it was asked
+                    stream.close()
         self._process.kill()  # it holds nothing that could be lost
         self._process.wait()
 
