@@ -9,7 +9,7 @@ from conftest import LLAMA_LIKE
 from models import make_policy, rendered, set_lora
 
 from minigrpo.config import Recipe, RolloutKnobs
-from minigrpo.engines import native, open_engine, stop_ids
+from minigrpo.engines import caches, open_engine, stop_ids
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.sampling import draw
@@ -197,7 +197,7 @@ def test_each_prompt_passes_once_and_finished_rows_never_again() -> None:
 
 def test_the_cache_grows_past_its_first_slots_without_losing_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sampled(open_native(make_policy()))
-    monkeypatch.setattr(native, "FIRST_SLOTS", 3)
+    monkeypatch.setattr(caches, "FIRST_SLOTS", 3)
     assert sampled(open_native(make_policy())) == expected
 
 

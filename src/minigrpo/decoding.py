@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines import native, slots
-from minigrpo.engines.lean import Lean
+from minigrpo.engines import caches, native, slots
+from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.policy import Policy, decoder
 from minigrpo.shadow import held_by
@@ -60,49 +60,42 @@ def native_sampling(policy: Policy, wave: Wave, temperature: float, device: str)
         tally.peak = copies
         turn = lean.turns(wave.prompt + wave.completion)
         tally.phase = "reading prompts"
-        shared = _read(lean, wave, turn)
+        cache = _read(lean, wave, turn, device)
         tally.phase = "growing the cache"
-        own = _grown(lean, wave)
-        cache = own.untyped_storage().nbytes() + shared.untyped_storage().nbytes()
+        for t in _doublings(wave.completion):
+            cache.look(t)
+        held = tally.now - copies
         tally.phase = "drawing a token"
-        _decode(lean, wave, turn, (shared, own), temperature)
-    return Sampling(copies, cache, tally.peak - copies - cache, tally.peak_phase)
+        _decode(lean, wave, turn, cache, temperature)
+    return Sampling(copies, held, tally.peak - copies - held, tally.peak_phase)
 
 
-def _read(lean: Lean, wave: Wave, turn: Any) -> Tensor:
+def _read(lean: Lean, wave: Wave, turn: Turn, device: str) -> caches.Cache:
     P = wave.prompt - 1
     shared = torch.zeros(len(lean.layers), 2, wave.prompts, lean.kv_heads, P, lean.width, dtype=lean.dtype)
     if P:
         at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
         lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, shared[:, :, :at_once])
-    return shared
+    lengths_M = [P] * wave.prompts
+    form = caches.form_of(lean, lengths_M, wave.completions, wave.completion, device)
+    cache = form(lean, shared, lengths_M, wave.completions, wave.completion)
+    cache.seat(torch.arange(wave.rows))
+    return cache
 
 
-def _grown(lean: Lean, wave: Wave) -> Tensor:
-    """The rows' own cache grows by doubling: the last time, the old one is still there."""
-    slots = min(native.FIRST_SLOTS, wave.completion)
-    while slots < wave.completion and slots + min(slots, wave.completion - slots) < wave.completion:
-        slots *= 2
-    own = torch.empty(len(lean.layers), 2, wave.rows, lean.kv_heads, slots, lean.width, dtype=lean.dtype)
-    return torch.nn.functional.pad(own, (0, 0, 0, wave.completion - slots)) if slots < wave.completion else own
+def _doublings(completion: int) -> list[int]:
+    """Tokens at which the cache grows, and the last one."""
+    times = range(max(0, (completion - 1) // caches.FIRST_SLOTS).bit_length())
+    return [*(caches.FIRST_SLOTS << time for time in times), completion - 1]
 
 
-def _decode(lean: Lean, wave: Wave, turn: Any, caches: tuple[Tensor, Tensor], temperature: float) -> None:
+def _decode(lean: Lean, wave: Wave, turn: Turn, cache: caches.Cache, temperature: float) -> None:
     """Two tokens: while the second is decoded, the logits of the first are still held."""
-    B, P = wave.rows, wave.prompt - 1
-    state: Any = object.__new__(native._Wave)
-    state.lean, state.siblings = lean, wave.completions
-    state.shared, state.own = caches
-    state.place_M = torch.arange(wave.prompts)
-    state._grid_n = state.row_n = torch.arange(B)
-    state._shared_ok = torch.ones(B, P, dtype=torch.bool)
-    state._reach_n = torch.zeros(B, dtype=torch.long)
-    state.so_far = wave.completion - 1
-    feed_n = torch.zeros(B, dtype=torch.long)
+    place_n = torch.zeros(wave.rows, dtype=torch.long)
+    feed_n = torch.zeros(wave.rows, dtype=torch.long)
     for _ in range(2):
-        state._bias = {}
-        logits_nV = lean.decode(feed_n, turn.at(state._reach_n), state._attend)
-        feed_n, _ = draw(logits_nV, torch.zeros(B, dtype=torch.float64), temperature)
+        logits_nV = lean.decode(feed_n, turn.at(place_n), cache.attend)
+        feed_n, _ = draw(logits_nV, torch.zeros(wave.rows, dtype=torch.float64), temperature)
 
 
 def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:

@@ -1,10 +1,10 @@
 """The native engine: rollouts in the trainer's process, from the policy's own weights.
 
-Each prompt passes through the model once; its keys and values are shared by the G siblings, never copied. Rows that
-finish leave at once: the last active row moves into the gap, so what remains is always the front of the cache.
+Each prompt passes through the model once, for all its G siblings. Rows that finish leave at once: the last active row
+moves into the gap, so what remains is always the front of the cache (caches.py).
 
-Shapes: n active rows, M prompts in the cache, G siblings, P longest shared prompt, C own slots, H query heads,
-K key/value heads, R = H / K, D head width, L layers.
+Shapes: n active rows, B rows at first, M prompts, P longest shared prompt (without its last token), K key/value heads,
+D head width, L layers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.engines.caches import form_of
 from minigrpo.engines.context import check_room, context_of
-from minigrpo.engines.lean import Layer, Lean, Turn
+from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.noise import name_key, uniform
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -26,7 +27,8 @@ StopRule = Callable[[Tensor, Tensor, int], Tensor]
 
 PREFILL_TOKENS = 8192
 """Prompt tokens that pass through the model at once."""
-FIRST_SLOTS = 64
+DRAWS = 64
+"""Positions whose random numbers are made at once."""
 
 
 class NativeEngine:
@@ -99,28 +101,24 @@ class _Wave:
         device = lean.device
         M, B = len(prompts), len(prompts) * n
         self.prompts = M
-        shared_M = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)
-        self.shared_M = shared_M
-        self.turn = lean.turns(int(shared_M.max()) + sampling.max_tokens)
+        lengths_M = [len(prompt.ids) - 1 for prompt in prompts]
+        self.turn = lean.turns(max(lengths_M) + sampling.max_tokens)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
         self.stream_B = torch.tensor(streams, device=device)
         self.tokens_BC = torch.zeros(B, sampling.max_tokens, dtype=torch.long, device=device)
         self.logprobs_BC = torch.zeros(B, sampling.max_tokens, device=device)
-        self.lengths_B = torch.zeros(B, dtype=torch.long, device=device)
+        self.lengths_B = torch.full((B,), sampling.max_tokens, device=device)
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
-        # Slots 0 .. n - 1 are the active rows; slot i holds completion row_n[i].
+        # Slots 0 .. n - 1 are the active rows; slot i holds completion row_n[i], whose next token is at place_n[i].
         self.row_n = torch.arange(B, device=device)
         self.feed_n = torch.tensor([p.ids[-1] for p in prompts for _ in range(n)], device=device)
-        # The prompts that still have active rows, by their place in the shared cache.
-        self.place_M = torch.arange(M, device=device)
-        self.longest_window = max((layer.window or 0 for layer in lean.layers), default=0)
-        self.shared = self._prefill(prompts)
-        slots = min(FIRST_SLOTS, sampling.max_tokens)
-        shape = (len(lean.layers), 2, B, lean.kv_heads, slots, lean.width)
-        self.own = torch.empty(shape, dtype=lean.dtype, device=device)
+        self.place_n = torch.tensor(lengths_M, device=device).repeat_interleave(n)
+        form = form_of(lean, lengths_M, n, sampling.max_tokens, device.type)
+        self.cache = form(lean, self._prefill(prompts, max(lengths_M)), lengths_M, n, sampling.max_tokens)
+        self.cache.seat(self.row_n)
 
-    def _prefill(self, prompts: Sequence[Rendered]) -> Tensor:
-        lean, P = self.lean, int(self.shared_M.max())
+    def _prefill(self, prompts: Sequence[Rendered], P: int) -> Tensor:
+        lean = self.lean
         shape = (len(lean.layers), 2, len(prompts), lean.kv_heads, P, lean.width)
         shared = torch.zeros(shape, dtype=lean.dtype, device=lean.device)
         if P:
@@ -132,18 +130,18 @@ class _Wave:
         """Decode until every row has ended; `tell` hears of each prompt whose last row has."""
         open_M = [self.siblings] * self.prompts
         for so_far in range(self.sampling.max_tokens):
-            self._look(so_far)
-            logits_nV = self.lean.decode(self.feed_n, self._turn_now, self._attend)
-            uniform_n = uniform(self.stream_B[self.row_n] + so_far)
-            tokens_n, logprobs_n = draw(logits_nV, uniform_n, self.sampling.temperature)
+            self.cache.look(so_far)
+            logits_nV = self.lean.decode(self.feed_n, self.turn.at(self.place_n), self.cache.attend)
+            tokens_n, logprobs_n = draw(logits_nV, self._uniform(so_far), self.sampling.temperature)
             self.tokens_BC[self.row_n, so_far] = tokens_n
             self.logprobs_BC[self.row_n, so_far] = logprobs_n
-            self.lengths_B[self.row_n] = so_far + 1
             ended_n = stops(tokens_n, self.row_n, so_far + 1)
             self.feed_n = tokens_n
+            self.place_n += 1
             if bool(ended_n.any()):
                 ended = self.row_n[ended_n]
                 self.stopped_B[ended] = True
+                self.lengths_B[ended] = so_far + 1
                 self._drop(ended_n, so_far + 1)
                 for place in self._closed(ended, open_M) if tell else ():
                     tell(place)  # type: ignore[misc]
@@ -152,6 +150,13 @@ class _Wave:
         for place in [place for place, rows in enumerate(open_M) if rows] if tell else ():
             tell(place)  # type: ignore[misc]
 
+    def _uniform(self, so_far: int) -> Tensor:
+        """One number in [0, 1) for each active row, named by its stream and the position."""
+        if so_far % DRAWS == 0:
+            at_C1 = torch.arange(so_far, so_far + DRAWS, device=self.lean.device)[:, None]
+            self._uniform_CB = uniform(self.stream_B + at_C1)
+        return self._uniform_CB[so_far % DRAWS].index_select(0, self.row_n)
+
     def _closed(self, ended: Tensor, open_M: list[int]) -> list[int]:
         """Prompts that lost their last row just now; `open_M` counts rows that go on, by prompt."""
         places = [row // self.siblings for row in ended.tolist()]
@@ -159,73 +164,16 @@ class _Wave:
             open_M[place] -= 1
         return sorted({place for place in places if not open_M[place]})
 
-    def _look(self, so_far: int) -> None:
-        """What holds for this step in every layer: places, masks, room in the cache."""
-        if so_far == self.own.shape[4]:
-            room = min(so_far, self.sampling.max_tokens - so_far)
-            self.own = torch.nn.functional.pad(self.own[:, :, : len(self.row_n)], (0, 0, 0, room))
-        self.so_far = so_far
-        group_n = self.row_n // self.siblings
-        shared_n = self.shared_M[group_n]
-        self._turn_now: Turn = self.turn.at(shared_n + so_far)
-        # Where each row stands in the grid [prompts in the cache, G].
-        self._grid_n = torch.searchsorted(self.place_M, group_n) * self.siblings + self.row_n % self.siblings
-        at_P = torch.arange(self.shared.shape[4], device=self.lean.device)
-        self._shared_ok = at_P < shared_n[:, None]
-        self._reach_n = shared_n + so_far
-        self._bias: dict[int | None, Tensor] = {}
-
-    def _shared_bias(self, window: int | None) -> Tensor:
-        """[n, 1, 1, P + C]: 0 where a row may look, -inf where not: beyond its prompt, or out of its window."""
-        reaches_all = window is None or int(self.shared.shape[4]) + self.so_far < window
-        window = None if reaches_all else window
-        if window not in self._bias:
-            ok = torch.cat([self._shared_ok, self._shared_ok.new_ones(len(self.row_n), self.so_far + 1)], 1)
-            if window is not None:
-                P = self.shared.shape[4]
-                at = torch.arange(P + self.so_far + 1, device=self.lean.device)
-                key_place = torch.where(at < P, at, self._reach_n[:, None] - self.so_far + at - P)
-                ok &= self._reach_n[:, None] - key_place < window
-            self._bias[window] = torch.zeros(ok.shape, device=ok.device).masked_fill(~ok, -torch.inf)[:, None, None]
-        return self._bias[window]
-
-    def _attend(self, index: int, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries [n, H, D] over the shared prompt and the row's own tokens: [n, H * D]."""
-        n, t = len(query), self.so_far
-        own_key, own_value = self.own[index, 0, :n], self.own[index, 1, :n]
-        own_key[:, :, t], own_value[:, :, t] = key, value
-        query_nKRD = query.unflatten(1, (self.lean.kv_heads, -1)) * layer.scaling
-        own_scores = query_nKRD @ own_key[:, :, : t + 1].mT
-        shared_scores = self._from_grid(self._to_grid(query_nKRD) @ self.shared[index, 0].mT)
-        scores = torch.cat([shared_scores, own_scores], -1).float() + self._shared_bias(layer.window)
-        shared_probs, own_probs = scores.softmax(-1).to(query.dtype).split([self.shared.shape[4], t + 1], -1)
-        attended = own_probs @ own_value[:, :, : t + 1]
-        attended = attended + self._from_grid(self._to_grid(shared_probs) @ self.shared[index, 1])
-        return attended.flatten(1)
-
-    def _to_grid(self, x_nKRE: Tensor) -> Tensor:
-        """Rows beside their siblings: [n, K, R, E] -> [M, K, G * R, E], zeros where a sibling has ended."""
-        M, G = len(self.place_M), self.siblings
-        grid = x_nKRE.new_zeros(M * G, *x_nKRE.shape[1:]).index_copy_(0, self._grid_n, x_nKRE)
-        return grid.unflatten(0, (M, G)).transpose(1, 2).flatten(2, 3)
-
-    def _from_grid(self, grid_MKgE: Tensor) -> Tensor:
-        """The inverse of _to_grid."""
-        spread = grid_MKgE.unflatten(2, (self.siblings, -1)).transpose(1, 2).flatten(0, 1)
-        return spread.index_select(0, self._grid_n)
-
     def _drop(self, ended_n: Tensor, so_far: int) -> None:
-        """Ended rows leave: the last active rows move into their slots; prompts that nobody reads leave by halves."""
+        """Ended rows leave: the last active rows move into their slots."""
         n = int((~ended_n).sum())
         gaps, movers = ended_n[:n].nonzero()[:, 0], (~ended_n[n:]).nonzero()[:, 0] + n
-        self.own[:, :, gaps, :, :so_far] = self.own[:, :, movers, :, :so_far]
-        for rows in (self.row_n, self.feed_n):
+        self.cache.drop(gaps, movers, so_far)
+        for rows in (self.row_n, self.feed_n, self.place_n):
             rows[gaps] = rows[movers]
-        self.row_n, self.feed_n = self.row_n[:n], self.feed_n[:n]
-        alive_M = torch.unique(self.row_n // self.siblings)
-        if n and len(alive_M) <= len(self.place_M) // 2:
-            self.shared = self.shared[:, :, torch.searchsorted(self.place_M, alive_M)]
-            self.place_M = alive_M
+        self.row_n, self.feed_n, self.place_n = self.row_n[:n], self.feed_n[:n], self.place_n[:n]
+        if n:
+            self.cache.seat(self.row_n)
 
 
 def read_prompts(lean: Lean, prompts: Sequence[Rendered], turn: Turn, shared: Tensor) -> None:

@@ -22,7 +22,7 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     if temperature == 0:
         tokens_n = logits_nV.argmax(-1)
         return tokens_n, _at(logits_nV, tokens_n) - logits_nV.logsumexp(-1)
-    scaled_nV = logits_nV / temperature
+    scaled_nV = logits_nV if temperature == 1 else logits_nV / temperature
     peak_n1 = scaled_nV.amax(-1, True)
     mass_nV = torch.exp(scaled_nV - peak_n1)
     tokens_n, total_n = (_draw_flat if mass_nV.shape[1] <= BLOCK else _draw_blocked)(mass_nV, uniform_n)
