@@ -17,7 +17,7 @@ import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +107,7 @@ def spread(prompt: Prompt, text: str) -> Grade:
     return replace(grade, reward=grade.reward + reward)
 
 
+@lru_cache(maxsize=1)
 def _wordproblems() -> Task:
     from minigrpo.tasks import TASKS
 

@@ -24,6 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "packing",
             "attention",
             "split",
+            "causal",
+            "products",
             "noise",
             "render",
             "adapter",

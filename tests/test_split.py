@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from minigrpo import attention, split
+from minigrpo import attention, causal, split
 from minigrpo.packing import Layout
 
 UNEVEN = tuple(tuple(random.Random(7 * g + s).randint(1, 40) for s in range(5)) for g in range(3))
@@ -56,10 +56,39 @@ def test_a_window_wider_than_everything_is_none() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_completion_stands_in_one_bucket_and_wastes_less_than_a_third(layout: Layout) -> None:
+def test_every_completion_stands_in_one_bucket_and_wastes_less_than_half(layout: Layout) -> None:
     _, buckets = split.spots(layout.own_MG, torch.device("cpu"))
-    held = sum(b.rows * b.longest if b.places_n is None else len(b.places_n) for b in buckets)
-    assert held == sum(layout.own_B)
-    assert sum(b.rows for b in buckets) == len(layout.own_B)
-    for bucket in (b for b in buckets if b.longest > 8 and b.places_n is not None):
-        assert 3 * len(bucket.places_n) > 2 * bucket.rows * bucket.longest
+    assert sum(spot.rows for spot in buckets.spots) == len(layout.own_B)
+    tokens_N = torch.arange(sum(layout.own_B) + 1)[:, None]
+    laid = [spot.laid(tokens_N) for spot in buckets.spots]
+    torch.testing.assert_close(buckets.back(laid), tokens_N[:-1])
+    for spot, tokens in zip(buckets.spots, laid, strict=True):
+        if spot.longest > 8:
+            assert 2 * int((tokens < len(tokens_N) - 1).sum()) > spot.rows * spot.longest
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_both_kernels_say_the_same(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = attended(layout, 2)
+    monkeypatch.setattr(causal, "FEW", 0)
+    for few, fused in zip(held, attended(layout, 2), strict=True):
+        torch.testing.assert_close(few, fused, rtol=0, atol=1e-13)
+
+
+def test_both_kernels_say_the_same_in_sixteen_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = torch.Generator().manual_seed(0)
+    laid = torch.randn(5, 3, 4, 20, 16, generator=stream).bfloat16()
+    exact = causal.attend(laid[1:4].double(), 0.25)
+    gaps = []
+    for few in (causal.FEW, 0):
+        monkeypatch.setattr(causal, "FEW", few)
+        out, total = causal.attend(laid[1:4], 0.25)
+        back = causal.attend_back(torch.cat([laid[:1], out[None], laid[1:4]]), total, 0.25)
+        gaps.append([float((out - exact[0]).abs().max()), float((total - exact[1]).abs().max())])
+        results = [*gaps[-1], back]
+    assert max(gaps[0][0], gaps[1][0]) < 0.02
+    assert max(gaps[0][1], gaps[1][1]) < 0.02
+    monkeypatch.undo()
+    out, total = causal.attend(laid[1:4], 0.25)
+    ours = causal.attend_back(torch.cat([laid[:1], out[None], laid[1:4]]), total, 0.25)
+    torch.testing.assert_close(ours, results[2], rtol=0.05, atol=0.05)

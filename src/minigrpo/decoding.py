@@ -8,10 +8,8 @@ K key/value heads, D head width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from minigrpo.engines import caches, native, slots
 from minigrpo.engines.lean import Lean, Turn

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from minigrpo.noise import keep_mask, name_key
+from minigrpo.products import linear, outer
 
 
 class SeededDropout(nn.Module):
@@ -140,8 +140,8 @@ class _Folded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, folded_OI, A_RI, B_OR = ctx.saved_tensors
         slope_NO = gradients[0]
-        slope_OI = slope_NO.T @ x_NI
-        slope_NI = slope_NO @ folded_OI if ctx.needs_input_grad[0] else None
+        slope_OI = outer(slope_NO, x_NI)
+        slope_NI = linear(slope_NO, folded_OI.T) if ctx.needs_input_grad[0] else None
         return slope_NI, (B_OR.T @ slope_OI).mul_(ctx.scale), (slope_OI @ A_RI.T).mul_(ctx.scale), None
 
 
@@ -164,7 +164,7 @@ class _Narrow(torch.autograd.Function):
         slope_NR = slope_NO @ B
         slope_NI = None
         if ctx.needs_input_grad[0]:
-            slope_NI = slope_NO @ weight_of(beside.base)
+            slope_NI = linear(slope_NO, weight_of(beside.base).T)
             slope_NI = slope_NI.addmm_(slope_NR, A) if keep_NI is None else slope_NI.add_((slope_NR @ A).mul_(keep_NI))
         slope_A = (slope_NR.T @ _dropped(x_NI, keep_NI)).to(A_RI.dtype)
         slope_B = (slope_NO.T @ thin_NR).to(B_OR.dtype).mul_(beside.scale)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigrpo.products import linear
+
 CHUNK_ENTRIES = 8 << 20
 """Logits held at a time: 32 MB in float32."""
 
@@ -46,7 +48,7 @@ class HeadCall:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V] at this temperature, in float32 at least."""
-        logits_nV = nn.functional.linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        logits_nV = linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
         logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
         if self.cap is not None:
             logits_nV = torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
@@ -55,7 +57,7 @@ class HeadCall:
 
     def to_hidden(self, slope_nV: Tensor, hidden_nD: Tensor) -> Tensor:
         """d / d logits -> d / d hidden, where there is no cap."""
-        direction_nD = slope_nV.to(self.weight_VD.dtype) @ self.weight_VD
+        direction_nD = linear(slope_nV.to(self.weight_VD.dtype), self.weight_VD.T)
         return direction_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
 
 

@@ -7,17 +7,21 @@ not stretch all others. For the backward pass each part is told the joined outpu
 then returns is exactly its part of the gradient.
 
 Shapes: N completion tokens, M groups, H query heads, K key/value heads, R = H / K, D head width, P longest shared
-prompt, Q most completion tokens of a group, b completions of a bucket, c the longest of them.
+prompt, Q most completion tokens of a group, b completions of a bucket, c the longest of them, S slots of a rectangle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from minigrpo import causal
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -25,57 +29,84 @@ _flash_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwar
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Tokens in a rectangle [rows, longest]: which of the N they are, and where they stand. None: all, in order."""
+    """Stretches of tokens in a rectangle [rows, longest]. `tokens_S`: who stands where, N where nobody does; None: all
+    of the N, in order. `places_N`: where the tokens stand.
+    """
 
     rows: int
     longest: int
-    tokens_n: Tensor | None
-    places_n: Tensor | None
+    tokens_S: Tensor | None
+    places_N: Tensor | None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], chosen: list[int], device: torch.device) -> Spot:
         """The stretches `chosen` of those that stand one after the other."""
         longest = max(lengths[i] for i in chosen)
-        whole = chosen == list(range(len(lengths)))
-        if whole and min(lengths) == longest:
+        if chosen == list(range(len(lengths))) and min(lengths) == longest:
             return cls(len(chosen), longest, None, None)
-        starts = [sum(lengths[:i]) for i in chosen]
-        tokens = [start + n for start, i in zip(starts, chosen, strict=True) for n in range(lengths[i])]
-        places = [row * longest + n for row, i in enumerate(chosen) for n in range(lengths[i])]
-        kept = None if whole else torch.tensor(tokens, device=device)
-        return cls(len(chosen), longest, kept, torch.tensor(places, device=device))
+        tokens = _rectangle(lengths, chosen)
+        places = [slot for slot, token in enumerate(tokens) if token < sum(lengths)]
+        return cls(len(chosen), longest, torch.tensor(tokens, device=device), torch.tensor(places, device=device))
 
-    def laid(self, x_NHD: Tensor) -> Tensor:
-        """[N, H, ...] -> [rows, longest, H, ...], zeros behind."""
-        if self.places_n is not None:
-            x_nHD = x_NHD if self.tokens_n is None else x_NHD.index_select(0, self.tokens_n)
-            grid = x_NHD.new_zeros(self.rows * self.longest, *x_NHD.shape[1:])
-            x_NHD = grid.index_copy_(0, self.places_n, x_nHD)
-        return x_NHD.unflatten(0, (self.rows, self.longest))
+    def laid(self, x_N: Tensor) -> Tensor:
+        """[N + 1, ...], nothing but zeros in the last, -> [rows, longest, ...]."""
+        x_S = x_N[:-1] if self.tokens_S is None else x_N.index_select(0, self.tokens_S)
+        return x_S.unflatten(0, (self.rows, self.longest))
 
-    def put(self, x_bcHD: Tensor, into_NHD: Tensor) -> None:
-        """The way back."""
-        x_nHD = x_bcHD.flatten(0, 1)
-        x_nHD = x_nHD if self.places_n is None else x_nHD.index_select(0, self.places_n)
-        if self.tokens_n is None:
-            into_NHD.copy_(x_nHD)
-        else:
-            into_NHD.index_copy_(0, self.tokens_n, x_nHD)
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Completions of like length side by side. `back_N`: where each token stands among all slots of all buckets."""
+
+    spots: tuple[Spot, ...]
+    back_N: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Buckets:
+        """In each, the shortest has more than half of the longest."""
+        left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        chosen: list[list[int]] = []
+        while left:
+            longest = lengths[left[0]]
+            alike = [i for i in left if 2 * lengths[i] > longest or longest <= 8]
+            chosen.append(sorted(alike))
+            left = left[len(alike) :]
+        spots = tuple(Spot.of(lengths, each, device) for each in chosen)
+        if spots[0].tokens_S is None:
+            return cls(spots, None)
+        slots = [token for each in chosen for token in _rectangle(lengths, each)]
+        where = {token: slot for slot, token in enumerate(slots)}
+        return cls(spots, torch.tensor([where[token] for token in range(sum(lengths))], device=device))
+
+    def back(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of each bucket [rows, longest, ...] -> [N, ...]."""
+        x_S = torch.cat([part.flatten(0, 1) for part in parts])
+        return x_S if self.back_N is None else x_S.index_select(0, self.back_N)
+
+
+def _rectangle(lengths: tuple[int, ...], chosen: list[int]) -> list[int]:
+    """Who stands where in [chosen, longest] of the stretches that stand one after the other; N: nobody."""
+    ends, N = list(accumulate(lengths)), sum(lengths)
+    longest = max(lengths[i] for i in chosen)
+    return [ends[i] - lengths[i] + n if n < lengths[i] else N for i in chosen for n in range(longest)]
+
+
+def beside(*parts: Tensor) -> Tensor:
+    """[N, H, D] each -> [N + 1, parts, H, D], and a row of zeros behind."""
+    N = len(parts[0])
+    together = parts[0].new_empty(N + 1, len(parts), *parts[0].shape[1:])
+    for place, part in enumerate(parts):
+        together[:N, place] = part
+    together[N] = 0
+    return together
 
 
 @lru_cache(maxsize=4)
-def spots(own_MG: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Spot, tuple[Spot, ...]]:
-    """The groups, and the buckets of completions: in each, the shortest has more than two thirds of the longest."""
-    own_B = tuple(n for own_G in own_MG for n in own_G)
-    left = sorted(range(len(own_B)), key=lambda i: -own_B[i])
-    buckets = []
-    while left:
-        longest = own_B[left[0]]
-        alike = [i for i in left if 3 * own_B[i] > 2 * longest or longest <= 8]
-        left = left[len(alike) :]
-        buckets.append(Spot.of(own_B, sorted(alike), device))
+def spots(own_MG: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Spot, Buckets]:
+    """The groups, and the buckets of completions."""
     groups = tuple(map(sum, own_MG))
-    return Spot.of(groups, list(range(len(groups))), device), tuple(buckets)
+    own_B = tuple(n for own_G in own_MG for n in own_G)
+    return Spot.of(groups, list(range(len(groups))), device), Buckets.of(own_B, device)
 
 
 @lru_cache(maxsize=4)
@@ -92,18 +123,20 @@ def prompt_bias(shared_M: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 @dataclass(frozen=True, slots=True)
 class Call:
     group: Spot
-    buckets: tuple[Spot, ...]
+    buckets: Buckets
     bias: Tensor | None
     scale: float
 
-    def to_prompt(self, x_NHD: Tensor, kv_heads: int) -> Tensor:
-        """[N, H, D] -> [M, K, R * Q, D]: the heads that share a key stand one after the other."""
-        x_MQKRD = self.group.laid(x_NHD).unflatten(2, (kv_heads, -1))
-        return x_MQKRD.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    def to_prompt(self, x_N: Tensor, kv_heads: int) -> Tensor:
+        """[N + 1, parts, H, D] -> [parts, M, K, R * Q, D]: the heads that share a key stand one after the other."""
+        x_MQpKRD = self.group.laid(x_N).unflatten(3, (kv_heads, -1))
+        return x_MQpKRD.permute(2, 0, 3, 4, 1, 5).flatten(3, 4)
 
-    def from_prompt(self, x_MKqD: Tensor, into_NHD: Tensor) -> None:
+    def from_prompt(self, x_MKqD: Tensor) -> Tensor:
+        """[M, K, R * Q, D] -> [N, H, D]."""
         x_MKRQD = x_MKqD.unflatten(2, (-1, self.group.longest))
-        self.group.put(x_MKRQD.permute(0, 3, 1, 2, 4).flatten(2, 3), into_NHD)
+        x_SHD = x_MKRQD.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        return x_SHD if self.group.places_N is None else x_SHD.index_select(0, self.group.places_N)
 
     def mask(self, query: Tensor) -> dict[str, Any]:
         bias = None if self.bias is None else self.bias.expand(-1, 1, query.shape[2], -1)
@@ -116,23 +149,22 @@ def split_attention(query_NHD: Tensor, own: tuple[Tensor, Tensor], shared: tuple
     return out_NHD
 
 
+def _heads_first(laid: Tensor) -> Tensor:
+    """[b, c, parts, H, D] -> [parts, b, H, c, D], in one piece."""
+    return laid.permute(2, 0, 3, 1, 4).contiguous()
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, call = given
-        N, H, _ = query_NHD.shape
-        outs = [torch.empty_like(query_NHD) for _ in range(2)]
-        wide = torch.promote_types(query_NHD.dtype, torch.float32)
-        sums = [query_NHD.new_empty(N, H, 1, dtype=wide) for _ in range(2)]
-        rows = call.to_prompt(query_NHD, key_MKPD.shape[1])
+        together = beside(query_NHD, key_NHD, value_NHD)
+        (rows,) = call.to_prompt(together[:, :1], key_MKPD.shape[1])
         out, total = _flash(rows, key_MKPD, value_MKPD, 0.0, False, **call.mask(rows))
-        call.from_prompt(out, outs[0])
-        call.from_prompt(total.unsqueeze(-1), sums[0])
-        for spot in call.buckets:
-            laid = [spot.laid(x).transpose(1, 2) for x in (query_NHD, key_NHD, value_NHD)]
-            out, total = _flash(*laid, 0.0, True, scale=call.scale)
-            spot.put(out.transpose(1, 2), outs[1])
-            spot.put(total.unsqueeze(-1).transpose(1, 2), sums[1])
+        outs, sums = [call.from_prompt(out)], [call.from_prompt(total.unsqueeze(-1))]
+        own = [causal.attend(_heads_first(spot.laid(together)), call.scale) for spot in call.buckets.spots]
+        outs.append(call.buckets.back([out.transpose(1, 2) for out, _ in own]))
+        sums.append(call.buckets.back([total.transpose(1, 2).unsqueeze(-1) for _, total in own]))
         sum_NH1 = torch.logaddexp(*sums)
         out_NHD = (outs[0] * (sums[0] - sum_NH1).exp_() + outs[1] * (sums[1] - sum_NH1).exp_()).to(query_NHD.dtype)
         ctx.save_for_backward(query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, out_NHD, sum_NH1)
@@ -142,17 +174,16 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, out_NHD, sum_NH1 = ctx.saved_tensors
-        call, slope_NHD, kv_heads = ctx.call, gradients[0], key_MKPD.shape[1]
-        rows, slope, out = (call.to_prompt(x, kv_heads) for x in (query_NHD, slope_NHD, out_NHD))
-        total = call.to_prompt(sum_NH1, kv_heads)[..., 0]
+        call, kv_heads = ctx.call, key_MKPD.shape[1]
+        together, total_N = beside(gradients[0], out_NHD, query_NHD, key_NHD, value_NHD), beside(sum_NH1)
+        slope, out, rows = call.to_prompt(together[:, :3], kv_heads)
+        total = call.to_prompt(total_N, kv_heads)[0, ..., 0]
         slope_rows, slope_key_M, slope_value_M = _flash_back(
             slope, rows, key_MKPD, value_MKPD, out, total, 0.0, False, **call.mask(rows)
         )
-        slopes = [torch.empty_like(query_NHD) for _ in range(4)]
-        call.from_prompt(slope_rows, slopes[3])
-        for spot in call.buckets:
-            laid = [spot.laid(x).transpose(1, 2) for x in (slope_NHD, query_NHD, key_NHD, value_NHD, out_NHD, sum_NH1)]
-            own = _flash_back(*laid[:5], laid[5][..., 0], 0.0, True, scale=call.scale)
-            for part, into in zip(own, slopes, strict=False):
-                spot.put(part.transpose(1, 2), into)
-        return slopes[0].add_(slopes[3]), slopes[1], slopes[2], slope_key_M, slope_value_M, None
+        own = []
+        for spot in call.buckets.spots:
+            total = spot.laid(total_N)[:, :, 0, :, 0].transpose(1, 2)
+            own.append(causal.attend_back(_heads_first(spot.laid(together)), total, call.scale).permute(1, 3, 0, 2, 4))
+        slope_query, slope_key, slope_value = call.buckets.back(own).unbind(1)
+        return slope_query + call.from_prompt(slope_rows), slope_key, slope_value, slope_key_M, slope_value_M, None

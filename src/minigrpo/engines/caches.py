@@ -94,7 +94,9 @@ class OwnPrompts:
 
     def drop(self, gaps: Tensor, movers: Tensor, t: int) -> None:
         K, end = self.lean.kv_heads, self.P + t
-        keys, values, bias = (x.unflatten(dim, (-1, K)) for x, dim in ((self.keys, 1), (self.values, 1), (self.bias, 0)))
+        keys, values, bias = (
+            x.unflatten(dim, (-1, K)) for x, dim in ((self.keys, 1), (self.values, 1), (self.bias, 0))
+        )
         keys[:, gaps, :, :, :end] = keys[:, movers, :, :, :end]
         values[:, gaps, :, :end] = values[:, movers, :, :end]
         bias[gaps] = bias[movers]

@@ -1,0 +1,47 @@
+"""Both libraries' products are one product, whatever way their operands lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minigrpo import products
+from minigrpo.products import linear, outer
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "by_onednn", lambda: request.param)
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("rows", [1, 31, 32, 100])
+def test_a_layer_is_its_product(rows: int) -> None:
+    stream = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=stream) for shape in ((2, rows, 24), (40, 24), (40,)))
+    exact = x.double() @ weight.double().T
+    for given, expected in ((None, exact), (bias, exact + bias)):
+        torch.testing.assert_close(linear(x, weight, given).double(), expected, rtol=0, atol=1e-4)
+    back = linear(exact[0].float(), weight.T)  # a weight that lies the other way
+    torch.testing.assert_close(back.double(), exact[0].float().double() @ weight.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 64), (64, 40), (48, 48)])
+def test_the_gradient_of_a_weight_is_summed_over_the_rows(outputs: int, inputs: int) -> None:
+    stream = torch.Generator().manual_seed(0)
+    slope, x = torch.randn(100, outputs, generator=stream), torch.randn(100, inputs, generator=stream)
+    found = outer(slope, x)
+    assert found.shape == (outputs, inputs)
+    torch.testing.assert_close(found.double(), slope.double().T @ x.double(), rtol=0, atol=1e-4)
+
+
+def test_other_types_and_few_rows_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError("not for this product")
+
+    monkeypatch.setattr(products, "by_onednn", refuse)
+    for dtype, rows in ((torch.float64, 100), (torch.bfloat16, 100), (torch.float32, 31)):
+        assert linear(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)).shape == (rows, 4)
