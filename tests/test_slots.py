@@ -23,6 +23,7 @@ PROMPTS = (1, 40, 23, 7, 12)
 
 
 def both(policy: Policy, rows: int = 256) -> tuple[NativeEngine, SlotEngine]:
+    """In float64: the two sum in different order, and among some thousand draws rounding in float32 may turn one."""
     return NativeEngine(policy, stop_ids=STOPS, rows=rows), SlotEngine(policy, stop_ids=STOPS, rows=rows)
 
 
@@ -33,26 +34,26 @@ def said(engine: Engine, prompts: list[Rendered], heat: float = 0.9, seed: int =
 
 @pytest.mark.parametrize("arch", LLAMA_LIKE)
 def test_both_engines_say_the_same(arch: str) -> None:
-    native, fixed = both(make_policy(arch))
+    native, fixed = both(make_policy(arch, double=True))
     assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
 
 
 @pytest.mark.parametrize("window", [8, 30])
 def test_sliding_windows_reach_as_far(window: int) -> None:
-    native, fixed = both(make_policy("mistral", sliding_window=window))
+    native, fixed = both(make_policy("mistral", sliding_window=window, double=True))
     assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
 
 
 @pytest.mark.parametrize(("look", "first", "multiple"), [(1, 2, 3), (7, 16, 64), (100, 64, 1)])
 def test_no_shape_changes_a_token(monkeypatch: pytest.MonkeyPatch, look: int, first: int, multiple: int) -> None:
-    native, fixed = both(make_policy())
+    native, fixed = both(make_policy(double=True))
     for name, value in {"LOOK": look, "FIRST": first, "ROUND": multiple}.items():
         monkeypatch.setattr(slots, name, value)
     assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
 
 
 def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() -> None:
-    native, fixed = both(make_policy())
+    native, fixed = both(make_policy(double=True))
     calls = [(PROMPTS, 7), ((5, 2), 8), ((33,), 9), (PROMPTS, 10), ((90, 3), 11)]
     states = []
     for lengths, seed in calls:
@@ -65,7 +66,7 @@ def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() ->
 
 def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "LOOK", 4)
-    native, fixed = both(make_policy())
+    native, fixed = both(make_policy(double=True))
     assert said(fixed, rendered(PROMPTS), n=1) == said(native, rendered(PROMPTS), n=1)
     assert fixed._made is not None
     assert max(fixed._made._sizes) == 5

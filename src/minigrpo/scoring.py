@@ -53,7 +53,8 @@ class HeadCall:
         if self.cap is not None:
             logits_nV = torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
             return logits_nV
-        return logits_nV * (self.scale / self.temperature)
+        factor = self.scale / self.temperature
+        return logits_nV if factor == 1 else logits_nV * factor
 
     def to_hidden(self, slope_nV: Tensor, hidden_nD: Tensor) -> Tensor:
         """d / d logits -> d / d hidden, where there is no cap."""
@@ -136,9 +137,12 @@ class _FrozenChunk(torch.autograd.Function):
 
 def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs_n, entropy_n and the probabilities."""
-    normaliser_n = logits_nV.logsumexp(-1)
+    peak_n1 = logits_nV.amax(-1, True)
+    probs_nV = (logits_nV - peak_n1).exp_()
+    sum_n1 = probs_nV.sum(-1, True)
+    probs_nV /= sum_n1
+    normaliser_n = (peak_n1 + sum_n1.log())[:, 0]
     logprobs_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - normaliser_n
-    probs_nV = torch.exp(logits_nV - normaliser_n[:, None])
     return logprobs_n, normaliser_n - torch.linalg.vecdot(probs_nV, logits_nV), probs_nV
 
 

@@ -94,12 +94,12 @@ class OwnPrompts:
 
     def drop(self, gaps: Tensor, movers: Tensor, t: int) -> None:
         K, end = self.lean.kv_heads, self.P + t
-        keys, values, bias = (
-            x.unflatten(dim, (-1, K)) for x, dim in ((self.keys, 1), (self.values, 1), (self.bias, 0))
-        )
-        keys[:, gaps, :, :, :end] = keys[:, movers, :, :, :end]
-        values[:, gaps, :, :end] = values[:, movers, :, :end]
-        bias[gaps] = bias[movers]
+        # One by one: as a rule few leave at once, and an indexed copy is dear.
+        for gap, mover in zip((gaps * K).tolist(), (movers * K).tolist(), strict=True):
+            to, of = slice(gap, gap + K), slice(mover, mover + K)
+            self.keys[:, to, :, :end] = self.keys[:, of, :, :end]
+            self.values[:, to, :end] = self.values[:, of, :end]
+            self.bias[to] = self.bias[of]
 
 
 class SharedPrompts:

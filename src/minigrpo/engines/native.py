@@ -80,9 +80,9 @@ class NativeEngine:
         rows = slice(first * n, end * n)
         lengths = wave.lengths_B[rows].tolist()
         longest = max(lengths)
-        ids = [row[:length] for row, length in zip(wave.tokens_BC[rows, :longest].tolist(), lengths, strict=True)]
+        ids = [row[:length] for row, length in zip(wave.tokens_CB[:longest, rows].T.tolist(), lengths, strict=True)]
         logprobs = [
-            row[:length] for row, length in zip(wave.logprobs_BC[rows, :longest].tolist(), lengths, strict=True)
+            row[:length] for row, length in zip(wave.logprobs_CB[:longest, rows].T.tolist(), lengths, strict=True)
         ]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         stopped = wave.stopped_B[rows].tolist()
@@ -105,8 +105,8 @@ class _Wave:
         self.turn = lean.turns(max(lengths_M) + sampling.max_tokens)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
         self.stream_B = torch.tensor(streams, device=device)
-        self.tokens_BC = torch.zeros(B, sampling.max_tokens, dtype=torch.long, device=device)
-        self.logprobs_BC = torch.zeros(B, sampling.max_tokens, device=device)
+        self.tokens_CB = torch.zeros(sampling.max_tokens, B, dtype=torch.long, device=device)
+        self.logprobs_CB = torch.zeros(sampling.max_tokens, B, device=device)
         self.lengths_B = torch.full((B,), sampling.max_tokens, device=device)
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
         # Slots 0 .. n - 1 are the active rows; slot i holds completion row_n[i], whose next token is at place_n[i].
@@ -133,8 +133,8 @@ class _Wave:
             self.cache.look(so_far)
             logits_nV = self.lean.decode(self.feed_n, self.turn.at(self.place_n), self.cache.attend)
             tokens_n, logprobs_n = draw(logits_nV, self._uniform(so_far), self.sampling.temperature)
-            self.tokens_BC[self.row_n, so_far] = tokens_n
-            self.logprobs_BC[self.row_n, so_far] = logprobs_n
+            self.tokens_CB[so_far].index_copy_(0, self.row_n, tokens_n)
+            self.logprobs_CB[so_far].index_copy_(0, self.row_n, logprobs_n)
             ended_n = stops(tokens_n, self.row_n, so_far + 1)
             self.feed_n = tokens_n
             self.place_n += 1
