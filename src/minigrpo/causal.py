@@ -5,7 +5,7 @@ of a call fit into the processor's cache, two batched products are several times
 model's completions are that short beside one another. Both kernels report the logarithm of each row's sum of
 exponentials, and take it back for the gradient, so what they return can be joined with the attention over other keys.
 
-Shapes: b sequences, c tokens of each, H heads, D head width.
+Shapes: H heads, b sequences, c tokens of each, D head width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _flash_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwar
 
 
 def attend(laid: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Queries, keys and values [3, b, H, c, D] -> [b, H, c, D], and the logarithms of the sums [b, H, c]."""
+    """Queries, keys and values [3, H, b, c, D] -> [H, b, c, D], and the logarithms of the sums [H, b, c]."""
     if not _few(laid):
         out, total = _flash(*laid, 0.0, True, scale=scale)
         return out, total
@@ -36,8 +36,8 @@ def attend(laid: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def attend_back(laid: Tensor, total: Tensor, scale: float) -> Tensor:
-    """Slopes of outputs, outputs, queries, keys and values [5, b, H, c, D] -> slopes of queries, keys and values
-    [3, b, H, c, D]. Outputs and `total` [b, H, c] may be those of an attention over more keys than these.
+    """Slopes of outputs, outputs, queries, keys and values [5, H, b, c, D] -> slopes of queries, keys and values
+    [3, H, b, c, D]. Outputs and `total` [H, b, c] may be those of an attention over more keys than these.
     """
     slope, out, query, key, value = laid
     if not _few(laid):
@@ -55,17 +55,17 @@ def attend_back(laid: Tensor, total: Tensor, scale: float) -> Tensor:
 
 
 def _few(laid: Tensor) -> bool:
-    _, b, H, c, _ = laid.shape
-    return 4 * b * H * c * c <= FEW
+    _, H, b, c, _ = laid.shape
+    return 4 * H * b * c * c <= FEW
 
 
 def _flat(laid: Tensor) -> tuple[Tensor, ...]:
-    """[k, b, H, c, D] -> k times [b * H, c, D]."""
+    """[k, H, b, c, D] -> k times [H * b, c, D]."""
     return laid.flatten(1, 2).unbind()
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[b * H, c, c], in float32 at least; -inf where a key is ahead of its query."""
+    """[H * b, c, c], in float32 at least; -inf where a key is ahead of its query."""
     wide = torch.promote_types(query.dtype, torch.float32)
     ahead = _ahead(query.shape[1], wide, query.device)
     if query.dtype == wide:

@@ -49,9 +49,9 @@ class Spot:
         return cls(len(chosen), longest, torch.tensor(tokens, device=device), torch.tensor(places, device=device))
 
     def laid(self, x_N: Tensor) -> Tensor:
-        """[N + 1, ...], nothing but zeros in the last, -> [rows, longest, ...]."""
-        x_S = x_N[:-1] if self.tokens_S is None else x_N.index_select(0, self.tokens_S)
-        return x_S.unflatten(0, (self.rows, self.longest))
+        """[parts, H, N + 1, D], nothing but zeros in the last, -> [parts, H, rows, longest, D]."""
+        x_S = x_N[:, :, :-1] if self.tokens_S is None else x_N.index_select(2, self.tokens_S)
+        return x_S.unflatten(2, (self.rows, self.longest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Buckets:
         return cls(spots, torch.tensor([where[token] for token in range(sum(lengths))], device=device))
 
     def back(self, parts: Sequence[Tensor]) -> Tensor:
-        """Of each bucket [rows, longest, ...] -> [N, ...]."""
-        x_S = torch.cat([part.flatten(0, 1) for part in parts])
-        return x_S if self.back_N is None else x_S.index_select(0, self.back_N)
+        """Of each bucket [..., rows, longest, D] -> [..., N, D]."""
+        x_S = torch.cat([part.flatten(-3, -2) for part in parts], -2)
+        return x_S if self.back_N is None else x_S.index_select(x_S.ndim - 2, self.back_N)
 
 
 def _rectangle(lengths: tuple[int, ...], chosen: list[int]) -> list[int]:
@@ -92,12 +92,12 @@ def _rectangle(lengths: tuple[int, ...], chosen: list[int]) -> list[int]:
 
 
 def beside(*parts: Tensor) -> Tensor:
-    """[N, H, D] each -> [N + 1, parts, H, D], and a row of zeros behind."""
-    N = len(parts[0])
-    together = parts[0].new_empty(N + 1, len(parts), *parts[0].shape[1:])
+    """[N, H, D] each -> [parts, H, N + 1, D]: heads first, as products want them, and a row of zeros behind."""
+    N, H, D = parts[0].shape
+    together = parts[0].new_empty(len(parts), H, N + 1, D)
     for place, part in enumerate(parts):
-        together[:N, place] = part
-    together[N] = 0
+        together[place, :, :N] = part.transpose(0, 1)
+    together[:, :, N] = 0
     return together
 
 
@@ -128,15 +128,15 @@ class Call:
     scale: float
 
     def to_prompt(self, x_N: Tensor, kv_heads: int) -> Tensor:
-        """[N + 1, parts, H, D] -> [parts, M, K, R * Q, D]: the heads that share a key stand one after the other."""
-        x_MQpKRD = self.group.laid(x_N).unflatten(3, (kv_heads, -1))
-        return x_MQpKRD.permute(2, 0, 3, 4, 1, 5).flatten(3, 4)
+        """[parts, H, N + 1, D] -> [parts, M, K, R * Q, D]: the heads that share a key stand one after the other."""
+        x_pKRMQD = self.group.laid(x_N).unflatten(1, (kv_heads, -1))
+        return x_pKRMQD.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
     def from_prompt(self, x_MKqD: Tensor) -> Tensor:
-        """[M, K, R * Q, D] -> [N, H, D]."""
+        """[M, K, R * Q, D] -> [H, N, D]."""
         x_MKRQD = x_MKqD.unflatten(2, (-1, self.group.longest))
-        x_SHD = x_MKRQD.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-        return x_SHD if self.group.places_N is None else x_SHD.index_select(0, self.group.places_N)
+        x_HSD = x_MKRQD.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1, 2)
+        return x_HSD if self.group.places_N is None else x_HSD.index_select(1, self.group.places_N)
 
     def mask(self, query: Tensor) -> dict[str, Any]:
         bias = None if self.bias is None else self.bias.expand(-1, 1, query.shape[2], -1)
@@ -149,24 +149,20 @@ def split_attention(query_NHD: Tensor, own: tuple[Tensor, Tensor], shared: tuple
     return out_NHD
 
 
-def _heads_first(laid: Tensor) -> Tensor:
-    """[b, c, parts, H, D] -> [parts, b, H, c, D], in one piece."""
-    return laid.permute(2, 0, 3, 1, 4).contiguous()
-
-
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, call = given
         together = beside(query_NHD, key_NHD, value_NHD)
-        (rows,) = call.to_prompt(together[:, :1], key_MKPD.shape[1])
+        (rows,) = call.to_prompt(together[:1], key_MKPD.shape[1])
         out, total = _flash(rows, key_MKPD, value_MKPD, 0.0, False, **call.mask(rows))
         outs, sums = [call.from_prompt(out)], [call.from_prompt(total.unsqueeze(-1))]
-        own = [causal.attend(_heads_first(spot.laid(together)), call.scale) for spot in call.buckets.spots]
-        outs.append(call.buckets.back([out.transpose(1, 2) for out, _ in own]))
-        sums.append(call.buckets.back([total.transpose(1, 2).unsqueeze(-1) for _, total in own]))
-        sum_NH1 = torch.logaddexp(*sums)
-        out_NHD = (outs[0] * (sums[0] - sum_NH1).exp_() + outs[1] * (sums[1] - sum_NH1).exp_()).to(query_NHD.dtype)
+        own = [causal.attend(spot.laid(together), call.scale) for spot in call.buckets.spots]
+        outs.append(call.buckets.back([out for out, _ in own]))
+        sums.append(call.buckets.back([total.unsqueeze(-1) for _, total in own]))
+        sum_HN1 = torch.logaddexp(*sums)
+        out_HND = (outs[0] * (sums[0] - sum_HN1).exp_() + outs[1] * (sums[1] - sum_HN1).exp_()).to(query_NHD.dtype)
+        out_NHD, sum_NH1 = out_HND.transpose(0, 1), sum_HN1.transpose(0, 1)
         ctx.save_for_backward(query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, out_NHD, sum_NH1)
         ctx.call = call
         return out_NHD
@@ -176,14 +172,16 @@ class _Split(torch.autograd.Function):
         query_NHD, key_NHD, value_NHD, key_MKPD, value_MKPD, out_NHD, sum_NH1 = ctx.saved_tensors
         call, kv_heads = ctx.call, key_MKPD.shape[1]
         together, total_N = beside(gradients[0], out_NHD, query_NHD, key_NHD, value_NHD), beside(sum_NH1)
-        slope, out, rows = call.to_prompt(together[:, :3], kv_heads)
+        slope, out, rows = call.to_prompt(together[:3], kv_heads)
         total = call.to_prompt(total_N, kv_heads)[0, ..., 0]
         slope_rows, slope_key_M, slope_value_M = _flash_back(
             slope, rows, key_MKPD, value_MKPD, out, total, 0.0, False, **call.mask(rows)
         )
-        own = []
-        for spot in call.buckets.spots:
-            total = spot.laid(total_N)[:, :, 0, :, 0].transpose(1, 2)
-            own.append(causal.attend_back(_heads_first(spot.laid(together)), total, call.scale).permute(1, 3, 0, 2, 4))
-        slope_query, slope_key, slope_value = call.buckets.back(own).unbind(1)
-        return slope_query + call.from_prompt(slope_rows), slope_key, slope_value, slope_key_M, slope_value_M, None
+        own = [
+            causal.attend_back(spot.laid(together), spot.laid(total_N)[0, ..., 0], call.scale)
+            for spot in call.buckets.spots
+        ]
+        slopes = call.buckets.back(own)
+        slopes[0] += call.from_prompt(slope_rows)
+        slope_query, slope_key, slope_value = slopes.transpose(1, 2)
+        return slope_query, slope_key, slope_value, slope_key_M, slope_value_M, None
