@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -63,27 +62,6 @@ def now(device: str = "cpu") -> float:
 
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def reset_peak(device: str = "cpu") -> None:
-    """From here on, the peak of this process counts anew (Linux; elsewhere it keeps counting from the start)."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    # Not Linux, or a container that forbids it: `peak_bytes` is then the peak since the process began.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: str = "cpu") -> int:
-    """Largest memory in use since the last reset, the GPU's where it works there. Not ru_maxrss: it cannot be reset."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    found = re.search(r"VmHWM:\s*(\d+)", _read("/proc/self/status"))
-    return int(found[1]) * 1024 if found else 0
 
 
 def _read(path: str) -> str:

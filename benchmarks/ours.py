@@ -151,7 +151,8 @@ class TurnTrack(Track):
             "training": update - inside["optimizer"],
             "update": inside["optimizer"] + sync,
         }
-        self._turn.end(phases, *lengths(groups), parts)
+        peak = max((metrics.get(f"memory_gb/{name}", 0.0) for name in ("rollout", "update")), default=0.0)
+        self._turn.end(phases, *lengths(groups), parts, int(peak * 1e9))
         self._turn.begin()
 
 

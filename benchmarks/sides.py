@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.machine import now, peak_bytes, reset_peak
+from benchmarks.machine import now
 from benchmarks.workloads import Workload
+from minigrpo.highwater import peak_bytes, reset_peak
 
 GO, STOP = "go", "stop"
 
@@ -97,10 +98,12 @@ class Turn:
         prompt_lengths: Sequence[int],
         completion_lengths: Sequence[int],
         parts: Mapping[str, float] | None = None,
+        peak: int = 0,
     ) -> None:
+        """`peak`: bytes, where the side itself has counted anew since the step began."""
         seconds, cpu = now(self.device) - self._began, time.process_time() - self._cpu_began
         whole = {**phases, "other": seconds - sum(phases.values())}
-        peak = peak_bytes(self.device)
+        peak = max(peak, peak_bytes(self.device))
         lengths = tuple(prompt_lengths), tuple(completion_lengths)
         self._pipe.send(Step(seconds, cpu, whole, *lengths, peak, dict(parts or {})))
 

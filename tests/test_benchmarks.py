@@ -16,7 +16,6 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import harness, sweeps, trls
 from benchmarks.harness import same_work
-from benchmarks.machine import peak_bytes, reset_peak
 from benchmarks.ours import recipe_of
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
@@ -134,16 +133,6 @@ def test_where_nothing_is_forced_only_prompts_must_be_the_same() -> None:
     same_work((), step(3, 2, 4), step(3, 5, 1))
     with pytest.raises(BenchmarkError, match="Prompts differ"):
         same_work((), step(3, 2, 4), step(4, 2, 4))
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
-def test_the_peak_forgets_what_was_before_its_reset() -> None:
-    ballast = bytearray(200 << 20)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    high = peak_bytes()
-    del ballast
-    reset_peak()
-    assert peak_bytes() < high - (150 << 20)
 
 
 @needs_trl

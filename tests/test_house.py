@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "split",
             "causal",
             "products",
+            "highwater",
             "noise",
             "render",
             "adapter",

@@ -57,7 +57,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
     with track, Grader.of(task, recipe.task, track.say) as grader, finish_first() as interrupted:
         asking = Asking(engine, task, policy.tokenizer, grader, recipe)
         for step in range(start, recipe.train.steps):
-            clock = Clock()
+            clock = Clock(policy.device.type)
 
             # 1. Sample G completions of P prompts from the policy as it is now, and grade their text.
             ask = partial(asking.groups, n=G, sampling=sampling_at(recipe, step))

@@ -7,32 +7,40 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+from minigrpo.highwater import peak_bytes, reset_peak
 from minigrpo.objective import TIE
 from minigrpo.packing import Batch
 from minigrpo.types import Group
 
 
 class Clock:
-    """Seconds of each phase of a step, by name."""
+    """Of each phase of a step, by name: its seconds, and the most memory that was held in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+        self._tells = reset_peak(device)
 
     def lap(self, name: str) -> None:
         """The time since the last lap belongs to `name`."""
         now = time.perf_counter()
         self._laps[name] = now - self._last
+        if self._tells:
+            self._peaks[name] = peak_bytes(self.device)
+            reset_peak(self.device)
         self._last = now
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """`tokens_per_second`: completion tokens over the whole step."""
+        """`tokens_per_second`: completion tokens over the whole step. `memory_gb/...`: 10^9 bytes."""
         total = sum(self._laps.values())
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         return {
             "tokens_per_second": tokens / total if total else 0.0,
             "seconds": total,
             **{f"seconds/{name}": seconds for name, seconds in self._laps.items()},
+            **{f"memory_gb/{name}": peak / 1e9 for name, peak in self._peaks.items() if name in ("rollout", "update")},
         }
 
 
