@@ -205,14 +205,30 @@ def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> d
     turned: dict[str, Any] = {}
     if "rope_theta" in rope and "rope_theta" not in config:
         turned["rope_theta"] = rope["rope_theta"]
-    beta = rope.get("llama_4_scaling_beta")
-    if beta is not None and "llama_4_scaling" not in config:
-        begins = rope["original_max_position_embeddings"]
-        turned["llama_4_scaling"] = {"beta": beta, "original_max_position_embeddings": begins}
+    turned |= _scale_of_attention(config)
     said = [name for name in ("dtype", "torch_dtype") if name in config]
     outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
     kinds = {name: str(dtype).removeprefix("torch.") for name in outer} if dtype else {}
     return {**config, **inner, **turned, **kinds}
+
+
+def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM's `hf_overrides` must say where the config is not ours to write; {} where it finds all it needs.
+
+    Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
+    """
+    inner = missing_for_vllm(config.get("text_config") or {}) if config else {}
+    return {**_scale_of_attention(config), **({"text_config": inner} if inner else {})}
+
+
+def _scale_of_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Ministral 3's, beyond the original context, in the words in which vLLM asks for it; {} where it is said."""
+    rope = config.get("rope_parameters") or {}
+    beta = rope.get("llama_4_scaling_beta")
+    if beta is None or config.get("llama_4_scaling") is not None:
+        return {}
+    begins = rope["original_max_position_embeddings"]
+    return {"llama_4_scaling": {"beta": beta, "original_max_position_embeddings": begins}}
 
 
 def _write(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:

@@ -154,13 +154,17 @@ def vllm_options(
     model: Model, name: str, context: int | None, temperature: float, *, at: str | None = None
 ) -> list[str]:
     """`at`: where the server finds the model, if not where it lies here."""
+    from minigrpo.basemodel import missing_for_vllm
+
     config = _config(model.source)
+    missing = missing_for_vllm(config)
     served = f"{name}-base" if model.adapter else name
     line = ["--model", at or model.source, "--served-model-name", served]
     line += ["--max-model-len", str(context)] if context else []
     line += ["--generation-config", "vllm", "--override-generation-config", json.dumps({"temperature": temperature})]
     if (config.get("dtype") or config.get("torch_dtype")) == "float32":
         line += ["--dtype", "float32"]  # it would round to 16 bit, which may be what the merge stayed away from
+    line += ["--hf-overrides", json.dumps(missing)] if missing else []
     if model.adapter:
         line += ["--enable-lora", "--max-lora-rank", str(room_for(model.adapter))]
         line += ["--lora-modules", f"{name}={'/adapter' if at else model.adapter}"]

@@ -19,6 +19,8 @@ from minigrpo.products import linear
 
 CHUNK_ENTRIES = 8 << 20
 """Logits held at a time: 32 MB in float32."""
+CACHED_ENTRIES = 1 << 20
+"""Logits worked on at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,17 @@ class HeadCall:
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """[n, V] at this temperature, in float32 at least."""
-        logits_nV = linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+        return self.finished(self.product(hidden_nD))
+
+    def product(self, hidden_nD: Tensor) -> Tensor:
+        """[n, V] in the weights' own type, before scale, cap and temperature."""
+        return linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+
+    def finished(self, product_nV: Tensor) -> Tensor:
+        """What `product` gave -> logits. The same tensor where nothing changes."""
+        logits_nV = product_nV.to(torch.promote_types(product_nV.dtype, torch.float32))
         if self.cap is not None:
-            logits_nV = torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
-            return logits_nV
+            return torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
         factor = self.scale / self.temperature
         return logits_nV if factor == 1 else logits_nV * factor
 
@@ -118,13 +126,24 @@ class _FrozenChunk(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: HeadCall, entropy_learns: bool
     ) -> tuple[Tensor, Tensor]:
-        logits_nV = head.logits(hidden_nD)
-        logprobs_n, entropy_n, probs_nV = _scored(logits_nV, labels_n)
+        # Row by row the same; a few at a time, what is read again and again stays in the processor's cache. The slopes
+        # take the place of the logits that they were made of.
+        product_nV, n = head.product(hidden_nD), len(labels_n)
+        slopes = [product_nV, *([torch.empty_like(product_nV)] if entropy_learns else [])]
+        few = max(1, CACHED_ENTRIES // product_nV.shape[1])
+        scored = []
+        for rows in (slice(start, start + few) for start in range(0, n, few)):
+            logits_rV = head.finished(product_nV[rows])
+            *figures, probs_rV = _scored(logits_rV, labels_n[rows])
+            scored.append(figures)
+            if ctx.needs_input_grad[0]:
+                if entropy_learns:
+                    slopes[1][rows] = entropy_slope(logits_rV, probs_rV, figures[1])
+                slopes[0][rows] = logprob_slope(probs_rV, labels_n[rows])
+        logprobs_n, entropy_n = (torch.cat(parts) for parts in zip(*scored, strict=True))
         if not entropy_learns:
             ctx.mark_non_differentiable(entropy_n)
         if ctx.needs_input_grad[0]:
-            learned = [entropy_slope(logits_nV, probs_nV, entropy_n)] if entropy_learns else []
-            slopes = [logprob_slope(probs_nV, labels_n), *learned]
             ctx.save_for_backward(*(head.to_hidden(slope_nV, hidden_nD) for slope_nV in slopes))
         return logprobs_n, entropy_n
 

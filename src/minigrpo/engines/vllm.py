@@ -12,16 +12,18 @@ to the CPU.
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from minigrpo.basemodel import missing_for_vllm
 from minigrpo.config import Recipe
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.errors import MinigrpoError, ModelError
@@ -120,10 +122,13 @@ def _is_off(model: Any) -> bool:
 
 
 class Served:
-    """A vLLM server that runs already, on a machine that sees the same files."""
+    """A vLLM server that runs already, on a machine that sees the same files.
 
-    def __init__(self, url: str, model: str, rank: int) -> None:
-        self.url, self.model, self.rank = url.rstrip("/"), model, rank
+    `overrides`: what it must be told of the model's config.
+    """
+
+    def __init__(self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None) -> None:
+        self.url, self.model, self.rank, self.overrides = url.rstrip("/"), model, rank, overrides
         self._loaded: str | None = None
         self.base = str(self._ask("/v1/models")["data"][0]["id"])
 
@@ -177,9 +182,10 @@ class Served:
             return {}  # the adapter's doors answer in words
 
     def _how(self) -> str:
+        told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             "It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve "
-            f"{self.model} --enable-lora --max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs. "
+            f"{self.model} --enable-lora --max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs{told}. "
             "A run that was under way goes on with --resume"
         )
 
@@ -187,7 +193,7 @@ class Served:
 class Colocated:
     """vLLM in this process, on the policy's GPU; asleep but for `answer`."""
 
-    def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int) -> None:
+    def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int, overrides: dict[str, Any]) -> None:
         if find_spec("vllm") is None:
             raise ModelError(
                 "rollout.engine vllm needs vLLM, which is not installed here. Install it (pip install vllm), name a "
@@ -207,6 +213,7 @@ class Colocated:
             enable_sleep_mode=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            hf_overrides=overrides,
         )
         self._loaded: tuple[str, int, Path] | None = None
         self.llm.sleep(level=1)
@@ -252,7 +259,11 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
         raise ModelError(
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
-    model, rank = policy.path, recipe.lora.rank
-    server = recipe.rollout.server
-    host = Served(server, model, rank) if server else Colocated(model, rank, recipe=recipe, rows=rows)
+    model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
+    told = missing_for_vllm(policy.model.config.to_dict())
+    host = (
+        Served(server, model, rank, overrides=told)
+        if server
+        else Colocated(model, rank, recipe=recipe, rows=rows, overrides=told)
+    )
     return VllmEngine(policy, host, stop_ids=stop_ids)
