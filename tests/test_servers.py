@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from minigrpo.engines.gguf import open_gguf
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import MinigrpoError
 from minigrpo.judging import evaluate
-from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
+from minigrpo.launching import LOCAL, Model, docker_line, find_vllm, reserve, vllm_launch
 from minigrpo.rollout import rollout
 from minigrpo.rundir import RunDir
 from minigrpo.servers import Server, serve_gguf
@@ -134,6 +137,28 @@ def test_a_program_that_will_not_end_is_killed_with_what_it_started(
     with pytest.raises(MinigrpoError) as told:
         Server(launch, silence=1.0)
     assert gone([int(word) for word in str(told.value).split()[-2:]])
+
+
+@pytest.mark.parametrize("family", ["ministral3", "mistral3", "qwen2"])
+def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path, family: str) -> None:
+    run = merged_run(tmp_path / "mine", family)
+    scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
+    wanted = {"ministral3": [scale], "mistral3": [{"text_config": scale}], "qwen2": []}[family]
+    assert told_of(Model(f"{run.path}-base", run.adapter)) == told_of(Model(f"{run.path}-base")) == wanted
+    assert told_of(Model(str(run.merged))) == []  # ours to write, and it says so itself
+    assert told_of(Model("owner/name")) == []
+
+
+def told_of(model: Model) -> list[Any]:
+    """What the launch says beside the config, and the container's with it."""
+    launch = vllm_launch(model, python=Path("python"), host=LOCAL, port=1, name="m")
+    found = after("--hf-overrides", launch.program)
+    assert after("--hf-overrides", shlex.split(docker_line(launch, model, 1.0))) == found
+    return found
+
+
+def after(option: str, line: Sequence[str]) -> list[Any]:
+    return [json.loads(then) for word, then in pairwise(line) if word == option]
 
 
 @pytest.mark.long

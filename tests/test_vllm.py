@@ -176,6 +176,21 @@ def test_a_server_that_refuses_is_told_with_its_words_and_how_to_start_it(server
         engine.generate(rendered(), 2, Sampling(HEAT, LIMIT, 7))
 
 
+def test_how_a_server_is_started_says_what_vllm_misses_in_the_config(server: StandIn) -> None:
+    recipe = Recipe(rollout={"engine": "vllm", "server": server.url})  # type: ignore[arg-type]
+    server.fault, told = (500, "out of memory"), {}
+    for family in ("ministral3", "qwen2"):
+        policy = make_policy(family)
+        with policy.adapter_off():  # nothing is sent yet
+            engine = open_vllm(policy, recipe, 8, STOPS)
+        with pytest.raises(MinigrpoError) as words:
+            engine.update(policy)
+        told[family] = str(words.value)
+    scale = '{"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}'
+    assert f"--logprobs-mode processed_logprobs --hf-overrides '{scale}'. A run" in told["ministral3"]
+    assert "processed_logprobs. A run" in told["qwen2"]
+
+
 def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) -> None:
     engine = opened(server, make_policy("qwen2"))
     server.fault = 200, '{"choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}]}'

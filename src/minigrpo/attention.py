@@ -62,9 +62,12 @@ def shared_prompt_attention(
             _padded(x_THD[:S], layout.shared_M) for x_THD in (query_THD, key_THD, value_THD)
         )
         mask = _shared_mask(layout, sliding_window, query_THD.device)
-        attended = scaled_dot_product_attention(
-            shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+        if mask is None and query_THD.device.type in SPLITS_ON:
+            attended = split.causal_attention(shared_query, shared_key, shared_value, scaling)
+        else:
+            attended = scaled_dot_product_attention(
+                shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
+            )
         outputs.append(_unpadded(attended, layout.shared_M))
         if query_THD.device.type in SPLITS_ON and _sees_all(layout, sliding_window):
             shared_THD = (x_1KTD[0, :, :S].transpose(0, 1) for x_1KTD in (key_1HTD, value_1HTD))

@@ -217,7 +217,7 @@ def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
     """
-    inner = missing_for_vllm(config.get("text_config") or {}) if config else {}
+    inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
     return {**_scale_of_attention(config), **({"text_config": inner} if inner else {})}
 
 
@@ -227,7 +227,7 @@ def _scale_of_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     beta = rope.get("llama_4_scaling_beta")
     if beta is None or config.get("llama_4_scaling") is not None:
         return {}
-    begins = rope["original_max_position_embeddings"]
+    begins = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]  # as transformers does
     return {"llama_4_scaling": {"beta": beta, "original_max_position_embeddings": begins}}
 
 

@@ -149,6 +149,26 @@ def split_attention(query_NHD: Tensor, own: tuple[Tensor, Tensor], shared: tuple
     return out_NHD
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[M, H, P, D] each: every token sees itself and what stands before it."""
+    out: Tensor = _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return out
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, total = causal.attend(torch.stack([query, key, value]), scale)
+        ctx.save_for_backward(out, query, key, value, total)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *given, total = ctx.saved_tensors
+        return *causal.attend_back(torch.stack([gradients[0], *given]), total, ctx.scale), None
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:

@@ -184,8 +184,8 @@ class Served:
     def _how(self) -> str:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
-            "It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve "
-            f"{self.model} --enable-lora --max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs{told}. "
+            f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
+            f"--max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs{told}. "
             "A run that was under way goes on with --resume"
         )
 
