@@ -44,8 +44,8 @@ class Spot:
         longest = max(lengths[i] for i in chosen)
         if chosen == list(range(len(lengths))) and min(lengths) == longest:
             return cls(len(chosen), longest, None, None)
-        tokens = _rectangle(lengths, chosen)
-        places = [slot for slot, token in enumerate(tokens) if token < sum(lengths)]
+        tokens, N = _rectangle(lengths, chosen), sum(lengths)
+        places = [slot for slot, token in enumerate(tokens) if token < N]
         return cls(len(chosen), longest, torch.tensor(tokens, device=device), torch.tensor(places, device=device))
 
     def laid(self, x_N: Tensor) -> Tensor:
