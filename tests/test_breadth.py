@@ -76,7 +76,7 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines(file: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
 
 
 OPTIONS: list[dict[str, Any]] = [

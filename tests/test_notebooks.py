@@ -88,7 +88,8 @@ def outputs(book: Any, ident: str) -> list[Any]:
 
 
 def words(found: list[Any]) -> str:
-    return "\n".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in found)
+    """What a cell printed, which a kernel may send in pieces, and what it showed."""
+    return "".join(out.get("text") or out.get("data", {}).get("text/plain", "") + "\n" for out in found)
 
 
 def images(found: list[Any]) -> list[bytes]:
