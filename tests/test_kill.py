@@ -77,7 +77,9 @@ def kill_somewhere(process: subprocess.Popen[bytes], run: RunDir, draw: random.R
 def logged(file: Path) -> list[dict[str, Any]]:
     """What depends on the clock left aside."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "second" not in name and "memory" not in name} for row in rows]
+    return [
+        {name: value for name, value in row.items() if "second" not in name and "memory" not in name} for row in rows
+    ]
 
 
 @pytest.mark.long
