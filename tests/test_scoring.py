@@ -20,8 +20,16 @@ from minigrpo.types import Prompt, Sampling
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("entropy_learns", [True, False])
+@pytest.mark.parametrize(("scale", "heat"), [(0.7, 0.8), (1.0, 1.0)])
 def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
-    cap: float | None, biased: bool, frozen: bool, entropy_learns: bool, monkeypatch: pytest.MonkeyPatch
+    cap: float | None,
+    biased: bool,
+    frozen: bool,
+    entropy_learns: bool,
+    *,
+    scale: float,
+    heat: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(23, 6, dtype=torch.float64, generator=draw, requires_grad=True)
@@ -31,14 +39,15 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
     slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
     inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None and x.requires_grad]
     monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 40 * 5)
-    head = HeadCall(weight_VD, bias_V, scale=0.7, cap=cap, temperature=0.8)
+    monkeypatch.setattr(scoring, "CACHED_ENTRIES", 40 * 2)  # and within a chunk two rows at a time
+    head = HeadCall(weight_VD, bias_V, scale=scale, cap=cap, temperature=heat)
     logprobs_N, entropy_N = score(hidden_ND, labels_N, head, entropy_learns=entropy_learns)
     assert entropy_N.requires_grad is entropy_learns
     own = float(entropy_learns)
     chunked = torch.autograd.grad((logprobs_N * slopes_N + own * entropy_N * slopes_N.flip(0)).sum(), inputs)
 
-    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V) * 0.7
-    logits_NV = logits_NV / 0.8 if cap is None else cap * torch.tanh(logits_NV / cap) / 0.8
+    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V) * scale
+    logits_NV = logits_NV / heat if cap is None else cap * torch.tanh(logits_NV / cap) / heat
     all_NV = logits_NV.log_softmax(-1)
     expected_N = all_NV.gather(1, labels_N[:, None])[:, 0]
     true_N = -(all_NV.exp() * all_NV).sum(-1)

@@ -132,7 +132,7 @@ class _FrozenChunk(torch.autograd.Function):
         slopes = [product_nV, *([torch.empty_like(product_nV)] if entropy_learns else [])]
         few = max(1, CACHED_ENTRIES // product_nV.shape[1])
         scored = []
-        for rows in (slice(start, start + few) for start in range(0, n, few)):
+        for rows in (slice(start, start + few) for start in range(0, max(1, n), few)):
             logits_rV = head.finished(product_nV[rows])
             *figures, probs_rV = _scored(logits_rV, labels_n[rows])
             scored.append(figures)
