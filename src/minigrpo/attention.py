@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minigrpo import split
+from minigrpo import stretches
 from minigrpo.packing import Layout
 
 NAME = "minigrpo_shared_prompt"
 
-SPLITS_ON = frozenset({"cpu"})
-"""Devices whose kernel tells what `split` needs; elsewhere prompts are laid beside each completion."""
+STRETCHES_ON = frozenset({"cpu"})
+"""Devices where plain products over stretches of like length are quickest; elsewhere torch's fused kernels are."""
 
 
 def register() -> None:
@@ -50,6 +50,12 @@ def shared_prompt_attention(
 ) -> tuple[Tensor, None]:
     """Output [1, T, H, D], and no attention weights. Keys and values may have fewer heads than queries (GQA)."""
     assert attention_mask is None, "a mask would be ignored here: lengths come from the layout"
+    if query_1HTD.device.type in STRETCHES_ON:
+        query_THD, key_TKD, value_TKD = (x_1HTD[0].transpose(0, 1) for x_1HTD in (query_1HTD, key_1HTD, value_1HTD))
+        attended_THD = stretches.attention(
+            query_THD, key_TKD, value_TKD, layout=layout, scale=scaling, window=sliding_window
+        )
+        return attended_THD[None], None
     groups = query_1HTD.shape[1] // key_1HTD.shape[1]
     query_THD = query_1HTD[0].transpose(0, 1)
     key_THD = key_1HTD[0].repeat_interleave(groups, 0).transpose(0, 1)
@@ -62,18 +68,10 @@ def shared_prompt_attention(
             _padded(x_THD[:S], layout.shared_M) for x_THD in (query_THD, key_THD, value_THD)
         )
         mask = _shared_mask(layout, sliding_window, query_THD.device)
-        if mask is None and query_THD.device.type in SPLITS_ON:
-            attended = split.causal_attention(shared_query, shared_key, shared_value, scaling)
-        else:
-            attended = scaled_dot_product_attention(
-                shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
-            )
+        attended = scaled_dot_product_attention(
+            shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
         outputs.append(_unpadded(attended, layout.shared_M))
-        if query_THD.device.type in SPLITS_ON and _sees_all(layout, sliding_window):
-            shared_THD = (x_1KTD[0, :, :S].transpose(0, 1) for x_1KTD in (key_1HTD, value_1HTD))
-            shared = tuple(_padded(x_THD, layout.shared_M) for x_THD in shared_THD)
-            outputs.append(_in_parts(query_THD[S:], (key_THD[S:], value_THD[S:]), shared, layout, scaling))
-            return torch.cat(outputs).unsqueeze(0), None
     own_key_BHCD, own_value_BHCD = (_padded(x_THD[S:], own_B) for x_THD in (key_THD, value_THD))
     own_query_BHCD = _padded(query_THD[S:], own_B)
     if S:
@@ -83,20 +81,6 @@ def shared_prompt_attention(
     attended = scaled_dot_product_attention(own_query_BHCD, own_key_BHCD, own_value_BHCD, attn_mask=mask, scale=scaling)
     outputs.append(_unpadded(attended, own_B))
     return torch.cat(outputs).unsqueeze(0), None
-
-
-def _sees_all(layout: Layout, window: int | None) -> bool:
-    """Whether every completion has a prompt to look at, and the whole of it is in its sight."""
-    return min(layout.shared_M) > 0 and (window is None or max(layout.shared_M) + max(layout.own_B) <= window)
-
-
-def _in_parts(
-    query_NHD: Tensor, own: tuple[Tensor, Tensor], shared: tuple[Tensor, ...], layout: Layout, scaling: float | None
-) -> Tensor:
-    scale = query_NHD.shape[-1] ** -0.5 if scaling is None else scaling
-    group, buckets = split.spots(layout.own_MG, query_NHD.device)
-    bias = split.prompt_bias(layout.shared_M, query_NHD.dtype, query_NHD.device)
-    return split.split_attention(query_NHD, own, shared, split.Call(group, buckets, bias, scale))
 
 
 def _padded(x_THD: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo import attention, split
+from minigrpo import attention, stretches
 from minigrpo.config import Recipe
 from minigrpo.loading import Loaded, model_class
 from minigrpo.lora import add_lora
@@ -85,7 +85,7 @@ def uniform_part(prompt: int, completions: int, length: int, *, groups: int = 1,
 
 def training_pass(policy: Policy, part: Part, device: str, *, entropy_learns: bool = False) -> Pass:
     """One micro-batch, forward and backward, on `device` (cpu or cuda)."""
-    for held in (attention._own_mask, attention._shared_mask, split.spots, split.prompt_bias):
+    for held in (attention._own_mask, attention._shared_mask, stretches.plan_of):
         held.cache_clear()  # what is still there from another count would cost nothing
     tally = Tally(held_by(policy), device)
     with tally, attention_of(device):

@@ -79,14 +79,14 @@ def attention_of(device: str) -> Iterator[None]:
     chosen = _on_cpu if device == "cpu" else _on_gpu
     places: tuple[Any, ...] = (torch.nn.functional, attention, lean)
     own = [place.scaled_dot_product_attention for place in places]
-    splits = attention.SPLITS_ON
-    attention.SPLITS_ON = splits | {"meta"} if device in splits else splits
+    stretches_on = attention.STRETCHES_ON
+    attention.STRETCHES_ON = stretches_on | {"meta"} if device in stretches_on else stretches_on
     for place in places:
         place.scaled_dot_product_attention = chosen
     try:
         yield
     finally:
-        attention.SPLITS_ON = splits
+        attention.STRETCHES_ON = stretches_on
         for place, function in zip(places, own, strict=True):
             place.scaled_dot_product_attention = function
 

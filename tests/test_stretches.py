@@ -1,0 +1,97 @@
+"""Attention stretch by stretch equals attention over padded rows: values and gradients, in float64."""
+
+import random
+
+import pytest
+import torch
+
+from minigrpo import attention, stretches
+from minigrpo.packing import Layout
+
+UNEVEN = tuple(tuple(random.Random(7 * g + s).randint(1, 40) for s in range(5)) for g in range(3))
+LAYOUTS = {
+    "uneven": Layout((5, 9, 1), UNEVEN),
+    "all equally long": Layout((7, 7), ((3, 3), (3, 3))),
+    "one token after one token": Layout((1,), ((1,),)),
+    "one group of many lengths": Layout((6,), ((64, 1, 33, 8, 9, 2, 40, 63),)),
+    "a prompt of one token, which nobody shares": Layout((4, 0), ((2, 3), (2, 2))),
+    "no prompt at all": Layout((0,), ((3, 12, 20),)),
+}
+
+
+def attended(layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64) -> list[torch.Tensor]:
+    """The output of 4 heads, and the gradients of queries, keys and values."""
+    stream = torch.Generator().manual_seed(0)
+    tokens = layout.shared_tokens + sum(layout.own_B)
+    given = [
+        torch.randn(1, heads, tokens, 8, dtype=torch.float64, generator=stream).to(dtype).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    out, _ = attention.shared_prompt_attention(None, *given, None, layout=layout, sliding_window=window)
+    slope = torch.randn(out.shape, dtype=torch.float64, generator=stream).to(dtype)
+    return [out, *torch.autograd.grad(out, given, slope)]
+
+
+def agree(ours: list[torch.Tensor], others: list[torch.Tensor], atol: float = 1e-13) -> None:
+    for one, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=atol)
+
+
+@pytest.fixture(params=["kept", "made again"])
+def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "made again":
+        monkeypatch.setattr(stretches, "KEPT", 0)
+
+
+@pytest.mark.usefixtures("probabilities")
+@pytest.mark.parametrize("window", [None, 6, 1])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_stretches_are_padded_rows(
+    layout: Layout, kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = attended(layout, kv_heads, window)
+    monkeypatch.setattr(attention, "STRETCHES_ON", frozenset())
+    agree(ours, attended(layout, kv_heads, window))
+
+
+@pytest.mark.usefixtures("probabilities")
+@pytest.mark.parametrize("cached", [1, 200, 2_000])
+def test_how_many_scores_are_worked_on_at_a_time_does_not_matter(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attended(LAYOUTS["uneven"], 2, 30)
+    monkeypatch.setattr(stretches, "CACHED", cached)
+    agree(attended(LAYOUTS["uneven"], 2, 30), whole)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_two_runs_have_the_same_bits(layout: Layout) -> None:
+    for one, other in zip(*(attended(layout, 2, dtype=torch.float32) for _ in range(2)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sixteen_bit_is_near() -> None:
+    exact = attended(LAYOUTS["uneven"], 2)
+    agree(attended(LAYOUTS["uneven"], 2, dtype=torch.bfloat16), exact, atol=0.06)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bucket,) = stretches.plan_of(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
+    heads = stretches.Heads(kv_heads, 2, 8, 1.0)
+    for cached in (1, 100, 3_000, 10**9):
+        monkeypatch.setattr(stretches, "CACHED", cached)
+        covered = [place for at in bucket.spans(heads) for place in range(at.start, at.stop)]
+        assert covered == list(range(bucket.rows * kv_heads))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_token_asks_once_and_little_is_padding(layout: Layout) -> None:
+    plan = stretches.plan_of(layout, None, torch.float32, torch.device("cpu"))
+    tokens = layout.shared_tokens + sum(layout.own_B)
+    for slots_T, token_S in ((plan.asked_T, plan.query_S), (plan.told_T, plan.key_S)):
+        torch.testing.assert_close(token_S[slots_T], torch.arange(tokens))
+    assert int(plan.real_S1.sum()) == tokens
+    for bucket in plan.buckets:
+        if bucket.longest > 8:
+            real = int(plan.real_S1[bucket.queries].sum())
+            assert 7 * real > 5 * bucket.rows * bucket.longest
