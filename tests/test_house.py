@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "stretches",
             "products",
             "highwater",
+            "heap",
             "noise",
             "render",
             "adapter",

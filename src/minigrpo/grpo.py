@@ -222,8 +222,9 @@ def sampler_gap(scores: Any, part: Part) -> dict[str, Tensor]:
 
 def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, limit: float) -> float:
     """One AdamW step on the accumulated gradient; returns its norm. A gradient that is not finite is thrown away."""
-    policy.loss_scale.down(policy.trainable)
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable, limit))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    policy.loss_scale.down(trained)
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -23,6 +23,7 @@ from minigrpo import attention
 from minigrpo.config import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
+from minigrpo.heap import keep_freed_memory
 from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
@@ -169,7 +170,8 @@ class Policy:
         """One row; its last N positions are the scored ones."""
         ids, positions = part.row()
         device = device_of(model)
-        self._name_tokens(part.names()[None])
+        if self.dropouts:
+            self._name_tokens(part.names()[None])
         hidden_1TD = decoder(model)(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -190,7 +192,8 @@ class Policy:
         group_B1 = torch.tensor([b.group for b, _ in pairs])[:, None]
         sibling_B1 = torch.tensor([b.siblings[i] for b, i in pairs])[:, None]
         sibling_BT = torch.where(place_T < starts, -1, sibling_B1)
-        self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, place_T.expand_as(ids_BT)], -1))
+        if self.dropouts:
+            self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, place_T.expand_as(ids_BT)], -1))
         device = device_of(model)
         hidden_BTD = decoder(model)(
             input_ids=ids_BT.to(device),
@@ -202,8 +205,6 @@ class Policy:
 
     def _name_tokens(self, names: Tensor) -> None:
         """Give every adapter's dropout the names [..., 3] of the tokens that are about to pass."""
-        if not self.dropouts:
-            return
         names = names.to(self.device)
         keys = mix(mix(mix(names[..., 0] + name_key(self.seed, "dropout")) + names[..., 1]) + names[..., 2])
         for dropout in self.dropouts:
@@ -292,9 +293,10 @@ def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
 
 
 def _machine(recipe: Recipe) -> torch.device:
-    """The recipe's device; its CPU threads are set, for everything that follows."""
+    """The recipe's device; CPU threads and heap are set for everything that follows."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    keep_freed_memory()
     return pick_device(recipe.model.device)
 
 

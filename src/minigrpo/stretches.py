@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minigrpo.packing import Layout
 
-CACHED = 1 << 18
+CACHED = 1 << 19
 """Scores worked on at a time."""
 KEPT = 1 << 23
 """Bytes of a layer's probabilities up to which they are kept."""
