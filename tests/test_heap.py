@@ -9,21 +9,22 @@ import pytest
 from minigrpo.heap import keep_freed_memory
 
 STEPS = """
-import resource, sys
+import ctypes, resource, sys
 from minigrpo.heap import keep_freed_memory
 kept = sys.argv[1] == "kept" and keep_freed_memory()
-import torch
-
-def step():
-    held = [torch.ones(1 << 20) for _ in range(20)]
-    return len(held)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step()
+    blocks = [libc.malloc(8 << 20) for _ in range(10)]
+    for block in blocks:
+        ctypes.memset(block, 1, 8 << 20)
+    for block in reversed(blocks):  # as a backward pass lets go
+        libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-step()
+faults()
 print(int(kept), min(faults() for _ in range(5)))
 """
 
