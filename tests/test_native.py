@@ -153,9 +153,30 @@ def test_in_sixteen_bit_the_adapter_is_a_pass_of_its_own_and_the_base_is_not_cop
     assert not projection.folds
     assert projection.weights[0].data_ptr() == base.model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
     x = torch.randn(3, 32).bfloat16()
-    whole = torch.cat([m(x) for m in projection.modules], -1)
+    normed = base.model.layers[0].input_layernorm(x)
+    whole = torch.cat([m(normed) for m in projection.modules], -1)
     assert float((projection(x) - whole).abs().max()) < 0.05
-    assert not torch.equal(projection(x), torch.cat([m.base_layer(x) for m in projection.modules], -1))
+    assert not torch.equal(projection(x), torch.cat([m.base_layer(normed) for m in projection.modules], -1))
+
+
+def test_the_norm_that_lies_in_the_weights_is_the_norm() -> None:
+    policy = make_policy(lora=HUNDRED_STEPS)
+    layer = policy.model.get_base_model().model.layers[0]
+    (projection, norm) = open_native(policy).lean.layers[0].gate_up, layer.post_attention_layernorm
+    assert projection.folds
+    assert float((norm.weight - 1).abs().max()) > 0.01
+    x = torch.randn(3, 32)
+    whole = torch.cat([m(norm(x)) for m in projection.modules], -1)
+    torch.testing.assert_close(projection(x), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [486, 5_000])
+def test_the_highest_number_draws_an_entry_that_has_mass(entries: int) -> None:
+    logits = torch.randn(50, entries, generator=torch.Generator().manual_seed(0)) * 5
+    logits[:, -3:] = -torch.inf
+    tokens, logprobs = draw(logits, torch.full((50,), 1 - 2.0**-53, dtype=torch.float64), 1.0)
+    assert int(tokens.max()) < entries - 3
+    assert bool(logprobs.isfinite().all())
 
 
 def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:

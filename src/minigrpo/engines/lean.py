@@ -40,10 +40,13 @@ def is_lean(model: Any) -> bool:
 
 
 class Projection:
-    """Linear layers that read the same input, side by side: one product where the weights may be copied."""
+    """Linear layers that read the same input, side by side: one product where the weights may be copied.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
+    `norm`: what their input passes through first. Its weights lie in the copy, where there is one.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None) -> None:
+        self.modules, self.norm = modules, norm
         self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
         self.weights: list[Tensor] = [base.weight for base in self.bases]
         self.biases: list[Tensor | None] = [base.bias for base in self.bases]
@@ -70,6 +73,8 @@ class Projection:
             fused.copy_(weight)
             if pair is not None:
                 fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
+        if self.norm is not None:
+            self.fused.mul_(self.norm.weight)
         given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)]
         biased = any(bias is not None for bias in self.biases)
         self.fused_bias = in_place(getattr(self, "fused_bias", None), torch.cat(given)) if biased else None
@@ -83,7 +88,8 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., sum of sizes]."""
         if self.folds:
-            return products.linear(x, self.fused, self.fused_bias)
+            return products.linear(x if self.norm is None else self.norm.even(x), self.fused, self.fused_bias)
+        x = x if self.norm is None else self.norm(x)
         outputs = []
         for base, pair in zip(self.bases, self.pairs, strict=True):
             y = base(x)
@@ -104,12 +110,16 @@ def computes_in(layer: Any) -> torch.dtype:
     return dtype
 
 
-def _even(x: Tensor, eps: float) -> Tensor:
-    """x over the root of its mean square. torch's own makes ten calls for it, these are four."""
-    D = x.shape[-1]
-    squares = (x * x).view(-1, D)
-    mean = torch.addmv(x.new_full((1,), eps), squares, x.new_full((D,), 1 / D))
-    return x * mean.rsqrt_().view(*x.shape[:-1], 1)
+class Even:
+    """x over the root of its mean square, over the last dimension: six calls, where torch's own makes ten."""
+
+    def __init__(self, eps: float, width: int, device: torch.device) -> None:
+        self.eps = torch.full((1,), eps, device=device)
+        self.share_D = torch.full((width,), 1 / width, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean = torch.addmv(self.eps, (x * x).view(-1, len(self.share_D)), self.share_D)
+        return x * mean.rsqrt_().view(*x.shape[:-1], 1)
 
 
 class Norm:
@@ -117,12 +127,12 @@ class Norm:
 
     def __init__(self, module: Any) -> None:
         self.weight = module.weight
-        self.eps = module.variance_epsilon
+        self.even = Even(module.variance_epsilon, len(module.weight), module.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
-            return _even(x, self.eps) * self.weight
-        return self.weight * _even(x.float(), self.eps).to(x.dtype)
+            return self.even(x) * self.weight
+        return self.weight * self.even(x.float()).to(x.dtype)
 
 
 class HeadNorm:
@@ -130,7 +140,8 @@ class HeadNorm:
 
     def __init__(self, attn: Any, heads: int, kv_heads: int) -> None:
         self.attn, self.heads, self.kv_heads = attn, heads, kv_heads
-        self.eps = attn.q_norm.variance_epsilon
+        weight = attn.q_norm.weight
+        self.even = Even(attn.q_norm.variance_epsilon, len(weight), weight.device)
         self.refresh()
 
     def refresh(self) -> None:
@@ -140,16 +151,14 @@ class HeadNorm:
         self.weight_HD = in_place(getattr(self, "weight_HD", None), both_HD)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight_HD * _even(x.float(), self.eps).to(x.dtype)
+        return self.weight_HD * self.even(x.float()).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    norm_in: Norm
     qkv: Projection
     qk_norm: HeadNorm | None
     out: Projection
-    norm_mid: Norm
     gate_up: Projection
     act: Callable[[Tensor], Tensor]
     down: Projection
@@ -164,12 +173,10 @@ class Layer:
         # Mistral and Ministral3 keep the window in the config alone; Qwen and SmolLM3 decide per layer.
         window = own_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
         return cls(
-            norm_in=Norm(module.input_layernorm),
-            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj]),
+            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj], Norm(module.input_layernorm)),
             qk_norm=HeadNorm(attn, heads, kv_heads) if hasattr(attn, "q_norm") else None,
             out=Projection([attn.o_proj]),
-            norm_mid=Norm(module.post_attention_layernorm),
-            gate_up=Projection([mlp.gate_proj, mlp.up_proj]),
+            gate_up=Projection([mlp.gate_proj, mlp.up_proj], Norm(module.post_attention_layernorm)),
             act=mlp.act_fn,
             down=Projection([mlp.down_proj]),
             turns=bool(getattr(attn, "use_rope", True)),
@@ -247,7 +254,7 @@ class Lean:
         return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
 
     def _project(self, layer: Layer, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
+        """Hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
         H, K = self.heads, self.kv_heads
         both, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
         if layer.qk_norm is not None:
@@ -258,7 +265,7 @@ class Lean:
         return query if turn.query_scale is None else query * turn.query_scale, key, value
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(layer.norm_mid(x)).chunk(2, -1)
+        gate, up = layer.gate_up(x).chunk(2, -1)
         return layer.down.added(x, layer.act(gate) * up)
 
     @torch.no_grad()
@@ -268,7 +275,7 @@ class Lean:
         P = ids_MP.shape[1]
         here = turn.at(torch.arange(P, device=self.device))
         for layer, cache in zip(self.layers, shared, strict=True):
-            query, key, value = self._project(layer, layer.norm_in(x_MPW), here)
+            query, key, value = self._project(layer, x_MPW, here)
             cache[0], cache[1] = key.transpose(1, 2), value.transpose(1, 2)
             repeats = self.heads // self.kv_heads
             attended = scaled_dot_product_attention(
@@ -286,9 +293,14 @@ class Lean:
         """One token of every row: logits [n, V]. `attend(layer index, layer, query, key, value)` owns the cache."""
         x_nW = self.decoder.embed_tokens(tokens_n)
         for index, layer in enumerate(self.layers):
-            query, key, value = self._project(layer, layer.norm_in(x_nW), here)
+            query, key, value = self._project(layer, x_nW, here)
             x_nW = self._mlp(layer, layer.out.added(x_nW, attend(index, layer, query, key, value)))
-        logits_nV: Tensor = self.head(self.norm(x_nW))
+        return self._logits(self.norm(x_nW))
+
+    def _logits(self, x_nW: Tensor) -> Tensor:
+        if type(self.head) is nn.Linear:
+            return products.linear(x_nW, self.head.weight, self.head.bias)
+        logits_nV: Tensor = self.head(x_nW)
         return logits_nV
 
 

@@ -30,10 +30,10 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
 
 
 def _draw_flat(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens, and the mass of all."""
+    """Tokens, and the mass of all. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
     upto_nV = mass_nV.cumsum(-1, dtype=torch.float64)
     total_n = upto_nV[:, -1]
-    return _where(upto_nV, (uniform_n * total_n)[:, None])[:, 0], total_n
+    return torch.searchsorted(upto_nV, (uniform_n * total_n)[:, None], right=True)[:, 0], total_n
 
 
 def _where(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
