@@ -25,6 +25,10 @@ STRETCHES_ON = frozenset({"cpu"})
 """Devices where plain products over stretches of like length are quickest; elsewhere torch's fused kernels are."""
 
 
+MASKS = 4
+"""Shapes of pass whose masks are remembered."""
+
+
 def register() -> None:
     """Make NAME known to transformers.
 
@@ -138,7 +142,7 @@ def _for_siblings(x_MHPD: Tensor, siblings: int) -> Tensor:
     return x_MHPD.unsqueeze(1).expand(M, siblings, H, P, D).reshape(M * siblings, H, P, D)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=MASKS)
 def _shared_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor | None:
     """None where plain causality will do: padding stands behind, out of a causal prompt's sight."""
     longest = max(layout.shared_M)
@@ -149,7 +153,7 @@ def _shared_mask(layout: Layout, window: int | None, device: torch.device) -> Te
     return (ahead >= 0) & (ahead < window)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=MASKS)
 def _own_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor:
     """[B, 1, C, P + C], True where a completion's token may look; the layers of one pass share it."""
     G, own_B = layout.siblings, layout.own_B

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from minigrpo.attention import MASKS
 from minigrpo.config import Recipe
 from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.engines.lean import is_lean
@@ -23,6 +24,7 @@ from minigrpo.packing import Part
 from minigrpo.policy import Policy
 from minigrpo.quantize import moment_bytes
 from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
+from minigrpo.stretches import PLANS
 
 When = Literal["always", "rollout", "update"]
 
@@ -246,8 +248,9 @@ class _Planner:
 
     def _update_lines(self, part: Part, cost: Pass) -> tuple[Line, ...]:
         gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
-        # attention.py keeps the masks of the last four shapes, of which the pass itself counts one.
-        masks = 3 * len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
+        # Masks of the last shapes are kept, of which the pass itself counts one.
+        masks = len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
+        masks *= (PLANS - 1) * self.place.dtype.itemsize if self.place.device == "cpu" else MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
         return (
             Line("gradients", gradients, "update", "of what is trained"),

@@ -30,6 +30,8 @@ CACHED = 1 << 19
 """Scores worked on at a time."""
 KEPT = 1 << 23
 """Bytes of a layer's probabilities up to which they are kept."""
+PLANS = 2
+"""Shapes of pass whose plan is remembered: that of the pass itself, and one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(1, 1, 1)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=PLANS)
 def plan_of(layout: Layout, window: int | None, dtype: torch.dtype, device: torch.device) -> Plan:
     """The layers of one pass share it."""
     shared_M, own_B = layout.shared_M, layout.own_B
