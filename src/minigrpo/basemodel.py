@@ -98,6 +98,18 @@ def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> Base:
     return open_base(folder if folder.is_dir() else _downloaded(source, revision))
 
 
+def config_here(path: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a base that lies here or in the Hub client's cache; {} of any other. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = Path(path).expanduser() / "config.json"
+    cached = None
+    if not file.is_file() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    file = Path(cached) if isinstance(cached, str) else file
+    return _json(file, "") if file.is_file() else {}
+
+
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -219,6 +231,12 @@ def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
     return {**_scale_of_attention(config), **({"text_config": inner} if inner else {})}
+
+
+def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
+    inner = {"text_config": without_scale(config["text_config"])} if config.get("text_config") else {}
+    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
 
 
 def _scale_of_attention(config: Mapping[str, Any]) -> dict[str, Any]:

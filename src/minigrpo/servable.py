@@ -3,20 +3,21 @@
 a run       its GGUF file for llama.cpp, its merged model or its adapter for vLLM
 a .gguf     llama.cpp
 a folder    vLLM, of a model; of an adapter, with its base beside it
-a Hub id    vLLM
+a Hub id    vLLM, of a model or of an adapter
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from minigrpo.config import Recipe
 from minigrpo.delivery import merged_of, source_of, sums_of
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
+from minigrpo.hubread import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
 from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, digest
@@ -31,13 +32,15 @@ TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the user chose, beyond the artefact itself. `vllm`: the python that has it. `llama_cpp`: its programs."""
+    """What the user chose, beyond the artefact itself. `base`: of an adapter, where it lies now.
+    `vllm`: the python that has it. `llama_cpp`: its programs."""
 
     engine: Choice = "auto"
     host: str = LOCAL
     port: int = 8000
     format: str = "Q8_0"
     adapter: bool = False
+    base: str | None = None
     context: int | None = None
     wait: float = SILENCE
     vllm: Path | None = None
@@ -77,7 +80,7 @@ def found(what: str, wanted: Wanted) -> Artefact:
     if path.is_dir():
         return _of_folder(path, wanted)
     if HUB_ID.fullmatch(what) and wanted.engine != "llama.cpp":
-        return Artefact(slug(what.rpartition("/")[2]), None, model=Model(what))
+        return _on_hub(what, wanted)
     raise ArtifactError(
         f"{what} is not there. Give a run's folder, a .gguf file, a model's folder, or, for vLLM, a Hub id."
     )
@@ -87,7 +90,7 @@ def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
     name = slug(run.path.absolute().name)
     if wanted.adapter or path == run.adapter:
         _refuse_llama(wanted, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
-        source = source_of(run)
+        source = source_of(run, base=wanted.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
         base, _ = source.open()
@@ -127,7 +130,7 @@ def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
 def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if (path / "adapter_config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
-        base, _ = source_of(path).open()
+        base, _ = source_of(path, base=wanted.base).open()
         return Artefact(slug(path.absolute().name), None, model=Model(str(base.folder), path))
     if (path / "config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
@@ -136,6 +139,21 @@ def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if len(files) == 1:
         return _of_file(files[0], wanted, None)
     raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
+
+
+def _on_hub(repo: str, wanted: Wanted) -> Artefact:
+    """A model, whose settings are read, or an adapter, which is downloaded; its base is opened as any adapter's."""
+    name, adapter, unread = slug(repo.rpartition("/")[2]), None, None
+    try:
+        adapter = settings_on_hub(repo, "adapter_config.json")
+    except MinigrpoError as fault:  # where nobody answers, the cache may yet know it as a model
+        unread = fault
+    if adapter is not None:
+        return replace(_of_folder(adapter_on_hub(repo), wanted), name=name)
+    try:
+        return Artefact(name, None, model=Model(repo, config=Model(repo).settings()))
+    except MinigrpoError as fault:
+        raise unread or fault from None
 
 
 def _refuse_llama(wanted: Wanted, sentence: str) -> None:
