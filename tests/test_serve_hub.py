@@ -53,6 +53,7 @@ def test_vllm_is_told_what_a_model_on_the_hub_lacks(tmp_path: Path, hub: StandIn
     put(hub, "me/base", base_of(run))
     put(hub, "me/merged", run.merged)
     wanted = {"ministral3": [SCALE], "mistral3": [{"text_config": SCALE}], "qwen2": []}[family]
+    assert found("me/base", VLLM).name == "base"
     assert told_of(served("me/base")) == wanted
     assert told_of(Model("me/base")) == wanted
     assert told_of(served("me/merged")) == []

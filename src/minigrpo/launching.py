@@ -79,7 +79,7 @@ class Model:
         folder = Path(self.source)
         if folder.is_dir():
             return dict(read_json(folder / "config.json"))
-        found = self.config or settings_on_hub(self.source, "config.json")
+        found = settings_on_hub(self.source, "config.json") if self.config is None else self.config
         if found is None:
             raise MinigrpoError(f"{self.source} holds no config.json, so it is no model that vLLM serves. {ON_HUB}")
         return found
