@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
 @pytest.mark.skipif(not os.environ.get("MINIGRPO_VLLM"), reason="MINIGRPO_VLLM names no python that has vLLM")
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", WIDE)
-def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool) -> None:
+def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool, record_property: Any) -> None:
     # Heads of 8 numbers, as in other tests, are too small for its kernels.
     pictures = family == "mistral3"
     folder = tmp_path / "mine"
@@ -168,7 +169,9 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
         )
         assert ids == tuple(own["input_ids"])
         truth_NV = truth(torch.tensor([ids])).logits[0].log_softmax(-1)
-        torch.testing.assert_close(server.logprobs(ids, 0), truth_NV, atol=0.02, rtol=0)
+        served_NV = server.logprobs(ids, 0)
+        record_property("greatest", float((served_NV - truth_NV).abs().max()))
+        torch.testing.assert_close(served_NV, truth_NV, atol=0.02, rtol=0)
         said = truth.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert server.greedy(ids, 12) == tuple(said.tolist())
     assert not server.running
