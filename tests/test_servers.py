@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from minigrpo.engines.gguf import open_gguf
 from minigrpo.engines.llamacpp import LlamaCpp
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.judging import evaluate
 from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
 from minigrpo.proof import as_loaded
 from minigrpo.rollout import rollout
 from minigrpo.rundir import RunDir
+from minigrpo.servable import Wanted, found
 from minigrpo.servers import Server, serve_gguf
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
 
@@ -196,3 +198,18 @@ def test_a_file_of_a_run_is_evaluated_on_the_task_of_the_run(run: RunDir, tmp_pa
     figures = evaluate(str(file_of(run)), limit=3, out=tmp_path / "found.json", quiet=True)["model"]
     assert (figures["name"], figures["task"], figures["scores"]["samples"]) == ("mine-Q8_0", "wordproblems", 1)
     assert len(json.loads((tmp_path / "found.json").read_text())["scores"]["answers"]) == 3
+
+
+def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: RunDir, tmp_path: Path) -> None:
+    mine = RunDir(Path(shutil.copytree(run.path, tmp_path / "mine")))
+    data = bytearray(file_of(mine).read_bytes())
+    data[-50] ^= 1
+    file_of(mine).write_bytes(data)
+    (mine.merged / "config.json").write_text((mine.merged / "config.json").read_text() + " ")
+    for path, command in ((file_of(mine), "export"), (mine.merged, "merge")):
+        with pytest.raises(ArtifactError, match=rf"{path}.* was changed after .*again: minigrpo {command} .* --force"):
+            evaluate(str(path), limit=1, out=tmp_path / "found.json", quiet=True)
+    with pytest.raises(ArtifactError, match="was changed after it was proved"):
+        found(str(file_of(mine)), Wanted())
+    elsewhere = shutil.copy(file_of(mine), tmp_path / "own.gguf")
+    assert found(str(elsewhere), Wanted()).run is None  # whose it is, its owner knows

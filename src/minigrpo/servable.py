@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigrpo.config import Recipe
-from minigrpo.delivery import merged_of, source_of, sums_of
+from minigrpo.delivery import merged_of, refuse_changed, source_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.hubread import adapter_on_hub, settings_on_hub
@@ -124,7 +124,10 @@ def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
         raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
     read_head(path)
     above = RunDir(path.parent.parent)
-    return Artefact(path.stem, run or (above if above.exists() and path.parent == above.gguf else None), gguf=path)
+    owner = run or (above if above.exists() and path.parent == above.gguf else None)
+    if owner:
+        refuse_changed(path, owner)
+    return Artefact(path.stem, owner, gguf=path)
 
 
 def _of_folder(path: Path, wanted: Wanted) -> Artefact:
