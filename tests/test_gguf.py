@@ -24,7 +24,7 @@ from minigrpo.config import Recipe
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.export import export
-from minigrpo.ggufquant import Cruncher, quantise
+from minigrpo.ggufquant import DEFAULTS, Cruncher, find_tool, quantise
 from minigrpo.modelfile import conversations, modelfile, turns_of
 from minigrpo.pretokenizer import kind_of, token_faults
 from minigrpo.render import QUESTION, as_text, render
@@ -243,6 +243,30 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         t.name: (t.tensor_type.name, tuple(t.shape.tolist()), hashlib.sha256(t.data.tobytes()).hexdigest())
         for t in tensors
     }
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_tool(None) is None, reason="no llama-quantize on the PATH")
+@pytest.mark.parametrize("width", [256, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_quantiser_and_llama_quantize_make_the_same_file(
+    tmp_path: Path, family: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine layers, so that llama.cpp's rules for the first, the last and every third all show."""
+    tool = find_tool(None)
+    assert tool is not None
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
+    run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"), **size)
+    ggufwriter.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
+    monkeypatch.setenv("PATH", "")
+    differing = []
+    for kind in DEFAULTS:
+        for name, tools in (("ours", None), ("theirs", tool.parent)):
+            found = quantise(tmp_path / "x.gguf", tmp_path / f"{name}.gguf", kind, tools)
+            assert found.by.startswith("llama-quantize") == (name == "theirs")
+        if contents(tmp_path / "ours.gguf") != contents(tmp_path / "theirs.gguf"):
+            differing.append(kind)
+    assert not differing
 
 
 @pytest.mark.long
