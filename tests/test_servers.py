@@ -211,5 +211,15 @@ def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: 
             evaluate(str(path), limit=1, out=tmp_path / "found.json", quiet=True)
     with pytest.raises(ArtifactError, match="was changed after it was proved"):
         found(str(file_of(mine)), Wanted())
-    elsewhere = shutil.copy(file_of(mine), tmp_path / "own.gguf")
+    mine.path.rename(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=r"mine-Q8_0.gguf was put there or changed"):
+        found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+    mine = RunDir(tmp_path / "other")
+    elsewhere = shutil.copy(mine.gguf / "mine-Q8_0.gguf", tmp_path / "own.gguf")
     assert found(str(elsewhere), Wanted()).run is None  # whose it is, its owner knows
+
+
+def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "other")
+    artefact = found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+    assert (artefact.name, artefact.gguf) == ("other", tmp_path / "other" / "gguf" / "mine-Q8_0.gguf")

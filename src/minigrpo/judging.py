@@ -18,7 +18,6 @@ from rich.text import Text
 
 from minigrpo import tables
 from minigrpo.config import Recipe
-from minigrpo.delivery import refuse_changed
 from minigrpo.recipefile import load_recipe
 from minigrpo.rollout import prompts_of
 from minigrpo.rundir import RunDir, read_json, write_json
@@ -176,6 +175,7 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
 
     Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
     """
+    from minigrpo.delivery import refuse_changed
     from minigrpo.engines import open_engine
     from minigrpo.policy import open_trained
 

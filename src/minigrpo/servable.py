@@ -103,14 +103,18 @@ def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
 def gguf_of(run: RunDir, kind: str) -> Path:
     """The run's file of that type, as it was proved. Raises ArtifactError where it is missing, changed or stale."""
     kind = kind.upper()
+    made = run.gguf / "made.json"
+    entries = read_sealed(made)["files"] if made.is_file() else {}
     file = run.gguf / f"{slug(run.path.absolute().name)}-{kind}.gguf"
+    if not file.is_file():  # a run whose folder was renamed has files of its old name
+        old = (run.gguf / name for name, entry in entries.items() if entry["format"] == kind)
+        file = next((other for other in old if other.is_file()), file)
     make = f"minigrpo export {run.path} --format {kind}"
     if not file.is_file():
         others = ", ".join(sorted(other.stem.rpartition("-")[2] for other in run.gguf.glob("*.gguf")))
         there = f" There are: {others} (--format)." if others else ""
         raise ArtifactError(f"{file} is missing.{there} Export first: {make}")
-    made = run.gguf / "made.json"
-    known = read_sealed(made)["files"].get(file.name) if made.is_file() else None
+    known = entries.get(file.name)
     read_head(file)  # the plainest fault first
     if known is None or digest(file) != known["sha256"]:
         raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
