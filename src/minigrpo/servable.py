@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from minigrpo.config import Recipe
-from minigrpo.delivery import merged_of, refuse_changed, source_of, sums_of
+from minigrpo.delivery import Source, merged_of, refuse_changed, source_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.hubread import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
+from minigrpo.merging import changes_of
 from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, digest
 from minigrpo.servers import SILENCE
@@ -93,8 +94,7 @@ def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
         source = source_of(run, base=wanted.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
-        base, _ = source.open()
-        return Artefact(name, run, model=Model(str(base.folder), source.folder))
+        return Artefact(name, run, model=_beside(source))
     if path != run.gguf and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
         return Artefact(name, run, model=Model(str(merged_of(run))))
     return Artefact(name, run, gguf=gguf_of(run, wanted.format))
@@ -137,8 +137,7 @@ def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
 def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if (path / "adapter_config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
-        base, _ = source_of(path, base=wanted.base).open()
-        return Artefact(slug(path.absolute().name), None, model=Model(str(base.folder), path))
+        return Artefact(slug(path.absolute().name), None, model=_beside(source_of(path, base=wanted.base)))
     if (path / "config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
         return Artefact(slug(path.absolute().name), None, model=Model(str(path)))
@@ -146,6 +145,13 @@ def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if len(files) == 1:
         return _of_file(files[0], wanted, None)
     raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
+
+
+def _beside(source: Source) -> Model:
+    """An adapter beside its base. Raises ModelError where the two do not belong together."""
+    base, adapter = source.open()
+    changes_of(base, adapter)
+    return Model(str(base.folder), source.folder)
 
 
 def _on_hub(repo: str, wanted: Wanted) -> Artefact:
