@@ -46,7 +46,9 @@ def adapted(model: Any, base: Path, *, size: float = 0.02, seed: int = 3, **vari
 
     layers = rf".*language_model\.(.+\.)?({'|'.join(LAYERS)})" if hasattr(model.model, "language_model") else LAYERS
     options = {"r": 4, "lora_alpha": 8, "target_modules": layers, "task_type": "CAUSAL_LM", **variant}
-    under = get_peft_model(model, LoraConfig(**options)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # PEFT draws A from the generator of everybody: it would depend on what ran before
+        under = get_peft_model(model, LoraConfig(**options)).eval()
     under.peft_config["default"].base_model_name_or_path = str(base)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

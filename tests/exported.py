@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("'", "s"), ("Ġ",
 TAG = "<answer>"
 
 
-def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = False) -> Any:
+def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = False, more: Sequence[str] = ()) -> Any:
     """A few merges, so that how a text is cut matters; a tag that is a token, and not special.
 
-    `bos`: plain text begins with the beginning-of-text token.
+    `bos`: plain text begins with the beginning-of-text token. `more`: special tokens of one's own.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +43,7 @@ def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = Fa
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(special)
     core.add_tokens([AddedToken(TAG, special=False, normalized=False)])
+    core.add_special_tokens(list(more))
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
     found = PreTrainedTokenizerFast(
@@ -48,6 +51,27 @@ def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = Fa
     )
     found.chat_template = template
     return found
+
+
+PICTURES = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+
+
+def pictured_run(path: Path, **options: Any) -> RunDir:
+    """`merged_run` of a model that reads pictures, with all that a server wants beside it to read them."""
+    base, tokenizer = path.with_name(f"{path.name}-base"), bpe_tokenizer(more=PICTURES)
+    model = tempered(build("mistral3", vocab_size=len(tokenizer) + 1, **options))
+    model.config.image_token_index = model.config.image_token_id = tokenizer.convert_tokens_to_ids(PICTURES[0])
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    names = dict(zip(("image_token", "image_break_token", "image_end_token"), PICTURES, strict=True))
+    pictures = {"image_processor_type": "PixtralImageProcessor", "patch_size": 14, "size": {"longest_edge": 56}}
+    own = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2, **names}
+    (base / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (base / "processor_config.json").write_text(json.dumps(own))
+    run = make_run(path, base, adapted(model, base, size=0.05))
+    tokenizer.save_pretrained(run.adapter)
+    merge(run, quiet=True)
+    return run
 
 
 def model_folder(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from exported import merged_run
 
 from minigrpo.export import export
-from minigrpo.launching import Launch, reserve
+from minigrpo.launching import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
 from minigrpo.rundir import RunDir
 
 ASKED = ({"role": "user", "content": "What is '12' + 7?"},)
@@ -32,6 +37,19 @@ def program(tmp_path: Path, text: str, port: int | None = None) -> Launch:
     script.write_text(text)
     port = port or reserve("127.0.0.1", 0)
     return Launch("llama.cpp", (sys.executable, str(script), str(port)), "127.0.0.1", port, "m", "a model", None)
+
+
+def told_of(model: Model) -> list[Any]:
+    """What the launch tells vLLM beside the config, and the container's line with it."""
+    launch = vllm_launch(model, python=Path("python"), host=LOCAL, port=1, name="m")
+    told = [json.loads(said) for said in after("--hf-overrides", launch.program)]
+    line = shlex.split(docker_line(launch, model, 1.0))
+    assert [json.loads(said) for said in after("--hf-overrides", line)] == told
+    return told
+
+
+def after(option: str, line: Sequence[str]) -> list[str]:
+    return [then for word, then in pairwise(line) if word == option]
 
 
 def children(pid: int) -> list[int]:

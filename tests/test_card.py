@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from delivered import adapted, make_run, save_base
 from published import add_gguf, run_copy, whole_run  # noqa: F401
 
 from minigrpo.card import card, facts_of, front_matter, hub_name, licence_of, parity_markdown
@@ -18,6 +21,7 @@ from minigrpo.cardrun import QUESTION
 from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.markdown import fenced, markdown_table, plain
+from minigrpo.merge import merge
 from minigrpo.recipefile import dump_recipe, load_recipe
 from minigrpo.rundir import RunDir, read_json, write_json
 
@@ -212,6 +216,32 @@ def test_commands_name_their_own_repository(run: RunDir) -> None:
         assert words in text
     assert "vllm serve me/tiny\n" in page(run)
     assert "--lora-modules tiny-lora=me/tiny-lora" in page(run, "adapter")
+
+
+@pytest.mark.parametrize(("family", "merged"), [("ministral3", False), ("ministral3", True), ("mistral3", True)])
+def test_an_adapters_page_gives_vllm_what_the_base_lacks_and_a_rank_that_it_takes(
+    tmp_path: Path, family: str, merged: bool
+) -> None:
+    """Where the base is gone, the merged model's config tells it."""
+    run = make_run(
+        tmp_path / "tiny", tmp_path / "base", adapted(save_base(tmp_path / "base", family), tmp_path / "base")
+    )
+    if merged:
+        merge(run, quiet=True)
+        shutil.rmtree(tmp_path / "base")
+    lines = apart(page(retold(run, lora={"rank": 9}), "adapter"))[1]
+    command = shlex.split(next(code for _, code in lines if code.startswith("vllm")).splitlines()[0])
+    scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
+    wanted = {"text_config": scale} if family == "mistral3" else scale
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == wanted
+    assert command[command.index("--max-lora-rank") + 1] == "16"
+    kind = "AutoModelForImageTextToText" if family == "mistral3" else "AutoModelForCausalLM"
+    assert f"base = {kind}.from_pretrained" in page(run, "adapter")
+    assert "vLLM serves ranks up to 512 only" in page(retold(run, lora={"rank": 600}), "adapter")
+
+
+def test_an_adapters_page_tells_vllm_nothing_that_the_base_says_itself(run: RunDir) -> None:
+    assert "--hf-overrides" not in page(run, "adapter")
 
 
 def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,9 @@ def test_the_figures_of_a_layer_are_those_of_its_matrices(run: RunDir) -> None:
     ("fault", "told"),
     [
         (lambda run: cut(adapter_file(run), 10), "was cut short: "),
-        (lambda run: cut(adapter_file(run), 10**9), "is damaged: its first bytes are no safetensors header"),
+        (lambda run: cut(adapter_file(run), 10**9), "was cut short: 0 bytes do not hold its header"),
+        (lambda run: adapter_file(run).write_bytes(adapter_file(run).read_bytes()[:90]), "was cut short: 90 bytes do"),
+        (lambda run: adapter_file(run).write_bytes(b"words " * 500), "is damaged: its first bytes are no safetensors"),
         (lambda run: adapter_file(run).write_bytes(b"\xff" * 500), "is damaged"),
         (lambda run: adapter_file(run).write_bytes((2).to_bytes(8, "little") + b"{}"), "holds no tensors"),
         (lambda run: adapter_file(run).unlink(), "is missing"),

@@ -212,6 +212,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(check_folder) == ["machine.json", "preflight.json", "recipe.yaml"]
 
 
+def test_a_full_disk_after_the_training_is_told_without_words_about_checkpoints(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    run.adapter.mkdir()
+    with no_file_beyond(3), pytest.raises(ArtifactError, match=ROOM.format("intact")):
+        write_json(run.check, {"ok": True})
+
+
 @pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "Read-only"), (errno.EACCES, "Permission denied")])
 def test_a_disk_that_does_not_let_us_write_is_a_sentence(
     number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

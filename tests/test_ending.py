@@ -90,6 +90,34 @@ def test_a_missing_artefact_is_made_again_and_no_other(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@needs_llama
+def test_proofs_that_were_lost_are_told_again_by_what_they_prove(
+    done: tuple[RunDir, dict[str, Any]], recipe: Recipe, tmp_path: Path
+) -> None:
+    run = copied(done, tmp_path / "whole")
+    before = read_json(run.parity)
+    run.parity.unlink()
+    pipeline.run_all(recipe, run, resume=True)
+    assert read_json(run.parity) == before
+    run.parity.write_text("{")
+    with pytest.raises(ArtifactError, match=r"parity.json is damaged"):
+        pipeline.run_all(recipe, run, resume=True)
+
+
+def test_an_adapter_cut_short_is_told_on_resume_with_the_way_to_make_it_again(
+    done: tuple[RunDir, dict[str, Any]], recipe: Recipe, tmp_path: Path
+) -> None:
+    run = copied(done, tmp_path / "whole")
+    file = run.adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ArtifactError, match=rf"was cut short: .* Or remove {run.adapter} and .*--resume"):
+        pipeline.run_all(recipe, run, resume=True)
+    shutil.rmtree(run.adapter)
+    pipeline.run_all(recipe, run, resume=True)
+    assert file.read_bytes() == whole
+
+
 def test_formats_that_do_not_exist_are_refused_before_anything_begins(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with pytest.raises(MinigrpoError, match="Q9 is not known"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from conftest import TEMPLATE, build_tokenizer
 from delivered import FAMILIES, edit_json
 from exported import TAG, bpe_tokenizer, merged_run, model_folder, needs_llama
 from models import OWN_WORDS
+from served import gone
 
 from minigrpo import converter, ggufwriter, seedling
 from minigrpo.config import Recipe
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.export import export
-from minigrpo.ggufquant import Cruncher, quantise
+from minigrpo.ggufquant import DEFAULTS, Cruncher, find_tool, quantise
 from minigrpo.modelfile import conversations, modelfile, turns_of
 from minigrpo.pretokenizer import kind_of, token_faults
 from minigrpo.render import QUESTION, as_text, render
@@ -246,11 +249,70 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(find_tool(None) is None, reason="no llama-quantize on the PATH")
+@pytest.mark.parametrize("width", [256, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_quantiser_and_llama_quantize_make_the_same_file(
+    tmp_path: Path, family: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine layers, so that llama.cpp's rules for the first, the last and every third all show."""
+    tool = find_tool(None)
+    assert tool is not None
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
+    run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"), **size)
+    ggufwriter.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
+    monkeypatch.setenv("PATH", "")
+    differing = []
+    for kind in DEFAULTS:
+        for name, tools in (("ours", None), ("theirs", tool.parent)):
+            found = quantise(tmp_path / "x.gguf", tmp_path / f"{name}.gguf", kind, tools)
+            assert found.by.startswith("llama-quantize") == (name == "theirs")
+        if contents(tmp_path / "ours.gguf") != contents(tmp_path / "theirs.gguf"):
+            differing.append(kind)
+    assert not differing
+
+
+@pytest.mark.long
 def test_the_official_converter_passes_the_same_proof(tmp_path: Path, official: Path) -> None:
     run = merged_run(tmp_path / "mine", "ministral3")
     found = export(run, ["F32", "Q4_K_M"], llama_cpp=official, quiet=True)
     assert [file.verdict for file in found.files] == ["proved", "measured"]
     assert str(official) in found.converter
+
+
+WRITES = "import pathlib, sys, time\npathlib.Path(sys.argv[5]).write_text(str(__import__('os').getpid()))\n"
+
+
+def pretended(root: Path, script: str) -> Path:
+    """A converter of our own making, for faults that the real one shows only on a bad day."""
+    (root / "conversion").mkdir(parents=True)
+    (root / "conversion" / "base.py").write_text("class TextModel: pass")
+    (root / "convert_hf_to_gguf.py").write_text(script)
+    return root
+
+
+def test_a_converter_ends_with_the_export_that_is_killed(tmp_path: Path) -> None:
+    """Else it would go on writing beside the next one."""
+    root, file = pretended(tmp_path / "llama.cpp", WRITES + "time.sleep(600)"), tmp_path / "x.gguf"
+    code = (
+        "import sys; from pathlib import Path; from minigrpo.converter import Converter\n"
+        "Converter(Path(sys.argv[1])).convert(Path(sys.argv[2]), Path(sys.argv[3]), 'F16', 'x')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, root, tmp_path, file]) as parent:
+        while not (file.exists() and file.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    assert gone([int(file.read_text())])
+
+
+def test_a_converter_without_room_is_told_as_a_full_disk(tmp_path: Path) -> None:
+    said = "OSError(28, 'No space left on device')"
+    for fault in (said, "OSError('9 requested and 4 written')"):
+        root = pretended(tmp_path / str(len(fault)), f"raise {fault}")
+        with pytest.raises(OSError, match="No space left on device") as told:
+            converter.Converter(root).convert(tmp_path, tmp_path / "x.gguf", "F16", "x")
+        assert told.value.errno == errno.ENOSPC
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of a file")

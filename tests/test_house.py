@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),
         *("pretokenizer", "ggufwriter", "converter", "convertworker", "ggufquant", "ggufproof", "modelfile"),
         *("ggufhead", "launching", "servers", "servable", "serveworker"),
-        *("hub",),
+        *("hub", "hubread"),
     ),
     # 3 verbs
     (

@@ -36,11 +36,14 @@ def test_three_repositories_cut_after_half_of_the_bytes_and_run_again_end_comple
     assert hub.uploaded - before == sum(size for oid, size in large(run).items() if oid not in kept)
     for sent, folder in zip(found.sent, (run.merged, run.adapter, run.gguf), strict=True):
         assert sent.fetched is not None
-        own = {file.name for file in folder.iterdir()} - {"made.json", "README.md", "adapter_config.json"}
+        anew = {"README.md", *(("adapter_config.json", "tokenizer_config.json") if folder == run.adapter else ())}
+        own = {file.name for file in folder.iterdir()} - {"made.json", *anew}
         assert own | {"README.md", "minigrpo.json"} <= sent.files.keys()
         for name in own:
             there = hub.repos[sent.repo].files[name][0]
             assert there == (folder / name).read_bytes() == (sent.fetched / name).read_bytes(), name
+        for name in anew:
+            assert hub.repos[sent.repo].files[name][0] == (sent.fetched / name).read_bytes()
     assert found.sent[-1].verdict == "published"
     assert not hub.stray, "the storage saw the token"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delivered import edit_json
+from delivered import edit_json, save_base
 from exported import needs_llama
 from served import children, exported_run, file_of, gone
 
@@ -87,7 +87,6 @@ def test_every_kind_of_artefact_is_found_by_its_name(run: RunDir, tmp_path: Path
     base = Path(f"{run.path}-base")
     assert found(str(run.path), Wanted(engine="vllm", adapter=True)).model == Model(str(base), run.adapter)
     assert found(str(base), vllm).model == Model(str(base))
-    assert found("Qwen/Qwen2.5-0.5B-Instruct", vllm).name == "Qwen2.5-0.5B-Instruct"
     alone = Path(shutil.copytree(run.adapter, tmp_path / "alone"))
     assert found(str(alone), vllm).model == Model(str(base), alone)
 
@@ -210,7 +209,18 @@ def test_an_adapter_that_vllm_cannot_serve_beside_its_base_is_refused_first(run:
     adapter = Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", use_dora=True)
     with pytest.raises(MinigrpoError, match="is a DoRA adapter, which vLLM cannot serve unmerged"):
-        vllm_launch(Model("base/model", adapter), python=Path("python"), host="127.0.0.1", port=1, name="m")
+        vllm_launch(Model("base/model", adapter, {}), python=Path("python"), host="127.0.0.1", port=1, name="m")
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_starts(run: RunDir, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
+    save_base(tmp_path / "other", "qwen2", hidden_size=128)
+    with pytest.raises(MinigrpoError, match=r"other is not the base of .*adapter"):
+        found(str(adapter), Wanted(engine="vllm", base=str(tmp_path / "other")))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(MinigrpoError, match="was cut short"):
+        found(str(adapter), Wanted(engine="vllm"))
 
 
 # Ends

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import bpe_tokenizer, merged_run, needs_llama
-from served import ASKED, children, exported_run, file_of, gone, program
+from exported import PICTURES, bpe_tokenizer, merged_run, needs_llama, pictured_run
+from served import ASKED, children, exported_run, file_of, gone, program, told_of
 from transformers import AutoModelForCausalLM
 
 from minigrpo.engines.gguf import open_gguf
 from minigrpo.engines.llamacpp import LlamaCpp
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.judging import evaluate
-from minigrpo.launching import LOCAL, Model, docker_line, find_vllm, reserve, vllm_launch
+from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
+from minigrpo.proof import as_loaded
 from minigrpo.rollout import rollout
 from minigrpo.rundir import RunDir
+from minigrpo.servable import Wanted, found
 from minigrpo.servers import Server, serve_gguf
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
 
@@ -32,6 +33,7 @@ pytestmark = needs_llama
 WIDE = {
     "qwen2": {"hidden_size": 128, "intermediate_size": 128},
     "ministral3": {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32},
+    "mistral3": {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32},
 }
 IDS = (12, 40, 99, 7, 200, 31)
 
@@ -146,39 +148,32 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
     wanted = {"ministral3": [scale], "mistral3": [{"text_config": scale}], "qwen2": []}[family]
     assert told_of(Model(f"{run.path}-base", run.adapter)) == told_of(Model(f"{run.path}-base")) == wanted
     assert told_of(Model(str(run.merged))) == []  # ours to write, and it says so itself
-    assert told_of(Model("owner/name")) == []
-
-
-def told_of(model: Model) -> list[Any]:
-    """What the launch says beside the config, and the container's with it."""
-    launch = vllm_launch(model, python=Path("python"), host=LOCAL, port=1, name="m")
-    found = after("--hf-overrides", launch.program)
-    assert after("--hf-overrides", shlex.split(docker_line(launch, model, 1.0))) == found
-    return found
-
-
-def after(option: str, line: Sequence[str]) -> list[Any]:
-    return [json.loads(then) for word, then in pairwise(line) if word == option]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("MINIGRPO_VLLM"), reason="MINIGRPO_VLLM names no python that has vLLM")
 @pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "ministral3"])
-def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool) -> None:
+@pytest.mark.parametrize("family", WIDE)
+def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool, record_property: Any) -> None:
     # Heads of 8 numbers, as in other tests, are too small for its kernels.
-    run = merged_run(tmp_path / "mine", family, **WIDE[family])
+    pictures = family == "mistral3"
+    folder = tmp_path / "mine"
+    run = pictured_run(folder, **WIDE[family]) if pictures else merged_run(folder, family, **WIDE[family])
     model = Model(f"{run.path}-base", run.adapter) if adapter else Model(str(run.merged))
     python = find_vllm(None)
     assert python is not None
     launch = vllm_launch(model, python=python, host=LOCAL, port=reserve(LOCAL, 0), name="m", whole=True)
-    truth = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32).eval()
+    truth = as_loaded(run.merged).eval()
     with Server(launch) as server, torch.no_grad():
         ids = server.rendered(ASKED)
-        own = bpe_tokenizer().apply_chat_template(list(ASKED), add_generation_prompt=True, return_dict=True)
+        own = bpe_tokenizer(more=PICTURES if pictures else ()).apply_chat_template(
+            list(ASKED), add_generation_prompt=True, return_dict=True
+        )
         assert ids == tuple(own["input_ids"])
         truth_NV = truth(torch.tensor([ids])).logits[0].log_softmax(-1)
-        torch.testing.assert_close(server.logprobs(ids, 0), truth_NV, atol=0.02, rtol=0)
+        served_NV = server.logprobs(ids, 0)
+        record_property("greatest", float((served_NV - truth_NV).abs().max()))
+        torch.testing.assert_close(served_NV, truth_NV, atol=0.02, rtol=0)
         said = truth.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert server.greedy(ids, 12) == tuple(said.tolist())
     assert not server.running
@@ -203,3 +198,28 @@ def test_a_file_of_a_run_is_evaluated_on_the_task_of_the_run(run: RunDir, tmp_pa
     figures = evaluate(str(file_of(run)), limit=3, out=tmp_path / "found.json", quiet=True)["model"]
     assert (figures["name"], figures["task"], figures["scores"]["samples"]) == ("mine-Q8_0", "wordproblems", 1)
     assert len(json.loads((tmp_path / "found.json").read_text())["scores"]["answers"]) == 3
+
+
+def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: RunDir, tmp_path: Path) -> None:
+    mine = RunDir(Path(shutil.copytree(run.path, tmp_path / "mine")))
+    data = bytearray(file_of(mine).read_bytes())
+    data[-50] ^= 1
+    file_of(mine).write_bytes(data)
+    (mine.merged / "config.json").write_text((mine.merged / "config.json").read_text() + " ")
+    for path, command in ((file_of(mine), "export"), (mine.merged, "merge")):
+        with pytest.raises(ArtifactError, match=rf"{path}.* was changed after .*again: minigrpo {command} .* --force"):
+            evaluate(str(path), limit=1, out=tmp_path / "found.json", quiet=True)
+    with pytest.raises(ArtifactError, match="was changed after it was proved"):
+        found(str(file_of(mine)), Wanted())
+    mine.path.rename(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=r"mine-Q8_0.gguf was put there or changed"):
+        found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+    mine = RunDir(tmp_path / "other")
+    elsewhere = shutil.copy(mine.gguf / "mine-Q8_0.gguf", tmp_path / "own.gguf")
+    assert found(str(elsewhere), Wanted()).run is None  # whose it is, its owner knows
+
+
+def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "other")
+    artefact = found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+    assert (artefact.name, artefact.gguf) == ("other", tmp_path / "other" / "gguf" / "mine-Q8_0.gguf")

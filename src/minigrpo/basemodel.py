@@ -98,6 +98,18 @@ def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> Base:
     return open_base(folder if folder.is_dir() else _downloaded(source, revision))
 
 
+def config_here(path: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a base that lies here or in the Hub client's cache; {} of any other. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = Path(path).expanduser() / "config.json"
+    cached = None
+    if not file.is_file() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    file = Path(cached) if isinstance(cached, str) else file
+    return _json(file, "") if file.is_file() else {}
+
+
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -189,22 +201,35 @@ def write_companions(base: Base, trained: Path, folder: Path, dtype: torch.dtype
     tokens = folder / "tokenizer_config.json"
     if tokens.is_file():
         config = _json(tokens, "")
-        # transformers 4 does not know the class that transformers 5 writes; both know this one.
-        known = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        _write(tokens, config, config | known if config.get("tokenizer_class") == "TokenizersBackend" else config)
+        _write(tokens, config, tokens_for_other_readers(config))
+
+
+def tokens_for_other_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json in words that transformers 4 knows, too: of the class, and of further special tokens."""
+    found = dict(config)
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    more = found.get("extra_special_tokens")
+    if isinstance(more, list) and "additional_special_tokens" not in found:  # it takes a mapping under that name
+        del found["extra_special_tokens"]
+        found |= {"additional_special_tokens": more} if more else {}
+    return found
 
 
 def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config with its number type, and with two settings of the rotation where others look for them.
+    """The config with its number type, and with the settings of the rotation where others look for them.
 
-    transformers 4 takes a theta of 10000 unless `rope_theta` stands outside; vLLM leaves out Ministral 3's scale of
-    attention beyond the original context unless `llama_4_scaling` does.
+    transformers 4 takes a theta of 10000 unless `rope_theta` stands outside, and stretches nothing for long texts
+    unless `rope_scaling` says how; vLLM leaves out Ministral 3's scale of attention beyond the original context unless
+    `llama_4_scaling` stands there.
     """
     inner = {"text_config": for_other_readers(config["text_config"], dtype)} if config.get("text_config") else {}
     rope = config.get("rope_parameters") or {}
     turned: dict[str, Any] = {}
     if "rope_theta" in rope and "rope_theta" not in config:
         turned["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling") and not _scaled(config):
+        turned["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     turned |= _scale_of_attention(config)
     said = [name for name in ("dtype", "torch_dtype") if name in config]
     outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
@@ -219,6 +244,17 @@ def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
     return {**_scale_of_attention(config), **({"text_config": inner} if inner else {})}
+
+
+def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
+    inner = {"text_config": without_scale(config["text_config"])} if config.get("text_config") else {}
+    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
+
+
+def _scaled(config: Mapping[str, Any]) -> bool:
+    """Whether it is a Ministral 3, which transformers 4 does not know."""
+    return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})
 
 
 def _scale_of_attention(config: Mapping[str, Any]) -> dict[str, Any]:

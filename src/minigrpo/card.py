@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from minigrpo.basemodel import config_here, missing_for_vllm, without_scale
 from minigrpo.cardrun import how_to_run
 from minigrpo.errors import ArtifactError
 from minigrpo.hub import in_bytes
@@ -35,7 +36,8 @@ DATASETS = {"gsm8k": "openai/gsm8k"}
 @dataclass(frozen=True, slots=True)
 class Facts:
     """`base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: of what is published
-    together, by kind. `rewards`: mean reward of each step. `gguf`: what is known of each exported file, by name."""
+    together, by kind. `rewards`: mean reward of each step. `gguf`: what is known of each exported file, by name.
+    `missing`: what vLLM must be told of the base beside its config."""
 
     name: str
     base: str | None
@@ -51,6 +53,7 @@ class Facts:
     gguf: dict[str, dict[str, Any]]
     versions: dict[str, str]
     vision: bool
+    missing: Mapping[str, Any]
     remarks: tuple[str, ...]
 
 
@@ -64,7 +67,8 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
     made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
     merged = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
     versions = {**made.get("made", {}).get("versions", {}), **merged.get("made", {}).get("versions", {})}
-    config = run.merged / "config.json"
+    whole = read_json(run.merged / "config.json") if (run.merged / "config.json").is_file() else {}
+    config = config_here(recipe.model.path, recipe.model.revision) or without_scale(whole)
     there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
     return Facts(
         name=run.path.absolute().name,
@@ -80,7 +84,8 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
         stages=[row for row in read_parity(run) if row.get("ok", True)],
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
         versions={name: version for name, version in versions.items() if version},
-        vision="vision_config" in (read_json(config) if config.is_file() else {}),
+        vision="vision_config" in {**config, **whole},
+        missing=missing_for_vllm(config),
         remarks=remarks,
     )
 

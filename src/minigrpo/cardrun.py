@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from minigrpo.launching import RANKS
 from minigrpo.markdown import fenced
 
 if TYPE_CHECKING:
@@ -42,13 +43,17 @@ def _python(messages: list[dict[str, str]]) -> str:
 
 
 def _merged(facts: Facts) -> str:
-    repo, kind = facts.repos["merged"], "AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM"
+    repo, kind = facts.repos["merged"], _kind(facts)
     code = (
         f"from transformers import {kind}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
         f'model = {kind}.from_pretrained("{repo}", dtype="auto", device_map="auto")\n' + _answer(facts)
     )
     return f"transformers:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_served(facts, f'vllm serve {repo}', repo)}"
+
+
+def _kind(facts: Facts) -> str:
+    return "AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM"
 
 
 def _served(facts: Facts, command: str, model: str) -> str:
@@ -63,15 +68,20 @@ def _adapter(facts: Facts) -> str:
     base = facts.base or "PATH-OF-THE-BASE"
     note = "" if facts.base else "The base is not on the Hub: put its folder where `PATH-OF-THE-BASE` stands.\n\n"
     code = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from peft import PeftModel\nfrom transformers import {_kind(facts)}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
-        f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
+        f'base = {_kind(facts)}.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
         f'model = PeftModel.from_pretrained(base, "{repo}")\n' + _answer(facts)
     )
-    rank = facts.recipe["lora"]["rank"]
+    text = f"{note}transformers and PEFT:\n\n{fenced(code, 'python')}\n\n"
+    room = next((room for room in RANKS if room >= facts.recipe["lora"]["rank"]), None)
+    if room is None:
+        return f"{text}vLLM serves ranks up to {RANKS[-1]} only: merge it first."
     name = repo.partition("/")[2]
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}"
-    return f"{note}transformers and PEFT:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_served(facts, serve, name)}"
+    serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
+    if facts.missing:  # of the base, whose config says it in words that vLLM does not read
+        serve += f" --hf-overrides {_quoted(json.dumps(facts.missing))}"
+    return f"{text}vLLM:\n\n{_served(facts, serve, name)}"
 
 
 def _gguf(facts: Facts) -> str:

@@ -9,7 +9,9 @@ An unpinned llama.cpp is what breaks exports elsewhere, so what is fetched is al
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -30,6 +32,8 @@ INSIDE = PurePosixPath("vendor/llama.cpp")
 PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 """Of the source distribution: the converter, what it imports, and the licence that they come under."""
 SCRIPT = PARTS[0]
+FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
+"""What a converter without room ends with; the last is numpy's."""
 OFFLINE = ("HF_HUB_OFFLINE", "PIP_NO_INDEX")
 
 
@@ -53,7 +57,14 @@ class Converter:
             *(sys.executable, "-P", str(Path(__file__).with_name("convertworker.py")), str(self.root)),
             *(_kind_or_theirs(folder), str(folder), kind.lower(), str(file), name),
         ]
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        reads, writes = os.pipe()  # while this process lives, the other end is open: the worker ends with us
+        try:
+            ended = subprocess.run(command, stdin=reads, capture_output=True, text=True, errors="replace")
+        finally:
+            os.close(reads)
+            os.close(writes)
+        if ended.returncode and FULL.search(ended.stderr):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if ended.returncode or not file.is_file():
             words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
             told = " ".join(words[-2:])[-300:]

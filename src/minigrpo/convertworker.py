@@ -2,6 +2,8 @@
 
     python -P convertworker.py LLAMA_CPP PRE_TOKENIZER FOLDER OUTTYPE FILE NAME
 
+It ends when its standard input does, so that a killed export leaves no converter that goes on writing.
+
 Three things of it are replaced. It knows pre-tokenizers by a hash of what they make of one text, and so refuses every
 tokenizer that is not on its list, however plain; the name is found from the pattern itself before. It asks for
 sentencepiece even where there is no sentencepiece model. And it takes an architecture's own tokenizer class, which
@@ -11,10 +13,22 @@ may add tokens.
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+
+def end_with_the_parent() -> None:
+    """Standard input is a pipe that the parent holds open, and nothing is ever written to it."""
+
+    def wait() -> None:
+        os.read(0, 1)  # below the buffer, whose lock would be missed at the interpreter's own end
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(root: str, kind: str, folder: str, *words: str) -> None:
@@ -38,4 +52,5 @@ def main(root: str, kind: str, folder: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_the_parent()
     main(*sys.argv[1:])

@@ -109,13 +109,14 @@ def export(
 
 
 def serve(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run, a .gguf file, a model's folder, or a Hub id.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run, a .gguf file, a folder, or a Hub id.")],
     *,
     engine: Annotated[ServerName, typer.Option(help="auto: vLLM where it is installed and has a GPU.")] = "auto",
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask, too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     kind: Annotated[str, typer.Option("--format", metavar="TYPE", help="Which GGUF file of the run.")] = "Q8_0",
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter unmerged, beside its base (vLLM).")] = False,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="An adapter's base, where it lies now.")] = None,
     question: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Asked first.", show_default="a problem of the run's task")
     ] = None,
@@ -137,7 +138,9 @@ def serve(
     from minigrpo.servable import Wanted
     from minigrpo.serve import Ready, planned, planned_lines, ready_lines, serve
 
-    wanted = Wanted(engine, host, port, kind, adapter, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp)
+    wanted = Wanted(
+        engine, host, port, kind, adapter, base=base, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp
+    )
 
     def tell(ready: Ready) -> None:
         if as_json:

@@ -124,3 +124,16 @@ def merged_of(run: RunDir) -> Path:
     if sealed["made"]["from"].get(trained.name) != digest(trained):
         raise ArtifactError(f"{run.merged} is stale: it was made from another {trained}. {again}")
     return run.merged
+
+
+def refuse_changed(path: Path, run: RunDir) -> None:
+    """Raises ArtifactError where a merged model or a GGUF file of a run is not what was proved. Others are not ours."""
+    if path == run.merged:
+        merged_of(run)
+    made = run.gguf / "made.json"
+    known = read_sealed(made)["files"].get(path.name) if path.parent == run.gguf and made.is_file() else None
+    if known is not None and digest(path) != known["sha256"]:
+        raise ArtifactError(
+            f"{path} was changed after it was proved. Export again: minigrpo export {run.path} --format "
+            f"{known['format']} --force"
+        )

@@ -121,11 +121,18 @@ def compare(
     )
 
 
-def record(file: Path, rows: Iterable[Mapping[str, Any]], about: dict[str, Any] | None = None) -> None:
-    """Put the rows of a stage into parity.json; rows of the same names give way, those of other stages stay."""
+def record(
+    file: Path, rows: Iterable[Mapping[str, Any]], about: dict[str, Any] | None = None, *, keep: bool = False
+) -> None:
+    """Put the rows of a stage into parity.json; rows of the same names give way, those of other stages stay.
+
+    `keep`: they are not new, so what stands there already stays.
+    """
     fresh = {row["name"]: dict(row) for row in rows}
     then = read_json(file) if file.exists() else {}
     if not isinstance(then, dict) or not isinstance(then.get("stages", []), list):
         raise ArtifactError(f"{file} is damaged. Remove it and run the stages that make it again.")
     kept = {row["name"]: row for row in then.get("stages", [])}
-    write_json(file, {**then, **(about or {}), "stages": list((kept | fresh).values())})
+    fresh = {name: row for name, row in fresh.items() if not (keep and name in kept)}
+    if fresh or not keep:
+        write_json(file, {**then, **(about or {}), "stages": list((kept | fresh).values())})

@@ -101,7 +101,8 @@ class Order:
 
     @property
     def command(self) -> str:
-        return f"minigrpo export {self.run.path if self.run else self.model}"
+        out = f" --out {self.folder}" if self.run and self.folder != self.run.gguf else ""
+        return f"minigrpo export {self.run.path if self.run else self.model}{out}"
 
     def file(self, kind: str) -> Path:
         return self.folder / f"{self.name}-{kind}.gguf"
@@ -194,12 +195,15 @@ def _done(order: Order, kinds: Sequence[str]) -> dict[str, File]:
             continue
         if then is None or digest(file) != then["sha256"]:
             raise ArtifactError(
-                f"{file} was put there or changed by somebody. To put a fresh export in its place: --force"
+                f"{file} was put there or changed by somebody. To put a fresh export in its place: {order.command} "
+                f"--format {kind} --force"
             )
         if then["from"] == order.made["from"]:
             found[kind] = File(
                 file, kind, "there already", **{name: then[name] for name in ("by", "bits", "types", "proof")}
             )
+            if order.run is not None:  # where parity.json was lost
+                record(order.run.parity, [then["proof"]], keep=True)
     return found
 
 

@@ -171,11 +171,17 @@ class Questions:
 
 
 def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
-    """Open a model of any kind, ask it, and let it go again: two may not fit side by side."""
+    """Open a model of any kind, ask it, and let it go again: two may not fit side by side.
+
+    Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
+    """
+    from minigrpo.delivery import refuse_changed
     from minigrpo.engines import open_engine
     from minigrpo.policy import open_trained
 
     run, path = run_of(model), Path(model).expanduser()
+    if run and path.exists():
+        refuse_changed(path, run)
     if path.suffix == GGUF:
         return judge_gguf(path, ask, journal_beside(file, model))
     source = str(finished(run)) if run and run.path == path else model

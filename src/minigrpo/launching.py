@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ GGUF_EXTRA = "pip install 'minigrpo[gguf]'"
 IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
 VLLM_PYTHON = "MINIGRPO_VLLM"
 """Names the python of an environment that holds vLLM."""
+ON_HUB = "Of a GGUF repository: hf download OWNER/NAME FILE.gguf --local-dir . and then minigrpo serve FILE.gguf"
+CONTAINER_CACHE = "/root/.cache/huggingface/hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,27 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What vLLM serves: a folder or a Hub id, and an adapter that stays beside it."""
+    """What vLLM serves: a folder or a Hub id, and an adapter that stays beside it.
+
+    `config`: config.json of a Hub id, where it was read already.
+    """
 
     source: str
     adapter: Path | None = None
+    config: Mapping[str, Any] | None = None
+
+    def settings(self) -> Mapping[str, Any]:
+        """config.json. Raises MinigrpoError where a Hub id has none that can be read."""
+        from minigrpo.hubread import settings_on_hub
+        from minigrpo.rundir import read_json
+
+        folder = Path(self.source)
+        if folder.is_dir():
+            return dict(read_json(folder / "config.json"))
+        found = settings_on_hub(self.source, "config.json") if self.config is None else self.config
+        if found is None:
+            raise MinigrpoError(f"{self.source} holds no config.json, so it is no model that vLLM serves. {ON_HUB}")
+        return found
 
 
 def worker() -> Path:
@@ -128,11 +148,17 @@ def vllm_launch(
     whole: bool = False,
 ) -> Launch:
     """`python`: of the environment that holds vLLM. `whole`: let clients ask for the probability of every token."""
-    config = _config(model.source)
+    config = model.settings()
     limit = config.get("text_config", config).get("max_position_embeddings")
     context = fitting(context, limit, model.source) if context or limit else None
     line = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
-    line += ["--host", host, "--port", str(port), *vllm_options(model, name, context, temperature)]
+    line += [
+        "--host",
+        host,
+        "--port",
+        str(port),
+        *vllm_options(model=model, name=name, context=context, temperature=temperature),
+    ]
     share = memory_share()
     line += ["--gpu-memory-utilization", f"{share:.2f}"] if share else []
     line += ["--max-logprobs", "-1"] if whole else []
@@ -151,12 +177,18 @@ def memory_share() -> float | None:
 
 
 def vllm_options(
-    model: Model, name: str, context: int | None, temperature: float, *, at: str | None = None
+    model: Model,
+    name: str,
+    context: int | None,
+    temperature: float,
+    *,
+    at: str | None = None,
+    beside: str | None = None,
 ) -> list[str]:
-    """`at`: where the server finds the model, if not where it lies here."""
+    """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
     from minigrpo.basemodel import missing_for_vllm
 
-    config = _config(model.source)
+    config = model.settings()
     missing = missing_for_vllm(config)
     served = f"{name}-base" if model.adapter else name
     line = ["--model", at or model.source, "--served-model-name", served]
@@ -167,19 +199,42 @@ def vllm_options(
     line += ["--hf-overrides", json.dumps(missing)] if missing else []
     if model.adapter:
         line += ["--enable-lora", "--max-lora-rank", str(room_for(model.adapter))]
-        line += ["--lora-modules", f"{name}={'/adapter' if at else model.adapter}"]
+        line += ["--lora-modules", f"{name}={beside or model.adapter}"]
     return line
 
 
 def docker_line(launch: Launch, model: Model, temperature: float) -> str:
     """vLLM in its own container, on the machine's GPUs."""
     folder = Path(model.source)
-    mounts = {folder: "/model"} if folder.is_dir() else {Path("~/.cache/huggingface"): "/root/.cache/huggingface"}
+    mounts = {}
+    at, (here, there) = _mounted(folder, "/model") if folder.is_dir() else (model.source, _mounted_cache())
+    mounts[here] = there
+    beside = None
+    if model.adapter:
+        beside, (here, there) = _mounted(model.adapter, "/adapter")
+        mounts[here] = there
     line = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "-p", f"{launch.port}:8000"]
-    for here, there in {**mounts, **({model.adapter: "/adapter"} if model.adapter else {})}.items():
-        line += ["-v", f"{here.expanduser().absolute()}:{there}"]
-    at = "/model" if folder.is_dir() else model.source
-    return shlex.join([*line, IMAGE, *vllm_options(model, launch.model, launch.context, temperature, at=at)])
+    for here, there in mounts.items():
+        line += ["-v", f"{here}:{there}"]
+    told: dict[str, Any] = {"name": launch.model, "context": launch.context, "temperature": temperature}
+    return shlex.join([*line, IMAGE, *vllm_options(model=model, **told, at=at, beside=beside)])
+
+
+def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
+    """(where the container finds the folder, what is mounted where). The files of a folder in the Hub's cache are links
+    into its neighbours, so the whole cache goes with it."""
+    from minigrpo.hubread import cache_of_hub
+
+    folder, cache = folder.expanduser().absolute(), cache_of_hub()
+    if folder.is_relative_to(cache):
+        return f"{CONTAINER_CACHE}/{folder.relative_to(cache).as_posix()}", _mounted_cache()
+    return there, (folder, there)
+
+
+def _mounted_cache() -> tuple[Path, str]:
+    from minigrpo.hubread import cache_of_hub
+
+    return cache_of_hub(), CONTAINER_CACHE
 
 
 def room_for(adapter: Path) -> int:
@@ -223,14 +278,6 @@ def fitting(asked: int | None, limit: int | None, what: str) -> int:
     if limit is not None and asked > limit:
         raise MinigrpoError(f"--context {asked} is more than the {limit} tokens that {what} was made for. Lower it.")
     return asked
-
-
-def _config(source: str) -> dict[str, Any]:
-    """config.json of a folder; nothing for a Hub id, which vLLM reads itself."""
-    from minigrpo.rundir import read_json
-
-    folder = Path(source)
-    return dict(read_json(folder / "config.json")) if folder.is_dir() else {}
 
 
 # Ports

@@ -21,9 +21,12 @@ from torch import nn
 
 from minigrpo import fused
 from minigrpo.config import LoraKnobs
-from minigrpo.errors import ArtifactError, RecipeError
+from minigrpo.errors import ArtifactError, ModelError, RecipeError
 from minigrpo.fused import SeededDropout
 from minigrpo.noise import name_key
+from minigrpo.tensorfile import read_header
+
+ADAPTER = "adapter_model.safetensors"
 
 
 def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, list[SeededDropout]]:
@@ -85,12 +88,25 @@ def kinds(model: Any) -> list[str]:
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
-    """The model under a finished adapter, as PEFT reads it."""
+    """The model under a finished adapter, as PEFT reads it.
+
+    Raises ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
+    """
     mute_bitsandbytes()
     from peft import PeftModel
 
+    if (folder / ADAPTER).is_file():
+        read_header(folder / ADAPTER)
     with _quiet():
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else the rest would stay as it began
+        try:
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        except (UserWarning, RuntimeError, ValueError, KeyError) as fault:
+            reason = " ".join(str(fault).split())[:200]
+            raise ModelError(
+                f"PEFT cannot put {folder} on its base: {reason}. Is that the model it was trained on? Look: minigrpo "
+                f"check {folder} --base MODEL"
+            ) from None
 
 
 def load_adapter(model: Any, folder: Path) -> None:
@@ -98,9 +114,10 @@ def load_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER
     if not file.is_file():
         raise ArtifactError(f"{file} is missing. Train first: minigrpo train RECIPE --run {folder.parent}")
+    read_header(file)
     outcome = set_peft_model_state_dict(model, load_file(file))
     strangers = [key for key in outcome.unexpected_keys if "lora_" in key]
     missing = [key for key in outcome.missing_keys if "lora_" in key]

@@ -83,7 +83,7 @@ def merge(
     target = out or (source.run.merged if source.run else source.folder.with_name(f"{source.folder.name}-merged"))
     made = source.made("merge", files)
     made["from"] |= {"asked": dtype, "proved": proof}
-    if found := _there(target, made, force):
+    if found := _there(target, made, force, source):
         return found
     chosen, measured, notes = choose(files, changes, dtype)
     truth = trained_truth(source, files) if proof else None
@@ -134,7 +134,7 @@ def choose(
     return fit, measured, [note]
 
 
-def _there(target: Path, made: Mapping[str, Any], force: bool) -> Merged | None:
+def _there(target: Path, made: Mapping[str, Any], force: bool, source: Source) -> Merged | None:
     """What is there, if it was made from the same and is whole. Raises ArtifactError for what somebody changed."""
     if not target.exists() or force:
         return None
@@ -143,9 +143,13 @@ def _there(target: Path, made: Mapping[str, Any], force: bool) -> Merged | None:
     try:
         sealed = read_seal(target)
     except ArtifactError as fault:
-        raise ArtifactError(f"{fault} To put a fresh merge in its place: --force") from None
+        out = "" if source.run and target == source.run.merged else f" --out {target}"
+        again = f"minigrpo merge {source.command}{out} --force"
+        raise ArtifactError(f"{fault} To put a fresh merge in its place: {again}") from None
     if sealed["made"]["from"] != made["from"]:
         return None
+    if source.run and target == source.run.merged and sealed["stages"]:  # where parity.json was lost
+        record(source.run.parity, sealed["stages"], {"made": sealed["made"]}, keep=True)
     return Merged(target, sealed["dtype"], "there already")
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from minigrpo.basemodel import tokens_for_other_readers
 from minigrpo.card import card, facts_of, hub_name
 from minigrpo.delivery import merged_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
@@ -122,7 +123,7 @@ def _adapter(run: RunDir) -> tuple[Item, ...]:
         )
     files = [file for file in sorted(run.adapter.iterdir()) if file.is_file() and not file.name.startswith(".")]
     kept = [file for file in files if file.name != "made.json"]
-    return tuple(item(file.name, _public(file) if file.name == "adapter_config.json" else file) for file in kept)
+    return tuple(item(file.name, PUBLIC[file.name](file) if file.name in PUBLIC else file) for file in kept)
 
 
 def _public(file: Path) -> Path | bytes:
@@ -132,6 +133,20 @@ def _public(file: Path) -> Path | bytes:
     if not base or hub_name(base):
         return file
     return (json.dumps(config | {"base_model_name_or_path": None}, indent=2) + "\n").encode()
+
+
+def _readable(file: Path) -> Path | bytes:
+    """The tokenizer's config so that transformers 4 reads it, too, as it does that of a merged model."""
+    config = read_json(file)
+    found = tokens_for_other_readers(config)
+    return file if found == config else (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+PUBLIC: dict[str, Callable[[Path], Path | bytes]] = {
+    "adapter_config.json": _public,
+    "tokenizer_config.json": _readable,
+}
+"""Files of an adapter that are written anew where they go."""
 
 
 def _gguf(run: RunDir) -> tuple[Item, ...]:

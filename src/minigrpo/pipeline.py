@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from minigrpo import beginning, ending, tables
 from minigrpo.config import Recipe
+from minigrpo.errors import ArtifactError
 from minigrpo.judging import before_and_after, evaluate
 from minigrpo.lock import hold
 from minigrpo.rundir import RunDir, complete_folder, read_json, tidy, write_json
@@ -181,7 +183,7 @@ def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samp
         beginning.check_lessons(opened)
         begin(recipe, run)
     if trained(run, recipe).exists():
-        opened.policy.restore(trained(run, recipe))
+        _restore(opened, trained(run, recipe))
         opened.engine.update(opened.policy)
         console.print(Text(f"{trained(run, recipe)} is there already."))
     else:
@@ -190,6 +192,16 @@ def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samp
             _train(opened, run, show_samples)
     with timed(run, "evaluate"):
         return before_and_after(opened, run, console)
+
+
+def _restore(opened: Opened, folder: Path) -> None:
+    try:
+        opened.policy.restore(folder)
+    except ArtifactError as fault:
+        raise ArtifactError(
+            f"{fault} Or remove {folder} and give the same command with --resume: it is made again from the last "
+            "checkpoint."
+        ) from fault
 
 
 def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:

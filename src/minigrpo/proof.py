@@ -7,7 +7,6 @@ model is open at a time; what is kept of each are its distributions on a few hel
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def trained_truth(source: Source, base: Base) -> Truth:
         found = _of_base(base, source, device, held.texts)
         return Truth(held, trained, compare("base", found, trained))
     with opened(base.folder, source, device) as (model, tokenizer):
-        model = _adapted(model, source.folder)
+        model = attach_adapter(model, source.folder)
         held, trained = _said(model, tokenizer, source)
         with model.disable_adapter():
             return Truth(held, trained, compare("base", distributions(model, held.texts), trained))
@@ -80,7 +79,7 @@ def _of_base(base: Base, source: Source, device: torch.device, texts: Sequence[H
 
 def _of_packed(base: Base, source: Source, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
     with opened(base.folder, source, device, four_bit=True) as (model, _):
-        return tuple(distributions(_adapted(model, source.folder), texts))
+        return tuple(distributions(attach_adapter(model, source.folder), texts))
 
 
 def of_merged(folder: Path, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
@@ -169,13 +168,3 @@ def as_loaded(folder: Path) -> Any:
         if info[kind]:
             raise ModelError(f"{folder} does not load as it should: {kind.replace('_', ' ')}: {sorted(info[kind])[0]}")
     return model
-
-
-def _adapted(model: Any, folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        try:
-            return attach_adapter(model, folder)
-        except (UserWarning, RuntimeError, ValueError, KeyError) as fault:
-            reason = " ".join(str(fault).split())[:200]
-            raise ModelError(f"PEFT cannot put {folder} on its base: {reason}") from None

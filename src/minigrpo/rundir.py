@@ -259,8 +259,8 @@ def _next_step(path: Path, refusal: int) -> str:
         return f"{cure}, or name another folder: --run runs/NAME"
     # By name alone: a checkpoint has its name only when it is whole.
     steps = [int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit()] if run.checkpoints.is_dir() else []
-    kept = f"intact up to checkpoint {max(steps)}" if steps else "intact, but has no checkpoint yet"
-    return f"The run is {kept}. {cure}, then go on: the same command with --resume"
+    kept = f" up to checkpoint {max(steps)}" if steps else "" if run.adapter.exists() else ", but has no checkpoint yet"
+    return f"The run is intact{kept}. {cure}, then go on: the same command (with --resume where it trains)"
 
 
 def write_json(path: Path, data: Any) -> None:

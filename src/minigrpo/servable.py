@@ -3,21 +3,23 @@
 a run       its GGUF file for llama.cpp, its merged model or its adapter for vLLM
 a .gguf     llama.cpp
 a folder    vLLM, of a model; of an adapter, with its base beside it
-a Hub id    vLLM
+a Hub id    vLLM, of a model or of an adapter
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from minigrpo.config import Recipe
-from minigrpo.delivery import merged_of, source_of, sums_of
-from minigrpo.errors import ArtifactError
+from minigrpo.delivery import Source, merged_of, refuse_changed, source_of, sums_of
+from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
+from minigrpo.hubread import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
+from minigrpo.merging import changes_of
 from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, digest
 from minigrpo.servers import SILENCE
@@ -31,13 +33,15 @@ TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the user chose, beyond the artefact itself. `vllm`: the python that has it. `llama_cpp`: its programs."""
+    """What the user chose, beyond the artefact itself. `base`: of an adapter, where it lies now.
+    `vllm`: the python that has it. `llama_cpp`: its programs."""
 
     engine: Choice = "auto"
     host: str = LOCAL
     port: int = 8000
     format: str = "Q8_0"
     adapter: bool = False
+    base: str | None = None
     context: int | None = None
     wait: float = SILENCE
     vllm: Path | None = None
@@ -77,7 +81,7 @@ def found(what: str, wanted: Wanted) -> Artefact:
     if path.is_dir():
         return _of_folder(path, wanted)
     if HUB_ID.fullmatch(what) and wanted.engine != "llama.cpp":
-        return Artefact(slug(what.rpartition("/")[2]), None, model=Model(what))
+        return _on_hub(what, wanted)
     raise ArtifactError(
         f"{what} is not there. Give a run's folder, a .gguf file, a model's folder, or, for vLLM, a Hub id."
     )
@@ -87,11 +91,10 @@ def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
     name = slug(run.path.absolute().name)
     if wanted.adapter or path == run.adapter:
         _refuse_llama(wanted, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
-        source = source_of(run)
+        source = source_of(run, base=wanted.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
-        base, _ = source.open()
-        return Artefact(name, run, model=Model(str(base.folder), source.folder))
+        return Artefact(name, run, model=_beside(source))
     if path != run.gguf and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
         return Artefact(name, run, model=Model(str(merged_of(run))))
     return Artefact(name, run, gguf=gguf_of(run, wanted.format))
@@ -100,14 +103,18 @@ def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
 def gguf_of(run: RunDir, kind: str) -> Path:
     """The run's file of that type, as it was proved. Raises ArtifactError where it is missing, changed or stale."""
     kind = kind.upper()
+    made = run.gguf / "made.json"
+    entries = read_sealed(made)["files"] if made.is_file() else {}
     file = run.gguf / f"{slug(run.path.absolute().name)}-{kind}.gguf"
+    if not file.is_file():  # a run whose folder was renamed has files of its old name
+        old = (run.gguf / name for name, entry in entries.items() if entry["format"] == kind)
+        file = next((other for other in old if other.is_file()), file)
     make = f"minigrpo export {run.path} --format {kind}"
     if not file.is_file():
         others = ", ".join(sorted(other.stem.rpartition("-")[2] for other in run.gguf.glob("*.gguf")))
         there = f" There are: {others} (--format)." if others else ""
         raise ArtifactError(f"{file} is missing.{there} Export first: {make}")
-    made = run.gguf / "made.json"
-    known = read_sealed(made)["files"].get(file.name) if made.is_file() else None
+    known = entries.get(file.name)
     read_head(file)  # the plainest fault first
     if known is None or digest(file) != known["sha256"]:
         raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
@@ -121,14 +128,16 @@ def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
         raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
     read_head(path)
     above = RunDir(path.parent.parent)
-    return Artefact(path.stem, run or (above if above.exists() and path.parent == above.gguf else None), gguf=path)
+    owner = run or (above if above.exists() and path.parent == above.gguf else None)
+    if owner:
+        refuse_changed(path, owner)
+    return Artefact(path.stem, owner, gguf=path)
 
 
 def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if (path / "adapter_config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
-        base, _ = source_of(path).open()
-        return Artefact(slug(path.absolute().name), None, model=Model(str(base.folder), path))
+        return Artefact(slug(path.absolute().name), None, model=_beside(source_of(path, base=wanted.base)))
     if (path / "config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
         return Artefact(slug(path.absolute().name), None, model=Model(str(path)))
@@ -136,6 +145,28 @@ def _of_folder(path: Path, wanted: Wanted) -> Artefact:
     if len(files) == 1:
         return _of_file(files[0], wanted, None)
     raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
+
+
+def _beside(source: Source) -> Model:
+    """An adapter beside its base. Raises ModelError where the two do not belong together."""
+    base, adapter = source.open()
+    changes_of(base, adapter)
+    return Model(str(base.folder), source.folder)
+
+
+def _on_hub(repo: str, wanted: Wanted) -> Artefact:
+    """A model, whose settings are read, or an adapter, which is downloaded; its base is opened as any adapter's."""
+    name, adapter, unread = slug(repo.rpartition("/")[2]), None, None
+    try:
+        adapter = settings_on_hub(repo, "adapter_config.json")
+    except MinigrpoError as fault:  # where nobody answers, the cache may yet know it as a model
+        unread = fault
+    if adapter is not None:
+        return replace(_of_folder(adapter_on_hub(repo), wanted), name=name)
+    try:
+        return Artefact(name, None, model=Model(repo, config=Model(repo).settings()))
+    except MinigrpoError as fault:
+        raise unread or fault from None
 
 
 def _refuse_llama(wanted: Wanted, sentence: str) -> None:

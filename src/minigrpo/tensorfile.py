@@ -94,17 +94,18 @@ def read_header(file: Path) -> Header:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(length) if length <= size - 8 else b""
+            raw = stream.read(min(length, max(size - 8, 0)))
     except OSError as fault:
         raise ArtifactError(f"{file} cannot be read: {fault.strerror or fault}.") from None
+    if size < 8 or (length > size - 8 and raw[:1] == b"{"):
+        raise ArtifactError(f"{file} was cut short: {size} bytes do not hold its header. Copy or download it again.")
     try:
-        table = json.loads(raw)
+        table = json.loads(raw if length <= size - 8 else b"")
         metadata = table.pop("__metadata__", {})
         tensors = [_stored(name, entry, file, 8 + length) for name, entry in table.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ArtifactError(
-            f"{file} is damaged: its first bytes are no safetensors header ({fault or type(fault).__name__}). Copy or "
-            "download it again."
+            f"{file} is damaged: its first bytes are no safetensors header{_said(fault)}. Copy or download it again."
         ) from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = 8 + length
@@ -116,6 +117,11 @@ def read_header(file: Path) -> Header:
         what = "was cut short" if size < end else "has bytes that nothing names"
         raise ArtifactError(f"{file} {what}: {size} bytes, and its header counts {end}. Copy or download it again.")
     return Header(raw, metadata, {tensor.name: tensor for tensor in tensors})
+
+
+def _said(fault: Exception) -> str:
+    """Our own words alone: a parser's are about characters that nobody has typed."""
+    return f" ({fault})" if isinstance(fault, ValueError) and not isinstance(fault, json.JSONDecodeError) else ""
 
 
 def _stored(name: str, entry: Any, file: Path, origin: int) -> Stored:

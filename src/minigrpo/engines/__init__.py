@@ -19,11 +19,16 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
 
     name = recipe.rollout.engine
     if name == "auto":
-        name = "native" if is_lean(policy.model) else "transformers"
+        name = "native" if is_lean(policy.model) and not _is_dora(policy.model) else "transformers"
     elif name in ("native", "slots") and not is_lean(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
     return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
+
+
+def _is_dora(model: Any) -> bool:
+    """Whether an adapter of another tool also sets the length of each row, which the lean engines do not compute."""
+    return any(any(dict(module.use_dora).values()) for module in model.modules() if hasattr(module, "use_dora"))
 
 
 def stop_ids(policy: Any) -> frozenset[int]:
