@@ -1,7 +1,8 @@
 """Attention over a row that holds each prompt once: prompts see themselves, completions their prompt and themselves.
 
 transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is NAME, and
-hands it the `layout` that was given to the model's forward. The result equals G padded rows, token for token.
+hands it the `layout` that was given to the model's forward. The result equals G padded rows, token for token. On a CPU
+stretches.py does the work; what follows here is for torch's fused kernels.
 
 Shapes: M groups, G siblings, B = M * G, H query heads, D head width, S shared prompt tokens, N completion tokens,
 T = S + N; P and C are the longest shared prompt and completion of the row. Padding exists only inside this function.
