@@ -44,6 +44,7 @@ def run(setup: Setup, turn: Turn) -> None:
 
 def prove(setup: Setup) -> Proof:
     recipe = ours.recipe_of(setup, lora__dropout=0.0)  # each side draws masks of its own
+    torch.set_num_threads(setup.threads)
     policy = open_policy(recipe)
     with torch.no_grad():
         for weight in policy.trainable:

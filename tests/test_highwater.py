@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from minigrpo.highwater import peak_bytes, reset_peak
+from minigrpo.highwater import reset_peak
 from minigrpo.metrics import Clock
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
-MB = 1 << 20
+
+
+def in_a_fresh_process(program: str) -> dict[str, float]:
+    """What the program prints as JSON: in this one, a new block may fit into what earlier tests freed."""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told: dict[str, float] = json.loads(run.stdout)
+    return told
+
+
+BALLAST = """
+import json
+from minigrpo.highwater import peak_bytes, reset_peak
+ballast = bytearray(200 << 20)
+ballast[::4096] = b"x" * len(ballast[::4096])
+high = peak_bytes()
+del ballast
+reset_peak()
+print(json.dumps({"high": high, "later": peak_bytes()}))
+"""
 
 
 def test_the_peak_forgets_what_was_before_its_reset() -> None:
-    ballast = bytearray(200 << 20)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    high = peak_bytes()
-    del ballast
-    reset_peak()
-    assert peak_bytes() < high - (150 << 20)
+    peaks = in_a_fresh_process(BALLAST)
+    assert peaks["later"] < peaks["high"] - (150 << 20)
+
+
+PHASES = """
+import json, torch
+from minigrpo.metrics import Clock
+clock = Clock()
+torch.ones(200 << 20, dtype=torch.uint8)
+clock.lap("rollout")
+clock.lap("update")
+print(json.dumps({name: value for name, value in clock.metrics([]).items() if name.startswith("memory")}))
+"""
 
 
 def test_each_phase_of_a_step_tells_its_own_peak() -> None:
-    clock = Clock()
-    torch.ones(200 * MB, dtype=torch.uint8)
-    clock.lap("rollout")
-    clock.lap("update")
-    told = clock.metrics([])
+    told = in_a_fresh_process(PHASES)
     assert told["memory_gb/update"] > 0
     assert told["memory_gb/rollout"] > told["memory_gb/update"] + 0.15
 

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
             "products",
             "highwater",
             "heap",
+            "process_state",
             "noise",
             "render",
             "adapter",

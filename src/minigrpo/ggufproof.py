@@ -80,9 +80,7 @@ class Proof:
 def reference(folder: Path, run: RunDir | None) -> Reference:
     """Opens the merged model in float32, asks it, and lets go of it."""
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer, task = AutoTokenizer.from_pretrained(folder), task_of(run)
     held, merged = what_is_said(as_loaded(folder).eval(), tokenizer, run, task)
     return Reference(held, merged, asked_of(task), tokenizer, _base_kl(run))

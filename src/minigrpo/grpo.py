@@ -30,6 +30,7 @@ from minigrpo.noise import name_key
 from minigrpo.objective import Objective, open_objective
 from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
+from minigrpo.process_state import process_settings
 from minigrpo.quantize import eight_bit_adamw
 from minigrpo.rehearsal import clear_gradients, rehearse
 from minigrpo.rollout import prompts_of, rollout
@@ -41,6 +42,7 @@ from minigrpo.track import Track
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 
 
+@process_settings()
 def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Track) -> None:
     """Train the policy; the run's folder is the track's. Begins where the newest checkpoint ends, if there is one."""
     G, longest = recipe.rollout.completions, recipe.rollout.max_tokens

@@ -222,7 +222,8 @@ class Hub:
         level = logging.get_verbosity()
         logging.set_verbosity_error()
         session = get_session()
-        if session.timeout.read is None:
+        timeout = session.timeout
+        if timeout.read is None:
             session.timeout = PATIENCE
         try:
             with warnings.catch_warnings():
@@ -236,6 +237,7 @@ class Hub:
             raise MinigrpoError(self._clean(self._sentence(fault, repo))) from None
         finally:
             logging.set_verbosity(level)
+            session.timeout = timeout
 
     def _clean(self, text: str) -> str:
         return text.replace(self.token, "***")

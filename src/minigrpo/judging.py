@@ -54,6 +54,7 @@ def evaluate(
     none is given. Returns the figures without the answers, and `file`.
     """
     from minigrpo.evaluate import compare, examples
+    from minigrpo.process_state import process_settings
     from minigrpo.tasks import open_task
 
     console = Console(quiet=quiet)
@@ -63,8 +64,9 @@ def evaluate(
     ask = Questions(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = run.evals if run else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.about}.json"
-    before = judge_model(base, ask, file) if base else None
-    after = judge_model(model, ask, file)
+    with process_settings(recipe.train.threads):
+        before = judge_model(base, ask, file) if base else None
+        after = judge_model(model, ask, file)
     content: dict[str, Any] = after.to_dict()
     figures = {"model": after.summary()}
     if before:

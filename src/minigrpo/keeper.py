@@ -23,6 +23,7 @@ from minigrpo.explosion import Watch, message
 from minigrpo.packing import Batch
 from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.policy import Policy
+from minigrpo.process_state import compute_repeatably
 from minigrpo.rundir import RunDir
 from minigrpo.shortage import left_by_a_kill, noted
 from minigrpo.teaching import Gathered, GroupSource
@@ -53,10 +54,7 @@ class Keeper:
         `prompt`: tokens of the longest prompt, for the plan. `rows`: that the engine decodes side by side.
         """
         if self.policy.device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
-            # It would fill every new tensor with NaN, to show who reads what was never written: seven thousand
-            # times a rollout.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            compute_repeatably()
         self._settle_machine(prompt, rows)
         found, complaints = checkpoint.latest(self.run)
         for complaint in complaints:
@@ -147,8 +145,9 @@ class Keeper:
     def _settle_machine(self, prompt: int, rows: int) -> None:
         """Tokens per pass, threads: those that the run began with; says where the machine is another."""
         then = checkpoint.read_machine(self.run)
-        if then is not None:
-            torch.set_num_threads(then.threads)
+        threads = then.threads if then else self.recipe.train.threads
+        if threads:
+            torch.set_num_threads(threads)
         planned = tokens_per_pass(self.policy, self.recipe, prompt)
         self.budget = then.tokens_per_pass if then else planned
         now = checkpoint.this_machine(self.budget, rows, self.policy.device, self.policy.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
+from minigrpo.process_state import no_progress_bars
 from minigrpo.quantize import in_four_bit
 from minigrpo.render import QUESTION, check_tokenizer, render, set_options
 from minigrpo.types import Prompt
@@ -102,9 +103,6 @@ def open_model(
     `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
     Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a bar for reading local files says nothing; downloads keep theirs
     source = resolve(path, seed, report)
     folder = Path(source).expanduser()
     if folder.exists():
@@ -115,7 +113,8 @@ def open_model(
             f"model.path {path!r}: there is no such folder, and it is not a Hub id (owner/name). "
             "To try without a model of your own: --model.path seedling"
         )
-    model, tokenizer = _read(source, revision, dtype)
+    with no_progress_bars():
+        model, tokenizer = _read(source, revision, dtype)
     set_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)

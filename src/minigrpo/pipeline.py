@@ -6,7 +6,7 @@ makes the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,8 @@ def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> i
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    return beginning.preflight(open_all(recipe, run), run, Console())
+    with settings_of(recipe, run):
+        return beginning.preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -120,11 +121,24 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
 
 @contextmanager
 def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
-    """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left."""
+    """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left.
+
+    The process has the run's settings inside, and those that it had before afterwards.
+    """
     with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
         check_folder(recipe, run, resume)
         tidy(run)
-        yield
+        with settings_of(recipe, run):
+            yield
+
+
+def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
+    """Sets the process for this run, with as many threads as when it began, until the block ends."""
+    from minigrpo.checkpoint import read_machine
+    from minigrpo.process_state import process_settings
+
+    began = read_machine(run) if run else None
+    return process_settings(began.threads if began else recipe.train.threads)
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from minigrpo import attention
 from minigrpo.config import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
-from minigrpo.heap import keep_freed_memory
 from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
 from minigrpo.precision import LossScale
+from minigrpo.process_state import no_progress_bars
 from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score
 
@@ -229,7 +229,8 @@ class Policy:
         if self.is_lora:
             load_adapter(self.model, folder)
             return
-        saved = type(self.model).from_pretrained(folder, dtype=self.dtype)
+        with no_progress_bars():
+            saved = type(self.model).from_pretrained(folder, dtype=self.dtype)
         self.model.load_state_dict(saved.state_dict())
 
 
@@ -275,7 +276,7 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
 
 def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
     """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
-    device = _machine(recipe)
+    device = pick_device(recipe.model.device)
     dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(
         path,
@@ -290,14 +291,6 @@ def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
     if recipe.model.head_float32 and dtype != torch.float32:
         loaded.model.set_output_embeddings(Float32Head.of(loaded.model.get_output_embeddings()))
     return Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
-
-
-def _machine(recipe: Recipe) -> torch.device:
-    """The recipe's device; CPU threads and heap are set for everything that follows."""
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    keep_freed_memory()
-    return pick_device(recipe.model.device)
 
 
 def _train_everything(policy: Policy, recipe: Recipe) -> None:

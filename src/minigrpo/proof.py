@@ -25,6 +25,7 @@ from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_te
 from minigrpo.loading import model_class, open_model, pick_device
 from minigrpo.lora import attach_adapter
 from minigrpo.merging import bytes_of
+from minigrpo.process_state import no_progress_bars
 from minigrpo.rundir import RunDir
 from minigrpo.types import Task
 
@@ -163,7 +164,8 @@ def as_loaded(folder: Path) -> Any:
 
     gc.collect()
     opener = model_class(AutoConfig.from_pretrained(folder))
-    model, info = opener.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with no_progress_bars():
+        model, info = opener.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ModelError(f"{folder} does not load as it should: {kind.replace('_', ' ')}: {sorted(info[kind])[0]}")

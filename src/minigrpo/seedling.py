@@ -23,6 +23,7 @@ import torch
 from minigrpo import coder, demonstrations, grading, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
+from minigrpo.process_state import no_progress_bars
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
 from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
@@ -142,7 +143,6 @@ SOURCES: dict[str, tuple[ModuleType, ...]] = {
 
 def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
     """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
-    from transformers.utils import logging
 
     say = report or (lambda done, total, note: None)
     before, total = blueprint.school.steps, blueprint.school.steps + blueprint.imitation.steps
@@ -161,8 +161,8 @@ def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> N
         if school:
             warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
         warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
-    logging.disable_progress_bar()  # a bar for one small file says nothing
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
