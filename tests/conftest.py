@@ -10,7 +10,8 @@ echo_task                     "say 3" is solved by "3"
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def enliven(name: str, weight: Any) -> None:
 def final_norm(model: Any) -> Any:
     """Scaling it scales the logits, with tied embeddings too."""
     return getattr(model.model, "norm", None) or model.model.embedding_norm
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """Tests send SIGINT to what they start, which would inherit that it is ignored: so a script starts its background
+    jobs. A program that is started inherits an ignored signal, but not a handler."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

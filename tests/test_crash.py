@@ -275,3 +275,17 @@ def test_signals_in_the_middle_of_saves_lose_nothing(numbers: list[int], wait: f
     assert (code, restored(newest(run))) in (
         [(130, last)] if len(numbers) == 1 else [(1, last), (1, last + 1), (130, last)]
     )
+
+
+def test_a_run_in_the_background_is_stopped_by_sigterm_alone() -> None:
+    """A shell script starts it with SIGINT ignored: Ctrl-C is for what runs in the foreground."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with finish_first() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stopped()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,7 +12,11 @@ from types import FrameType
 
 @contextmanager
 def finish_first() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether somebody asked to stop. Outside the main thread signals are left alone."""
+    """Yields a function that tells whether somebody asked to stop. Outside the main thread signals are left alone.
+
+    A signal that is ignored stays so: a shell script starts its background jobs with SIGINT ignored, so that Ctrl-C for
+    what runs in the foreground does not stop them; SIGTERM does.
+    """
     asked: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -26,7 +30,8 @@ def finish_first() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:
