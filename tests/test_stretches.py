@@ -19,7 +19,9 @@ LAYOUTS = {
 }
 
 
-def attended(layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64) -> list[torch.Tensor]:
+def attended(
+    layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=attention.TORCH
+) -> list[torch.Tensor]:
     """The output of 4 heads, and the gradients of queries, keys and values, of numbers that bfloat16 can hold."""
     stream = torch.Generator().manual_seed(0)
     tokens = layout.shared_tokens + sum(layout.own_B)
@@ -27,7 +29,9 @@ def attended(layout: Layout, kv_heads: int, window: int | None = None, dtype=tor
         torch.randn(1, heads, tokens, 8, generator=stream).bfloat16().to(dtype).requires_grad_()
         for heads in (4, kv_heads, kv_heads)
     ]
-    out, _ = attention.shared_prompt_attention(None, *given, None, layout=layout, sliding_window=window)
+    out, _ = attention.shared_prompt_attention(
+        None, *given, None, layout=layout, backend=backend, sliding_window=window
+    )
     slope = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
     return [out, *torch.autograd.grad(out, given, slope)]
 
@@ -47,12 +51,9 @@ def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("window", [None, 6, 1, 10**6])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_stretches_are_padded_rows(
-    layout: Layout, kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours = attended(layout, kv_heads, window)
-    monkeypatch.setattr(attention, "STRETCHES_ON", frozenset())
-    agree(ours, attended(layout, kv_heads, window))
+def test_stretches_are_padded_rows(layout: Layout, kv_heads: int, window: int | None) -> None:
+    fused = attention.AttentionBackend(stretches_on=frozenset())
+    agree(attended(layout, kv_heads, window), attended(layout, kv_heads, window, backend=fused))
 
 
 @pytest.mark.usefixtures("probabilities")

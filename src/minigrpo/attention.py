@@ -1,8 +1,8 @@
 """Attention over a row that holds each prompt once: prompts see themselves, completions their prompt and themselves.
 
 transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is NAME, and
-hands it the `layout` that was given to the model's forward. The result equals G padded rows, token for token. On a CPU
-stretches.py does the work; what follows here is for torch's fused kernels.
+hands it the `layout` and the `backend` that were given to the model's forward. The result equals G padded rows, token
+for token. On a CPU stretches.py does the work; what follows here is for torch's fused kernels.
 
 Shapes: M groups, G siblings, B = M * G, H query heads, D head width, S shared prompt tokens, N completion tokens,
 T = S + N; P and C are the longest shared prompt and completion of the row. Padding exists only inside this function.
@@ -10,6 +10,8 @@ T = S + N; P and C are the longest shared prompt and completion of the row. Padd
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +24,22 @@ from minigrpo.packing import Layout
 
 NAME = "minigrpo_shared_prompt"
 
-STRETCHES_ON = frozenset({"cpu"})
-"""Devices where plain products over stretches of like length are quickest; elsewhere torch's fused kernels are."""
-
-
 MASKS = 4
 """Shapes of pass whose masks are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBackend:
+    """What computes attention: a kernel with the signature of torch's own, and where stretches.py does it instead.
+
+    On a CPU plain products over stretches of like length are quickest; elsewhere torch's fused kernels are.
+    """
+
+    kernel: Callable[..., Tensor] = scaled_dot_product_attention
+    stretches_on: frozenset[str] = frozenset({"cpu"})
+
+
+TORCH = AttentionBackend()
 
 
 def register() -> None:
@@ -49,13 +61,14 @@ def shared_prompt_attention(
     attention_mask: Tensor | None,
     *,
     layout: Layout,
+    backend: AttentionBackend = TORCH,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Output [1, T, H, D], and no attention weights. Keys and values may have fewer heads than queries (GQA)."""
     assert attention_mask is None, "a mask would be ignored here: lengths come from the layout"
-    if query_1HTD.device.type in STRETCHES_ON:
+    if query_1HTD.device.type in backend.stretches_on:
         query_THD, key_TKD, value_TKD = (x_1HTD[0].transpose(0, 1) for x_1HTD in (query_1HTD, key_1HTD, value_1HTD))
         attended_THD = stretches.attention(
             query_THD, key_TKD, value_TKD, layout=layout, scale=scaling, window=sliding_window
@@ -73,7 +86,7 @@ def shared_prompt_attention(
             _padded(x_THD[:S], layout.shared_M) for x_THD in (query_THD, key_THD, value_THD)
         )
         mask = _shared_mask(layout, sliding_window, query_THD.device)
-        attended = scaled_dot_product_attention(
+        attended = backend.kernel(
             shared_query, shared_key, shared_value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         outputs.append(_unpadded(attended, layout.shared_M))
@@ -83,7 +96,7 @@ def shared_prompt_attention(
         own_key_BHCD = torch.cat([_for_siblings(shared_key, G), own_key_BHCD], 2)
         own_value_BHCD = torch.cat([_for_siblings(shared_value, G), own_value_BHCD], 2)
     mask = _own_mask(layout, sliding_window, query_THD.device)
-    attended = scaled_dot_product_attention(own_query_BHCD, own_key_BHCD, own_value_BHCD, attn_mask=mask, scale=scaling)
+    attended = backend.kernel(own_query_BHCD, own_key_BHCD, own_value_BHCD, attn_mask=mask, scale=scaling)
     outputs.append(_unpadded(attended, own_B))
     return torch.cat(outputs).unsqueeze(0), None
 

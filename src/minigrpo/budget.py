@@ -208,7 +208,8 @@ class _Planner:
         )
 
     def _shadow(self, *, recompute: bool) -> Policy:
-        return shadow(self.config, self.recipe, self.place.dtype, recompute=recompute)
+        place = self.place
+        return shadow(self.config, self.recipe, place.dtype, device=place.device, recompute=recompute)
 
     @cached_property
     def held(self) -> tuple[Line, ...]:

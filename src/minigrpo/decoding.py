@@ -16,7 +16,7 @@ from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.policy import Policy, decoder
 from minigrpo.shadow import held_by
-from minigrpo.tally import META, Tally, attention_of
+from minigrpo.tally import META, InTransformers, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Sampling:
 def native_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
     """The native engine's own code over one wave in which no completion ends before its limit."""
     tally = Tally(held_by(policy), device)
-    with torch.no_grad(), tally, attention_of(device), META:
-        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
+    with torch.no_grad(), tally, META:
+        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         turn = lean.turns(wave.prompt + wave.completion)
@@ -99,8 +99,8 @@ def _decode(lean: Lean, wave: Wave, turn: Turn, cache: caches.Cache, temperature
 def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
     """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
     tally = Tally(held_by(policy), device)
-    with torch.no_grad(), tally, attention_of(device), META:
-        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
+    with torch.no_grad(), tally, META:
+        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         tally.phase = "reading prompts"
@@ -122,7 +122,7 @@ def transformers_sampling(policy: Policy, wave: Wave, temperature: float, device
     """transformers' generate: every row reads its prompt for itself, and the cache of a layer is copied as it grows."""
     B = wave.rows
     tally = Tally(held_by(policy), device)
-    with torch.no_grad(), tally, attention_of(device), policy.plain_attention(), META:
+    with torch.no_grad(), tally, InTransformers(policy.backend.kernel), policy.plain_attention(), META:
         tally.phase = "reading prompts"
         ids_BP = torch.zeros(B, wave.prompt, dtype=torch.long)
         out = policy.model(input_ids=ids_BP, use_cache=True, logits_to_keep=1)

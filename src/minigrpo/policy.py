@@ -51,11 +51,14 @@ class Scores:
 class Policy:
     """Weights in training. Everything else about a run is frozen data."""
 
-    def __init__(self, loaded: Loaded, *, temperature: float, seed: int) -> None:
+    def __init__(
+        self, loaded: Loaded, *, temperature: float, seed: int, backend: attention.AttentionBackend = attention.TORCH
+    ) -> None:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.path = loaded.path
         self.warnings = loaded.warnings
+        self.backend = backend
         self.temperature = temperature
         self.seed = seed
         self.device = device_of(self.model)
@@ -177,6 +180,7 @@ class Policy:
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             layout=part.layout,
+            backend=self.backend,
         ).last_hidden_state
         return hidden_1TD[0, part.layout.shared_tokens :]
 

@@ -19,7 +19,7 @@ from minigrpo.lora import add_lora
 from minigrpo.packing import Bundle, Part
 from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
 from minigrpo.scoring import Float32Head
-from minigrpo.tally import META, Tally, attention_of
+from minigrpo.tally import META, InTransformers, Tally, backend_of
 
 
 class UnplannableError(Exception):
@@ -42,8 +42,8 @@ class Pass:
         return self.kept + self.passing
 
 
-def shadow(config: Any, recipe: Recipe, dtype: torch.dtype, *, recompute: bool = False) -> Policy:
-    """The recipe's policy with every tensor on "meta".
+def shadow(config: Any, recipe: Recipe, dtype: torch.dtype, *, device: str = "cpu", recompute: bool = False) -> Policy:
+    """The recipe's policy with every tensor on "meta", and attention as torch computes it on `device` (cpu, cuda).
 
     Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
     """
@@ -51,7 +51,12 @@ def shadow(config: Any, recipe: Recipe, dtype: torch.dtype, *, recompute: bool =
         model = model_class(config).from_config(config, dtype=dtype).eval()
         if recipe.model.head_float32 and dtype != torch.float32:
             model.set_output_embeddings(Float32Head.of(model.get_output_embeddings()))
-        policy = Policy(Loaded(model, None, "shadow"), temperature=recipe.rollout.temperature, seed=recipe.seed)
+        policy = Policy(
+            Loaded(model, None, "shadow"),
+            temperature=recipe.rollout.temperature,
+            seed=recipe.seed,
+            backend=backend_of(device),
+        )
         policy.model.requires_grad_(False)
         if recipe.train.full:
             learn_everything(policy.model)
@@ -88,7 +93,7 @@ def training_pass(policy: Policy, part: Part, device: str, *, entropy_learns: bo
     for held in (attention._own_mask, attention._shared_mask, stretches.plan_of):
         held.cache_clear()  # what is still there from another count would cost nothing
     tally = Tally(held_by(policy), device)
-    with tally, attention_of(device):
+    with tally, InTransformers(policy.backend.kernel):
         try:
             tally.phase = "forward pass"
             scores = policy.logprobs(part, step=0, entropy_learns=entropy_learns)

@@ -8,14 +8,17 @@ the one kernel whose choice depends on the device, so it is named here instead o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minigrpo.attention import TORCH, AttentionBackend
 
 META = torch.device("meta")
 CASTING: tuple[Any, ...] = (torch.ops.aten.cumsum.default,)
@@ -68,30 +71,29 @@ class Tally(TorchDispatchMode):
         self.now -= self._seen.pop(key, 0)
 
 
-@contextmanager
-def attention_of(device: str) -> Iterator[None]:
-    """Attention as torch would choose it on `device` (cpu, cuda), inside the block, wherever this package or
-    transformers calls it. On meta tensors torch itself would choose the form that keeps all scores.
+class InTransformers(TorchFunctionMode):
+    """Answers torch's attention function with another kernel, inside the block and in this thread.
+
+    It is for transformers, whose own attention takes no kernel; ours is handed one (attention.AttentionBackend).
     """
-    from minigrpo import attention
-    from minigrpo.engines import lean
 
-    chosen = _on_cpu if device == "cpu" else _on_gpu
-    places: tuple[Any, ...] = (torch.nn.functional, attention, lean)
-    own = [place.scaled_dot_product_attention for place in places]
-    stretches_on = attention.STRETCHES_ON
-    attention.STRETCHES_ON = stretches_on | {"meta"} if device in stretches_on else stretches_on
-    for place in places:
-        place.scaled_dot_product_attention = chosen
-    try:
-        yield
-    finally:
-        attention.STRETCHES_ON = stretches_on
-        for place, function in zip(places, own, strict=True):
-            place.scaled_dot_product_attention = function
+    def __init__(self, kernel: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = self.kernel if func is scaled_dot_product_attention else func
+        return chosen(*args, **(kwargs or {}))
 
 
-Attention = Callable[..., Tensor]
+def backend_of(device: str) -> AttentionBackend:
+    """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
+
+    On meta tensors torch itself would choose the form that keeps all scores.
+    """
+    if device in TORCH.stretches_on:
+        return AttentionBackend(_on_cpu, TORCH.stretches_on | {"meta"})
+    return AttentionBackend(_on_gpu)
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
-from minigrpo import products
+from minigrpo import attention, products
 from minigrpo.adapter import low_rank
 from minigrpo.engines.context import text_config
 from minigrpo.fused import is_packed
@@ -210,9 +210,10 @@ class Turn:
 class Lean:
     """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
 
-    def __init__(self, decoder: Any, head: nn.Linear) -> None:
+    def __init__(self, decoder: Any, head: nn.Linear, backend: attention.AttentionBackend = attention.TORCH) -> None:
         config = decoder.config
         self.decoder, self.head, self.config = decoder, head, config
+        self.kernel = backend.kernel
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = decoder.layers[0].self_attn.head_dim
         self.layers = [Layer.of(module, self.heads, self.kv_heads) for module in decoder.layers]
@@ -278,7 +279,7 @@ class Lean:
             query, key, value = self._project(layer, x_MPW, here)
             cache[0], cache[1] = key.transpose(1, 2), value.transpose(1, 2)
             repeats = self.heads // self.kv_heads
-            attended = scaled_dot_product_attention(
+            attended = self.kernel(
                 query.transpose(1, 2),
                 cache[0].repeat_interleave(repeats, 1),
                 cache[1].repeat_interleave(repeats, 1),
