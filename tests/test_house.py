@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 2 machines
     (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
-        *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
+        *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast", "progress"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),

@@ -7,7 +7,7 @@ compared prompt by prompt on the same prompts with the same decoding, or not at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.grader import Grader
 from minigrpo.journal import Journal
 from minigrpo.measure import Paired, Scores, grade_prompts, paired
+from minigrpo.progress import Report, no_report
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def evaluate(
     split: Split = "test",
     journal: Journal | None = None,
     grader: Grader | None = None,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> Evaluation:
     """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
 

@@ -18,11 +18,11 @@ from rich.text import Text
 
 from minigrpo import tables
 from minigrpo.config import Recipe
+from minigrpo.progress import stage
 from minigrpo.recipefile import load_recipe
 from minigrpo.rollout import prompts_of
 from minigrpo.rundir import RunDir, read_json, write_json
 from minigrpo.stamps import finished, fits, slug, stamp, trained
-from minigrpo.track import stage
 from minigrpo.types import Engine, Sampling, Split, Task
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ intervals count prompts, not samples: the samples of one prompt resemble one ano
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, comb, sqrt
 from statistics import fmean
@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ArtifactError
 from minigrpo.journal import Journal
+from minigrpo.progress import Report, no_report
 from minigrpo.rollout import rollout
 from minigrpo.types import Engine, Grade, Group, Prompt, Sampling, Task
 
 if TYPE_CHECKING:
     from minigrpo.grader import Grader
-
-Report = Callable[[int, int, str], None]
-"""Told how far a stage is: done, total, a note."""
 
 Z = 1.959964  # the normal distribution's 97.5 % point
 
@@ -98,7 +96,7 @@ def grade_prompts(
     n: int = 1,
     sampling: Sampling,
     tokenizer: Any,
-    report: Report | None = None,
+    report: Report = no_report,
     rows: int = 256,
     grader: Grader | None = None,
     journal: Journal | None = None,
@@ -116,9 +114,8 @@ def grade_prompts(
         groups |= {group.prompt.id: group for group in fresh}
         if journal:
             journal.add(fresh)
-        if report:
-            right = fmean(grade.solved for group in groups.values() for grade in group.grades)
-            report(len(groups), len(prompts), f"{right:.0%} right")
+        right = fmean(grade.solved for group in groups.values() for grade in group.grades)
+        report(len(groups), len(prompts), f"{right:.0%} right")
     return score([groups[prompt.id] for prompt in prompts])
 
 

@@ -19,9 +19,10 @@ from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.judging import before_and_after, evaluate
 from minigrpo.lock import hold
+from minigrpo.progress import stage
 from minigrpo.rundir import RunDir, complete_folder, read_json, tidy, write_json
 from minigrpo.stamps import begin, check_folder, seconds_of, stamp, timed, trained
-from minigrpo.track import Track, stage
+from minigrpo.track import Track
 from minigrpo.types import Engine, Task
 
 if TYPE_CHECKING:

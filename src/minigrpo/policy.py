@@ -24,11 +24,12 @@ from minigrpo.config import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
 from minigrpo.heap import keep_freed_memory
-from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
 from minigrpo.precision import LossScale
+from minigrpo.progress import Report, no_report
 from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score
 
@@ -250,7 +251,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
+def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
     """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
     policy = _opened(recipe.model.path, recipe, report)
     if recipe.train.full:
@@ -273,7 +274,7 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
     return policy
 
 
-def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
+def _opened(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
     """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
     device = _machine(recipe)
     dtype = pick_dtype(recipe.model.dtype, device)

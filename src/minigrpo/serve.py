@@ -23,11 +23,11 @@ from rich.text import Text
 from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
+from minigrpo.progress import stage
 from minigrpo.render import QUESTION
 from minigrpo.rundir import RunDir
 from minigrpo.servable import Artefact, Wanted, found
 from minigrpo.servers import Server
-from minigrpo.track import stage
 from minigrpo.types import Message, Prompt, Task
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from minigrpo.measure import grade_prompts
 from minigrpo.noise import name_key
 from minigrpo.plan import tokens_per_pass
 from minigrpo.policy import Policy
+from minigrpo.progress import Report, no_report
 from minigrpo.render import render
 from minigrpo.rollout import judge, prompts_of
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
-
-Report = Callable[[int, int, str], None]
 
 ASIDE = 0.1
 """Share of the prompts whose answers are not taught, to see whether the others are learned or learned by heart."""
@@ -76,7 +75,7 @@ class Warmed:
         return asdict(self)
 
 
-def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report | None = None) -> Warmed:
+def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report = no_report) -> Warmed:
     """Let the policy's adapter imitate written answers.
 
     Raises RecipeError where warmup.steps is 0, TaskError where there are no answers or one cannot be used, and
@@ -95,8 +94,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         return Measured(form_rate(recipe, task, policy, engine, aside), *losses)
 
     def learning(done: int, loss: float) -> None:
-        if report is not None:
-            report(done, knobs.steps, f"loss {loss:.2f}")
+        report(done, knobs.steps, f"loss {loss:.2f}")
 
     before = measured()
     schedule = Schedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
