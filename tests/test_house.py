@@ -41,7 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 2 machines
     (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
-        *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast", "progress"),
+        *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
+        *("progress", "grade_completions"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),

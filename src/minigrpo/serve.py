@@ -90,7 +90,7 @@ def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
 
 def ask(server: Server, artefact: Artefact, question: str | None = None) -> Answer:
     """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
-    from minigrpo.rollout import judge
+    from minigrpo.grade_completions import judge
 
     began = time.perf_counter()
     task, prompt = _asked(artefact, question)

@@ -20,6 +20,7 @@ import torch
 
 from minigrpo.config import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
+from minigrpo.grade_completions import judge
 from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
 from minigrpo.measure import grade_prompts
 from minigrpo.noise import name_key
@@ -27,7 +28,7 @@ from minigrpo.plan import tokens_per_pass
 from minigrpo.policy import Policy
 from minigrpo.progress import Report, no_report
 from minigrpo.render import render
-from minigrpo.rollout import judge, prompts_of
+from minigrpo.rollout import prompts_of
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 
