@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
         *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
-        *("progress", "grade_completions"),
+        *("progress", "grade_completions", "serialize"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),
@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("check", "merge", "export", "verify", "card", "cardrun", "parcels", "publish", "serve"),
     ),
     # 4 road
-    ("pipeline", "beginning", "judging", "ending"),
+    ("pipeline", "pipeline_context", "beginning", "judging", "ending"),
     # 5 door
     ("cli", "door", "delivering", "publishing", "sandboxing", "notebook", "__init__"),
 )
