@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,13 +23,12 @@ from minigrpo.config import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.grade_completions import judge
 from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
-from minigrpo.measure import grade_prompts
 from minigrpo.noise import name_key
 from minigrpo.plan import tokens_per_pass
 from minigrpo.policy import Policy
 from minigrpo.progress import Report, no_report
 from minigrpo.render import render
-from minigrpo.rollout import prompts_of
+from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 
@@ -272,7 +272,8 @@ def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside:
     prompts = prompts or list(split_off(prompts_of(task, "train"), recipe)[0][:ASKED])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
     n = max(1, ANSWERS // len(prompts))
-    return grade_prompts(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer).formed.value
+    groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
+    return fmean(grade.formed for group in groups for grade in group.grades)
 
 
 def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[Lesson]) -> Iterator[str]:
