@@ -23,8 +23,8 @@ from rich.text import Text
 from minigrpo.config import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.grader import Grader
+from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rollout import prompts_of
-from minigrpo.tables import plain_table, titled
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 
 SPLITS: tuple[Split, ...] = ("train", "test")
