@@ -144,6 +144,13 @@ def test_imports_never_run_in_a_circle() -> None:
         graph = {module: needs for module, needs in graph.items() if module not in leaves}
 
 
+def test_the_sandbox_knows_nothing_of_the_package_but_its_errors() -> None:
+    own = {module: tree for module, tree in MODULES.items() if module.partition(".")[0] == "sandbox"}
+    nodes = [node for tree in own.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = {(node.module or "").partition("minigrpo.")[2].partition(".")[0] for node in nodes}
+    assert found - {"", "sandbox"} == {"errors"}
+
+
 @pytest.mark.parametrize("module", WORDS)
 def test_the_ground_floor_knows_no_torch(module: str) -> None:
     heavy = {"torch", "transformers", "peft", "datasets", "numpy", "accelerate"}
