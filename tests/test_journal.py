@@ -36,7 +36,7 @@ class Counting(Scripted):
 def judged(echo_task, tokenizer, tmp_path, monkeypatch):
     """Two prompts at a time, two samples each."""
     from minigrpo import evaluate as verb
-    from minigrpo.measure import grade_prompts
+    from minigrpo.evaluate import grade_prompts
 
     monkeypatch.setattr(verb, "grade_prompts", lambda *args, **more: grade_prompts(*args, rows=4, **more))
 

@@ -7,8 +7,9 @@ import pytest
 
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ArtifactError
+from minigrpo.evaluate import grade_prompts
 from minigrpo.grader import Grader
-from minigrpo.measure import grade_prompts, paired, pass_at, sign_test, wilson
+from minigrpo.measure import paired, pass_at, sign_test, wilson
 from minigrpo.types import Grade, Sampling
 
 

@@ -11,6 +11,7 @@ from minigrpo.config import Recipe, WarmupKnobs
 from minigrpo.engines.scripted import Scripted
 from minigrpo.policy import open_policy
 from minigrpo.preflight import preflight
+from minigrpo.progress import no_report
 from minigrpo.types import Grade
 
 
@@ -31,7 +32,7 @@ def policy(recipe):
 
 @pytest.fixture
 def check(recipe, policy, echo_task, tokenizer):
-    def run(script, task=echo_task, recipe=recipe, report=None):
+    def run(script, task=echo_task, recipe=recipe, report=no_report):
         return preflight(recipe, task, policy, Scripted(script, tokenizer), report)
 
     return run

@@ -276,9 +276,9 @@ def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> No
     import os
     import signal
 
-    from minigrpo import sandbox
+    from minigrpo.tasks.code import sandbox_of
 
-    opened = sandbox.sandbox_of(recipe().sandbox)
+    opened = sandbox_of(recipe().sandbox)
     play = puzzles.SudokuGame.board
 
     def killing(game: puzzles.SudokuGame) -> list[list[int]]:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from minigrpo.display import Lines, Pulse, duration, plot, printable
 from minigrpo.errors import ArtifactError
+from minigrpo.progress import stage
 from minigrpo.rundir import RunDir
-from minigrpo.track import Track, stage
+from minigrpo.track import Track
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 

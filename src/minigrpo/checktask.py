@@ -23,8 +23,8 @@ from rich.text import Text
 from minigrpo.config import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.grader import Grader
+from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rollout import prompts_of
-from minigrpo.tables import plain_table, titled
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -56,7 +56,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class TaskFinding:
     """`stops`: training on this would go wrong. What does not stop is worth a look."""
 
     what: str
@@ -71,7 +71,7 @@ class Checked:
     task: str
     prompts: Mapping[str, int]
     kinds: tuple[Kind, ...]
-    faults: tuple[Fault, ...]
+    faults: tuple[TaskFinding, ...]
     seconds: float
 
     @property
@@ -97,21 +97,21 @@ def check_task(recipe: Recipe, task: Task, limit: int = 32) -> Checked:
     """Grade made-up answers to `limit` prompts, half of each split. Raises TaskError where a split has none."""
     every = {split: list(prompts_of(task, split)) for split in SPLITS}
     asked = [prompt for prompts in every.values() for prompt in spread(prompts, max(1, limit // 2))]
-    faults: list[Fault] = []
+    faults: list[TaskFinding] = []
     trials: list[Trial] = []
     began = time.perf_counter()
     with Grader.of(task, recipe.task) as grader:
         for prompt in asked:
             found = tried(grader, task, prompt, asked)
             trials += found if isinstance(found, list) else []
-            faults += [found] if isinstance(found, Fault) else []
+            faults += [found] if isinstance(found, TaskFinding) else []
             if len(faults) == ENOUGH:
                 break
     seconds = (time.perf_counter() - began) / max(1, 2 * len(trials))
     faults += [*scoring_faults(task, trials), *split_faults(task, every)]
     if seconds > SLOW:
         change = "Raise --task.workers: groups are graded while others are sampled."
-        faults.append(Fault(f"Grading takes {seconds:.2g} s a completion.", change, stops=False))
+        faults.append(TaskFinding(f"Grading takes {seconds:.2g} s a completion.", change, stops=False))
     counts: dict[str, int] = {split: len(prompts) for split, prompts in every.items()}
     return Checked(task.name, counts, tuple(kinds_of(trials)), tuple(faults), seconds)
 
@@ -161,18 +161,18 @@ def babble(rng: random.Random) -> str:
     return "".join(chr(place) for place in places if not 0xD800 <= place <= 0xDFFF)
 
 
-def tried(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[Trial] | Fault:
+def tried(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[Trial] | TaskFinding:
     """As siblings of one group, twice, in the threads that training grades in."""
     texts = answers(task, prompt, asked)
     group = tuple(Completion(text, (), (), "stop") for text in texts.values())
     try:
         first, second = grader.begin([prompt, prompt]).collect([group, group])
     except TaskError as fault:
-        return Fault(str(fault), "Training would end here.")
+        return TaskFinding(str(fault), "Training would end here.")
     return [Trial(prompt, *each) for each in zip(texts, texts.values(), first, second, strict=True)]
 
 
-def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[Fault]:
+def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[TaskFinding]:
     by_prompt: dict[str, dict[str, Trial]] = {}
     for trial in trials:
         by_prompt.setdefault(trial.prompt.id, {})[trial.kind] = trial
@@ -186,10 +186,10 @@ def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[Fault]:
     late = [trial for trial in trials if "took longer" in str(trial.first.notes.get("grader"))]
     yield from told("takes too long", late, len(trials), "Mend what hangs, or raise --task.seconds.")
     if trials and not any(trial.first.scored for trial in trials):
-        yield Fault("No answer could be scored at all.", "At least one function must apply to each prompt.")
+        yield TaskFinding("No answer could be scored at all.", "At least one function must apply to each prompt.")
         return
     if task.gold is None:
-        yield Fault(
+        yield TaskFinding(
             "The task gives no right answers, so none could be tried.", "Give it `gold(prompt) -> text`.", stops=False
         )
     constant = list(constant_faults(trials))
@@ -198,7 +198,7 @@ def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[Fault]:
     yield from constant
 
 
-def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[Fault]:
+def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[TaskFinding]:
     """What the wrong earns, and what the right does not."""
     golds = [group["gold"] for group in groups if "gold" in group]
     yield from told(
@@ -221,26 +221,26 @@ def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[Fault]:
         yield from told(f"pays as much for the {KINDS[kind]} as for the right one", as_much, len(pairs), change)
 
 
-def constant_faults(trials: Sequence[Trial]) -> Iterator[Fault]:
+def constant_faults(trials: Sequence[Trial]) -> Iterator[TaskFinding]:
     rewards = {trial.first.reward for trial in trials if trial.first.scored}
     if len(rewards) == 1:
         right = any(trial.kind == "gold" for trial in trials)
-        yield Fault(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
+        yield TaskFinding(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
         return
     names = {name for trial in trials for name in trial.first.parts}
     for name in sorted(names):
         values = {trial.first.parts[name] for trial in trials if name in trial.first.parts}
         if len(values) == 1:
             what = f"{name} is {values.pop():g} for every answer."
-            yield Fault(what, "A constant adds nothing to what siblings are compared by.", stops=False)
+            yield TaskFinding(what, "A constant adds nothing to what siblings are compared by.", stops=False)
 
 
-def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[Fault]:
+def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[TaskFinding]:
     """What stands on both sides, or twice on one: prompts word for word, or what the task names in their place."""
     ids = {split: {prompt.id for prompt in prompts} for split, prompts in every.items()}
     if shared := sorted(ids["train"] & ids["test"]):
         change = "Ids name random streams and prompts in files: make them differ."
-        yield Fault(f"{len(shared)} ids stand in both splits, such as {shared[0]}.", change)
+        yield TaskFinding(f"{len(shared)} ids stand in both splits, such as {shared[0]}.", change)
     unseen = task.unseen or (lambda prompt: (said_in(prompt),))
     data = {split: [tuple(unseen(prompt)) for prompt in prompts] for split, prompts in every.items()}
     trained = {one for prompt in data["train"] for one in prompt}
@@ -248,24 +248,24 @@ def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterato
     if seen:
         alike = "are judged by what train is judged by too" if task.unseen else "stand in train word for word"
         change = "Then an evaluation measures memory. Take them out of one split."
-        yield Fault(f"{len(seen)} test prompts {alike}, such as {seen[0]}.", change)
+        yield TaskFinding(f"{len(seen)} test prompts {alike}, such as {seen[0]}.", change)
     for split, prompts in data.items():
         if twice := len(prompts) - len(set(prompts)):
             change = "They count that much more often; take them out if that is not meant."
-            yield Fault(f"{twice} {split} prompts repeat an earlier one.", change, stops=False)
+            yield TaskFinding(f"{twice} {split} prompts repeat an earlier one.", change, stops=False)
 
 
 def said_in(prompt: Prompt) -> str:
     return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
 
 
-def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterator[Fault]:
+def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
     """One sentence for all of them, with the first as an example."""
     if found:
         example = found[0]
         earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
         text = MADE_UP.get(example.kind) or repr(example.text[:60]) + (" ..." if len(example.text) > 60 else "")
-        yield Fault(
+        yield TaskFinding(
             f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text}, "
             f"which earned {earned}.",
             change,

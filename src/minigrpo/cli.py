@@ -273,15 +273,13 @@ def doctor(as_json: AsJson = False) -> None:
     Devices and their true number types, memory, disk, versions against the tested ones, optional parts. Exit code 1
     where something would stop a training.
     """
-    from minigrpo.doctor import examine, to_dict
+    from minigrpo.doctor import doctor_table, examine, to_dict
 
     findings = examine()
     report = to_dict(findings)
     if as_json:
         print_json(report)
         raise typer.Exit(0 if report["ok"] else 1)
-    from minigrpo.tables import doctor_table
-
     Console().print(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)
 

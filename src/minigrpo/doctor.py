@@ -9,9 +9,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 Level = Literal["ok", "note", "bad"]
 
@@ -59,6 +64,20 @@ def examine() -> tuple[Finding, ...]:
 
 def to_dict(findings: tuple[Finding, ...]) -> dict[str, Any]:
     return {"ok": all(f.level != "bad" for f in findings), "findings": [asdict(f) for f in findings]}
+
+
+def doctor_table(findings: Sequence[Finding]) -> RenderableType:
+    """Show what was found, topic by topic, with what to do about it."""
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[bold red]!![/]"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    topic = ""
+    for found in findings:
+        if topic and found.topic != topic:
+            table.add_row()
+        topic = found.topic
+        advice = f"\n{found.advice}" if found.advice else ""
+        table.add_row(marks[found.level], found.name, Text.assemble(found.value, (advice, "dim")))
+    return table
 
 
 def machine() -> list[Finding]:

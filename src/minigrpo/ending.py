@@ -20,6 +20,7 @@ from minigrpo.config import Recipe
 from minigrpo.display import printable
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.hub import Hub, check_name, find_token, in_bytes
+from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rundir import RunDir, writing
 from minigrpo.stamps import finished, seconds_of, timed
 
@@ -177,12 +178,12 @@ def _answer_panel(answer: Answer) -> RenderableType:
 
 
 def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:
-    table = tables.plain_table("size", "")
+    table = plain_table("size", "")
     made = [finished(run), *([run.merged] if delivered.merged else [])]
     made += [file.file for file in delivered.exported.files] if delivered.exported else []
     for path in made:
         table.add_row(str(path), in_bytes(_size(path)), "" if path.exists() else "missing")
-    return tables.titled("what was made", table)
+    return titled("what was made", table)
 
 
 def _size(path: Path) -> int:

@@ -7,17 +7,18 @@ compared prompt by prompt on the same prompts with the same decoding, or not at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.grader import Grader
 from minigrpo.journal import Journal
-from minigrpo.measure import Paired, Scores, grade_prompts, paired
+from minigrpo.measure import Paired, Scores, paired, score
+from minigrpo.progress import Report, no_report
+from minigrpo.rollout import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def evaluate(
     split: Split = "test",
     journal: Journal | None = None,
     grader: Grader | None = None,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> Evaluation:
     """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
 
@@ -104,6 +105,37 @@ def evaluate(
         report=report,
     )
     return Evaluation(name, task.name, split, sampling, time.perf_counter() - start, scores)
+
+
+def grade_prompts(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    n: int = 1,
+    sampling: Sampling,
+    tokenizer: Any,
+    report: Report = no_report,
+    rows: int = 256,
+    grader: Grader | None = None,
+    journal: Journal | None = None,
+) -> Scores:
+    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
+
+    What the journal holds is not asked again, and what is answered is put there.
+    """
+    groups = journal.known(prompts) if journal else {}
+    left = [prompt for prompt in prompts if prompt.id not in groups]
+    batch = max(1, rows // n)
+    for start in range(0, len(left), batch):
+        part = left[start : start + batch]
+        fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
+        groups |= {group.prompt.id: group for group in fresh}
+        if journal:
+            journal.add(fresh)
+        right = fmean(grade.solved for group in groups.values() for grade in group.grades)
+        report(len(groups), len(prompts), f"{right:.0%} right")
+    return score([groups[prompt.id] for prompt in prompts])
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:

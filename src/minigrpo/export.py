@@ -34,11 +34,11 @@ from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
 from minigrpo.merging import bytes_of
 from minigrpo.modelfile import modelfile
 from minigrpo.parity import figure
+from minigrpo.plain_tables import plain_table, titled
+from minigrpo.progress import Report, stage
 from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
 from minigrpo.stamps import read_sealed, slug, write_sealed
-from minigrpo.tables import plain_table, titled
-from minigrpo.track import stage
 from minigrpo.versions import installed
 
 Verdict = Literal["proved", "measured", "rejected", "there already"]
@@ -207,7 +207,7 @@ def _done(order: Order, kinds: Sequence[str]) -> dict[str, File]:
     return found
 
 
-def _make(order: Order, kinds: Sequence[str], done: dict[str, File], truth: Reference, report: Any) -> None:
+def _make(order: Order, kinds: Sequence[str], done: dict[str, File], truth: Reference, report: Report) -> None:
     """Puts each missing format into `done`. What is quantised is made from a proved file, asked for or not."""
     order.folder.mkdir(parents=True, exist_ok=True)
     own = order.draft(order.lossless)

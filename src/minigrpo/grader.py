@@ -25,7 +25,7 @@ from types import TracebackType
 
 from minigrpo.config import TaskKnobs
 from minigrpo.errors import TaskError
-from minigrpo.rollout import judgements
+from minigrpo.grade_completions import judgements
 from minigrpo.types import Completion, Grade, Prompt, Task
 
 PATIENCE = 3

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.rundir import writing
-from minigrpo.teaching import group_data, group_of
+from minigrpo.serialize import group_data, group_of
 from minigrpo.types import Group, Prompt
 
 

@@ -18,17 +18,17 @@ from rich.text import Text
 
 from minigrpo import tables
 from minigrpo.config import Recipe
+from minigrpo.pipeline_context import Opened
+from minigrpo.progress import stage
 from minigrpo.recipefile import load_recipe
 from minigrpo.rollout import prompts_of
 from minigrpo.rundir import RunDir, read_json, write_json
 from minigrpo.stamps import finished, fits, slug, stamp, trained
-from minigrpo.track import stage
 from minigrpo.types import Engine, Sampling, Split, Task
 
 if TYPE_CHECKING:
     from minigrpo.engines.gguf import GgufEngine
     from minigrpo.evaluate import Comparison, Evaluation
-    from minigrpo.pipeline import Opened
     from minigrpo.policy import Policy
 
 GGUF = ".gguf"

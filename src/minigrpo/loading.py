@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,14 +14,12 @@ import torch
 
 from minigrpo.errors import ModelError
 from minigrpo.process_state import no_progress_bars
+from minigrpo.progress import Report, no_report
 from minigrpo.quantize import in_four_bit
 from minigrpo.render import QUESTION, check_tokenizer, render, set_options
 from minigrpo.types import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Report = Callable[[int, int, str], None]
-"""(done, total, note): called as long work goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def check_instructions(dtype: str) -> None:
         )
 
 
-def resolve(path: str, seed: int, report: Report | None = None) -> str:
+def resolve(path: str, seed: int, report: Report = no_report) -> str:
     """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
     if path.partition(":")[0] == "seedling":
         from minigrpo import seedling
@@ -96,7 +94,7 @@ def open_model(
     seed: int = 0,
     template: Mapping[str, Any] | None = None,
     four_bit: bool = False,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> Loaded:
     """`template`: options of the chat template, which the tokenizer keeps from then on.
 

@@ -1,4 +1,4 @@
-"""How good a model is on a task, with how sure one can be; and whether one model is better than another.
+"""Statistics of graded groups: how good a model is, with how sure one can be, and whether one is better than another.
 
 Intervals are 95 %. With several samples a prompt, a prompt's score is the share of its samples that are right, and
 intervals count prompts, not samples: the samples of one prompt resemble one another.
@@ -7,22 +7,14 @@ intervals count prompts, not samples: the samples of one prompt resemble one ano
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, comb, sqrt
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minigrpo.errors import ArtifactError
-from minigrpo.journal import Journal
-from minigrpo.rollout import rollout
-from minigrpo.types import Engine, Grade, Group, Prompt, Sampling, Task
-
-if TYPE_CHECKING:
-    from minigrpo.grader import Grader
-
-Report = Callable[[int, int, str], None]
-"""Told how far a stage is: done, total, a note."""
+from minigrpo.types import Grade, Group
 
 Z = 1.959964  # the normal distribution's 97.5 % point
 
@@ -88,38 +80,6 @@ class Paired:
 
     def __str__(self) -> str:
         return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
-def grade_prompts(
-    engine: Engine,
-    task: Task,
-    prompts: Sequence[Prompt],
-    *,
-    n: int = 1,
-    sampling: Sampling,
-    tokenizer: Any,
-    report: Report | None = None,
-    rows: int = 256,
-    grader: Grader | None = None,
-    journal: Journal | None = None,
-) -> Scores:
-    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
-
-    What the journal holds is not asked again, and what is answered is put there.
-    """
-    groups = journal.known(prompts) if journal else {}
-    left = [prompt for prompt in prompts if prompt.id not in groups]
-    batch = max(1, rows // n)
-    for start in range(0, len(left), batch):
-        part = left[start : start + batch]
-        fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
-        groups |= {group.prompt.id: group for group in fresh}
-        if journal:
-            journal.add(fresh)
-        if report:
-            right = fmean(grade.solved for group in groups.values() for grade in group.grades)
-            report(len(groups), len(prompts), f"{right:.0%} right")
-    return score([groups[prompt.id] for prompt in prompts])
 
 
 def score(groups: Sequence[Group]) -> Scores:

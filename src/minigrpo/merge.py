@@ -32,10 +32,10 @@ from minigrpo.divergence import Divergence, record
 from minigrpo.errors import ArtifactError
 from minigrpo.merging import Change, Rounding
 from minigrpo.parity import TITLE, parity_table
+from minigrpo.progress import stage
 from minigrpo.proof import packed_base, prove, trained_truth
 from minigrpo.rundir import FULL, RunDir, complete_folder
 from minigrpo.stamps import read_sealed
-from minigrpo.track import stage
 
 Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 

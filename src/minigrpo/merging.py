@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,8 @@ from torch import Tensor
 from minigrpo.adapter import Adapter, Pair
 from minigrpo.basemodel import INDEX, Base
 from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.progress import Report, no_report
 from minigrpo.tensorfile import FLOATS, NAMES, Planned, Stored, write_file
-
-Report = Callable[[int, int, str], None]
 
 NOISE = 0.3
 """Of the size of the learned change: rounding noise up to which a number type is taken. Its square is what the proof
@@ -178,7 +177,7 @@ def redundant(base: Base) -> set[str]:
 
 
 def write_merged(
-    base: Base, changes: Mapping[str, Change], dtype: torch.dtype, folder: Path, report: Report | None = None
+    base: Base, changes: Mapping[str, Change], dtype: torch.dtype, folder: Path, report: Report = no_report
 ) -> None:
     """The weights in `folder`, under the names of the base's shards; weights of most, the base's own type become
     `dtype`, all others and what reads pictures keep theirs."""
@@ -186,8 +185,7 @@ def write_merged(
     total = 0
     places: dict[str, str] = {}
     for done, (shard, header) in enumerate(base.headers.items()):
-        if report:
-            report(done, len(base.headers), shard)
+        report(done, len(base.headers), shard)
         kept = [stored for stored in header.tensors.values() if stored.name not in dropped]
         if not kept:
             continue
@@ -197,8 +195,7 @@ def write_merged(
     if base.sharded:
         count = sum(math.prod(base.tensors[name].shape) for name in places)
         _write_index(folder / INDEX, base.folder / INDEX, places, {"total_size": total, "total_parameters": count})
-    if report:
-        report(len(base.headers), len(base.headers), "")
+    report(len(base.headers), len(base.headers), "")
 
 
 def bytes_of(base: Base, dtype: torch.dtype) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,52 +18,16 @@ from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.judging import before_and_after, evaluate
 from minigrpo.lock import hold
+from minigrpo.pipeline_context import Opened, open_all
 from minigrpo.rundir import RunDir, complete_folder, read_json, tidy, write_json
 from minigrpo.stamps import begin, check_folder, seconds_of, stamp, timed, trained
-from minigrpo.track import Track, stage
-from minigrpo.types import Engine, Task
+from minigrpo.track import Track
 
 if TYPE_CHECKING:
     from minigrpo.evaluate import Comparison
-    from minigrpo.policy import Policy
     from minigrpo.preflight import Verdict
 
 __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "warmup"]
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A recipe's machinery, loaded once and handed from stage to stage."""
-
-    recipe: Recipe
-    task: Task
-    policy: Policy
-    engine: Engine
-
-
-def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
-    """`run`: where it has begun, its engine decodes as many rows side by side as it did then."""
-    from minigrpo.engines import open_engine
-    from minigrpo.policy import open_policy
-    from minigrpo.tasks import open_task
-
-    task = open_task(recipe)
-    with stage(f"model {recipe.model.path}", 0) as report:
-        policy = open_policy(recipe, report)
-    return Opened(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
-
-
-def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
-    """Completions decoded side by side: as many as when the run began, or as memory admits."""
-    from minigrpo.checkpoint import read_machine
-    from minigrpo.engines.context import longest_prompt
-    from minigrpo.plan import planned_rows
-    from minigrpo.rollout import prompts_of
-
-    began = read_machine(run) if run else None
-    if began is not None:
-        return began.rows
-    return planned_rows(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
 
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:

@@ -23,12 +23,13 @@ from minigrpo import attention
 from minigrpo.config import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
-from minigrpo.loading import Loaded, Report, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
 from minigrpo.precision import LossScale
 from minigrpo.process_state import no_progress_bars
+from minigrpo.progress import Report, no_report
 from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score
 
@@ -255,7 +256,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def open_policy(recipe: Recipe, report: Report | None = None) -> Policy:
+def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
     """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
     policy = _opened(recipe.model.path, recipe, report)
     if recipe.train.full:
@@ -278,7 +279,7 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
     return policy
 
 
-def _opened(path: str, recipe: Recipe, report: Report | None = None) -> Policy:
+def _opened(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
     """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
     device = pick_device(recipe.model.device)
     dtype = pick_dtype(recipe.model.dtype, device)

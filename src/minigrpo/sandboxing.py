@@ -28,8 +28,7 @@ def sandbox(
     if as_json:
         print_json(report)
     else:
-        from minigrpo.doctor import Finding
-        from minigrpo.tables import doctor_table
+        from minigrpo.doctor import Finding, doctor_table
 
         Console().print(doctor_table([Finding(**asdict(finding)) for finding in findings]))
     raise typer.Exit(0 if report["ok"] else 1)

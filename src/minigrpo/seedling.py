@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +24,11 @@ from minigrpo import coder, demonstrations, grading, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
 from minigrpo.process_state import no_progress_bars
+from minigrpo.progress import Report, no_report
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
 from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
 from minigrpo.types import Message, Prompt
-
-Report = Callable[[int, int, str], None]
-"""(done, total, note): called as long work goes on."""
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"
@@ -77,7 +75,7 @@ def is_seedling(path: str) -> bool:
     return path.partition(":")[0] == "seedling"
 
 
-def resolve(path: str, seed: int, report: Report | None = None) -> Path:
+def resolve(path: str, seed: int, report: Report = no_report) -> Path:
     """The folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`, built unless it is in the cache."""
     return cached(blueprint_of(path, seed), report)
 
@@ -110,7 +108,7 @@ def sketch(path: str, seed: int) -> tuple[Any, Any]:
         return decoder(blueprint, tokenizer).config, tokenizer
 
 
-def cached(blueprint: Blueprint, report: Report | None = None) -> Path:
+def cached(blueprint: Blueprint, report: Report = no_report) -> Path:
     folder = cache() / f"seedling-{blueprint.name}-{blueprint.seed}-{fingerprint(blueprint)}"
     if not folder.is_dir():
         with complete_folder(folder) as draft:
@@ -141,20 +139,19 @@ SOURCES: dict[str, tuple[ModuleType, ...]] = {
 }
 
 
-def build(blueprint: Blueprint, folder: Path, report: Report | None = None) -> None:
+def build(blueprint: Blueprint, folder: Path, report: Report = no_report) -> None:
     """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
 
-    say = report or (lambda done, total, note: None)
     before, total = blueprint.school.steps, blueprint.school.steps + blueprint.imitation.steps
-    say(0, total, "training a tokenizer")
+    report(0, total, "training a tokenizer")
     tokenizer = train_tokenizer(blueprint)
     school, shown = school_lessons(tokenizer, blueprint), demonstration_lessons(tokenizer, blueprint)
 
     def at_school(done: int, loss: float) -> None:
-        say(done, total, f"learning sums, loss {loss:.2f}")
+        report(done, total, f"learning sums, loss {loss:.2f}")
 
     def imitating(done: int, loss: float) -> None:
-        say(before + done, total, f"imitating imperfect answers, loss {loss:.2f}")
+        report(before + done, total, f"imitating imperfect answers, loss {loss:.2f}")
 
     with repeatable(blueprint.seed):
         model = decoder(blueprint, tokenizer)

@@ -23,11 +23,11 @@ from rich.text import Text
 from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
+from minigrpo.progress import stage
 from minigrpo.render import QUESTION
 from minigrpo.rundir import RunDir
 from minigrpo.servable import Artefact, Wanted, found
 from minigrpo.servers import Server
-from minigrpo.track import stage
 from minigrpo.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
 
 def ask(server: Server, artefact: Artefact, question: str | None = None) -> Answer:
     """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
-    from minigrpo.rollout import judge
+    from minigrpo.grade_completions import judge
 
     began = time.perf_counter()
     task, prompt = _asked(artefact, question)

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -29,12 +29,12 @@ from urllib import error, request
 from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import LOCAL, Launch, llama_launch, reserve, worker
+from minigrpo.progress import Report, no_report
 from minigrpo.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Report = Callable[[int, int, str], None]
 SILENCE = 600.0
 """Seconds that a server may say nothing while it starts."""
 GRACE = 25.0
@@ -54,7 +54,7 @@ class Server:
     """
 
     def __init__(
-        self, launch: Launch, *, log: Path | None = None, silence: float = SILENCE, report: Report | None = None
+        self, launch: Launch, *, log: Path | None = None, silence: float = SILENCE, report: Report = no_report
     ) -> None:
         self.launch, self.url = launch, launch.url
         self._opener = request.build_opener(request.ProxyHandler({}))  # a proxy would not find this machine
@@ -201,7 +201,7 @@ class Server:
 
     # Starting
 
-    def _wait(self, silence: float, report: Report | None) -> None:
+    def _wait(self, silence: float, report: Report) -> None:
         """Until it is well. Whatever it writes is a sign of life."""
         heard, size, pause = time.monotonic(), -1, 0.01
         while not self._well():
@@ -215,8 +215,7 @@ class Server:
                     f"{self.launch.engine} has said nothing for {silence:g} seconds and does not answer at {self.url}, "
                     f"so it was ended. For more patience: --wait {2 * silence:g}{self._tail()}"
                 )
-            if report:
-                report(0, 0, last_line(self.log))
+            report(0, 0, last_line(self.log))
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from minigrpo.display import duration, printable
+from minigrpo.plain_tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.budget import Plan
-    from minigrpo.doctor import Finding
     from minigrpo.evaluate import Comparison, Evaluation
     from minigrpo.findings import Figures, PromptLengths
     from minigrpo.measure import Scores
@@ -161,20 +160,6 @@ def target_of(target: Any) -> Any:
     return target["answer"] if isinstance(target, Mapping) and "answer" in target else target
 
 
-def doctor_table(findings: Sequence[Finding]) -> RenderableType:
-    """What was found, topic by topic, with what to do about it."""
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[bold red]!![/]"}
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    topic = ""
-    for found in findings:
-        if topic and found.topic != topic:
-            table.add_row()
-        topic = found.topic
-        advice = f"\n{found.advice}" if found.advice else ""
-        table.add_row(marks[found.level], found.name, Text.assemble(found.value, (advice, "dim")))
-    return table
-
-
 def plan_table(plan: Plan) -> RenderableType:
     """Where the memory goes, the largest line marked; what is chosen, or what to turn."""
     table = plain_table("GB", "when", "what it is")
@@ -200,17 +185,3 @@ def plan_table(plan: Plan) -> RenderableType:
 
 def gigabytes(count: int) -> Text:
     return Text(f"{count / 1e9:.2f}", justify="right")
-
-
-def plain_table(*columns: str) -> Table:
-    """Narrow enough for 80 columns; names are shown as they are, never read as markup."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=any(columns))
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(Text(column), no_wrap=len(columns) > 1)
-    return table
-
-
-def titled(title: str, *parts: RenderableType) -> RenderableType:
-    """Not the table's own title, which would be broken to the table's width."""
-    return Stack("", Text(title, style="bold"), *parts, "")

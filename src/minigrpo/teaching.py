@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from minigrpo.config import GroupsKnobs
 from minigrpo.sampler import PromptSampler
-from minigrpo.types import Completion, Grade, Group, Prompt
+from minigrpo.serialize import group_data, group_of
+from minigrpo.types import Group, Prompt
 
 LOWEST_RATE = 0.25
 """However few groups taught so far, no more than four times as many prompts are tried at once as are missing."""
@@ -104,24 +105,3 @@ class GroupSource:
         self.sampler.restore(state["sampler"])
         known = {prompt.id: prompt for prompt in self.sampler.prompts}
         self.pool = [(row["step"], group_of(row, known)) for row in state["pool"]]
-
-
-def group_data(group: Group) -> dict[str, Any]:
-    """A group for JSON; its prompt by id alone."""
-    return {
-        "prompt": group.prompt.id,
-        "prompt_ids": group.prompt_ids,
-        "completions": [asdict(completion) for completion in group.completions],
-        "grades": [asdict(grade) for grade in group.grades],
-    }
-
-
-def group_of(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:
-    """What `group_data` gave, with the prompt that has its id, or of which it was a copy."""
-    name = row["prompt"]
-    prompt = known[name] if name in known else replace(known[name.rpartition("#")[0]], id=name)
-    completions = [
-        Completion(**{**data, "token_ids": tuple(data["token_ids"]), "logprobs": tuple(data["logprobs"])})
-        for data in row["completions"]
-    ]
-    return Group(prompt, tuple(row["prompt_ids"]), tuple(completions), tuple(Grade(**data) for data in row["grades"]))

@@ -13,23 +13,16 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
-from minigrpo.display import Board, Lines, Pulse, View, board_fits, duration
+from minigrpo.display import Board, Lines, Pulse, View, board_fits
 from minigrpo.errors import ArtifactError
 from minigrpo.rundir import RunDir, sync, writing
 from minigrpo.types import Group
-
-
-class Report(Protocol):
-    """How long work tells where it is; `note` is a few words: the loss, the accuracy so far."""
-
-    def __call__(self, done: int, total: int = ..., note: str = ...) -> None: ...
 
 
 class Track:
@@ -134,55 +127,6 @@ class Prefix:
                     self._hash.update(block)
                     self._length += len(block)
         return {"bytes": length, "sha256": self._hash.hexdigest()}
-
-
-@contextmanager
-def stage(name: str, total: int, console: Console | None = None) -> Iterator[Report]:
-    """Progress of any long work: `with stage("evaluate", 500) as report: report(done, total, note)`."""
-    console = console or Console(stderr=True)
-    began = time.monotonic()
-    if not board_fits(console):
-        yield _stage_lines(name, total, console)
-    else:
-        with _bar(console) as bar:
-            task = bar.add_task(name, total=total or None, note="")
-
-            def report(done: int, total: int = total, note: str = "") -> None:
-                bar.update(task, completed=done, total=total or None, note=note)
-
-            yield report
-    console.print(f"{name}: done in {duration(time.monotonic() - began)}", highlight=False, markup=False)
-
-
-def _bar(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
-        transient=True,
-    )
-
-
-def _stage_lines(name: str, total: int, console: Console, every: float = 5.0) -> Report:
-    """Plain lines for logs: the first report, then one every few seconds; the end is told by `stage`."""
-    began = last = time.monotonic()
-    first = True
-
-    def report(done: int, total: int = total, note: str = "") -> None:
-        nonlocal last, first
-        now = time.monotonic()
-        if first or now - last >= every:
-            left = f", {duration((now - began) / done * (total - done))} left" if 0 < done < total and not first else ""
-            words = f"{name}: {done}/{total}{left}{f'  {note}' if note else ''}"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
-            last, first = now, False
-
-    return report
 
 
 def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[str, Any]:

@@ -11,26 +11,26 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from minigrpo.config import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
+from minigrpo.grade_completions import judge
 from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
-from minigrpo.measure import grade_prompts
 from minigrpo.noise import name_key
 from minigrpo.plan import tokens_per_pass
 from minigrpo.policy import Policy
+from minigrpo.progress import Report, no_report
 from minigrpo.render import render
-from minigrpo.rollout import judge, prompts_of
+from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
-
-Report = Callable[[int, int, str], None]
 
 ASIDE = 0.1
 """Share of the prompts whose answers are not taught, to see whether the others are learned or learned by heart."""
@@ -76,7 +76,7 @@ class Warmed:
         return asdict(self)
 
 
-def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report | None = None) -> Warmed:
+def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report = no_report) -> Warmed:
     """Let the policy's adapter imitate written answers.
 
     Raises RecipeError where warmup.steps is 0, TaskError where there are no answers or one cannot be used, and
@@ -95,8 +95,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         return Measured(form_rate(recipe, task, policy, engine, aside), *losses)
 
     def learning(done: int, loss: float) -> None:
-        if report is not None:
-            report(done, knobs.steps, f"loss {loss:.2f}")
+        report(done, knobs.steps, f"loss {loss:.2f}")
 
     before = measured()
     schedule = Schedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
@@ -273,7 +272,8 @@ def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside:
     prompts = prompts or list(split_off(prompts_of(task, "train"), recipe)[0][:ASKED])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
     n = max(1, ANSWERS // len(prompts))
-    return grade_prompts(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer).formed.value
+    groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
+    return fmean(grade.formed for group in groups for grade in group.grades)
 
 
 def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[Lesson]) -> Iterator[str]:

@@ -13,7 +13,6 @@ What it protects, and what it does not cover, stands in docs/sandbox.md; what th
 """
 
 from minigrpo.sandbox.pool import Sandbox as Sandbox
-from minigrpo.sandbox.pool import sandbox_of as sandbox_of
 from minigrpo.sandbox.pool import shared_sandbox as shared_sandbox
 from minigrpo.sandbox.words import Limits as Limits
 from minigrpo.sandbox.words import Outcome as Outcome

@@ -11,16 +11,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox.conversation import Conversation, Ended, Fault
 from minigrpo.sandbox.inside import codec, program
 from minigrpo.sandbox.words import Limits, Outcome, Plain, Referee, Wrong, printable
 from minigrpo.sandbox.worker import Worker
-
-if TYPE_CHECKING:
-    from minigrpo.config import SandboxKnobs
 
 TRIES = 3
 """Of a program that the machine's own faults interrupt."""
@@ -258,12 +255,6 @@ def shared_sandbox(limits: Limits | None = None, *, workers: int | None = None, 
         if key not in SHARED:
             SHARED[key] = Sandbox(key[0], workers, unsafe)
         return SHARED[key]
-
-
-def sandbox_of(knobs: SandboxKnobs, cpu_s: float | None = None) -> Sandbox:
-    """The shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
-    limits = Limits(cpu_s=cpu_s or knobs.cpu_seconds, memory_mb=knobs.memory_mb)
-    return shared_sandbox(limits, workers=knobs.workers, unsafe=knobs.unsafe)
 
 
 def close_all() -> None:

@@ -26,7 +26,7 @@ from minigrpo.tasks.cheating import cheats_of
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:
-    from minigrpo.sandbox import Outcome, Referee
+    from minigrpo.sandbox import Outcome, Referee, Sandbox
 
 UNREAD = "<unread program>"
 # For the whole process, because filters of a block are not safe among threads: what a model's program looks like to the
@@ -289,8 +289,6 @@ def untold(outcome: Outcome) -> Grade:
 
 def run_cases(program: Program, problem: Problem, knobs: SandboxKnobs) -> tuple[int, Outcome | None]:
     """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
-    from minigrpo.sandbox import sandbox_of
-
     sandbox = sandbox_of(knobs)
     heard: list[bool] = []
     first: Outcome | None = None
@@ -303,6 +301,14 @@ def run_cases(program: Program, problem: Problem, knobs: SandboxKnobs) -> tuple[
             return sum(heard), outcome
         heard.append(False)
     return sum(heard), first
+
+
+def sandbox_of(knobs: SandboxKnobs, cpu_s: float | None = None) -> Sandbox:
+    """Return the shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
+    from minigrpo.sandbox import Limits, shared_sandbox
+
+    limits = Limits(cpu_s=cpu_s or knobs.cpu_seconds, memory_mb=knobs.memory_mb)
+    return shared_sandbox(limits, workers=knobs.workers, unsafe=knobs.unsafe)
 
 
 def ask(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:

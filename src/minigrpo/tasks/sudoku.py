@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from minigrpo.config import Recipe, SandboxKnobs
 from minigrpo.rewards import Reward, reweighted, weighted
-from minigrpo.tasks.code import Program, find_program, in_a_block, untold
+from minigrpo.tasks.code import Program, find_program, in_a_block, sandbox_of, untold
 from minigrpo.tasks.puzzles import State, SudokuGame
 from minigrpo.types import Grade, Message, Prompt, Split, Task
 
@@ -162,8 +162,6 @@ PARTS = ("function_works", "no_cheating", "strategy_succeeds")
 def judged(prompt: Prompt, program: Program, weights: dict[str, float], knobs: SandboxKnobs) -> Grade:
     if not program.runs:
         return unplayed(program, weights)
-    from minigrpo.sandbox import sandbox_of
-
     sandbox = sandbox_of(knobs)
     scores: list[Score] = []
     for game in prompt.target["games"]:

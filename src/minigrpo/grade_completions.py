@@ -1,0 +1,99 @@
+"""Have a task judge completions: its grades checked, its faults told as errors that name the answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.types import Completion, Grade, Prompt, Task
+
+
+def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Grade, ...]:
+    """Grade all siblings; the grades are in their order."""
+    return tuple(judgements(task, prompt, completions))
+
+
+def judgements(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
+    """Yield grades one by one, as far as the task judges so. Graders get a copy: the caller's prompt stays his."""
+    shown = copy_of(prompt)
+    if task.grade_group is None:
+        for completion in completions:
+            yield judge(task, shown, completion.text)
+        return
+    where = f"prompt {prompt.id}"
+    try:
+        grades = task.grade_group(shown, completions)
+    except MinigrpoError:
+        raise
+    except (Exception, SystemExit) as fault:
+        raise failure(task, fault, where) from fault
+    if not isinstance(grades, list | tuple) or len(grades) != len(completions):
+        what = f"{len(grades)} grades" if isinstance(grades, list | tuple) else type(grades).__name__
+        raise TaskError(
+            f"The grader of task {task.name} returned {what} for the {len(completions)} completions of {where}. "
+            "Return a list with a minigrpo.Grade for each, in their order."
+        )
+    for grade, completion in zip(grades, completions, strict=True):
+        yield checked(task, grade, named(prompt, completion.text))
+
+
+def judge(task: Task, prompt: Prompt, text: str) -> Grade:
+    """Ask the task for its grade; raise TaskError naming what a grader failed on, so that its author can repeat it."""
+    try:
+        grade = task.grade(prompt, text)
+    except MinigrpoError:
+        raise
+    except (Exception, SystemExit) as fault:
+        raise failure(task, fault, named(prompt, text)) from fault
+    return checked(task, grade, named(prompt, text))
+
+
+def failure(task: Task, fault: BaseException, where: str) -> TaskError:
+    """Say which grader raised what, in which line, on which answer."""
+    last = traceback.extract_tb(fault.__traceback__)[-1]
+    return TaskError(
+        f"The grader of task {task.name} raised {type(fault).__name__}: {fault} ({last.filename}:{last.lineno}) on "
+        f"{where}. A grader must judge any text: give what it cannot read a reward, such as 0."
+    )
+
+
+def checked(task: Task, grade: Any, where: str) -> Grade:
+    """Return a Grade of finite numbers, or one that says in notes["grader"] why its reward is NaN.
+
+    Raises TaskError for anything else.
+    """
+    if not isinstance(grade, Grade):
+        raise TaskError(
+            f"The grader of task {task.name} returned {type(grade).__name__} on {where}. Return a minigrpo.Grade."
+        )
+    untold = not grade.parts and "grader" in grade.notes
+    amounts = {"reward": 0.0 if untold and not grade.scored else grade.reward, **grade.parts, **grade.metrics}
+    faulty = [f"{name} = {amount}" for name, amount in amounts.items() if not is_finite(amount)]
+    if faulty:
+        raise TaskError(
+            f"The grader of task {task.name} gave {', '.join(faulty)} on {where}. Rewards must be finite numbers."
+        )
+    return grade
+
+
+def is_finite(amount: Any) -> bool:
+    return not isinstance(amount, str) and hasattr(amount, "__float__") and math.isfinite(amount)
+
+
+def named(prompt: Prompt, text: str) -> str:
+    """Name an answer in an error, by its prompt and its first 80 characters."""
+    return f"prompt {prompt.id}, answer {text[:80]!r}{' ...' if len(text) > 80 else ''}"
+
+
+def copy_of(prompt: Prompt) -> Prompt:
+    """Copy a prompt; what cannot be copied (a lock, a handle) is handed out as it is."""
+    try:
+        messages = tuple(dict(message) for message in prompt.messages)
+        return replace(prompt, messages=messages, target=copy.deepcopy(prompt.target))
+    except Exception:  # deepcopy runs code of any class there is
+        return prompt

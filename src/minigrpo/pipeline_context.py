@@ -1,0 +1,49 @@
+"""What the stages of a run work with: task, policy and engine, opened once from the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minigrpo.config import Recipe
+from minigrpo.progress import stage
+from minigrpo.rundir import RunDir
+from minigrpo.types import Engine, Task
+
+if TYPE_CHECKING:
+    from minigrpo.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A recipe with its task, policy and engine, loaded once and handed from stage to stage."""
+
+    recipe: Recipe
+    task: Task
+    policy: Policy
+    engine: Engine
+
+
+def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
+    """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
+    from minigrpo.engines import open_engine
+    from minigrpo.policy import open_policy
+    from minigrpo.tasks import open_task
+
+    task = open_task(recipe)
+    with stage(f"model {recipe.model.path}", 0) as report:
+        policy = open_policy(recipe, report)
+    return Opened(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
+
+
+def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
+    """Return how many completions are decoded side by side: as many as when the run began, or as memory admits."""
+    from minigrpo.checkpoint import read_machine
+    from minigrpo.engines.context import longest_prompt
+    from minigrpo.plan import planned_rows
+    from minigrpo.rollout import prompts_of
+
+    began = read_machine(run) if run else None
+    if began is not None:
+        return began.rows
+    return planned_rows(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))

@@ -1,0 +1,30 @@
+"""Graded groups as JSON and back: what a checkpoint keeps of recent groups, and an evaluation of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from minigrpo.types import Completion, Grade, Group, Prompt
+
+
+def group_data(group: Group) -> dict[str, Any]:
+    """Write a group as JSON can hold it; its prompt by id alone."""
+    return {
+        "prompt": group.prompt.id,
+        "prompt_ids": group.prompt_ids,
+        "completions": [asdict(completion) for completion in group.completions],
+        "grades": [asdict(grade) for grade in group.grades],
+    }
+
+
+def group_of(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:
+    """Read back what `group_data` gave, with the prompt that has its id, or of which it was a copy."""
+    name = row["prompt"]
+    prompt = known[name] if name in known else replace(known[name.rpartition("#")[0]], id=name)
+    completions = [
+        Completion(**{**data, "token_ids": tuple(data["token_ids"]), "logprobs": tuple(data["logprobs"])})
+        for data in row["completions"]
+    ]
+    return Group(prompt, tuple(row["prompt_ids"]), tuple(completions), tuple(Grade(**data) for data in row["grades"]))
