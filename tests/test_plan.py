@@ -161,33 +161,50 @@ class Small:
         scores = self.own(part, **options)
         if part.tokens > self.most:
             self.failures += 1
-            scores.logprobs_N.sum().backward()  # half of a gradient is there already
+            if scores.logprobs_N.requires_grad:
+                scores.logprobs_N.sum().backward()  # half of a gradient is there already
             raise self.kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return scores
 
 
-def weights_after(monkeypatch: pytest.MonkeyPatch, *, budget: int, most: int | None, kind: type[Exception]) -> Any:
+def weights_after(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    budget: int,
+    most: int | None,
+    kind: type[Exception] = MemoryError,
+    top_entropy: float = 1.0,
+) -> tuple[list[Any], list[int]]:
+    """Weights after two steps of two epochs, and the budget with which each step went through."""
     policy = make_policy(double=True)
     optimizer = torch.optim.SGD(policy.trainable, lr=0.1)
-    told: list[int] = []
+    budgets: list[int] = []
     if most:
         small = Small(policy, most, kind)
         monkeypatch.setattr(policy, "logprobs", small.logprobs)
-    objective = OBJECTIVES["grpo"]
+    objective = replace(OBJECTIVES["grpo"], top_entropy=top_entropy)
     for step in range(2):
         batch = pack(made_up_groups(), objective, 60)
-        improve(policy, optimizer, objective, batch, Pace(step, budget, 0.1, 1.0, 2, told.append))
+        _, budget = improve(policy, optimizer, objective, batch, Pace(step, budget, 0.1, 1.0, 2))
+        budgets.append(budget)
     assert not most or small.failures
-    return [parameter.detach().clone() for parameter in policy.trainable], told
+    return [parameter.detach().clone() for parameter in policy.trainable], budgets
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, MemoryError])
 def test_memory_that_runs_out_leaves_the_same_weights(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     wanted, _ = weights_after(monkeypatch, budget=64, most=None, kind=kind)
-    found, told = weights_after(monkeypatch, budget=512, most=90, kind=kind)
-    assert min(told) < 90
+    found, budgets = weights_after(monkeypatch, budget=512, most=90, kind=kind)
+    assert all(budget <= 90 for budget in budgets)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_entropy", [1.0, 0.5])
+def test_after_memory_ran_out_no_later_pass_is_larger(monkeypatch: pytest.MonkeyPatch, top_entropy: float) -> None:
+    """The second epoch, and the second step, keep the budget that the first pass came down to."""
+    _, budgets = weights_after(monkeypatch, budget=1024, most=90, top_entropy=top_entropy)
+    assert budgets == [64, 64]
 
 
 def test_a_cut_keeps_every_token_with_all_that_is_known_of_it() -> None:

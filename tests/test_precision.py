@@ -86,7 +86,8 @@ def test_other_number_types_have_a_scale_that_does_nothing(dtype: torch.dtype) -
 def updated(policy: Policy, epochs: int = 1) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
     batch = pack(made_up_groups(), OBJECTIVES["grpo"], 60)
-    return improve(policy, optimizer, OBJECTIVES["grpo"], batch, Pace(3, EVERYTHING, 1e-3, 1.0, epochs))
+    figures, _ = improve(policy, optimizer, OBJECTIVES["grpo"], batch, Pace(3, EVERYTHING, 1e-3, 1.0, epochs))
+    return figures
 
 
 def test_a_scale_that_is_too_high_costs_passes_and_no_step() -> None:

@@ -75,7 +75,7 @@ def updated(
     policy: Policy, objective: Objective, batch: Batch, budget: int, epochs: int
 ) -> tuple[Any, dict[str, float]]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
-    figures = improve(policy, optimizer, objective, batch, Pace(3, budget, 1e-2, 1.0, epochs))
+    figures, _ = improve(policy, optimizer, objective, batch, Pace(3, budget, 1e-2, 1.0, epochs))
     return [weight.detach().clone() for weight in policy.trainable], figures
 
 

@@ -11,7 +11,7 @@ Shapes: P prompts, G siblings, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -71,9 +71,11 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
 
             # 3. Improve. Weights are shares of the whole batch, so micro-batches add up exactly.
             rate, knobs = learning_rate(recipe, step), recipe.train
-            pace = Pace(step, keeper.budget, rate, knobs.grad_norm, knobs.inner_epochs, keeper.shrink)
+            pace = Pace(step, keeper.budget, rate, knobs.grad_norm, knobs.inner_epochs)
             with keeper.updating(rises, step):
-                figures = improve(policy, optimizer, replace(objective, entropy=keeper.bonus.weight), batch, pace)
+                weighed = replace(objective, entropy=keeper.bonus.weight)
+                figures, budget = improve(policy, optimizer, weighed, batch, pace)
+            keeper.shrink(budget)
             clock.lap("update")
             engine.update(policy)
             clock.lap("sync")
@@ -117,35 +119,32 @@ def teaches(objective: Objective, longest: int, group: Group) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`.
-
-    `shrink` is told of the smaller budget with which the batch went through, where memory ran out.
-    """
+    """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`."""
 
     step: int
     budget: int
     rate: float
     limit: float
     epochs: int
-    shrink: Callable[[int], None] = lambda budget: None
 
 
 def improve(
     policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, pace: Pace
-) -> dict[str, float]:
-    """One update for each inner epoch; the figures of the loss, means over the epochs.
+) -> tuple[dict[str, float], int]:
+    """One update for each inner epoch; the figures of the loss, means over the epochs, and the tokens per pass with
+    which the batch went through: fewer than `pace.budget` where memory ran out.
 
     `old` is what the first epoch's pass found before any update: it needs no pass of its own, and there the ratio is
     1 exactly.
     """
-    parts = list(batch.split(pace.budget)) if batch.moves else []
+    budget = pace.budget
+    parts = list(batch.split(budget)) if batch.moves else []
     if objective.top_entropy < 1:
         choose = partial(with_chosen_tokens, policy, objective, step=pace.step)
-        parts, budget = with_room(choose, parts, pace.budget, clear=partial(clear_gradients, policy))
-        pace.shrink(budget)
+        parts, budget = with_room(choose, parts, budget, clear=partial(clear_gradients, policy))
     epochs: list[dict[str, float]] = []
     for _ in range(pace.epochs):
-        parts, sums, norm = update(policy, optimizer, objective, parts, pace)
+        parts, sums, norm, budget = update(policy, optimizer, objective, parts, replace(pace, budget=budget))
         finite = math.isfinite(norm)
         epochs.append(sums | {"grad_norm": norm, "skipped": float(not finite)})
         if not finite:
@@ -153,28 +152,28 @@ def improve(
     means = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
     # Engine and policy are compared where both had the same weights: before the first update.
     before = {name: epochs[0][name] for name in SAMPLED if name in epochs[0]}
-    return means | before | {"learning_rate": pace.rate, "skipped": float(any(epoch["skipped"] for epoch in epochs))}
+    skipped = float(any(epoch["skipped"] for epoch in epochs))
+    return means | before | {"learning_rate": pace.rate, "skipped": skipped}, budget
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, parts: Sequence[Part], pace: Pace
-) -> tuple[list[Part], dict[str, float], float]:
-    """One update; what `accumulate` returns, and the norm of the gradient.
+) -> tuple[list[Part], dict[str, float], float, int]:
+    """One update; what `accumulate` returns, the norm of the gradient, and the tokens per pass that had room.
 
     A pass whose scaled loss overflowed float16 is done again with a smaller scale: a rollout costs more than a pass.
     """
-    before = policy.loss_scale
+    before, budget = policy.loss_scale, pace.budget
     while True:
         whole = partial(accumulate, policy, objective, step=pace.step)
-        (done, sums), budget = with_room(whole, parts, pace.budget, clear=partial(clear_gradients, policy))
-        pace.shrink(budget)
+        (parts, sums), budget = with_room(whole, parts, budget, clear=partial(clear_gradients, policy))
         norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
         if math.isfinite(norm):
             policy.loss_scale = policy.loss_scale.after_good() if parts else before
-            return done, sums, norm
+            return list(parts), sums, norm, budget
         if not (policy.loss_scale.can_fall and math.isfinite(sums["loss"])):
             policy.loss_scale = before  # it was not the scale
-            return done, sums, norm
+            return list(parts), sums, norm, budget
         policy.loss_scale = policy.loss_scale.after_overflow()
 
 

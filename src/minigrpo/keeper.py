@@ -79,7 +79,7 @@ class Keeper:
 
     def shrink(self, budget: int) -> None:
         """Memory ran out: from here on, and after a resume, passes are of at most so many tokens."""
-        if budget != self.budget:
+        if budget < self.budget:
             self.track.say(f"Memory ran out in a pass of {self.budget} tokens: going on with {budget}. Same gradient.")
             self._set_budget(budget)
 
