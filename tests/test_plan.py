@@ -17,12 +17,14 @@ from models import gradients, made_up_groups, make_policy
 
 from minigrpo.budget import Place, Plan, make_plan
 from minigrpo.config import Recipe
+from minigrpo.decoding import Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.errors import RecipeError
 from minigrpo.grpo import Pace, accumulate, improve
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
 from minigrpo.policy import Policy
 from minigrpo.rundir import RunDir
+from minigrpo.shadow import shadow, training_pass, uniform_part
 from minigrpo.shortage import NOTE, cut, left_by_a_kill, noted, with_room
 
 
@@ -148,6 +150,26 @@ def test_four_bits_spare_weights_and_full_training_costs_moments() -> None:
 def test_a_padded_architecture_has_a_plan_too() -> None:
     config = tiny_config("lfm2")
     assert make_plan(config, Recipe(), Place("cpu", torch.float32, 4 * GB), 20).fits
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("arch", ["lfm2", "qwen2"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recompute: bool) -> None:
+    """As torch's own kernels do not: ours, the lean engine's, and those that transformers asks for, recomputed too.
+
+    On a CPU stretches.py does the training of qwen2, and holds them for a while.
+    """
+    length = 4000
+    config = tiny_config(arch, max_position_embeddings=length + 10)
+    hollow = shadow(config, Recipe(), torch.float32, device=device, recompute=recompute)
+    scores = config.num_attention_heads * length**2 * 4
+    if (device, arch) != ("cpu", "qwen2"):
+        assert training_pass(hollow, uniform_part(length, 1, 8), device).peak < scores
+    wave = Wave(1, 1, length, 8)
+    counts = [transformers_sampling] if arch == "lfm2" else [transformers_sampling, native_sampling, slot_sampling]
+    if not recompute:
+        assert max(count(hollow, wave, 1.0, device).peak for count in counts) < scores
 
 
 class Small:

@@ -33,10 +33,12 @@ class AttentionBackend:
     """What computes attention: a kernel with the signature of torch's own, and where stretches.py does it instead.
 
     On a CPU plain products over stretches of like length are quickest; elsewhere torch's fused kernels are.
+    `plain` is the implementation that transformers is to use where a row holds one text, by its registered name.
     """
 
     kernel: Callable[..., Tensor] = scaled_dot_product_attention
     stretches_on: frozenset[str] = frozenset({"cpu"})
+    plain: str = "sdpa"
 
 
 TORCH = AttentionBackend()

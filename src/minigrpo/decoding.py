@@ -16,7 +16,7 @@ from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.policy import Policy, decoder
 from minigrpo.shadow import held_by
-from minigrpo.tally import META, InTransformers, Tally
+from minigrpo.tally import META, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def transformers_sampling(policy: Policy, wave: Wave, temperature: float, device
     """transformers' generate: every row reads its prompt for itself, and the cache of a layer is copied as it grows."""
     B = wave.rows
     tally = Tally(held_by(policy), device)
-    with torch.no_grad(), tally, InTransformers(policy.backend.kernel), policy.plain_attention(), META:
+    with torch.no_grad(), tally, policy.plain_attention(), META:
         tally.phase = "reading prompts"
         ids_BP = torch.zeros(B, wave.prompt, dtype=torch.long)
         out = policy.model(input_ids=ids_BP, use_cache=True, logits_to_keep=1)

@@ -72,6 +72,8 @@ class Policy:
         if self.shares_prompts:
             attention.register()
             self._attend_by(attention.NAME)
+        elif self.model.config._attn_implementation == attention.TORCH.plain != backend.plain:
+            self._attend_by(backend.plain)
 
     @property
     def is_lora(self) -> bool:
@@ -125,7 +127,7 @@ class Policy:
     def plain_attention(self) -> Iterator[None]:
         """One text a row, as transformers' own code expects it, inside the block; the adapter's dropout is off."""
         if self.shares_prompts:
-            self._attend_by("sdpa")
+            self._attend_by(self.backend.plain)
         try:
             with self._dropout_off():
                 yield

@@ -19,7 +19,7 @@ from minigrpo.lora import add_lora
 from minigrpo.packing import Bundle, Part
 from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
 from minigrpo.scoring import Float32Head
-from minigrpo.tally import META, InTransformers, Tally, backend_of
+from minigrpo.tally import META, Tally, backend_of
 
 
 class UnplannableError(Exception):
@@ -93,7 +93,7 @@ def training_pass(policy: Policy, part: Part, device: str, *, entropy_learns: bo
     for held in (attention._own_mask, attention._shared_mask, stretches.plan_of):
         held.cache_clear()  # what is still there from another count would cost nothing
     tally = Tally(held_by(policy), device)
-    with tally, InTransformers(policy.backend.kernel):
+    with tally:
         try:
             tally.phase = "forward pass"
             scores = policy.logprobs(part, step=0, entropy_learns=entropy_learns)

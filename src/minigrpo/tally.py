@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,11 +72,36 @@ class Tally(TorchDispatchMode):
         self.now -= self._seen.pop(key, 0)
 
 
-class InTransformers(TorchFunctionMode):
-    """Answers torch's attention function with another kernel, inside the block and in this thread.
+@cache
+def backend_of(device: str) -> AttentionBackend:
+    """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
 
-    It is for transformers, whose own attention takes no kernel; ours is handed one (attention.AttentionBackend).
+    On meta tensors torch itself would choose the form that keeps all scores.
     """
+    on_cpu = device in TORCH.stretches_on
+    kernel = _on_cpu if on_cpu else _on_gpu
+    return AttentionBackend(kernel, TORCH.stretches_on | ({"meta"} if on_cpu else set()), _registered(kernel, device))
+
+
+def _registered(kernel: Callable[..., Tensor], device: str) -> str:
+    """The name under which transformers finds its own attention function (sdpa), computed by another kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(*args: Any, **options: Any) -> Any:
+        # Around each call, not around a pass: autograd recomputes activations in a thread of its own.
+        with _Instead(kernel):
+            return sdpa_attention_forward(*args, **options)
+
+    name = f"minigrpo_sdpa_on_{device}"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+class _Instead(TorchFunctionMode):
+    """Calls a kernel wherever torch's own is called, inside the block and in this thread."""
 
     def __init__(self, kernel: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -84,16 +110,6 @@ class InTransformers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         chosen = self.kernel if func is scaled_dot_product_attention else func
         return chosen(*args, **(kwargs or {}))
-
-
-def backend_of(device: str) -> AttentionBackend:
-    """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
-
-    On meta tensors torch itself would choose the form that keeps all scores.
-    """
-    if device in TORCH.stretches_on:
-        return AttentionBackend(_on_cpu, TORCH.stretches_on | {"meta"})
-    return AttentionBackend(_on_gpu)
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
