@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("policy", "loading", "engines", "rollout", "grader", "measure", "checkpoint", "track", "display", "plan"),
         *("tally", "shadow", "decoding", "budget", "shortage", "rehearsal", "forecast"),
-        *("progress", "grade_completions", "serialize", "plain_tables"),
+        *("progress", "grade_completions", "serialize", "plain_tables", "http_client"),
         *("sampler", "teaching", "journal", "keeper", "quantize", "precision"),
         *("seedling", "coder", "demonstrations", "imitation", "doctor"),
         *("basemodel", "merging", "divergence", "held", "delivery", "proof"),

@@ -25,7 +25,7 @@ from minigrpo.proof import as_loaded
 from minigrpo.rollout import rollout
 from minigrpo.rundir import RunDir
 from minigrpo.servable import Wanted, found
-from minigrpo.servers import Server, serve_gguf
+from minigrpo.servers import ServerClient, ServerProcess, serve_gguf
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
 
 pytestmark = needs_llama
@@ -44,15 +44,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def server(run: RunDir) -> Iterator[Server]:
-    with serve_gguf(file_of(run, "F32")) as server:
-        yield server
+def process(run: RunDir) -> Iterator[ServerProcess]:
+    started = serve_gguf(file_of(run, "F32"))
+    with started:
+        yield started
+
+
+@pytest.fixture
+def server(process: ServerProcess) -> ServerClient:
+    return process.client
 
 
 # What it says
 
 
-def test_log_probabilities_over_http_are_those_of_the_file(run: RunDir, server: Server) -> None:
+def test_log_probabilities_over_http_are_those_of_the_file(run: RunDir, server: ServerClient) -> None:
     with LlamaCpp(file_of(run, "F32"), context=64) as llama:
         own_NV = llama.logprobs(IDS, 1)
         assert server.greedy(IDS, 12) == llama.greedy(IDS, 12)[:12]
@@ -61,14 +67,14 @@ def test_log_probabilities_over_http_are_those_of_the_file(run: RunDir, server: 
     torch.testing.assert_close(served_NV, own_NV, atol=1e-4, rtol=0)
 
 
-def test_log_probabilities_over_http_are_those_of_the_merged_model(run: RunDir, server: Server) -> None:
+def test_log_probabilities_over_http_are_those_of_the_merged_model(run: RunDir, server: ServerClient) -> None:
     model = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32).eval()
     with torch.no_grad():
         truth_NV = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
     torch.testing.assert_close(server.logprobs(IDS, 0), truth_NV, atol=1e-3, rtol=0)
 
 
-def test_the_server_reads_text_and_messages_as_training_did(server: Server) -> None:
+def test_the_server_reads_text_and_messages_as_training_did(server: ServerClient) -> None:
     tokenizer = bpe_tokenizer()
     text = "the 12's\n\n  in <answer>"
     assert server.tokenize(text) == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -76,22 +82,22 @@ def test_the_server_reads_text_and_messages_as_training_did(server: Server) -> N
     assert server.rendered(ASKED) == tuple(ids["input_ids"])
 
 
-def test_the_same_seed_draws_the_same_answer_and_another_another(server: Server) -> None:
+def test_the_same_seed_draws_the_same_answer_and_another_another(server: ServerClient) -> None:
     answers = [server.chat(ASKED, temperature=1.0, max_tokens=12, seed=seed) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
     assert server.chat(ASKED, max_tokens=12) == server.chat(ASKED, max_tokens=12, seed=5)
 
 
-def test_a_request_that_names_no_temperature_is_answered_as_in_training(server: Server) -> None:
+def test_a_request_that_names_no_temperature_is_answered_as_in_training(server: ServerClient) -> None:
     fixed = server.ask("/completion", {"prompt": list(IDS), "n_predict": 1})["generation_settings"]
     assert (fixed["temperature"], fixed["top_k"], fixed["top_p"], fixed["min_p"]) == (1.0, 0, 1.0, 0.0)
     assert fixed["repeat_penalty"] == 1.0
 
 
-def test_a_refusal_of_the_server_is_told_in_its_own_words(server: Server) -> None:
+def test_a_refusal_of_the_server_is_told_in_its_own_words(process: ServerProcess) -> None:
     with pytest.raises(MinigrpoError, match=r"refuses what it is asked \(4\d\d\): .*context size"):
-        server.chat(({"role": "user", "content": "12 " * 2000},))
-    assert server.running
+        process.client.chat(({"role": "user", "content": "12 " * 2000},))
+    assert process.running
 
 
 # Ends
@@ -100,27 +106,28 @@ def test_a_refusal_of_the_server_is_told_in_its_own_words(server: Server) -> Non
 def test_a_server_that_dies_at_its_start_shows_its_last_words(tmp_path: Path) -> None:
     launch = program(tmp_path, "import sys\nprint('the model is too large')\nsys.exit(7)")
     with pytest.raises(MinigrpoError, match=r"(?s)ended while it started \(code 7\).*the model is too large"):
-        Server(launch)
+        ServerProcess(launch)
 
 
 def test_a_server_that_is_silent_too_long_is_ended_and_told(tmp_path: Path) -> None:
     launch = program(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
     with pytest.raises(MinigrpoError, match=r"said nothing for 0\.5 seconds .* --wait 1") as told:
-        Server(launch, silence=0.5)
+        ServerProcess(launch, silence=0.5)
     assert gone([int(str(told.value).split()[-1])])
 
 
-def test_a_stranger_on_the_port_is_not_taken_for_the_server(tmp_path: Path, server: Server) -> None:
-    launch = program(tmp_path, "import time\ntime.sleep(600)", port=server.launch.port)
+def test_a_stranger_on_the_port_is_not_taken_for_the_server(tmp_path: Path, process: ServerProcess) -> None:
+    launch = program(tmp_path, "import time\ntime.sleep(600)", port=process.launch.port)
     with pytest.raises(MinigrpoError, match="does not answer"):
-        Server(launch, silence=0.5)
+        ServerProcess(launch, silence=0.5)
 
 
 def test_a_server_that_dies_while_it_serves_is_told(run: RunDir) -> None:
-    with serve_gguf(file_of(run)) as server:
-        os.kill(children(server.pid)[0], signal.SIGKILL)
+    process = serve_gguf(file_of(run))
+    with process as server:
+        os.kill(children(process.pid)[0], signal.SIGKILL)
         with pytest.raises(MinigrpoError, match=r"ended while it served \(code 137\)"):
-            server.watch(0.05)
+            process.watch(0.05)
         with pytest.raises(MinigrpoError, match="ended while it answered"):
             server.chat(ASKED)
 
@@ -137,7 +144,7 @@ def test_a_program_that_will_not_end_is_killed_with_what_it_started(
         "print(os.getpid(), inner.pid, flush=True)\ntime.sleep(600)",
     )
     with pytest.raises(MinigrpoError) as told:
-        Server(launch, silence=1.0)
+        ServerProcess(launch, silence=1.0)
     assert gone([int(word) for word in str(told.value).split()[-2:]])
 
 
@@ -164,7 +171,8 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
     assert python is not None
     launch = vllm_launch(model, python=python, host=LOCAL, port=reserve(LOCAL, 0), name="m", whole=True)
     truth = as_loaded(run.merged).eval()
-    with Server(launch) as server, torch.no_grad():
+    process = ServerProcess(launch)
+    with process as server, torch.no_grad():
         ids = server.rendered(ASKED)
         own = bpe_tokenizer(more=PICTURES if pictures else ()).apply_chat_template(
             list(ASKED), add_generation_prompt=True, return_dict=True
@@ -176,7 +184,7 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
         torch.testing.assert_close(served_NV, truth_NV, atol=0.02, rtol=0)
         said = truth.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert server.greedy(ids, 12) == tuple(said.tolist())
-    assert not server.running
+    assert not process.running
 
 
 def test_a_file_is_judged_by_the_answers_that_llama_cpp_gives(run: RunDir) -> None:

@@ -27,7 +27,7 @@ from minigrpo.progress import stage
 from minigrpo.render import QUESTION
 from minigrpo.rundir import RunDir
 from minigrpo.servable import Artefact, Wanted, found
-from minigrpo.servers import Server
+from minigrpo.servers import ServerProcess
 from minigrpo.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def ask_once(run: RunDir, *, format: str = "Q8_0", quiet: bool = False) -> Answe
 
 
 @contextmanager
-def serving(artefact: Artefact, wanted: Wanted, *, quiet: bool = False) -> Iterator[tuple[Server, Artefact]]:
+def serving(artefact: Artefact, wanted: Wanted, *, quiet: bool = False) -> Iterator[tuple[ServerProcess, Artefact]]:
     """The server, up and well. Its log is RUN/serve.log."""
     launch = launch_of(artefact, wanted)
     log = artefact.run.path / "serve.log" if artefact.run else None
     with stage(f"start {launch.engine}", 0, Console(stderr=True, quiet=quiet)) as report:
-        server = Server(launch, log=log, silence=wanted.wait, report=report)
+        server = ServerProcess(launch, log=log, silence=wanted.wait, report=report)
     with server:
         yield server, artefact
 
@@ -88,13 +88,13 @@ def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
 # Asking
 
 
-def ask(server: Server, artefact: Artefact, question: str | None = None) -> Answer:
+def ask(server: ServerProcess, artefact: Artefact, question: str | None = None) -> Answer:
     """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
     from minigrpo.grade_completions import judge
 
     began = time.perf_counter()
     task, prompt = _asked(artefact, question)
-    answer = server.chat(prompt.messages, max_tokens=room(server.launch, artefact))
+    answer = server.client.chat(prompt.messages, max_tokens=room(server.launch, artefact))
     grade: Grade | None = judge(task, prompt, answer) if task else None
     return Answer(
         question=prompt.messages[-1]["content"],

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib import request
 from urllib.parse import urlsplit
 
 from rich.console import Console, RenderableType
@@ -23,15 +22,14 @@ from rich.text import Text
 
 from minigrpo.delivery import Source, alone, merged_of, source_of, sums_of
 from minigrpo.divergence import Divergence, compare
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError
 from minigrpo.ggufproof import RELATIVE, Reference, asked_of, prove_file
 from minigrpo.held import Held
-from minigrpo.launching import Launch
 from minigrpo.parity import TITLE, parity_table
 from minigrpo.progress import stage
 from minigrpo.proof import Truth, device_for, judged, of_merged, task_of, trained_truth
 from minigrpo.rundir import RunDir, digest, read_json, write_json
-from minigrpo.servers import Server, serve_gguf
+from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.stamps import read_sealed
 
 PROMPTS, ASKED = 200, 8
@@ -159,10 +157,10 @@ def _served_rows(
         with serve_gguf(file, context=known.longest + 64) as server:
             yield _served_row(server, f"served {kind}", RELATIVE.get(kind, UNKNOWN), known, faults)
     if served:
-        yield _served_row(Elsewhere(served), f"served {urlsplit(served).netloc}", UNKNOWN, known, faults)
+        yield _served_row(ServerClient.at(served), f"served {urlsplit(served).netloc}", UNKNOWN, known, faults)
 
 
-def _served_row(server: Server, name: str, limit: float, known: Reference, faults: list[str]) -> dict[str, Any]:
+def _served_row(server: ServerClient, name: str, limit: float, known: Reference, faults: list[str]) -> dict[str, Any]:
     """What comes back over HTTP against the trained policy, on as many positions as are bearable."""
     truths = known.trained or known.merged
     texts = list(_shorter(known.held.texts, max(8, NUMBERS // truths[0].shape[-1])))
@@ -196,25 +194,6 @@ def _keep(run: RunDir, rows: list[dict[str, Any]]) -> None:
     with suppress(ArtifactError):  # missing, or damaged and made anew
         then = read_json(run.parity)
     write_json(run.parity, {**(then if isinstance(then, dict) else {}), "stages": rows})
-
-
-class Elsewhere(Server):
-    """A server that somebody else started, and will end."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._opener = request.build_opener(request.ProxyHandler({}))
-        self.launch = Launch("llama.cpp", (), parts.hostname or "", parts.port or 80, "", self.url, None)
-        model = self.ask("/v1/models")["data"][0]
-        # Only llama.cpp tells there how many tokens it knows.
-        self.launch = replace(self.launch, engine="llama.cpp" if "meta" in model else "vllm", model=str(model["id"]))
-
-    def close(self) -> None:
-        pass
-
-    def _ended(self, when: str) -> MinigrpoError:
-        return MinigrpoError(f"{self.url} does not answer {when}. Is the server up? minigrpo serve RUN")
 
 
 def verified_table(found: Verified) -> RenderableType:

@@ -20,7 +20,7 @@ from minigrpo.errors import ModelError
 from minigrpo.ggufhead import Head, read_head
 from minigrpo.launching import ROOM
 from minigrpo.noise import name_key
-from minigrpo.servers import Server, serve_gguf
+from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 
 
@@ -31,21 +31,22 @@ def open_gguf(file: Path, *, max_tokens: int) -> Iterator[GgufEngine]:
     if not head.template:
         raise ModelError(f"{file} holds no chat template, so messages cannot become a prompt. Export it again.")
     wanted = max(ROOM, 2 * max_tokens + ROOM // 2)
-    with serve_gguf(file, context=min(wanted, head.context or wanted)) as server:
-        yield GgufEngine(server, head)
+    server = serve_gguf(file, context=min(wanted, head.context or wanted))
+    with server as client:
+        yield GgufEngine(client, head, server.launch.context)
 
 
 class GgufEngine:
-    """`tokenizer`: what renders prompts for it."""
+    """Asks a file's server. `context`: tokens that it reads at most; `tokenizer`: what renders prompts for it."""
 
-    def __init__(self, server: Server, head: Head) -> None:
-        self.server, self.head = server, head
-        self.tokenizer = Renderer(server)
+    def __init__(self, client: ServerClient, head: Head, context: int | None) -> None:
+        self.client, self.head, self.context = client, head, context
+        self.tokenizer = Renderer(client, str(head.file))
 
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        check_room(prompts, sampling.max_tokens, self.server.launch.context)
+        check_room(prompts, sampling.max_tokens, self.context)
         answers = []
         for place, asked in enumerate(prompts):
             own = tuple(self._answer(asked, sibling, sampling) for sibling in range(n))
@@ -60,7 +61,7 @@ class GgufEngine:
     def _answer(self, asked: Rendered, sibling: int, sampling: Sampling) -> Completion:
         fixed = {"prompt": list(asked.ids), "n_predict": sampling.max_tokens, "return_tokens": True}
         seed = name_key(sampling.seed, asked.prompt.id, sibling) % 2**32
-        said = self.server.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
+        said = self.client.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
         cut = said["stop_type"] == "limit"
         end = () if cut or self.head.eos is None else (self.head.eos,)
         return Completion(said["content"], (*said["tokens"], *end), (), "length" if cut else "stop")
@@ -69,10 +70,10 @@ class GgufEngine:
 class Renderer:
     """Stands where a tokenizer does when prompts are rendered."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.name_or_path = server.launch.what
+    def __init__(self, client: ServerClient, name: str) -> None:
+        self._client = client
+        self.name_or_path = name
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> dict[str, list[int]]:
         """The answer is always opened, and ids are always returned."""
-        return {"input_ids": list(self._server.rendered(messages))}
+        return {"input_ids": list(self._client.rendered(messages))}

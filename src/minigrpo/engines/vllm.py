@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from minigrpo.basemodel import missing_for_vllm
 from minigrpo.config import Recipe
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.http_client import StatusError, exchange
 from minigrpo.launching import RANKS
 from minigrpo.noise import name_key
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -163,13 +162,10 @@ class Served:
         return found
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as fault:
-            told = " ".join(fault.read().decode(errors="replace").split())[:300]
+            text = exchange(self.url + path, body, timeout=PATIENCE)
+        except StatusError as fault:
+            told = " ".join(fault.raw.decode(errors="replace").split())[:300]
             raise MinigrpoError(
                 f"The vLLM server at {self.url} refused {path} ({fault.code}): {told}. {self._how()}"
             ) from None

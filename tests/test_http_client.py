@@ -1,0 +1,61 @@
+"""One exchange over HTTP, with a server that does as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from minigrpo.http_client import StatusError, exchange
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with what it was sent; under /refuse with a status that refuses."""
+
+    def do_GET(self) -> None:
+        self.answer(b"nothing was sent")
+
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def answer(self, data: bytes) -> None:
+        self.send_response(418 if self.path == "/refuse" else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Echo) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_a_body_is_sent_as_json_and_no_body_is_a_get(url: str) -> None:
+    assert json.loads(exchange(url, {"ids": [1, 2]}, direct=True)) == {"ids": [1, 2]}
+    assert exchange(url, direct=True) == b"nothing was sent"
+
+
+def test_a_refusal_keeps_its_status_and_the_servers_own_words(url: str) -> None:
+    with pytest.raises(StatusError) as told:
+        exchange(f"{url}/refuse", {"why": "tea"}, direct=True)
+    assert (told.value.code, json.loads(told.value.raw)) == (418, {"why": "tea"})
+
+
+def test_who_asks_directly_asks_past_the_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen reads the environment once in a process
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert exchange(url, direct=True)
+    with pytest.raises(OSError, match="refused"):
+        exchange(url)
