@@ -16,8 +16,7 @@ import yaml
 from delivered import adapted, make_run, save_base
 from published import add_gguf, run_copy, whole_run  # noqa: F401
 
-from minigrpo.card import card, facts_of, front_matter, hub_name, licence_of, parity_markdown
-from minigrpo.cardrun import QUESTION
+from minigrpo.card import QUESTION, card, facts_of, front_matter, hub_name, licence_of, parity_markdown
 from minigrpo.config import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.markdown import fenced, markdown_table, plain

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from minigrpo import delivering, sandboxing
+from minigrpo import delivering
 from minigrpo.config import Recipe
+from minigrpo.doctor import sandbox
 from minigrpo.door import (
     OVERRIDES,
     AsJson,
@@ -190,7 +191,7 @@ def evaluate(
 
 
 delivering.add_to(app)
-sandboxing.add_to(app)
+app.command(cls=Command)(sandbox)
 
 
 @app.command("run", cls=KnobCommand)

@@ -15,8 +15,7 @@ from minigrpo.engines import caches, native, slots
 from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
 from minigrpo.policy import Policy, decoder
-from minigrpo.shadow import held_by
-from minigrpo.tally import META, Tally
+from minigrpo.shadow import META, Tally, held_by
 
 
 @dataclass(frozen=True, slots=True)

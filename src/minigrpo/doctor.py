@@ -12,11 +12,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rich.console import RenderableType
+import typer
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from minigrpo.door import AsJson, print_json, result_alone
 
 Level = Literal["ok", "note", "bad"]
 
@@ -224,3 +227,24 @@ def installed(package: str) -> str | None:
 
 def _gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GIB:.1f} GiB"
+
+
+def sandbox(
+    doctor: Annotated[bool, typer.Option("--doctor", help="Look at this machine; also the default.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Which locks hold for model-written programs here.
+
+    Starts a worker, makes the system calls that must fail, and runs a few programs. Exit code 0 where programs are run
+    on this machine, 1 where they are refused. What the lines mean stands in docs/sandbox.md.
+    """
+    from minigrpo.sandbox.report import examine, to_dict
+
+    with result_alone(as_json):
+        findings = examine()
+    report = to_dict(findings)
+    if as_json:
+        print_json(report)
+    else:
+        Console().print(doctor_table([Finding(**asdict(finding)) for finding in findings]))
+    raise typer.Exit(0 if report["ok"] else 1)

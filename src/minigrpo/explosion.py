@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minigrpo.alarms import is_known
 from minigrpo.config import Recipe, WatchKnobs
-from minigrpo.past import is_known
 from minigrpo.rundir import RunDir
 
 RECENT = 20

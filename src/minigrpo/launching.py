@@ -73,7 +73,7 @@ class Model:
 
     def settings(self) -> Mapping[str, Any]:
         """config.json. Raises MinigrpoError where a Hub id has none that can be read."""
-        from minigrpo.hubread import settings_on_hub
+        from minigrpo.hub import settings_on_hub
         from minigrpo.rundir import read_json
 
         folder = Path(self.source)
@@ -223,7 +223,7 @@ def docker_line(launch: Launch, model: Model, temperature: float) -> str:
 def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
     """(where the container finds the folder, what is mounted where). The files of a folder in the Hub's cache are links
     into its neighbours, so the whole cache goes with it."""
-    from minigrpo.hubread import cache_of_hub
+    from minigrpo.hub import cache_of_hub
 
     folder, cache = folder.expanduser().absolute(), cache_of_hub()
     if folder.is_relative_to(cache):
@@ -232,7 +232,7 @@ def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
 
 
 def _mounted_cache() -> tuple[Path, str]:
-    from minigrpo.hubread import cache_of_hub
+    from minigrpo.hub import cache_of_hub
 
     return cache_of_hub(), CONTAINER_CACHE
 

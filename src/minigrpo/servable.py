@@ -17,7 +17,7 @@ from minigrpo.config import Recipe
 from minigrpo.delivery import Source, merged_of, refuse_changed, source_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
-from minigrpo.hubread import adapter_on_hub, settings_on_hub
+from minigrpo.hub import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
 from minigrpo.merging import changes_of
 from minigrpo.recipefile import load_recipe

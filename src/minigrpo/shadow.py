@@ -2,24 +2,168 @@
 
 It is the policy's own code on tensors without contents, so no formula has to follow when a layer changes. What cannot
 be run like this, because its shapes depend on values (a mixture of experts), raises UnplannableError.
+
+Every tensor that an operation makes is counted while it lives, the backward pass and its recomputation included. What
+is counted is what the allocator is asked for. Not counted: what kernels borrow for themselves, a few MB.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minigrpo import attention, stretches
+from minigrpo.attention import TORCH, AttentionBackend
 from minigrpo.config import Recipe
 from minigrpo.loading import Loaded, model_class
 from minigrpo.lora import add_lora
 from minigrpo.packing import Bundle, Part
 from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
 from minigrpo.scoring import Float32Head
-from minigrpo.tally import META, Tally, backend_of
+
+META = torch.device("meta")
+CASTING: tuple[Any, ...] = (torch.ops.aten.cumsum.default,)
+CASTING_ON_CPU: tuple[Any, ...] = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
+
+
+class Tally(TorchDispatchMode):
+    """Bytes that live `now`, and most so far, `peak`, with the `phase` at that moment. `known` counts as nothing."""
+
+    def __init__(self, known: Iterable[Tensor], device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.now, self.peak = 0, 0
+        self.phase = self.peak_phase = ""
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._seen = {storage._cdata: 0 for storage in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False  # asked whether there is no padding, so that no mask is needed
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self._note(leaf.untyped_storage())
+        self._rise(self.now + self._borrowed(func, args, kwargs or {}))
+        return out
+
+    def _borrowed(self, func: Any, args: Any, kwargs: Any) -> int:
+        """Where a sum is asked for in a wider type, torch first copies the whole input into that type."""
+        copies = CASTING + (CASTING_ON_CPU if self.device == "cpu" else ())
+        wide = kwargs.get("dtype")
+        if func not in copies or wide is None or wide == args[0].dtype:
+            return 0
+        return int(args[0].numel()) * int(wide.itemsize)
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self._rise(self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _rise(self, height: int) -> None:
+        if height > self.peak:
+            self.peak, self.peak_phase = height, self.phase
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._seen.pop(key, 0)
+
+
+@cache
+def backend_of(device: str) -> AttentionBackend:
+    """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
+
+    On meta tensors torch itself would choose the form that keeps all scores.
+    """
+    on_cpu = device in TORCH.stretches_on
+    kernel = _on_cpu if on_cpu else _on_gpu
+    return AttentionBackend(kernel, TORCH.stretches_on | ({"meta"} if on_cpu else set()), _registered(kernel, device))
+
+
+def _registered(kernel: Callable[..., Tensor], device: str) -> str:
+    """The name under which transformers finds its own attention function (sdpa), computed by another kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(*args: Any, **options: Any) -> Any:
+        # Around each call, not around a pass: autograd recomputes activations in a thread of its own.
+        with _Instead(kernel):
+            return sdpa_attention_forward(*args, **options)
+
+    name = f"minigrpo_sdpa_on_{device}"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+class _Instead(TorchFunctionMode):
+    """Calls a kernel wherever torch's own is called, inside the block and in this thread."""
+
+    def __init__(self, kernel: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = self.kernel if func is scaled_dot_product_attention else func
+        return chosen(*args, **(kwargs or {}))
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    mask = _as_bias(options.get("attn_mask"), query)
+    key, value = _all_heads(query, key, value)
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, bool(options.get("is_causal")), attn_mask=mask, scale=options.get("scale")
+    )[0]
+    return out
+
+
+def _on_gpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """The memory-efficient kernel: the only one of the lean ones that takes a mask."""
+    mask = _as_bias(options.get("attn_mask"), query)
+    key, value = _all_heads(query, key, value)
+    if mask is not None:
+        # The kernel wants rows of 16: torch pads the mask, and gives a view of it.
+        wide = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 16))
+        mask = wide[..., : mask.shape[-1]].expand(*query.shape[:2], query.shape[2], key.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query,
+        key,
+        value,
+        mask,
+        query.requires_grad,
+        0.0,
+        bool(options.get("is_causal")),
+        scale=options.get("scale"),
+    )[0]
+    return out
+
+
+def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """torch turns a mask of truth values into numbers to be added, in every layer anew."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+
+
+def _all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    groups = query.shape[-3] // key.shape[-3]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
 
 
 class UnplannableError(Exception):

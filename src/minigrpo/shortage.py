@@ -3,6 +3,8 @@
 On a GPU, and where a CPU's allocator says no, the step is begun again with passes of half the size. A kernel that runs
 short kills the process instead, and says nothing: so while memory is tight an update leaves a note in the run's folder,
 and takes it away when it is done. A resumed run that finds one halves its passes before it goes on.
+
+Before the first step `rehearse` tries the longest pass that the run could meet: where memory runs out, it does so then.
 """
 
 from __future__ import annotations
@@ -11,13 +13,20 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from minigrpo.budget import largest_part
+from minigrpo.config import Recipe
 from minigrpo.errors import RecipeError
+from minigrpo.objective import Objective
 from minigrpo.packing import Bundle, Part
+from minigrpo.plan import free_memory, plan_of
+from minigrpo.policy import Policy
 from minigrpo.rundir import RunDir, write_json
+from minigrpo.shadow import UnplannableError
 
 Work = TypeVar("Work")
 
@@ -139,3 +148,39 @@ def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return {}
     return found
+
+
+def rehearse(policy: Policy, objective: Objective, recipe: Recipe, prompt: int, keeper: Any) -> int:
+    """Bytes that an update takes at its height. A pass of the largest shape goes forward and back, its gradient is
+    thrown away, and the keeper's budget is halved until it can.
+
+    On a CPU it is spared where memory is ample. `prompt`: tokens of the longest prompt.
+    """
+    try:
+        fixed = recipe.train.model_copy(update={"tokens_per_pass": keeper.budget})
+        plan = plan_of(policy, recipe.model_copy(update={"train": fixed}), prompt)
+        rises = plan.update_rises + plan.line("optimizer")
+    except UnplannableError:
+        rises = 1 << 62
+    if policy.device.type == "cpu" and rises * TIGHT <= free_memory(policy.device):
+        return rises
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    parts = [largest_part(recipe, prompt, keeper.budget, vocabulary)]
+    with keeper.updating(rises, -1):
+        work = partial(_forward_and_back, policy, objective)
+        _, budget = with_room(work, parts, keeper.budget, clear=partial(clear_gradients, policy))
+    clear_gradients(policy)
+    keeper.shrink(budget)
+    return rises
+
+
+def _forward_and_back(policy: Policy, objective: Objective, parts: Sequence[Part]) -> None:
+    for part in parts:
+        scores = policy.logprobs(part, step=0, entropy_learns=objective.entropy > 0)
+        (scores.logprobs_N.sum() + (scores.entropy_N.sum() if objective.entropy > 0 else 0.0)).backward()
+
+
+def clear_gradients(policy: Policy) -> None:
+    """Throw away what a pass added."""
+    for parameter in policy.trainable:
+        parameter.grad = None

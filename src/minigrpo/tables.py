@@ -16,9 +16,8 @@ from minigrpo.plain_tables import plain_table, titled
 if TYPE_CHECKING:
     from minigrpo.budget import Plan
     from minigrpo.evaluate import Comparison, Evaluation
-    from minigrpo.findings import Figures, PromptLengths
     from minigrpo.measure import Scores
-    from minigrpo.preflight import Verdict
+    from minigrpo.preflight import Figures, PromptLengths, Verdict
     from minigrpo.warmup import Warmed
 
 LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
