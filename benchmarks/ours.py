@@ -14,12 +14,12 @@ from rich.console import Console
 
 from benchmarks.sides import BenchmarkError, Laps, Setup, Turn
 from benchmarks.workloads import task_of
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines import stop_ids
 from minigrpo.engines.native import NativeEngine
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track
 from minigrpo.types import Grade, Group, Prompt, Task

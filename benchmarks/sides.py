@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.machine import now
 from benchmarks.workloads import Workload
-from minigrpo.highwater import peak_bytes, reset_peak
+from minigrpo.utils.memory import peak_bytes, reset_peak
 
 GO, STOP = "go", "stop"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import models
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.types import Grade, Prompt, Task
 
 Stops = Literal["draw", "fixed", "natural", "full"]

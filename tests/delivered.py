@@ -11,8 +11,8 @@ from conftest import build_model, build_tokenizer
 from models import build_mistral3
 from safetensors.torch import load_file, save_file
 
-from minigrpo.config import Recipe
-from minigrpo.recipefile import dump_recipe
+from minigrpo.config.load import dump_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.rundir import RunDir
 
 FAMILIES = ("qwen2", "qwen3", "llama", "ministral3", "mistral3")

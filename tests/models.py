@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from conftest import build_model, build_tokenizer, enliven, tiny_config
 
-from minigrpo.config import LoraKnobs
+from minigrpo.config.schema import LoraKnobs
 from minigrpo.loading import Loaded
 from minigrpo.lora import add_lora
 from minigrpo.policy import Policy

@@ -18,7 +18,7 @@ from conftest import build_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
 from minigrpo.budget import LIBRARIES, PRODUCT, PRODUCTS
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Wave, native_sampling, slot_sampling
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.slots import SlotEngine

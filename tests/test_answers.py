@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.measure import score
 from minigrpo.tasks import gsm8k, notation, open_task
 from minigrpo.types import Completion, Grade, Group, Prompt

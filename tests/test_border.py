@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigrpo.sandbox.inside import codec, syscalls
-from minigrpo.sandbox.words import printable
+from minigrpo.sandbox.protocol import printable
 
 KEYS = st.none() | st.booleans() | st.integers(-(2**1000), 2**1000) | st.floats(allow_nan=False) | st.text(max_size=9)
 PLAIN = st.recursive(

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo import checkpoint, interrupt
-from minigrpo.config import Recipe
+from minigrpo import checkpoint
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
-from minigrpo.recipefile import load_recipe
 from minigrpo.render import render
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track
 from minigrpo.types import Grade, Prompt, Sampling, Task
+from minigrpo.utils import signals
 
 
 def letters(step: float = 0.25) -> Task:
@@ -225,6 +226,6 @@ def test_a_finished_signal_handler_is_the_one_that_was_there() -> None:
     import signal
 
     before = signal.getsignal(signal.SIGINT)
-    with interrupt.finish_first():
+    with signals.finish_first():
         pass
     assert signal.getsignal(signal.SIGINT) is before

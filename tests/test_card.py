@@ -17,12 +17,12 @@ from delivered import adapted, make_run, save_base
 from published import add_gguf, run_copy, whole_run  # noqa: F401
 
 from minigrpo.card import QUESTION, card, facts_of, front_matter, hub_name, licence_of, parity_markdown
-from minigrpo.config import Recipe
+from minigrpo.config.load import dump_recipe, load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
-from minigrpo.markdown import fenced, markdown_table, plain
 from minigrpo.merge import merge
-from minigrpo.recipefile import dump_recipe, load_recipe
 from minigrpo.rundir import RunDir, read_json, write_json
+from minigrpo.utils.markdown import fenced, markdown_table, plain
 
 REPOS = {"merged": "me/tiny", "adapter": "me/tiny-lora", "gguf": "me/tiny-GGUF"}
 RATE = {"value": 0.25, "low": 0.2, "high": 0.31, "count": 500}

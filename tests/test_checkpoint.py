@@ -13,9 +13,9 @@ import torch
 from saving import Small, begun, newest, restored, save, saved
 
 from minigrpo import checkpoint, cli
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir
 from minigrpo.stamps import FORMAT, begin, check_folder, read_sealed, seconds_of, write_sealed
 

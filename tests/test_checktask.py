@@ -11,8 +11,8 @@ import pytest
 
 from minigrpo import cli
 from minigrpo.checktask import check_task
-from minigrpo.config import Recipe, TaskKnobs
-from minigrpo.recipefile import load_recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.tasks import open_task
 from minigrpo.types import Grade, Prompt
 

@@ -14,10 +14,10 @@ import pytest
 
 import minigrpo
 from minigrpo import cli, pipeline
-from minigrpo.config import TASK_NAMES
+from minigrpo.config.load import knob_table, load_recipe, recipe_names
+from minigrpo.config.schema import TASK_NAMES
 from minigrpo.door import EXAMPLES, split_overrides
 from minigrpo.errors import ModelError, RecipeError
-from minigrpo.recipefile import knob_table, load_recipe, recipe_names
 from minigrpo.rundir import RunDir
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")

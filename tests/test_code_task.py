@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config import SandboxKnobs
+from minigrpo.config.schema import SandboxKnobs
 from minigrpo.errors import TaskError
 from minigrpo.tasks.code import Problem, code_task, find_program, in_a_block, is_same
 from minigrpo.types import Grade

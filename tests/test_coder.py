@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minigrpo import coder, seedling
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
 from minigrpo.rundir import digest

@@ -12,7 +12,7 @@ import pytest
 from exported import model_folder, needs_llama
 
 from minigrpo import pipeline
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.rundir import RunDir, read_json
 from minigrpo.stamps import seconds_of

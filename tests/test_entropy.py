@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigrpo.config import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.entropy import EntropyBonus, chosen_tokens
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from minigrpo import cli
-from minigrpo.config import Recipe, TaskKnobs
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.errors import TaskError
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir
 from minigrpo.tasks import open_task
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from curves import DECAYS, EXPLODES, EXPLODES_AT_ONCE, EXPLODES_KL, HEALTHY, HEALTHY_FAST, rows
 
-from minigrpo.config import Recipe, WatchKnobs
+from minigrpo.config.schema import Recipe, WatchKnobs
 from minigrpo.explosion import Explosion, Watch, message, propose_rate
 
 USUAL = {"reward": 0.5, "reward_std": 0.4, "informative_groups": 1.0, "accuracy": 0.3, "format": 0.8}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from minigrpo.config import Recipe, TaskKnobs
+from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.metrics import group_metrics

@@ -23,7 +23,7 @@ from models import OWN_WORDS
 from served import gone
 
 from minigrpo import converter, ggufwriter, seedling
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.export import export

@@ -16,7 +16,7 @@ from conftest import build_tokenizer
 from models import make_policy, set_lora
 
 from minigrpo import checkpoint
-from minigrpo.config import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo, learning_rate, open_optimizer

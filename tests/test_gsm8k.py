@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe, recipe_names
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.recipefile import load_recipe, recipe_names
 from minigrpo.tasks import gsm8k, open_task
 from minigrpo.types import Prompt, Split
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from minigrpo import highwater as heap
-from minigrpo.highwater import keep_freed_memory
+from minigrpo.utils import memory as heap
+from minigrpo.utils.memory import keep_freed_memory
 
 STEPS = '''
 import ctypes, json, resource
-from minigrpo.highwater import keep_freed_memory
+from minigrpo.utils.memory import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 

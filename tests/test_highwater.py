@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo.highwater import reset_peak
 from minigrpo.metrics import Clock
+from minigrpo.utils.memory import reset_peak
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
 
@@ -24,7 +24,7 @@ def in_a_fresh_process(program: str) -> dict[str, float]:
 
 BALLAST = """
 import json
-from minigrpo.highwater import peak_bytes, reset_peak
+from minigrpo.utils.memory import peak_bytes, reset_peak
 ballast = bytearray(200 << 20)
 ballast[::4096] = b"x" * len(ballast[::4096])
 high = peak_bytes()

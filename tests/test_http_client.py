@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from minigrpo.http_client import StatusError, exchange
+from minigrpo.utils.http import StatusError, exchange
 
 
 class Echo(BaseHTTPRequestHandler):

@@ -23,7 +23,8 @@ from models import (
 
 from minigrpo import checkpoint
 from minigrpo.budget import Place, make_plan
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.load import dump_recipe
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
 from minigrpo.engines.context import context_of
 from minigrpo.engines.huggingface import TransformersEngine
@@ -37,7 +38,6 @@ from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
 from minigrpo.policy import Policy, open_policy, open_trained, recompute_activations
 from minigrpo.quantize import in_four_bit
-from minigrpo.recipefile import dump_recipe
 from minigrpo.render import render
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track

@@ -2,7 +2,7 @@
 
 import torch
 
-from minigrpo.noise import keep_mask, mix, name_key, uniform
+from minigrpo.utils.rng import keep_mask, mix, name_key, uniform
 
 
 def test_the_mixer_is_splitmix64() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigrpo.config import ObjectiveKnobs, Recipe
+from minigrpo.config.schema import ObjectiveKnobs, Recipe
 from minigrpo.objective import (
     OBJECTIVES,
     Importance,

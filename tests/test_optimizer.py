@@ -12,7 +12,7 @@ from conftest import tiny_config
 from test_quantize import train
 
 from minigrpo.budget import Place, make_plan
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import ModelError
 from minigrpo.grpo import open_optimizer
 from minigrpo.policy import open_policy

@@ -12,9 +12,9 @@ import pytest
 
 import minigrpo
 from minigrpo import cli, pipeline
-from minigrpo.config import Recipe
+from minigrpo.config.load import dump_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
-from minigrpo.recipefile import dump_recipe
 from minigrpo.rundir import RunDir, read_json
 from minigrpo.stamps import begin, flat, seconds_of, stamp
 from minigrpo.track import Track

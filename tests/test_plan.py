@@ -16,7 +16,7 @@ from conftest import tiny_config
 from models import gradients, made_up_groups, make_policy
 
 from minigrpo.budget import Place, Plan, make_plan
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.errors import RecipeError
 from minigrpo.grpo import Pace, accumulate, improve

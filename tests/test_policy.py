@@ -11,7 +11,7 @@ import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE
 from models import gradients, made_up_groups, make_policy, set_lora
 
-from minigrpo.config import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
 from minigrpo.errors import ModelError
 from minigrpo.grpo import accumulate
 from minigrpo.objective import OBJECTIVES

@@ -11,7 +11,7 @@ import torch
 from models import gradients, made_up_groups, make_policy
 from test_quantize import train
 
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.grpo import Pace, accumulate, improve
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minigrpo.config import Recipe, WarmupKnobs
+from minigrpo.config.schema import Recipe, WarmupKnobs
 from minigrpo.engines.scripted import Scripted
 from minigrpo.policy import open_policy
 from minigrpo.preflight import preflight
-from minigrpo.progress import no_report
 from minigrpo.types import Grade
+from minigrpo.ui.progress import no_report
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from minigrpo.process_state import compute_repeatably, no_progress_bars, process_settings
+from minigrpo.utils.process import compute_repeatably, no_progress_bars, process_settings
 
 TASK = """
 

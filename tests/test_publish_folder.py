@@ -13,11 +13,11 @@ from hubserver import standing
 from hubstorage import TOKEN, Repo, StandIn
 from published import REPOS, command, hub_here, large, run_copy, send, whole_run  # noqa: F401
 
+from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.door import EXAMPLES
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.hub import find_token, token_in
 from minigrpo.publish import publish_folder
-from minigrpo.recipefile import dump_recipe, load_recipe
 from minigrpo.rundir import RunDir
 
 # The token

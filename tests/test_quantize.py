@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, LLAMA_LIKE, build_model
 from models import gradients, made_up_groups, rendered, set_lora
 
 from minigrpo import checkpoint
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.native import NativeEngine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.evaluate import evaluate

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from minigrpo.cli import main
-from minigrpo.config import Recipe
+from minigrpo.config.fields import knob_table, knobs_by_name
+from minigrpo.config.load import dump_recipe, load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
-from minigrpo.knobs import knob_table, knobs_by_name
-from minigrpo.recipefile import dump_recipe, load_recipe
 
 Lines = list[str]
 Broken = tuple[Lines, int]

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigrpo.config import Recipe
+from minigrpo.config.fields import ALIASES, knobs_by_name, nearest
+from minigrpo.config.load import dump_recipe, knob_table, load_recipe, recipe_names
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
-from minigrpo.knobs import ALIASES, knobs_by_name, nearest
-from minigrpo.recipefile import dump_recipe, knob_table, load_recipe, recipe_names
 
 
 def refusal(path: Path | str | None, overrides: dict[str, str] | None = None) -> str:
@@ -44,7 +44,7 @@ def test_no_recipe_means_all_defaults() -> None:
 
 
 def test_reading_recipes_loads_no_torch() -> None:
-    code = "import sys, minigrpo.recipefile as r; r.load_recipe('quickstart'); sys.exit('torch' in sys.modules)"
+    code = "import sys, minigrpo.config.load as r; r.load_recipe('quickstart'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

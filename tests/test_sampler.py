@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config import GroupsKnobs, Recipe
+from minigrpo.config.schema import GroupsKnobs, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.sampler import PromptSampler, split_off
 from minigrpo.types import Completion, Grade, Group, Prompt

@@ -31,7 +31,7 @@ def test_another_system_is_refused_with_what_is_missing(monkeypatch: pytest.Monk
 
 
 def test_the_knobs_of_a_recipe_reach_the_sandbox() -> None:
-    from minigrpo.config import Recipe
+    from minigrpo.config.schema import Recipe
 
     knobs = Recipe.model_validate({"sandbox": {"cpu_seconds": 0.1, "memory_mb": 8, "workers": 1}}).sandbox
     with sandbox_of(knobs) as sandbox:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minigrpo import scoring
-from minigrpo.config import LoraKnobs, ModelKnobs, Recipe
+from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe
 from minigrpo.engines import open_engine
 from minigrpo.policy import open_policy
 from minigrpo.render import render

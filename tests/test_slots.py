@@ -9,7 +9,7 @@ import torch
 from conftest import LLAMA_LIKE
 from models import make_policy, rendered, set_lora
 
-from minigrpo.config import Recipe, RolloutKnobs
+from minigrpo.config.schema import Recipe, RolloutKnobs
 from minigrpo.engines import open_engine, slots
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.slots import SlotEngine, own_slots

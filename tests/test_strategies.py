@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.tasks import open_task
 from minigrpo.tasks.strategies import NAMES, SHARES, WINNERS, Strategy, endless, strategies
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from minigrpo.checktask import check_task
-from minigrpo.config import Recipe
-from minigrpo.recipefile import load_recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.tasks import open_task, puzzles
 from minigrpo.tasks.code import Program, in_a_block
 from minigrpo.tasks.sudoku import GOLD, judged

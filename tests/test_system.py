@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minigrpo import pipeline
-from minigrpo.recipefile import dump_recipe, load_recipe
+from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.render import render
 from minigrpo.rundir import RunDir
 from minigrpo.tasks import open_task

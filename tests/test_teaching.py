@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from minigrpo.config import GroupsKnobs
+from minigrpo.config.schema import GroupsKnobs
 from minigrpo.sampler import PromptSampler
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.types import Completion, Grade, Group, Prompt

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from minigrpo.display import Lines, Pulse, duration, plot, printable
 from minigrpo.errors import ArtifactError
-from minigrpo.progress import stage
 from minigrpo.rundir import RunDir
 from minigrpo.track import Track
 from minigrpo.types import Completion, Grade, Group, Prompt
+from minigrpo.ui.live import Lines, Pulse, duration, plot, printable
+from minigrpo.ui.progress import stage
 
 
 def a_group(text: str = "<answer>7</answer>", solved: bool = True) -> Group:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="TRL is compared with where it is installed: pip install 'minigrpo[bench]'")
 
-from minigrpo.config import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import with_chosen_tokens
 from minigrpo.loading import Loaded
 from minigrpo.objective import OBJECTIVES, Objective

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import gradients, made_up_groups, make_policy
 
-from minigrpo.config import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import Pace, accumulate, improve, with_chosen_tokens
 from minigrpo.objective import OBJECTIVES, Objective
 from minigrpo.packing import Batch, pack

@@ -21,7 +21,7 @@ import torch
 from conftest import build_model
 from models import make_policy, rendered, set_lora
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.vllm import Asked, Served, VllmEngine, open_vllm, room_for
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.objective import OBJECTIVES, open_objective

@@ -15,12 +15,12 @@ import torch
 from models import made_up_groups, make_policy, set_lora
 
 from minigrpo import cli, pipeline
-from minigrpo.config import Recipe
+from minigrpo.config.load import dump_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
-from minigrpo.recipefile import dump_recipe
 from minigrpo.rundir import RunDir, read_json
 from minigrpo.track import Track
 from minigrpo.types import Task

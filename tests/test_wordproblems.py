@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo.config import TASK_NAMES, Recipe
+from minigrpo.config.schema import TASK_NAMES, Recipe
 from minigrpo.demonstrations import HABITS, demonstrations, habit_weights, schooling, unreadable
 from minigrpo.errors import TaskError
 from minigrpo.tasks import TASKS, open_task

@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minigrpo.config import Recipe as Recipe
+    from minigrpo.config.load import dump_recipe as dump_recipe
+    from minigrpo.config.load import load_recipe as load_recipe
+    from minigrpo.config.schema import Recipe as Recipe
     from minigrpo.engines.scripted import Scripted as Scripted
     from minigrpo.errors import ArtifactError as ArtifactError
     from minigrpo.errors import DivergenceError as DivergenceError
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from minigrpo.pipeline import run_all as run_all
     from minigrpo.pipeline import train as train
     from minigrpo.pipeline import warmup as warmup
-    from minigrpo.recipefile import dump_recipe as dump_recipe
-    from minigrpo.recipefile import load_recipe as load_recipe
     from minigrpo.rollout import rollout as rollout
     from minigrpo.rundir import RunDir as RunDir
     from minigrpo.sampler import PromptSampler as PromptSampler
@@ -46,7 +46,7 @@ __version__ = "0.1.0"
 
 HOMES = {
     "minigrpo.types": ("Completion", "Engine", "Grade", "Group", "Prompt", "Sampling", "Task"),
-    "minigrpo.config": ("Recipe",),
+    "minigrpo.config.schema": ("Recipe",),
     "minigrpo.errors": (
         "ArtifactError",
         "DivergenceError",
@@ -57,7 +57,7 @@ HOMES = {
         "TaskError",
     ),
     "minigrpo.rundir": ("RunDir",),
-    "minigrpo.recipefile": ("dump_recipe", "load_recipe"),
+    "minigrpo.config.load": ("dump_recipe", "load_recipe"),
     "minigrpo.rollout": ("rollout",),
     "minigrpo.sampler": ("PromptSampler",),
     "minigrpo.engines.scripted": ("Scripted",),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 
 WINDOW, LONG = 5, 50
 """Steps of a short window, and steps over which something was better before."""

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.text import Text
 
 from minigrpo import tables
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline_context import Opened
-from minigrpo.progress import stage
 from minigrpo.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.stamps import fits, stamp, timed
+from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
     from minigrpo.preflight import Verdict

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minigrpo.attention import MASKS
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.engines.lean import is_lean
 from minigrpo.packing import Part

@@ -17,14 +17,14 @@ from typing import Any
 import yaml
 
 from minigrpo.basemodel import config_here, missing_for_vllm, without_scale
+from minigrpo.config.load import load_recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.hub import in_bytes
 from minigrpo.launching import RANKS
-from minigrpo.markdown import fenced, markdown_table, plain
 from minigrpo.parity import read_parity
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, read_json
 from minigrpo.stamps import read_sealed
+from minigrpo.utils.markdown import fenced, markdown_table, plain
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 50

@@ -20,12 +20,12 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.grader import Grader
-from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rollout import prompts_of
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
+from minigrpo.ui.tables import plain_table, titled
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 LONG = 100_000  # characters: more than any completion limit lets through

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from minigrpo import delivering
-from minigrpo.config import Recipe
+from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
+from minigrpo.config.schema import Recipe
 from minigrpo.doctor import sandbox
 from minigrpo.door import (
     OVERRIDES,
@@ -26,7 +27,6 @@ from minigrpo.door import (
     result_alone,
 )
 from minigrpo.errors import MinigrpoError
-from minigrpo.recipefile import dump_recipe, load_recipe, recipe_names
 from minigrpo.rundir import RunDir
 from minigrpo.types import Split
 

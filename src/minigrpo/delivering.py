@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from minigrpo.config import DtypeName
+from minigrpo.config.schema import DtypeName
 from minigrpo.door import AsJson, Command, print_json, result_alone
 from minigrpo.errors import MinigrpoError
 

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from minigrpo.adapter import Adapter, adapter_config, read_adapter
 from minigrpo.basemodel import Base, find_base, open_base
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.lock import hold
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, digest, tidy
 from minigrpo.stamps import finished, read_sealed, stamp, write_sealed
 

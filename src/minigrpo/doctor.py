@@ -238,7 +238,7 @@ def sandbox(
     Starts a worker, makes the system calls that must fail, and runs a few programs. Exit code 0 where programs are run
     on this machine, 1 where they are refused. What the lines mean stands in docs/sandbox.md.
     """
-    from minigrpo.sandbox.report import examine, to_dict
+    from minigrpo.sandbox.doctor import examine, to_dict
 
     with result_alone(as_json):
         findings = examine()

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from minigrpo.config.fields import Knob, knob_table, knobs_by_name, nearest
 from minigrpo.errors import MinigrpoError, RecipeError
-from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
 OVERRIDES = "minigrpo.overrides"

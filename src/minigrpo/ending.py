@@ -16,13 +16,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minigrpo import tables
-from minigrpo.config import Recipe
-from minigrpo.display import printable
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.hub import Hub, check_name, find_token, in_bytes
-from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rundir import RunDir, writing
 from minigrpo.stamps import finished, seconds_of, timed
+from minigrpo.ui.live import printable
+from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.evaluate import Comparison

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minigrpo.config import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveKnobs
 
 STRIDES = 20
 """Steps in which an adaptive bonus goes from nothing to its largest weight."""

@@ -16,9 +16,9 @@ from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.grader import Grader
 from minigrpo.journal import Journal
 from minigrpo.measure import Paired, Scores, paired, score
-from minigrpo.progress import Report, no_report
 from minigrpo.rollout import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
+from minigrpo.ui.progress import Report, no_report
 
 
 @dataclass(frozen=True, slots=True)

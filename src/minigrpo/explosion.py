@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.alarms import is_known
-from minigrpo.config import Recipe, WatchKnobs
+from minigrpo.config.schema import Recipe, WatchKnobs
 from minigrpo.rundir import RunDir
 
 RECENT = 20

@@ -24,6 +24,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.basemodel import Base, open_base
+from minigrpo.config.load import load_recipe
 from minigrpo.converter import Converter, find_converter
 from minigrpo.delivery import alone, merged_of, sums_of
 from minigrpo.divergence import record
@@ -34,11 +35,10 @@ from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
 from minigrpo.merging import bytes_of
 from minigrpo.modelfile import modelfile
 from minigrpo.parity import figure
-from minigrpo.plain_tables import plain_table, titled
-from minigrpo.progress import Report, stage
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
 from minigrpo.stamps import read_sealed, slug, write_sealed
+from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
 
 Verdict = Literal["proved", "measured", "rejected", "there already"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minigrpo.budget import Place, Plan, make_plan
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import longest_prompt
 from minigrpo.errors import ModelError
 from minigrpo.loading import DTYPES, pick_device, pick_dtype

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.noise import keep_mask, name_key
 from minigrpo.products import linear, outer
+from minigrpo.utils.rng import keep_mask, name_key
 
 
 class SeededDropout(nn.Module):

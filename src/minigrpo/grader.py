@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from minigrpo.config import TaskKnobs
+from minigrpo.config.schema import TaskKnobs
 from minigrpo.errors import TaskError
 from minigrpo.grade_completions import judgements
 from minigrpo.types import Completion, Grade, Prompt, Task

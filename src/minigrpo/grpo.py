@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import check_prompts, longest_prompt
 from minigrpo.entropy import chosen_tokens
 from minigrpo.grader import Grader
-from minigrpo.interrupt import finish_first
 from minigrpo.keeper import Keeper
 from minigrpo.metrics import Clock, batch_metrics, group_metrics
-from minigrpo.noise import name_key
 from minigrpo.objective import Objective, open_objective
 from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
-from minigrpo.process_state import process_settings
 from minigrpo.quantize import eight_bit_adamw
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import PromptSampler, split_off
@@ -39,6 +36,9 @@ from minigrpo.shortage import clear_gradients, rehearse, with_room
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.track import Track
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+from minigrpo.utils.process import process_settings
+from minigrpo.utils.rng import name_key
+from minigrpo.utils.signals import finish_first
 
 
 @process_settings()

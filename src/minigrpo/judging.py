@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.text import Text
 
 from minigrpo import tables
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.pipeline_context import Opened
-from minigrpo.progress import stage
-from minigrpo.recipefile import load_recipe
 from minigrpo.rollout import prompts_of
 from minigrpo.rundir import RunDir, read_json, write_json
 from minigrpo.stamps import finished, fits, slug, stamp, trained
 from minigrpo.types import Engine, Sampling, Split, Task
+from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
     from minigrpo.engines.gguf import GgufEngine
@@ -54,8 +54,8 @@ def evaluate(
     none is given. Returns the figures without the answers, and `file`.
     """
     from minigrpo.evaluate import compare, examples
-    from minigrpo.process_state import process_settings
     from minigrpo.tasks import open_task
+    from minigrpo.utils.process import process_settings
 
     console = Console(quiet=quiet)
     run = run_of(model)

@@ -16,18 +16,18 @@ import torch
 
 from minigrpo import checkpoint
 from minigrpo.alarms import Alarms
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.entropy import EntropyBonus
 from minigrpo.errors import DivergenceError
 from minigrpo.explosion import Watch, message
 from minigrpo.packing import Batch
 from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.policy import Policy
-from minigrpo.process_state import compute_repeatably
 from minigrpo.rundir import RunDir
 from minigrpo.shortage import left_by_a_kill, noted
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.track import Track
+from minigrpo.utils.process import compute_repeatably
 
 PATIENCE = 5
 """Steps in a row whose gradient is not finite before the run stops."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.process_state import no_progress_bars
-from minigrpo.progress import Report, no_report
 from minigrpo.quantize import in_four_bit
 from minigrpo.render import QUESTION, check_tokenizer, render, set_options
 from minigrpo.types import Prompt
+from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.process import no_progress_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from minigrpo import fused
-from minigrpo.config import LoraKnobs
+from minigrpo.config.schema import LoraKnobs
 from minigrpo.errors import ArtifactError, ModelError, RecipeError
 from minigrpo.fused import SeededDropout
-from minigrpo.noise import name_key
 from minigrpo.tensorfile import read_header
+from minigrpo.utils.rng import name_key
 
 ADAPTER = "adapter_model.safetensors"
 

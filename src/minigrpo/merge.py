@@ -26,16 +26,16 @@ from rich.text import Text
 
 from minigrpo import merging
 from minigrpo.basemodel import Base, write_companions
-from minigrpo.config import DtypeName
+from minigrpo.config.schema import DtypeName
 from minigrpo.delivery import Source, alone, read_seal, seal_folder, source_of
 from minigrpo.divergence import Divergence, record
 from minigrpo.errors import ArtifactError
 from minigrpo.merging import Change, Rounding
 from minigrpo.parity import TITLE, parity_table
-from minigrpo.progress import stage
 from minigrpo.proof import packed_base, prove, trained_truth
 from minigrpo.rundir import FULL, RunDir, complete_folder
 from minigrpo.stamps import read_sealed
+from minigrpo.ui.progress import stage
 
 Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from minigrpo.adapter import Adapter, Pair
 from minigrpo.basemodel import INDEX, Base
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.progress import Report, no_report
 from minigrpo.tensorfile import FLOATS, NAMES, Planned, Stored, write_file
+from minigrpo.ui.progress import Report, no_report
 
 NOISE = 0.3
 """Of the size of the learned change: rounding noise up to which a number type is taken. Its square is what the proof

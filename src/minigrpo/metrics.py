@@ -7,10 +7,10 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
-from minigrpo.highwater import peak_bytes, reset_peak
 from minigrpo.objective import TIE
 from minigrpo.packing import Batch
 from minigrpo.types import Group
+from minigrpo.utils.memory import peak_bytes, reset_peak
 
 
 class Clock:

@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from minigrpo import recipefile
-from minigrpo.config import Recipe
+from minigrpo.config import load
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.rundir import RunDir, read_json
 
@@ -84,7 +84,7 @@ def let_go() -> None:
 @told
 def recipe(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by name, file or run folder, changed by knobs: {"train.steps": 50, "lora.rank": 16}."""
-    return recipefile.load_recipe(name_or_path, knobs or {})
+    return load.load_recipe(name_or_path, knobs or {})
 
 
 @told
@@ -122,7 +122,7 @@ def evaluate(run: Place, *, limit: int | None = None, against_base: bool = True)
     folder = at(run)
     if not folder.exists():
         raise ArtifactError(f"{folder.path} holds no run. Train first: train(recipe, {str(folder.path)!r})")
-    own = recipefile.load_recipe(str(folder.path))
+    own = load.load_recipe(str(folder.path))
     return pipeline.evaluate(str(folder.path), own, base=own.model.path if against_base else None, limit=limit)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.advantages import TIE, Rewards, batch_standardized, centered, gdpo, standardized
-from minigrpo.config import ObjectiveKnobs, Recipe
+from minigrpo.config.schema import ObjectiveKnobs, Recipe
 
 LOG_RATIO_LIMIT = 20.0
 """exp beyond it is of no use to anyone, and an infinite ratio makes NaN gradients under a clipped, finite loss."""

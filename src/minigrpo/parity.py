@@ -12,8 +12,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
-from minigrpo.plain_tables import plain_table, titled
 from minigrpo.rundir import RunDir, read_json
+from minigrpo.ui.tables import plain_table, titled
 
 ORDER = ("base", "merged", "gguf", "served")
 """Along the road."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minigrpo import beginning, ending, tables
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.judging import before_and_after, evaluate
 from minigrpo.lock import hold
@@ -98,7 +98,7 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
     """Sets the process for this run, with as many threads as when it began, until the block ends."""
     from minigrpo.checkpoint import read_machine
-    from minigrpo.process_state import process_settings
+    from minigrpo.utils.process import process_settings
 
     began = read_machine(run) if run else None
     return process_settings(began.threads if began else recipe.train.threads)

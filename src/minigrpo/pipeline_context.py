@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minigrpo.config import Recipe
-from minigrpo.progress import stage
+from minigrpo.config.schema import Recipe
 from minigrpo.rundir import RunDir
 from minigrpo.types import Engine, Task
+from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
     from minigrpo.policy import Policy

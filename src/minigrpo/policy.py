@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from minigrpo import attention
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
 from minigrpo.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
-from minigrpo.noise import mix, name_key
 from minigrpo.packing import Part
 from minigrpo.precision import LossScale
-from minigrpo.process_state import no_progress_bars
-from minigrpo.progress import Report, no_report
 from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score
+from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.process import no_progress_bars
+from minigrpo.utils.rng import mix, name_key
 
 # Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
 # sliding window: what passes from token to token passes through attention alone, so siblings can share a row.

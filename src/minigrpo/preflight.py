@@ -16,17 +16,17 @@ from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.grader import Grader
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
 from minigrpo.plan import Plan, plan_of_run, tokens_per_pass
-from minigrpo.progress import Report, no_report
 from minigrpo.render import render
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import PromptSampler
 from minigrpo.teaching import LOWEST_RATE
 from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Task
+from minigrpo.ui.progress import Report, no_report
 
 ENOUGH_GROUPS = 8
 """Groups looked at, at least: with 8, a task whose groups teach one time in three is seen to teach 24 times in 25."""

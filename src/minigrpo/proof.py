@@ -25,9 +25,9 @@ from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_te
 from minigrpo.loading import model_class, open_model, pick_device
 from minigrpo.lora import attach_adapter
 from minigrpo.merging import bytes_of
-from minigrpo.process_state import no_progress_bars
 from minigrpo.rundir import RunDir
 from minigrpo.types import Task
+from minigrpo.utils.process import no_progress_bars
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def what_is_said(
 
 def task_of(run: RunDir | None) -> Task | None:
     """The run's task; where its file or data are gone, other texts serve as well."""
-    from minigrpo.recipefile import load_recipe
+    from minigrpo.config.load import load_recipe
     from minigrpo.tasks import open_task
 
     try:

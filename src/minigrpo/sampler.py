@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from minigrpo.config import GroupsKnobs, Recipe
+from minigrpo.config.schema import GroupsKnobs, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.noise import name_key
 from minigrpo.types import Group, Prompt
+from minigrpo.utils.rng import name_key
 
 UNKNOWN = 0.5
 """A prompt never tried counts as half solved: nobody knows that it would teach less."""

@@ -23,12 +23,12 @@ import torch
 from minigrpo import coder, demonstrations, grading, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
-from minigrpo.process_state import no_progress_bars
-from minigrpo.progress import Report, no_report
 from minigrpo.render import render
 from minigrpo.rundir import complete_folder
 from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
 from minigrpo.types import Message, Prompt
+from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.process import no_progress_bars
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 DEFAULT_ARCHITECTURE = "qwen3"

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from minigrpo.config import Recipe
+from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.delivery import Source, merged_of, refuse_changed, source_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.hub import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
 from minigrpo.merging import changes_of
-from minigrpo.recipefile import load_recipe
 from minigrpo.rundir import RunDir, digest
 from minigrpo.servers import SILENCE
 from minigrpo.stamps import read_sealed, slug

@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 
 from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
-from minigrpo.http_client import StatusError, exchange
 from minigrpo.launching import LOCAL, EngineName, Launch, llama_launch, reserve, worker
-from minigrpo.progress import Report, no_report
 from minigrpo.types import Message
+from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.http import StatusError, exchange
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from minigrpo import attention, stretches
 from minigrpo.attention import TORCH, AttentionBackend
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.loading import Loaded, model_class
 from minigrpo.lora import add_lora
 from minigrpo.packing import Bundle, Part

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from minigrpo.budget import largest_part
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.objective import Objective
 from minigrpo.packing import Bundle, Part

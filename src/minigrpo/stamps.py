@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.load import dump_recipe, load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.recipefile import dump_recipe, load_recipe
 from minigrpo.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
 from minigrpo.versions import installed, this_version
 

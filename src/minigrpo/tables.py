@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from minigrpo.display import duration, printable
-from minigrpo.plain_tables import plain_table, titled
+from minigrpo.ui.live import duration, printable
+from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.budget import Plan

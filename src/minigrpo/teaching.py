@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minigrpo.config import GroupsKnobs
+from minigrpo.config.schema import GroupsKnobs
 from minigrpo.sampler import PromptSampler
 from minigrpo.serialize import group_data, group_of
 from minigrpo.types import Group, Prompt

@@ -19,10 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from minigrpo.display import Board, Lines, Pulse, View, board_fits
 from minigrpo.errors import ArtifactError
 from minigrpo.rundir import RunDir, sync, writing
 from minigrpo.types import Group
+from minigrpo.ui.live import Board, Lines, Pulse, View, board_fits
 
 
 class Track:

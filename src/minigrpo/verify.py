@@ -26,11 +26,11 @@ from minigrpo.errors import ArtifactError
 from minigrpo.ggufproof import RELATIVE, Reference, asked_of, prove_file
 from minigrpo.held import Held
 from minigrpo.parity import TITLE, parity_table
-from minigrpo.progress import stage
 from minigrpo.proof import Truth, device_for, judged, of_merged, task_of, trained_truth
 from minigrpo.rundir import RunDir, digest, read_json, write_json
 from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.stamps import read_sealed
+from minigrpo.ui.progress import stage
 
 PROMPTS, ASKED = 200, 8
 """Rendered prompts whose ids are compared: with a file, and with a server."""

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.grade_completions import judge
 from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
-from minigrpo.noise import name_key
 from minigrpo.plan import tokens_per_pass
 from minigrpo.policy import Policy
-from minigrpo.progress import Report, no_report
 from minigrpo.render import render
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
+from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.rng import name_key
 
 ASIDE = 0.1
 """Share of the prompts whose answers are not taught, to see whether the others are learned or learned by heart."""

@@ -19,9 +19,9 @@ from minigrpo.engines.context import check_room
 from minigrpo.errors import ModelError
 from minigrpo.ggufhead import Head, read_head
 from minigrpo.launching import ROOM
-from minigrpo.noise import name_key
 from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.utils.rng import name_key
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.sampling import draw
-from minigrpo.noise import name_key, uniform
 from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.utils.rng import name_key, uniform
 
 
 class TransformersEngine:

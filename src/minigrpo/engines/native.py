@@ -19,8 +19,8 @@ from minigrpo.engines.caches import form_of
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
-from minigrpo.noise import name_key, uniform
 from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.utils.rng import name_key, uniform
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""

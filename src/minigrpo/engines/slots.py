@@ -25,8 +25,8 @@ from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Layer, Lean, Turn
 from minigrpo.engines.native import read_prompts
 from minigrpo.engines.sampling import draw
-from minigrpo.noise import name_key, uniform
 from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.utils.rng import name_key, uniform
 
 LOOK = 16
 """Tokens between two looks at which rows have ended."""

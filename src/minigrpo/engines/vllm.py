@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigrpo.basemodel import missing_for_vllm
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import check_room, context_of
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.http_client import StatusError, exchange
 from minigrpo.launching import RANKS
-from minigrpo.noise import name_key
 from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.utils.http import StatusError, exchange
+from minigrpo.utils.rng import name_key
 
 SEEDS = 2**31
 PATIENCE = 3600.0

@@ -14,9 +14,9 @@ What it protects, and what it does not cover, stands in docs/sandbox.md; what th
 
 from minigrpo.sandbox.pool import Sandbox as Sandbox
 from minigrpo.sandbox.pool import shared_sandbox as shared_sandbox
-from minigrpo.sandbox.words import Limits as Limits
-from minigrpo.sandbox.words import Outcome as Outcome
-from minigrpo.sandbox.words import Plain as Plain
-from minigrpo.sandbox.words import Referee as Referee
-from minigrpo.sandbox.words import Verdict as Verdict
-from minigrpo.sandbox.words import Wrong as Wrong
+from minigrpo.sandbox.protocol import Limits as Limits
+from minigrpo.sandbox.protocol import Outcome as Outcome
+from minigrpo.sandbox.protocol import Plain as Plain
+from minigrpo.sandbox.protocol import Referee as Referee
+from minigrpo.sandbox.protocol import Verdict as Verdict
+from minigrpo.sandbox.protocol import Wrong as Wrong

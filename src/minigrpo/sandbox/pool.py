@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from minigrpo.errors import SandboxError
-from minigrpo.sandbox.conversation import Conversation, Ended, Fault
 from minigrpo.sandbox.inside import codec, program
-from minigrpo.sandbox.words import Limits, Outcome, Plain, Referee, Wrong, printable
+from minigrpo.sandbox.protocol import Limits, Outcome, Plain, Referee, Wrong, printable
+from minigrpo.sandbox.session import Conversation, Ended, Fault
 from minigrpo.sandbox.worker import Worker
 
 TRIES = 3

@@ -18,7 +18,7 @@ from typing import Any
 
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox.inside import codec
-from minigrpo.sandbox.words import Limits
+from minigrpo.sandbox.protocol import Limits
 
 BOOT = "import sys; sys.path.append(sys.argv[1]); from inside import zygote; zygote.main()"
 START_S, REPLY_S, PATIENCE_S = 60.0, 30.0, 2.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks import gsm8k, gym, sudoku, wordproblems
 from minigrpo.tasks.functions import kind_of

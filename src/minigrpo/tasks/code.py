@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minigrpo.config import SandboxKnobs
+from minigrpo.config.schema import SandboxKnobs
 from minigrpo.errors import TaskError
 from minigrpo.tasks.cheating import cheats_of
 from minigrpo.types import Grade, Prompt, Split, Task

@@ -21,7 +21,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.grading import TAGS, Reading, find_answer, parse_number
 from minigrpo.rewards import Reward, graded, reweighted, shown

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.grading import find_answer
 from minigrpo.rewards import Reward, finite, reweighted, weighted

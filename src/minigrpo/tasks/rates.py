@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config import TaskKnobs
+from minigrpo.config.schema import TaskKnobs
 from minigrpo.errors import TaskError
 from minigrpo.types import Prompt, Split, Task
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from minigrpo.config import Recipe, SandboxKnobs
+from minigrpo.config.schema import Recipe, SandboxKnobs
 from minigrpo.rewards import Reward, reweighted, weighted
 from minigrpo.tasks.code import Program, find_program, in_a_block, sandbox_of, untold
 from minigrpo.tasks.puzzles import State, SudokuGame

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.grading import Answer, find_answer, parse_number, same_number
 from minigrpo.rewards import Reward, graded, reweighted

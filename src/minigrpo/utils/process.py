@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from minigrpo.highwater import keep_freed_memory
+from minigrpo.utils.memory import keep_freed_memory
 
 
 @contextmanager

@@ -17,15 +17,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from minigrpo.config import Recipe, contradictions
-from minigrpo.entries import NULLS, Entry, as_text, read_entries, read_table
+from minigrpo.config.fields import Knob, knob_table, knobs_by_name, nearest, sections
+from minigrpo.config.parse import NULLS, Entry, as_text, read_entries, read_table
+from minigrpo.config.schema import Recipe, contradictions
 from minigrpo.errors import RecipeError
-from minigrpo.knobs import Knob, knob_table, knobs_by_name, nearest, sections
 from minigrpo.versions import begun_by_another
 
 __all__ = ["Knob", "dump_recipe", "knob_table", "load_recipe", "recipe_names", "recipe_path"]
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 WIDTH = 110
 BLANK = ("task.system",)  # an empty text means something else than null here, on the command line too

@@ -9,7 +9,7 @@ from typing import Any
 
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox.pool import NECESSARY, Sandbox, missing, open_worker
-from minigrpo.sandbox.words import Limits, Referee
+from minigrpo.sandbox.protocol import Limits, Referee
 from minigrpo.sandbox.worker import Worker
 
 ABOUT = {

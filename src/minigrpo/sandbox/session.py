@@ -13,7 +13,7 @@ import signal
 from typing import Any
 
 from minigrpo.sandbox.inside import codec, program
-from minigrpo.sandbox.words import Limits, Plain, Verdict, printable
+from minigrpo.sandbox.protocol import Limits, Plain, Verdict, printable
 from minigrpo.sandbox.worker import Channel, WallHit, Worker, WorkerLost
 
 KINDS: dict[bytes, Verdict] = {program.ERROR: "error", program.MEMORY: "memory", program.BLOCKED: "blocked"}

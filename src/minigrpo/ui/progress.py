@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from minigrpo.display import board_fits, duration
+from minigrpo.ui.live import board_fits, duration
 
 
 class Report(Protocol):

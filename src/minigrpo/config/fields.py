@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from minigrpo.config import Recipe
+from minigrpo.config.schema import Recipe
 
 ALIASES: dict[str, str] = {
     "alpha": "lora.alpha",

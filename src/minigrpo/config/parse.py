@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from minigrpo.config.fields import in_words, knobs_by_name, sections
 from minigrpo.errors import RecipeError
-from minigrpo.knobs import in_words, knobs_by_name, sections
 
 LARGEST = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
 MOST = 1000  # knobs in a file; YAML's aliases can make billions of a few lines
