@@ -20,8 +20,8 @@ from minigrpo.engines import stop_ids
 from minigrpo.engines.native import NativeEngine
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
-from minigrpo.rundir import RunDir
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Task
 
 SHOWN = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 FAMILIES = ("qwen2", "qwen3", "llama", "ministral3", "mistral3")
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from delivered import adapted, build, make_run
 
 from minigrpo.engines.llamacpp import library
 from minigrpo.merge import merge
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 needs_llama = pytest.mark.skipif(library() is None, reason="xllamacpp is not installed: pip install 'minigrpo[gguf]'")
 

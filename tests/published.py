@@ -19,8 +19,8 @@ from minigrpo import hub as client
 from minigrpo.delivery import sums_of
 from minigrpo.merge import merge
 from minigrpo.publish import Published, publish
-from minigrpo.rundir import RunDir, digest
-from minigrpo.stamps import read_sealed, write_sealed
+from minigrpo.runs.manifest import read_sealed, write_sealed
+from minigrpo.runs.rundir import RunDir, digest
 
 REPOS = ("me/tiny", "me/tiny-lora", "me/tiny-GGUF")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minigrpo import checkpoint
 from minigrpo.checkpoint import Checkpoint
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 
 class Small:

@@ -15,7 +15,7 @@ from exported import merged_run
 
 from minigrpo.export import export
 from minigrpo.launching import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 ASKED = ({"role": "user", "content": "What is '12' + 7?"},)
 

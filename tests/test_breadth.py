@@ -16,8 +16,8 @@ from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo
 from minigrpo.policy import Policy, open_policy
 from minigrpo.render import render
-from minigrpo.rundir import RunDir
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Sampling, Task
 from minigrpo.utils import signals
 

@@ -21,7 +21,7 @@ from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.merge import merge
-from minigrpo.rundir import RunDir, read_json, write_json
+from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
 REPOS = {"merged": "me/tiny", "adapter": "me/tiny-lora", "gguf": "me/tiny-GGUF"}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from minigrpo import cli
 from minigrpo.check import Checked, check, checked_table
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, read_json
+from minigrpo.runs.rundir import RunDir, read_json
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 

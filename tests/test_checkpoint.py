@@ -16,8 +16,8 @@ from minigrpo import checkpoint, cli
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.rundir import RunDir
-from minigrpo.stamps import FORMAT, begin, check_folder, read_sealed, seconds_of, write_sealed
+from minigrpo.runs.manifest import FORMAT, begin, check_folder, read_sealed, seconds_of, write_sealed
+from minigrpo.runs.rundir import RunDir
 
 FILES = ("weights.safetensors", "about/config.json", "optimizer.pt", "trainer.json", "state.json", "made.json")
 

@@ -18,7 +18,7 @@ from minigrpo.config.load import knob_table, load_recipe, recipe_names
 from minigrpo.config.schema import TASK_NAMES
 from minigrpo.door import EXAMPLES, split_overrides
 from minigrpo.errors import ModelError, RecipeError
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
 COMMANDS = (*ROAD, "check-task", "doctor", "tasks", "recipes")

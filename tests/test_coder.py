@@ -12,7 +12,7 @@ from minigrpo import coder, seedling
 from minigrpo.config.schema import Recipe
 from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
-from minigrpo.rundir import digest
+from minigrpo.runs.rundir import digest
 from minigrpo.tasks import open_task
 from minigrpo.tasks.strategies import NAMES, strategies
 

@@ -10,7 +10,7 @@ import torch
 
 from minigrpo.divergence import LIMIT, NOTHING, compare, kl_of, record
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import read_json, write_json
+from minigrpo.runs.rundir import read_json, write_json
 
 
 def logs(*rows: list[float]) -> torch.Tensor:

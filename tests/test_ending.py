@@ -14,8 +14,8 @@ from exported import model_folder, needs_llama
 from minigrpo import pipeline
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.rundir import RunDir, read_json
-from minigrpo.stamps import seconds_of
+from minigrpo.runs.manifest import seconds_of
+from minigrpo.runs.rundir import RunDir, read_json
 
 TASK = """
 from minigrpo.types import Grade, Prompt, Task

@@ -9,7 +9,7 @@ from minigrpo import cli
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.errors import TaskError
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks import open_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -20,7 +20,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.export import chosen, export
 from minigrpo.ggufproof import Reference, prove_file, reference
 from minigrpo.ggufquant import type_of
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 pytestmark = needs_llama
 

@@ -27,7 +27,7 @@ from minigrpo.ggufquant import quantise
 from minigrpo.merge import merge
 from minigrpo.pretokenizer import token_faults
 from minigrpo.proof import task_of
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 pytestmark = needs_llama
 KINDS = ("F32", "F16", "Q8_0")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from minigrpo.rundir import RunDir
-from minigrpo.stamps import seconds_of
+from minigrpo.runs.manifest import seconds_of
+from minigrpo.runs.rundir import RunDir
 
 TASK = """
 import time

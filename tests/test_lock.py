@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from minigrpo import cli, lock
+from minigrpo import cli
 from minigrpo.errors import ArtifactError
-from minigrpo.lock import hold, holder
-from minigrpo.rundir import RunDir
+from minigrpo.runs import lock
+from minigrpo.runs.lock import hold, holder
+from minigrpo.runs.rundir import RunDir
 
 HOLD = """
 import sys, time
-from minigrpo.lock import hold
-from minigrpo.rundir import RunDir
+from minigrpo.runs.lock import hold
+from minigrpo.runs.rundir import RunDir
 with hold(RunDir(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()

@@ -18,7 +18,7 @@ from minigrpo.delivery import merged_of
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.loading import model_class
 from minigrpo.merge import Merged, merge
-from minigrpo.rundir import RunDir, digest
+from minigrpo.runs.rundir import RunDir, digest
 
 YOUNG, GROWN = 1e-5, 0.05
 

@@ -39,8 +39,8 @@ from minigrpo.packing import pack
 from minigrpo.policy import Policy, open_policy, open_trained, recompute_activations
 from minigrpo.quantize import in_four_bit
 from minigrpo.render import render
-from minigrpo.rundir import RunDir
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from minigrpo.errors import ModelError
 from minigrpo.grpo import open_optimizer
 from minigrpo.policy import open_policy
 from minigrpo.quantize import eight_bit_adamw, moment_bytes
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 pytest.importorskip("bitsandbytes")
 

@@ -15,9 +15,9 @@ from minigrpo import cli, pipeline
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
-from minigrpo.rundir import RunDir, read_json
-from minigrpo.stamps import begin, flat, seconds_of, stamp
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.manifest import begin, flat, seconds_of, stamp
+from minigrpo.runs.rundir import RunDir, read_json
 
 # The model's outputs are noise, but noise with more or fewer even tokens: something that can be compared and learned.
 TASK = """

@@ -23,7 +23,7 @@ from minigrpo.grpo import Pace, accumulate, improve
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
 from minigrpo.policy import Policy
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.shadow import shadow, training_pass, uniform_part
 from minigrpo.shortage import NOTE, cut, left_by_a_kill, noted, with_room
 

@@ -17,7 +17,7 @@ from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
 from minigrpo.precision import GOOD, HIGHEST, LOWEST, START, LossScale
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 EVERYTHING = 1 << 30
 HALF = LossScale.of(torch.float16)

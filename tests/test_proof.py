@@ -25,7 +25,7 @@ from minigrpo.held import LONGEST, held_texts
 from minigrpo.merge import merge, merge_alone
 from minigrpo.merging import rounding
 from minigrpo.proof import prove, trained_truth
-from minigrpo.rundir import RunDir, read_json
+from minigrpo.runs.rundir import RunDir, read_json
 
 YOUNG = 2e-5
 """Entries of B after two of Adam's steps at 1e-5."""

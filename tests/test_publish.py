@@ -17,8 +17,8 @@ from minigrpo import hub as client
 from minigrpo.delivery import sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.publish import publish
-from minigrpo.rundir import RunDir, digest
-from minigrpo.stamps import read_sealed, write_sealed
+from minigrpo.runs.manifest import read_sealed, write_sealed
+from minigrpo.runs.rundir import RunDir, digest
 
 
 def test_three_repositories_cut_after_half_of_the_bytes_and_run_again_end_complete(run: RunDir, hub: StandIn) -> None:

@@ -18,7 +18,7 @@ from minigrpo.door import EXAMPLES
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.hub import find_token, token_in
 from minigrpo.publish import publish_folder
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 # The token
 

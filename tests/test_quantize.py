@@ -23,8 +23,8 @@ from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import pack
 from minigrpo.policy import Policy, open_policy, open_trained
 from minigrpo.quantize import in_four_bit, weight_bytes
-from minigrpo.rundir import RunDir
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 
 pytest.importorskip("bitsandbytes")

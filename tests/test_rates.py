@@ -12,7 +12,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.evaluate import evaluate
-from minigrpo.rundir import write_json
+from minigrpo.runs.rundir import write_json
 from minigrpo.tasks import gsm8k, open_task
 from minigrpo.types import Sampling
 

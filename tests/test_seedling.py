@@ -15,7 +15,7 @@ from minigrpo import seedling
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
-from minigrpo.rundir import digest
+from minigrpo.runs.rundir import digest
 from minigrpo.seedling import Blueprint
 from minigrpo.tasks import wordproblems
 from minigrpo.types import Prompt

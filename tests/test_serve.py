@@ -23,7 +23,7 @@ from minigrpo import cli
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import Model, fitting, reserve, vllm_launch
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Wanted, found
 from minigrpo.serve import ask_once, planned
 

@@ -18,7 +18,7 @@ from served import after, told_of
 from minigrpo import cli
 from minigrpo.errors import MinigrpoError
 from minigrpo.launching import CONTAINER_CACHE, Model, room_for
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Wanted, found
 from minigrpo.serve import planned
 

@@ -23,7 +23,7 @@ from minigrpo.judging import evaluate
 from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
 from minigrpo.proof import as_loaded
 from minigrpo.rollout import rollout
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Wanted, found
 from minigrpo.servers import ServerClient, ServerProcess, serve_gguf
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task

@@ -11,7 +11,7 @@ import pytest
 from minigrpo import pipeline
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.render import render
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks import open_task
 
 GABBLE = "Ask who wants what, and look it up."

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Completion, Grade, Group, Prompt
 from minigrpo.ui.live import Lines, Pulse, duration, plot, printable
 from minigrpo.ui.progress import stage

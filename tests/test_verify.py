@@ -14,9 +14,9 @@ from minigrpo import cli, ggufwriter
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.export import export
 from minigrpo.parity import parity_table, read_parity
-from minigrpo.rundir import RunDir, digest, read_json, write_json
+from minigrpo.runs.manifest import read_sealed, write_sealed
+from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.servers import serve_gguf
-from minigrpo.stamps import read_sealed, write_sealed
 from minigrpo.verify import verified_table, verify, verify_alone
 
 pytestmark = needs_llama

@@ -21,8 +21,8 @@ from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, Recip
 from minigrpo.objective import OBJECTIVES
 from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
-from minigrpo.rundir import RunDir, read_json
-from minigrpo.track import Track
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Task
 from minigrpo.warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
 

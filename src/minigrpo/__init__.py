@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minigrpo.pipeline import train as train
     from minigrpo.pipeline import warmup as warmup
     from minigrpo.rollout import rollout as rollout
-    from minigrpo.rundir import RunDir as RunDir
+    from minigrpo.runs.rundir import RunDir as RunDir
     from minigrpo.sampler import PromptSampler as PromptSampler
     from minigrpo.tasks.scored import reward_task as reward_task
     from minigrpo.types import Completion as Completion
@@ -56,7 +56,7 @@ HOMES = {
         "SandboxError",
         "TaskError",
     ),
-    "minigrpo.rundir": ("RunDir",),
+    "minigrpo.runs.rundir": ("RunDir",),
     "minigrpo.config.load": ("dump_recipe", "load_recipe"),
     "minigrpo.rollout": ("rollout",),
     "minigrpo.sampler": ("PromptSampler",),

@@ -18,7 +18,7 @@ import torch
 
 from minigrpo.errors import ModelError
 from minigrpo.loading import resolve
-from minigrpo.rundir import digest
+from minigrpo.runs.rundir import digest
 from minigrpo.tensorfile import FLOATS, Header, Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,8 +16,8 @@ from minigrpo import tables
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline_context import Opened
-from minigrpo.rundir import RunDir, complete_folder, read_json, write_json
-from minigrpo.stamps import fits, stamp, timed
+from minigrpo.runs.manifest import fits, stamp, timed
+from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:

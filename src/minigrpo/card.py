@@ -22,8 +22,8 @@ from minigrpo.errors import ArtifactError
 from minigrpo.hub import in_bytes
 from minigrpo.launching import RANKS
 from minigrpo.parity import read_parity
-from minigrpo.rundir import RunDir, read_json
-from minigrpo.stamps import read_sealed
+from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -25,8 +25,8 @@ from minigrpo.divergence import Divergence, known
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.merging import Change, changes_of
 from minigrpo.proof import trained_truth
-from minigrpo.rundir import RunDir, read_json, write_json
-from minigrpo.stamps import fits
+from minigrpo.runs.manifest import fits
+from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.ui.tables import plain_table, titled
 
 BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, complete_folder, digest, read_json, remove_folder, write_json, writing
-from minigrpo.stamps import read_sealed, this_version, write_sealed
+from minigrpo.runs.manifest import read_sealed, this_version, write_sealed
+from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, remove_folder, write_json, writing
 
 Positions = Mapping[str, Mapping[str, Any]]
 """Per log of the run: how long it is, in bytes, and the SHA-256 of that much (track.py)."""

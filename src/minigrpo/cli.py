@@ -27,7 +27,7 @@ from minigrpo.door import (
     result_alone,
 )
 from minigrpo.errors import MinigrpoError
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Split
 
 app = typer.Typer(

@@ -23,7 +23,7 @@ from minigrpo import ggufwriter
 from minigrpo.basemodel import open_base
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.pretokenizer import kind_of
-from minigrpo.rundir import complete_folder, digest
+from minigrpo.runs.rundir import complete_folder, digest
 from minigrpo.seedling import cache
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"

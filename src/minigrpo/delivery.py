@@ -23,9 +23,9 @@ from minigrpo.basemodel import Base, find_base, open_base
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
-from minigrpo.lock import hold
-from minigrpo.rundir import RunDir, digest, tidy
-from minigrpo.stamps import finished, read_sealed, stamp, write_sealed
+from minigrpo.runs.lock import hold
+from minigrpo.runs.manifest import finished, read_sealed, stamp, write_sealed
+from minigrpo.runs.rundir import RunDir, digest, tidy
 
 
 @dataclass(frozen=True, slots=True)

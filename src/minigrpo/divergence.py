@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import read_json, write_json
+from minigrpo.runs.rundir import read_json, write_json
 
 LIMIT = 0.1
 """Of what training did: a stage that is further from the trained policy has failed."""

@@ -19,8 +19,8 @@ from minigrpo import tables
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.hub import Hub, check_name, find_token, in_bytes
-from minigrpo.rundir import RunDir, writing
-from minigrpo.stamps import finished, seconds_of, timed
+from minigrpo.runs.manifest import finished, seconds_of, timed
+from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
 from minigrpo.ui.tables import plain_table, titled
 

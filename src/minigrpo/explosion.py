@@ -17,7 +17,7 @@ from typing import Any
 
 from minigrpo.alarms import is_known
 from minigrpo.config.schema import Recipe, WatchKnobs
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 
 RECENT = 20
 """Healthy steps whose median is the usual."""

@@ -35,8 +35,8 @@ from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
 from minigrpo.merging import bytes_of
 from minigrpo.modelfile import modelfile
 from minigrpo.parity import figure
-from minigrpo.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
-from minigrpo.stamps import read_sealed, slug, write_sealed
+from minigrpo.runs.manifest import read_sealed, slug, write_sealed
+from minigrpo.runs.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed

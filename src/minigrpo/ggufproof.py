@@ -20,7 +20,7 @@ from minigrpo.pretokenizer import token_faults
 from minigrpo.proof import as_loaded, task_of, what_is_said
 from minigrpo.render import QUESTION
 from minigrpo.rollout import prompts_of
-from minigrpo.rundir import RunDir, read_json
+from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
 
 GREATEST = {"F32": 1e-4}

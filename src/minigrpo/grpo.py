@@ -30,11 +30,11 @@ from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
 from minigrpo.quantize import eight_bit_adamw
 from minigrpo.rollout import prompts_of, rollout
+from minigrpo.runs.logger import Track
 from minigrpo.sampler import PromptSampler, split_off
 from minigrpo.shaping import with_overlong_penalty
 from minigrpo.shortage import clear_gradients, rehearse, with_room
 from minigrpo.teaching import Gathered, GroupSource
-from minigrpo.track import Track
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import process_settings
 from minigrpo.utils.rng import name_key

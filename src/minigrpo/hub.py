@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minigrpo.errors import MinigrpoError
-from minigrpo.rundir import digest
+from minigrpo.runs.rundir import digest
 
 PAUSES = (1.0, 2.0, 4.0)
 """Seconds before a request is tried again. Uploads of large files are tried again by the Hub's client itself."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigrpo.rundir import writing
+from minigrpo.runs.rundir import writing
 from minigrpo.serialize import group_data, group_of
 from minigrpo.types import Group, Prompt
 

@@ -21,8 +21,8 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.pipeline_context import Opened
 from minigrpo.rollout import prompts_of
-from minigrpo.rundir import RunDir, read_json, write_json
-from minigrpo.stamps import finished, fits, slug, stamp, trained
+from minigrpo.runs.manifest import finished, fits, slug, stamp, trained
+from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 

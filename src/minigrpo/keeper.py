@@ -23,10 +23,10 @@ from minigrpo.explosion import Watch, message
 from minigrpo.packing import Batch
 from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.policy import Policy
-from minigrpo.rundir import RunDir
+from minigrpo.runs.logger import Track
+from minigrpo.runs.rundir import RunDir
 from minigrpo.shortage import left_by_a_kill, noted
 from minigrpo.teaching import Gathered, GroupSource
-from minigrpo.track import Track
 from minigrpo.utils.process import compute_repeatably
 
 PATIENCE = 5

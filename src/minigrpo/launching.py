@@ -74,7 +74,7 @@ class Model:
     def settings(self) -> Mapping[str, Any]:
         """config.json. Raises MinigrpoError where a Hub id has none that can be read."""
         from minigrpo.hub import settings_on_hub
-        from minigrpo.rundir import read_json
+        from minigrpo.runs.rundir import read_json
 
         folder = Path(self.source)
         if folder.is_dir():

@@ -33,8 +33,8 @@ from minigrpo.errors import ArtifactError
 from minigrpo.merging import Change, Rounding
 from minigrpo.parity import TITLE, parity_table
 from minigrpo.proof import packed_base, prove, trained_truth
-from minigrpo.rundir import FULL, RunDir, complete_folder
-from minigrpo.stamps import read_sealed
+from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.rundir import FULL, RunDir, complete_folder
 from minigrpo.ui.progress import stage
 
 Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]

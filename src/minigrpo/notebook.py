@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from minigrpo.config import load
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.rundir import RunDir, read_json
+from minigrpo.runs.rundir import RunDir, read_json
 
 if TYPE_CHECKING:
     from minigrpo.preflight import Verdict
@@ -175,7 +175,7 @@ def at(run: Place) -> RunDir:
 def refuse_hopeless(recipe: Recipe, run: RunDir) -> None:
     """A verdict counts for the recipe that it was made for; a warm-up that would mend it comes first in training."""
     from minigrpo.beginning import verdict_stamp
-    from minigrpo.stamps import fits
+    from minigrpo.runs.manifest import fits
 
     if not fits(run.preflight, verdict_stamp(recipe, run)):
         return

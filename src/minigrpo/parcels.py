@@ -22,8 +22,8 @@ from minigrpo.card import card, facts_of, hub_name
 from minigrpo.delivery import merged_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.hub import Item, item
-from minigrpo.rundir import RunDir, digest, read_json
-from minigrpo.stamps import read_sealed
+from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.versions import this_version
 
 What = Literal["merged", "adapter", "gguf", "folder"]

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, read_json
+from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
 
 ORDER = ("base", "merged", "gguf", "served")

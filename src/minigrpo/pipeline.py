@@ -17,11 +17,11 @@ from minigrpo import beginning, ending, tables
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.judging import before_and_after, evaluate
-from minigrpo.lock import hold
 from minigrpo.pipeline_context import Opened, open_all
-from minigrpo.rundir import RunDir, complete_folder, read_json, tidy, write_json
-from minigrpo.stamps import begin, check_folder, seconds_of, stamp, timed, trained
-from minigrpo.track import Track
+from minigrpo.runs.lock import hold
+from minigrpo.runs.logger import Track
+from minigrpo.runs.manifest import begin, check_folder, seconds_of, stamp, timed, trained
+from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 
 if TYPE_CHECKING:
     from minigrpo.evaluate import Comparison

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minigrpo.config.schema import Recipe
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Engine, Task
 from minigrpo.ui.progress import stage
 

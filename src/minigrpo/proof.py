@@ -25,7 +25,7 @@ from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_te
 from minigrpo.loading import model_class, open_model, pick_device
 from minigrpo.lora import attach_adapter
 from minigrpo.merging import bytes_of
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Task
 from minigrpo.utils.process import no_progress_bars
 

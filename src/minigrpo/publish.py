@@ -21,9 +21,9 @@ from rich.text import Text
 
 from minigrpo.errors import MinigrpoError
 from minigrpo.hub import Hub, Item, Remote, Tell, Visit, check_name, find_token, in_bytes
-from minigrpo.lock import hold
 from minigrpo.parcels import MARK, SUFFIX, Parcel, mark_of, parcel_of_folder, parcels_of, refuse_secrets
-from minigrpo.rundir import RunDir, digest
+from minigrpo.runs.lock import hold
+from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
 from minigrpo.ui.tables import plain_table, titled
 

@@ -24,7 +24,7 @@ from minigrpo import coder, demonstrations, grading, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
 from minigrpo.render import render
-from minigrpo.rundir import complete_folder
+from minigrpo.runs.rundir import complete_folder
 from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
 from minigrpo.types import Message, Prompt
 from minigrpo.ui.progress import Report, no_report

@@ -21,9 +21,9 @@ from minigrpo.ggufhead import read_head
 from minigrpo.hub import adapter_on_hub, settings_on_hub
 from minigrpo.launching import LOCAL, Model, find_vllm
 from minigrpo.merging import changes_of
-from minigrpo.rundir import RunDir, digest
+from minigrpo.runs.manifest import read_sealed, slug
+from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.servers import SILENCE
-from minigrpo.stamps import read_sealed, slug
 
 Choice = Literal["auto", "llama.cpp", "vllm"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

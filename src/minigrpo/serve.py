@@ -24,7 +24,7 @@ from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
 from minigrpo.render import QUESTION
-from minigrpo.rundir import RunDir
+from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Artefact, Wanted, found
 from minigrpo.servers import ServerProcess
 from minigrpo.types import Message, Prompt, Task

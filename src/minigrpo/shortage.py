@@ -25,7 +25,7 @@ from minigrpo.objective import Objective
 from minigrpo.packing import Bundle, Part
 from minigrpo.plan import free_memory, plan_of
 from minigrpo.policy import Policy
-from minigrpo.rundir import RunDir, write_json
+from minigrpo.runs.rundir import RunDir, write_json
 from minigrpo.shadow import UnplannableError
 
 Work = TypeVar("Work")

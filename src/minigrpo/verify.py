@@ -27,9 +27,9 @@ from minigrpo.ggufproof import RELATIVE, Reference, asked_of, prove_file
 from minigrpo.held import Held
 from minigrpo.parity import TITLE, parity_table
 from minigrpo.proof import Truth, device_for, judged, of_merged, task_of, trained_truth
-from minigrpo.rundir import RunDir, digest, read_json, write_json
+from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.servers import ServerClient, serve_gguf
-from minigrpo.stamps import read_sealed
 from minigrpo.ui.progress import stage
 
 PROMPTS, ASKED = 200, 8

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, sync, writing
+from minigrpo.runs.rundir import RunDir, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import Board, Lines, Pulse, View, board_fits
 

@@ -20,7 +20,7 @@ from typing import Any
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
+from minigrpo.runs.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
 from minigrpo.versions import installed, this_version
 
 FORMAT = 1

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from minigrpo.errors import ArtifactError
-from minigrpo.rundir import RunDir, alive, writing
+from minigrpo.runs.rundir import RunDir, alive, writing
 
 TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 """How a kernel says that another has the lock; anything else says that there are no locks here."""
