@@ -109,7 +109,7 @@ def spread(prompt: Prompt, text: str) -> Grade:
 
 @lru_cache(maxsize=1)
 def _wordproblems() -> Task:
-    from minigrpo.tasks import TASKS
+    from minigrpo.tasks.registry import TASKS
 
     return TASKS["wordproblems"](Recipe())
 

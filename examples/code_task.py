@@ -1,6 +1,6 @@
 """minigrpo train sudoku-ministral --task.name examples/code_task.py:task --task.size 8"""
 
-from minigrpo.tasks.code import Problem, code_task
+from minigrpo.tasks.common.code_task import Problem, code_task
 
 WORDS = ("level", "noon", "table", "", "a", "ab")
 problems = [

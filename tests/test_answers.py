@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from minigrpo.config.schema import Recipe
 from minigrpo.measure import score
-from minigrpo.tasks import gsm8k, notation, open_task
+from minigrpo.tasks.builtin import gsm8k
+from minigrpo.tasks.common import math_answers
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED}}))
@@ -30,7 +32,7 @@ def math_verify_is_warm() -> None:
         r"\boxed{\frac{1.5}{2}}",
         r"\boxed{2^3}",
     ):
-        notation.read_answer(text)
+        math_answers.read_answer(text)
 
 
 def asked(gold: str) -> Prompt:
@@ -221,13 +223,13 @@ def test_no_text_breaks_the_grader_or_keeps_it_busy(text: str, in_tags: bool) ->
 
 def test_without_math_verify_notation_earns_nothing_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    notation.parser.cache_clear()
+    math_answers.parser.cache_clear()
     try:
         with pytest.warns(UserWarning, match="pip install 'minigrpo\\[math\\]'") as said:
             assert [grade(tagged(text)).reward for text in (r"\boxed{72}", r"\boxed{72}", "72")] == [0.0, 0.0, 1.0]
         assert len(said) == 1
     finally:
-        notation.parser.cache_clear()
+        math_answers.parser.cache_clear()
 
 
 # A vote among samples

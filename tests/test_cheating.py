@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from minigrpo.tasks.code import find_program, in_a_block
-from minigrpo.tasks.sudoku import GOLD
+from minigrpo.tasks.builtin.sudoku import GOLD
+from minigrpo.tasks.common.code_task import find_program, in_a_block
 from tests.test_sudoku import after, graded, parts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")

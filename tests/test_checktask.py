@@ -13,7 +13,7 @@ from minigrpo import cli
 from minigrpo.checktask import check_task
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt
 
 

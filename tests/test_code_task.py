@@ -9,7 +9,7 @@ import pytest
 
 from minigrpo.config.schema import SandboxKnobs
 from minigrpo.errors import TaskError
-from minigrpo.tasks.code import Problem, code_task, find_program, in_a_block, is_same
+from minigrpo.tasks.common.code_task import Problem, code_task, find_program, in_a_block, is_same
 from minigrpo.types import Grade
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")

@@ -13,7 +13,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
 from minigrpo.runs.rundir import digest
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 from minigrpo.tasks.strategies import NAMES, strategies
 
 QUICK = replace(seedling.blueprint_of("seedling:coder", seed=0), imitation=Schedule(steps=2, rows=2, lr=1e-3))

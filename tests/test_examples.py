@@ -10,7 +10,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.errors import TaskError
 from minigrpo.runs.rundir import RunDir
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINES = {

@@ -10,9 +10,9 @@ from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.metrics import group_metrics
 from minigrpo.rollout import rollout
-from minigrpo.tasks import open_task
-from minigrpo.tasks.functions import kind_of
-from minigrpo.tasks.scored import reward_task
+from minigrpo.tasks.custom.reward_functions import kind_of
+from minigrpo.tasks.custom.reward_task import reward_task
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Sampling
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i), "level": i % 3} for i in range(20)]

@@ -32,7 +32,7 @@ from minigrpo.modelfile import conversations, modelfile, turns_of
 from minigrpo.pretokenizer import kind_of, token_faults
 from minigrpo.render import QUESTION, as_text, render
 from minigrpo.rollout import prompts_of
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 
 pytestmark = needs_llama
 

@@ -9,8 +9,16 @@ from fractions import Fraction
 import pytest
 
 from minigrpo.errors import TaskError
-from minigrpo.grading import Answer, Reading, find_answer, parse_fraction, parse_number, read_number, same_number
-from minigrpo.rewards import Reward, graded, reweighted
+from minigrpo.tasks.common.answers import (
+    Answer,
+    Reading,
+    find_answer,
+    parse_fraction,
+    parse_number,
+    read_number,
+    same_number,
+)
+from minigrpo.tasks.common.rewards import Reward, graded, reweighted
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ())

@@ -17,7 +17,8 @@ import pytest
 from minigrpo.config.load import load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.tasks import gsm8k, open_task
+from minigrpo.tasks.builtin import gsm8k
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Prompt, Split
 
 REAL = os.environ.get("MINIGRPO_GSM8K", "")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from minigrpo.errors import TaskError
-from minigrpo.tasks import puzzles
-from minigrpo.tasks.puzzles import SudokuGame, puzzle, solutions
+from minigrpo.tasks.builtin import sudoku_game
+from minigrpo.tasks.builtin.sudoku_game import SudokuGame, puzzle, solutions
 
 Move = tuple[Any, Any, Any]
 
@@ -153,25 +153,25 @@ def test_a_legal_digit_that_is_wrong_goes_on_until_no_move_is_left() -> None:
     for seed in range(20):
         played = game(45, seed)
         while played.state() == "ongoing":
-            legal = puzzles.choices(flat(played))
+            legal = sudoku_game.choices(flat(played))
             place = next(cell for cell in range(81) if legal[cell])
             digit = next(digit for digit in range(1, 10) if legal[place] >> digit & 1)
             played.place_number(place // 9, place % 9, digit)
         ends.add(played.state())
         assert played.moves() > 0
         if played.state() == "failed":
-            assert not any(puzzles.choices(flat(played)))
+            assert not any(sudoku_game.choices(flat(played)))
     assert "failed" in ends
 
 
 def test_a_hundred_moves_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """No puzzle has a hundred cells, so the rule is tried with a smaller number."""
-    monkeypatch.setattr(puzzles, "MOST_MOVES", 3)
+    monkeypatch.setattr(sudoku_game, "MOST_MOVES", 3)
     played = game()
     assert [played.place_number(*right_move(played)) for _ in range(3)] == ["ongoing", "ongoing", "failed"]
     short = game(3)
     assert [short.place_number(*right_move(short)) for _ in range(3)][-1] == "success"
-    assert puzzles.MOST_MOVES == 3
+    assert sudoku_game.MOST_MOVES == 3
 
 
 def test_boards_that_are_shown_are_copies() -> None:

@@ -13,7 +13,8 @@ from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.evaluate import evaluate
 from minigrpo.runs.rundir import write_json
-from minigrpo.tasks import gsm8k, open_task
+from minigrpo.tasks.builtin import gsm8k
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Sampling
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from minigrpo import cli
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.tasks.rows import read_data
-from minigrpo.tasks.scored import reward_task
+from minigrpo.tasks.common.dataset import read_data
+from minigrpo.tasks.custom.reward_task import reward_task
 
 ROWS = [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(30)]
 

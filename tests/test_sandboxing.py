@@ -9,7 +9,7 @@ import pytest
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox import Limits, Referee
 from minigrpo.sandbox.pool import missing, open_worker
-from minigrpo.tasks.code import sandbox_of
+from minigrpo.tasks.common.code_task import sandbox_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
 

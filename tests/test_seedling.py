@@ -17,7 +17,7 @@ from minigrpo.imitation import Schedule
 from minigrpo.render import check_tokenizer, render
 from minigrpo.runs.rundir import digest
 from minigrpo.seedling import Blueprint
-from minigrpo.tasks import wordproblems
+from minigrpo.tasks.builtin import wordproblems
 from minigrpo.types import Prompt
 
 BRIEF = Schedule(steps=2, rows=2, lr=1e-3)

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 
 from minigrpo.config.schema import Recipe
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 from minigrpo.tasks.strategies import NAMES, SHARES, WINNERS, Strategy, endless, strategies
 
 KNOWN = re.compile(rf"\b(?:{'|'.join(name for names in NAMES.values() for name in names)})\b")

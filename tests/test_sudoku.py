@@ -12,9 +12,10 @@ import pytest
 from minigrpo.checktask import check_task
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.tasks import open_task, puzzles
-from minigrpo.tasks.code import Program, in_a_block
-from minigrpo.tasks.sudoku import GOLD, judged
+from minigrpo.tasks.builtin import sudoku_game
+from minigrpo.tasks.builtin.sudoku import GOLD, judged
+from minigrpo.tasks.common.code_task import Program, in_a_block
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt, Task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
@@ -96,7 +97,7 @@ def test_the_seed_of_the_recipe_changes_training_puzzles_alone() -> None:
 
 def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
     first = PROMPT.target["games"][0]
-    game = puzzles.SudokuGame(first["cells"], first["seed"])
+    game = sudoku_game.SudokuGame(first["cells"], first["seed"])
     source = HEAD + (
         f"    known = {game.solution()}\n"
         "    r, c = next((r, c) for r in range(9) for c in range(9) if not board[r][c])\n    return r, c, known[r][c]"
@@ -276,17 +277,17 @@ def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> No
     import os
     import signal
 
-    from minigrpo.tasks.code import sandbox_of
+    from minigrpo.tasks.common.code_task import sandbox_of
 
     opened = sandbox_of(recipe().sandbox)
-    play = puzzles.SudokuGame.board
+    play = sudoku_game.SudokuGame.board
 
-    def killing(game: puzzles.SudokuGame) -> list[list[int]]:
+    def killing(game: sudoku_game.SudokuGame) -> list[list[int]]:
         for worker in list(opened._busy):
             os.kill(worker.process.pid, signal.SIGKILL)
         return play(game)
 
-    monkeypatch.setattr(puzzles.SudokuGame, "board", killing)
+    monkeypatch.setattr(sudoku_game.SudokuGame, "board", killing)
     grade = graded(GOLD)
     monkeypatch.undo()
     assert grade.scored is (not math.isnan(grade.reward))

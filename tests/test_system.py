@@ -12,7 +12,7 @@ from minigrpo import pipeline
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.render import render
 from minigrpo.runs.rundir import RunDir
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 
 GABBLE = "Ask who wants what, and look it up."
 TALKS = (

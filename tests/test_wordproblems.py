@@ -11,8 +11,8 @@ import pytest
 from minigrpo.config.schema import TASK_NAMES, Recipe
 from minigrpo.demonstrations import HABITS, demonstrations, habit_weights, schooling, unreadable
 from minigrpo.errors import TaskError
-from minigrpo.tasks import TASKS, open_task
-from minigrpo.tasks.wordproblems import KINDS, RESULTS, problems, side
+from minigrpo.tasks.builtin.wordproblems import KINDS, RESULTS, problems, side
+from minigrpo.tasks.registry import TASKS, open_task
 from minigrpo.types import Prompt, Task
 
 Sum = tuple[tuple[int, ...], tuple[str, ...]]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from minigrpo.rollout import rollout as rollout
     from minigrpo.runs.rundir import RunDir as RunDir
     from minigrpo.sampler import PromptSampler as PromptSampler
-    from minigrpo.tasks.scored import reward_task as reward_task
+    from minigrpo.tasks.custom.reward_task import reward_task as reward_task
     from minigrpo.types import Completion as Completion
     from minigrpo.types import Engine as Engine
     from minigrpo.types import Grade as Grade
@@ -62,7 +62,7 @@ HOMES = {
     "minigrpo.sampler": ("PromptSampler",),
     "minigrpo.engines.scripted": ("Scripted",),
     "minigrpo.grader": ("Grader",),
-    "minigrpo.tasks.scored": ("reward_task",),
+    "minigrpo.tasks.custom.reward_task": ("reward_task",),
     "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}

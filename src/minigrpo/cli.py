@@ -256,7 +256,7 @@ def check_task_command(
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.checktask import check_task, checked_table
-    from minigrpo.tasks import open_task
+    from minigrpo.tasks.registry import open_task
 
     with result_alone(as_json):
         found = check_task(loaded, open_task(loaded), limit)
@@ -288,7 +288,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command(cls=Command)
 def tasks(as_json: AsJson = False) -> None:
     """The tasks that come with the package, and where others come from."""
-    from minigrpo.tasks import TASKS
+    from minigrpo.tasks.registry import TASKS
 
     others = {
         "rg:NAME": "a data set of reasoning-gym, as in rg:leg_counting",

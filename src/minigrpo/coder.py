@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 
 from minigrpo.tasks import strategies
-from minigrpo.tasks.sudoku import messages
+from minigrpo.tasks.builtin.sudoku import messages
 from minigrpo.types import Message
 
 GAMES, CELLS = (1, 5), (10, 55)

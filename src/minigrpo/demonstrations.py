@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from minigrpo.tasks.wordproblems import FIRST, LATER, RESULTS, Problem, apply, problems, side, written
+from minigrpo.tasks.builtin.wordproblems import FIRST, LATER, RESULTS, Problem, apply, problems, side, written
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from minigrpo.plan import elsewhere, here
 from minigrpo.render import set_options
 from minigrpo.rollout import prompts_of
 from minigrpo.shadow import UnplannableError
-from minigrpo.tasks import open_task
+from minigrpo.tasks.registry import open_task
 
 
 @dataclass(frozen=True, slots=True)

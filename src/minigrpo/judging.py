@@ -54,7 +54,7 @@ def evaluate(
     none is given. Returns the figures without the answers, and `file`.
     """
     from minigrpo.evaluate import compare, examples
-    from minigrpo.tasks import open_task
+    from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
     console = Console(quiet=quiet)

@@ -28,7 +28,7 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
     """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
     from minigrpo.engines import open_engine
     from minigrpo.policy import open_policy
-    from minigrpo.tasks import open_task
+    from minigrpo.tasks.registry import open_task
 
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:

@@ -110,7 +110,7 @@ def what_is_said(
 def task_of(run: RunDir | None) -> Task | None:
     """The run's task; where its file or data are gone, other texts serve as well."""
     from minigrpo.config.load import load_recipe
-    from minigrpo.tasks import open_task
+    from minigrpo.tasks.registry import open_task
 
     try:
         return open_task(load_recipe(str(run.path))) if run else None

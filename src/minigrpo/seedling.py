@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from minigrpo import coder, demonstrations, grading, imitation
+from minigrpo import coder, demonstrations, imitation
 from minigrpo.errors import ModelError
 from minigrpo.imitation import Lesson, Room, Schedule, warm_start
 from minigrpo.render import render
 from minigrpo.runs.rundir import complete_folder
-from minigrpo.tasks import code, slips, strategies, sudoku, wordproblems
+from minigrpo.tasks import slips, strategies
+from minigrpo.tasks.builtin import sudoku, wordproblems
+from minigrpo.tasks.common import answers, code_task
 from minigrpo.types import Message, Prompt
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
@@ -134,8 +136,8 @@ def fingerprint(blueprint: Blueprint) -> str:
 
 
 SOURCES: dict[str, tuple[ModuleType, ...]] = {
-    "word problems": (demonstrations, wordproblems, grading, imitation),
-    "programs": (coder, strategies, slips, code, sudoku, imitation),
+    "word problems": (demonstrations, wordproblems, answers, imitation),
+    "programs": (coder, strategies, slips, code_task, sudoku, imitation),
 }
 
 
@@ -199,7 +201,7 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
     tokenizer.train_from_iterator(["system\nuser\nassistant\n", *sample_texts(blueprint)], trainer)
     if not programs:
         # Not special: a special token would vanish when the answer is decoded, and the grader would look in vain.
-        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in grading.TAGS])
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in answers.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -113,7 +113,7 @@ def room(launch: Launch, artefact: Artefact) -> int:
 
 def _asked(artefact: Artefact, question: str | None) -> tuple[Task | None, Prompt]:
     from minigrpo.rollout import prompts_of
-    from minigrpo.tasks import open_task
+    from minigrpo.tasks.registry import open_task
 
     if question is None and artefact.recipe:
         with suppress(MinigrpoError):  # its file or data may be gone: the plain question tells as well that it speaks

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from textwrap import indent
 
-from minigrpo.tasks.code import in_a_block
+from minigrpo.tasks.common.code_task import in_a_block
 from minigrpo.tasks.slips import SLIPS
 
 HEAD = "def strategy(board, initial):"

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.rewards import finite, shown
+from minigrpo.tasks.common.rewards import finite, shown
 from minigrpo.types import Completion
 
 Kind = Literal["row", "batch"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.rewards import shown
+from minigrpo.tasks.common.rewards import shown
 from minigrpo.types import Message, Prompt, Split
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")

@@ -17,8 +17,8 @@ from itertools import cycle, islice
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.grading import Answer, find_answer, parse_number, same_number
-from minigrpo.rewards import Reward, graded, reweighted
+from minigrpo.tasks.common.answers import Answer, find_answer, parse_number, same_number
+from minigrpo.tasks.common.rewards import Reward, graded, reweighted
 from minigrpo.types import Grade, Prompt, Split, Task
 
 TEST_SIZE = 1000

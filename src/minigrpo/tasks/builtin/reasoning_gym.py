@@ -15,9 +15,9 @@ from typing import Any
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.grading import find_answer
-from minigrpo.rewards import Reward, finite, reweighted, weighted
-from minigrpo.tasks.wordproblems import SYSTEM
+from minigrpo.tasks.builtin.wordproblems import SYSTEM
+from minigrpo.tasks.common.answers import find_answer
+from minigrpo.tasks.common.rewards import Reward, finite, reweighted, weighted
 from minigrpo.types import Grade, Prompt, Split, Task
 
 CRUMB = 0.05

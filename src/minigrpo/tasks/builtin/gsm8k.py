@@ -23,11 +23,11 @@ from typing import Any
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.grading import TAGS, Reading, find_answer, parse_number
-from minigrpo.rewards import Reward, graded, reweighted, shown
-from minigrpo.tasks import wordproblems
-from minigrpo.tasks.notation import read_answer
-from minigrpo.tasks.rows import Row, Table, as_prompts, read_data, read_hub, sayable
+from minigrpo.tasks.builtin import wordproblems
+from minigrpo.tasks.common.answers import TAGS, Reading, find_answer, parse_number
+from minigrpo.tasks.common.dataset import Row, Table, as_prompts, read_data, read_hub, sayable
+from minigrpo.tasks.common.math_answers import read_answer
+from minigrpo.tasks.common.rewards import Reward, graded, reweighted, shown
 from minigrpo.types import Grade, Prompt, Split, Task
 
 HUB = "openai/gsm8k:main"

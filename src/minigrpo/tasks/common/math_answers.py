@@ -19,7 +19,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from minigrpo.grading import PLAIN, Reading, read_number
+from minigrpo.tasks.common.answers import PLAIN, Reading, read_number
 
 LONGEST = 100  # characters
 DRESS = re.compile(r"\\(?:[()\[\],;!]|left\b|right\b)")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.schema import SandboxKnobs
 from minigrpo.errors import TaskError
-from minigrpo.tasks.cheating import cheats_of
+from minigrpo.tasks.common.cheating import cheats_of
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.rewards import Reward, reweighted, weighted
-from minigrpo.tasks.functions import Asked, Function, Logged, check_columns, read_function, scores
-from minigrpo.tasks.rows import Row, Table, as_prompts, checked_rows, divided
+from minigrpo.tasks.common.dataset import Row, Table, as_prompts, checked_rows, divided
+from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
+from minigrpo.tasks.custom.reward_functions import Asked, Function, Logged, check_columns, read_function, scores
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 
 Rows = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]

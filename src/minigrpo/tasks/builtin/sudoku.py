@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from minigrpo.config.schema import Recipe, SandboxKnobs
-from minigrpo.rewards import Reward, reweighted, weighted
-from minigrpo.tasks.code import Program, find_program, in_a_block, sandbox_of, untold
-from minigrpo.tasks.puzzles import State, SudokuGame
+from minigrpo.tasks.builtin.sudoku_game import State, SudokuGame
+from minigrpo.tasks.common.code_task import Program, find_program, in_a_block, sandbox_of, untold
+from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
 from minigrpo.types import Grade, Message, Prompt, Split, Task
 
 if TYPE_CHECKING:

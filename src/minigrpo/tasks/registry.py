@@ -1,0 +1,219 @@
+"""Where tasks come from: the ones of the package by name, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
+
+NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions. Reward
+functions need rows: `task.data`, or `rows` (and `test_rows`) in the same file, a list or a function that returns one.
+The file may also hold `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from minigrpo.config.schema import Recipe
+from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
+from minigrpo.tasks.common.dataset import read_data
+from minigrpo.tasks.custom.reward_functions import kind_of
+from minigrpo.tasks.custom.reward_task import reward_task as reward_task
+from minigrpo.tasks.custom.reward_task import scored_task, table_of
+from minigrpo.tasks.difficulty_filter import rated
+from minigrpo.types import Message, Prompt, Split, Task
+
+TASKS: dict[str, Callable[[Recipe], Task]] = {
+    "wordproblems": wordproblems.task,
+    "gsm8k": gsm8k.task,
+    "sudoku": sudoku.task,
+}
+TAKES_DATA = ("gsm8k",)
+TAKES_EXAMPLE = ("gsm8k", "sudoku")
+SYSTEM = "system"
+
+
+def open_task(recipe: Recipe) -> Task:
+    """The task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
+
+    Its prompts are checked when they are asked for: some, and no id twice.
+    """
+    return rated(with_system(with_checked_prompts(named_task(recipe)), recipe.task.system), recipe.task)
+
+
+def with_system(task: Task, words: str | None) -> Task:
+    """The task with this system message before every prompt, in place of one that it has; None: as it is.
+
+    Templates put words of their own where a conversation begins without one: an empty message keeps them out.
+    """
+    if words is None:
+        return task
+    opening: Message = {"role": SYSTEM, "content": words}
+
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return [replace(prompt, messages=(opening, *after_system(prompt.messages))) for prompt in task.prompts(split)]
+
+    return replace(task, prompts=prompts)
+
+
+def after_system(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages[1:] if messages[0]["role"] == SYSTEM else messages
+
+
+def named_task(recipe: Recipe) -> Task:
+    name = recipe.task.name
+    if recipe.task.example and name not in TAKES_EXAMPLE:
+        raise TaskError(f"task.example has no meaning for {name}: only {' and '.join(TAKES_EXAMPLE)} can show one.")
+    if ".py" in name:
+        return own_task(name, recipe)
+    if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in TAKES_DATA:
+        raise TaskError(
+            f"task.data has no meaning for {name}: its problems are its own. Data is for FILE.py:FUNCTION and "
+            f"{', '.join(TAKES_DATA)}."
+        )
+    if name in TASKS:
+        return TASKS[name](recipe)
+    if name.startswith("rg:"):
+        return reasoning_gym.task(name.removeprefix("rg:"), recipe)
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
+    raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME.")
+
+
+def own_task(spec: str, recipe: Recipe) -> Task:
+    """FILE.py:NAME, opened. `task.size` holds for it as for any other: the first so many training prompts."""
+    file, found, name = spec.rpartition(":")
+    if not found or not file.endswith(".py") or not name:
+        raise TaskError(
+            f"{spec!r} names no task. Write FILE.py:NAME; NAME: a Task, a function Recipe -> Task or a reward."
+        )
+    path = Path(file)
+    if not path.is_file():
+        raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
+    module = loaded(path)
+    if not hasattr(module, name):
+        names = ", ".join(candidates(module)) or "none"
+        raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
+    value = getattr(module, name)
+    if is_rewards(value, f"{name} in {path}"):
+        return shortened(of_rewards(value, module, spec, recipe), recipe.task.size)
+    if recipe.task.data and isinstance(value, Task):
+        raise TaskError(f"task.data cannot reach into {spec!r}, a finished Task. Name a reward function instead.")
+    task = value if isinstance(value, Task) else built(value, path, name, recipe)
+    if isinstance(value, Task) and recipe.task.weights:
+        raise TaskError(
+            f"task.weights cannot reach into {spec!r}, a finished Task. Make {name} a function Recipe -> Task that "
+            "passes recipe.task.weights to minigrpo.tasks.common.rewards.reweighted or to minigrpo.reward_task."
+        )
+    return shortened(task, recipe.task.size)
+
+
+def is_rewards(value: object, where: str) -> bool:
+    """A reward function or a list of them. Raises TaskError where a list holds anything else."""
+    if not isinstance(value, list | tuple):
+        return kind_of(value, where) is not None
+    kinds = [kind_of(one, f"{where}, place {place}") for place, one in enumerate(value, 1)]
+    if not kinds or None in kinds:
+        raise TaskError(f"{where} is a list, but not of reward functions alone: each needs `completion(s)`.")
+    return True
+
+
+def of_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
+    """The task that reward functions make with their rows: `task.data`, else what stands in the same file."""
+    if recipe.task.data:
+        table = read_data(recipe.task.data)
+    elif hasattr(module, "rows"):
+        try:
+            table = table_of(module.rows, getattr(module, "test_rows", None))
+        except MinigrpoError:
+            raise
+        except Exception as fault:
+            raise TaskError(f"{blame(Path(str(module.__file__)), fault)} It was making the rows.") from fault
+    else:
+        raise TaskError(
+            f"{spec} scores rows, but there are none. Give --task.data FILE (.jsonl, .json, .csv, .parquet, a folder, "
+            "a Hub data set), or put `rows`, a list or a function that returns one, into the same file."
+        )
+    return scored_task(
+        value if isinstance(value, list | tuple) else [value],
+        table,
+        name=spec.rpartition(":")[2],
+        system=getattr(module, "system", None),
+        gold=getattr(module, "gold", None),
+        weights=recipe.task.weights,
+    )
+
+
+def loaded(path: Path) -> ModuleType:
+    """The file, run as a module. Its folder joins the import path, last, so that it shadows nothing."""
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(f"minigrpo_own_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} cannot be read as Python.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as fault:
+        raise TaskError(f"{blame(path, fault)} Mend the file and try again.") from fault
+    return module
+
+
+def built(value: object, path: Path, name: str, recipe: Recipe) -> Task:
+    if not callable(value):
+        raise TaskError(
+            f"{name} in {path} is a {type(value).__name__}. Make it a Task, a function Recipe -> Task or a reward."
+        )
+    try:
+        task = value(recipe)
+    except MinigrpoError:
+        raise
+    except Exception as fault:
+        raise TaskError(f"{blame(path, fault)} {name} was building the task.") from fault
+    if not isinstance(task, Task):
+        raise TaskError(f"{name} in {path} returned a {type(task).__name__}. Return a minigrpo.types.Task.")
+    return task
+
+
+def blame(path: Path, fault: BaseException) -> str:
+    """Which line of the user's file failed, and how; the deepest of its lines, not one of a library below."""
+    own = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if Path(frame.filename) == path]
+    line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == str(path) else own[-1] if own else None
+    where = f"{path}, line {line}" if line else str(path)
+    return f"{where}: {type(fault).__name__}: {fault.msg if isinstance(fault, SyntaxError) else fault}."
+
+
+def candidates(module: ModuleType) -> list[str]:
+    """Names that could have been meant: tasks, and functions that the file defines itself."""
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, Task) or (callable(value) and getattr(value, "__module__", None) == module.__name__)
+    )
+
+
+def shortened(task: Task, size: int) -> Task:
+    def prompts(split: Split) -> Sequence[Prompt]:
+        return task.prompts(split)[:size] if split == "train" else task.prompts(split)
+
+    return replace(task, prompts=prompts)
+
+
+def with_checked_prompts(task: Task) -> Task:
+    def prompts(split: Split) -> Sequence[Prompt]:
+        found = task.prompts(split)
+        if not len(found):
+            raise TaskError(f"The task {task.name} has no {split} prompts.")
+        seen: set[str] = set()
+        for prompt in found:
+            if prompt.id in seen:
+                raise TaskError(f"The task {task.name} has two {split} prompts with the id {prompt.id!r}.")
+            seen.add(prompt.id)
+        return found
+
+    return replace(task, prompts=prompts)
