@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks import ours, trls
 from benchmarks.sides import Setup, Turn
+from minigrpo.algorithms.objective import open_objective
+from minigrpo.algorithms.packing import pack
 from minigrpo.grpo import accumulate
-from minigrpo.objective import open_objective
-from minigrpo.packing import pack
 from minigrpo.policy import open_policy
 from minigrpo.types import Group
 

@@ -19,7 +19,7 @@ from benchmarks.machine import now
 from benchmarks.ours import recipe_of
 from benchmarks.sides import Laps, Setup, Turn
 from benchmarks.workloads import Workload, task_of
-from minigrpo.objective import open_objective
+from minigrpo.algorithms.objective import open_objective
 from minigrpo.sampler import PromptSampler
 from minigrpo.types import Prompt
 

@@ -7,7 +7,7 @@ import torch
 from models import made_up_groups
 from torch import Tensor
 
-from minigrpo.advantages import Rewards, batch_standardized, centered, gdpo, standardized
+from minigrpo.algorithms.advantages import Rewards, batch_standardized, centered, gdpo, standardized
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 NAN = math.nan

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from minigrpo.algorithms.entropy import EntropyBonus, chosen_tokens
 from minigrpo.config.schema import ObjectiveKnobs
-from minigrpo.entropy import EntropyBonus, chosen_tokens
 
 
 def test_without_a_target_the_bonus_stays_as_it_is() -> None:

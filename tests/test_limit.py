@@ -18,9 +18,9 @@ from benchmarks.shapes import Attention, Lengths, Product, Shape, Work, decode, 
 from benchmarks.sides import Setup
 from benchmarks.workloads import WORKLOADS
 from minigrpo import products
+from minigrpo.algorithms.objective import open_objective
+from minigrpo.algorithms.packing import pack
 from minigrpo.grpo import accumulate
-from minigrpo.objective import open_objective
-from minigrpo.packing import pack
 from minigrpo.policy import open_policy
 from minigrpo.types import Sampling
 

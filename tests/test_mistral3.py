@@ -22,6 +22,8 @@ from models import (
 )
 
 from minigrpo import checkpoint
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import pack
 from minigrpo.budget import Place, make_plan
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
@@ -34,8 +36,6 @@ from minigrpo.errors import ModelError, RecipeError
 from minigrpo.grpo import accumulate, grpo
 from minigrpo.loading import Loaded, open_model
 from minigrpo.lora import add_lora
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import pack
 from minigrpo.policy import Policy, open_policy, open_trained, recompute_activations
 from minigrpo.quantize import in_four_bit
 from minigrpo.render import render

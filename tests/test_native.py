@@ -8,13 +8,13 @@ import torch
 from conftest import LLAMA_LIKE
 from models import make_policy, rendered, set_lora
 
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe, RolloutKnobs
 from minigrpo.engines import caches, open_engine, stop_ids
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.sampling import draw
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import pack
 from minigrpo.policy import Policy
 from minigrpo.types import Completion, Engine, Grade, Group, Sampling
 from minigrpo.utils.rng import uniform

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigrpo.config.schema import ObjectiveKnobs, Recipe
-from minigrpo.objective import (
+from minigrpo.algorithms.objective import (
     OBJECTIVES,
     Importance,
     Objective,
@@ -20,6 +19,7 @@ from minigrpo.objective import (
     per_token,
     sequence_ratio,
 )
+from minigrpo.config.schema import ObjectiveKnobs, Recipe
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from conftest import tiny_config
 from models import gradients, made_up_groups, make_policy
 
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import pack
 from minigrpo.budget import Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.errors import RecipeError
 from minigrpo.grpo import Pace, accumulate, improve
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import pack
 from minigrpo.policy import Policy
 from minigrpo.runs.rundir import RunDir
 from minigrpo.shadow import shadow, training_pass, uniform_part

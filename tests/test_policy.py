@@ -11,11 +11,11 @@ import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE
 from models import gradients, made_up_groups, make_policy, set_lora
 
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
 from minigrpo.errors import ModelError
 from minigrpo.grpo import accumulate
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy, open_policy
 
 EVERYTHING = 1 << 30

@@ -11,10 +11,10 @@ import torch
 from models import gradients, made_up_groups, make_policy
 from test_quantize import train
 
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.grpo import Pace, accumulate, improve
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
 from minigrpo.precision import GOOD, HIGHEST, LOWEST, START, LossScale
 from minigrpo.runs.rundir import RunDir

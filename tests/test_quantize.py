@@ -12,6 +12,8 @@ from conftest import ARCHITECTURES, LLAMA_LIKE, build_model
 from models import gradients, made_up_groups, rendered, set_lora
 
 from minigrpo import checkpoint
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
 from minigrpo.engines.huggingface import TransformersEngine
@@ -19,8 +21,6 @@ from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError
 from minigrpo.fused import is_packed, weight_of
 from minigrpo.grpo import grpo
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import pack
 from minigrpo.policy import Policy, open_policy, open_trained
 from minigrpo.quantize import in_four_bit, weight_bytes
 from minigrpo.runs.logger import Track

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minigrpo import attention, stretches
-from minigrpo.packing import Layout
+from minigrpo.algorithms.packing import Layout
 
 UNEVEN = tuple(tuple(random.Random(7 * g + s).randint(1, 40) for s in range(5)) for g in range(3))
 LAYOUTS = {

@@ -20,11 +20,11 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="TRL is compared with where it is installed: pip install 'minigrpo[bench]'")
 
+from minigrpo.algorithms.objective import OBJECTIVES, Objective
+from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import with_chosen_tokens
 from minigrpo.loading import Loaded
-from minigrpo.objective import OBJECTIVES, Objective
-from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt
 

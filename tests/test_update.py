@@ -8,10 +8,10 @@ import pytest
 import torch
 from models import gradients, made_up_groups, make_policy
 
+from minigrpo.algorithms.objective import OBJECTIVES, Objective
+from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import Pace, accumulate, improve, with_chosen_tokens
-from minigrpo.objective import OBJECTIVES, Objective
-from minigrpo.packing import Batch, pack
 from minigrpo.policy import Policy
 from minigrpo.types import Group
 

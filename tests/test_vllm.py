@@ -21,11 +21,11 @@ import torch
 from conftest import build_model
 from models import make_policy, rendered, set_lora
 
+from minigrpo.algorithms.objective import OBJECTIVES, open_objective
+from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.engines.vllm import Asked, Served, VllmEngine, open_vllm, room_for
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.objective import OBJECTIVES, open_objective
-from minigrpo.packing import pack
 from minigrpo.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Sampling
 

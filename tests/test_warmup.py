@@ -15,11 +15,11 @@ import torch
 from models import made_up_groups, make_policy, set_lora
 
 from minigrpo import cli, pipeline
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import Part, pack
 from minigrpo.policy import Policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir, read_json

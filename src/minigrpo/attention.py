@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from minigrpo import stretches
-from minigrpo.packing import Layout
+from minigrpo.algorithms.packing import Layout
 
 NAME = "minigrpo_shared_prompt"
 

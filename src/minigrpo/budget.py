@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 
+from minigrpo.algorithms.packing import Part
 from minigrpo.attention import MASKS
 from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.engines.lean import is_lean
-from minigrpo.packing import Part
 from minigrpo.policy import Policy
 from minigrpo.quantize import moment_bytes
 from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part

@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.algorithms.entropy import chosen_tokens
+from minigrpo.algorithms.length_penalty import with_overlong_penalty
+from minigrpo.algorithms.objective import Objective, open_objective
+from minigrpo.algorithms.packing import Batch, Part, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import check_prompts, longest_prompt
-from minigrpo.entropy import chosen_tokens
 from minigrpo.grader import Grader
 from minigrpo.keeper import Keeper
 from minigrpo.metrics import Clock, batch_metrics, group_metrics
-from minigrpo.objective import Objective, open_objective
-from minigrpo.packing import Batch, Part, pack
 from minigrpo.policy import Policy
 from minigrpo.quantize import eight_bit_adamw
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.runs.logger import Track
 from minigrpo.sampler import PromptSampler, split_off
-from minigrpo.shaping import with_overlong_penalty
 from minigrpo.shortage import clear_gradients, rehearse, with_room
 from minigrpo.teaching import Gathered, GroupSource
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task

@@ -16,11 +16,11 @@ import torch
 
 from minigrpo import checkpoint
 from minigrpo.alarms import Alarms
+from minigrpo.algorithms.entropy import EntropyBonus
+from minigrpo.algorithms.packing import Batch
 from minigrpo.config.schema import Recipe
-from minigrpo.entropy import EntropyBonus
 from minigrpo.errors import DivergenceError
 from minigrpo.explosion import Watch, message
-from minigrpo.packing import Batch
 from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.policy import Policy
 from minigrpo.runs.logger import Track

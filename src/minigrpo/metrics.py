@@ -7,8 +7,8 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
-from minigrpo.objective import TIE
-from minigrpo.packing import Batch
+from minigrpo.algorithms.objective import TIE
+from minigrpo.algorithms.packing import Batch
 from minigrpo.types import Group
 from minigrpo.utils.memory import peak_bytes, reset_peak
 

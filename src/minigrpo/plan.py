@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.algorithms.packing import Part
 from minigrpo.budget import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
-from minigrpo.packing import Part
 from minigrpo.policy import Policy, recompute_activations
 from minigrpo.shadow import UnplannableError, uniform_part
 

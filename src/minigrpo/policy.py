@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from minigrpo import attention
+from minigrpo.algorithms.packing import Part
 from minigrpo.config.schema import Recipe
 from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
 from minigrpo.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
-from minigrpo.packing import Part
 from minigrpo.precision import LossScale
 from minigrpo.quantize import weight_bytes
 from minigrpo.scoring import Float32Head, HeadCall, score

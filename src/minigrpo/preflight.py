@@ -16,10 +16,10 @@ from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
 
+from minigrpo.algorithms.objective import OBJECTIVES
+from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.grader import Grader
-from minigrpo.objective import OBJECTIVES
-from minigrpo.packing import pack
 from minigrpo.plan import Plan, plan_of_run, tokens_per_pass
 from minigrpo.render import render
 from minigrpo.rollout import prompts_of, rollout

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigrpo import attention, stretches
+from minigrpo.algorithms.packing import Bundle, Part
 from minigrpo.attention import TORCH, AttentionBackend
 from minigrpo.config.schema import Recipe
 from minigrpo.loading import Loaded, model_class
 from minigrpo.lora import add_lora
-from minigrpo.packing import Bundle, Part
 from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
 from minigrpo.scoring import Float32Head
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from minigrpo.algorithms.objective import Objective
+from minigrpo.algorithms.packing import Bundle, Part
 from minigrpo.budget import largest_part
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
-from minigrpo.objective import Objective
-from minigrpo.packing import Bundle, Part
 from minigrpo.plan import free_memory, plan_of
 from minigrpo.policy import Policy
 from minigrpo.runs.rundir import RunDir, write_json

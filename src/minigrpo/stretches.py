@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.packing import Layout
+from minigrpo.algorithms.packing import Layout
 
 CACHED = 1 << 19
 """Scores worked on at a time."""

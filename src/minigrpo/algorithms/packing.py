@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigrpo.advantages import Rewards
-from minigrpo.objective import Objective, per_token
+from minigrpo.algorithms.advantages import Rewards
+from minigrpo.algorithms.objective import Objective, per_token
 from minigrpo.types import Group
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minigrpo.advantages import TIE, Rewards, batch_standardized, centered, gdpo, standardized
+from minigrpo.algorithms.advantages import TIE, Rewards, batch_standardized, centered, gdpo, standardized
 from minigrpo.config.schema import ObjectiveKnobs, Recipe
 
 LOG_RATIO_LIMIT = 20.0
