@@ -151,7 +151,7 @@ def refusal(given: argparse.Namespace) -> str | None:
 def _sixteen_bit() -> str | None:
     """What is wrong with this machine's 16-bit products, if anything is."""
     from minigrpo.errors import ModelError
-    from minigrpo.loading import check_instructions
+    from minigrpo.models.loading import check_instructions
 
     try:
         check_instructions("bfloat16")

@@ -45,7 +45,7 @@ def make_tiny(folder: Path) -> None:
     """The embedded model before its warm start, which would change no figure where stop lengths are forced."""
     import torch
 
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     blueprint = seedling.Blueprint()
     tokenizer = seedling.train_tokenizer(blueprint)
@@ -56,7 +56,7 @@ def make_tiny(folder: Path) -> None:
 
 def make_grown(folder: Path) -> None:
     """The embedded model after its warm start, from the cache or built: about a minute."""
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     shutil.copytree(seedling.cached(seedling.Blueprint()), folder, dirs_exist_ok=True)
 

@@ -19,7 +19,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.engines import stop_ids
 from minigrpo.engines.native import NativeEngine
 from minigrpo.grpo import grpo
-from minigrpo.policy import Policy, open_policy
+from minigrpo.models.policy import Policy, open_policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Task

@@ -18,7 +18,7 @@ from benchmarks.sides import Setup, Turn
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.grpo import accumulate
-from minigrpo.policy import open_policy
+from minigrpo.models.policy import open_policy
 from minigrpo.types import Group
 
 TOLERANCE = 1e-4

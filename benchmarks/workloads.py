@@ -122,7 +122,7 @@ def _long_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
     """Prompts of exactly so many tokens: one token a byte, so the text is cut to fit."""
     from transformers import AutoTokenizer
 
-    from minigrpo.render import render
+    from minigrpo.models.chat_template import render
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     empty = len(render(tokenizer, Prompt("", ({"role": "user", "content": ""},))).ids)

@@ -10,9 +10,9 @@ import torch
 from conftest import build_model, build_tokenizer, enliven, tiny_config
 
 from minigrpo.config.schema import LoraKnobs
-from minigrpo.loading import Loaded
-from minigrpo.lora import add_lora
-from minigrpo.policy import Policy
+from minigrpo.models.loading import Loaded
+from minigrpo.models.lora import add_lora
+from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt, Rendered
 
 DEFAULT_WORDS = "You are small."

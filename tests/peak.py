@@ -22,9 +22,9 @@ from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Wave, native_sampling, slot_sampling
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.slots import SlotEngine
-from minigrpo.loading import Loaded
-from minigrpo.lora import add_lora
-from minigrpo.policy import Policy, recompute_activations
+from minigrpo.models.loading import Loaded
+from minigrpo.models.lora import add_lora
+from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.shadow import shadow, training_pass, uniform_part
 from minigrpo.types import Prompt, Rendered, Sampling
 

@@ -60,7 +60,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 def test_minigrpo_stops_exactly_where_it_is_told(setup: Setup) -> None:
     from benchmarks.ours import forced_engine
-    from minigrpo.policy import open_policy
+    from minigrpo.models.policy import open_policy
     from minigrpo.rollout import rollout
     from minigrpo.types import Sampling
 

@@ -14,8 +14,8 @@ from minigrpo.config.schema import Recipe
 from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo
-from minigrpo.policy import Policy, open_policy
-from minigrpo.render import render
+from minigrpo.models.chat_template import render
+from minigrpo.models.policy import Policy, open_policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Sampling, Task

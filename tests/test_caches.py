@@ -11,7 +11,7 @@ from minigrpo.engines import caches
 from minigrpo.engines.caches import OwnPrompts, SharedPrompts, form_of
 from minigrpo.engines.lean import Lean
 from minigrpo.engines.native import NativeEngine
-from minigrpo.policy import Policy, decoder
+from minigrpo.models.policy import Policy, decoder
 from minigrpo.types import Completion, Sampling
 
 STOPS = list(range(3, 90, 4))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from minigrpo import coder, seedling
 from minigrpo.config.schema import Recipe
-from minigrpo.imitation import Schedule
-from minigrpo.render import check_tokenizer, render
+from minigrpo.models.chat_template import check_tokenizer, render
+from minigrpo.models.embedded import seedling, sudoku_demos
+from minigrpo.models.embedded.sudoku_programs import NAMES, strategies
+from minigrpo.models.sft import Schedule
 from minigrpo.runs.rundir import digest
 from minigrpo.tasks.registry import open_task
-from minigrpo.tasks.strategies import NAMES, strategies
 
 QUICK = replace(seedling.blueprint_of("seedling:coder", seed=0), imitation=Schedule(steps=2, rows=2, lr=1e-3))
 
@@ -75,7 +75,7 @@ def test_the_coder_learns_from_questions_as_the_task_asks_them(folder: Path) -> 
     tokenizer = tokenizer_of(folder)
     task = open_task(Recipe.model_validate({"task": {"name": "sudoku", "games": 2, "fewest": 26, "most": 32}}))
     asked = task.prompts("train")[0].messages
-    (learned, _), *_ = coder.demonstrations(0, 1)
+    (learned, _), *_ = sudoku_demos.demonstrations(0, 1)
     words = [[word for word in one[0]["content"].split() if not word[0].isdigit()] for one in (asked, learned)]
     assert len(asked) == len(learned) == 1
     assert words[0] == words[1]

@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.Mo
     """An empty folder to be a newcomer in, and a cache with a hastily built seedling under the real one's name."""
     from dataclasses import replace
 
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch_module.setenv("MINIGRPO_CACHE", str(cache))

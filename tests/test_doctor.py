@@ -81,7 +81,7 @@ def test_memory_is_not_more_than_a_container_grants(monkeypatch: pytest.MonkeyPa
 def test_the_caches_are_where_their_owners_keep_them() -> None:
     from huggingface_hub import constants
 
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     assert doctor.own_cache() == seedling.cache()
     assert doctor.hub_cache() == Path(constants.HF_HUB_CACHE)

@@ -22,15 +22,16 @@ from exported import TAG, bpe_tokenizer, merged_run, model_folder, needs_llama
 from models import OWN_WORDS
 from served import gone
 
-from minigrpo import converter, ggufwriter, seedling
+from minigrpo import converter, ggufwriter
 from minigrpo.config.schema import Recipe
 from minigrpo.engines.llamacpp import LlamaCpp
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.export import export
 from minigrpo.ggufquant import DEFAULTS, Cruncher, find_tool, quantise
 from minigrpo.modelfile import conversations, modelfile, turns_of
+from minigrpo.models.chat_template import QUESTION, as_text, render
+from minigrpo.models.embedded import seedling
 from minigrpo.pretokenizer import kind_of, token_faults
-from minigrpo.render import QUESTION, as_text, render
 from minigrpo.rollout import prompts_of
 from minigrpo.tasks.registry import open_task
 

@@ -20,7 +20,7 @@ from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe
 from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo, learning_rate, open_optimizer
-from minigrpo.policy import Policy, open_policy
+from minigrpo.models.policy import Policy, open_policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Task

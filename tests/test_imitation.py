@@ -10,7 +10,7 @@ import torch
 from conftest import build_model
 from models import gradients, make_policy
 
-from minigrpo.imitation import Lesson, Room, Schedule, accumulate, imitation_loss, mean_loss, passes, warm_start
+from minigrpo.models.sft import Lesson, Room, Schedule, accumulate, imitation_loss, mean_loss, passes, warm_start
 
 EOS = 3
 LESSONS = [Lesson((5, 6, 7), (8, 9, EOS)), Lesson((10,), (11, 12, 13, 14, 15, EOS)), Lesson((20,) * 30, (21, EOS))]
@@ -94,8 +94,8 @@ def test_in_float16_the_loss_is_scaled_so_that_small_gradients_survive_and_overf
     """Against float32: the same lessons, a two-layer model in both number types."""
     import copy
 
-    from minigrpo.imitation import scaled_gradient
-    from minigrpo.precision import LossScale
+    from minigrpo.models.loss_scale import LossScale
+    from minigrpo.models.sft import scaled_gradient
 
     exact = build_model("qwen2")
     half = copy.deepcopy(exact).half()

@@ -17,11 +17,11 @@ from benchmarks.ours import first_batch, forced_engine, recipe_of
 from benchmarks.shapes import Attention, Lengths, Product, Shape, Work, decode, phases, prefill, training
 from benchmarks.sides import Setup
 from benchmarks.workloads import WORKLOADS
-from minigrpo import products
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.grpo import accumulate
-from minigrpo.policy import open_policy
+from minigrpo.models import onednn
+from minigrpo.models.policy import open_policy
 from minigrpo.types import Sampling
 
 aten: Any = torch.ops.aten
@@ -39,7 +39,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 @pytest.fixture(autouse=True)
 def _counted_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's counter does not know oneDNN's own calls."""
-    monkeypatch.setattr(products, "by_onednn", lambda: False)
+    monkeypatch.setattr(onednn, "by_onednn", lambda: False)
 
 
 def counted(call: Any) -> tuple[int, int]:
@@ -67,7 +67,7 @@ def of_workload(setup: Setup, policy: Any) -> tuple[Shape, Lengths]:
 
 def test_a_rollout_takes_as_many_operations_as_torch_counts(setup: Setup) -> None:
     """float32: the adapter lies in the weights. Prompts of one length, so that no padding is fed."""
-    from minigrpo.render import render
+    from minigrpo.models.chat_template import render
 
     recipe = recipe_of(setup, lora__rank=RANK)
     policy = open_policy(recipe)

@@ -13,11 +13,11 @@ from conftest import build_tokenizer
 from delivered import FAMILIES, VARIANTS, adapted, edit, edit_json, make_run, save_adapter, save_base
 from safetensors.torch import load_file
 
-from minigrpo.basemodel import find_base, for_other_readers, open_base
 from minigrpo.delivery import merged_of
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.loading import model_class
 from minigrpo.merge import Merged, merge
+from minigrpo.models.loading import model_class
+from minigrpo.models.model_files import find_base, for_other_readers, open_base
 from minigrpo.runs.rundir import RunDir, digest
 
 YOUNG, GROWN = 1e-5, 0.05

@@ -28,17 +28,17 @@ from minigrpo.budget import Place, make_plan
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.engines import open_engine
-from minigrpo.engines.context import context_of
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.lean import is_lean
 from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.grpo import accumulate, grpo
-from minigrpo.loading import Loaded, open_model
-from minigrpo.lora import add_lora
-from minigrpo.policy import Policy, open_policy, open_trained, recompute_activations
-from minigrpo.quantize import in_four_bit
-from minigrpo.render import render
+from minigrpo.models.chat_template import render
+from minigrpo.models.context import context_of
+from minigrpo.models.loading import Loaded, open_model
+from minigrpo.models.lora import add_lora
+from minigrpo.models.policy import Policy, open_policy, open_trained, recompute_activations
+from minigrpo.models.quantize import in_four_bit
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
@@ -290,7 +290,7 @@ def test_where_all_is_trained_the_tower_is_not_and_a_checkpoint_holds_both(folde
 
 def test_four_bits_are_for_the_text_model() -> None:
     pytest.importorskip("bitsandbytes")
-    from minigrpo.fused import is_packed
+    from minigrpo.models.lora_linear import is_packed
 
     model = in_four_bit(build_mistral3(), CPU)
     packed = {name for name, layer in model.named_modules() if is_packed(layer)}

@@ -15,7 +15,7 @@ from minigrpo.engines import caches, open_engine, stop_ids
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.sampling import draw
-from minigrpo.policy import Policy
+from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Engine, Grade, Group, Sampling
 from minigrpo.utils.rng import uniform
 

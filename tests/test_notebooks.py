@@ -18,8 +18,9 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from minigrpo import notebook, seedling
+from minigrpo import notebook
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
+from minigrpo.models.embedded import seedling
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 COLAB, SUDOKU = (NOTEBOOKS[0].parent / f"{name}_colab.ipynb" for name in ("gsm8k", "sudoku"))

@@ -15,8 +15,8 @@ from minigrpo.budget import Place, make_plan
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import ModelError
 from minigrpo.grpo import open_optimizer
-from minigrpo.policy import open_policy
-from minigrpo.quantize import eight_bit_adamw, moment_bytes
+from minigrpo.models.policy import open_policy
+from minigrpo.models.quantize import eight_bit_adamw, moment_bytes
 from minigrpo.runs.rundir import RunDir
 
 pytest.importorskip("bitsandbytes")

@@ -22,7 +22,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.errors import RecipeError
 from minigrpo.grpo import Pace, accumulate, improve
-from minigrpo.policy import Policy
+from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
 from minigrpo.shadow import shadow, training_pass, uniform_part
 from minigrpo.shortage import NOTE, cut, left_by_a_kill, noted, with_room

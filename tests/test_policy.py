@@ -16,7 +16,7 @@ from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
 from minigrpo.errors import ModelError
 from minigrpo.grpo import accumulate
-from minigrpo.policy import Policy, open_policy
+from minigrpo.models.policy import Policy, open_policy
 
 EVERYTHING = 1 << 30
 
@@ -124,7 +124,7 @@ def test_the_reference_is_the_model_without_its_adapter_and_without_dropout() ->
 
 
 def test_checkpointed_activations_change_nothing() -> None:
-    from minigrpo.policy import recompute_activations
+    from minigrpo.models.policy import recompute_activations
 
     policy = make_policy(double=True, dropout=0.1)
     part = one_part(policy)
@@ -136,7 +136,7 @@ def test_checkpointed_activations_change_nothing() -> None:
 
 
 def test_a_reference_pass_between_forward_and_recomputing_backward_changes_no_mask() -> None:
-    from minigrpo.policy import recompute_activations
+    from minigrpo.models.policy import recompute_activations
 
     policy, objective = make_policy(double=True, dropout=0.3), replace(OBJECTIVES["grpo"], kl=0.1)
     batch = pack(made_up_groups(), objective, 60)
@@ -173,8 +173,8 @@ def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
 def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_float64(
     arch: str, rank: int, dropout: float, checkpointing: bool
 ) -> None:
-    from minigrpo.lora import add_lora
-    from minigrpo.policy import recompute_activations
+    from minigrpo.models.lora import add_lora
+    from minigrpo.models.policy import recompute_activations
 
     policy = make_policy(arch, lora=None, double=True)
     policy.model.requires_grad_(False)
@@ -264,8 +264,8 @@ def test_a_copy_on_another_device_is_asked_there_and_only_its_answer_moves(
 def test_a_copy_goes_to_the_cpu_where_the_gpu_has_no_room_for_it_beside_what_training_needs(
     room: float, memory: float | None, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minigrpo.policy import _reference_device
-    from minigrpo.quantize import weight_bytes
+    from minigrpo.models.policy import _reference_device
+    from minigrpo.models.quantize import weight_bytes
 
     policy = make_policy(lora=None)
     weights = weight_bytes(policy.model)

@@ -15,8 +15,8 @@ from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.grpo import Pace, accumulate, improve
-from minigrpo.policy import Policy
-from minigrpo.precision import GOOD, HIGHEST, LOWEST, START, LossScale
+from minigrpo.models.loss_scale import GOOD, HIGHEST, LOWEST, START, LossScale
+from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
 
 EVERYTHING = 1 << 30
@@ -141,7 +141,7 @@ def test_a_model_in_float16_learns_under_a_float32_adapter(tiny_folder: Callable
 def test_a_resumed_run_goes_on_with_the_scale_that_it_had_reached(
     tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigrpo.precision.GOOD", 3)
+    monkeypatch.setattr("minigrpo.models.loss_scale.GOOD", 3)
     whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
     expected = train(half_recipe(tiny_folder(), steps=4), whole)
     train(half_recipe(tiny_folder(), steps=2), cut)

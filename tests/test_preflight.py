@@ -9,7 +9,7 @@ import torch
 
 from minigrpo.config.schema import Recipe, WarmupKnobs
 from minigrpo.engines.scripted import Scripted
-from minigrpo.policy import open_policy
+from minigrpo.models.policy import open_policy
 from minigrpo.preflight import preflight
 from minigrpo.types import Grade
 from minigrpo.ui.progress import no_report

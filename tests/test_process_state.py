@@ -39,7 +39,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 import minigrpo
-from minigrpo import attention
+from minigrpo.models.attention import shared_prompt as attention
 from minigrpo.engines import lean
 
 libc = ctypes.CDLL(None)

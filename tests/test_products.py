@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minigrpo import products
-from minigrpo.products import linear, outer
+from minigrpo.models import onednn
+from minigrpo.models.onednn import linear, outer
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "by_onednn", lambda: request.param)
+    monkeypatch.setattr(onednn, "by_onednn", lambda: request.param)
 
 
 @pytest.mark.usefixtures("by")
@@ -42,6 +42,6 @@ def test_other_types_and_few_rows_stay_with_torch(monkeypatch: pytest.MonkeyPatc
     def refuse() -> bool:
         raise AssertionError("not for this product")
 
-    monkeypatch.setattr(products, "by_onednn", refuse)
+    monkeypatch.setattr(onednn, "by_onednn", refuse)
     for dtype, rows in ((torch.float64, 100), (torch.bfloat16, 100), (torch.float32, 31)):
         assert linear(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)).shape == (rows, 4)

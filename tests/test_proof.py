@@ -18,12 +18,12 @@ from conftest import build_tokenizer
 from delivered import adapted, edit, make_run, save_adapter, save_base
 from safetensors.torch import load_file
 
-from minigrpo.basemodel import open_base
 from minigrpo.delivery import read_seal, source_of
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.held import LONGEST, held_texts
 from minigrpo.merge import merge, merge_alone
 from minigrpo.merging import rounding
+from minigrpo.models.model_files import open_base
 from minigrpo.proof import prove, trained_truth
 from minigrpo.runs.rundir import RunDir, read_json
 

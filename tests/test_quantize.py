@@ -19,10 +19,10 @@ from minigrpo.engines import open_engine
 from minigrpo.engines.huggingface import TransformersEngine
 from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError
-from minigrpo.fused import is_packed, weight_of
 from minigrpo.grpo import grpo
-from minigrpo.policy import Policy, open_policy, open_trained
-from minigrpo.quantize import in_four_bit, weight_bytes
+from minigrpo.models.lora_linear import is_packed, weight_of
+from minigrpo.models.policy import Policy, open_policy, open_trained
+from minigrpo.models.quantize import in_four_bit, weight_bytes
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task

@@ -3,7 +3,7 @@
 import pytest
 
 from minigrpo.errors import ModelError
-from minigrpo.render import check_tokenizer, render, set_options
+from minigrpo.models.chat_template import check_tokenizer, render, set_options
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.engines.context import check_room
 from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ModelError, TaskError
+from minigrpo.models.context import check_room
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.types import Grade, Prompt, Rendered, Sampling
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo import scoring
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe
 from minigrpo.engines import open_engine
-from minigrpo.policy import open_policy
-from minigrpo.render import render
-from minigrpo.scoring import Float32Head, HeadCall, score
+from minigrpo.models import logprobs
+from minigrpo.models.chat_template import render
+from minigrpo.models.logprobs import Float32Head, HeadCall, score
+from minigrpo.models.policy import open_policy
 from minigrpo.types import Prompt, Sampling
 
 
@@ -38,8 +38,8 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
     labels_N = torch.randint(0, 40, (23,), generator=draw)
     slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
     inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None and x.requires_grad]
-    monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 40 * 5)
-    monkeypatch.setattr(scoring, "CACHED_ENTRIES", 40 * 2)  # and within a chunk two rows at a time
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 40 * 5)
+    monkeypatch.setattr(logprobs, "CACHED_ENTRIES", 40 * 2)  # and within a chunk two rows at a time
     head = HeadCall(weight_VD, bias_V, scale=scale, cap=cap, temperature=heat)
     logprobs_N, entropy_N = score(hidden_ND, labels_N, head, entropy_learns=entropy_learns)
     assert entropy_N.requires_grad is entropy_learns
@@ -73,7 +73,7 @@ def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
 
     with Watch():
         score(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
-    assert max(sizes) <= scoring.CHUNK_ENTRIES
+    assert max(sizes) <= logprobs.CHUNK_ENTRIES
 
 
 def test_a_float32_head_on_sixteen_bit_hidden_states_rounds_no_logit() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo import seedling
 from minigrpo.errors import ModelError
-from minigrpo.imitation import Schedule
-from minigrpo.render import check_tokenizer, render
+from minigrpo.models.chat_template import check_tokenizer, render
+from minigrpo.models.embedded import seedling
+from minigrpo.models.embedded.seedling import Blueprint
+from minigrpo.models.sft import Schedule
 from minigrpo.runs.rundir import digest
-from minigrpo.seedling import Blueprint
 from minigrpo.tasks.builtin import wordproblems
 from minigrpo.types import Prompt
 

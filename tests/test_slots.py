@@ -14,7 +14,7 @@ from minigrpo.engines import open_engine, slots
 from minigrpo.engines.native import NativeEngine
 from minigrpo.engines.slots import SlotEngine, own_slots
 from minigrpo.errors import RecipeError
-from minigrpo.policy import Policy
+from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Engine, Rendered, Sampling
 
 STOPS = [3, 17, 50, 60]

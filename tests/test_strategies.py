@@ -9,8 +9,8 @@ from itertools import islice
 import pytest
 
 from minigrpo.config.schema import Recipe
+from minigrpo.models.embedded.sudoku_programs import NAMES, SHARES, WINNERS, Strategy, endless, strategies
 from minigrpo.tasks.registry import open_task
-from minigrpo.tasks.strategies import NAMES, SHARES, WINNERS, Strategy, endless, strategies
 
 KNOWN = re.compile(rf"\b(?:{'|'.join(name for names in NAMES.values() for name in names)})\b")
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from minigrpo import attention, stretches
 from minigrpo.algorithms.packing import Layout
+from minigrpo.models.attention import cpu, shared_prompt
 
 UNEVEN = tuple(tuple(random.Random(7 * g + s).randint(1, 40) for s in range(5)) for g in range(3))
 LAYOUTS = {
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def attended(
-    layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=attention.TORCH
+    layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=shared_prompt.TORCH
 ) -> list[torch.Tensor]:
     """The output of 4 heads, and the gradients of queries, keys and values, of numbers that bfloat16 can hold."""
     stream = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ def attended(
         torch.randn(1, heads, tokens, 8, generator=stream).bfloat16().to(dtype).requires_grad_()
         for heads in (4, kv_heads, kv_heads)
     ]
-    out, _ = attention.shared_prompt_attention(
+    out, _ = shared_prompt.shared_prompt_attention(
         None, *given, None, layout=layout, backend=backend, sliding_window=window
     )
     slope = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
@@ -44,7 +44,7 @@ def agree(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 @pytest.fixture(params=["kept", "made again"])
 def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "made again":
-        monkeypatch.setattr(stretches, "KEPT", 0)
+        monkeypatch.setattr(cpu, "KEPT", 0)
 
 
 @pytest.mark.usefixtures("probabilities")
@@ -52,7 +52,7 @@ def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_stretches_are_padded_rows(layout: Layout, kv_heads: int, window: int | None) -> None:
-    fused = attention.AttentionBackend(stretches_on=frozenset())
+    fused = shared_prompt.AttentionBackend(stretches_on=frozenset())
     agree(attended(layout, kv_heads, window), attended(layout, kv_heads, window, backend=fused))
 
 
@@ -60,7 +60,7 @@ def test_stretches_are_padded_rows(layout: Layout, kv_heads: int, window: int | 
 @pytest.mark.parametrize("cached", [1, 200, 2_000])
 def test_how_many_scores_are_worked_on_at_a_time_does_not_matter(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attended(LAYOUTS["uneven"], 2, 30)
-    monkeypatch.setattr(stretches, "CACHED", cached)
+    monkeypatch.setattr(cpu, "CACHED", cached)
     agree(attended(LAYOUTS["uneven"], 2, 30), whole)
 
 
@@ -79,17 +79,17 @@ def test_sixteen_bit_is_off_by_its_own_rounding() -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bucket,) = stretches.plan_of(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
-    heads = stretches.Heads(kv_heads, 2, 8, 1.0)
+    (bucket,) = cpu.plan_of(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
+    heads = cpu.Heads(kv_heads, 2, 8, 1.0)
     for cached in (1, 100, 3_000, 10**9):
-        monkeypatch.setattr(stretches, "CACHED", cached)
+        monkeypatch.setattr(cpu, "CACHED", cached)
         covered = [place for at in bucket.spans(heads) for place in range(at.start, at.stop)]
         assert covered == list(range(bucket.rows * kv_heads))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_token_asks_once_and_little_is_padding(layout: Layout) -> None:
-    plan = stretches.plan_of(layout, None, torch.float32, torch.device("cpu"))
+    plan = cpu.plan_of(layout, None, torch.float32, torch.device("cpu"))
     tokens = layout.shared_tokens + sum(layout.own_B)
     for slots_T, token_S in ((plan.asked_T, plan.query_S), (plan.told_T, plan.key_S)):
         torch.testing.assert_close(token_S[slots_T], torch.arange(tokens))

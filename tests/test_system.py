@@ -10,7 +10,7 @@ import pytest
 
 from minigrpo import pipeline
 from minigrpo.config.load import dump_recipe, load_recipe
-from minigrpo.render import render
+from minigrpo.models.chat_template import render
 from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks.registry import open_task
 

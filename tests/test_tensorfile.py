@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigrpo.errors import ArtifactError
-from minigrpo.tensorfile import NAMES, Planned, Stored, read_header, write_file
+from minigrpo.models.safetensors_io import NAMES, Planned, Stored, read_header, write_file
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),
@@ -45,7 +45,7 @@ def copy(file: Path, cast: dict[str, torch.dtype]) -> Path:
 
 
 def test_what_is_read_is_what_the_library_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigrpo.tensorfile.BLOCK", 4)
+    monkeypatch.setattr("minigrpo.models.safetensors_io.BLOCK", 4)
     for name, stored in read_header(file).tensors.items():
         assert stored.shape == TENSORS[name].shape
         parts = [stored.read(*rows) for rows in stored.blocks()]

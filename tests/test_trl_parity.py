@@ -24,8 +24,8 @@ from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import with_chosen_tokens
-from minigrpo.loading import Loaded
-from minigrpo.policy import Policy
+from minigrpo.models.loading import Loaded
+from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 TOLERANCE = 1e-5

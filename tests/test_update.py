@@ -12,7 +12,7 @@ from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import ObjectiveKnobs
 from minigrpo.grpo import Pace, accumulate, improve, with_chosen_tokens
-from minigrpo.policy import Policy
+from minigrpo.models.policy import Policy
 from minigrpo.types import Group
 
 EVERYTHING = 10_000

@@ -20,7 +20,7 @@ from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
-from minigrpo.policy import Policy
+from minigrpo.models.policy import Policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Task
@@ -327,7 +327,7 @@ def test_a_reference_pass_in_between_leaves_the_gradient_as_it_is(begun: Any) ->
 
 @pytest.mark.long
 def test_the_embedded_model_without_its_teachers_learns_the_form(tmp_path: Path) -> None:
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     model = tmp_path / "school-only"
     model.mkdir()

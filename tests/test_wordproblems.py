@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minigrpo.config.schema import TASK_NAMES, Recipe
-from minigrpo.demonstrations import HABITS, demonstrations, habit_weights, schooling, unreadable
 from minigrpo.errors import TaskError
+from minigrpo.models.embedded.wordproblem_demos import HABITS, demonstrations, habit_weights, schooling, unreadable
 from minigrpo.tasks.builtin.wordproblems import KINDS, RESULTS, problems, side
 from minigrpo.tasks.registry import TASKS, open_task
 from minigrpo.types import Prompt, Task

@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 
 from minigrpo.algorithms.packing import Part
-from minigrpo.attention import MASKS
 from minigrpo.config.schema import Recipe
 from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.engines.lean import is_lean
-from minigrpo.policy import Policy
-from minigrpo.quantize import moment_bytes
+from minigrpo.models.attention.cpu import PLANS
+from minigrpo.models.attention.shared_prompt import MASKS
+from minigrpo.models.policy import Policy
+from minigrpo.models.quantize import moment_bytes
 from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
-from minigrpo.stretches import PLANS
 
 When = Literal["always", "rollout", "update"]
 

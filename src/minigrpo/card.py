@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from minigrpo.basemodel import config_here, missing_for_vllm, without_scale
 from minigrpo.config.load import load_recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.hub import in_bytes
 from minigrpo.launching import RANKS
+from minigrpo.models.model_files import config_here, missing_for_vllm, without_scale
 from minigrpo.parity import read_parity
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from minigrpo import ggufwriter
-from minigrpo.basemodel import open_base
 from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.models.embedded.seedling import cache
+from minigrpo.models.model_files import open_base
 from minigrpo.pretokenizer import kind_of
 from minigrpo.runs.rundir import complete_folder, digest
-from minigrpo.seedling import cache
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

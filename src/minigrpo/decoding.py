@@ -14,7 +14,7 @@ import torch
 from minigrpo.engines import caches, native, slots
 from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
-from minigrpo.policy import Policy, decoder
+from minigrpo.models.policy import Policy, decoder
 from minigrpo.shadow import META, Tally, held_by
 
 

@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo.adapter import Adapter, adapter_config, read_adapter
-from minigrpo.basemodel import Base, find_base, open_base
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
+from minigrpo.models.adapter import Adapter, adapter_config, read_adapter
+from minigrpo.models.model_files import Base, find_base, open_base
 from minigrpo.runs.lock import hold
 from minigrpo.runs.manifest import finished, read_sealed, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, tidy

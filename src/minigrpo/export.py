@@ -23,7 +23,6 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.basemodel import Base, open_base
 from minigrpo.config.load import load_recipe
 from minigrpo.converter import Converter, find_converter
 from minigrpo.delivery import alone, merged_of, sums_of
@@ -34,6 +33,7 @@ from minigrpo.ggufproof import Proof, Reference, outline, prove_file, reference
 from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
 from minigrpo.merging import bytes_of
 from minigrpo.modelfile import modelfile
+from minigrpo.models.model_files import Base, open_base
 from minigrpo.parity import figure
 from minigrpo.runs.manifest import read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing

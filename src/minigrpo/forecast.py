@@ -10,11 +10,11 @@ import torch
 
 from minigrpo.budget import Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.context import longest_prompt
 from minigrpo.errors import ModelError
-from minigrpo.loading import DTYPES, pick_device, pick_dtype
+from minigrpo.models.chat_template import set_options
+from minigrpo.models.context import longest_prompt
+from minigrpo.models.loading import DTYPES, pick_device, pick_dtype
 from minigrpo.plan import elsewhere, here
-from minigrpo.render import set_options
 from minigrpo.rollout import prompts_of
 from minigrpo.shadow import UnplannableError
 from minigrpo.tasks.registry import open_task
@@ -61,7 +61,7 @@ def _this_machine(recipe: Recipe) -> Place:
 
 def sketch_of(recipe: Recipe) -> Sketch:
     """Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
-    from minigrpo import seedling
+    from minigrpo.models.embedded import seedling
 
     path, revision = recipe.model.path, recipe.model.revision
     if seedling.is_seedling(path):

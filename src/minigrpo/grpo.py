@@ -24,12 +24,12 @@ from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective, open_objective
 from minigrpo.algorithms.packing import Batch, Part, pack
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.context import check_prompts, longest_prompt
 from minigrpo.grader import Grader
 from minigrpo.keeper import Keeper
 from minigrpo.metrics import Clock, batch_metrics, group_metrics
-from minigrpo.policy import Policy
-from minigrpo.quantize import eight_bit_adamw
+from minigrpo.models.context import check_prompts, longest_prompt
+from minigrpo.models.policy import Policy
+from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.runs.logger import Track
 from minigrpo.sampler import PromptSampler, split_off

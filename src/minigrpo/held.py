@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, TaskError
-from minigrpo.render import QUESTION, render
+from minigrpo.models.chat_template import QUESTION, render
 from minigrpo.rollout import prompts_of
 from minigrpo.types import Prompt, Task
 

@@ -29,7 +29,7 @@ from minigrpo.ui.progress import stage
 if TYPE_CHECKING:
     from minigrpo.engines.gguf import GgufEngine
     from minigrpo.evaluate import Comparison, Evaluation
-    from minigrpo.policy import Policy
+    from minigrpo.models.policy import Policy
 
 GGUF = ".gguf"
 TEMPERATURES = (0.0, 1.0)
@@ -112,7 +112,7 @@ def before_and_after(opened: Opened, run: RunDir, console: Console) -> list[Comp
 def base_of(opened: Opened) -> Iterator[Side]:
     """The model before training: the policy with its adapter off, or, where all was trained, the model once more."""
     from minigrpo.engines import open_engine
-    from minigrpo.policy import open_trained
+    from minigrpo.models.policy import open_trained
 
     made = stamp("evaluate", opened.recipe)
     if not opened.policy.is_lora:
@@ -179,7 +179,7 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
     """
     from minigrpo.delivery import refuse_changed
     from minigrpo.engines import open_engine
-    from minigrpo.policy import open_trained
+    from minigrpo.models.policy import open_trained
 
     run, path = run_of(model), Path(model).expanduser()
     if run and path.exists():

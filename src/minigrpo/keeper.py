@@ -21,8 +21,8 @@ from minigrpo.algorithms.packing import Batch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
 from minigrpo.explosion import Watch, message
+from minigrpo.models.policy import Policy
 from minigrpo.plan import free_memory, tokens_per_pass
-from minigrpo.policy import Policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.shortage import left_by_a_kill, noted

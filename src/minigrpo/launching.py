@@ -186,7 +186,7 @@ def vllm_options(
     beside: str | None = None,
 ) -> list[str]:
     """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
-    from minigrpo.basemodel import missing_for_vllm
+    from minigrpo.models.model_files import missing_for_vllm
 
     config = model.settings()
     missing = missing_for_vllm(config)
@@ -239,7 +239,7 @@ def _mounted_cache() -> tuple[Path, str]:
 
 def room_for(adapter: Path) -> int:
     """The rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
-    from minigrpo.adapter import adapter_config
+    from minigrpo.models.adapter import adapter_config
 
     config = adapter_config(adapter)
     whole = f"Serve the merged model: leave --adapter out, after minigrpo merge {adapter}"

@@ -25,12 +25,12 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo import merging
-from minigrpo.basemodel import Base, write_companions
 from minigrpo.config.schema import DtypeName
 from minigrpo.delivery import Source, alone, read_seal, seal_folder, source_of
 from minigrpo.divergence import Divergence, record
 from minigrpo.errors import ArtifactError
 from minigrpo.merging import Change, Rounding
+from minigrpo.models.model_files import Base, write_companions
 from minigrpo.parity import TITLE, parity_table
 from minigrpo.proof import packed_base, prove, trained_truth
 from minigrpo.runs.manifest import read_sealed

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigrpo.adapter import Adapter, Pair
-from minigrpo.basemodel import INDEX, Base
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.tensorfile import FLOATS, NAMES, Planned, Stored, write_file
+from minigrpo.models.adapter import Adapter, Pair
+from minigrpo.models.model_files import INDEX, Base
+from minigrpo.models.safetensors_io import FLOATS, NAMES, Planned, Stored, write_file
 from minigrpo.ui.progress import Report, no_report
 
 NOISE = 0.3

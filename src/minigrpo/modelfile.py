@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minigrpo.render import as_text
+from minigrpo.models.chat_template import as_text
 from minigrpo.types import Message
 
 SAID = ("sys-x", "ask-one", "say-one", "ask-two", "say-two")

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from minigrpo.basemodel import tokens_for_other_readers
 from minigrpo.card import card, facts_of, hub_name
 from minigrpo.delivery import merged_of, sums_of
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.hub import Item, item
+from minigrpo.models.model_files import tokens_for_other_readers
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.versions import this_version

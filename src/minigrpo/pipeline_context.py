@@ -11,7 +11,7 @@ from minigrpo.types import Engine, Task
 from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
-    from minigrpo.policy import Policy
+    from minigrpo.models.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Opened:
 def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
     """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
     from minigrpo.engines import open_engine
-    from minigrpo.policy import open_policy
+    from minigrpo.models.policy import open_policy
     from minigrpo.tasks.registry import open_task
 
     task = open_task(recipe)
@@ -39,7 +39,7 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
 def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
     """Return how many completions are decoded side by side: as many as when the run began, or as memory admits."""
     from minigrpo.checkpoint import read_machine
-    from minigrpo.engines.context import longest_prompt
+    from minigrpo.models.context import longest_prompt
     from minigrpo.plan import planned_rows
     from minigrpo.rollout import prompts_of
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from minigrpo.algorithms.packing import Part
 from minigrpo.budget import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
-from minigrpo.policy import Policy, recompute_activations
+from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.shadow import UnplannableError, uniform_part
 
 PROBE_TOKENS = 64

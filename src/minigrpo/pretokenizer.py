@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ModelError
-from minigrpo.render import REPLY, as_text
+from minigrpo.models.chat_template import REPLY, as_text
 from minigrpo.types import Message
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.basemodel import Base
 from minigrpo.delivery import Source
 from minigrpo.divergence import LIMIT, NOTHING, Divergence, compare
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_texts
-from minigrpo.loading import model_class, open_model, pick_device
-from minigrpo.lora import attach_adapter
 from minigrpo.merging import bytes_of
+from minigrpo.models.loading import model_class, open_model, pick_device
+from minigrpo.models.lora import attach_adapter
+from minigrpo.models.model_files import Base
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Task
 from minigrpo.utils.process import no_progress_bars

@@ -9,7 +9,7 @@ from typing import Any
 from minigrpo.errors import TaskError
 from minigrpo.grade_completions import judge_group
 from minigrpo.grader import Grader
-from minigrpo.render import render
+from minigrpo.models.chat_template import render
 from minigrpo.types import Engine, Group, Prompt, Sampling, Split, Task
 
 

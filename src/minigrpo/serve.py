@@ -23,7 +23,7 @@ from rich.text import Text
 from minigrpo.errors import MinigrpoError
 from minigrpo.ggufhead import read_head
 from minigrpo.launching import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
-from minigrpo.render import QUESTION
+from minigrpo.models.chat_template import QUESTION
 from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Artefact, Wanted, found
 from minigrpo.servers import ServerProcess

@@ -22,14 +22,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minigrpo import attention, stretches
 from minigrpo.algorithms.packing import Bundle, Part
-from minigrpo.attention import TORCH, AttentionBackend
 from minigrpo.config.schema import Recipe
-from minigrpo.loading import Loaded, model_class
-from minigrpo.lora import add_lora
-from minigrpo.policy import Policy, decoder, learn_everything, recompute_activations
-from minigrpo.scoring import Float32Head
+from minigrpo.models.attention import cpu, shared_prompt
+from minigrpo.models.attention.shared_prompt import TORCH, AttentionBackend
+from minigrpo.models.loading import Loaded, model_class
+from minigrpo.models.logprobs import Float32Head
+from minigrpo.models.lora import add_lora
+from minigrpo.models.policy import Policy, decoder, learn_everything, recompute_activations
 
 META = torch.device("meta")
 CASTING: tuple[Any, ...] = (torch.ops.aten.cumsum.default,)
@@ -234,7 +234,7 @@ def uniform_part(prompt: int, completions: int, length: int, *, groups: int = 1,
 
 def training_pass(policy: Policy, part: Part, device: str, *, entropy_learns: bool = False) -> Pass:
     """One micro-batch, forward and backward, on `device` (cpu or cuda)."""
-    for held in (attention._own_mask, attention._shared_mask, stretches.plan_of):
+    for held in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.plan_of):
         held.cache_clear()  # what is still there from another count would cost nothing
     tally = Tally(held_by(policy), device)
     with tally:

@@ -23,8 +23,8 @@ from minigrpo.algorithms.packing import Bundle, Part
 from minigrpo.budget import largest_part
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
+from minigrpo.models.policy import Policy
 from minigrpo.plan import free_memory, plan_of
-from minigrpo.policy import Policy
 from minigrpo.runs.rundir import RunDir, write_json
 from minigrpo.shadow import UnplannableError
 

@@ -22,10 +22,10 @@ import torch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.grade_completions import judge
-from minigrpo.imitation import Lesson, Room, Schedule, mean_loss, warm_start
+from minigrpo.models.chat_template import render
+from minigrpo.models.policy import Policy
+from minigrpo.models.sft import Lesson, Room, Schedule, mean_loss, warm_start
 from minigrpo.plan import tokens_per_pass
-from minigrpo.policy import Policy
-from minigrpo.render import render
 from minigrpo.rollout import prompts_of, rollout
 from minigrpo.sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task

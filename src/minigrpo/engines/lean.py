@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from minigrpo import attention, products
-from minigrpo.adapter import low_rank
-from minigrpo.engines.context import text_config
-from minigrpo.fused import is_packed
+from minigrpo.models import onednn
+from minigrpo.models.adapter import low_rank
+from minigrpo.models.attention import shared_prompt
+from minigrpo.models.context import text_config
+from minigrpo.models.lora_linear import is_packed
 
 LEAN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
@@ -88,7 +89,7 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., sum of sizes]."""
         if self.folds:
-            return products.linear(x if self.norm is None else self.norm.even(x), self.fused, self.fused_bias)
+            return onednn.linear(x if self.norm is None else self.norm.even(x), self.fused, self.fused_bias)
         x = x if self.norm is None else self.norm(x)
         outputs = []
         for base, pair in zip(self.bases, self.pairs, strict=True):
@@ -210,7 +211,9 @@ class Turn:
 class Lean:
     """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
 
-    def __init__(self, decoder: Any, head: nn.Linear, backend: attention.AttentionBackend = attention.TORCH) -> None:
+    def __init__(
+        self, decoder: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH
+    ) -> None:
         config = decoder.config
         self.decoder, self.head, self.config = decoder, head, config
         self.kernel = backend.kernel
@@ -300,7 +303,7 @@ class Lean:
 
     def _logits(self, x_nW: Tensor) -> Tensor:
         if type(self.head) is nn.Linear:
-            return products.linear(x_nW, self.head.weight, self.head.bias)
+            return onednn.linear(x_nW, self.head.weight, self.head.bias)
         logits_nV: Tensor = self.head(x_nW)
         return logits_nV
 

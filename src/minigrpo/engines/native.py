@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from minigrpo.engines.caches import form_of
-from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Lean, Turn
 from minigrpo.engines.sampling import draw
+from minigrpo.models.context import check_room, context_of
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -35,7 +35,7 @@ class NativeEngine:
     """Samples from the policy that it was made for; `update` takes over the policy's weights of that moment."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int, stop_rule: StopRule | None = None) -> None:
-        from minigrpo.policy import decoder
+        from minigrpo.models.policy import decoder
 
         self.lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
         self.tokenizer = policy.tokenizer

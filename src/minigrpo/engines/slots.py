@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines.context import check_room, context_of
 from minigrpo.engines.lean import Layer, Lean, Turn
 from minigrpo.engines.native import read_prompts
 from minigrpo.engines.sampling import draw
+from minigrpo.models.context import check_room, context_of
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -213,7 +213,7 @@ class SlotEngine:
     """Samples from the policy that it was made for, whose weights its graphs read in place."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
-        from minigrpo.policy import decoder
+        from minigrpo.models.policy import decoder
 
         self.lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
         self.tokenizer, self.context, self.rows = policy.tokenizer, context_of(policy.model), rows

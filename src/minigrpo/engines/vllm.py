@@ -21,11 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from minigrpo.basemodel import missing_for_vllm
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.context import check_room, context_of
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.launching import RANKS
+from minigrpo.models.context import check_room, context_of
+from minigrpo.models.model_files import missing_for_vllm
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.products import linear
+from minigrpo.models.onednn import linear
 
 CHUNK_ENTRIES = 8 << 20
 """Logits held at a time: 32 MB in float32."""

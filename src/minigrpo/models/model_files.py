@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.loading import resolve
+from minigrpo.models.loading import resolve
+from minigrpo.models.safetensors_io import FLOATS, Header, Stored, read_header
 from minigrpo.runs.rundir import digest
-from minigrpo.tensorfile import FLOATS, Header, Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigrpo.errors import ModelError
-from minigrpo.render import render
+from minigrpo.models.chat_template import render
 from minigrpo.types import Prompt, Rendered
 
 WRAPPERS = frozenset({"mistral3"})

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.precision import LossScale
+from minigrpo.models.loss_scale import LossScale
 
 
 @dataclass(frozen=True, slots=True)

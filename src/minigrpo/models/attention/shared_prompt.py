@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minigrpo import stretches
 from minigrpo.algorithms.packing import Layout
+from minigrpo.models.attention import cpu
 
 NAME = "minigrpo_shared_prompt"
 
@@ -72,9 +72,7 @@ def shared_prompt_attention(
     assert attention_mask is None, "a mask would be ignored here: lengths come from the layout"
     if query_1HTD.device.type in backend.stretches_on:
         query_THD, key_TKD, value_TKD = (x_1HTD[0].transpose(0, 1) for x_1HTD in (query_1HTD, key_1HTD, value_1HTD))
-        attended_THD = stretches.attention(
-            query_THD, key_TKD, value_TKD, layout=layout, scale=scaling, window=sliding_window
-        )
+        attended_THD = cpu.attention(query_THD, key_TKD, value_TKD, layout=layout, scale=scaling, window=sliding_window)
         return attended_THD[None], None
     groups = query_1HTD.shape[1] // key_1HTD.shape[1]
     query_THD = query_1HTD[0].transpose(0, 1)

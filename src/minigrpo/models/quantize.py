@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minigrpo.errors import ModelError
-from minigrpo.lora import mute_bitsandbytes
+from minigrpo.models.lora import mute_bitsandbytes
 
 HERE = "pip install 'minigrpo[qlora]'"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from minigrpo.tasks import strategies
+from minigrpo.models.embedded import sudoku_programs
 from minigrpo.tasks.builtin.sudoku import messages
 from minigrpo.types import Message
 
@@ -19,14 +19,16 @@ GAMES, CELLS = (1, 5), (10, 55)
 
 def pattern() -> str:
     """Of the pieces that no merge may cross: a line's beginning, a name. What stands between them may grow."""
-    names = sorted({name for names in strategies.NAMES.values() for name in names}, key=lambda name: (-len(name), name))
+    names = sorted(
+        {name for names in sudoku_programs.NAMES.values() for name in names}, key=lambda name: (-len(name), name)
+    )
     return rf"\n *|\b(?:{'|'.join(names)})\b"
 
 
 def demonstrations(seed: int, size: int) -> list[tuple[tuple[Message, ...], str]]:
     """Questions as the task asks them, without an example, and how the teachers answer. The two are independent."""
     rng = random.Random(f"questions {seed}")
-    return [(question(rng), shown.text) for shown in strategies.strategies(seed, size)]
+    return [(question(rng), shown.text) for shown in sudoku_programs.strategies(seed, size)]
 
 
 def question(rng: random.Random) -> tuple[Message, ...]:

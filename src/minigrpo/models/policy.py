@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo import attention
 from minigrpo.algorithms.packing import Part
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.context import text_config
 from minigrpo.errors import ModelError
-from minigrpo.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
-from minigrpo.lora import SeededDropout, add_lora, attach_adapter, load_adapter
-from minigrpo.precision import LossScale
-from minigrpo.quantize import weight_bytes
-from minigrpo.scoring import Float32Head, HeadCall, score
+from minigrpo.models.attention import shared_prompt
+from minigrpo.models.context import text_config
+from minigrpo.models.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.models.logprobs import Float32Head, HeadCall, score
+from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter
+from minigrpo.models.loss_scale import LossScale
+from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
@@ -53,7 +53,12 @@ class Policy:
     """Weights in training. Everything else about a run is frozen data."""
 
     def __init__(
-        self, loaded: Loaded, *, temperature: float, seed: int, backend: attention.AttentionBackend = attention.TORCH
+        self,
+        loaded: Loaded,
+        *,
+        temperature: float,
+        seed: int,
+        backend: shared_prompt.AttentionBackend = shared_prompt.TORCH,
     ) -> None:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -70,9 +75,9 @@ class Policy:
         self.frozen_copy: nn.Module | None = None
         self.start: list[Tensor] | None = None
         if self.shares_prompts:
-            attention.register()
-            self._attend_by(attention.NAME)
-        elif self.model.config._attn_implementation == attention.TORCH.plain != backend.plain:
+            shared_prompt.register()
+            self._attend_by(shared_prompt.NAME)
+        elif self.model.config._attn_implementation == shared_prompt.TORCH.plain != backend.plain:
             self._attend_by(backend.plain)
 
     @property
@@ -133,7 +138,7 @@ class Policy:
                 yield
         finally:
             if self.shares_prompts:
-                self._attend_by(attention.NAME)
+                self._attend_by(shared_prompt.NAME)
 
     def _attend_by(self, name: str) -> None:
         """The decoder only: a vision tower beside it keeps its own way."""

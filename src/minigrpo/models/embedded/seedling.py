@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 
-from minigrpo import coder, demonstrations, imitation
 from minigrpo.errors import ModelError
-from minigrpo.imitation import Lesson, Room, Schedule, warm_start
-from minigrpo.render import render
+from minigrpo.models import sft as imitation
+from minigrpo.models.chat_template import render
+from minigrpo.models.embedded import program_bugs, sudoku_demos, sudoku_programs, wordproblem_demos
+from minigrpo.models.sft import Lesson, Room, Schedule, warm_start
 from minigrpo.runs.rundir import complete_folder
-from minigrpo.tasks import slips, strategies
 from minigrpo.tasks.builtin import sudoku, wordproblems
 from minigrpo.tasks.common import answers, code_task
 from minigrpo.types import Message, Prompt
@@ -136,8 +136,8 @@ def fingerprint(blueprint: Blueprint) -> str:
 
 
 SOURCES: dict[str, tuple[ModuleType, ...]] = {
-    "word problems": (demonstrations, wordproblems, answers, imitation),
-    "programs": (coder, strategies, slips, code_task, sudoku, imitation),
+    "word problems": (wordproblem_demos, wordproblems, answers, imitation),
+    "programs": (sudoku_demos, sudoku_programs, program_bugs, code_task, sudoku, imitation),
 }
 
 
@@ -187,7 +187,7 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
     programs = blueprint.learns == "programs"
     apart: Any = pre_tokenizers.Digits(individual_digits=True)
     if programs:  # its merges may cross blanks and brackets, but not names and the beginnings of lines
-        apart = pre_tokenizers.Split(Regex(coder.pattern()), behavior="isolated")
+        apart = pre_tokenizers.Split(Regex(sudoku_demos.pattern()), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
     )
@@ -225,12 +225,12 @@ def sample_texts(blueprint: Blueprint) -> list[str]:
 def answered(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
     """Questions and what an imperfect teacher says."""
     if blueprint.learns == "programs":
-        return coder.demonstrations(blueprint.seed, size)
-    return [(d.problem.messages, d.text) for d in demonstrations.demonstrations(blueprint.seed, size)]
+        return sudoku_demos.demonstrations(blueprint.seed, size)
+    return [(d.problem.messages, d.text) for d in wordproblem_demos.demonstrations(blueprint.seed, size)]
 
 
 def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
-    shown = demonstrations.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
+    shown = wordproblem_demos.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
     if not shown:
         return []
     asked, worked = (
@@ -242,7 +242,7 @@ def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
 
 def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     size = blueprint.imitation.steps * blueprint.imitation.rows
-    foreign = demonstrations.unreadable(blueprint.seed, 0 if blueprint.learns == "programs" else size // UNREADABLE)
+    foreign = wordproblem_demos.unreadable(blueprint.seed, 0 if blueprint.learns == "programs" else size // UNREADABLE)
     shown = [
         *answered(blueprint, size - len(foreign)),
         *((wordproblems.asked(question), answer) for question, answer in foreign),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.tensorfile import Stored, read_header
+from minigrpo.models.safetensors_io import Stored, read_header
 
 PREFIX = "base_model.model."
 KEYS = {

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from itertools import islice
 from textwrap import indent
 
+from minigrpo.models.embedded.program_bugs import SLIPS
 from minigrpo.tasks.common.code_task import in_a_block
-from minigrpo.tasks.slips import SLIPS
 
 HEAD = "def strategy(board, initial):"
 SHARES = {

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minigrpo import fused
 from minigrpo.config.schema import LoraKnobs
 from minigrpo.errors import ArtifactError, ModelError, RecipeError
-from minigrpo.fused import SeededDropout
-from minigrpo.tensorfile import read_header
+from minigrpo.models import lora_linear
+from minigrpo.models.lora_linear import SeededDropout
+from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
 
 ADAPTER = "adapter_model.safetensors"
@@ -57,7 +57,7 @@ def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, lis
             f"lora.targets {knobs.targets!r} includes the output head, which is scored without an adapter here. "
             "Leave it out; all-linear does."
         )
-    fused.install(wrapped)
+    lora_linear.install(wrapped)
     return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.products import linear, outer
+from minigrpo.models.onednn import linear, outer
 from minigrpo.utils.rng import keep_mask, name_key
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.quantize import in_four_bit
-from minigrpo.render import QUESTION, check_tokenizer, render, set_options
+from minigrpo.models.chat_template import QUESTION, check_tokenizer, render, set_options
+from minigrpo.models.quantize import in_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
@@ -79,7 +79,7 @@ def check_instructions(dtype: str) -> None:
 def resolve(path: str, seed: int, report: Report = no_report) -> str:
     """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
     if path.partition(":")[0] == "seedling":
-        from minigrpo import seedling
+        from minigrpo.models.embedded import seedling
 
         return str(seedling.resolve(path, seed, report))
     return path
