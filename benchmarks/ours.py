@@ -16,10 +16,10 @@ from benchmarks.sides import BenchmarkError, Laps, Setup, Turn
 from benchmarks.workloads import task_of
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.engines import stop_ids
-from minigrpo.engines.native import NativeEngine
 from minigrpo.grpo import grpo
 from minigrpo.models.policy import Policy, open_policy
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import stop_ids
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Task
@@ -164,7 +164,7 @@ def lengths(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
 
 def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
     """Graded groups of the workload's first prompt alone, for the proof."""
-    from minigrpo.rollout import rollout
+    from minigrpo.rollouts.groups import rollout
     from minigrpo.types import Sampling
 
     task = task_of(setup.workload, setup.folder)

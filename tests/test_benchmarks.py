@@ -19,7 +19,7 @@ from benchmarks.harness import same_work
 from benchmarks.ours import recipe_of
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
-from minigrpo.engines.native import NativeEngine
+from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Prompt
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
@@ -61,7 +61,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 def test_minigrpo_stops_exactly_where_it_is_told(setup: Setup) -> None:
     from benchmarks.ours import forced_engine
     from minigrpo.models.policy import open_policy
-    from minigrpo.rollout import rollout
+    from minigrpo.rollouts.groups import rollout
     from minigrpo.types import Sampling
 
     recipe = recipe_of(setup)

@@ -11,11 +11,11 @@ import torch
 from minigrpo import checkpoint
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy, open_policy
+from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Sampling, Task

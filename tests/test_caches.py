@@ -7,11 +7,11 @@ import torch
 from conftest import LLAMA_LIKE
 from models import make_policy, rendered
 
-from minigrpo.engines import caches
-from minigrpo.engines.caches import OwnPrompts, SharedPrompts, form_of
-from minigrpo.engines.lean import Lean
-from minigrpo.engines.native import NativeEngine
 from minigrpo.models.policy import Policy, decoder
+from minigrpo.rollouts.engines import kv_cache
+from minigrpo.rollouts.engines.decoder import Lean
+from minigrpo.rollouts.engines.kv_cache import OwnPrompts, SharedPrompts, form_of
+from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Completion, Sampling
 
 STOPS = list(range(3, 90, 4))
@@ -34,9 +34,9 @@ def lean_of(arch: str = "qwen2", **config: int) -> Lean:
 @pytest.mark.parametrize("arch", LLAMA_LIKE)
 def test_both_forms_say_the_same(arch: str, first_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(arch)
-    monkeypatch.setattr(caches, "FIRST_SLOTS", first_slots)
+    monkeypatch.setattr(kv_cache, "FIRST_SLOTS", first_slots)
     own = said(policy)
-    monkeypatch.setattr(caches, "SMALL", 0)
+    monkeypatch.setattr(kv_cache, "SMALL", 0)
     shared = said(policy)
     assert [c.token_ids for c in own] == [c.token_ids for c in shared]
     assert len({len(c.token_ids) for c in own}) > 3, "rows must leave at different times"
@@ -48,8 +48,8 @@ def test_in_sixteen_bit_both_forms_keep_to_the_policys_distribution(monkeypatch:
     policy = make_policy(lora=None)
     policy.model.bfloat16()
     first = []
-    for small in (caches.SMALL, 0):
-        monkeypatch.setattr(caches, "SMALL", small)
+    for small in (kv_cache.SMALL, 0):
+        monkeypatch.setattr(kv_cache, "SMALL", small)
         first.append([(c.token_ids, c.logprobs[0]) for c in said(policy, limit=1)])
     gaps = [abs(own[1] - shared[1]) for own, shared in zip(*first, strict=True) if own[0] == shared[0]]
     assert len(gaps) > 15, "rounding may turn a draw, but not many"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.evaluate import compare, evaluate, example_pairs, examples
+from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Sampling
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 
 from minigrpo.config.schema import Recipe, TaskKnobs
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.metrics import group_metrics
-from minigrpo.rollout import rollout
+from minigrpo.rollouts.engines.scripted import Scripted
+from minigrpo.rollouts.groups import rollout
 from minigrpo.tasks.custom.reward_functions import kind_of
 from minigrpo.tasks.custom.reward_task import reward_task
 from minigrpo.tasks.registry import open_task

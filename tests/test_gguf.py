@@ -32,7 +32,7 @@ from minigrpo.modelfile import conversations, modelfile, turns_of
 from minigrpo.models.chat_template import QUESTION, as_text, render
 from minigrpo.models.embedded import seedling
 from minigrpo.pretokenizer import kind_of, token_faults
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 
 pytestmark = needs_llama

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
-from minigrpo.grader import Grader
-from minigrpo.rollout import rollout
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.engines.scripted import Scripted
+from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Grade, Sampling
 
 SAY = ["1", "2", "no"]
@@ -114,7 +114,7 @@ def test_three_groups_that_hang_in_a_row_end_the_run(echo_task, tokenizer):
 def test_a_grader_that_hangs_keeps_no_process_from_ending():
     code = (
         "import threading\n"
-        "from minigrpo.grader import Grader\n"
+        "from minigrpo.rollouts.async_grader import Grader\n"
         "from minigrpo.types import Completion, Prompt, Task\n"
         "task = Task('stuck', lambda split: [], lambda prompt, text: threading.Event().wait())\n"
         "with Grader(task, seconds=0.1) as grader:\n"

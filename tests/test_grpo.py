@@ -17,10 +17,10 @@ from models import make_policy, set_lora
 
 from minigrpo import checkpoint
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
-from minigrpo.engines import open_engine
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.grpo import grpo, learning_rate, open_optimizer
 from minigrpo.models.policy import Policy, open_policy
+from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Task

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.engines.scripted import Scripted
 from minigrpo.evaluate import evaluate
 from minigrpo.journal import Journal
+from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
 
 ASKED = {"model": "m", "n": 2, "temperature": 1.0}

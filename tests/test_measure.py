@@ -5,11 +5,11 @@ from math import comb, nan
 
 import pytest
 
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ArtifactError
 from minigrpo.evaluate import grade_prompts
-from minigrpo.grader import Grader
 from minigrpo.measure import paired, pass_at, sign_test, wilson
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
 
 

@@ -27,10 +27,6 @@ from minigrpo.algorithms.packing import pack
 from minigrpo.budget import Place, make_plan
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
-from minigrpo.engines import open_engine
-from minigrpo.engines.huggingface import TransformersEngine
-from minigrpo.engines.lean import is_lean
-from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.grpo import accumulate, grpo
 from minigrpo.models.chat_template import render
@@ -39,6 +35,10 @@ from minigrpo.models.loading import Loaded, open_model
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, open_policy, open_trained, recompute_activations
 from minigrpo.models.quantize import in_four_bit
+from minigrpo.rollouts.engines.decoder import is_lean
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import open_engine
+from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task

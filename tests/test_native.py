@@ -11,11 +11,12 @@ from models import make_policy, rendered, set_lora
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe, RolloutKnobs
-from minigrpo.engines import caches, open_engine, stop_ids
-from minigrpo.engines.huggingface import TransformersEngine
-from minigrpo.engines.native import NativeEngine
-from minigrpo.engines.sampling import draw
 from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines import kv_cache
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import open_engine, stop_ids
+from minigrpo.rollouts.engines.sampling import draw
+from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.types import Completion, Engine, Grade, Group, Sampling
 from minigrpo.utils.rng import uniform
 
@@ -218,7 +219,7 @@ def test_each_prompt_passes_once_and_finished_rows_never_again() -> None:
 
 def test_the_cache_grows_past_its_first_slots_without_losing_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sampled(open_native(make_policy()))
-    monkeypatch.setattr(caches, "FIRST_SLOTS", 3)
+    monkeypatch.setattr(kv_cache, "FIRST_SLOTS", 3)
     assert sampled(open_native(make_policy())) == expected
 
 

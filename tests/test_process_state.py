@@ -40,7 +40,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 import minigrpo
 from minigrpo.models.attention import shared_prompt as attention
-from minigrpo.engines import lean
+from minigrpo.rollouts.engines.registry import lean
 
 libc = ctypes.CDLL(None)
 linux = sys.platform.startswith("linux")

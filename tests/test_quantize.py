@@ -15,14 +15,14 @@ from minigrpo import checkpoint
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
-from minigrpo.engines import open_engine
-from minigrpo.engines.huggingface import TransformersEngine
-from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError
 from minigrpo.grpo import grpo
 from minigrpo.models.lora_linear import is_packed, weight_of
 from minigrpo.models.policy import Policy, open_policy, open_trained
 from minigrpo.models.quantize import in_four_bit, weight_bytes
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import open_engine
+from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import TaskError
 from minigrpo.evaluate import evaluate
+from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.runs.rundir import write_json
 from minigrpo.tasks.builtin import gsm8k
 from minigrpo.tasks.registry import open_task

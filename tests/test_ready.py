@@ -3,9 +3,9 @@
 import pytest
 from models import make_policy, rendered
 
-from minigrpo.engines.huggingface import TransformersEngine
-from minigrpo.engines.native import NativeEngine
 from minigrpo.errors import ModelError
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.types import Prompt, Rendered, Sampling
 
 STOPS = [3, 17, 50, 60]

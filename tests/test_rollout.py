@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.engines.scripted import Scripted
 from minigrpo.errors import ModelError, TaskError
 from minigrpo.models.context import check_room
-from minigrpo.rollout import prompts_of, rollout
+from minigrpo.rollouts.engines.scripted import Scripted
+from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.types import Grade, Prompt, Rendered, Sampling
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": str(i)},)) for i in range(20)]

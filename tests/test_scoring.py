@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe
-from minigrpo.engines import open_engine
 from minigrpo.models import logprobs
 from minigrpo.models.chat_template import render
 from minigrpo.models.logprobs import Float32Head, HeadCall, score
 from minigrpo.models.policy import open_policy
+from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.types import Prompt, Sampling
 
 

@@ -22,7 +22,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.judging import evaluate
 from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
 from minigrpo.proof import as_loaded
-from minigrpo.rollout import rollout
+from minigrpo.rollouts.groups import rollout
 from minigrpo.runs.rundir import RunDir
 from minigrpo.servable import Wanted, found
 from minigrpo.servers import ServerClient, ServerProcess, serve_gguf

@@ -10,11 +10,12 @@ from conftest import LLAMA_LIKE
 from models import make_policy, rendered, set_lora
 
 from minigrpo.config.schema import Recipe, RolloutKnobs
-from minigrpo.engines import open_engine, slots
-from minigrpo.engines.native import NativeEngine
-from minigrpo.engines.slots import SlotEngine, own_slots
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines import cuda_graph
+from minigrpo.rollouts.engines.cuda_graph import SlotEngine, own_slots
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.types import Completion, Engine, Rendered, Sampling
 
 STOPS = [3, 17, 50, 60]
@@ -48,7 +49,7 @@ def test_sliding_windows_reach_as_far(window: int) -> None:
 def test_no_shape_changes_a_token(monkeypatch: pytest.MonkeyPatch, look: int, first: int, multiple: int) -> None:
     native, fixed = both(make_policy(double=True))
     for name, value in {"LOOK": look, "FIRST": first, "ROUND": multiple}.items():
-        monkeypatch.setattr(slots, name, value)
+        monkeypatch.setattr(cuda_graph, name, value)
     assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
 
 
@@ -65,7 +66,7 @@ def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() ->
 
 
 def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "LOOK", 4)
+    monkeypatch.setattr(cuda_graph, "LOOK", 4)
     native, fixed = both(make_policy(double=True))
     assert said(fixed, rendered(PROMPTS), n=1) == said(native, rendered(PROMPTS), n=1)
     assert fixed._made is not None

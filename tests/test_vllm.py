@@ -24,9 +24,9 @@ from models import make_policy, rendered, set_lora
 from minigrpo.algorithms.objective import OBJECTIVES, open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.vllm import Asked, Served, VllmEngine, open_vllm, room_for
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines.vllm import Asked, Served, VllmEngine, open_vllm, room_for
 from minigrpo.types import Completion, Grade, Group, Sampling
 
 STOPS, LIMIT, HEAT = (3, 17, 50, 60), 12, 0.9

@@ -179,7 +179,7 @@ def test_changed_answers_are_taught_anew_unless_training_has_gone_on(make_recipe
 
 
 def test_a_loss_without_bounds_keeps_nothing(make_recipe: Any, tmp_path: Path, echo_task: Task) -> None:
-    from minigrpo.engines.scripted import Scripted
+    from minigrpo.rollouts.engines.scripted import Scripted
 
     policy = make_policy(lora=float("nan"))
     with pytest.raises(DivergenceError, match=r"--warmup\.lr"):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from minigrpo.config.load import dump_recipe as dump_recipe
     from minigrpo.config.load import load_recipe as load_recipe
     from minigrpo.config.schema import Recipe as Recipe
-    from minigrpo.engines.scripted import Scripted as Scripted
     from minigrpo.errors import ArtifactError as ArtifactError
     from minigrpo.errors import DivergenceError as DivergenceError
     from minigrpo.errors import MinigrpoError as MinigrpoError
@@ -23,14 +22,15 @@ if TYPE_CHECKING:
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
-    from minigrpo.grader import Grader as Grader
     from minigrpo.pipeline import evaluate as evaluate
     from minigrpo.pipeline import preflight as preflight
     from minigrpo.pipeline import quickstart as quickstart
     from minigrpo.pipeline import run_all as run_all
     from minigrpo.pipeline import train as train
     from minigrpo.pipeline import warmup as warmup
-    from minigrpo.rollout import rollout as rollout
+    from minigrpo.rollouts.async_grader import Grader as Grader
+    from minigrpo.rollouts.engines.scripted import Scripted as Scripted
+    from minigrpo.rollouts.groups import rollout as rollout
     from minigrpo.runs.rundir import RunDir as RunDir
     from minigrpo.sampler import PromptSampler as PromptSampler
     from minigrpo.tasks.custom.reward_task import reward_task as reward_task
@@ -58,10 +58,10 @@ HOMES = {
     ),
     "minigrpo.runs.rundir": ("RunDir",),
     "minigrpo.config.load": ("dump_recipe", "load_recipe"),
-    "minigrpo.rollout": ("rollout",),
+    "minigrpo.rollouts.groups": ("rollout",),
     "minigrpo.sampler": ("PromptSampler",),
-    "minigrpo.engines.scripted": ("Scripted",),
-    "minigrpo.grader": ("Grader",),
+    "minigrpo.rollouts.engines.scripted": ("Scripted",),
+    "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
     "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }

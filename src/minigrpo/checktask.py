@@ -22,8 +22,8 @@ from rich.text import Text
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.grader import Grader
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 from minigrpo.ui.tables import plain_table, titled
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from minigrpo.engines import caches, native, slots
-from minigrpo.engines.lean import Lean, Turn
-from minigrpo.engines.sampling import draw
 from minigrpo.models.policy import Policy, decoder
+from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
+from minigrpo.rollouts.engines.decoder import Lean, Turn
+from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.shadow import META, Tally, held_by
 
 
@@ -67,14 +67,14 @@ def native_sampling(policy: Policy, wave: Wave, temperature: float, device: str)
     return Sampling(copies, held, tally.peak - copies - held, tally.peak_phase)
 
 
-def _read(lean: Lean, wave: Wave, turn: Turn, device: str) -> caches.Cache:
+def _read(lean: Lean, wave: Wave, turn: Turn, device: str) -> kv_cache.Cache:
     P = wave.prompt - 1
     shared = torch.zeros(len(lean.layers), 2, wave.prompts, lean.kv_heads, P, lean.width, dtype=lean.dtype)
     if P:
         at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
         lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, shared[:, :, :at_once])
     lengths_M = [P] * wave.prompts
-    form = caches.form_of(lean, lengths_M, wave.completions, wave.completion, device)
+    form = kv_cache.form_of(lean, lengths_M, wave.completions, wave.completion, device)
     cache = form(lean, shared, lengths_M, wave.completions, wave.completion)
     cache.seat(torch.arange(wave.rows))
     return cache
@@ -82,11 +82,11 @@ def _read(lean: Lean, wave: Wave, turn: Turn, device: str) -> caches.Cache:
 
 def _doublings(completion: int) -> list[int]:
     """Tokens at which the cache grows, and the last one."""
-    times = range(max(0, (completion - 1) // caches.FIRST_SLOTS).bit_length())
-    return [*(caches.FIRST_SLOTS << time for time in times), completion - 1]
+    times = range(max(0, (completion - 1) // kv_cache.FIRST_SLOTS).bit_length())
+    return [*(kv_cache.FIRST_SLOTS << time for time in times), completion - 1]
 
 
-def _decode(lean: Lean, wave: Wave, turn: Turn, cache: caches.Cache, temperature: float) -> None:
+def _decode(lean: Lean, wave: Wave, turn: Turn, cache: kv_cache.Cache, temperature: float) -> None:
     """Two tokens: while the second is decoded, the logits of the first are still held."""
     place_n = torch.zeros(wave.rows, dtype=torch.long)
     feed_n = torch.zeros(wave.rows, dtype=torch.long)
@@ -103,15 +103,15 @@ def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -
         copies = tally.now
         tally.peak = copies
         tally.phase = "reading prompts"
-        P = -(-(wave.prompt - 1) // slots.ROUND) * slots.ROUND or slots.ROUND
-        state = slots.State.empty(lean, wave.prompts, wave.completions, shared=P, own=wave.completion)
+        P = -(-(wave.prompt - 1) // cuda_graph.ROUND) * cuda_graph.ROUND or cuda_graph.ROUND
+        state = cuda_graph.State.empty(lean, wave.prompts, wave.completions, shared=P, own=wave.completion)
         cache = tally.now - copies
         turn = lean.turns(P + wave.completion)
         at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
         lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, state.shared[:, :, :at_once])
         tally.phase = "drawing a token"
         stops = torch.zeros(1, dtype=torch.long)
-        step = slots.Step(lean, state, wave.completions, turn=turn, stop_ids_s=stops, heat=temperature)
+        step = cuda_graph.Step(lean, state, wave.completions, turn=turn, stop_ids_s=stops, heat=temperature)
         for _ in range(2):
             step(wave.completion)
     return Sampling(copies, cache, tally.peak - copies - cache, tally.peak_phase)

@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.grader import Grader
 from minigrpo.journal import Journal
 from minigrpo.measure import Paired, Scores, paired, score
-from minigrpo.rollout import rollout
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
 from minigrpo.ui.progress import Report, no_report
 

@@ -15,7 +15,7 @@ from minigrpo.models.chat_template import set_options
 from minigrpo.models.context import longest_prompt
 from minigrpo.models.loading import DTYPES, pick_device, pick_dtype
 from minigrpo.plan import elsewhere, here
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.shadow import UnplannableError
 from minigrpo.tasks.registry import open_task
 

@@ -19,7 +19,7 @@ from minigrpo.held import HeldTexts
 from minigrpo.models.chat_template import QUESTION
 from minigrpo.pretokenizer import token_faults
 from minigrpo.proof import as_loaded, task_of, what_is_said
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
 

@@ -24,13 +24,13 @@ from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective, open_objective
 from minigrpo.algorithms.packing import Batch, Part, pack
 from minigrpo.config.schema import Recipe
-from minigrpo.grader import Grader
 from minigrpo.keeper import Keeper
 from minigrpo.metrics import Clock, batch_metrics, group_metrics
 from minigrpo.models.context import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
-from minigrpo.rollout import prompts_of, rollout
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.logger import Track
 from minigrpo.sampler import PromptSampler, split_off
 from minigrpo.shortage import clear_gradients, rehearse, with_room

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minigrpo.errors import ArtifactError, TaskError
 from minigrpo.models.chat_template import QUESTION, render
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.types import Prompt, Task
 
 TEXTS, TOKENS, LONGEST = 16, 512, 96

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.runs.rundir import writing
-from minigrpo.serialize import group_data, group_of
 from minigrpo.types import Group, Prompt
 
 

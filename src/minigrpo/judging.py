@@ -20,7 +20,7 @@ from minigrpo import tables
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.pipeline_context import Opened
-from minigrpo.rollout import prompts_of
+from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import finished, fits, slug, stamp, trained
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
@@ -111,8 +111,8 @@ def before_and_after(opened: Opened, run: RunDir, console: Console) -> list[Comp
 @contextmanager
 def base_of(opened: Opened) -> Iterator[Side]:
     """The model before training: the policy with its adapter off, or, where all was trained, the model once more."""
-    from minigrpo.engines import open_engine
     from minigrpo.models.policy import open_trained
+    from minigrpo.rollouts.engines.registry import open_engine
 
     made = stamp("evaluate", opened.recipe)
     if not opened.policy.is_lora:
@@ -149,8 +149,8 @@ class Questions:
 
     def put_to(self, side: Side, journal: Path) -> Evaluation:
         from minigrpo.evaluate import evaluate
-        from minigrpo.grader import Grader
         from minigrpo.journal import Journal
+        from minigrpo.rollouts.async_grader import Grader
 
         prompts = prompts_of(self.task, self.split, self.limit)
         asked = {"made": side.made["from"], "sampling": asdict(self.sampling), "n": self.n, "split": self.split}
@@ -178,8 +178,8 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
     Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
     """
     from minigrpo.delivery import refuse_changed
-    from minigrpo.engines import open_engine
     from minigrpo.models.policy import open_trained
+    from minigrpo.rollouts.engines.registry import open_engine
 
     run, path = run_of(model), Path(model).expanduser()
     if run and path.exists():

@@ -26,8 +26,8 @@ class Opened:
 
 def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
     """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
-    from minigrpo.engines import open_engine
     from minigrpo.models.policy import open_policy
+    from minigrpo.rollouts.engines.registry import open_engine
     from minigrpo.tasks.registry import open_task
 
     task = open_task(recipe)
@@ -41,7 +41,7 @@ def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> i
     from minigrpo.checkpoint import read_machine
     from minigrpo.models.context import longest_prompt
     from minigrpo.plan import planned_rows
-    from minigrpo.rollout import prompts_of
+    from minigrpo.rollouts.groups import prompts_of
 
     began = read_machine(run) if run else None
     if began is not None:

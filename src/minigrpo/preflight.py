@@ -19,10 +19,10 @@ from typing import Any
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
-from minigrpo.grader import Grader
 from minigrpo.models.chat_template import render
 from minigrpo.plan import Plan, plan_of_run, tokens_per_pass
-from minigrpo.rollout import prompts_of, rollout
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.sampler import PromptSampler
 from minigrpo.teaching import LOWEST_RATE
 from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Task

@@ -90,7 +90,7 @@ def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
 
 def ask(server: ServerProcess, artefact: Artefact, question: str | None = None) -> Answer:
     """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
-    from minigrpo.grade_completions import judge
+    from minigrpo.rollouts.grading import judge
 
     began = time.perf_counter()
     task, prompt = _asked(artefact, question)
@@ -112,7 +112,7 @@ def room(launch: Launch, artefact: Artefact) -> int:
 
 
 def _asked(artefact: Artefact, question: str | None) -> tuple[Task | None, Prompt]:
-    from minigrpo.rollout import prompts_of
+    from minigrpo.rollouts.groups import prompts_of
     from minigrpo.tasks.registry import open_task
 
     if question is None and artefact.recipe:

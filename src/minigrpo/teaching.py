@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigrpo.config.schema import GroupsKnobs
+from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.sampler import PromptSampler
-from minigrpo.serialize import group_data, group_of
 from minigrpo.types import Group, Prompt
 
 LOWEST_RATE = 0.25

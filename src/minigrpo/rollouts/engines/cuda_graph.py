@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines.lean import Layer, Lean, Turn
-from minigrpo.engines.native import read_prompts
-from minigrpo.engines.sampling import draw
 from minigrpo.models.context import check_room, context_of
+from minigrpo.rollouts.engines.decoder import Layer, Lean, Turn
+from minigrpo.rollouts.engines.native import read_prompts
+from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 

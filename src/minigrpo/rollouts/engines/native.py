@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines.caches import form_of
-from minigrpo.engines.lean import Lean, Turn
-from minigrpo.engines.sampling import draw
 from minigrpo.models.context import check_room, context_of
+from minigrpo.rollouts.engines.decoder import Lean, Turn
+from minigrpo.rollouts.engines.kv_cache import form_of
+from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 

@@ -25,7 +25,7 @@ from types import TracebackType
 
 from minigrpo.config.schema import TaskKnobs
 from minigrpo.errors import TaskError
-from minigrpo.grade_completions import judgements
+from minigrpo.rollouts.grading import judgements
 from minigrpo.types import Completion, Grade, Prompt, Task
 
 PATIENCE = 3

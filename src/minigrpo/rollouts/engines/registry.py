@@ -15,7 +15,7 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
 
     `rows`: decoded side by side, where the recipe's are not to be.
     """
-    from minigrpo.engines.lean import is_lean
+    from minigrpo.rollouts.engines.decoder import is_lean
 
     name = recipe.rollout.engine
     if name == "auto":
@@ -43,25 +43,25 @@ def stop_ids(policy: Any) -> frozenset[int]:
 
 
 def _native(policy: Any, recipe: Recipe, rows: int) -> Engine:
-    from minigrpo.engines.native import NativeEngine
+    from minigrpo.rollouts.engines.native import NativeEngine
 
     return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
 def _slots(policy: Any, recipe: Recipe, rows: int) -> Engine:
-    from minigrpo.engines.slots import SlotEngine
+    from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 
     return SlotEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
 def _transformers(policy: Any, recipe: Recipe, rows: int) -> Engine:
-    from minigrpo.engines.huggingface import TransformersEngine
+    from minigrpo.rollouts.engines.transformers import TransformersEngine
 
     return TransformersEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
 def _vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
-    from minigrpo.engines.vllm import open_vllm
+    from minigrpo.rollouts.engines.vllm import open_vllm
 
     return open_vllm(policy, recipe, rows, sorted(stop_ids(policy)))
 

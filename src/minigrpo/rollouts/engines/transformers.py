@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.engines.sampling import draw
 from minigrpo.models.context import check_room, context_of
+from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minigrpo.engines.lean import Layer, Lean
+from minigrpo.rollouts.engines.decoder import Layer, Lean
 
 FIRST_SLOTS = 64
 SMALL = 1 << 23

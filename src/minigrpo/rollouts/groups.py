@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.grade_completions import judge_group
-from minigrpo.grader import Grader
 from minigrpo.models.chat_template import render
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.grading import judge_group
 from minigrpo.types import Engine, Group, Prompt, Sampling, Split, Task
 
 
