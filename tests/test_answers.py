@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigrpo.config.schema import Recipe
-from minigrpo.measure import score
+from minigrpo.evaluation.statistics import score
 from minigrpo.tasks.builtin import gsm8k
 from minigrpo.tasks.common import math_answers
 from minigrpo.tasks.registry import open_task

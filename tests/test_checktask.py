@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from minigrpo import cli
-from minigrpo.checktask import check_task
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
+from minigrpo.evaluation.check_task import check_task
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.evaluate import compare, evaluate, example_pairs, examples
+from minigrpo.evaluation.evaluate import compare, evaluate, example_pairs, examples
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Sampling
 

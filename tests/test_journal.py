@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.evaluate import evaluate
-from minigrpo.journal import Journal
+from minigrpo.evaluation.answer_cache import Journal
+from minigrpo.evaluation.evaluate import evaluate
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
 
@@ -35,8 +35,8 @@ class Counting(Scripted):
 @pytest.fixture
 def judged(echo_task, tokenizer, tmp_path, monkeypatch):
     """Two prompts at a time, two samples each."""
-    from minigrpo import evaluate as verb
-    from minigrpo.evaluate import grade_prompts
+    from minigrpo.evaluation import evaluate as verb
+    from minigrpo.evaluation.evaluate import grade_prompts
 
     monkeypatch.setattr(verb, "grade_prompts", lambda *args, **more: grade_prompts(*args, rows=4, **more))
 

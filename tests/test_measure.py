@@ -6,8 +6,8 @@ from math import comb, nan
 import pytest
 
 from minigrpo.errors import ArtifactError
-from minigrpo.evaluate import grade_prompts
-from minigrpo.measure import paired, pass_at, sign_test, wilson
+from minigrpo.evaluation.evaluate import grade_prompts
+from minigrpo.evaluation.statistics import paired, pass_at, sign_test, wilson
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling

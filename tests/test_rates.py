@@ -10,7 +10,7 @@ import pytest
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
-from minigrpo.evaluate import evaluate
+from minigrpo.evaluation.evaluate import evaluate
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.runs.rundir import write_json
 from minigrpo.tasks.builtin import gsm8k

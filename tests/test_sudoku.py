@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from minigrpo.checktask import check_task
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
+from minigrpo.evaluation.check_task import check_task
 from minigrpo.tasks.builtin import sudoku_game
 from minigrpo.tasks.builtin.sudoku import GOLD, judged
 from minigrpo.tasks.common.code_task import Program, in_a_block

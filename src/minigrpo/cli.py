@@ -255,7 +255,7 @@ def check_task_command(
     where all is well, 1 where training would go wrong. The knobs of the recipe are options here too: --task.name.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo.checktask import check_task, checked_table
+    from minigrpo.evaluation.check_task import check_task, checked_table
     from minigrpo.tasks.registry import open_task
 
     with result_alone(as_json):

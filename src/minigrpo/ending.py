@@ -25,7 +25,7 @@ from minigrpo.ui.live import printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
-    from minigrpo.evaluate import Comparison
+    from minigrpo.evaluation.evaluate import Comparison
     from minigrpo.export import Exported
     from minigrpo.serve import Answer
 

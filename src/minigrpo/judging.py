@@ -28,7 +28,7 @@ from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
     from minigrpo.engines.gguf import GgufEngine
-    from minigrpo.evaluate import Comparison, Evaluation
+    from minigrpo.evaluation.evaluate import Comparison, Evaluation
     from minigrpo.models.policy import Policy
 
 GGUF = ".gguf"
@@ -53,7 +53,7 @@ def evaluate(
     `model`: a folder, a Hub id, an adapter, a GGUF file, or a run (or what it trained), whose own recipe holds where
     none is given. Returns the figures without the answers, and `file`.
     """
-    from minigrpo.evaluate import compare, examples
+    from minigrpo.evaluation.evaluate import compare, examples
     from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
@@ -97,7 +97,7 @@ class Side:
 
 def before_and_after(opened: Opened, run: RunDir, console: Console) -> list[Comparison]:
     """The same unseen prompts, before and after, at each temperature."""
-    from minigrpo.evaluate import compare
+    from minigrpo.evaluation.evaluate import compare
 
     recipe = opened.recipe
     asks = [Questions(recipe, opened.task, recipe.eval.limit, 1, t, console) for t in TEMPERATURES]
@@ -148,8 +148,8 @@ class Questions:
         return Sampling(self.temperature, self.recipe.rollout.max_tokens, self.recipe.seed)
 
     def put_to(self, side: Side, journal: Path) -> Evaluation:
-        from minigrpo.evaluate import evaluate
-        from minigrpo.journal import Journal
+        from minigrpo.evaluation.answer_cache import Journal
+        from minigrpo.evaluation.evaluate import evaluate
         from minigrpo.rollouts.async_grader import Grader
 
         prompts = prompts_of(self.task, self.split, self.limit)
@@ -232,7 +232,7 @@ def run_of(model: str) -> RunDir | None:
 
 def kept(run: RunDir, side: Side, ask: Questions) -> Evaluation:
     """The evaluation that the run's folder holds, if it was made from the same; else a new one, which is kept."""
-    from minigrpo.evaluate import Evaluation
+    from minigrpo.evaluation.evaluate import Evaluation
 
     file = run.evals / f"{side.name}-{ask.about}.json"
     if fits(file, side.made):

@@ -24,7 +24,7 @@ from minigrpo.runs.manifest import begin, check_folder, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 
 if TYPE_CHECKING:
-    from minigrpo.evaluate import Comparison
+    from minigrpo.evaluation.evaluate import Comparison
     from minigrpo.preflight import Verdict
 
 __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "warmup"]
@@ -118,7 +118,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """`run_all`, and what a newcomer wants to see at its end: answers before and after, and what to try next."""
-    from minigrpo.evaluate import example_pairs
+    from minigrpo.evaluation.evaluate import example_pairs
 
     console = Console()
     with taken(recipe, run, resume):

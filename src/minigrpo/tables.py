@@ -15,8 +15,8 @@ from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.budget import Plan
-    from minigrpo.evaluate import Comparison, Evaluation
-    from minigrpo.measure import Scores
+    from minigrpo.evaluation.evaluate import Comparison, Evaluation
+    from minigrpo.evaluation.statistics import Scores
     from minigrpo.preflight import Figures, PromptLengths, Verdict
     from minigrpo.warmup import Warmed
 

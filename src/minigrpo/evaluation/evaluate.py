@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.journal import Journal
-from minigrpo.measure import Paired, Scores, paired, score
+from minigrpo.evaluation.answer_cache import Journal
+from minigrpo.evaluation.statistics import Paired, Scores, paired, score
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
