@@ -16,12 +16,12 @@ from benchmarks.sides import BenchmarkError, Laps, Setup, Turn
 from benchmarks.workloads import task_of
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.grpo import grpo
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import stop_ids
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import grpo
 from minigrpo.types import Grade, Group, Prompt, Task
 
 SHOWN = {
@@ -48,7 +48,7 @@ def run(setup: Setup, turn: Turn) -> None:
 
 def look_into(policy: Policy, engine: NativeEngine, laps: Laps) -> None:
     """Clocks around the phases that the loop's own metrics do not tell apart."""
-    algorithm = importlib.import_module("minigrpo.grpo")
+    algorithm = importlib.import_module("minigrpo.training.grpo")
     for name, owner, method in (
         ("prefill", engine.lean, "prefill"),
         ("scoring", policy, "logprobs"),

@@ -17,8 +17,8 @@ from benchmarks import ours, trls
 from benchmarks.sides import Setup, Turn
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
-from minigrpo.grpo import accumulate
 from minigrpo.models.policy import open_policy
+from minigrpo.training.grpo import accumulate
 from minigrpo.types import Group
 
 TOLERANCE = 1e-4

@@ -20,7 +20,7 @@ from benchmarks.ours import recipe_of
 from benchmarks.sides import Laps, Setup, Turn
 from benchmarks.workloads import Workload, task_of
 from minigrpo.algorithms.objective import open_objective
-from minigrpo.sampler import PromptSampler
+from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Prompt
 
 # "autocast": bfloat16 in the matrix products over weights of the other type.

@@ -17,15 +17,15 @@ import torch
 from conftest import build_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
-from minigrpo.budget import LIBRARIES, PRODUCT, PRODUCTS
 from minigrpo.config.schema import Recipe
-from minigrpo.decoding import Wave, native_sampling, slot_sampling
 from minigrpo.models.loading import Loaded
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
-from minigrpo.shadow import shadow, training_pass, uniform_part
+from minigrpo.training.memory.meta import shadow, training_pass, uniform_part
+from minigrpo.training.memory.planner import LIBRARIES, PRODUCT, PRODUCTS
+from minigrpo.training.memory.rollout_cost import Wave, native_sampling, slot_sampling
 from minigrpo.types import Prompt, Rendered, Sampling
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from minigrpo import checkpoint
-from minigrpo.checkpoint import Checkpoint
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
+from minigrpo.training.checkpoint import Checkpoint
 
 
 class Small:

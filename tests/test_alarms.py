@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from curves import DECAYS, EXPLODES, HEALTHY, HEALTHY_FAST, rows
 
-from minigrpo.alarms import ALARMS, Alarms
 from minigrpo.config.fields import knobs_by_name, sections
 from minigrpo.config.schema import Recipe
+from minigrpo.training.monitor.alarms import ALARMS, Alarms
 
 CALM = {"reward": 0.5, "reward_std": 0.4, "informative_groups": 0.8, "accuracy": 0.3, "format": 0.9}
 CALM |= {"completions/clipped_ratio": 0.05, "completions/mean_length": 100.0, "entropy": 0.5, "engine_gap": 1e-6}

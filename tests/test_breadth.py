@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo import checkpoint
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError, RecipeError
-from minigrpo.grpo import grpo
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
+from minigrpo.training.grpo import grpo
 from minigrpo.types import Grade, Prompt, Sampling, Task
 from minigrpo.utils import signals
 
@@ -72,7 +72,7 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def finish_first() -> Any:
         yield lambda: next(asked)
 
-    monkeypatch.setattr("minigrpo.grpo.finish_first", finish_first)
+    monkeypatch.setattr("minigrpo.training.grpo.finish_first", finish_first)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

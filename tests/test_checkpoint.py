@@ -12,12 +12,13 @@ import pytest
 import torch
 from saving import Small, begun, newest, restored, save, saved
 
-from minigrpo import checkpoint, cli
+from minigrpo import cli
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.runs.manifest import FORMAT, begin, check_folder, read_sealed, seconds_of, write_sealed
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
 
 FILES = ("weights.safetensors", "about/config.json", "optimizer.pt", "trainer.json", "state.json", "made.json")
 

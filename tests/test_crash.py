@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from saving import Small, newest, restored, save, saved
 
-from minigrpo import checkpoint
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
+from minigrpo.training import checkpoint
 from minigrpo.utils.signals import finish_first
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "shutil.rmtree"}

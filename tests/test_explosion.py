@@ -9,7 +9,7 @@ import pytest
 from curves import DECAYS, EXPLODES, EXPLODES_AT_ONCE, EXPLODES_KL, HEALTHY, HEALTHY_FAST, rows
 
 from minigrpo.config.schema import Recipe, WatchKnobs
-from minigrpo.explosion import Explosion, Watch, message, propose_rate
+from minigrpo.training.monitor.divergence import Explosion, Watch, message, propose_rate
 
 USUAL = {"reward": 0.5, "reward_std": 0.4, "informative_groups": 1.0, "accuracy": 0.3, "format": 0.8}
 USUAL |= {"completions/clipped_ratio": 0.1, "completions/mean_length": 40.0, "learning_rate": 1e-3}

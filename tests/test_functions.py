@@ -7,12 +7,12 @@ import pytest
 
 from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.errors import TaskError
-from minigrpo.metrics import group_metrics
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import rollout
 from minigrpo.tasks.custom.reward_functions import kind_of
 from minigrpo.tasks.custom.reward_task import reward_task
 from minigrpo.tasks.registry import open_task
+from minigrpo.training.metrics import group_metrics
 from minigrpo.types import Completion, Sampling
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i), "level": i % 3} for i in range(20)]

@@ -15,14 +15,14 @@ import torch
 from conftest import build_tokenizer
 from models import make_policy, set_lora
 
-from minigrpo import checkpoint
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import DivergenceError, RecipeError
-from minigrpo.grpo import grpo, learning_rate, open_optimizer
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
+from minigrpo.training.grpo import grpo, learning_rate, open_optimizer
 from minigrpo.types import Grade, Prompt, Task
 
 TASK = """
@@ -289,13 +289,13 @@ def test_targets_that_cannot_be_adapted_are_refused_with_those_that_can(
 
 
 def test_memory_decides_the_plan_and_a_stated_budget_overrules_it() -> None:
-    from minigrpo import plan
+    from minigrpo.training.memory import machine
 
     policy = make_policy()
-    per_token = plan.bytes_per_token(policy)
+    per_token = machine.bytes_per_token(policy)
     # Two layers of width 32 keep at least their inputs, norms, projections and MLP halves, in float32.
     assert 2 * 32 * 4 * 5 < per_token < 200_000
-    budget = plan.tokens_per_pass(policy, Recipe())
-    assert plan.LEAST <= budget <= plan.MOST
+    budget = machine.tokens_per_pass(policy, Recipe())
+    assert machine.LEAST <= budget <= machine.MOST
     assert budget & (budget - 1) == 0
-    assert plan.tokens_per_pass(policy, Recipe(train=TrainKnobs(tokens_per_pass=777))) == 777
+    assert machine.tokens_per_pass(policy, Recipe(train=TrainKnobs(tokens_per_pass=777))) == 777

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo.metrics import Clock
+from minigrpo.training.metrics import Clock
 from minigrpo.utils.memory import reset_peak
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
@@ -41,7 +41,7 @@ def test_the_peak_forgets_what_was_before_its_reset() -> None:
 
 PHASES = """
 import json, torch
-from minigrpo.metrics import Clock
+from minigrpo.training.metrics import Clock
 clock = Clock()
 torch.ones(200 << 20, dtype=torch.uint8)
 clock.lap("rollout")

@@ -19,9 +19,9 @@ from benchmarks.sides import Setup
 from benchmarks.workloads import WORKLOADS
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
-from minigrpo.grpo import accumulate
 from minigrpo.models import onednn
 from minigrpo.models.policy import open_policy
+from minigrpo.training.grpo import accumulate
 from minigrpo.types import Sampling
 
 aten: Any = torch.ops.aten

@@ -21,14 +21,11 @@ from models import (
     set_lora,
 )
 
-from minigrpo import checkpoint
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.budget import Place, make_plan
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import ModelError, RecipeError
-from minigrpo.grpo import accumulate, grpo
 from minigrpo.models.chat_template import render
 from minigrpo.models.context import context_of
 from minigrpo.models.loading import Loaded, open_model
@@ -41,6 +38,9 @@ from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
+from minigrpo.training.grpo import accumulate, grpo
+from minigrpo.training.memory.planner import Place, make_plan
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 
 CPU = torch.device("cpu")

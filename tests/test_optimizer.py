@@ -11,13 +11,13 @@ import torch
 from conftest import tiny_config
 from test_quantize import train
 
-from minigrpo.budget import Place, make_plan
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import ModelError
-from minigrpo.grpo import open_optimizer
 from minigrpo.models.policy import open_policy
 from minigrpo.models.quantize import eight_bit_adamw, moment_bytes
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import open_optimizer
+from minigrpo.training.memory.planner import Place, make_plan
 
 pytest.importorskip("bitsandbytes")
 

@@ -17,15 +17,15 @@ from models import gradients, made_up_groups, make_policy
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.budget import Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
-from minigrpo.decoding import Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.errors import RecipeError
-from minigrpo.grpo import Pace, accumulate, improve
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.shadow import shadow, training_pass, uniform_part
-from minigrpo.shortage import NOTE, cut, left_by_a_kill, noted, with_room
+from minigrpo.training.grpo import Pace, accumulate, improve
+from minigrpo.training.memory.meta import shadow, training_pass, uniform_part
+from minigrpo.training.memory.planner import Place, Plan, make_plan
+from minigrpo.training.memory.rollout_cost import Wave, native_sampling, slot_sampling, transformers_sampling
+from minigrpo.training.oom import NOTE, cut, left_by_a_kill, noted, with_room
 
 
 def size(hidden: int, layers: int, heads: int, kv: int, vocabulary: int) -> dict[str, int]:

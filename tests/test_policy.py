@@ -15,8 +15,8 @@ from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
 from minigrpo.errors import ModelError
-from minigrpo.grpo import accumulate
 from minigrpo.models.policy import Policy, open_policy
+from minigrpo.training.grpo import accumulate
 
 EVERYTHING = 1 << 30
 

@@ -14,10 +14,10 @@ from test_quantize import train
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
-from minigrpo.grpo import Pace, accumulate, improve
 from minigrpo.models.loss_scale import GOOD, HIGHEST, LOWEST, START, LossScale
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import Pace, accumulate, improve
 
 EVERYTHING = 1 << 30
 HALF = LossScale.of(torch.float16)

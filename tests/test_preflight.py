@@ -9,8 +9,8 @@ import torch
 
 from minigrpo.config.schema import Recipe, WarmupKnobs
 from minigrpo.models.policy import open_policy
-from minigrpo.preflight import preflight
 from minigrpo.rollouts.engines.scripted import Scripted
+from minigrpo.training.preflight import preflight
 from minigrpo.types import Grade
 from minigrpo.ui.progress import no_report
 

@@ -11,12 +11,10 @@ import torch
 from conftest import ARCHITECTURES, LLAMA_LIKE, build_model
 from models import gradients, made_up_groups, rendered, set_lora
 
-from minigrpo import checkpoint
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
 from minigrpo.errors import ModelError
-from minigrpo.grpo import grpo
 from minigrpo.models.lora_linear import is_packed, weight_of
 from minigrpo.models.policy import Policy, open_policy, open_trained
 from minigrpo.models.quantize import in_four_bit, weight_bytes
@@ -25,6 +23,8 @@ from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training import checkpoint
+from minigrpo.training.grpo import grpo
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 
 pytest.importorskip("bitsandbytes")

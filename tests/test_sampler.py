@@ -8,7 +8,7 @@ import pytest
 
 from minigrpo.config.schema import GroupsKnobs, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.sampler import PromptSampler, split_off
+from minigrpo.training.prompt_sampler import PromptSampler, split_off
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": str(i)},)) for i in range(20)]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from minigrpo.config.schema import GroupsKnobs
-from minigrpo.sampler import PromptSampler
-from minigrpo.teaching import Gathered, GroupSource
+from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 PROMPTS = [Prompt(f"p{i}", ()) for i in range(40)]

@@ -23,9 +23,9 @@ pytest.importorskip("trl", reason="TRL is compared with where it is installed: p
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.schema import ObjectiveKnobs
-from minigrpo.grpo import with_chosen_tokens
 from minigrpo.models.loading import Loaded
 from minigrpo.models.policy import Policy
+from minigrpo.training.grpo import with_chosen_tokens
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 TOLERANCE = 1e-5

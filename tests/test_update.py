@@ -11,8 +11,8 @@ from models import gradients, made_up_groups, make_policy
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import ObjectiveKnobs
-from minigrpo.grpo import Pace, accumulate, improve, with_chosen_tokens
 from minigrpo.models.policy import Policy
+from minigrpo.training.grpo import Pace, accumulate, improve, with_chosen_tokens
 from minigrpo.types import Group
 
 EVERYTHING = 10_000

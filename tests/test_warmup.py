@@ -23,8 +23,8 @@ from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, Recip
 from minigrpo.models.policy import Policy
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir, read_json
+from minigrpo.training.sft_warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
 from minigrpo.types import Task
-from minigrpo.warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
 
 # A model whose outputs are noise never says yes or no; once it does, half of its answers are right: there is no rule.
 TASK = """
@@ -251,7 +251,7 @@ def test_all_answers_to_a_prompt_are_on_one_side(answers: Any) -> None:
 
 
 def test_prompts_kept_aside_for_evaluation_are_not_taught(make_recipe: Any, echo_task: Task) -> None:
-    from minigrpo.sampler import split_off
+    from minigrpo.training.prompt_sampler import split_off
 
     recipe = make_recipe(eval={"every": 1, "held_out": 5})
     held_out = {prompt.id for prompt in split_off(echo_task.prompts("train"), recipe)[1]}

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from minigrpo.rollouts.engines.scripted import Scripted as Scripted
     from minigrpo.rollouts.groups import rollout as rollout
     from minigrpo.runs.rundir import RunDir as RunDir
-    from minigrpo.sampler import PromptSampler as PromptSampler
     from minigrpo.tasks.custom.reward_task import reward_task as reward_task
+    from minigrpo.training.prompt_sampler import PromptSampler as PromptSampler
     from minigrpo.types import Completion as Completion
     from minigrpo.types import Engine as Engine
     from minigrpo.types import Grade as Grade
@@ -59,7 +59,7 @@ HOMES = {
     "minigrpo.runs.rundir": ("RunDir",),
     "minigrpo.config.load": ("dump_recipe", "load_recipe"),
     "minigrpo.rollouts.groups": ("rollout",),
-    "minigrpo.sampler": ("PromptSampler",),
+    "minigrpo.training.prompt_sampler": ("PromptSampler",),
     "minigrpo.rollouts.engines.scripted": ("Scripted",),
     "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),

@@ -21,7 +21,7 @@ from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
-    from minigrpo.preflight import Verdict
+    from minigrpo.training.preflight import Verdict
 
 
 def prepare(opened: Opened, run: RunDir, console: Console) -> None:
@@ -64,7 +64,7 @@ def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 
 def preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
     """Sample the real task, print what was seen; keep it in the run's folder, where there is one."""
-    from minigrpo.preflight import preflight
+    from minigrpo.training.preflight import preflight
 
     recipe = opened.recipe
     if run and is_warm(recipe, run):
@@ -79,7 +79,7 @@ def preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
 
 def check_lessons(opened: Opened) -> None:
     """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
-    from minigrpo.warmup import check
+    from minigrpo.training.sft_warmup import check
 
     if opened.recipe.warmup.steps:
         check(opened.recipe, opened.task, opened.policy)
@@ -106,7 +106,7 @@ def take_over(opened: Opened, run: RunDir) -> None:
 
 
 def _warm_up(opened: Opened, run: RunDir, console: Console) -> None:
-    from minigrpo.warmup import warmup
+    from minigrpo.training.sft_warmup import warmup
 
     recipe = opened.recipe
     with stage("warmup", recipe.warmup.steps) as report:

@@ -30,7 +30,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir, read_json
 
 if TYPE_CHECKING:
-    from minigrpo.preflight import Verdict
+    from minigrpo.training.preflight import Verdict
 
 __all__ = ["evaluate", "plot", "preflight", "recipe", "show", "train"]
 

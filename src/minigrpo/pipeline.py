@@ -25,7 +25,7 @@ from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write
 
 if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison
-    from minigrpo.preflight import Verdict
+    from minigrpo.training.preflight import Verdict
 
 __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "warmup"]
 
@@ -38,7 +38,7 @@ def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
     """The memory that a run would take, line by line, on a GPU of so many GB or on this machine; nothing is loaded."""
-    from minigrpo.forecast import forecast
+    from minigrpo.training.memory.estimate import forecast
 
     Console().print(tables.plan_table(found := forecast(recipe, gpu_memory)))
     return found
@@ -49,7 +49,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 
     Returns how many answers were taught, and what was measured before and after.
     """
-    from minigrpo.warmup import refuse_idle
+    from minigrpo.training.sft_warmup import refuse_idle
 
     console = Console()
     refuse_idle(recipe)
@@ -97,7 +97,7 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
 def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
     """Sets the process for this run, with as many threads as when it began, until the block ends."""
-    from minigrpo.checkpoint import read_machine
+    from minigrpo.training.checkpoint import read_machine
     from minigrpo.utils.process import process_settings
 
     began = read_machine(run) if run else None
@@ -182,8 +182,8 @@ def _restore(opened: Opened, folder: Path) -> None:
 
 
 def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:
-    from minigrpo import checkpoint
-    from minigrpo.grpo import grpo
+    from minigrpo.training import checkpoint
+    from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
     track = Track(run, recipe.train.steps, show_samples=show_samples)

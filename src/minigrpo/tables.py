@@ -14,11 +14,11 @@ from minigrpo.ui.live import duration, printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
-    from minigrpo.budget import Plan
     from minigrpo.evaluation.evaluate import Comparison, Evaluation
     from minigrpo.evaluation.statistics import Scores
-    from minigrpo.preflight import Figures, PromptLengths, Verdict
-    from minigrpo.warmup import Warmed
+    from minigrpo.training.memory.planner import Plan
+    from minigrpo.training.preflight import Figures, PromptLengths, Verdict
+    from minigrpo.training.sft_warmup import Warmed
 
 LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
 

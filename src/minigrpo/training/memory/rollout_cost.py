@@ -15,7 +15,7 @@ from minigrpo.models.policy import Policy, decoder
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
 from minigrpo.rollouts.engines.decoder import Lean, Turn
 from minigrpo.rollouts.engines.sampling import draw
-from minigrpo.shadow import META, Tally, held_by
+from minigrpo.training.memory.meta import META, Tally, held_by
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigrpo.alarms import is_known
 from minigrpo.config.schema import Recipe, WatchKnobs
 from minigrpo.runs.rundir import RunDir
+from minigrpo.training.monitor.alarms import is_known
 
 RECENT = 20
 """Healthy steps whose median is the usual."""

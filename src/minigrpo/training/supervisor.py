@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from minigrpo import checkpoint
-from minigrpo.alarms import Alarms
 from minigrpo.algorithms.entropy import EntropyBonus
 from minigrpo.algorithms.packing import Batch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
-from minigrpo.explosion import Watch, message
 from minigrpo.models.policy import Policy
-from minigrpo.plan import free_memory, tokens_per_pass
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir
-from minigrpo.shortage import left_by_a_kill, noted
-from minigrpo.teaching import Gathered, GroupSource
+from minigrpo.training import checkpoint
+from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.training.memory.machine import free_memory, tokens_per_pass
+from minigrpo.training.monitor.alarms import Alarms
+from minigrpo.training.monitor.divergence import Watch, message
+from minigrpo.training.oom import left_by_a_kill, noted
 from minigrpo.utils.process import compute_repeatably
 
 PATIENCE = 5

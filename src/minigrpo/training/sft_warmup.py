@@ -24,10 +24,10 @@ from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskErr
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import Lesson, Room, Schedule, mean_loss, warm_start
-from minigrpo.plan import tokens_per_pass
 from minigrpo.rollouts.grading import judge
 from minigrpo.rollouts.groups import prompts_of, rollout
-from minigrpo.sampler import split_off
+from minigrpo.training.memory.machine import tokens_per_pass
+from minigrpo.training.prompt_sampler import split_off
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.rng import name_key

@@ -18,13 +18,13 @@ import torch
 
 from minigrpo.algorithms.packing import Part
 from minigrpo.config.schema import Recipe
-from minigrpo.decoding import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 from minigrpo.models.attention.cpu import PLANS
 from minigrpo.models.attention.shared_prompt import MASKS
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import moment_bytes
 from minigrpo.rollouts.engines.decoder import is_lean
-from minigrpo.shadow import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
+from minigrpo.training.memory.meta import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
+from minigrpo.training.memory.rollout_cost import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
 
 When = Literal["always", "rollout", "update"]
 

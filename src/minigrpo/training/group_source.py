@@ -16,7 +16,7 @@ from typing import Any
 
 from minigrpo.config.schema import GroupsKnobs
 from minigrpo.rollouts.serialize import group_data, group_of
-from minigrpo.sampler import PromptSampler
+from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Group, Prompt
 
 LOWEST_RATE = 0.25

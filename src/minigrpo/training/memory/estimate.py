@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from minigrpo.budget import Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import set_options
 from minigrpo.models.context import longest_prompt
 from minigrpo.models.loading import DTYPES, pick_device, pick_dtype
-from minigrpo.plan import elsewhere, here
 from minigrpo.rollouts.groups import prompts_of
-from minigrpo.shadow import UnplannableError
 from minigrpo.tasks.registry import open_task
+from minigrpo.training.memory.machine import elsewhere, here
+from minigrpo.training.memory.meta import UnplannableError
+from minigrpo.training.memory.planner import Place, Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minigrpo.algorithms.packing import Part
-from minigrpo.budget import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
 from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, recompute_activations
-from minigrpo.shadow import UnplannableError, uniform_part
+from minigrpo.training.memory.meta import UnplannableError, uniform_part
+from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
 
 PROBE_TOKENS = 64
 SHARE = 0.5

@@ -20,11 +20,11 @@ from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.models.chat_template import render
-from minigrpo.plan import Plan, plan_of_run, tokens_per_pass
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
-from minigrpo.sampler import PromptSampler
-from minigrpo.teaching import LOWEST_RATE
+from minigrpo.training.group_source import LOWEST_RATE
+from minigrpo.training.memory.machine import Plan, plan_of_run, tokens_per_pass
+from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
 

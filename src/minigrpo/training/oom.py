@@ -20,13 +20,13 @@ import torch
 
 from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Bundle, Part
-from minigrpo.budget import largest_part
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
-from minigrpo.plan import free_memory, plan_of
 from minigrpo.runs.rundir import RunDir, write_json
-from minigrpo.shadow import UnplannableError
+from minigrpo.training.memory.machine import free_memory, plan_of
+from minigrpo.training.memory.meta import UnplannableError
+from minigrpo.training.memory.planner import largest_part
 
 Work = TypeVar("Work")
 

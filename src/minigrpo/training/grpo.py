@@ -24,17 +24,17 @@ from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective, open_objective
 from minigrpo.algorithms.packing import Batch, Part, pack
 from minigrpo.config.schema import Recipe
-from minigrpo.keeper import Keeper
-from minigrpo.metrics import Clock, batch_metrics, group_metrics
 from minigrpo.models.context import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.logger import Track
-from minigrpo.sampler import PromptSampler, split_off
-from minigrpo.shortage import clear_gradients, rehearse, with_room
-from minigrpo.teaching import Gathered, GroupSource
+from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.training.metrics import Clock, batch_metrics, group_metrics
+from minigrpo.training.oom import clear_gradients, rehearse, with_room
+from minigrpo.training.prompt_sampler import PromptSampler, split_off
+from minigrpo.training.supervisor import Keeper
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import process_settings
 from minigrpo.utils.rng import name_key
