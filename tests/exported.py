@@ -12,8 +12,8 @@ import torch
 from conftest import SPECIALS, TEMPLATE
 from delivered import adapted, build, make_run
 
-from minigrpo.engines.llamacpp import library
-from minigrpo.merge import merge
+from minigrpo.delivery.gguf.llamacpp import library
+from minigrpo.delivery.merge.merge import merge
 from minigrpo.runs.rundir import RunDir
 
 needs_llama = pytest.mark.skipif(library() is None, reason="xllamacpp is not installed: pip install 'minigrpo[gguf]'")

@@ -15,10 +15,10 @@ from hubserver import standing
 from hubstorage import TOKEN, StandIn
 
 from minigrpo import cli
-from minigrpo import hub as client
-from minigrpo.delivery import sums_of
-from minigrpo.merge import merge
-from minigrpo.publish import Published, publish
+from minigrpo.delivery.artifacts.source import sums_of
+from minigrpo.delivery.hub import client
+from minigrpo.delivery.hub.publish import Published, publish
+from minigrpo.delivery.merge.merge import merge
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from exported import merged_run
 
-from minigrpo.export import export
-from minigrpo.launching import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.serve.commands import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
 from minigrpo.runs.rundir import RunDir
 
 ASKED = ({"role": "user", "content": "What is '12' + 7?"},)

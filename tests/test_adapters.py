@@ -11,9 +11,9 @@ import torch
 from delivered import VARIANTS, adapted, edit, save_adapter, save_base
 from safetensors.torch import load_file
 
+from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import MinigrpoError
 from minigrpo.judging import evaluate
-from minigrpo.merge import merge
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,11 +16,19 @@ import yaml
 from delivered import adapted, make_run, save_base
 from published import add_gguf, run_copy, whole_run  # noqa: F401
 
-from minigrpo.card import QUESTION, card, facts_of, front_matter, hub_name, licence_of, parity_markdown
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
+from minigrpo.delivery.hub.model_card import (
+    QUESTION,
+    card,
+    facts_of,
+    front_matter,
+    hub_name,
+    licence_of,
+    parity_markdown,
+)
+from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import ArtifactError
-from minigrpo.merge import merge
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from minigrpo import cli
-from minigrpo.check import Checked, check, checked_table
+from minigrpo.delivery.merge.check import Checked, check, checked_table
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
 

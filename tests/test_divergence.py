@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigrpo.divergence import LIMIT, NOTHING, compare, kl_of, record
+from minigrpo.delivery.parity.kl import LIMIT, NOTHING, compare, kl_of, record
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import read_json, write_json
 

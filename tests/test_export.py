@@ -14,12 +14,13 @@ from delivered import FAMILIES, edit_json
 from exported import bpe_tokenizer, merged_run, model_folder, needs_llama
 from safetensors.torch import load_file, save_file
 
-from minigrpo import cli, ggufwriter
-from minigrpo.engines import llamacpp
+from minigrpo import cli
+from minigrpo.delivery.gguf import llamacpp
+from minigrpo.delivery.gguf import writer as ggufwriter
+from minigrpo.delivery.gguf.export import chosen, export
+from minigrpo.delivery.gguf.parity import Reference, prove_file, reference
+from minigrpo.delivery.gguf.quantize import type_of
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
-from minigrpo.export import chosen, export
-from minigrpo.ggufproof import Reference, prove_file, reference
-from minigrpo.ggufquant import type_of
 from minigrpo.runs.rundir import RunDir
 
 pytestmark = needs_llama

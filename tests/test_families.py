@@ -19,14 +19,14 @@ from delivered import FAMILIES, adapted, build, make_run
 from exported import bpe_tokenizer, needs_llama
 from safetensors.torch import load_file, save_file
 
-from minigrpo import ggufwriter
-from minigrpo.engines.llamacpp import LlamaCpp
-from minigrpo.export import export
-from minigrpo.ggufproof import Proof, Reference, asked_of, prove_file, reference
-from minigrpo.ggufquant import quantise
-from minigrpo.merge import merge
-from minigrpo.pretokenizer import token_faults
-from minigrpo.proof import task_of
+from minigrpo.delivery.gguf import writer
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.gguf.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.parity import Proof, Reference, asked_of, prove_file, reference
+from minigrpo.delivery.gguf.pretokenizer import token_faults
+from minigrpo.delivery.gguf.quantize import quantise
+from minigrpo.delivery.merge.merge import merge
+from minigrpo.delivery.parity.compare import task_of
 from minigrpo.runs.rundir import RunDir
 
 pytestmark = needs_llama
@@ -137,7 +137,7 @@ def inner(folder: Path) -> dict[str, Any]:
 def test_200_prompts_have_the_same_ids_in_tokenizer_and_file(case: Case, tmp_path: Path) -> None:
     prompts = asked_of(task_of(case.run), 200)
     assert len(prompts) > 200
-    ggufwriter.write(case.run.merged, tmp_path / "x.gguf", "F16", "x")
+    writer.write(case.run.merged, tmp_path / "x.gguf", "F16", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
         assert list(token_faults(llama, case.truth.tokenizer, prompts)) == []
 
@@ -196,9 +196,9 @@ def test_every_fault_fails_every_formats_limit(case: Case, tmp_path: Path, monke
     for name, wrong in mutants(case, tmp_path):
         with monkeypatch.context() as patch:
             if "permutation" in name:
-                patch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
+                patch.setattr(writer, "_permuted", lambda values, *others: values)
             for kind in ("F32", "F16"):
-                ggufwriter.write(wrong, tmp_path / f"{kind}.gguf", kind, "x")
+                writer.write(wrong, tmp_path / f"{kind}.gguf", kind, "x")
         quantise(tmp_path / "F16.gguf", tmp_path / "Q8_0.gguf", "Q8_0", None)
         for kind in KINDS:
             proof = prove_file(tmp_path / f"{kind}.gguf", kind, case.truth)

@@ -22,16 +22,16 @@ from exported import TAG, bpe_tokenizer, merged_run, model_folder, needs_llama
 from models import OWN_WORDS
 from served import gone
 
-from minigrpo import converter, ggufwriter
 from minigrpo.config.schema import Recipe
-from minigrpo.engines.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf import converter, writer
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.gguf.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.modelfile import conversations, modelfile, turns_of
+from minigrpo.delivery.gguf.pretokenizer import kind_of, token_faults
+from minigrpo.delivery.gguf.quantize import DEFAULTS, Cruncher, find_tool, quantise
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
-from minigrpo.export import export
-from minigrpo.ggufquant import DEFAULTS, Cruncher, find_tool, quantise
-from minigrpo.modelfile import conversations, modelfile, turns_of
 from minigrpo.models.chat_template import QUESTION, as_text, render
 from minigrpo.models.embedded import seedling
-from minigrpo.pretokenizer import kind_of, token_faults
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 
@@ -43,7 +43,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
     """(folder, model, F32 file)."""
     folder = tmp_path_factory.mktemp("gguf") / "qwen"
     model = model_folder(folder, "qwen2")
-    ggufwriter.write(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
+    writer.write(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
     return folder, model, folder.with_name("qwen.gguf")
 
 
@@ -80,7 +80,7 @@ def test_the_embedded_models_tokenizer_is_kept_to_the_last_id(tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path)
     seedling.decoder(blueprint, tokenizer).save_pretrained(tmp_path)
     assert kind_of(tmp_path) == "smollm"
-    ggufwriter.write(tmp_path, tmp_path / "x.gguf", "F32", "x")
+    writer.write(tmp_path, tmp_path / "x.gguf", "F32", "x")
     task = open_task(Recipe())
     prompts = prompts_of(task, "test", 200)
     with LlamaCpp(tmp_path / "x.gguf", context=512) as llama:
@@ -118,7 +118,7 @@ def test_faults_of_tokens_and_template_are_named(qwen: Any, tokenizer: Any, told
 def test_a_second_beginning_of_text_is_named(qwen: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(qwen[0], tmp_path / "m")
     bpe_tokenizer(bos=True).save_pretrained(folder)
-    ggufwriter.write(folder, tmp_path / "x.gguf", "F32", "x")
+    writer.write(folder, tmp_path / "x.gguf", "F32", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
         assert llama.facts.adds_bos
         faults = list(token_faults(llama, bpe_tokenizer(), [[QUESTION]]))
@@ -241,7 +241,7 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import gguf
 
     guessed = ("GGUF.", "general.size_label", "general.basename", "general.finetune", "general.version", "general.samp")
-    keys = {name: value for name, value in ggufwriter.described(file) if not name.startswith(guessed)}
+    keys = {name: value for name, value in writer.described(file) if not name.startswith(guessed)}
     tensors = gguf.GGUFReader(file).tensors
     return keys, {
         t.name: (t.tensor_type.name, tuple(t.shape.tolist()), hashlib.sha256(t.data.tobytes()).hexdigest())
@@ -261,7 +261,7 @@ def test_our_quantiser_and_llama_quantize_make_the_same_file(
     assert tool is not None
     size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
     run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"), **size)
-    ggufwriter.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
+    writer.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
     monkeypatch.setenv("PATH", "")
     differing = []
     for kind in DEFAULTS:
@@ -296,7 +296,7 @@ def test_a_converter_ends_with_the_export_that_is_killed(tmp_path: Path) -> None
     """Else it would go on writing beside the next one."""
     root, file = pretended(tmp_path / "llama.cpp", WRITES + "time.sleep(600)"), tmp_path / "x.gguf"
     code = (
-        "import sys; from pathlib import Path; from minigrpo.converter import Converter\n"
+        "import sys; from pathlib import Path; from minigrpo.delivery.gguf.converter import Converter\n"
         "Converter(Path(sys.argv[1])).convert(Path(sys.argv[2]), Path(sys.argv[3]), 'F16', 'x')"
     )
     with subprocess.Popen([sys.executable, "-c", code, root, tmp_path, file]) as parent:

@@ -13,9 +13,9 @@ from conftest import build_tokenizer
 from delivered import FAMILIES, VARIANTS, adapted, edit, edit_json, make_run, save_adapter, save_base
 from safetensors.torch import load_file
 
-from minigrpo.delivery import merged_of
+from minigrpo.delivery.artifacts.source import merged_of
+from minigrpo.delivery.merge.merge import Merged, merge
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.merge import Merged, merge
 from minigrpo.models.loading import model_class
 from minigrpo.models.model_files import find_base, for_other_readers, open_base
 from minigrpo.runs.rundir import RunDir, digest

@@ -18,13 +18,13 @@ from conftest import build_tokenizer
 from delivered import adapted, edit, make_run, save_adapter, save_base
 from safetensors.torch import load_file
 
-from minigrpo.delivery import read_seal, source_of
+from minigrpo.delivery.artifacts.merged_weights import rounding
+from minigrpo.delivery.artifacts.source import read_seal, source_of
+from minigrpo.delivery.merge.merge import merge, merge_alone
+from minigrpo.delivery.parity.compare import prove, trained_truth
+from minigrpo.delivery.parity.texts import LONGEST, held_texts
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.held import LONGEST, held_texts
-from minigrpo.merge import merge, merge_alone
-from minigrpo.merging import rounding
 from minigrpo.models.model_files import open_base
-from minigrpo.proof import prove, trained_truth
 from minigrpo.runs.rundir import RunDir, read_json
 
 YOUNG = 2e-5
@@ -87,7 +87,7 @@ def test_auto_takes_the_first_type_that_holds_what_was_learned(tmp_path: Path, s
 
 
 def test_rounding_is_told_as_the_share_of_changes_that_vanish(tmp_path: Path) -> None:
-    from minigrpo.merging import changes_of
+    from minigrpo.delivery.artifacts.merged_weights import changes_of
 
     base = tmp_path / "base"
     under = adapted(save_base(base, "llama", dtype=torch.bfloat16), base, size=1e-4)
@@ -209,7 +209,7 @@ def test_what_a_killed_merge_left_is_gone_after_the_next(young: RunDir) -> None:
 
 
 def test_too_little_room_is_told_before_anything_is_written(young: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigrpo import merge as verb
+    from minigrpo.delivery.merge import merge as verb
 
     monkeypatch.setattr(verb, "SPARE", 1 << 60)
     with pytest.raises(ArtifactError, match=r"needs .* GB, and .* GB left. Make room"):
@@ -220,8 +220,8 @@ def test_too_little_room_is_told_before_anything_is_written(young: RunDir, monke
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from minigrpo.delivery import source_of
-from minigrpo.merging import changes_of, write_merged
+from minigrpo.delivery.artifacts.source import source_of
+from minigrpo.delivery.artifacts.merged_weights import changes_of, write_merged
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 torch.set_num_threads(1)

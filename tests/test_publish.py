@@ -13,10 +13,10 @@ import pytest
 from hubstorage import READER, Repo, StandIn
 from published import REPOS, add_gguf, command, hub_here, large, run_copy, send, whole_run  # noqa: F401
 
-from minigrpo import hub as client
-from minigrpo.delivery import sums_of
+from minigrpo.delivery.artifacts.source import sums_of
+from minigrpo.delivery.hub import client
+from minigrpo.delivery.hub.publish import publish
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.publish import publish
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 

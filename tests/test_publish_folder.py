@@ -14,10 +14,10 @@ from hubstorage import TOKEN, Repo, StandIn
 from published import REPOS, command, hub_here, large, run_copy, send, whole_run  # noqa: F401
 
 from minigrpo.config.load import dump_recipe, load_recipe
+from minigrpo.delivery.hub.client import find_token, token_in
+from minigrpo.delivery.hub.publish import publish_folder
 from minigrpo.door import EXAMPLES
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.hub import find_token, token_in
-from minigrpo.publish import publish_folder
 from minigrpo.runs.rundir import RunDir
 
 # The token

@@ -20,12 +20,12 @@ from exported import needs_llama
 from served import children, exported_run, file_of, gone
 
 from minigrpo import cli
+from minigrpo.delivery.gguf.header import read_head
+from minigrpo.delivery.serve.commands import Model, fitting, reserve, vllm_launch
+from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.serve import ask_once, planned
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.ggufhead import read_head
-from minigrpo.launching import Model, fitting, reserve, vllm_launch
 from minigrpo.runs.rundir import RunDir
-from minigrpo.servable import Wanted, found
-from minigrpo.serve import ask_once, planned
 
 pytestmark = needs_llama
 
@@ -105,7 +105,7 @@ def test_vllm_is_told_the_temperature_of_the_training_and_the_rank_of_the_adapte
 def _vllm_is_taken_for_granted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the command line is looked at, any python stands for one that has vLLM."""
     if "rank_of_the_adapter" in request.node.name:
-        monkeypatch.setattr("minigrpo.serve.find_vllm", lambda named: named)
+        monkeypatch.setattr("minigrpo.delivery.serve.serve.find_vllm", lambda named: named)
 
 
 # Bad input
@@ -200,7 +200,7 @@ def test_an_engine_that_is_not_there_is_told_with_what_to_install(
     assert f"minigrpo export {run.path}" in err
     assert "has no vLLM" in serve(capsys, str(run.path), "--vllm", sys.executable, "--port", "0")[2]
     assert "cannot be run" in serve(capsys, str(run.path), "--vllm", "/no/python", "--port", "0")[2]
-    monkeypatch.setattr("minigrpo.launching.find_spec", lambda name: None)
+    monkeypatch.setattr("minigrpo.delivery.serve.commands.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     assert "pip install 'minigrpo[gguf]'" in serve(capsys, str(run.path), "--port", "0")[2]
 

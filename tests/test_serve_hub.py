@@ -16,11 +16,11 @@ from published import hub_here  # noqa: F401
 from served import after, told_of
 
 from minigrpo import cli
+from minigrpo.delivery.serve.commands import CONTAINER_CACHE, Model, room_for
+from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.serve import planned
 from minigrpo.errors import MinigrpoError
-from minigrpo.launching import CONTAINER_CACHE, Model, room_for
 from minigrpo.runs.rundir import RunDir
-from minigrpo.servable import Wanted, found
-from minigrpo.serve import planned
 
 pytestmark = needs_llama
 
@@ -82,7 +82,7 @@ def test_the_container_finds_a_hub_model_in_the_cache_that_is_mounted(
     tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files there are links to their neighbours, so a mount of one folder alone would be empty names."""
-    monkeypatch.setattr("minigrpo.serve.find_vllm", lambda named: Path(sys.executable))
+    monkeypatch.setattr("minigrpo.delivery.serve.serve.find_vllm", lambda named: Path(sys.executable))
     run = merged_run(tmp_path / "mine", "qwen2")
     put(hub, "me/base", base_of(run))
     edit_json(run.adapter / "adapter_config.json", base_model_name_or_path="me/base")

@@ -16,16 +16,16 @@ from exported import PICTURES, bpe_tokenizer, merged_run, needs_llama, pictured_
 from served import ASKED, children, exported_run, file_of, gone, program, told_of
 from transformers import AutoModelForCausalLM
 
-from minigrpo.engines.gguf import open_gguf
-from minigrpo.engines.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.llamacpp import LlamaCpp
+from minigrpo.delivery.parity.compare import as_loaded
+from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm, reserve, vllm_launch
+from minigrpo.delivery.serve.gguf_engine import open_gguf
+from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.server import ServerClient, ServerProcess, serve_gguf
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.judging import evaluate
-from minigrpo.launching import LOCAL, Model, find_vllm, reserve, vllm_launch
-from minigrpo.proof import as_loaded
 from minigrpo.rollouts.groups import rollout
 from minigrpo.runs.rundir import RunDir
-from minigrpo.servable import Wanted, found
-from minigrpo.servers import ServerClient, ServerProcess, serve_gguf
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
 
 pytestmark = needs_llama
@@ -135,7 +135,7 @@ def test_a_server_that_dies_while_it_serves_is_told(run: RunDir) -> None:
 def test_a_program_that_will_not_end_is_killed_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigrpo.servers.GRACE", 0.2)
+    monkeypatch.setattr("minigrpo.delivery.serve.server.GRACE", 0.2)
     launch = program(
         tmp_path,
         "import os, signal, subprocess, sys, time\n"

@@ -16,8 +16,8 @@ import torch
 from exported import bpe_tokenizer, merged_run
 from safetensors.torch import load_file
 
+from minigrpo.delivery.parity.compare import as_loaded
 from minigrpo.models.model_files import for_other_readers, tokens_for_other_readers
-from minigrpo.proof import as_loaded
 
 YARN = {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 = {

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from exported import merged_run, needs_llama
 
-from minigrpo import cli, ggufwriter
+from minigrpo import cli
+from minigrpo.delivery.gguf import writer
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.parity.table import parity_table, read_parity
+from minigrpo.delivery.serve.server import serve_gguf
+from minigrpo.delivery.verify import verified_table, verify, verify_alone
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.export import export
-from minigrpo.parity import parity_table, read_parity
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
-from minigrpo.servers import serve_gguf
-from minigrpo.verify import verified_table, verify, verify_alone
 
 pytestmark = needs_llama
 
@@ -70,7 +71,7 @@ def test_a_server_that_runs_elsewhere_is_asked_by_its_url(run: RunDir) -> None:
 
 
 def test_a_server_of_the_base_is_told_from_that_of_the_trained_model(run: RunDir, made: RunDir, tmp_path: Path) -> None:
-    ggufwriter.write(made.path.with_name("mine-base"), tmp_path / "base.gguf", "F16", "base")
+    writer.write(made.path.with_name("mine-base"), tmp_path / "base.gguf", "F16", "base")
     with serve_gguf(tmp_path / "base.gguf", context=512) as server:
         found = verify(run, served=server.url, quiet=True)
     assert not found.ok
@@ -103,7 +104,7 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
 ) -> None:
     """Whoever seals it: the numbers decide."""
     file = run.gguf / "mine-F16.gguf"
-    ggufwriter.write(made.path.with_name("mine-base"), file, "F16", "mine")
+    writer.write(made.path.with_name("mine-base"), file, "F16", "mine")
     seal = read_sealed(run.gguf / "made.json")
     seal["files"][file.name]["sha256"] = digest(file)
     write_sealed(run.gguf / "made.json", {name: seal[name] for name in ("made", "files")})

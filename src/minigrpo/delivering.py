@@ -32,7 +32,7 @@ def check(
     Every layer there and finite, none untrained, its norms, and what it does to the base's probabilities. Exit code 0
     where all is well, 1 where not. A run keeps the figures of each layer in check.json.
     """
-    from minigrpo.check import check, checked_table
+    from minigrpo.delivery.merge.check import check, checked_table
 
     with result_alone(as_json):
         found = check(run, base=base, model=not no_model)
@@ -60,7 +60,7 @@ def merge(
     Written shard by shard, with tokenizer, chat template and all else that other tools need. Then its probabilities
     are compared with those of the policy that was trained: more than a tenth of what training did, and it is refused.
     """
-    from minigrpo.merge import merge_alone, merged_table
+    from minigrpo.delivery.merge.merge import merge_alone, merged_table
 
     with result_alone(as_json):
         found = merge_alone(run, base=base, dtype=dtype, out=out, proof=not no_proof, force=force)
@@ -97,7 +97,7 @@ def export(
     Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
     far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
     """
-    from minigrpo.export import export_alone, exported_table
+    from minigrpo.delivery.gguf.export import export_alone, exported_table
 
     with result_alone(as_json):
         found = export_alone(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
@@ -135,8 +135,8 @@ def serve(
     Waits until the server is well, asks it one question, and prints how to ask it more. Ctrl-C ends it with all that it
     started.
     """
-    from minigrpo.servable import Wanted
-    from minigrpo.serve import Ready, planned, planned_lines, ready_lines, serve
+    from minigrpo.delivery.serve.resolve import Wanted
+    from minigrpo.delivery.serve.serve import Ready, planned, planned_lines, ready_lines, serve
 
     wanted = Wanted(
         engine, host, port, kind, adapter, base=base, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp
@@ -169,7 +169,7 @@ def verify(
     Merged model, GGUF files, a server: bytes as they were sealed, the same tokens, probabilities within the limits.
     Rewrites parity.json. Exit code 0 where all is well, 1 where a stage is beyond its limit or was changed.
     """
-    from minigrpo.verify import verified_table, verify_alone
+    from minigrpo.delivery.verify import verified_table, verify_alone
 
     with result_alone(as_json):
         found = verify_alone(run, serve=serve, served=served)
@@ -208,7 +208,7 @@ def publish(
     the environment or of a file .env, or the login. After a cut the same command sends only what is missing; at the
     end every file there is compared with the one here.
     """
-    from minigrpo.publish import publish_alone, publish_folder, published_table
+    from minigrpo.delivery.hub.publish import publish_alone, publish_folder, published_table
 
     if (run is None) == (folder is None):
         raise MinigrpoError(

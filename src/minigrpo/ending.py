@@ -17,17 +17,17 @@ from rich.text import Text
 
 from minigrpo import tables
 from minigrpo.config.schema import Recipe
+from minigrpo.delivery.hub.client import Hub, check_name, find_token, in_bytes
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.hub import Hub, check_name, find_token, in_bytes
 from minigrpo.runs.manifest import finished, seconds_of, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
+    from minigrpo.delivery.gguf.export import Exported
+    from minigrpo.delivery.serve.serve import Answer
     from minigrpo.evaluation.evaluate import Comparison
-    from minigrpo.export import Exported
-    from minigrpo.serve import Answer
 
 WIDTH = 120
 """Columns of summary.txt."""
@@ -57,7 +57,7 @@ def look_ahead(recipe: Recipe, console: Console) -> None:
     Raises MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
     """
     if recipe.export.formats:
-        from minigrpo.export import chosen
+        from minigrpo.delivery.gguf.export import chosen
 
         chosen([recipe.export.formats])
         if reason := _no_library():
@@ -90,14 +90,14 @@ def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -
             f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
         )
     if recipe.publish.repo and delivered.merged:
-        from minigrpo.publish import publish, published_table
+        from minigrpo.delivery.hub.publish import publish, published_table
 
         with timed(run, "publish"):
             console.print(published_table(publish(run, recipe.publish.repo, private=not recipe.publish.public)))
 
 
 def _no_library() -> str | None:
-    from minigrpo.engines.llamacpp import INSTALL, library
+    from minigrpo.delivery.gguf.llamacpp import INSTALL, library
 
     if library() is None:
         return f"No GGUF file will be made: xllamacpp is not installed. {INSTALL}"
@@ -105,7 +105,7 @@ def _no_library() -> str | None:
 
 
 def _checked(run: RunDir, console: Console) -> bool:
-    from minigrpo.check import check, checked_table, sound_already
+    from minigrpo.delivery.merge.check import check, checked_table, sound_already
 
     if sound_already(run):
         console.print(Text(f"{run.check} is there already."))
@@ -117,14 +117,14 @@ def _checked(run: RunDir, console: Console) -> bool:
 
 
 def _merge(run: RunDir, console: Console) -> None:
-    from minigrpo.merge import merge, merged_table
+    from minigrpo.delivery.merge.merge import merge, merged_table
 
     with timed(run, "merge"):
         console.print(merged_table(merge(run)))
 
 
 def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
-    from minigrpo.export import export, exported_table
+    from minigrpo.delivery.gguf.export import export, exported_table
 
     with timed(run, "export"):
         exported = export(run, [recipe.export.formats])
@@ -133,7 +133,7 @@ def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
 
 
 def _answer(run: RunDir, exported: Exported) -> Answer:
-    from minigrpo.serve import ask_once
+    from minigrpo.delivery.serve.serve import ask_once
 
     with timed(run, "question"):
         return ask_once(run, format=exported.files[-1].format)
@@ -151,7 +151,7 @@ def summarise(run: RunDir, comparisons: Sequence[Comparison], delivered: Deliver
 
 
 def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered) -> Iterator[RenderableType]:
-    from minigrpo.parity import parity_table, read_parity
+    from minigrpo.delivery.parity.table import parity_table, read_parity
 
     yield tables.comparison_table(comparisons)
     if delivered.merged:

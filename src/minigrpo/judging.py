@@ -27,7 +27,7 @@ from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
-    from minigrpo.engines.gguf import GgufEngine
+    from minigrpo.delivery.serve.gguf_engine import GgufEngine
     from minigrpo.evaluation.evaluate import Comparison, Evaluation
     from minigrpo.models.policy import Policy
 
@@ -177,7 +177,7 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
 
     Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
     """
-    from minigrpo.delivery import refuse_changed
+    from minigrpo.delivery.artifacts.source import refuse_changed
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
 
@@ -201,7 +201,7 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
 
 def judge_gguf(path: Path, ask: Questions, journal: Path) -> Evaluation:
     """A file for llama.cpp: the same prompts and the same grading; its own template and tokenizer."""
-    from minigrpo.engines.gguf import open_gguf
+    from minigrpo.delivery.serve.gguf_engine import open_gguf
 
     with open_gguf(path, max_tokens=ask.sampling.max_tokens) as engine:
         return ask.put_to(Side(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)

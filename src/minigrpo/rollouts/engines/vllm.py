@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
+from minigrpo.delivery.serve.commands import RANKS
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.launching import RANKS
 from minigrpo.models.context import check_room, context_of
 from minigrpo.models.model_files import missing_for_vllm
 from minigrpo.types import Completion, Ready, Rendered, Sampling

@@ -20,13 +20,13 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
+from minigrpo.delivery.gguf.header import read_head
+from minigrpo.delivery.serve.commands import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
+from minigrpo.delivery.serve.resolve import Artefact, Wanted, found
+from minigrpo.delivery.serve.server import ServerProcess
 from minigrpo.errors import MinigrpoError
-from minigrpo.ggufhead import read_head
-from minigrpo.launching import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
 from minigrpo.models.chat_template import QUESTION
 from minigrpo.runs.rundir import RunDir
-from minigrpo.servable import Artefact, Wanted, found
-from minigrpo.servers import ServerProcess
 from minigrpo.types import Message, Prompt, Task
 from minigrpo.ui.progress import stage
 

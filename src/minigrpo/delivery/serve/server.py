@@ -26,9 +26,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from minigrpo.delivery.gguf.header import read_head
+from minigrpo.delivery.serve.commands import LOCAL, EngineName, Launch, llama_launch, reserve, worker
 from minigrpo.errors import MinigrpoError
-from minigrpo.ggufhead import read_head
-from minigrpo.launching import LOCAL, EngineName, Launch, llama_launch, reserve, worker
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.http import StatusError, exchange

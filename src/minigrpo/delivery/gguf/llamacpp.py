@@ -63,7 +63,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path, *, context: int, threads: int | None = None) -> None:
         self.file = file
-        worker = Path(__file__).with_name("llamaworker.py")
+        worker = Path(__file__).with_name("llamacpp_worker.py")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(worker), str(require_library())],
             stdin=subprocess.PIPE,

@@ -18,13 +18,13 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.delivery import Source, source_of
-from minigrpo.divergence import Divergence, known
+from minigrpo.delivery.artifacts.merged_weights import Change, changes_of
+from minigrpo.delivery.artifacts.source import Source, source_of
+from minigrpo.delivery.parity.compare import trained_truth
+from minigrpo.delivery.parity.kl import Divergence, known
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.merging import Change, changes_of
 from minigrpo.models.adapter import Adapter, PairFacts, facts_of
 from minigrpo.models.model_files import RENAMES, Base
-from minigrpo.proof import trained_truth
 from minigrpo.runs.manifest import fits
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.ui.tables import plain_table, titled

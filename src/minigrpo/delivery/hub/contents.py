@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from minigrpo.card import card, facts_of, hub_name
-from minigrpo.delivery import merged_of, sums_of
+from minigrpo.delivery.artifacts.source import merged_of, sums_of
+from minigrpo.delivery.hub.client import Item, item
+from minigrpo.delivery.hub.model_card import card, facts_of, hub_name
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.hub import Item, item
 from minigrpo.models.model_files import tokens_for_other_readers
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json

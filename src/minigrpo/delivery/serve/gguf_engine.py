@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minigrpo.delivery.gguf.header import Head, read_head
+from minigrpo.delivery.serve.commands import ROOM
+from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
-from minigrpo.ggufhead import Head, read_head
-from minigrpo.launching import ROOM
 from minigrpo.models.context import check_room
-from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key
 

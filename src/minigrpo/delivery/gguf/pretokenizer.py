@@ -16,7 +16,7 @@ from minigrpo.models.chat_template import REPLY, as_text
 from minigrpo.types import Message
 
 if TYPE_CHECKING:
-    from minigrpo.engines.llamacpp import LlamaCpp
+    from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 
 _ENDINGS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

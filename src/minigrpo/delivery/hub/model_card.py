@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from minigrpo.config.load import load_recipe
+from minigrpo.delivery.hub.client import in_bytes
+from minigrpo.delivery.parity.table import read_parity
+from minigrpo.delivery.serve.commands import RANKS
 from minigrpo.errors import ArtifactError
-from minigrpo.hub import in_bytes
-from minigrpo.launching import RANKS
 from minigrpo.models.model_files import config_here, missing_for_vllm, without_scale
-from minigrpo.parity import read_parity
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain

@@ -15,15 +15,15 @@ from typing import Literal
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.delivery import Source, merged_of, refuse_changed, source_of, sums_of
+from minigrpo.delivery.artifacts.merged_weights import changes_of
+from minigrpo.delivery.artifacts.source import Source, merged_of, refuse_changed, source_of, sums_of
+from minigrpo.delivery.gguf.header import read_head
+from minigrpo.delivery.hub.client import adapter_on_hub, settings_on_hub
+from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm
+from minigrpo.delivery.serve.server import SILENCE
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.ggufhead import read_head
-from minigrpo.hub import adapter_on_hub, settings_on_hub
-from minigrpo.launching import LOCAL, Model, find_vllm
-from minigrpo.merging import changes_of
 from minigrpo.runs.manifest import read_sealed, slug
 from minigrpo.runs.rundir import RunDir, digest
-from minigrpo.servers import SILENCE
 
 Choice = Literal["auto", "llama.cpp", "vllm"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

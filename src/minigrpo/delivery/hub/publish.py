@@ -19,9 +19,9 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
+from minigrpo.delivery.hub.client import Hub, Item, Remote, Tell, Visit, check_name, find_token, in_bytes
+from minigrpo.delivery.hub.contents import MARK, SUFFIX, Parcel, mark_of, parcel_of_folder, parcels_of, refuse_secrets
 from minigrpo.errors import MinigrpoError
-from minigrpo.hub import Hub, Item, Remote, Tell, Visit, check_name, find_token, in_bytes
-from minigrpo.parcels import MARK, SUFFIX, Parcel, mark_of, parcel_of_folder, parcels_of, refuse_secrets
 from minigrpo.runs.lock import hold
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage

@@ -20,16 +20,16 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery import Source, alone, merged_of, source_of, sums_of
-from minigrpo.divergence import Divergence, compare
+from minigrpo.delivery.artifacts.source import Source, alone, merged_of, source_of, sums_of
+from minigrpo.delivery.gguf.parity import RELATIVE, Reference, asked_of, prove_file
+from minigrpo.delivery.parity.compare import Truth, device_for, judged, of_merged, task_of, trained_truth
+from minigrpo.delivery.parity.kl import Divergence, compare
+from minigrpo.delivery.parity.table import TITLE, parity_table
+from minigrpo.delivery.parity.texts import Held
+from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
-from minigrpo.ggufproof import RELATIVE, Reference, asked_of, prove_file
-from minigrpo.held import Held
-from minigrpo.parity import TITLE, parity_table
-from minigrpo.proof import Truth, device_for, judged, of_merged, task_of, trained_truth
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
-from minigrpo.servers import ServerClient, serve_gguf
 from minigrpo.ui.progress import stage
 
 PROMPTS, ASKED = 200, 8

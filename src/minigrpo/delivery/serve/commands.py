@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from minigrpo.delivery.gguf.header import Head
 from minigrpo.errors import MinigrpoError
-from minigrpo.ggufhead import Head
 
 EngineName = Literal["llama.cpp", "vllm"]
 LOCAL = "127.0.0.1"
@@ -73,7 +73,7 @@ class Model:
 
     def settings(self) -> Mapping[str, Any]:
         """config.json. Raises MinigrpoError where a Hub id has none that can be read."""
-        from minigrpo.hub import settings_on_hub
+        from minigrpo.delivery.hub.client import settings_on_hub
         from minigrpo.runs.rundir import read_json
 
         folder = Path(self.source)
@@ -87,7 +87,7 @@ class Model:
 
 def worker() -> Path:
     """The file that keeps servers."""
-    return Path(__file__).with_name("serveworker.py")
+    return Path(__file__).with_name("supervisor.py")
 
 
 def llama_launch(
@@ -223,7 +223,7 @@ def docker_line(launch: Launch, model: Model, temperature: float) -> str:
 def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
     """(where the container finds the folder, what is mounted where). The files of a folder in the Hub's cache are links
     into its neighbours, so the whole cache goes with it."""
-    from minigrpo.hub import cache_of_hub
+    from minigrpo.delivery.hub.client import cache_of_hub
 
     folder, cache = folder.expanduser().absolute(), cache_of_hub()
     if folder.is_relative_to(cache):
@@ -232,7 +232,7 @@ def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
 
 
 def _mounted_cache() -> tuple[Path, str]:
-    from minigrpo.hub import cache_of_hub
+    from minigrpo.delivery.hub.client import cache_of_hub
 
     return cache_of_hub(), CONTAINER_CACHE
 

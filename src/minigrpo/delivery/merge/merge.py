@@ -24,15 +24,15 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo import merging
 from minigrpo.config.schema import DtypeName
-from minigrpo.delivery import Source, alone, read_seal, seal_folder, source_of
-from minigrpo.divergence import Divergence, record
+from minigrpo.delivery.artifacts import merged_weights
+from minigrpo.delivery.artifacts.merged_weights import Change, Rounding
+from minigrpo.delivery.artifacts.source import Source, alone, read_seal, seal_folder, source_of
+from minigrpo.delivery.parity.compare import packed_base, prove, trained_truth
+from minigrpo.delivery.parity.kl import Divergence, record
+from minigrpo.delivery.parity.table import TITLE, parity_table
 from minigrpo.errors import ArtifactError
-from minigrpo.merging import Change, Rounding
 from minigrpo.models.model_files import Base, write_companions
-from minigrpo.parity import TITLE, parity_table
-from minigrpo.proof import packed_base, prove, trained_truth
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import FULL, RunDir, complete_folder
 from minigrpo.ui.progress import stage
@@ -79,7 +79,7 @@ def merge(
     """
     source = source_of(run, base=base)
     files, adapter = source.open()
-    changes = merging.changes_of(files, adapter)
+    changes = merged_weights.changes_of(files, adapter)
     target = out or (source.run.merged if source.run else source.folder.with_name(f"{source.folder.name}-merged"))
     made = source.made("merge", files)
     made["from"] |= {"asked": dtype, "proved": proof}
@@ -90,10 +90,10 @@ def merge(
     _check_room(files, chosen, target)
     with _disk(target, source), complete_folder(target) as draft:
         with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
-            merging.write_merged(files, changes, chosen, draft, report)
+            merged_weights.write_merged(files, changes, chosen, draft, report)
         write_companions(files, source.folder, draft, chosen)
         stages = prove(draft, source, files, truth) if truth else []
-        facts = {"dtype": merging.name_of(chosen), "stages": [row.to_dict() for row in stages]}
+        facts = {"dtype": merged_weights.name_of(chosen), "stages": [row.to_dict() for row in stages]}
         seal_folder(draft, made, facts)
         _judge(source, draft, target, stages, measured)
     if truth and packed_base(source) and len(stages) < 3:
@@ -102,7 +102,7 @@ def merge(
         notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
     verdict: Verdict = "not proved" if not truth else "nothing was learned" if truth.nothing_learned else "merged"
     texts = truth.held.source if truth else ""
-    return Merged(target, merging.name_of(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes))
+    return Merged(target, merged_weights.name_of(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes))
 
 
 def merge_alone(path: Path, **options: Any) -> Merged:
@@ -120,16 +120,16 @@ def choose(
     """The number type, what was measured, and a sentence where the base's own would lose what was learned."""
     if asked != "auto":
         dtype = getattr(torch, asked)
-        return dtype, merging.rounding(changes, [dtype]), []
-    tried = merging.candidates(base.dtype)
-    measured = merging.rounding(changes, tried)
+        return dtype, merged_weights.rounding(changes, [dtype]), []
+    tried = merged_weights.candidates(base.dtype)
+    measured = merged_weights.rounding(changes, tried)
     fit = next((dtype for dtype, found in zip(tried, measured, strict=True) if found.holds), tried[-1])
     if fit == base.dtype:
         return fit, measured, []
     own = measured[0]
     note = (
         f"The base is {own.dtype}, which would leave {own.lost:.0%} of the changed weights as they were and blur the "
-        f"change by {own.noise:.0%} of its size; {merging.name_of(fit)} holds it. A longer training makes it larger."
+        f"change by {own.noise:.0%} of its size; {merged_weights.name_of(fit)} holds it. A longer training makes it larger."
     )
     return fit, measured, [note]
 
@@ -188,7 +188,7 @@ def _remedy(measured: list[Rounding]) -> str:
 
 def _check_room(base: Base, dtype: torch.dtype, target: Path) -> None:
     there = next(folder for folder in target.absolute().parents if folder.is_dir())
-    need, free = merging.bytes_of(base, dtype) + SPARE, shutil.disk_usage(there).free
+    need, free = merged_weights.bytes_of(base, dtype) + SPARE, shutil.disk_usage(there).free
     if free < need:
         raise ArtifactError(
             f"{target} needs {need / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB left. Make room, or name another "

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigrpo.engines.llamacpp import INSTALL, library
+from minigrpo.delivery.gguf.llamacpp import INSTALL, library
+from minigrpo.delivery.gguf.writer import full_disk_told
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.ggufwriter import full_disk_told
 
 FLOATS = ("F32", "F16", "BF16")
 DEFAULTS = {

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.delivery import Source
-from minigrpo.divergence import LIMIT, NOTHING, Divergence, compare
+from minigrpo.delivery.artifacts.merged_weights import bytes_of
+from minigrpo.delivery.artifacts.source import Source
+from minigrpo.delivery.parity.kl import LIMIT, NOTHING, Divergence, compare
+from minigrpo.delivery.parity.texts import Held, HeldTexts, distributions, held_texts, sampled_texts
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.held import Held, HeldTexts, distributions, held_texts, sampled_texts
-from minigrpo.merging import bytes_of
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
 from minigrpo.models.model_files import Base

@@ -19,11 +19,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from minigrpo import ggufwriter
+from minigrpo.delivery.gguf import writer as ggufwriter
+from minigrpo.delivery.gguf.pretokenizer import kind_of
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.embedded.seedling import cache
 from minigrpo.models.model_files import open_base
-from minigrpo.pretokenizer import kind_of
 from minigrpo.runs.rundir import complete_folder, digest
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
@@ -54,7 +54,7 @@ class Converter:
             ggufwriter.write(folder, file, kind, name)
             return
         command = [
-            *(sys.executable, "-P", str(Path(__file__).with_name("convertworker.py")), str(self.root)),
+            *(sys.executable, "-P", str(Path(__file__).with_name("converter_worker.py")), str(self.root)),
             *(_kind_or_theirs(folder), str(folder), kind.lower(), str(file), name),
         ]
         reads, writes = os.pipe()  # while this process lives, the other end is open: the worker ends with us

@@ -24,17 +24,17 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
-from minigrpo.converter import Converter, find_converter
-from minigrpo.delivery import alone, merged_of, sums_of
-from minigrpo.divergence import record
-from minigrpo.engines.llamacpp import require_library
+from minigrpo.delivery.artifacts.merged_weights import bytes_of
+from minigrpo.delivery.artifacts.source import alone, merged_of, sums_of
+from minigrpo.delivery.gguf.converter import Converter, find_converter
+from minigrpo.delivery.gguf.llamacpp import require_library
+from minigrpo.delivery.gguf.modelfile import modelfile
+from minigrpo.delivery.gguf.parity import Proof, Reference, outline, prove_file, reference
+from minigrpo.delivery.gguf.quantize import FLOATS, FORMATS, Quantised, quantise, weigh
+from minigrpo.delivery.parity.kl import record
+from minigrpo.delivery.parity.table import figure
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.ggufproof import Proof, Reference, outline, prove_file, reference
-from minigrpo.ggufquant import FLOATS, FORMATS, Quantised, quantise, weigh
-from minigrpo.merging import bytes_of
-from minigrpo.modelfile import modelfile
 from minigrpo.models.model_files import Base, open_base
-from minigrpo.parity import figure
 from minigrpo.runs.manifest import read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
 from minigrpo.ui.progress import Report, stage

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from minigrpo.divergence import LIMIT, Divergence, compare
-from minigrpo.engines.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.pretokenizer import token_faults
+from minigrpo.delivery.parity.compare import as_loaded, task_of, what_is_said
+from minigrpo.delivery.parity.kl import LIMIT, Divergence, compare
+from minigrpo.delivery.parity.texts import HeldTexts
 from minigrpo.errors import MinigrpoError
-from minigrpo.held import HeldTexts
 from minigrpo.models.chat_template import QUESTION
-from minigrpo.pretokenizer import token_faults
-from minigrpo.proof import as_loaded, task_of, what_is_said
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.delivery.artifacts.merged_weights import redundant
+from minigrpo.delivery.gguf.pretokenizer import kind_of
 from minigrpo.errors import ModelError
-from minigrpo.merging import redundant
 from minigrpo.models.model_files import Base, open_base
 from minigrpo.models.safetensors_io import Stored
-from minigrpo.pretokenizer import kind_of
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "ministral3": "mistral3"}
 """transformers' model_type of the text part -> llama.cpp's name."""
