@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import MinigrpoError
-from minigrpo.judging import evaluate
+from minigrpo.pipeline.evaluate import evaluate
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

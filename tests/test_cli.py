@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 import minigrpo
-from minigrpo import cli, pipeline
+from minigrpo import cli
 from minigrpo.config.load import knob_table, load_recipe, recipe_names
 from minigrpo.config.schema import TASK_NAMES
 from minigrpo.door import EXAMPLES, split_overrides
 from minigrpo.errors import ModelError, RecipeError
+from minigrpo.pipeline import stages
 from minigrpo.runs.rundir import RunDir
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
@@ -66,7 +67,7 @@ def minigrpo_says(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
 def spy(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(stage: str, answer: Any = None) -> Spy:
         found = Spy(answer)
-        monkeypatch.setattr(pipeline, stage, found)
+        monkeypatch.setattr(stages, stage, found)
         return found
 
     return install

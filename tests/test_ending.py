@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from exported import model_folder, needs_llama
 
-from minigrpo import pipeline
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.pipeline import stages
 from minigrpo.runs.manifest import seconds_of
 from minigrpo.runs.rundir import RunDir, read_json
 
@@ -55,7 +55,7 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, Any]]:
     """A whole run, made once; tests that change it copy it first."""
     run = RunDir(tmp_path_factory.mktemp("runs") / "whole")
-    return run, pipeline.run_all(recipe, run)
+    return run, stages.run_all(recipe, run)
 
 
 def copied(done: tuple[RunDir, dict[str, Any]], path: Path) -> RunDir:
@@ -85,7 +85,7 @@ def test_a_missing_artefact_is_made_again_and_no_other(
     file = run.gguf / "whole-Q8_0.gguf"
     file.unlink()
     before = {path: path.stat().st_mtime_ns for path in [*run.adapter.iterdir(), *run.merged.iterdir()]}
-    pipeline.run_all(recipe, run, resume=True)
+    stages.run_all(recipe, run, resume=True)
     assert file.is_file()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -97,11 +97,11 @@ def test_proofs_that_were_lost_are_told_again_by_what_they_prove(
     run = copied(done, tmp_path / "whole")
     before = read_json(run.parity)
     run.parity.unlink()
-    pipeline.run_all(recipe, run, resume=True)
+    stages.run_all(recipe, run, resume=True)
     assert read_json(run.parity) == before
     run.parity.write_text("{")
     with pytest.raises(ArtifactError, match=r"parity.json is damaged"):
-        pipeline.run_all(recipe, run, resume=True)
+        stages.run_all(recipe, run, resume=True)
 
 
 def test_an_adapter_cut_short_is_told_on_resume_with_the_way_to_make_it_again(
@@ -112,16 +112,16 @@ def test_an_adapter_cut_short_is_told_on_resume_with_the_way_to_make_it_again(
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(ArtifactError, match=rf"was cut short: .* Or remove {run.adapter} and .*--resume"):
-        pipeline.run_all(recipe, run, resume=True)
+        stages.run_all(recipe, run, resume=True)
     shutil.rmtree(run.adapter)
-    pipeline.run_all(recipe, run, resume=True)
+    stages.run_all(recipe, run, resume=True)
     assert file.read_bytes() == whole
 
 
 def test_formats_that_do_not_exist_are_refused_before_anything_begins(recipe: Recipe, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with pytest.raises(MinigrpoError, match="Q9 is not known"):
-        pipeline.run_all(changed(recipe, export={"formats": "Q9"}), run)
+        stages.run_all(changed(recipe, export={"formats": "Q9"}), run)
     assert not run.path.exists()
 
 
@@ -130,7 +130,7 @@ def test_without_llama_cpp_the_road_says_so_at_both_ends_and_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if it were not installed
     run = RunDir(tmp_path / "run")
-    figures = pipeline.run_all(recipe, run)
+    figures = stages.run_all(recipe, run)
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("pip install 'minigrpo[gguf]'") == 2
     assert figures["delivered"]["exported"] is None
@@ -143,7 +143,7 @@ def test_a_model_that_llama_cpp_cannot_read_is_told_and_merged_all_the_same(
 ) -> None:
     run = RunDir(tmp_path / "run")
     model = recipe.model.model_dump() | {"path": str(tiny_folder("qwen2"))}  # its tokenizer is nobody's
-    figures = pipeline.run_all(changed(recipe, model=model), run)
+    figures = stages.run_all(changed(recipe, model=model), run)
     assert figures["delivered"]["missing"][0].startswith("Not exported. ")
     assert run.merged.is_dir()
     assert "Not exported" in run.summary.read_text(encoding="utf-8")
@@ -157,4 +157,4 @@ def test_a_file_that_is_not_the_model_ends_the_run_with_a_refusal(
     file = run.gguf / "whole-Q8_0.gguf"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="put there or changed by somebody"):
-        pipeline.run_all(recipe, run, resume=True)
+        stages.run_all(recipe, run, resume=True)

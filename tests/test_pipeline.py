@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import minigrpo
-from minigrpo import cli, pipeline
+from minigrpo import cli
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
+from minigrpo.pipeline import stages
 from minigrpo.runs.logger import Track
 from minigrpo.runs.manifest import begin, flat, seconds_of, stamp
 from minigrpo.runs.rundir import RunDir, read_json
@@ -59,7 +60,7 @@ def make_recipe(tiny_folder, tmp_path_factory):
 def done(make_recipe, tmp_path_factory):
     """A whole run, made once; tests that change it copy it first."""
     run = RunDir(tmp_path_factory.mktemp("runs") / "whole")
-    return run, pipeline.run_all(make_recipe(), run)
+    return run, stages.run_all(make_recipe(), run)
 
 
 def test_the_whole_road_leaves_every_artefact_with_its_stamp(done):
@@ -83,7 +84,7 @@ def test_both_sides_answer_the_same_prompts_with_the_same_decoding(done):
 
 def test_the_base_is_the_model_without_its_adapter(done, make_recipe, tmp_path):
     run, _ = done
-    alone = pipeline.evaluate(make_recipe().model.path, make_recipe(), out=tmp_path / "base.json", quiet=True)
+    alone = stages.evaluate(make_recipe().model.path, make_recipe(), out=tmp_path / "base.json", quiet=True)
     texts = [answer["text"] for answer in read_json(tmp_path / "base.json")["scores"]["answers"]]
     kept = [answer["text"] for answer in read_json(run.evals / "base-even-test.json")["scores"]["answers"]]
     assert texts == kept
@@ -92,7 +93,7 @@ def test_the_base_is_the_model_without_its_adapter(done, make_recipe, tmp_path):
 
 def test_evaluating_a_run_finds_its_adapter_and_its_recipe(done):
     run, _ = done
-    figures = pipeline.evaluate(str(run.path), quiet=True)
+    figures = stages.evaluate(str(run.path), quiet=True)
     answers = read_json(Path(figures["file"]))["scores"]["answers"]
     kept = read_json(run.evals / "tuned-even-test.json")["scores"]["answers"]
     assert [a["text"] for a in answers] == [a["text"] for a in kept]
@@ -101,14 +102,14 @@ def test_evaluating_a_run_finds_its_adapter_and_its_recipe(done):
 def test_an_adapter_is_compared_with_a_base_prompt_by_prompt(done, make_recipe, tmp_path):
     run, _ = done
     out = tmp_path / "out.json"
-    figures = pipeline.evaluate(str(run.adapter), base=make_recipe().model.path, limit=3, out=out, quiet=True)
+    figures = stages.evaluate(str(run.adapter), base=make_recipe().model.path, limit=3, out=out, quiet=True)
     assert figures["change"].keys() >= {"difference", "p", "gained", "lost"}
     assert len(read_json(out)["base"]["scores"]["answers"]) == 3
 
 
 def test_several_samples_of_each_prompt_are_graded(done, tmp_path):
     run, _ = done
-    figures = pipeline.evaluate(str(run.path), limit=2, n=4, temperature=1.0, out=tmp_path / "out.json", quiet=True)
+    figures = stages.evaluate(str(run.path), limit=2, n=4, temperature=1.0, out=tmp_path / "out.json", quiet=True)
     assert figures["model"]["scores"]["pass_at"].keys() == {1, 2, 4}
     assert len(read_json(tmp_path / "out.json")["scores"]["answers"]) == 8
 
@@ -118,7 +119,7 @@ def test_a_resumed_run_that_is_done_does_nothing_again(done, make_recipe):
     told_again = ("seconds.json", "comparison.json", "summary.txt")
     files = [path for path in run.path.rglob("*") if path.is_file() and path.name not in told_again]
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = pipeline.run_all(make_recipe(), run, resume=True)
+    again = stages.run_all(make_recipe(), run, resume=True)
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert again["comparisons"] == read_json(run.evals / "comparison.json")["comparisons"]
 
@@ -129,27 +130,27 @@ def test_an_evaluation_of_another_adapter_is_stale_and_made_again(done, make_rec
     stale, base = run.evals / "tuned-even-test.json", run.evals / "base-even-test.json"
     (run.adapter / "README.md").write_text("changed")
     before = stale.stat().st_mtime_ns, base.stat().st_mtime_ns
-    pipeline.run_all(make_recipe(), run, resume=True)
+    stages.run_all(make_recipe(), run, resume=True)
     assert stale.stat().st_mtime_ns > before[0]
     assert base.stat().st_mtime_ns == before[1]
 
 
 def test_training_alone_equals_training_on_the_whole_road(done, make_recipe, tmp_path):
     run = RunDir(tmp_path / "alone")
-    pipeline.train(make_recipe(), run)
+    stages.train(make_recipe(), run)
     name = "adapter_model.safetensors"
     assert (run.adapter / name).read_bytes() == (done[0].adapter / name).read_bytes()
 
 
 def test_a_full_parameter_run_leaves_a_model_and_is_compared_with_the_one_it_began_from(make_recipe, tmp_path):
     run = RunDir(tmp_path / "full")
-    figures = pipeline.run_all(make_recipe(steps=1, train={"full": True, "lr": 1e-3}), run)
+    figures = stages.run_all(make_recipe(steps=1, train={"full": True, "lr": 1e-3}), run)
     assert (run.model / "config.json").is_file()
     assert figures["comparisons"]["greedy"]["before"]["name"] == "base"
 
 
 def test_quickstart_shows_answers_before_and_after_and_what_next(make_recipe, tmp_path, capsys):
-    pipeline.quickstart(make_recipe(steps=1), RunDir(tmp_path / "quick"))
+    stages.quickstart(make_recipe(steps=1), RunDir(tmp_path / "quick"))
     shown = capsys.readouterr().out
     for words in ("before", "after", "right if formed", "how long it took", "What next"):
         assert words in shown
@@ -157,16 +158,16 @@ def test_quickstart_shows_answers_before_and_after_and_what_next(make_recipe, tm
 
 def test_preflight_leaves_its_verdict_and_the_run_can_follow(make_recipe, tmp_path):
     run = RunDir(tmp_path / "later")
-    verdict = pipeline.preflight(make_recipe(), run)
+    verdict = stages.preflight(make_recipe(), run)
     assert read_json(run.preflight)["go"] is verdict.go is True
-    pipeline.train(make_recipe(steps=1), run)
+    stages.train(make_recipe(steps=1), run)
     assert run.adapter.is_dir()
 
 
 def test_a_verdict_against_training_stops_the_road(make_recipe, tmp_path):
     recipe = make_recipe(rollout={"max_tokens": 1})
     with pytest.raises(MinigrpoError, match="would teach nothing"):
-        pipeline.run_all(recipe, RunDir(tmp_path / "cut"))
+        stages.run_all(recipe, RunDir(tmp_path / "cut"))
 
 
 def test_stages_are_timed(done):
@@ -175,30 +176,30 @@ def test_stages_are_timed(done):
 
 def test_a_run_folder_that_exists_is_refused(done, make_recipe):
     with pytest.raises(ArtifactError, match=r"already holds a run.*--resume.*--run"):
-        pipeline.train(make_recipe(), done[0])
+        stages.train(make_recipe(), done[0])
 
 
 def test_a_folder_that_is_no_run_is_left_alone(make_recipe, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ArtifactError, match="holds files that are no run"):
-        pipeline.train(make_recipe(), RunDir(tmp_path))
+        stages.train(make_recipe(), RunDir(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_resuming_with_another_recipe_names_the_knobs_that_differ(done, make_recipe):
     with pytest.raises(ArtifactError, match=r"lora\.rank was 2, is 4; train\.steps was 2, is 3"):
-        pipeline.train(make_recipe(steps=3, lora={"rank": 4, "alpha": 4}), done[0], resume=True)
+        stages.train(make_recipe(steps=3, lora={"rank": 4, "alpha": 4}), done[0], resume=True)
 
 
 def test_resuming_what_never_began_begins_it(make_recipe, tmp_path):
     run = RunDir(tmp_path / "new")
-    pipeline.train(make_recipe(steps=1), run, resume=True)
+    stages.train(make_recipe(steps=1), run, resume=True)
     assert run.adapter.is_dir()
 
 
 def test_a_slip_in_the_recipe_leaves_no_folder_in_the_way(make_recipe, tmp_path):
     run = RunDir(tmp_path / "slip")
-    for road in (pipeline.train, pipeline.run_all):
+    for road in (stages.train, stages.run_all):
         with pytest.raises(ModelError):
             road(make_recipe(model={"path": str(tmp_path / "nowhere")}), run)
         assert not run.path.exists()
@@ -207,7 +208,7 @@ def test_a_slip_in_the_recipe_leaves_no_folder_in_the_way(make_recipe, tmp_path)
 def test_a_run_that_trained_nothing_cannot_be_evaluated(make_recipe, tmp_path):
     begin(make_recipe(), RunDir(tmp_path / "new"))
     with pytest.raises(ArtifactError, match="has trained nothing yet"):
-        pipeline.evaluate(str(tmp_path / "new"), quiet=True)
+        stages.evaluate(str(tmp_path / "new"), quiet=True)
 
 
 def test_an_interrupted_training_goes_on_where_it_stopped(done, make_recipe, tmp_path, capsys, monkeypatch):
@@ -221,10 +222,10 @@ def test_an_interrupted_training_goes_on_where_it_stopped(done, make_recipe, tmp
 
     monkeypatch.setattr(Track, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(make_recipe(), run)
+        stages.train(make_recipe(), run)
     assert "Stopped after step 1 of 2" in capsys.readouterr().err
     assert not run.adapter.exists()
-    pipeline.run_all(make_recipe(), run, resume=True)
+    stages.run_all(make_recipe(), run, resume=True)
     name = "adapter_model.safetensors"
     assert (run.adapter / name).read_bytes() == (done[0].adapter / name).read_bytes()
 
@@ -235,7 +236,9 @@ def test_a_stamp_changes_with_the_recipe(make_recipe):
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import minigrpo, minigrpo.pipeline, sys; assert 'torch' not in sys.modules; print(minigrpo.__version__)"
+    code = (
+        "import minigrpo, minigrpo.pipeline.stages, sys; assert 'torch' not in sys.modules; print(minigrpo.__version__)"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == minigrpo.__version__
 
@@ -280,18 +283,18 @@ def broken_folder(tiny_folder, tmp_path, make_tokenizer):
 def test_a_broken_model_folder_is_refused_with_a_sentence(make_recipe, broken_folder, tmp_path, fault, words):
     recipe = make_recipe(model={"path": str(broken_folder(fault))})
     with pytest.raises(ModelError, match=words):
-        pipeline.preflight(recipe, RunDir(tmp_path / "run"))
+        stages.preflight(recipe, RunDir(tmp_path / "run"))
 
 
 def test_a_missing_model_folder_is_refused_with_a_sentence(make_recipe, tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
-        pipeline.preflight(make_recipe(model={"path": str(tmp_path / "nowhere")}))
+        stages.preflight(make_recipe(model={"path": str(tmp_path / "nowhere")}))
 
 
 def test_empty_data_is_refused_with_a_sentence(make_recipe, tmp_path):
     (tmp_path / "none.py").write_text(TASK.replace("SIZE", "0"))
     with pytest.raises(TaskError, match="no train prompts"):
-        pipeline.preflight(make_recipe(task={"name": f"{tmp_path}/none.py:task"}))
+        stages.preflight(make_recipe(task={"name": f"{tmp_path}/none.py:task"}))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from minigrpo.delivery.serve.gguf_engine import open_gguf
 from minigrpo.delivery.serve.resolve import Wanted, found
 from minigrpo.delivery.serve.server import ServerClient, ServerProcess, serve_gguf
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.judging import evaluate
+from minigrpo.pipeline.evaluate import evaluate
 from minigrpo.rollouts.groups import rollout
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task

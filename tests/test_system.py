@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from minigrpo import pipeline
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.models.chat_template import render
+from minigrpo.pipeline import stages
 from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks.registry import open_task
 
@@ -62,9 +62,9 @@ def test_training_preflight_and_evaluation_ask_with_the_same_words(tmp_path: Pat
     brief = {"rollout.prompts": 2, "rollout.completions": 2, "rollout.max_tokens": 4, "train.steps": 1, "lora.rank": 2}
     knobs = {"model.path": tiny_folder(), "task.system": "Be brief.", "task.size": 8, "train.threads": 1}
     recipe, run = load_recipe("quickstart", {**brief, **knobs}), RunDir(tmp_path / "run")
-    pipeline.preflight(recipe, run)
-    pipeline.train(recipe, run)
-    pipeline.evaluate(str(run.path), limit=2)
+    stages.preflight(recipe, run)
+    stages.train(recipe, run)
+    stages.evaluate(str(run.path), limit=2)
     asked = [json.loads(line) for line in run.groups.read_text().splitlines()]
     asked += json.loads(next(run.evals.glob("*.json")).read_text())["scores"]["answers"]
     assert len(asked) == 4

@@ -14,13 +14,14 @@ import pytest
 import torch
 from models import made_up_groups, make_policy, set_lora
 
-from minigrpo import cli, pipeline
+from minigrpo import cli
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import Part, pack
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.policy import Policy
+from minigrpo.pipeline import stages
 from minigrpo.runs.logger import Track
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.training.sft_warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
@@ -107,11 +108,11 @@ def copied(warm: Any, tmp_path: Path) -> RunDir:
 
 def test_a_warm_up_that_is_there_is_not_done_again(copied: RunDir, make_recipe: Any) -> None:
     before = (copied.warmup / "made.json").stat().st_mtime_ns
-    figures = pipeline.warmup(make_recipe(objective={"kl": 0.1}), copied, resume=True)
+    figures = stages.warmup(make_recipe(objective={"kl": 0.1}), copied, resume=True)
     assert (copied.warmup / "made.json").stat().st_mtime_ns == before
     assert figures["run"] == str(copied.path)
     with pytest.raises(ArtifactError, match="already holds a run"):
-        pipeline.warmup(make_recipe(objective={"kl": 0.1}), copied)
+        stages.warmup(make_recipe(objective={"kl": 0.1}), copied)
 
 
 def test_training_goes_on_from_it_and_a_stop_changes_nothing(
@@ -120,7 +121,7 @@ def test_training_goes_on_from_it_and_a_stop_changes_nothing(
     """With a KL term: a resumed run that had another reference would come out different."""
     recipe, whole = make_recipe(objective={"kl": 0.1}), RunDir(tmp_path / "whole")
     shutil.copytree(copied.path, whole.path)
-    pipeline.train(recipe, whole, resume=True)
+    stages.train(recipe, whole, resume=True)
     record = Track.record
 
     def interrupt(track: Track, step: int, *rest: Any, **named: Any) -> None:
@@ -130,9 +131,9 @@ def test_training_goes_on_from_it_and_a_stop_changes_nothing(
 
     monkeypatch.setattr(Track, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(recipe, copied, resume=True)
+        stages.train(recipe, copied, resume=True)
     monkeypatch.undo()
-    pipeline.train(recipe, copied, resume=True)
+    stages.train(recipe, copied, resume=True)
     weights = [run.adapter / "adapter_model.safetensors" for run in (whole, copied)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert weights[0].read_bytes() != (copied.warmup / "adapter_model.safetensors").read_bytes()
@@ -142,7 +143,7 @@ def test_training_goes_on_from_it_and_a_stop_changes_nothing(
 
 def test_the_whole_road_warms_up_where_preflight_finds_only_the_form_missing(make_recipe: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "road")
-    figures = pipeline.run_all(make_recipe(train={"steps": 1}), run)
+    figures = stages.run_all(make_recipe(train={"steps": 1}), run)
     assert read_json(run.preflight)["go"] is True
     assert read_json(run.preflight)["made"]["from"].keys() == {"recipe", "warmup"}
     greedy = figures["comparisons"]["greedy"]
@@ -153,13 +154,13 @@ def test_the_whole_road_warms_up_where_preflight_finds_only_the_form_missing(mak
 def test_without_a_warm_up_the_road_stops_and_preflight_names_the_command(make_recipe: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "cold")
     with pytest.raises(MinigrpoError, match="would teach nothing"):
-        pipeline.run_all(make_recipe(warmup={"steps": 0}), run)
+        stages.run_all(make_recipe(warmup={"steps": 0}), run)
     assert "minigrpo warmup RECIPE --warmup.steps 60" in read_json(run.preflight)["reasons"][0]["change"]
 
 
 def test_a_warm_up_of_no_steps_is_refused(make_recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--warmup\.steps 60"):
-        pipeline.warmup(make_recipe(warmup={"steps": 0}), RunDir(tmp_path / "none"))
+        stages.warmup(make_recipe(warmup={"steps": 0}), RunDir(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -167,15 +168,15 @@ def test_changed_answers_are_taught_anew_unless_training_has_gone_on(make_recipe
     data, run = tmp_path / "answers.jsonl", RunDir(tmp_path / "run")
     data.write_text("\n".join(json.dumps(row(f"train-{i}", "yes")) for i in range(4)))
     recipe = make_recipe("mute", warmup={"steps": 1, "data": str(data)})
-    first = pipeline.warmup(recipe, run)
+    first = stages.warmup(recipe, run)
     data.write_text(data.read_text() + "\n" + json.dumps(row("is 3 red", "no")))
-    again = pipeline.warmup(recipe, run, resume=True)
+    again = stages.warmup(recipe, run, resume=True)
     assert (first["lessons"], again["lessons"]) == (3, 4)
     assert any("have the form after the warm-up" in warning for warning in again["warnings"])
     run.checkpoints.mkdir()
     data.write_text(data.read_text().replace("no", "yes"))
     with pytest.raises(ArtifactError, match=r"other answers than warmup\.data holds now"):
-        pipeline.warmup(recipe, run, resume=True)
+        stages.warmup(recipe, run, resume=True)
 
 
 def test_a_loss_without_bounds_keeps_nothing(make_recipe: Any, tmp_path: Path, echo_task: Task) -> None:
@@ -188,7 +189,7 @@ def test_a_loss_without_bounds_keeps_nothing(make_recipe: Any, tmp_path: Path, e
 
 def test_a_task_without_right_answers_says_what_to_give(make_recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"no `gold`.*--warmup\.data FILE"):
-        pipeline.warmup(make_recipe("mute"), RunDir(tmp_path / "mute"))
+        stages.warmup(make_recipe("mute"), RunDir(tmp_path / "mute"))
     assert not (tmp_path / "mute").exists()
 
 
@@ -343,7 +344,7 @@ def test_the_embedded_model_without_its_teachers_learns_the_form(tmp_path: Path)
         }
     )
     run = RunDir(tmp_path / "run")
-    figures = pipeline.run_all(recipe, run)
+    figures = stages.run_all(recipe, run)
     warmed = read_json(run.warmup / "made.json")
     assert warmed["before"]["formed"] < 0.1
     assert warmed["after"]["formed"] > 0.5

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
-    from minigrpo.pipeline import evaluate as evaluate
-    from minigrpo.pipeline import preflight as preflight
-    from minigrpo.pipeline import quickstart as quickstart
-    from minigrpo.pipeline import run_all as run_all
-    from minigrpo.pipeline import train as train
-    from minigrpo.pipeline import warmup as warmup
+    from minigrpo.pipeline.stages import evaluate as evaluate
+    from minigrpo.pipeline.stages import preflight as preflight
+    from minigrpo.pipeline.stages import quickstart as quickstart
+    from minigrpo.pipeline.stages import run_all as run_all
+    from minigrpo.pipeline.stages import train as train
+    from minigrpo.pipeline.stages import warmup as warmup
     from minigrpo.rollouts.async_grader import Grader as Grader
     from minigrpo.rollouts.engines.scripted import Scripted as Scripted
     from minigrpo.rollouts.groups import rollout as rollout
@@ -63,7 +63,7 @@ HOMES = {
     "minigrpo.rollouts.engines.scripted": ("Scripted",),
     "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
-    "minigrpo.pipeline": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
+    "minigrpo.pipeline.stages": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
 

@@ -76,10 +76,10 @@ def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None,
     with one verdict: go (exit code 0), or what to change (exit code 1).
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     with result_alone(as_json):
-        verdict = pipeline.preflight(loaded, folder(recipe, run))
+        verdict = stages.preflight(loaded, folder(recipe, run))
     if as_json:
         print_json(verdict.to_dict())
     raise typer.Exit(0 if verdict.go else 1)
@@ -102,10 +102,10 @@ def plan(
     what to turn where nothing fits (exit code 1). The knobs of the recipe are options here too: --lora.rank 16.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     with result_alone(as_json):
-        found = pipeline.plan(loaded, in_gigabytes(gpu_memory))
+        found = stages.plan(loaded, in_gigabytes(gpu_memory))
     if as_json:
         print_json(found.to_dict())
     raise typer.Exit(0 if found.fits else 1)
@@ -126,10 +126,10 @@ def warmup(
     run go on from it, and do it by themselves where the recipe has warmup.steps.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     with result_alone(as_json):
-        result = pipeline.warmup(loaded, folder(recipe, run), resume=resume)
+        result = stages.warmup(loaded, folder(recipe, run), resume=resume)
     if as_json:
         print_json(result)
 
@@ -148,9 +148,9 @@ def train(
     The run's folder gets the adapter, checkpoints, metrics and every completion. Ctrl-C finishes the step and saves.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
-    pipeline.train(loaded, folder(recipe, run), resume=resume, show_samples=samples)
+    stages.train(loaded, folder(recipe, run), resume=resume, show_samples=samples)
 
 
 @app.command(cls=QuietKnobCommand)
@@ -181,11 +181,11 @@ def evaluate(
     After a stop the same command goes on where it was. The knobs of the recipe are options too: minigrpo train --help.
     """
     loaded = load_recipe(recipe or recipe_of(model), context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     heat = temperature if temperature is not None else 0.0 if n == 1 else 1.0
     with result_alone(as_json):
-        result = pipeline.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, split=split, out=out)
+        result = stages.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, split=split, out=out)
     if as_json:
         print_json(result)
 
@@ -210,10 +210,10 @@ def run_command(
     done again.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     with result_alone(as_json):
-        result = pipeline.run_all(loaded, folder(recipe, run), resume=resume, show_samples=samples)
+        result = stages.run_all(loaded, folder(recipe, run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
 
@@ -233,10 +233,10 @@ def quickstart(
     that it has never seen.
     """
     loaded = load_recipe("quickstart", context.meta[OVERRIDES])
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     with result_alone(as_json):
-        result = pipeline.quickstart(loaded, folder("quickstart", run), resume=resume, show_samples=samples)
+        result = stages.quickstart(loaded, folder("quickstart", run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
 

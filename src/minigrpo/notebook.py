@@ -90,9 +90,9 @@ def recipe(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
 @told
 def preflight(recipe: Recipe, run: Place) -> Verdict:
     """Try the recipe for a minute: prints what it would teach, and what it would take here."""
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
-    return pipeline.preflight(recipe, at(run))
+    return stages.preflight(recipe, at(run))
 
 
 @told
@@ -101,14 +101,14 @@ def train(recipe: Recipe, run: Place, *, live: bool = True, despite_preflight: b
 
     Raises MinigrpoError where preflight has found that this would teach nothing, unless that is to be passed over.
     """
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     folder = at(run)
     if not despite_preflight:
         refuse_hopeless(recipe, folder)
     watching: AbstractContextManager[None] = watch(folder, recipe.train.steps) if live else nullcontext()
     with watching:
-        pipeline.train(recipe, folder, resume=True)
+        stages.train(recipe, folder, resume=True)
 
 
 @told
@@ -117,13 +117,13 @@ def evaluate(run: Place, *, limit: int | None = None, against_base: bool = True)
 
     Returns the figures: `before`, `after` and `change`, or `model` where no base is asked; `file` has every answer.
     """
-    from minigrpo import pipeline
+    from minigrpo.pipeline import stages
 
     folder = at(run)
     if not folder.exists():
         raise ArtifactError(f"{folder.path} holds no run. Train first: train(recipe, {str(folder.path)!r})")
     own = load.load_recipe(str(folder.path))
-    return pipeline.evaluate(str(folder.path), own, base=own.model.path if against_base else None, limit=limit)
+    return stages.evaluate(str(folder.path), own, base=own.model.path if against_base else None, limit=limit)
 
 
 @told
@@ -174,7 +174,7 @@ def at(run: Place) -> RunDir:
 
 def refuse_hopeless(recipe: Recipe, run: RunDir) -> None:
     """A verdict counts for the recipe that it was made for; a warm-up that would mend it comes first in training."""
-    from minigrpo.beginning import verdict_stamp
+    from minigrpo.pipeline.prepare import verdict_stamp
     from minigrpo.runs.manifest import fits
 
     if not fits(run.preflight, verdict_stamp(recipe, run)):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo import beginning, ending, tables
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
-from minigrpo.judging import before_and_after, evaluate
-from minigrpo.pipeline_context import Opened, open_all
+from minigrpo.pipeline import deliver, prepare, tables
+from minigrpo.pipeline.context import Opened, open_all
+from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.lock import hold
 from minigrpo.runs.logger import Track
 from minigrpo.runs.manifest import begin, check_folder, seconds_of, stamp, timed, trained
@@ -33,7 +33,7 @@ __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "w
 def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
     with settings_of(recipe, run):
-        return beginning.preflight(open_all(recipe, run), run, Console())
+        return prepare.preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -54,13 +54,13 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
     console = Console()
     refuse_idle(recipe)
     with taken(recipe, run, resume):
-        if beginning.is_warm(recipe, run):
+        if prepare.is_warm(recipe, run):
             console.print(Text(f"{run.warmup} is there already."))
         else:
             opened = open_all(recipe, run)
-            beginning.check_lessons(opened)
+            prepare.check_lessons(opened)
             begin(recipe, run)
-            beginning.warm_up(opened, run, console)
+            prepare.warm_up(opened, run, console)
         console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
     return {name: value for name, value in figures.items() if name != "made"} | {"run": str(run.path)}
@@ -74,9 +74,9 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
             console.print(Text(f"{trained(run, recipe)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
-        beginning.check_lessons(opened)
+        prepare.check_lessons(opened)
         begin(recipe, run)
-        beginning.warm_up(opened, run, console)
+        prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
     console.print(Text(f"Trained: {trained(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
@@ -112,7 +112,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
     console = Console()
     with taken(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
-        ending.close(recipe, run, delivered, console)
+        deliver.close(recipe, run, delivered, console)
     return figures
 
 
@@ -123,7 +123,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     console = Console()
     with taken(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
-        ending.close(recipe, run, delivered, console)
+        deliver.close(recipe, run, delivered, console)
     for before, after in example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -142,29 +142,29 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
 
 def _run_all(
     recipe: Recipe, run: RunDir, console: Console, show_samples: bool
-) -> tuple[dict[str, Any], list[Comparison], ending.Delivered]:
+) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
     console.print(Text(f"run {run.path}: {road}", style="bold"))
-    ending.look_ahead(recipe, console)
+    deliver.look_ahead(recipe, console)
     comparisons = _trained_and_judged(recipe, run, console, show_samples)
     # Afterwards, so that no policy is in memory any more: each of these opens models of its own, in float32.
-    delivered = ending.deliver(recipe, run, console)
+    delivered = deliver.deliver(recipe, run, console)
     figures = _kept(run, comparisons, delivered)
-    ending.summarise(run, comparisons, delivered, console)
+    deliver.summarise(run, comparisons, delivered, console)
     return figures, comparisons, delivered
 
 
 def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
-        beginning.check_lessons(opened)
+        prepare.check_lessons(opened)
         begin(recipe, run)
     if trained(run, recipe).exists():
         _restore(opened, trained(run, recipe))
         opened.engine.update(opened.policy)
         console.print(Text(f"{trained(run, recipe)} is there already."))
     else:
-        beginning.prepare(opened, run, console)
+        prepare.prepare(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
     with timed(run, "evaluate"):
@@ -198,7 +198,7 @@ def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:
         write_json(draft / "made.json", stamp("train", recipe))
 
 
-def _kept(run: RunDir, comparisons: list[Comparison], delivered: ending.Delivered) -> dict[str, Any]:
+def _kept(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:
     figures = {
         "run": str(run.path),
         "comparisons": {comparison.after.decoding: comparison.summary() for comparison in comparisons},

@@ -15,10 +15,10 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from minigrpo import tables
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.hub.client import Hub, check_name, find_token, in_bytes
 from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.pipeline import tables
 from minigrpo.runs.manifest import finished, seconds_of, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo import tables
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.pipeline_context import Opened
+from minigrpo.pipeline import tables
+from minigrpo.pipeline.context import Opened
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import finished, fits, slug, stamp, trained
 from minigrpo.runs.rundir import RunDir, read_json, write_json

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo import tables
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.pipeline_context import Opened
+from minigrpo.pipeline import tables
+from minigrpo.pipeline.context import Opened
 from minigrpo.runs.manifest import fits, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
