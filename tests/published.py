@@ -14,7 +14,7 @@ from delivered import adapted, make_run, save_base
 from hubserver import standing
 from hubstorage import TOKEN, StandIn
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.artifacts.source import sums_of
 from minigrpo.delivery.hub import client
 from minigrpo.delivery.hub.publish import Published, publish
@@ -87,7 +87,7 @@ def send(run: RunDir, **options: Any) -> Published:
 def command(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and all that was printed, as by the command line."""
     with pytest.raises(SystemExit) as end:
-        cli.main(["publish", *words])
+        main.main(["publish", *words])
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return int(end.value.code or 0), printed.out + printed.err

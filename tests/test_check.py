@@ -15,7 +15,7 @@ from delivered import FAMILIES, VARIANTS, adapted, edit, edit_json, make_run, sa
 from rich.console import Console
 from safetensors.torch import load_file
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.merge.check import Checked, check, checked_table
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
@@ -182,20 +182,20 @@ def test_the_command_line_ends_with_one_where_something_is_wrong(
     if not sound:
         change(run, "lora_B", torch.zeros_like)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["check", str(run.path), "--no-model", "--json"])
+        main.main(["check", str(run.path), "--no-model", "--json"])
     assert int(ended.value.code or 0) == (0 if sound else 1)
     assert json.loads(capsys.readouterr().out)["ok"] is sound
 
 
 def test_the_command_line_merges_and_says_where(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["merge", str(run.path), "--json"])
+        main.main(["merge", str(run.path), "--json"])
     assert not ended.value.code
     told = json.loads(capsys.readouterr().out)
     assert (told["verdict"], told["folder"]) == ("merged", str(run.merged))
     with pytest.raises(SystemExit):
-        cli.main(["merge", str(run.path)])
+        main.main(["merge", str(run.path)])
     assert "there already" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        cli.main(["merge", str(run.adapter), "--dtype", "int4"])
+        main.main(["merge", str(run.adapter), "--dtype", "int4"])
     assert ended.value.code == 2

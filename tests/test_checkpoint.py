@@ -12,7 +12,7 @@ import pytest
 import torch
 from saving import Small, begun, newest, restored, save, saved
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
@@ -256,7 +256,7 @@ def test_a_command_on_a_run_of_another_version_names_both(
     write_sealed(run.made, {**read_sealed(run.made), "minigrpo": "9.8.7"})
     run.recipe.write_text(run.recipe.read_text() + "\nfuture:\n  knob: 1\n")
     with pytest.raises(SystemExit) as ended:
-        cli.main([command[0], str(run.path), *command[1:]])
+        main.main([command[0], str(run.path), *command[1:]])
     told = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 2
     assert "was begun by minigrpo 9.8.7; this is " in told
@@ -291,7 +291,7 @@ def test_a_file_where_a_folder_should_be_is_refused_before_anything_is_loaded(
 ) -> None:
     (run.path / name).write_text("")
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", str(run.path), "--resume"])
+        main.main(["train", str(run.path), "--resume"])
     assert ended.value.code == 2
     assert "is a file, where the run keeps a folder" in " ".join(capsys.readouterr().err.split())
 

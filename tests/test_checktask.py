@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.evaluation.check_task import check_task
@@ -125,7 +125,7 @@ def test_the_exit_code_tells_and_no_torch_is_loaded(tmp_path):
         "def bad(completion): return 1\n"
     )
     code = (
-        "import sys\nfrom minigrpo.cli import main\n"
+        "import sys\nfrom minigrpo.cli.main import main\n"
         "try: main(['check-task', '--json', '--task.name', sys.argv[1]])\n"
         "finally: assert 'torch' not in sys.modules"
     )
@@ -140,7 +140,7 @@ def test_the_exit_code_tells_and_no_torch_is_loaded(tmp_path):
 def test_the_table_says_what_to_change(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("rows = [{'prompt': 'a'}, {'prompt': 'b'}]\ndef score(completion): return 1\n")
     with pytest.raises(SystemExit):
-        cli.main(["check-task", "--task.name", f"{tmp_path}/mine.py:score"])
+        main.main(["check-task", "--task.name", f"{tmp_path}/mine.py:score"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "change this: The grader pays for an empty answer: 2 of 2" in shown
     assert "not yet fit" in shown

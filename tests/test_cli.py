@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import minigrpo
-from minigrpo import cli
+from minigrpo.cli import main
+from minigrpo.cli.options import EXAMPLES, split_overrides
 from minigrpo.config.load import knob_table, load_recipe, recipe_names
 from minigrpo.config.schema import TASK_NAMES
-from minigrpo.door import EXAMPLES, split_overrides
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.pipeline import stages
 from minigrpo.runs.rundir import RunDir
@@ -56,7 +56,7 @@ def minigrpo_says(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
 
     def run(*args: str) -> Ended:
         with pytest.raises(SystemExit) as ended:
-            cli.main(list(args))
+            main.main(list(args))
         out, err = capsys.readouterr()
         return Ended(int(ended.value.code or 0), out, err)
 
@@ -75,7 +75,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_help_and_refusals_load_no_torch() -> None:
     code = (
-        "import sys; from minigrpo.cli import main\n"
+        "import sys; from minigrpo.cli.main import main\n"
         "for args in (['--help'], ['train', '--help'], ['recipes'], ['train', 'quickstart', '--lora.rnak', '3']):\n"
         "    try: main(args)\n"
         "    except SystemExit: pass\n"
@@ -245,7 +245,7 @@ def test_a_fault_of_ours_keeps_its_traceback(spy: Any, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     spy("train", ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
-        cli.main(["train", "quickstart"])
+        main.main(["train", "quickstart"])
 
 
 def test_control_c_ends_with_130_and_what_was_kept(minigrpo_says: Any, spy: Any) -> None:

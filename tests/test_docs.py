@@ -65,7 +65,7 @@ def test_the_minigrpo_commands_of_the_readme_run_one_after_the_other(home: Path)
         words, _, target = line.partition(" > ")
         argv = shlex.split(words)
         takes_knobs = argv[1] in ("preflight", "train", "run")
-        command = [sys.executable, "-m", "minigrpo.cli", *argv[1:], *(BRIEF if takes_knobs else [])]
+        command = [sys.executable, "-m", "minigrpo.cli.main", *argv[1:], *(BRIEF if takes_knobs else [])]
         if argv[1] == "preflight":  # a seedling this hasty may well be told to learn nothing
             assert subprocess.run(command, cwd=home, capture_output=True, timeout=250).returncode in (0, 1)
             continue
@@ -112,7 +112,9 @@ def test_quickstart_as_the_readme_promises(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path / "cache"))
     run_dir = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "minigrpo.cli", "quickstart", "--run", str(run_dir)], check=True, timeout=900)
+    subprocess.run(
+        [sys.executable, "-m", "minigrpo.cli.main", "quickstart", "--run", str(run_dir)], check=True, timeout=900
+    )
     greedy = json.loads((run_dir / "evals/comparison.json").read_text())["comparisons"]["greedy"]
     before, after = greedy["before"]["scores"], greedy["after"]["scores"]
     assert 0.15 <= before["accuracy"]["value"] <= 0.40

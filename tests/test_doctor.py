@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigrpo import doctor
+from minigrpo.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,7 +90,7 @@ def test_the_caches_are_where_their_owners_keep_them() -> None:
 def test_without_torch_the_doctor_still_speaks() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from minigrpo.doctor import devices\n"
+        "from minigrpo.cli.doctor import devices\n"
         "found = devices(); print(found); sys.exit(found[-1].level != 'bad')"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe, TaskKnobs
 from minigrpo.errors import TaskError
@@ -47,7 +47,7 @@ def test_an_example_trains(tiny_folder, tmp_path, name):
     run = RunDir(tmp_path / "run")
     # Commands end by returning or with SystemExit(0).
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", *LINES[name], *BRIEF, "--model.path", str(tiny_folder("llama")), "--run", str(run.path)])
+        main.main(["train", *LINES[name], *BRIEF, "--model.path", str(tiny_folder("llama")), "--run", str(run.path)])
     assert not ended.value.code
     assert len(run.metrics.read_text().splitlines()) == 2
     assert (run.adapter / "adapter_model.safetensors").is_file()
@@ -56,7 +56,7 @@ def test_an_example_trains(tiny_folder, tmp_path, name):
 @pytest.mark.parametrize("name", LINES)
 def test_an_example_is_fit_to_train_on(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["check-task", *LINES[name]])
+        main.main(["check-task", *LINES[name]])
     assert not ended.value.code, capsys.readouterr().out
 
 

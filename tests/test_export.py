@@ -14,7 +14,7 @@ from delivered import FAMILIES, edit_json
 from exported import bpe_tokenizer, merged_run, model_folder, needs_llama
 from safetensors.torch import load_file, save_file
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.gguf import llamacpp
 from minigrpo.delivery.gguf import writer as ggufwriter
 from minigrpo.delivery.gguf.export import chosen, export
@@ -148,7 +148,7 @@ def test_a_format_coarser_than_what_was_learned_is_kept_as_rejected(
     run = merged_run(tmp_path / "young", "qwen2", size=0.001)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["export", "young", "--format", "F32,q8_0", "--writer", "own", "--json"])
+        main.main(["export", "young", "--format", "F32,q8_0", "--writer", "own", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert ended.value.code == 1
     assert [file["verdict"] for file in told["files"]] == ["proved", "rejected"]

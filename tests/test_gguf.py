@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "qwen2")
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from minigrpo.cli import main\n"
+        "from minigrpo.cli.main import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))\n"
         "main(['export', sys.argv[1], '--format', 'F16', '--format', 'F32', '--writer', 'own'])"

@@ -116,7 +116,7 @@ def test_old_checkpoints_are_pruned_and_the_last_step_is_always_saved(
 
 
 def launch(run: Path, recipe: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "minigrpo.cli", "train", str(recipe), "--run", str(run), *flags]
+    command = [sys.executable, "-m", "minigrpo.cli.main", "train", str(recipe), "--run", str(run), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -204,7 +204,9 @@ def test_no_real_training_question_is_in_the_test_split() -> None:
 @pytest.mark.long
 def test_on_real_questions_the_embedded_model_keeps_the_form_and_every_group_ties(tmp_path: Path) -> None:
     line = ["preflight", "gsm8k-tiny", "--task.data", REAL, "--run", str(tmp_path / "run"), "--json"]
-    ended = subprocess.run([sys.executable, "-m", "minigrpo.cli", *line], capture_output=True, text=True, timeout=900)
+    ended = subprocess.run(
+        [sys.executable, "-m", "minigrpo.cli.main", *line], capture_output=True, text=True, timeout=900
+    )
     assert ended.returncode == 1, ended.stderr
     verdict = json.loads(ended.stdout)
     assert verdict["figures"]["formed"] > 0.3

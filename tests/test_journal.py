@@ -101,7 +101,7 @@ def test_the_command_killed_in_the_middle_goes_on_and_leaves_no_journal(tiny_fol
         "mine = Task('mine', lambda split: asked, grade)\n"
     )
     options = ["--task.name", "mine.py:mine", "--rollout.max_tokens", "4", "-n", "32", "--out", "out.json"]
-    command = [sys.executable, "-m", "minigrpo.cli", "evaluate", str(tiny_folder()), *options]
+    command = [sys.executable, "-m", "minigrpo.cli.main", "evaluate", str(tiny_folder()), *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = None
     deadline = time.monotonic() + 120

@@ -44,7 +44,7 @@ save: {{every: 2}}
 
 
 def launch(run: Path, recipe: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "minigrpo.cli", "train", str(recipe), "--run", str(run), "--resume"]
+    command = [sys.executable, "-m", "minigrpo.cli.main", "train", str(recipe), "--run", str(run), "--resume"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.errors import ArtifactError
 from minigrpo.runs import lock
 from minigrpo.runs.lock import hold, holder
@@ -75,7 +75,7 @@ def test_on_the_command_line_the_second_ends_with_exit_code_two(
     other: Other, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "quickstart", "--run", str(tmp_path / "run")])
+        main.main(["train", "quickstart", "--run", str(tmp_path / "run")])
     assert ended.value.code == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"process {other.process.pid}" in told

@@ -342,8 +342,8 @@ def test_the_command_line_looks_plans_trains_and_evaluates(tmp_path: Path, monke
 
 
 def command(*words: str) -> int:
-    from minigrpo import cli
+    from minigrpo.cli import main
 
     with pytest.raises(SystemExit) as ended:
-        cli.main(list(words))
+        main.main(list(words))
     return int(ended.value.code or 0)

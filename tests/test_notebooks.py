@@ -138,7 +138,7 @@ def test_the_notebook_for_sudoku_tells_of_locks_puzzles_programs_and_figures(sud
 def test_every_command_that_a_notebook_names_is_one_with_these_options(path: Path) -> None:
     from typer.testing import CliRunner
 
-    from minigrpo.cli import app
+    from minigrpo.cli.main import app
 
     lines = [line.lstrip("!") for cell in nbformat.read(path, as_version=4).cells for line in cell.source.splitlines()]
     commands = [line.split()[1:] for line in lines if line.startswith("minigrpo ")]

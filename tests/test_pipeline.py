@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minigrpo
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
@@ -303,7 +303,7 @@ def refusal(capsys):
 
     def run(*args):
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
+            main.main([str(arg) for arg in args])
         told = capsys.readouterr().err
         assert ended.value.code == 2
         assert "Traceback" not in told

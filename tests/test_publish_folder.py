@@ -13,10 +13,10 @@ from hubserver import standing
 from hubstorage import TOKEN, Repo, StandIn
 from published import REPOS, command, hub_here, large, run_copy, send, whole_run  # noqa: F401
 
+from minigrpo.cli.options import EXAMPLES
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.delivery.hub.client import find_token, token_in
 from minigrpo.delivery.hub.publish import publish_folder
-from minigrpo.door import EXAMPLES
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
 
@@ -179,7 +179,7 @@ def test_a_publication_that_is_killed_goes_on_with_the_same_command(run: RunDir,
     with standing(cut_after=total // 2) as server:
         settings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         own = {**os.environ, **settings, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-        words = [sys.executable, "-m", "minigrpo.cli", "publish", str(run.path), "--repo", "me/tiny", "--fetch"]
+        words = [sys.executable, "-m", "minigrpo.cli.main", "publish", str(run.path), "--repo", "me/tiny", "--fetch"]
         first = subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not server.broken and first.poll() is None:
             time.sleep(0.05)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo.cli import main
+from minigrpo.cli.main import main
 from minigrpo.config.fields import knob_table, knobs_by_name
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.common.dataset import read_data
 from minigrpo.tasks.custom.reward_task import reward_task
@@ -205,7 +205,7 @@ def test_the_command_line_ends_with_two_and_the_line(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "answer": "1"}\n{"prompt": "y"}\n')
     name, data = f"{tmp_path}/mine.py:score", f"{tmp_path}/rows.jsonl"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["check-task", "--task.name", name, "--task.data", data])
+        main.main(["check-task", "--task.name", name, "--task.data", data])
     told = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 2
     assert "'answer', which" in told

@@ -49,7 +49,7 @@ def test_the_benchmark_measures_and_finds_nothing_left() -> None:
 
 
 def test_the_doctor_tells_every_lock(capsys: pytest.CaptureFixture[str]) -> None:
-    from minigrpo.cli import main
+    from minigrpo.cli.main import main
 
     with pytest.raises(SystemExit) as ended:
         main(["sandbox", "--doctor", "--json"])

@@ -19,7 +19,7 @@ from delivered import edit_json, save_base
 from exported import needs_llama
 from served import children, exported_run, file_of, gone
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.gguf.header import read_head
 from minigrpo.delivery.serve.commands import Model, fitting, reserve, vllm_launch
 from minigrpo.delivery.serve.resolve import Wanted, found
@@ -53,7 +53,7 @@ def test_a_run_answers_a_problem_of_its_task_and_is_graded(run: RunDir) -> None:
 
 def serve(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["serve", *arguments])
+        main.main(["serve", *arguments])
     said = capsys.readouterr()
     return int(ended.value.code or 0), said.out, said.err
 
@@ -228,7 +228,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_starts(run: RunDi
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_running_however_the_command_ends(run: RunDir, number: signal.Signals) -> None:
-    line = [sys.executable, "-m", "minigrpo.cli", "serve", str(run.path), "--port", "0", "--question", "hi"]
+    line = [sys.executable, "-m", "minigrpo.cli.main", "serve", str(run.path), "--port", "0", "--question", "hi"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         while b"Ctrl-C" not in (line := process.stdout.readline()):
@@ -249,7 +249,17 @@ def test_ctrl_c_while_it_starts_ends_it(run: RunDir, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(run.path, tmp_path / "mine")))
     log = run.path / "serve.log"
     log.unlink(missing_ok=True)  # a copy from another test
-    line = [sys.executable, "-m", "minigrpo.cli", "serve", str(run.path), "--llama-cpp", str(tmp_path), "--port", "0"]
+    line = [
+        sys.executable,
+        "-m",
+        "minigrpo.cli.main",
+        "serve",
+        str(run.path),
+        "--llama-cpp",
+        str(tmp_path),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not (log.exists() and "loading" in log.read_text()):
             assert process.poll() is None

@@ -15,7 +15,7 @@ from hubstorage import READER, Repo, StandIn
 from published import hub_here  # noqa: F401
 from served import after, told_of
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.serve.commands import CONTAINER_CACHE, Model, room_for
 from minigrpo.delivery.serve.resolve import Wanted, found
 from minigrpo.delivery.serve.serve import planned
@@ -139,7 +139,7 @@ def test_what_the_hub_does_not_give_is_told_in_a_sentence(
 def refused(capsys: Any, name: str) -> str:
     """What `serve` prints; an exit code of 2."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["serve", name, "--engine", "vllm", "--dry-run"])
+        main.main(["serve", name, "--engine", "vllm", "--dry-run"])
     said = capsys.readouterr()
     assert (ended.value.code, said.out) == (2, "")
     assert "Traceback" not in said.err

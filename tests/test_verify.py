@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from exported import merged_run, needs_llama
 
-from minigrpo import cli
+from minigrpo.cli import main
 from minigrpo.delivery.gguf import writer
 from minigrpo.delivery.gguf.export import export
 from minigrpo.delivery.parity.table import parity_table, read_parity
@@ -109,7 +109,7 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
     seal["files"][file.name]["sha256"] = digest(file)
     write_sealed(run.gguf / "made.json", {name: seal[name] for name in ("made", "files")})
     with pytest.raises(SystemExit) as ended:
-        cli.main(["verify", str(run.path), "--json"])
+        main.main(["verify", str(run.path), "--json"])
     told = json.loads(capsys.readouterr().out)
     assert (ended.value.code, told["ok"]) == (1, False)
     row = {row["name"]: row for row in told["rows"]}["gguf F16"]

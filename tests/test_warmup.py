@@ -14,9 +14,9 @@ import pytest
 import torch
 from models import made_up_groups, make_policy, set_lora
 
-from minigrpo import cli
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import Part, pack
+from minigrpo.cli import main
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
@@ -81,7 +81,7 @@ def warm(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     home = tmp_path_factory.mktemp("warm")
     (home / "mine.yaml").write_text(dump_recipe(make_recipe(objective={"kl": 0.1})))
     run = RunDir(home / "run")
-    cli.app(["warmup", str(home / "mine.yaml"), "--run", str(run.path)], standalone_mode=False)
+    main.app(["warmup", str(home / "mine.yaml"), "--run", str(run.path)], standalone_mode=False)
     return run, read_json(run.warmup / "made.json")
 
 

@@ -10,11 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from minigrpo import delivering
-from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
-from minigrpo.config.schema import Recipe
-from minigrpo.doctor import sandbox
-from minigrpo.door import (
+from minigrpo.cli import deliver
+from minigrpo.cli.doctor import sandbox
+from minigrpo.cli.options import (
     OVERRIDES,
     AsJson,
     Command,
@@ -26,6 +24,8 @@ from minigrpo.door import (
     refuse,
     result_alone,
 )
+from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Split
@@ -190,7 +190,7 @@ def evaluate(
         print_json(result)
 
 
-delivering.add_to(app)
+deliver.add_to(app)
 app.command(cls=Command)(sandbox)
 
 
@@ -274,7 +274,7 @@ def doctor(as_json: AsJson = False) -> None:
     Devices and their true number types, memory, disk, versions against the tested ones, optional parts. Exit code 1
     where something would stop a training.
     """
-    from minigrpo.doctor import doctor_table, examine, to_dict
+    from minigrpo.cli.doctor import doctor_table, examine, to_dict
 
     findings = examine()
     report = to_dict(findings)

@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from minigrpo.door import AsJson, print_json, result_alone
+from minigrpo.cli.options import AsJson, print_json, result_alone
 
 Level = Literal["ok", "note", "bad"]
 

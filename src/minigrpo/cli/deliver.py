@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from minigrpo.cli.options import AsJson, Command, print_json, result_alone
 from minigrpo.config.schema import DtypeName
-from minigrpo.door import AsJson, Command, print_json, result_alone
 from minigrpo.errors import MinigrpoError
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
