@@ -19,6 +19,7 @@ import torch
 from minigrpo.errors import ModelError
 from minigrpo.models.loading import resolve
 from minigrpo.models.safetensors_io import FLOATS, Header, Stored, read_header
+from minigrpo.models.vllm_compat import attention_scale
 from minigrpo.runs.rundir import digest
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -230,20 +231,11 @@ def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> d
         turned["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling") and not _scaled(config):
         turned["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    turned |= _scale_of_attention(config)
+    turned |= attention_scale(config)
     said = [name for name in ("dtype", "torch_dtype") if name in config]
     outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
     kinds = {name: str(dtype).removeprefix("torch.") for name in outer} if dtype else {}
     return {**config, **inner, **turned, **kinds}
-
-
-def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM's `hf_overrides` must say where the config is not ours to write; {} where it finds all it needs.
-
-    Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
-    """
-    inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
-    return {**_scale_of_attention(config), **({"text_config": inner} if inner else {})}
 
 
 def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,16 +247,6 @@ def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
 def _scaled(config: Mapping[str, Any]) -> bool:
     """Whether it is a Ministral 3, which transformers 4 does not know."""
     return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})
-
-
-def _scale_of_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Ministral 3's, beyond the original context, in the words in which vLLM asks for it; {} where it is said."""
-    rope = config.get("rope_parameters") or {}
-    beta = rope.get("llama_4_scaling_beta")
-    if beta is None or config.get("llama_4_scaling") is not None:
-        return {}
-    begins = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]  # as transformers does
-    return {"llama_4_scaling": {"beta": beta, "original_max_position_embeddings": begins}}
 
 
 def _write(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:

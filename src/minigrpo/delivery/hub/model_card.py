@@ -19,9 +19,9 @@ import yaml
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import in_bytes
 from minigrpo.delivery.parity.table import read_parity
-from minigrpo.delivery.serve.commands import RANKS
 from minigrpo.errors import ArtifactError
-from minigrpo.models.model_files import config_here, missing_for_vllm, without_scale
+from minigrpo.models.model_files import config_here, without_scale
+from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
@@ -408,9 +408,9 @@ def _adapter(facts: Facts) -> str:
         f'model = PeftModel.from_pretrained(base, "{repo}")\n' + _answer(facts)
     )
     text = f"{note}transformers and PEFT:\n\n{fenced(code, 'python')}\n\n"
-    room = next((room for room in RANKS if room >= facts.recipe["lora"]["rank"]), None)
+    room = lora_room(facts.recipe["lora"]["rank"])
     if room is None:
-        return f"{text}vLLM serves ranks up to {RANKS[-1]} only: merge it first."
+        return f"{text}vLLM serves ranks up to {LORA_RANKS[-1]} only: merge it first."
     name = repo.partition("/")[2]
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
     if facts.missing:  # of the base, whose config says it in words that vLLM does not read

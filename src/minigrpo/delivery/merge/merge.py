@@ -129,7 +129,8 @@ def choose(
     own = measured[0]
     note = (
         f"The base is {own.dtype}, which would leave {own.lost:.0%} of the changed weights as they were and blur the "
-        f"change by {own.noise:.0%} of its size; {merged_weights.name_of(fit)} holds it. A longer training makes it larger."
+        f"change by {own.noise:.0%} of its size; {merged_weights.name_of(fit)} holds it. "
+        "A longer training makes it larger."
     )
     return fit, measured, [note]
 

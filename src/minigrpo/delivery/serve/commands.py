@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import Head
 from minigrpo.errors import MinigrpoError
+from minigrpo.models.vllm_compat import LORA_RANKS, lora_room
 
 EngineName = Literal["llama.cpp", "vllm"]
 LOCAL = "127.0.0.1"
 ANYWHERE = ("0.0.0.0", "::", "")
 ROOM = 4096
 """Tokens of context where nothing else is asked for: of a long context the cache alone can be larger than the model."""
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks that vLLM can be told to make room for."""
 IMAGE = "vllm/vllm-openai:latest"
 GGUF_EXTRA = "pip install 'minigrpo[gguf]'"
@@ -186,7 +186,7 @@ def vllm_options(
     beside: str | None = None,
 ) -> list[str]:
     """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
-    from minigrpo.models.model_files import missing_for_vllm
+    from minigrpo.models.vllm_compat import missing_for_vllm
 
     config = model.settings()
     missing = missing_for_vllm(config)
@@ -198,7 +198,7 @@ def vllm_options(
         line += ["--dtype", "float32"]  # it would round to 16 bit, which may be what the merge stayed away from
     line += ["--hf-overrides", json.dumps(missing)] if missing else []
     if model.adapter:
-        line += ["--enable-lora", "--max-lora-rank", str(room_for(model.adapter))]
+        line += ["--enable-lora", "--max-lora-rank", str(adapter_room(model.adapter))]
         line += ["--lora-modules", f"{name}={beside or model.adapter}"]
     return line
 
@@ -237,7 +237,7 @@ def _mounted_cache() -> tuple[Path, str]:
     return cache_of_hub(), CONTAINER_CACHE
 
 
-def room_for(adapter: Path) -> int:
+def adapter_room(adapter: Path) -> int:
     """The rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
     from minigrpo.models.adapter import adapter_config
 
@@ -247,9 +247,10 @@ def room_for(adapter: Path) -> int:
         if config.get(key):
             raise MinigrpoError(f"{adapter} {kind}, which vLLM cannot serve unmerged. {whole}")
     rank = max([int(config.get("r", 8)), *map(int, (config.get("rank_pattern") or {}).values())])
-    if rank > RANKS[-1]:
-        raise MinigrpoError(f"{adapter} has rank {rank}; vLLM serves up to {RANKS[-1]} unmerged. {whole}")
-    return next(room for room in RANKS if room >= rank)
+    room = lora_room(rank)
+    if room is None:
+        raise MinigrpoError(f"{adapter} has rank {rank}; vLLM serves up to {LORA_RANKS[-1]} unmerged. {whole}")
+    return room
 
 
 def find_vllm(named: Path | None) -> Path | None:

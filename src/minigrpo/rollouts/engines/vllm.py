@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
-from minigrpo.delivery.serve.commands import RANKS
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.context import check_room, context_of
-from minigrpo.models.model_files import missing_for_vllm
+from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
@@ -181,7 +180,7 @@ class Served:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
-            f"--max-lora-rank {room_for(self.rank)} --logprobs-mode processed_logprobs{told}. "
+            f"--max-lora-rank {checked_room(self.rank)} --logprobs-mode processed_logprobs{told}. "
             "A run that was under way goes on with --resume"
         )
 
@@ -202,7 +201,7 @@ class Colocated:
             revision=recipe.model.revision,
             dtype="auto" if recipe.model.dtype == "auto" else recipe.model.dtype,
             enable_lora=True,
-            max_lora_rank=room_for(rank),
+            max_lora_rank=checked_room(rank),
             max_loras=1,
             max_num_seqs=rows,
             gpu_memory_utilization=recipe.rollout.share,
@@ -242,12 +241,12 @@ def _answer_of(output: Any) -> Answer:
     return ids, logprobs, str(output.finish_reason)
 
 
-def room_for(rank: int) -> int:
-    """The least that vLLM takes as --max-lora-rank. Raises ModelError where the rank is beyond all of them."""
-    for room in RANKS:
-        if rank <= room:
-            return room
-    raise ModelError(f"vLLM takes adapters up to rank {RANKS[-1]}, and lora.rank is {rank}.")
+def checked_room(rank: int) -> int:
+    """The least --max-lora-rank with room for the rank. Raises ModelError where it is beyond all of them."""
+    room = lora_room(rank)
+    if room is None:
+        raise ModelError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, and lora.rank is {rank}.")
+    return room
 
 
 def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -> VllmEngine:

@@ -1,0 +1,263 @@
+"""Export: what llama.cpp reads in the file is the merged model, or the file does not get its name."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minigrpo.cli import main
+from minigrpo.delivery.gguf import llamacpp
+from minigrpo.delivery.gguf import writer as ggufwriter
+from minigrpo.delivery.gguf.export import chosen, export
+from minigrpo.delivery.gguf.parity import Reference, prove_file, reference
+from minigrpo.delivery.gguf.quantize import type_of
+from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
+from minigrpo.runs.rundir import RunDir
+from tests.helpers.delivered import FAMILIES, edit_json
+from tests.helpers.exported import bpe_tokenizer, merged_run, model_folder, needs_llama
+
+pytestmark = needs_llama
+
+
+def exported(path: Any, *formats: str, **options: Any) -> dict[str, Any]:
+    found = export(path, formats, quiet=True, **{"writer": "own", **options})
+    return {file.format: file for file in found.files}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Read only, but for its gguf folder, which every test puts elsewhere."""
+    return merged_run(tmp_path_factory.mktemp("qwen") / "mine", "qwen2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_says_of_each_family_what_the_merged_model_says(tmp_path: Path, family: str) -> None:
+    run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"))
+    found = exported(run, "F32", "F16", "Q8_0")
+    assert {file.verdict for file in found.values()} == {"proved"}
+    assert found["F32"].proof["greatest"] < 1e-4
+    assert found["F32"].proof["mean_kl"] < 1e-8
+    assert found["F16"].proof["mean_kl"] < 2e-5
+    assert found["Q8_0"].proof["relative_kl"] < 0.1
+    assert found["F32"].bits == 32
+    assert 8.5 <= found["Q8_0"].bits < 9
+    rows = {row["name"]: row for row in json.loads(run.parity.read_text())["stages"]}
+    assert {"base", "merged", "gguf F32", "gguf F16", "gguf Q8_0"} == rows.keys()
+    assert sorted(file.name for file in run.gguf.iterdir() if file.suffix == ".gguf") == [
+        "mine-F16.gguf",
+        "mine-F32.gguf",
+        "mine-Q8_0.gguf",
+    ]
+
+
+def test_a_bfloat16_model_is_exported_without_a_copy_in_floats_that_nobody_asked_for(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m", "qwen3", dtype=torch.bfloat16)
+    found = exported(tmp_path / "m", "Q4_K_M")["Q4_K_M"]
+    assert found.verdict == "measured"
+    assert {file.name for file in found.file.parent.iterdir()} == {
+        *("m-Q4_K_M.gguf", "m-Q4_K_M.Modelfile", "made.json"),
+    }
+    assert found.types["Q5_0"] > 0  # rows of 32 are no multiple of 256
+    assert "Q4_K" not in found.types
+
+
+def swapped(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    changed = {
+        name: tensors[name.replace(".0.", ".x.").replace(".1.", ".0.").replace(".x.", ".1.")].clone()
+        for name in tensors
+    }
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+
+
+def faster(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    rope = {**config["rope_parameters"], "rope_theta": 500.0}
+    edit_json(folder / "config.json", rope_parameters=rope, rope_theta=500.0)
+
+
+def colder(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", rope_parameters={**config["rope_parameters"], "llama_4_scaling_beta": 0.0})
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Reference]]:
+    found = {}
+    for family in ("llama", "ministral3"):
+        folder = tmp_path_factory.mktemp("truth") / family
+        model_folder(folder, family)
+        found[family] = folder, reference(folder, None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "fault"), [("llama", swapped), ("llama", faster), ("ministral3", faster), ("ministral3", colder)]
+)
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_a_file_whose_weights_or_settings_are_another_models_fails(
+    tmp_path: Path, truths: Any, family: str, fault: Any, kind: str
+) -> None:
+    folder, truth = truths[family]
+    wrong = shutil.copytree(folder, tmp_path / "wrong")
+    fault(wrong)
+    for source, fine in ((folder, True), (wrong, False)):
+        ggufwriter.write(source, tmp_path / "x.gguf", kind, "x")
+        assert prove_file(tmp_path / "x.gguf", kind, truth).ok is fine
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral3"])
+def test_a_file_without_the_permutation_of_q_and_k_fails(
+    tmp_path: Path, truths: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, truth = truths[family]
+    monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
+    ggufwriter.write(folder, tmp_path / "x.gguf", "F32", "x")
+    proof = prove_file(tmp_path / "x.gguf", "F32", truth)
+    assert "written wrongly" in proof.faults[0]
+
+
+def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(tmp_path / "m", "llama")
+    monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
+    found = exported(tmp_path / "m", "Q8_0", "Q4_K_M")
+    assert {file.verdict for file in found.values()} == {"rejected"}
+    assert all("written wrongly" in file.proof["faults"][0] for file in found.values())
+    assert [file.name for file in (tmp_path / "m-gguf").iterdir()] == ["m-F32.gguf.rejected"]
+
+
+def test_a_file_of_the_base_without_the_adapter_fails(qwen: RunDir, tmp_path: Path) -> None:
+    truth = reference(qwen.merged, qwen)
+    for kind in ("F32", "F16"):
+        ggufwriter.write(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
+        assert not prove_file(tmp_path / "x.gguf", kind, truth).ok
+
+
+def test_a_format_coarser_than_what_was_learned_is_kept_as_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = merged_run(tmp_path / "young", "qwen2", size=0.001)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main.main(["export", "young", "--format", "F32,q8_0", "--writer", "own", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1
+    assert [file["verdict"] for file in told["files"]] == ["proved", "rejected"]
+    assert "train longer" in told["files"][1]["proof"]["faults"][0]
+    assert (run.gguf / "young-Q8_0.gguf.rejected").is_file()
+    assert not (run.gguf / "young-Q8_0.gguf").exists()
+
+
+def test_an_export_goes_on_where_it_was_stopped(qwen: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = exported(qwen, "F32", out=out)["F32"]
+    (out / ".mine-F16.new.999999.draft").write_text("half")
+    again = exported(qwen, "F32", "F16", out=out)
+    assert [again[kind].verdict for kind in ("F32", "F16")] == ["there already", "proved"]
+    assert again["F32"].proof == first.proof
+    (out / "mine-F16.gguf").unlink()
+    assert exported(qwen, "F16", out=out)["F16"].verdict == "proved"
+    with (out / "mine-F32.gguf").open("ab") as stream:
+        stream.write(b"!")
+    with pytest.raises(ArtifactError, match=r"mine-F32.gguf was put there or changed.*--force"):
+        exported(qwen, "F32", out=out)
+    assert exported(qwen, "F32", out=out, force=True)["F32"].verdict == "proved"
+
+
+def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m", "llama")
+    assert exported(tmp_path / "m", "F16")["F16"].verdict == "proved"
+    assert exported(tmp_path / "m", "F16")["F16"].verdict == "there already"
+    swapped(tmp_path / "m")
+    assert exported(tmp_path / "m", "F16")["F16"].verdict == "proved"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "mamba"}, "the architecture 'mamba' is none of"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"hidden_act": "gelu"}, "gelu for silu"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "'longrope'"),
+    ],
+)
+def test_what_our_writer_does_not_know_is_refused_by_name(
+    tmp_path: Path, change: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path / "cache"))
+    model_folder(tmp_path / "m", "qwen2")
+    edit_json(tmp_path / "m" / "config.json", **change)
+    for writer in ("own", "auto"):
+        with pytest.raises(ModelError, match=told):
+            exported(tmp_path / "m", "F16", writer=writer)
+    assert not (tmp_path / "m-gguf").exists()
+
+
+def test_a_tokenizer_that_cuts_in_a_way_of_its_own_is_refused(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m", "qwen2")
+    bpe_tokenizer(r"\p{L}+|\p{N}+|.").save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match="no pre-tokenizer that is known to cut"):
+        exported(tmp_path / "m", "F16")
+    assert not list((tmp_path / "m-gguf").iterdir())
+
+
+def test_misspelled_formats_and_folders_without_a_model_are_told(tmp_path: Path) -> None:
+    assert chosen(["q8_0,F16", "Q8_0"]) == ["F16", "Q8_0"]
+    with pytest.raises(MinigrpoError, match=r"Q8 is not known. There are: F32"):
+        chosen(["Q8"])
+    with pytest.raises(ArtifactError, match="neither a run's folder nor a model's"):
+        exported(tmp_path, "F16")
+    model_folder(tmp_path / "m", "qwen2")
+    with pytest.raises(ArtifactError, match=r"holds no convert_hf_to_gguf.py"):
+        exported(tmp_path / "m", "F16", llama_cpp=tmp_path, writer="official")
+
+
+def test_without_xllamacpp_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(llamacpp, "library", lambda: None)
+    with pytest.raises(MinigrpoError, match=r"pip install 'minigrpo\[gguf\]'"):
+        exported(tmp_path, "F16")
+
+
+WIDTH = 896
+"""Of Qwen2.5-0.5B: no multiple of 256."""
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "expected"),
+    [
+        ("token_embd.weight", (1000, WIDTH), "Q4_K_M", "Q8_0"),
+        ("blk.5.attn_q.weight", (WIDTH, WIDTH), "Q4_K_M", "Q5_0"),
+        ("blk.0.attn_v.weight", (128, WIDTH), "Q4_K_M", "Q8_0"),
+        ("blk.3.ffn_down.weight", (WIDTH, 4864), "Q4_K_M", "Q4_K"),
+        ("blk.5.ffn_down.weight", (WIDTH, 4864), "Q4_K_M", "Q6_K"),
+        ("blk.23.ffn_down.weight", (WIDTH, 4864), "Q4_K_M", "Q6_K"),
+        ("blk.5.attn_norm.weight", (WIDTH,), "Q4_K_M", None),
+        ("blk.5.attn_q.bias", (WIDTH,), "Q4_K_M", None),
+        ("blk.5.attn_q.weight", (WIDTH, 40), "Q4_K_M", "F16"),
+        ("token_embd.weight", (1000, 1024), "Q4_K_M", "Q6_K"),
+        ("blk.1.ffn_down.weight", (1024, 1024), "Q8_0", "Q8_0"),
+        ("blk.3.attn_v.weight", (1024, 1024), "Q4_K_S", "Q5_K"),
+    ],
+)
+def test_each_tensor_gets_the_type_that_llama_cpp_gives_it(
+    name: str, shape: tuple[int, ...], kind: str, expected: str | None
+) -> None:
+    assert type_of(name, shape, kind, layers=24, tied=True) == expected
+
+
+def test_bits_a_weight_count_everything_in_the_file(qwen: RunDir, tmp_path: Path) -> None:
+    import gguf
+
+    found = exported(qwen, "Q4_K_M", out=tmp_path)["Q4_K_M"]
+    tensors = gguf.GGUFReader(found.file).tensors
+    assert math.isclose(found.bits, 8 * sum(t.data.nbytes for t in tensors) / sum(int(t.n_elements) for t in tensors))
+    assert found.bits > 6  # "four bits" would be a lie for a model this narrow

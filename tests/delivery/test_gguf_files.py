@@ -1,0 +1,335 @@
+"""GGUF's parts: the tokenizer in the file, llama.cpp as a judge, the official converter, Ollama's Modelfile."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigrpo.config.schema import Recipe
+from minigrpo.delivery.gguf import converter, writer
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.gguf.llamacpp import LlamaCpp
+from minigrpo.delivery.gguf.modelfile import conversations, modelfile, turns_of
+from minigrpo.delivery.gguf.pretokenizer import kind_of, token_faults
+from minigrpo.delivery.gguf.quantize import DEFAULTS, Cruncher, find_tool, quantise
+from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
+from minigrpo.models.chat_template import QUESTION, as_text, render
+from minigrpo.models.embedded import seedling
+from minigrpo.rollouts.groups import prompts_of
+from minigrpo.tasks.registry import open_task
+from tests.helpers.delivered import FAMILIES, edit_json
+from tests.helpers.exported import TAG, bpe_tokenizer, merged_run, model_folder, needs_llama
+from tests.helpers.models import OWN_WORDS
+from tests.helpers.served import gone
+from tests.helpers.tiny import TEMPLATE, build_tokenizer
+
+pytestmark = needs_llama
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
+    """(folder, model, F32 file)."""
+    folder = tmp_path_factory.mktemp("gguf") / "qwen"
+    model = model_folder(folder, "qwen2")
+    writer.write(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
+    return folder, model, folder.with_name("qwen.gguf")
+
+
+def test_the_judge_continues_as_transformers_does(qwen: Any) -> None:
+    _, model, file = qwen
+    ids = list(range(10, 50))
+    with LlamaCpp(file, context=64) as llama:
+        said = llama.greedy(ids, 12)
+        found_NV = llama.logprobs([*ids, *said], len(ids) - 1)
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 40:]
+    assert list(said) == theirs.tolist()
+    assert found_NV.shape == (len(said) + 1, model.config.vocab_size)
+    assert tuple(found_NV.argmax(-1)[:-1].tolist()) == said
+
+
+def test_the_judge_tells_in_a_sentence_what_it_cannot_do(qwen: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(qwen[2].read_bytes()[:5000])
+    for file in (tmp_path / "x.gguf", tmp_path / "nowhere.gguf"):
+        with pytest.raises(ArtifactError, match=f"llama.cpp refuses .*{file.name}"):
+            LlamaCpp(file, context=64)
+    with LlamaCpp(qwen[2], context=64) as llama:
+        with pytest.raises(ArtifactError, match="could not read 400 tokens"):
+            llama.logprobs([5] * 400, 0)
+        assert llama.logprobs([5] * 4, 0).shape[0] == 4  # it goes on after that
+        llama._process.kill()
+        llama._process.wait()  # so that its end of the pipe is closed for certain when it is asked
+        with pytest.raises(ArtifactError, match=r"llama\.cpp ended with code -9"):
+            llama.greedy([5], 1)
+
+
+def test_the_embedded_models_tokenizer_is_kept_to_the_last_id(tmp_path: Path) -> None:
+    blueprint = seedling.Blueprint(hidden=32, layers=1, inner=64)
+    tokenizer = seedling.train_tokenizer(blueprint)
+    tokenizer.save_pretrained(tmp_path)
+    seedling.decoder(blueprint, tokenizer).save_pretrained(tmp_path)
+    assert kind_of(tmp_path) == "smollm"
+    writer.write(tmp_path, tmp_path / "x.gguf", "F32", "x")
+    task = open_task(Recipe())
+    prompts = prompts_of(task, "test", 200)
+    with LlamaCpp(tmp_path / "x.gguf", context=512) as llama:
+        for prompt in prompts:
+            text = as_text(tokenizer, prompt.messages, opened=True)
+            assert llama.tokenize(text, special=True) == render(tokenizer, prompt).ids
+            gold = task.gold(prompt) if task.gold else ""
+            assert llama.tokenize(gold) == tuple(tokenizer(gold, add_special_tokens=False)["input_ids"])
+        assert not list(token_faults(llama, tokenizer, [prompt.messages for prompt in prompts[:8]]))
+
+
+def test_a_tag_that_is_a_token_is_one_in_the_file_and_no_control_token(qwen: Any) -> None:
+    with LlamaCpp(qwen[2], context=64) as llama:
+        (token,) = llama.tokenize(TAG)
+        assert token not in llama.facts.ends
+    assert bpe_tokenizer().convert_ids_to_tokens(token) == TAG
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "told"),
+    [
+        (bpe_tokenizer(template=TEMPLATE.replace("assistant", "model")), "chat template in the file is not"),
+        (bpe_tokenizer(bos=True), None),
+        (bpe_tokenizer(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]"), "Token .* of .* differs"),
+    ],
+)
+def test_faults_of_tokens_and_template_are_named(qwen: Any, tokenizer: Any, told: str | None) -> None:
+    with LlamaCpp(qwen[2], context=64) as llama:
+        faults = list(token_faults(llama, tokenizer, [[QUESTION]]))
+    assert bool(faults) is (told is not None)
+    if told:
+        assert any(re.search(told, fault) for fault in faults)
+
+
+def test_a_second_beginning_of_text_is_named(qwen: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen[0], tmp_path / "m")
+    bpe_tokenizer(bos=True).save_pretrained(folder)
+    writer.write(folder, tmp_path / "x.gguf", "F32", "x")
+    with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
+        assert llama.facts.adds_bos
+        faults = list(token_faults(llama, bpe_tokenizer(), [[QUESTION]]))
+        begun = bpe_tokenizer(bos=True, template="{{ bos_token }}" + TEMPLATE)
+        assert not [fault for fault in token_faults(llama, begun, [[QUESTION]]) if "BOS" in fault]
+    assert [fault for fault in faults if fault.startswith("Double or foreign BOS")]
+
+
+def test_an_end_that_llama_cpp_would_not_stop_at_is_named(qwen: Any, tmp_path: Path) -> None:
+    other = bpe_tokenizer()
+    other.eos_token = "<|pad|>"
+    with LlamaCpp(qwen[2], context=64) as llama:
+        faults = " ".join(token_faults(llama, other, [[QUESTION]]))
+    assert "end-of-text token is 3 in the file and 0 in the tokenizer" in faults
+    assert "would not stop" in faults
+
+
+def test_tokenizers_without_an_equal_in_llama_cpp_are_refused(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no byte-level BPE with merges"):
+        kind_of(tmp_path)
+    bpe_tokenizer().save_pretrained(tmp_path)
+    assert kind_of(tmp_path) == "qwen2"
+    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(ModelError, match="changes text first \\(Lowercase\\)"):
+        kind_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="missing or damaged"):
+        kind_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_the_library_that_packs_weights_is_tried_before_it_is_trusted(kind: str) -> None:
+    import numpy as np
+
+    crunch = Cruncher({kind})
+    crunch._test(kind)
+    crunch._chunk = lambda *args: args[2].value and gibberish(args[2].value, args[4] * args[5])
+    with pytest.raises(MinigrpoError, match=r"made .* bytes|is off by"):
+        crunch._test(kind)
+    assert np.isfinite(Cruncher(set())(np.ones((1, 32), np.float32), "Q8_0")).all()
+
+
+def gibberish(place: int, numbers: int) -> int:
+    return numbers
+
+
+def test_formats_that_only_llama_cpps_tool_makes_are_told_so(qwen: Any, tmp_path: Path) -> None:
+    with pytest.raises(MinigrpoError, match=r"llama-quantize makes IQ4_XS.*--llama-cpp DIR"):
+        quantise(qwen[2], tmp_path / "x.gguf", "IQ4_XS", None)
+    tool = tmp_path / "build" / "bin" / "llama-quantize"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
+    tool.chmod(0o755)
+    with pytest.raises(ArtifactError, match="failed on IQ4_XS with code 3: no such type"):
+        quantise(qwen[2], tmp_path / "x.gguf", "IQ4_XS", tmp_path)
+
+
+def test_ollamas_template_says_what_the_chat_template_says(qwen: Any) -> None:
+    tokenizer = bpe_tokenizer()
+    turns = turns_of(tokenizer)
+    assert turns is not None
+    for messages in conversations():
+        assert turns.render(messages) == as_text(tokenizer, messages, opened=True)
+    text = modelfile("x-Q8_0.gguf", qwen[0], tokenizer, 0.7)
+    assert text.startswith("FROM ./x-Q8_0.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert text.endswith("PARAMETER temperature 0.7\n")
+    assert 'eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>' in text
+
+
+def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) -> None:
+    tokenizer = bpe_tokenizer(template="{% if messages|length > 3 %}long{% endif %}" + OWN_WORDS)
+    text = modelfile("x.gguf", qwen[0], tokenizer, 1.0)
+    assert "TEMPLATE" not in text
+    assert "cannot be said in Ollama's language" in text
+
+
+def test_a_converter_is_only_what_its_hash_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
+    with pytest.raises(ArtifactError, match="not in the cache, and this session is offline"):
+        converter.fetched()
+    folder = tmp_path / "m"
+    model_folder(folder, "qwen2")
+    assert "own writer" in converter.find_converter(folder, None).name
+    with pytest.raises(ModelError, match="offline"):
+        converter.find_converter(folder, None, "official")
+
+
+@pytest.fixture(scope="module")
+def official() -> Path:
+    """The cache of whoever runs the tests; fetched where there is a network."""
+    kept = {name: os.environ.pop(name, None) for name in converter.OFFLINE}
+    try:
+        return converter.fetched()
+    except ArtifactError as fault:
+        pytest.skip(str(fault))
+    finally:
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_our_writer_and_llama_cpps_converter_make_the_same_file(
+    tmp_path: Path, official: Path, family: str, kind: str
+) -> None:
+    run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"))
+    files = {}
+    for name, root in (("ours", None), ("theirs", official)):
+        files[name] = tmp_path / f"{name}.gguf"
+        converter.Converter(root).convert(run.merged, files[name], kind, "mine")
+    ours, theirs = (contents(file) for file in files.values())
+    assert ours[1] == theirs[1]
+    assert ours[0] == theirs[0]
+
+
+def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keys, tensors as type and hash). Left out: what the converter guesses about the model's family and author."""
+    import gguf
+
+    guessed = ("GGUF.", "general.size_label", "general.basename", "general.finetune", "general.version", "general.samp")
+    keys = {name: value for name, value in writer.described(file) if not name.startswith(guessed)}
+    tensors = gguf.GGUFReader(file).tensors
+    return keys, {
+        t.name: (t.tensor_type.name, tuple(t.shape.tolist()), hashlib.sha256(t.data.tobytes()).hexdigest())
+        for t in tensors
+    }
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_tool(None) is None, reason="no llama-quantize on the PATH")
+@pytest.mark.parametrize("width", [256, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_quantiser_and_llama_quantize_make_the_same_file(
+    tmp_path: Path, family: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine layers, so that llama.cpp's rules for the first, the last and every third all show."""
+    tool = find_tool(None)
+    assert tool is not None
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
+    run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"), **size)
+    writer.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
+    monkeypatch.setenv("PATH", "")
+    differing = []
+    for kind in DEFAULTS:
+        for name, tools in (("ours", None), ("theirs", tool.parent)):
+            found = quantise(tmp_path / "x.gguf", tmp_path / f"{name}.gguf", kind, tools)
+            assert found.by.startswith("llama-quantize") == (name == "theirs")
+        if contents(tmp_path / "ours.gguf") != contents(tmp_path / "theirs.gguf"):
+            differing.append(kind)
+    assert not differing
+
+
+@pytest.mark.long
+def test_the_official_converter_passes_the_same_proof(tmp_path: Path, official: Path) -> None:
+    run = merged_run(tmp_path / "mine", "ministral3")
+    found = export(run, ["F32", "Q4_K_M"], llama_cpp=official, quiet=True)
+    assert [file.verdict for file in found.files] == ["proved", "measured"]
+    assert str(official) in found.converter
+
+
+WRITES = "import pathlib, sys, time\npathlib.Path(sys.argv[5]).write_text(str(__import__('os').getpid()))\n"
+
+
+def pretended(root: Path, script: str) -> Path:
+    """A converter of our own making, for faults that the real one shows only on a bad day."""
+    (root / "conversion").mkdir(parents=True)
+    (root / "conversion" / "base.py").write_text("class TextModel: pass")
+    (root / "convert_hf_to_gguf.py").write_text(script)
+    return root
+
+
+def test_a_converter_ends_with_the_export_that_is_killed(tmp_path: Path) -> None:
+    """Else it would go on writing beside the next one."""
+    root, file = pretended(tmp_path / "llama.cpp", WRITES + "time.sleep(600)"), tmp_path / "x.gguf"
+    code = (
+        "import sys; from pathlib import Path; from minigrpo.delivery.gguf.converter import Converter\n"
+        "Converter(Path(sys.argv[1])).convert(Path(sys.argv[2]), Path(sys.argv[3]), 'F16', 'x')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, root, tmp_path, file]) as parent:
+        while not (file.exists() and file.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    assert gone([int(file.read_text())])
+
+
+def test_a_converter_without_room_is_told_as_a_full_disk(tmp_path: Path) -> None:
+    said = "OSError(28, 'No space left on device')"
+    for fault in (said, "OSError('9 requested and 4 written')"):
+        root = pretended(tmp_path / str(len(fault)), f"raise {fault}")
+        with pytest.raises(OSError, match="No space left on device") as told:
+            converter.Converter(root).convert(tmp_path, tmp_path / "x.gguf", "F16", "x")
+        assert told.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of a file")
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m", "qwen2")
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from minigrpo.cli.main import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))\n"
+        "main(['export', sys.argv[1], '--format', 'F16', '--format', 'F32', '--writer', 'own'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "Formats that are there are whole" in ended.stderr
+    left = {file.name for file in (tmp_path / "m-gguf").iterdir()}
+    assert left <= {"m-F16.gguf", "m-F16.Modelfile", "made.json"}
+    assert "m-F16.gguf" in left
+    assert json.loads((tmp_path / "m-gguf" / "made.json").read_text())["files"].keys() == {"m-F16.gguf"}

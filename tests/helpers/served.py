@@ -1,0 +1,69 @@
+"""What the tests of serving share: an exported run, its server, and whether anything is left running."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.serve.commands import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
+from minigrpo.runs.rundir import RunDir
+from tests.helpers.exported import merged_run
+
+ASKED = ({"role": "user", "content": "What is '12' + 7?"},)
+
+
+def exported_run(folder: Path) -> RunDir:
+    """To be read only, but for its log."""
+    run = merged_run(folder / "mine", "qwen2")
+    assert export(run, ("F32", "Q8_0"), writer="own", quiet=True).ok
+    return run
+
+
+def file_of(run: RunDir, kind: str = "Q8_0") -> Path:
+    return run.gguf / f"{run.path.name}-{kind}.gguf"
+
+
+def program(tmp_path: Path, text: str, port: int | None = None) -> Launch:
+    """A server of our own making, for those faults that real ones show only on a bad day."""
+    script = tmp_path / "server.py"
+    script.write_text(text)
+    port = port or reserve("127.0.0.1", 0)
+    return Launch("llama.cpp", (sys.executable, str(script), str(port)), "127.0.0.1", port, "m", "a model", None)
+
+
+def told_of(model: Model) -> list[Any]:
+    """What the launch tells vLLM beside the config, and the container's line with it."""
+    launch = vllm_launch(model, python=Path("python"), host=LOCAL, port=1, name="m")
+    told = [json.loads(said) for said in after("--hf-overrides", launch.program)]
+    line = shlex.split(docker_line(launch, model, 1.0))
+    assert [json.loads(said) for said in after("--hf-overrides", line)] == told
+    return told
+
+
+def after(option: str, line: Sequence[str]) -> list[str]:
+    return [then for word, then in pairwise(line) if word == option]
+
+
+def children(pid: int) -> list[int]:
+    """All that a process started, and what those started."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def gone(pids: list[int], seconds: float = 30.0) -> bool:
+    import psutil
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False

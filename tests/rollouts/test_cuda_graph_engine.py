@@ -1,0 +1,129 @@
+"""The slot engine says what the native engine says, token for token, whatever its shapes and however rows leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from minigrpo.config.schema import Recipe, RolloutKnobs
+from minigrpo.errors import RecipeError
+from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines import cuda_graph
+from minigrpo.rollouts.engines.cuda_graph import SlotEngine, own_slots
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.rollouts.engines.registry import open_engine
+from minigrpo.types import Completion, Engine, Rendered, Sampling
+from tests.helpers.models import make_policy, rendered, set_lora
+from tests.helpers.tiny import LLAMA_LIKE
+
+STOPS = [3, 17, 50, 60]
+LIMIT = 50
+PROMPTS = (1, 40, 23, 7, 12)
+
+
+def both(policy: Policy, rows: int = 256) -> tuple[NativeEngine, SlotEngine]:
+    """In float64: the two sum in different order, and among some thousand draws rounding in float32 may turn one."""
+    return NativeEngine(policy, stop_ids=STOPS, rows=rows), SlotEngine(policy, stop_ids=STOPS, rows=rows)
+
+
+def said(engine: Engine, prompts: list[Rendered], heat: float = 0.9, seed: int = 8, n: int = 4) -> list[Any]:
+    answers = engine.generate(prompts, n, Sampling(heat, LIMIT, seed))
+    return [[(c.token_ids, c.text, c.finish) for c in own] for own in answers]
+
+
+@pytest.mark.parametrize("arch", LLAMA_LIKE)
+def test_both_engines_say_the_same(arch: str) -> None:
+    native, fixed = both(make_policy(arch, double=True))
+    assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
+
+
+@pytest.mark.parametrize("window", [8, 30])
+def test_sliding_windows_reach_as_far(window: int) -> None:
+    native, fixed = both(make_policy("mistral", sliding_window=window, double=True))
+    assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
+
+
+@pytest.mark.parametrize(("look", "first", "multiple"), [(1, 2, 3), (7, 16, 64), (100, 64, 1)])
+def test_no_shape_changes_a_token(monkeypatch: pytest.MonkeyPatch, look: int, first: int, multiple: int) -> None:
+    native, fixed = both(make_policy(double=True))
+    for name, value in {"LOOK": look, "FIRST": first, "ROUND": multiple}.items():
+        monkeypatch.setattr(cuda_graph, name, value)
+    assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
+
+
+def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() -> None:
+    native, fixed = both(make_policy(double=True))
+    calls = [(PROMPTS, 7), ((5, 2), 8), ((33,), 9), (PROMPTS, 10), ((90, 3), 11)]
+    states = []
+    for lengths, seed in calls:
+        assert said(fixed, rendered(lengths), seed=seed) == said(native, rendered(lengths), seed=seed)
+        states.append(fixed._made)
+    assert states[0] is states[1] is states[2] is states[3]
+    assert states[4] is not states[3]  # longer than the room of the first
+    assert said(fixed, rendered(PROMPTS), heat=0.0, n=1) == said(native, rendered(PROMPTS), heat=0.0, n=1)
+
+
+def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "LOOK", 4)
+    native, fixed = both(make_policy(double=True))
+    assert said(fixed, rendered(PROMPTS), n=1) == said(native, rendered(PROMPTS), n=1)
+    assert fixed._made is not None
+    assert max(fixed._made._sizes) == 5
+    assert min(fixed._made._sizes) < 5
+
+
+def test_prompts_are_told_as_they_end_each_once() -> None:
+    _, fixed = both(make_policy(), rows=12)
+    told: dict[int, tuple[Completion, ...]] = {}
+    answers = fixed.generate(rendered(PROMPTS), 4, Sampling(0.9, LIMIT, 7), told.__setitem__)
+    assert [told[place] for place in range(len(PROMPTS))] == answers
+
+
+@pytest.mark.parametrize("sixteen_bit", [False, True])
+def test_update_takes_over_the_weights_where_they_are(sixteen_bit: bool) -> None:
+    policy = make_policy(lora=0.02)
+    if sixteen_bit:
+        for parameter in policy.model.get_base_model().parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    _, fixed = both(policy)
+    tensors = fixed.lean.copies()
+    before = [tensor.clone() for tensor in tensors]
+    set_lora(policy, 0.2)
+    fixed.update(policy)
+    now = fixed.lean.copies()
+    # A recorded step reads addresses: the same tensors must hold the new numbers.
+    assert [tensor.data_ptr() for tensor in now] == [tensor.data_ptr() for tensor in tensors]
+    assert any(not torch.equal(old, new) for old, new in zip(before, now, strict=True))
+    said(fixed, rendered())
+    with policy.adapter_off():
+        fixed.update(policy)
+        assert (fixed._made is None) == sixteen_bit  # there the adapter is a pass of its own, which is gone
+        _, fresh = both(policy)
+        assert said(fixed, rendered()) == said(fresh, rendered())
+
+
+def test_own_slots_double_up_to_the_limit() -> None:
+    assert [own_slots(so_far, 300) for so_far in (0, 63, 64, 127, 128, 299)] == [64, 64, 128, 128, 256, 300]
+
+
+def test_a_recipe_may_name_it_and_an_architecture_that_it_does_not_know_is_refused() -> None:
+    named = Recipe(rollout=RolloutKnobs(engine="slots"))
+    assert isinstance(open_engine(make_policy("qwen3"), named), SlotEngine)
+    with pytest.raises(RecipeError, match="lfm2"):
+        open_engine(make_policy("lfm2"), named)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+def test_recorded_steps_say_what_the_native_engine_says() -> None:
+    policy = make_policy()
+    policy.model.cuda()
+    policy.device = torch.device("cuda")
+    native, fixed = both(policy)
+    for seed in (7, 8):
+        assert said(fixed, rendered(PROMPTS), seed=seed) == said(native, rendered(PROMPTS), seed=seed)
+        set_lora(policy, 0.05)
+        native.update(policy)
+        fixed.update(policy)

@@ -1,0 +1,274 @@
+"""The vLLM engine: only the adapter travels, nothing bends the draw, and a server's faults are told in a sentence.
+
+The stand-in speaks vLLM's HTTP protocol and answers with transformers and PEFT, from the files that it is sent: so an
+adapter that did not arrive, or arrived wrongly, shows as another distribution.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigrpo.algorithms.objective import OBJECTIVES, open_objective
+from minigrpo.algorithms.packing import pack
+from minigrpo.config.schema import Recipe
+from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines.vllm import Asked, Served, VllmEngine, checked_room, open_vllm
+from minigrpo.types import Completion, Grade, Group, Sampling
+from tests.helpers.models import make_policy, rendered, set_lora
+from tests.helpers.tiny import build_model
+
+STOPS, LIMIT, HEAT = (3, 17, 50, 60), 12, 0.9
+
+
+class StandIn(ThreadingHTTPServer):
+    """`base` answers; an adapter that is loaded answers under its own name."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.models: dict[str, Any] = {"the-base": build_model("qwen2")}
+        self.asked: list[dict[str, Any]] = []
+        self.told: list[str] = []
+        self.fault: tuple[int, str] | None = None
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def load(self, body: dict[str, Any]) -> str:
+        from peft import PeftModel
+
+        self.models[body["lora_name"]] = PeftModel.from_pretrained(build_model("qwen2"), body["lora_path"]).eval()
+        return "Success: LoRA adapter added"
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(body)
+        draw = torch.Generator().manual_seed(body["seed"])
+        choices = [self.one(body, draw) | {"index": i} for i in range(body["n"])]
+        return {"choices": list(reversed(choices))}
+
+    @torch.no_grad()
+    def one(self, body: dict[str, Any], draw: torch.Generator) -> dict[str, Any]:
+        ids, logprobs, finish = list(body["prompt"]), [], "length"
+        for _ in range(body["max_tokens"]):
+            scores_V = self.models[body["model"]](torch.tensor([ids])).logits[0, -1] / body["temperature"]
+            token = int(torch.multinomial(scores_V.softmax(-1), 1, generator=draw))
+            ids.append(token)
+            logprobs.append(float(scores_V.log_softmax(-1)[token]))
+            if token in body["stop_token_ids"]:
+                finish = "stop"
+                break
+        own = ids[len(body["prompt"]) :]
+        return {"token_ids": own, "logprobs": {"token_logprobs": logprobs}, "finish_reason": finish, "text": "?"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def do_GET(self) -> None:
+        self.answer({"data": [{"id": "the-base"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.told.append(self.path)
+            if self.server.fault:
+                code, text = self.server.fault
+                self.answer(text, code)
+            elif self.path == "/v1/load_lora_adapter":
+                self.answer(self.server.load(body))
+            elif self.path == "/v1/unload_lora_adapter":
+                self.answer(f"Success: {self.server.models.pop(body['lora_name']) is not None}")
+            else:
+                self.answer(self.server.complete(body))
+
+    def answer(self, content: Any, code: int = 200) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with StandIn() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def opened(server: StandIn, policy: Policy) -> VllmEngine:
+    return VllmEngine(policy, Served(server.url, "the-base", 8), stop_ids=STOPS)
+
+
+def gap(engine: VllmEngine, policy: Policy) -> float:
+    answers = engine.generate(rendered(), 3, Sampling(HEAT, LIMIT, 7))
+    grades = tuple(Grade(float(i)) for i in range(3))
+    groups = [Group(p.prompt, p.ids, own, grades) for p, own in zip(rendered(), answers, strict=True)]
+    (part,) = pack(groups, OBJECTIVES["grpo"], LIMIT).split(1 << 30)
+    return float((policy.logprobs(part, step=0).logprobs_N.detach() - part.engine_N).abs().max())
+
+
+def test_what_the_server_samples_is_the_policy_before_and_after_an_update(server: StandIn) -> None:
+    policy = make_policy("qwen2")
+    engine = opened(server, policy)
+    assert gap(engine, policy) < 1e-4
+    set_lora(policy, 0.05)
+    assert gap(engine, policy) > 1e-3  # the server still has the adapter of before
+    engine.update(policy)
+    assert gap(engine, policy) < 1e-4
+    assert sorted(server.models) == ["policy-2", "the-base"]  # the one before is let go
+
+
+def test_with_the_adapter_off_the_base_answers(server: StandIn) -> None:
+    policy = make_policy("qwen2")
+    engine = opened(server, policy)
+    with policy.adapter_off():
+        engine.update(policy)
+        assert gap(engine, policy) < 1e-4
+    assert {body["model"] for body in server.asked} == {"the-base"}
+
+
+def test_ids_are_the_sample_and_siblings_keep_their_order(server: StandIn) -> None:
+    engine = opened(server, make_policy("qwen2"))
+    seen: dict[int, tuple[Completion, ...]] = {}
+    answers = engine.generate(rendered(), 3, Sampling(HEAT, LIMIT, 7), seen.__setitem__)
+    assert [seen[place] for place in range(len(answers))] == answers
+    for completion in (one for own in answers for one in own):
+        assert len(completion.token_ids) == len(completion.logprobs) <= LIMIT
+        assert (completion.token_ids[-1] in STOPS) == (completion.finish == "stop")
+        assert completion.text == engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    assert engine.generate(rendered(), 3, Sampling(HEAT, LIMIT, 7)) == answers
+    assert engine.generate(rendered(), 3, Sampling(HEAT, LIMIT, 8)) != answers
+
+
+def test_nothing_but_the_temperature_bends_the_draw() -> None:
+    settings = Asked((1,), 4, Sampling(0.7, 9), 5, (3,)).settings()
+    assert settings["temperature"] == 0.7
+    assert (settings["top_p"], settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (1, 0, 0, 1)
+
+
+def test_a_server_that_refuses_is_told_with_its_words_and_how_to_start_it(server: StandIn) -> None:
+    engine = opened(server, policy := make_policy("qwen2"))
+    server.fault = 404, "The adapter's door is shut."
+    with pytest.raises(MinigrpoError, match=r"refused /v1/load_lora_adapter \(404\): The adapter's door.*ALLOW"):
+        engine.update(policy)
+    server.fault = 500, "out of memory"
+    with pytest.raises(MinigrpoError, match=r"\(500\): out of memory.*--resume"):
+        engine.generate(rendered(), 2, Sampling(HEAT, LIMIT, 7))
+
+
+def test_how_a_server_is_started_says_what_vllm_misses_in_the_config(server: StandIn) -> None:
+    recipe = Recipe(rollout={"engine": "vllm", "server": server.url})  # type: ignore[arg-type]
+    server.fault, told = (500, "out of memory"), {}
+    for family in ("ministral3", "qwen2"):
+        policy = make_policy(family)
+        with policy.adapter_off():  # nothing is sent yet
+            engine = open_vllm(policy, recipe, 8, STOPS)
+        with pytest.raises(MinigrpoError) as words:
+            engine.update(policy)
+        told[family] = str(words.value)
+    scale = '{"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}'
+    assert f"--logprobs-mode processed_logprobs --hf-overrides '{scale}'. A run" in told["ministral3"]
+    assert "processed_logprobs. A run" in told["qwen2"]
+
+
+def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) -> None:
+    engine = opened(server, make_policy("qwen2"))
+    server.fault = 200, '{"choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}]}'
+    with pytest.raises(MinigrpoError, match="no token ids"):
+        engine.generate(rendered(), 1, Sampling(HEAT, LIMIT, 7))
+    with pytest.raises(MinigrpoError, match=r"No vLLM server answers at http://127\.0\.0\.1:9"):
+        Served("http://127.0.0.1:9", "base", 8)
+
+
+def test_without_vllm_the_ways_out_are_named() -> None:
+    if find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    recipe = Recipe(rollout={"engine": "vllm"})  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"pip install vllm.*--rollout\.server.*--rollout\.engine auto"):
+        open_vllm(make_policy("qwen2"), recipe, 8, STOPS)
+    with pytest.raises(ModelError, match="this model has none"):
+        open_vllm(make_policy("qwen2", lora=None), recipe, 8, STOPS)
+
+
+def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
+    assert [checked_room(rank) for rank in (1, 8, 9, 200, 512)] == [1, 8, 16, 256, 512]
+    with pytest.raises(ModelError, match="up to rank 512"):
+        checked_room(513)
+
+
+def test_its_samples_are_weighted_by_importance_unless_the_recipe_says_no() -> None:
+    own: dict[str, Any] = {"engine": "vllm", "server": "http://localhost:8000"}
+    assert open_objective(Recipe(rollout=own), sixteen_bit=False).importance is not None  # type: ignore[arg-type]
+    assert open_objective(Recipe(), sixteen_bit=False).importance is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"rollout": {"engine": "vllm"}, "train": {"full": True}}, "takes over an adapter"),
+        ({"rollout": {"engine": "vllm"}, "model": {"quantize": "nf4"}}, "in 16 bit"),
+        ({"rollout": {"server": "http://localhost:8000"}}, "rollout.engine vllm only"),
+    ],
+)
+def test_recipes_that_it_cannot_follow_are_refused(sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Recipe(**sections)
+
+
+@pytest.mark.long
+@pytest.mark.skipif("MINIGRPO_VLLM" not in os.environ, reason="MINIGRPO_VLLM names the python of a vLLM environment")
+def test_a_real_vllm_server_samples_the_policy(tmp_path: Path) -> None:
+    import socket
+    import time
+    import urllib.request
+
+    policy = make_policy("qwen2", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    base = tmp_path / "base"
+    build_model("qwen2", hidden_size=64, num_attention_heads=2, num_key_value_heads=1).save_pretrained(base)
+    policy.tokenizer.save_pretrained(base)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [os.environ["MINIGRPO_VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    command += ["--port", str(port), "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32"]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "256", "--enforce-eager"]
+    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, env=environment) as vllm:
+        try:
+            for _ in range(280):
+                time.sleep(1)
+                assert vllm.poll() is None, log.read_text()[-2000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except OSError:
+                    continue
+            engine = VllmEngine(policy, Served(f"http://127.0.0.1:{port}", str(base), 8), stop_ids=STOPS)
+            assert gap(engine, policy) < 2e-2
+            set_lora(policy, 0.05)
+            assert gap(engine, policy) > 2e-2
+            engine.update(policy)
+            assert gap(engine, policy) < 2e-2
+        finally:
+            vllm.terminate()

@@ -1,0 +1,81 @@
+"""What the text of a strategy shows: ways out of the task cost twenty, and names of its own cost nothing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from minigrpo.tasks.builtin.sudoku import GOLD
+from minigrpo.tasks.common.code_task import find_program, in_a_block
+from tests.tasks.test_sudoku import after, graded, parts
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        after("import random"),
+        after("from math import sqrt"),
+        "import math\n" + GOLD,
+        after("__import__('os')"),
+        after("eval('1')"),
+        after("getattr(board, 'pop')"),
+        after("board.__class__"),
+        after("match board:\n    case object(__class__=kind):\n        pass"),
+        after("(1 for _ in ()).gi_frame"),
+        after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
+        after("__builtins__['memo'] = board"),
+        after("quit.memo = board"),
+        after("setattr(strategy, 'memo', 1)"),
+        after("global __builtins__\n__builtins__ = {}"),
+        after("class Liar:\n    __class__ = int"),
+        after("class Own:\n    f_back = gi_frame = None\nframe = (1 for _ in ()).gi_frame.f_back"),
+        after("board.tb_frame = 1\ndef run():\n    return run.__code__.co_code"),
+        after("async def wait(): pass\nwait().cr_frame"),
+        # A class body looks for a name outside until it is bound, past every function.
+        after("class Own:\n    door = open\n    open = None"),
+        after("exit = len\nclass Own:\n    exit = exit"),
+        after("def ask():\n    global open\n    open = open"),
+        after("inner = lambda: [exec for _ in range(1)]"),
+        after("if False:\n    def unused():\n        eval = 1\nelse:\n    eval('1')"),
+    ],
+)
+def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
+    grade = graded(source)
+    assert grade.parts["no_cheating"] == -20.0
+    assert grade.parts["strategy_succeeds"] <= 0.0
+    assert not grade.solved
+    assert grade.notes["cheats"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "def help(x):\n    return x\nhelp(1)",
+        "def exit(): return 1\nexit()",
+        "quit = license = credits = copyright = 3\nvars = [quit + license]",
+        "input, compile = board[0], [n for n in range(9)]\nlen(input) + len(compile)",
+        "for open in range(3): pass\nopen += 1",
+        "eval = lambda locals, globals=2: locals + globals\neval(1)",
+        "[exit for exit in range(3) if exit]",
+        "try:\n    1 / 0\nexcept ZeroDivisionError as help:\n    str(help)",
+        "help = 2\ndef inner():\n    nonlocal help\n    help += 1\n    return help\ninner()",
+        "f_row, co_pilot, tb_count, gi_joe = range(4)\nf_row + co_pilot + tb_count + gi_joe",
+        "class Cell:\n    pass\ncell = Cell()\ncell.f_row = cell.co_ords = cell.ag_e = 1\ncell.f_row + cell.co_ords",
+        "class Node:\n    def __init__(self, x):\n        self.tb_next = x\n        self.__seen = 0\nNode(1).tb_next",
+        "class Menu(list):\n    __slots__ = ()\n    __hash__ = None\n    def __init__(self): super().__init__([1])\n"
+        "    def exit(self): return self.help()\n    def help(self): return len(self)\nMenu().exit()",
+    ],
+)  # fmt: skip
+def test_a_name_of_ones_own_is_no_cheat_whatever_else_is_called_so(lines: str) -> None:
+    program = find_program(in_a_block(after(lines)), "strategy", ("board", "initial"))
+    assert (program.cheats, program.missing, program.refused) == ((), "", "")
+    grade = graded(after(lines))
+    assert (parts(grade), grade.solved) == ((1.0, 1.0, 30.0), True)
+
+
+def test_a_name_of_ones_own_beside_the_function_is_code_outside_and_no_cheat() -> None:
+    beside = "def help(): return 1\n" + after("help()") + "\nif __name__ == '__main__':\n    help()\n"
+    assert parts(graded(beside)) == (-1.0, 1.0, -3.0)
