@@ -31,7 +31,6 @@ LOCAL = "127.0.0.1"
 ANYWHERE = ("0.0.0.0", "::", "")
 ROOM = 4096
 """Tokens of context where nothing else is asked for: of a long context the cache alone can be larger than the model."""
-"""Adapter ranks that vLLM can be told to make room for."""
 IMAGE = "vllm/vllm-openai:latest"
 GGUF_EXTRA = "pip install 'minigrpo[gguf]'"
 IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
