@@ -19,7 +19,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import stop_ids
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import grpo
 from minigrpo.types import Grade, Group, Prompt, Task
@@ -113,14 +113,14 @@ class RewardClock:
         return grade
 
 
-class TurnTrack(Track):
+class TurnTrack(RunLogger):
     """Writes and shows what any run does; between two steps it waits."""
 
     def __init__(self, run: RunDir, total_steps: int, *, turn: Turn, clock: RewardClock, laps: Laps) -> None:
         super().__init__(run, total_steps, console=Console(file=io.StringIO()))
         self._turn, self._clock, self._laps = turn, clock, laps
 
-    def __enter__(self) -> Track:
+    def __enter__(self) -> RunLogger:
         entered = super().__enter__()
         self._laps.take()
         self._turn.begin()

@@ -30,7 +30,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir, read_json
 
 if TYPE_CHECKING:
-    from minigrpo.training.preflight import Verdict
+    from minigrpo.training.preflight import PreflightResult
 
 __all__ = ["evaluate", "plot", "preflight", "recipe", "show", "train"]
 
@@ -88,7 +88,7 @@ def recipe(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
 
 
 @told
-def preflight(recipe: Recipe, run: Place) -> Verdict:
+def preflight(recipe: Recipe, run: Place) -> PreflightResult:
     """Try the recipe for a minute: prints what it would teach, and what it would take here."""
     from minigrpo.pipeline import stages
 

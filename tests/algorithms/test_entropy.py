@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from minigrpo.algorithms.entropy import EntropyBonus, chosen_tokens
-from minigrpo.config.schema import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveConfig
 
 
 def test_without_a_target_the_bonus_stays_as_it_is() -> None:
-    bonus = EntropyBonus.of(ObjectiveKnobs(entropy=0.1))
+    bonus = EntropyBonus.of(ObjectiveConfig(entropy=0.1))
     assert bonus.weight == 0.1
     assert bonus.after(0.0).weight == 0.1
 
 
 def test_with_a_target_it_grows_while_entropy_is_low_and_is_off_while_it_is_high() -> None:
-    bonus = EntropyBonus.of(ObjectiveKnobs(entropy=0.2, entropy_target=1.0))
+    bonus = EntropyBonus.of(ObjectiveConfig(entropy=0.2, entropy_target=1.0))
     assert bonus.weight == 0
     for _ in range(5):
         bonus = bonus.after(0.5)
@@ -24,7 +24,7 @@ def test_with_a_target_it_grows_while_entropy_is_low_and_is_off_while_it_is_high
 
 
 def test_it_never_exceeds_its_largest_weight_nor_falls_below_none() -> None:
-    bonus = EntropyBonus.of(ObjectiveKnobs(entropy=0.2, entropy_target=1.0))
+    bonus = EntropyBonus.of(ObjectiveConfig(entropy=0.2, entropy_target=1.0))
     for _ in range(50):
         bonus = bonus.after(0.0)
     assert bonus.weight == pytest.approx(0.2)
@@ -34,7 +34,7 @@ def test_it_never_exceeds_its_largest_weight_nor_falls_below_none() -> None:
 
 
 def test_a_step_in_which_nothing_was_scored_changes_nothing() -> None:
-    bonus = EntropyBonus.of(ObjectiveKnobs(entropy=0.2, entropy_target=1.0)).after(0.5)
+    bonus = EntropyBonus.of(ObjectiveConfig(entropy=0.2, entropy_target=1.0)).after(0.5)
     assert bonus.after(None) == bonus
 
 

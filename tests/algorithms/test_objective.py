@@ -19,7 +19,7 @@ from minigrpo.algorithms.objective import (
     per_token,
     sequence_ratio,
 )
-from minigrpo.config.schema import ObjectiveKnobs, Recipe
+from minigrpo.config.schema import ObjectiveConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit_or_
 
 
 def test_a_recipe_bends_only_what_it_names() -> None:
-    bent = OBJECTIVES["dapo"].with_knobs(ObjectiveKnobs(clip_low=0.1, kl=0.04), inexact_sampler=False)
+    bent = OBJECTIVES["dapo"].with_knobs(ObjectiveConfig(clip_low=0.1, kl=0.04), inexact_sampler=False)
     assert (bent.clip_low, bent.clip_high, bent.kl) == (0.1, 0.28, 0.04)
     assert bent == replace(OBJECTIVES["dapo"], clip_low=0.1, kl=0.04)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 pytest.importorskip("trl", reason="TRL is compared with where it is installed: pip install 'minigrpo[bench]'")
 
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
-from minigrpo.algorithms.packing import Part, pack
-from minigrpo.config.schema import ObjectiveKnobs
+from minigrpo.algorithms.packing import MicroBatch, pack
+from minigrpo.config.schema import ObjectiveConfig
 from minigrpo.models.loading import Loaded
 from minigrpo.models.policy import Policy
 from minigrpo.training.grpo import with_chosen_tokens
@@ -52,7 +52,7 @@ class Settings:
 
     @property
     def objective(self) -> Objective:
-        knobs = ObjectiveKnobs(name=self.name, kl=self.beta, **{"importance": "off", **dict(self.knobs)})
+        knobs = ObjectiveConfig(name=self.name, kl=self.beta, **{"importance": "off", **dict(self.knobs)})
         objective = OBJECTIVES[self.name].with_knobs(knobs, inexact_sampler=False)
         return objective if self.clip is None else replace(objective, clip_low=self.clip[0], clip_high=self.clip[1])
 
@@ -182,7 +182,7 @@ def policy(tiny_model: Callable[..., Any], tiny_folder: Callable[..., Path], tok
     return policy
 
 
-def ours(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ...]) -> Outcome:
+def ours(policy: Policy, part: MicroBatch, settings: Settings, groups: tuple[Group, ...]) -> Outcome:
     policy.model.zero_grad()
     if settings.beta:
         part = replace(part, ref_N=policy.reference(part))
@@ -196,7 +196,7 @@ def ours(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ..
     return Outcome(loss.total.item(), gradients, pack(groups, settings.objective, LIMIT).advantages_PG.flatten())
 
 
-def trls(policy: Policy, part: Part, settings: Settings, groups: tuple[Group, ...], folder: Path) -> Outcome:
+def trls(policy: Policy, part: MicroBatch, settings: Settings, groups: tuple[Group, ...], folder: Path) -> Outcome:
     trainer = trl_trainer(policy, settings, groups, folder)
     inputs = generated(trainer, groups)
     assert part.old_N is not None
@@ -273,7 +273,7 @@ def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.zeros(mask_BT.shape, dtype=values_N.dtype).masked_scatter(mask_BT.bool(), values_N)
 
 
-def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> Part:
+def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> MicroBatch:
     """The whole batch in one micro-batch; `old` lies so far from the policy that many ratios are clipped."""
     (part,) = pack(groups, objective, LIMIT).split(10_000)
     with torch.no_grad():
@@ -298,7 +298,7 @@ def sampled(policy: Policy, groups: tuple[Group, ...]) -> tuple[Group, ...]:
 
 def strayed_with_trl(
     policy: Policy, settings: Settings, groups: tuple[Group, ...], folder: Path
-) -> tuple[Part, Outcome]:
+) -> tuple[MicroBatch, Outcome]:
     """As `strayed`, for importance weights, which TRL computes while it generates, with other weights than the loss."""
     trainer = trl_trainer(policy, settings, groups, folder)
     draw = torch.Generator().manual_seed(3)

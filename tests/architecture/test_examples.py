@@ -7,7 +7,7 @@ import pytest
 
 from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
-from minigrpo.config.schema import Recipe, TaskKnobs
+from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks.registry import open_task
@@ -61,7 +61,7 @@ def test_an_example_is_fit_to_train_on(name, capsys):
 
 
 def gym(name="leg_counting", seed=0, size=32):
-    return open_task(Recipe(seed=seed, task=TaskKnobs(name=f"rg:{name}", size=size)))
+    return open_task(Recipe(seed=seed, task=TaskConfig(name=f"rg:{name}", size=size)))
 
 
 def test_problems_are_the_same_for_a_seed_and_never_on_both_sides():
@@ -99,7 +99,7 @@ def test_a_name_that_reasoning_gym_does_not_know_is_refused_with_the_nearest():
     with pytest.raises(TaskError, match=r"no data set 'leg_countin'. Did you mean rg:leg_counting\?"):
         gym("leg_countin")
     with pytest.raises(TaskError, match=r"task\.data has no meaning for rg:leg_counting"):
-        open_task(Recipe(task=TaskKnobs(name="rg:leg_counting", data="x.jsonl")))
+        open_task(Recipe(task=TaskConfig(name="rg:leg_counting", data="x.jsonl")))
 
 
 def test_without_the_package_its_pip_line_is_told(monkeypatch):

@@ -198,9 +198,9 @@ def test_blocks_are_not_nested_deep() -> None:
 
 
 def test_every_section_of_the_recipe_can_be_taken_in_at_a_glance() -> None:
-    from minigrpo.config.fields import knob_table
+    from minigrpo.config.fields import field_table
 
-    sizes = Counter(knob.name.rpartition(".")[0] for knob in knob_table())
+    sizes = Counter(knob.name.rpartition(".")[0] for knob in field_table())
     assert max(sizes.values()) <= 20
     assert len(sizes) <= 15
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigrpo.config.fields import ALIASES, knobs_by_name, nearest
+from minigrpo.config.fields import ALIASES, fields_by_name, nearest
 from minigrpo.config.load import dump_recipe, knob_table, load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
@@ -176,8 +176,8 @@ def test_the_knob_that_was_meant_is_found(wrong: str, right: str | None) -> None
 
 
 def test_aliases_name_knobs_that_exist_and_hide_none() -> None:
-    assert set(ALIASES.values()) <= knobs_by_name().keys()
-    assert not ALIASES.keys() & knobs_by_name().keys()
+    assert set(ALIASES.values()) <= fields_by_name().keys()
+    assert not ALIASES.keys() & fields_by_name().keys()
 
 
 def test_a_group_of_one_is_explained() -> None:
@@ -263,7 +263,7 @@ def test_no_text_brings_a_traceback(text: str) -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from([*knobs_by_name(), "lora", "nope", "task.weights.x"]), st.text(max_size=40))
+@given(st.sampled_from([*fields_by_name(), "lora", "nope", "task.weights.x"]), st.text(max_size=40))
 def test_no_override_brings_a_traceback(name: str, value: str) -> None:
     with contextlib.suppress(RecipeError):
         load_recipe(None, {name: value})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minigrpo.cli.main import main
-from minigrpo.config.fields import knob_table, knobs_by_name
+from minigrpo.config.fields import field_table, fields_by_name
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
@@ -19,8 +19,8 @@ Lines = list[str]
 Broken = tuple[Lines, int]
 """A file, and the number of the line that is wrong."""
 
-TABLES = {knob.name for knob in knob_table() if knob.is_table}
-TEXTS = {knob.name for knob in knob_table() if knob.kind == "text" and not knob.choices}
+TABLES = {knob.name for knob in field_table() if knob.is_table}
+TEXTS = {knob.name for knob in field_table() if knob.kind == "text" and not knob.choices}
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -83,7 +83,7 @@ def misspelled(dice: random.Random) -> Broken:
         section, _, leaf = name.rpartition(".")
         at = dice.randrange(len(leaf))
         wrong = leaf[:at] + dice.choice(["", leaf[at] * 2, "ß", "_"]) + leaf[at + 1 :]
-        if wrong != leaf and wrong and f"{section}.{wrong}".strip(".") not in knobs_by_name():
+        if wrong != leaf and wrong and f"{section}.{wrong}".strip(".") not in fields_by_name():
             lines[index] = lines[index].replace(f"{leaf}:", f'"{wrong}":', 1)
             return lines, index + 1
 
@@ -99,7 +99,7 @@ def misplaced(dice: random.Random) -> Broken:
     found = places(lines)
     name = dice.choice([name for name in found if "." in name])
     leaf = name.rpartition(".")[2]
-    strange = [n for n in found if "." in n and f"{n.partition('.')[0]}.{leaf}" not in knobs_by_name()]
+    strange = [n for n in found if "." in n and f"{n.partition('.')[0]}.{leaf}" not in fields_by_name()]
     index = found[dice.choice(strange)]
     moved = lines[found[name]].partition("  #")[0]
     return [*lines[: index + 1], moved, *lines[index + 1 :]], index + 2
@@ -133,7 +133,7 @@ def of_wrong_type(dice: random.Random) -> Broken:
 
 def out_of_range(dice: random.Random) -> Broken:
     lines = whole()
-    ranged = {knob.name for knob in knob_table() if knob.range}
+    ranged = {knob.name for knob in field_table() if knob.range}
     index = dice.choice([place for name, place in places(lines).items() if name in ranged])
     wrong = ["-1", "-1e-9", f"-{'9' * 400}"]
     return with_value(lines, index, dice.choice(wrong)), index + 1

@@ -16,7 +16,7 @@ from minigrpo.cli import main
 from minigrpo.delivery.gguf import llamacpp
 from minigrpo.delivery.gguf import writer as ggufwriter
 from minigrpo.delivery.gguf.export import chosen, export
-from minigrpo.delivery.gguf.parity import Reference, prove_file, reference
+from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_file
 from minigrpo.delivery.gguf.quantize import type_of
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.runs.rundir import RunDir
@@ -89,12 +89,12 @@ def colder(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Reference]]:
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, GgufReference]]:
     found = {}
     for family in ("llama", "ministral3"):
         folder = tmp_path_factory.mktemp("truth") / family
         model_folder(folder, family)
-        found[family] = folder, reference(folder, None)
+        found[family] = folder, gguf_reference(folder, None)
     return found
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
 
 
 def test_a_file_of_the_base_without_the_adapter_fails(qwen: RunDir, tmp_path: Path) -> None:
-    truth = reference(qwen.merged, qwen)
+    truth = gguf_reference(qwen.merged, qwen)
     for kind in ("F32", "F16"):
         ggufwriter.write(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
         assert not prove_file(tmp_path / "x.gguf", kind, truth).ok

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from minigrpo.delivery.gguf import writer
 from minigrpo.delivery.gguf.export import export
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
-from minigrpo.delivery.gguf.parity import Proof, Reference, asked_of, prove_file, reference
+from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, asked_of, gguf_reference, prove_file
 from minigrpo.delivery.gguf.pretokenizer import token_faults
 from minigrpo.delivery.gguf.quantize import quantise
 from minigrpo.delivery.merge.merge import merge
@@ -66,7 +66,7 @@ def peaked(model: Any) -> Any:
 @dataclass(frozen=True)
 class Case:
     run: RunDir
-    truth: Reference
+    truth: GgufReference
 
     @property
     def base(self) -> Path:
@@ -82,7 +82,7 @@ def made(folder: Path, family: str, wide: bool, tied: bool) -> Case:
     run = make_run(folder / "mine", folder / "base", adapted(model, folder / "base", size=0.05))
     tokenizer.save_pretrained(run.adapter)
     assert merge(run, quiet=True).dtype == "float16"
-    return Case(run, reference(run.merged, run))
+    return Case(run, gguf_reference(run.merged, run))
 
 
 def save(model: Any, folder: Path, tokenizer: Any) -> None:
@@ -105,7 +105,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return made(tmp_path_factory.mktemp("family"), family, wide, tied)
 
 
-def within(kind: str, proof: Proof) -> bool:
+def within(kind: str, proof: GgufProof) -> bool:
     """The limit of a type alone, whatever training did: of the greatest difference, or of the mean distance."""
     if kind == "Q8_0":
         return proof.row.mean_kl <= 1e-4

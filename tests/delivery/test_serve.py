@@ -19,7 +19,7 @@ import pytest
 from minigrpo.cli import main
 from minigrpo.delivery.gguf.header import read_head
 from minigrpo.delivery.serve.commands import Model, fitting, reserve, vllm_launch
-from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.serve.serve import ask_once, planned
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
@@ -79,20 +79,22 @@ def test_a_dry_run_prints_both_lines_and_starts_nothing(run: RunDir, capsys: Any
 
 
 def test_every_kind_of_artefact_is_found_by_its_name(run: RunDir, tmp_path: Path) -> None:
-    llama, vllm = Wanted(engine="llama.cpp"), Wanted(engine="vllm")
-    assert found(str(run.path), llama).gguf == file_of(run)
-    assert found(str(run.path), Wanted(format="f32")).gguf == file_of(run, "F32")
-    assert found(str(file_of(run)), llama).run == run
-    assert found(str(run.path), vllm).model == Model(str(run.merged))
+    llama, vllm = ServeOptions(engine="llama.cpp"), ServeOptions(engine="vllm")
+    assert resolve_servable(str(run.path), llama).gguf == file_of(run)
+    assert resolve_servable(str(run.path), ServeOptions(format="f32")).gguf == file_of(run, "F32")
+    assert resolve_servable(str(file_of(run)), llama).run == run
+    assert resolve_servable(str(run.path), vllm).model == Model(str(run.merged))
     base = Path(f"{run.path}-base")
-    assert found(str(run.path), Wanted(engine="vllm", adapter=True)).model == Model(str(base), run.adapter)
-    assert found(str(base), vllm).model == Model(str(base))
+    assert resolve_servable(str(run.path), ServeOptions(engine="vllm", adapter=True)).model == Model(
+        str(base), run.adapter
+    )
+    assert resolve_servable(str(base), vllm).model == Model(str(base))
     alone = Path(shutil.copytree(run.adapter, tmp_path / "alone"))
-    assert found(str(alone), vllm).model == Model(str(base), alone)
+    assert resolve_servable(str(alone), vllm).model == Model(str(base), alone)
 
 
 def test_vllm_is_told_the_temperature_of_the_training_and_the_rank_of_the_adapter(run: RunDir) -> None:
-    ready = planned(str(run.path), Wanted(engine="vllm", adapter=True, port=0, vllm=Path(sys.executable)), "hi")
+    ready = planned(str(run.path), ServeOptions(engine="vllm", adapter=True, port=0, vllm=Path(sys.executable)), "hi")
     line = shlex.join(ready.launch.program)
     assert "--generation-config vllm --override-generation-config '{\"temperature\": 1.0}'" in line
     assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={run.adapter}" in line
@@ -151,16 +153,16 @@ def test_a_stale_or_changed_file_is_refused_with_the_command_that_makes_it_again
     with pytest.raises(
         ArtifactError, match=r"There are: F32, Q8_0 \(--format\). Export first: minigrpo export .* Q4_K_M"
     ):
-        found(str(mine.path), Wanted(engine="llama.cpp", format="Q4_K_M"))
+        resolve_servable(str(mine.path), ServeOptions(engine="llama.cpp", format="Q4_K_M"))
     data = bytearray(file_of(mine).read_bytes())
     data[-50] ^= 1
     file_of(mine).write_bytes(data)
     with pytest.raises(ArtifactError, match=r"changed by somebody. Export again: minigrpo export .* --force"):
-        found(str(mine.path), Wanted(engine="llama.cpp"))
+        resolve_servable(str(mine.path), ServeOptions(engine="llama.cpp"))
     shutil.copy(file_of(run), file_of(mine))
     edit_json(mine.adapter / "adapter_config.json", lora_alpha=9)
     with pytest.raises(ArtifactError, match=r"merged is stale: .* Merge again: minigrpo merge"):
-        found(str(mine.path), Wanted(engine="llama.cpp"))
+        resolve_servable(str(mine.path), ServeOptions(engine="llama.cpp"))
 
 
 def test_a_port_that_is_taken_is_named_with_its_owner_and_a_free_one(run: RunDir, capsys: Any) -> None:
@@ -216,11 +218,11 @@ def test_an_adapter_of_another_base_is_refused_before_anything_starts(run: RunDi
     adapter = Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
     save_base(tmp_path / "other", "qwen2", hidden_size=128)
     with pytest.raises(MinigrpoError, match=r"other is not the base of .*adapter"):
-        found(str(adapter), Wanted(engine="vllm", base=str(tmp_path / "other")))
+        resolve_servable(str(adapter), ServeOptions(engine="vllm", base=str(tmp_path / "other")))
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(MinigrpoError, match="was cut short"):
-        found(str(adapter), Wanted(engine="vllm"))
+        resolve_servable(str(adapter), ServeOptions(engine="vllm"))
 
 
 # Ends

@@ -12,7 +12,7 @@ import pytest
 
 from minigrpo.cli import main
 from minigrpo.delivery.serve.commands import CONTAINER_CACHE, Model, adapter_room
-from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.serve.serve import planned
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir
@@ -25,7 +25,7 @@ from tests.helpers.served import after, told_of
 pytestmark = needs_llama
 
 SCALE = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
-VLLM = Wanted(engine="vllm")
+VLLM = ServeOptions(engine="vllm")
 
 
 def put(hub: StandIn, name: str, folder: Path) -> None:
@@ -38,7 +38,7 @@ def put(hub: StandIn, name: str, folder: Path) -> None:
 
 
 def served(name: str, **wanted: Any) -> Model:
-    model = found(name, Wanted(engine="vllm", **wanted)).model
+    model = resolve_servable(name, ServeOptions(engine="vllm", **wanted)).model
     assert model is not None
     return model
 
@@ -53,7 +53,7 @@ def test_vllm_is_told_what_a_model_on_the_hub_lacks(tmp_path: Path, hub: StandIn
     put(hub, "me/base", base_of(run))
     put(hub, "me/merged", run.merged)
     wanted = {"ministral3": [SCALE], "mistral3": [{"text_config": SCALE}], "qwen2": []}[family]
-    assert found("me/base", VLLM).name == "base"
+    assert resolve_servable("me/base", VLLM).name == "base"
     assert told_of(served("me/base")) == wanted
     assert told_of(Model("me/base")) == wanted
     assert told_of(served("me/merged")) == []
@@ -65,7 +65,7 @@ def test_an_adapter_on_the_hub_is_served_beside_its_base(tmp_path: Path, hub: St
     put(hub, "me/base", base_of(run))
     edit_json(run.adapter / "adapter_config.json", base_model_name_or_path="me/base")
     put(hub, "me/adapter", run.adapter)
-    artefact = found("me/adapter", VLLM)
+    artefact = resolve_servable("me/adapter", VLLM)
     model = artefact.model
     assert artefact.name == "adapter"
     assert model is not None
@@ -87,12 +87,12 @@ def test_the_container_finds_a_hub_model_in_the_cache_that_is_mounted(
     put(hub, "me/base", base_of(run))
     edit_json(run.adapter / "adapter_config.json", base_model_name_or_path="me/base")
     put(hub, "me/adapter", run.adapter)
-    line = shlex.split(planned("me/adapter", Wanted(engine="vllm", port=0)).docker or "")
+    line = shlex.split(planned("me/adapter", ServeOptions(engine="vllm", port=0)).docker or "")
     assert after("-v", line) == [f"{tmp_path / 'cache'}:{CONTAINER_CACHE}"]
     lora = after("--lora-modules", line)[0].removeprefix("adapter=")
     for inside, name in ((after("--model", line)[0], "config.json"), (lora, "adapter_config.json")):
         assert (tmp_path / "cache" / Path(inside).relative_to(CONTAINER_CACHE) / name).is_file()
-    line = shlex.split(planned("me/base", Wanted(engine="vllm", port=0)).docker or "")
+    line = shlex.split(planned("me/base", ServeOptions(engine="vllm", port=0)).docker or "")
     assert (after("-v", line), after("--model", line)) == ([f"{tmp_path / 'cache'}:{CONTAINER_CACHE}"], ["me/base"])
 
 

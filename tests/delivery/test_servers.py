@@ -18,7 +18,7 @@ from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.parity.compare import as_loaded
 from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm, reserve, vllm_launch
 from minigrpo.delivery.serve.gguf_engine import open_gguf
-from minigrpo.delivery.serve.resolve import Wanted, found
+from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerClient, ServerProcess, serve_gguf
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline.evaluate import evaluate
@@ -218,16 +218,16 @@ def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: 
         with pytest.raises(ArtifactError, match=rf"{path}.* was changed after .*again: minigrpo {command} .* --force"):
             evaluate(str(path), limit=1, out=tmp_path / "found.json", quiet=True)
     with pytest.raises(ArtifactError, match="was changed after it was proved"):
-        found(str(file_of(mine)), Wanted())
+        resolve_servable(str(file_of(mine)), ServeOptions())
     mine.path.rename(tmp_path / "other")
     with pytest.raises(ArtifactError, match=r"mine-Q8_0.gguf was put there or changed"):
-        found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+        resolve_servable(str(tmp_path / "other"), ServeOptions(engine="llama.cpp"))
     mine = RunDir(tmp_path / "other")
     elsewhere = shutil.copy(mine.gguf / "mine-Q8_0.gguf", tmp_path / "own.gguf")
-    assert found(str(elsewhere), Wanted()).run is None  # whose it is, its owner knows
+    assert resolve_servable(str(elsewhere), ServeOptions()).run is None  # whose it is, its owner knows
 
 
 def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "other")
-    artefact = found(str(tmp_path / "other"), Wanted(engine="llama.cpp"))
+    artefact = resolve_servable(str(tmp_path / "other"), ServeOptions(engine="llama.cpp"))
     assert (artefact.name, artefact.gguf) == ("other", tmp_path / "other" / "gguf" / "mine-Q8_0.gguf")

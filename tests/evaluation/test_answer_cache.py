@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from minigrpo.evaluation.answer_cache import Journal
+from minigrpo.evaluation.answer_cache import AnswerCache
 from minigrpo.evaluation.evaluate import evaluate
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
@@ -42,7 +42,7 @@ def judged(echo_task, tokenizer, tmp_path, monkeypatch):
 
     def run(engine, asked=ASKED, task=echo_task):
         prompts = task.prompts("test")[:10]
-        journal = Journal(tmp_path / "journal.jsonl", asked)
+        journal = AnswerCache(tmp_path / "journal.jsonl", asked)
         sampling = Sampling(1.0, 20)
         return evaluate(
             engine, task, name="m", prompts=prompts, sampling=sampling, tokenizer=tokenizer, n=2, journal=journal

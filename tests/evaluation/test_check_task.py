@@ -11,20 +11,20 @@ import pytest
 
 from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
-from minigrpo.config.schema import Recipe, TaskKnobs
+from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.evaluation.check_task import check_task
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt
 
 
 def told(task, **knobs):
-    found = check_task(Recipe(task=TaskKnobs(**knobs)), task)
+    found = check_task(Recipe(task=TaskConfig(**knobs)), task)
     return found.ok, " ".join(fault.what for fault in found.faults)
 
 
 def test_the_tasks_of_the_package_are_fit_to_train_on():
     for name in ("wordproblems", "rg:leg_counting", "rg:chain_sum"):
-        recipe = Recipe(task=TaskKnobs(name=name, size=64))
+        recipe = Recipe(task=TaskConfig(name=name, size=64))
         found = check_task(recipe, open_task(recipe))
         assert (found.ok, [fault for fault in found.faults if fault.stops]) == (True, [])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minigrpo.config.schema import LoraKnobs
+from minigrpo.config.schema import AdapterConfig
 from minigrpo.models.loading import Loaded
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy
@@ -34,7 +34,7 @@ def make_policy(
     policy = Policy(Loaded(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
     if lora is not None:
         policy.model.requires_grad_(False)
-        policy.model, policy.dropouts = add_lora(policy.model, LoraKnobs(rank=8, alpha=16, dropout=dropout), seed=1)
+        policy.model, policy.dropouts = add_lora(policy.model, AdapterConfig(rank=8, alpha=16, dropout=dropout), seed=1)
         set_lora(policy, lora)
     if double:
         policy.model.double()

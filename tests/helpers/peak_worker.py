@@ -22,9 +22,9 @@ from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
-from minigrpo.training.memory.meta import shadow, training_pass, uniform_part
+from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_part
 from minigrpo.training.memory.planner import LIBRARIES, PRODUCT, PRODUCTS
-from minigrpo.training.memory.rollout_cost import Wave, native_sampling, slot_sampling
+from minigrpo.training.memory.rollout_cost import RolloutShape, native_sampling, slot_sampling
 from minigrpo.types import Prompt, Rendered, Sampling
 from tests.helpers.tiny import build_tokenizer, tiny_config
 
@@ -35,7 +35,7 @@ def main(kind: str, case: dict[str, Any]) -> None:
     config = tiny_config(case["arch"], **case["size"], max_position_embeddings=4096)
     full = case["rank"] == 0
     recipe = Recipe(train={"full": full}, lora={"rank": case["rank"] or 1})  # type: ignore[arg-type]
-    hollow = shadow(config, recipe, dtype, recompute=case["recompute"])
+    hollow = meta_policy(config, recipe, dtype, recompute=case["recompute"])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     policy = Policy(Loaded(model, build_tokenizer(), "random"), temperature=1.0, seed=0)
     policy.model.requires_grad_(full)
@@ -64,7 +64,7 @@ def rollout(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, 
     engine = NativeEngine(policy, stop_ids=[3], rows=1 << 20, stop_rule=lambda t, row, c: torch.zeros_like(t).bool())
     engine.tokenizer = Speechless()
     asked = made_up(groups, prompt)
-    planned = native_sampling(hollow, Wave(groups, completions, prompt, completion), 1.0, "cpu").peak
+    planned = native_sampling(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     if policy.dtype != torch.float32:
         planned += PRODUCT * min(PRODUCTS, 4 * completion)
     engine.generate(asked[:1], 2, Sampling(1.0, 4, 1))
@@ -77,7 +77,7 @@ def in_slots(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int,
     groups, completions, prompt, completion = case["shape"]
     engine = SlotEngine(policy, stop_ids=[-1], rows=1 << 20)  # no row ends
     engine.tokenizer = Speechless()
-    planned = slot_sampling(hollow, Wave(groups, completions, prompt, completion), 1.0, "cpu").peak
+    planned = slot_sampling(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     engine.generate(made_up(1, prompt), 2, Sampling(1.0, 4, 1))
     engine.update(policy)
     engine._made = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.delivery.gguf.export import export
-from minigrpo.delivery.serve.commands import LOCAL, Launch, Model, docker_line, reserve, vllm_launch
+from minigrpo.delivery.serve.commands import LOCAL, Model, ServerCommand, docker_line, reserve, vllm_launch
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.exported import merged_run
 
@@ -30,12 +30,12 @@ def file_of(run: RunDir, kind: str = "Q8_0") -> Path:
     return run.gguf / f"{run.path.name}-{kind}.gguf"
 
 
-def program(tmp_path: Path, text: str, port: int | None = None) -> Launch:
+def program(tmp_path: Path, text: str, port: int | None = None) -> ServerCommand:
     """A server of our own making, for those faults that real ones show only on a bad day."""
     script = tmp_path / "server.py"
     script.write_text(text)
     port = port or reserve("127.0.0.1", 0)
-    return Launch("llama.cpp", (sys.executable, str(script), str(port)), "127.0.0.1", port, "m", "a model", None)
+    return ServerCommand("llama.cpp", (sys.executable, str(script), str(port)), "127.0.0.1", port, "m", "a model", None)
 
 
 def told_of(model: Model) -> list[Any]:

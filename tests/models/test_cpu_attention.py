@@ -5,22 +5,22 @@ import random
 import pytest
 import torch
 
-from minigrpo.algorithms.packing import Layout
+from minigrpo.algorithms.packing import PackedLayout
 from minigrpo.models.attention import cpu, shared_prompt
 
 UNEVEN = tuple(tuple(random.Random(7 * g + s).randint(1, 40) for s in range(5)) for g in range(3))
 LAYOUTS = {
-    "uneven": Layout((5, 9, 1), UNEVEN),
-    "all equally long": Layout((7, 7), ((3, 3), (3, 3))),
-    "one token after one token": Layout((1,), ((1,),)),
-    "one group of many lengths": Layout((6,), ((64, 1, 33, 8, 9, 2, 40, 63),)),
-    "a prompt of one token, which nobody shares": Layout((4, 0), ((2, 3), (2, 2))),
-    "no prompt at all": Layout((0,), ((3, 12, 20),)),
+    "uneven": PackedLayout((5, 9, 1), UNEVEN),
+    "all equally long": PackedLayout((7, 7), ((3, 3), (3, 3))),
+    "one token after one token": PackedLayout((1,), ((1,),)),
+    "one group of many lengths": PackedLayout((6,), ((64, 1, 33, 8, 9, 2, 40, 63),)),
+    "a prompt of one token, which nobody shares": PackedLayout((4, 0), ((2, 3), (2, 2))),
+    "no prompt at all": PackedLayout((0,), ((3, 12, 20),)),
 }
 
 
 def attended(
-    layout: Layout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=shared_prompt.TORCH
+    layout: PackedLayout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=shared_prompt.TORCH
 ) -> list[torch.Tensor]:
     """The output of 4 heads, and the gradients of queries, keys and values, of numbers that bfloat16 can hold."""
     stream = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("window", [None, 6, 1, 10**6])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_stretches_are_padded_rows(layout: Layout, kv_heads: int, window: int | None) -> None:
+def test_stretches_are_padded_rows(layout: PackedLayout, kv_heads: int, window: int | None) -> None:
     fused = shared_prompt.AttentionBackend(stretches_on=frozenset())
     agree(attended(layout, kv_heads, window), attended(layout, kv_heads, window, backend=fused))
 
@@ -65,7 +65,7 @@ def test_how_many_scores_are_worked_on_at_a_time_does_not_matter(cached: int, mo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_two_runs_have_the_same_bits(layout: Layout) -> None:
+def test_two_runs_have_the_same_bits(layout: PackedLayout) -> None:
     for one, other in zip(*(attended(layout, 2, dtype=torch.float32) for _ in range(2)), strict=True):
         assert torch.equal(one, other)
 
@@ -79,7 +79,7 @@ def test_sixteen_bit_is_off_by_its_own_rounding() -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bucket,) = cpu.plan_of(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
+    (bucket,) = cpu.attention_plan(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
     heads = cpu.Heads(kv_heads, 2, 8, 1.0)
     for cached in (1, 100, 3_000, 10**9):
         monkeypatch.setattr(cpu, "CACHED", cached)
@@ -88,8 +88,8 @@ def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_token_asks_once_and_little_is_padding(layout: Layout) -> None:
-    plan = cpu.plan_of(layout, None, torch.float32, torch.device("cpu"))
+def test_every_token_asks_once_and_little_is_padding(layout: PackedLayout) -> None:
+    plan = cpu.attention_plan(layout, None, torch.float32, torch.device("cpu"))
     tokens = layout.shared_tokens + sum(layout.own_B)
     for slots_T, token_S in ((plan.asked_T, plan.query_S), (plan.told_T, plan.key_S)):
         torch.testing.assert_close(token_S[slots_T], torch.arange(tokens))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
-from minigrpo.algorithms.packing import Part, pack
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.algorithms.packing import MicroBatch, pack
+from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.models.loss_scale import GOOD, HIGHEST, LOWEST, START, LossScale
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import Pace, accumulate, improve
+from minigrpo.training.grpo import UpdateConfig, accumulate, improve
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.models.test_quantize import train
 
@@ -32,14 +32,14 @@ def half(policy: Policy) -> Policy:
     return policy
 
 
-def batch_of(weight: float) -> list[Part]:
+def batch_of(weight: float) -> list[MicroBatch]:
     """One micro-batch whose tokens weigh as little as those of a batch of 1 / weight tokens."""
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
     share = weight / float(part.weights_N.max())
     return [replace(part, weights_N=part.weights_N * share)]
 
 
-def gradient(policy: Policy, parts: list[Part]) -> list[torch.Tensor]:
+def gradient(policy: Policy, parts: list[MicroBatch]) -> list[torch.Tensor]:
     accumulate(policy, OBJECTIVES["grpo"], parts, step=3)
     policy.loss_scale.down(policy.trainable)
     return gradients(policy)
@@ -86,7 +86,7 @@ def test_other_number_types_have_a_scale_that_does_nothing(dtype: torch.dtype) -
 def updated(policy: Policy, epochs: int = 1) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
     batch = pack(made_up_groups(), OBJECTIVES["grpo"], 60)
-    figures, _ = improve(policy, optimizer, OBJECTIVES["grpo"], batch, Pace(3, EVERYTHING, 1e-3, 1.0, epochs))
+    figures, _ = improve(policy, optimizer, OBJECTIVES["grpo"], batch, UpdateConfig(3, EVERYTHING, 1e-3, 1.0, epochs))
     return figures
 
 
@@ -121,11 +121,11 @@ def test_a_loss_that_is_not_finite_is_a_failure_after_one_pass() -> None:
 
 def half_recipe(folder: Path, steps: int = 4) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(folder), dtype="float16"),
-        lora=LoraKnobs(rank=8, alpha=16),
-        rollout=RolloutKnobs(prompts=3, completions=4, max_tokens=8),
-        train=TrainKnobs(steps=steps, lr=2e-2, tokens_per_pass=90),
-        save=SaveKnobs(every=2),
+        model=ModelConfig(path=str(folder), dtype="float16"),
+        lora=AdapterConfig(rank=8, alpha=16),
+        rollout=RolloutConfig(prompts=3, completions=4, max_tokens=8),
+        train=TrainConfig(steps=steps, lr=2e-2, tokens_per_pass=90),
+        save=SaveConfig(every=2),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.load import dump_recipe
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.models.chat_template import render
 from minigrpo.models.context import context_of
@@ -24,11 +24,11 @@ from minigrpo.rollouts.engines.decoder import is_lean
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import accumulate, grpo
-from minigrpo.training.memory.planner import Place, make_plan
+from minigrpo.training.memory.planner import Device, make_plan
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 from tests.helpers.models import (
     DEFAULT_WORDS,
@@ -68,11 +68,11 @@ def other_weights(model: Any) -> dict[str, bytes]:
 
 def recipe_for(path: Path, steps: int = 4, **train: Any) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(path)),
-        lora=LoraKnobs(rank=8, alpha=16),
-        rollout=RolloutKnobs(prompts=3, completions=4, max_tokens=8),
-        train=TrainKnobs(steps=steps, lr=2e-2, tokens_per_pass=120, **train),
-        save=SaveKnobs(every=2),
+        model=ModelConfig(path=str(path)),
+        lora=AdapterConfig(rank=8, alpha=16),
+        rollout=RolloutConfig(prompts=3, completions=4, max_tokens=8),
+        train=TrainConfig(steps=steps, lr=2e-2, tokens_per_pass=120, **train),
+        save=SaveConfig(every=2),
     )
 
 
@@ -92,7 +92,7 @@ def letters() -> Task:
 def train(recipe: Recipe, run: RunDir) -> Policy:
     policy = open_policy(recipe)
     run.path.mkdir(exist_ok=True)
-    grpo(recipe, letters(), policy, open_engine(policy, recipe), Track(run, recipe.train.steps))
+    grpo(recipe, letters(), policy, open_engine(policy, recipe), RunLogger(run, recipe.train.steps))
     return policy
 
 
@@ -137,7 +137,7 @@ def test_weights_in_fp8_are_refused_before_they_are_read(tmp_path: Path, told: A
 
 @pytest.mark.parametrize("targets", ["all-linear", ",".join(sorted(LAYERS))])
 def test_an_adapter_is_on_the_text_models_layers_and_nowhere_else(targets: str) -> None:
-    model, _ = add_lora(build_mistral3(), LoraKnobs(rank=4, targets=targets), seed=1)
+    model, _ = add_lora(build_mistral3(), AdapterConfig(rank=4, targets=targets), seed=1)
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
     assert {name.rsplit(".", 1)[-1] for name in adapted} == LAYERS
     assert len(adapted) == 14
@@ -147,7 +147,7 @@ def test_an_adapter_is_on_the_text_models_layers_and_nowhere_else(targets: str) 
 @pytest.mark.parametrize(("targets", "told"), [("q_proj, lm_head", "output head"), ("linear_1", "linear layers: d")])
 def test_the_head_and_the_projector_are_refused_as_targets(targets: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
-        add_lora(build_mistral3(), LoraKnobs(rank=4, targets=targets), seed=1)
+        add_lora(build_mistral3(), AdapterConfig(rank=4, targets=targets), seed=1)
 
 
 def theirs(policy: Policy, group: Group, sibling: int) -> torch.Tensor:
@@ -297,14 +297,14 @@ def test_four_bits_are_for_the_text_model() -> None:
     assert len(packed) == 14
     assert all("language_model.layers" in name for name in packed)
     assert other_weights(model) == other_weights(build_mistral3())
-    wrapped, _ = add_lora(model.requires_grad_(False), LoraKnobs(rank=4), seed=1)
+    wrapped, _ = add_lora(model.requires_grad_(False), AdapterConfig(rank=4), seed=1)
     assert sum("lora_A" in name for name, _ in wrapped.named_parameters()) == 14
 
 
 @pytest.mark.parametrize("sections", [{}, {"model": {"quantize": "nf4"}}, {"train": {"full": True}}], ids=str)
 def test_a_plan_counts_the_tower_as_held_and_never_as_trained(sections: Any, tied: bool) -> None:
     config, recipe = mistral3_config(tied=tied), Recipe(**sections)
-    plan = make_plan(config, recipe, Place("cuda", torch.bfloat16, 4 * 10**9), 40)
+    plan = make_plan(config, recipe, Device("cuda", torch.bfloat16, 4 * 10**9), 40)
     model = build_mistral3(tied=tied)
     tower = sum(len(weight) // 4 for weight in other_weights(model).values())
     every = sum(p.numel() for p in model.parameters())

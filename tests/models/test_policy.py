@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
-from minigrpo.algorithms.packing import Part, pack
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, TrainKnobs
+from minigrpo.algorithms.packing import MicroBatch, pack
+from minigrpo.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig, Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.training.grpo import accumulate
@@ -30,12 +30,12 @@ def padded(policy: Policy) -> Iterator[None]:
     policy.model.set_attn_implementation("minigrpo_shared_prompt")
 
 
-def one_part(policy: Policy) -> Part:
+def one_part(policy: Policy) -> MicroBatch:
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
     return part
 
 
-def scores_and_gradients(policy: Policy, part: Part) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def scores_and_gradients(policy: Policy, part: MicroBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     logprobs_N = policy.logprobs(part, step=3).logprobs_N
     (logprobs_N * torch.linspace(-1, 2, len(logprobs_N), dtype=logprobs_N.dtype)).sum().backward()
     return logprobs_N.detach(), gradients(policy)
@@ -178,7 +178,7 @@ def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_f
 
     policy = make_policy(arch, lora=None, double=True)
     policy.model.requires_grad_(False)
-    knobs = LoraKnobs(rank=rank, alpha=16, rslora=True, dropout=dropout)
+    knobs = AdapterConfig(rank=rank, alpha=16, rslora=True, dropout=dropout)
     policy.model, policy.dropouts = add_lora(policy.model, knobs, seed=1)
     policy.model.double()
     set_lora(policy, 0.05)
@@ -230,7 +230,7 @@ def test_in_sixteen_bit_a_fused_layer_is_as_near_to_float32_as_pefts() -> None:
 
 def whole_recipe(folder: Path, **train: Any) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(folder)), train=TrainKnobs(full=True, **train), objective=ObjectiveKnobs(kl=0.1)
+        model=ModelConfig(path=str(folder)), train=TrainConfig(full=True, **train), objective=ObjectiveConfig(kl=0.1)
     )
 
 
@@ -271,12 +271,12 @@ def test_a_copy_goes_to_the_cpu_where_the_gpu_has_no_room_for_it_beside_what_tra
     weights = weight_bytes(policy.model)
     policy.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(room * weights), 0))
-    train = TrainKnobs(full=True, memory=None if memory is None else memory * weights / 1e9)
+    train = TrainConfig(full=True, memory=None if memory is None else memory * weights / 1e9)
     assert _reference_device(policy, Recipe(train=train)).type == where
 
 
 def test_training_everything_in_sixteen_bit_is_refused_with_both_ways_out(tiny_folder: Callable[..., Path]) -> None:
     recipe = whole_recipe(tiny_folder())
-    recipe = recipe.model_copy(update={"model": ModelKnobs(path=recipe.model.path, dtype="bfloat16")})
+    recipe = recipe.model_copy(update={"model": ModelConfig(path=recipe.model.path, dtype="bfloat16")})
     with pytest.raises(ModelError, match=r"gives bfloat16 here.*--model\.dtype float32, or train an adapter"):
         open_policy(recipe)

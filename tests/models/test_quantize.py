@@ -11,7 +11,7 @@ import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.lora_linear import is_packed, weight_of
 from minigrpo.models.policy import Policy, open_policy, open_trained
@@ -19,7 +19,7 @@ from minigrpo.models.quantize import in_four_bit, weight_bytes
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo
@@ -33,11 +33,11 @@ CPU = torch.device("cpu")
 
 def recipe_for(folder: Path, steps: int = 4, **model: Any) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(folder), **{"quantize": "nf4", **model}),
-        lora=LoraKnobs(rank=8, alpha=16),
-        rollout=RolloutKnobs(prompts=3, completions=4, max_tokens=8),
-        train=TrainKnobs(steps=steps, lr=2e-2, tokens_per_pass=90),
-        save=SaveKnobs(every=2),
+        model=ModelConfig(path=str(folder), **{"quantize": "nf4", **model}),
+        lora=AdapterConfig(rank=8, alpha=16),
+        rollout=RolloutConfig(prompts=3, completions=4, max_tokens=8),
+        train=TrainConfig(steps=steps, lr=2e-2, tokens_per_pass=90),
+        save=SaveConfig(every=2),
     )
 
 
@@ -53,7 +53,7 @@ def letters() -> Task:
 def train(recipe: Recipe, run: RunDir) -> Policy:
     policy = open_policy(recipe)
     run.path.mkdir(exist_ok=True)
-    grpo(recipe, letters(), policy, open_engine(policy, recipe), Track(run, recipe.train.steps))
+    grpo(recipe, letters(), policy, open_engine(policy, recipe), RunLogger(run, recipe.train.steps))
     return policy
 
 
@@ -135,7 +135,7 @@ def test_values_and_gradients_are_those_of_the_unpacked_weights(
     checkpointing: str, dropout: float, tiny_folder: Callable[..., Path]
 ) -> None:
     recipe = recipe_for(tiny_folder(), checkpointing=checkpointing)
-    recipe = recipe.model_copy(update={"lora": LoraKnobs(rank=2, alpha=16, dropout=dropout)})
+    recipe = recipe.model_copy(update={"lora": AdapterConfig(rank=2, alpha=16, dropout=dropout)})
     results = []
     for policy in (open_policy(recipe), dense_twin(open_policy(recipe))):
         set_lora(policy, 0.05)
@@ -180,7 +180,7 @@ def test_a_finished_adapter_is_looked_at_over_the_base_that_it_was_trained_on(
     with torch.no_grad():
         expected = policy.logprobs(part, step=0).logprobs_N
         found = open_trained(str(tmp_path / "adapter"), recipe).logprobs(part, step=0).logprobs_N
-        other = recipe.model_copy(update={"model": ModelKnobs(path=recipe.model.path)})
+        other = recipe.model_copy(update={"model": ModelConfig(path=recipe.model.path)})
         unpacked = open_trained(str(tmp_path / "adapter"), other).logprobs(part, step=0).logprobs_N
     assert torch.equal(expected, found)
     assert float((expected - unpacked).abs().max()) > 1e-2
@@ -212,4 +212,4 @@ def test_weights_that_are_quantised_already_are_refused() -> None:
 
 def test_training_packed_weights_is_a_contradiction(tiny_folder: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=r"model\.quantize packs frozen weights"):
-        Recipe(model=ModelKnobs(quantize="nf4"), train=TrainKnobs(full=True))
+        Recipe(model=ModelConfig(quantize="nf4"), train=TrainConfig(full=True))

@@ -16,8 +16,8 @@ from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
 from minigrpo.pipeline import stages
-from minigrpo.runs.logger import Track
-from minigrpo.runs.manifest import begin, flat, seconds_of, stamp
+from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.manifest import create_run, flat, seconds_of, stamp
 from minigrpo.runs.rundir import RunDir, read_json
 
 # The model's outputs are noise, but noise with more or fewer even tokens: something that can be compared and learned.
@@ -206,21 +206,21 @@ def test_a_slip_in_the_recipe_leaves_no_folder_in_the_way(make_recipe, tmp_path)
 
 
 def test_a_run_that_trained_nothing_cannot_be_evaluated(make_recipe, tmp_path):
-    begin(make_recipe(), RunDir(tmp_path / "new"))
+    create_run(make_recipe(), RunDir(tmp_path / "new"))
     with pytest.raises(ArtifactError, match="has trained nothing yet"):
         stages.evaluate(str(tmp_path / "new"), quiet=True)
 
 
 def test_an_interrupted_training_goes_on_where_it_stopped(done, make_recipe, tmp_path, capsys, monkeypatch):
     run = RunDir(tmp_path / "interrupted")
-    record = Track.record
+    record = RunLogger.record
 
     def interrupt(track, step, *rest):
         record(track, step, *rest)
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Track, "record", interrupt)
+    monkeypatch.setattr(RunLogger, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         stages.train(make_recipe(), run)
     assert "Stopped after step 1 of 2" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo.config.schema import Recipe, RolloutKnobs
+from minigrpo.config.schema import Recipe, RolloutConfig
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.engines import cuda_graph
@@ -110,7 +110,7 @@ def test_own_slots_double_up_to_the_limit() -> None:
 
 
 def test_a_recipe_may_name_it_and_an_architecture_that_it_does_not_know_is_refused() -> None:
-    named = Recipe(rollout=RolloutKnobs(engine="slots"))
+    named = Recipe(rollout=RolloutConfig(engine="slots"))
     assert isinstance(open_engine(make_policy("qwen3"), named), SlotEngine)
     with pytest.raises(RecipeError, match="lfm2"):
         open_engine(make_policy("lfm2"), named)

@@ -7,8 +7,8 @@ import torch
 
 from minigrpo.models.policy import Policy, decoder
 from minigrpo.rollouts.engines import kv_cache
-from minigrpo.rollouts.engines.decoder import Lean
-from minigrpo.rollouts.engines.kv_cache import OwnPrompts, SharedPrompts, form_of
+from minigrpo.rollouts.engines.decoder import Decoder
+from minigrpo.rollouts.engines.kv_cache import OwnPrompts, SharedPrompts, cache_class
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Completion, Sampling
 from tests.helpers.models import make_policy, rendered
@@ -25,9 +25,9 @@ def said(policy: Policy, limit: int = LIMIT) -> list[Completion]:
     return [completion for own in answers for completion in own]
 
 
-def lean_of(arch: str = "qwen2", **config: int) -> Lean:
+def lean_of(arch: str = "qwen2", **config: int) -> Decoder:
     policy = make_policy(arch, **config)
-    return Lean(decoder(policy.model), policy.model.get_output_embeddings())
+    return Decoder(decoder(policy.model), policy.model.get_output_embeddings())
 
 
 @pytest.mark.parametrize("first_slots", [1, 3, 64])
@@ -58,12 +58,12 @@ def test_in_sixteen_bit_both_forms_keep_to_the_policys_distribution(monkeypatch:
 
 def test_small_prompts_on_a_cpu_are_copied_and_all_others_shared() -> None:
     lean = lean_of()
-    assert form_of(lean, [40, 3], 4, LIMIT, "cpu") is OwnPrompts
-    assert form_of(lean, [40, 3], 4, LIMIT, "cuda") is SharedPrompts
-    assert form_of(lean, [0, 0], 4, LIMIT, "cpu") is SharedPrompts
-    assert form_of(lean, [40_000, 3], 400, LIMIT, "cpu") is SharedPrompts
+    assert cache_class(lean, [40, 3], 4, LIMIT, "cpu") is OwnPrompts
+    assert cache_class(lean, [40, 3], 4, LIMIT, "cuda") is SharedPrompts
+    assert cache_class(lean, [0, 0], 4, LIMIT, "cpu") is SharedPrompts
+    assert cache_class(lean, [40_000, 3], 400, LIMIT, "cpu") is SharedPrompts
 
 
 @pytest.mark.parametrize(("window", "form"), [(90, SharedPrompts), (91, OwnPrompts)])
 def test_a_window_that_some_row_outgrows_needs_shared_prompts(window: int, form: type) -> None:
-    assert form_of(lean_of("mistral", sliding_window=window), [40], 4, LIMIT, "cpu") is form
+    assert cache_class(lean_of("mistral", sliding_window=window), [40], 4, LIMIT, "cpu") is form

@@ -8,7 +8,7 @@ import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.config.schema import Recipe, RolloutKnobs
+from minigrpo.config.schema import Recipe, RolloutConfig
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.engines import kv_cache
 from minigrpo.rollouts.engines.native import NativeEngine
@@ -243,7 +243,7 @@ def test_the_architecture_decides_the_engine_and_a_wrong_choice_is_refused() -> 
     assert isinstance(open_engine(make_policy("qwen3"), Recipe()), NativeEngine)
     assert isinstance(open_engine(make_policy("lfm2"), Recipe()), TransformersEngine)
     with pytest.raises(RecipeError, match="lfm2"):
-        open_engine(make_policy("lfm2"), Recipe(rollout=RolloutKnobs(engine="native")))
+        open_engine(make_policy("lfm2"), Recipe(rollout=RolloutConfig(engine="native")))
 
 
 def test_every_end_token_of_model_and_tokenizer_ends_an_answer() -> None:

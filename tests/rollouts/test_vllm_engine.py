@@ -24,7 +24,7 @@ from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
-from minigrpo.rollouts.engines.vllm import Asked, Served, VllmEngine, checked_room, open_vllm
+from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, checked_room, open_vllm
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
 from tests.helpers.tiny import build_model
@@ -116,7 +116,7 @@ def server() -> Iterator[StandIn]:
 
 
 def opened(server: StandIn, policy: Policy) -> VllmEngine:
-    return VllmEngine(policy, Served(server.url, "the-base", 8), stop_ids=STOPS)
+    return VllmEngine(policy, RemoteVllm(server.url, "the-base", 8), stop_ids=STOPS)
 
 
 def gap(engine: VllmEngine, policy: Policy) -> float:
@@ -161,7 +161,7 @@ def test_ids_are_the_sample_and_siblings_keep_their_order(server: StandIn) -> No
 
 
 def test_nothing_but_the_temperature_bends_the_draw() -> None:
-    settings = Asked((1,), 4, Sampling(0.7, 9), 5, (3,)).settings()
+    settings = Request((1,), 4, Sampling(0.7, 9), 5, (3,)).settings()
     assert settings["temperature"] == 0.7
     assert (settings["top_p"], settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (1, 0, 0, 1)
 
@@ -197,7 +197,7 @@ def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) 
     with pytest.raises(MinigrpoError, match="no token ids"):
         engine.generate(rendered(), 1, Sampling(HEAT, LIMIT, 7))
     with pytest.raises(MinigrpoError, match=r"No vLLM server answers at http://127\.0\.0\.1:9"):
-        Served("http://127.0.0.1:9", "base", 8)
+        RemoteVllm("http://127.0.0.1:9", "base", 8)
 
 
 def test_without_vllm_the_ways_out_are_named() -> None:
@@ -264,7 +264,7 @@ def test_a_real_vllm_server_samples_the_policy(tmp_path: Path) -> None:
                     break
                 except OSError:
                     continue
-            engine = VllmEngine(policy, Served(f"http://127.0.0.1:{port}", str(base), 8), stop_ids=STOPS)
+            engine = VllmEngine(policy, RemoteVllm(f"http://127.0.0.1:{port}", str(base), 8), stop_ids=STOPS)
             assert gap(engine, policy) < 2e-2
             set_lora(policy, 0.05)
             assert gap(engine, policy) > 2e-2

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 from minigrpo.training import checkpoint
 from minigrpo.utils.signals import finish_first
@@ -189,14 +189,14 @@ def test_a_full_disk_in_a_save_is_a_sentence_and_the_checkpoint_before_stays(siz
 
 def test_a_full_disk_in_the_log_is_a_sentence_and_the_half_line_is_cut_when_the_run_goes_on(tmp_path: Path) -> None:
     run = saved(tmp_path, 1)
-    track = Track(run, 9)
+    track = RunLogger(run, 9)
     track.record(1, {"reward": 0.5}, [], [])
     positions = track.positions()
     length = run.metrics.stat().st_size
     with no_file_beyond(length + 9), pytest.raises(ArtifactError, match=ROOM.format("intact up to checkpoint 1")):
         track.record(2, {"reward": 0.5}, [], [])
     assert run.metrics.stat().st_size == length + 9
-    resumed = Track(run, 9)
+    resumed = RunLogger(run, 9)
     resumed.rewind(positions)
     resumed.record(2, {"reward": 0.25}, [], [])
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Completion, Grade, Group, Prompt
-from minigrpo.ui.live import Lines, Pulse, duration, plot, printable
+from minigrpo.ui.live import PlainLog, Snapshot, duration, printable, sparkline
 from minigrpo.ui.progress import stage
 
 
@@ -40,16 +40,16 @@ def seen(console: Console) -> str:
     return console.file.getvalue()
 
 
-def a_track(folder: Path, total: int = 3, **options: Any) -> Track:
-    return Track(RunDir(folder), total, console=options.pop("console", watched()), **options)
+def a_track(folder: Path, total: int = 3, **options: Any) -> RunLogger:
+    return RunLogger(RunDir(folder), total, console=options.pop("console", watched()), **options)
 
 
-def record(track: Track, *steps: int, **metrics: float) -> None:
+def record(track: RunLogger, *steps: int, **metrics: float) -> None:
     for step in steps:
         track.record(step, {"reward": step / 10, **metrics}, [a_group()], [[1.0, -1.0]])
 
 
-def lengths(track: Track) -> dict[str, int]:
+def lengths(track: RunLogger) -> dict[str, int]:
     return {name: position["bytes"] for name, position in track.positions().items()}
 
 
@@ -184,8 +184,8 @@ def test_in_a_log_the_first_and_the_last_step_are_told_and_few_between(tmp_path:
 
 def test_in_a_log_a_slow_run_tells_every_step(tmp_path: Path) -> None:
     console = watched()
-    view = Lines(console, 4, every=0.0)
-    pulse = Pulse()
+    view = PlainLog(console, 4, every=0.0)
+    pulse = Snapshot()
     for step in range(1, 5):
         pulse = pulse.after(step, {"reward": 0.5}, [a_group()], None)
         view.show(pulse)
@@ -237,21 +237,21 @@ def test_a_stage_that_fails_is_not_said_to_be_done() -> None:
 
 
 def test_the_remaining_time_follows_the_latest_steps() -> None:
-    pulse = Pulse(step=5, stamps=(100.0, 102.0, 104.0))
+    pulse = Snapshot(step=5, stamps=(100.0, 102.0, 104.0))
     assert pulse.left(35) == "1m00s left"
     assert pulse.left(5) == ""
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
 def test_the_plot_fits_its_width_and_reaches_its_height(count: int) -> None:
-    drawn = plot([i / count for i in range(count)], 40).plain.splitlines()
+    drawn = sparkline([i / count for i in range(count)], 40).plain.splitlines()
     assert max(map(len, drawn)) <= 40 + 8
     assert len(drawn) == 6
     assert count == 1 or "█" in drawn[0]
 
 
 def test_a_plot_without_a_number_says_so() -> None:
-    assert plot([math.nan], 40).plain == "no reward yet"
+    assert sparkline([math.nan], 40).plain == "no reward yet"
 
 
 def test_durations_and_texts_are_for_readers() -> None:

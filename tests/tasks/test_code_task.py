@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config.schema import SandboxKnobs
+from minigrpo.config.schema import SandboxConfig
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.code_task import Problem, code_task, find_program, in_a_block, is_same
 from minigrpo.types import Grade
@@ -20,7 +20,7 @@ OTHER = Problem("half", ("n",), "Half of it.", [((2,), 1)], "def half(n): return
 
 
 def graded(source: str, problem: Problem = DOUBLE) -> Grade:
-    task = code_task([problem], test=[OTHER], sandbox=SandboxKnobs(cpu_seconds=0.3))
+    task = code_task([problem], test=[OTHER], sandbox=SandboxConfig(cpu_seconds=0.3))
     return task.grade(task.prompts("train")[0], in_a_block(source))
 
 

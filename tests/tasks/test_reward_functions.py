@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from minigrpo.config.schema import Recipe, TaskKnobs
+from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import rollout
@@ -194,7 +194,7 @@ def opened(tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
 
     def open_it(name, **knobs):
-        return open_task(Recipe(task=TaskKnobs(name=f"{tmp_path}/mine.py:{name}", **knobs)))
+        return open_task(Recipe(task=TaskConfig(name=f"{tmp_path}/mine.py:{name}", **knobs)))
 
     return open_it
 
@@ -213,10 +213,10 @@ def test_a_list_of_other_things_and_functions_without_rows_are_refused(opened, t
         opened("mixed")
     (tmp_path / "bare.py").write_text("def score(completion):\n    return 1\n")
     with pytest.raises(TaskError, match=r"there are none. Give --task.data FILE"):
-        open_task(Recipe(task=TaskKnobs(name=f"{tmp_path}/bare.py:score")))
+        open_task(Recipe(task=TaskConfig(name=f"{tmp_path}/bare.py:score")))
     (tmp_path / "bad.py").write_text("def score(completion):\n    return 1\n\ndef rows():\n    return [1 / 0]\n")
     with pytest.raises(TaskError, match=r"bad.py, line 5: ZeroDivisionError"):
-        open_task(Recipe(task=TaskKnobs(name=f"{tmp_path}/bad.py:score")))
+        open_task(Recipe(task=TaskConfig(name=f"{tmp_path}/bad.py:score")))
 
 
 def roll(task, script, tokenizer):

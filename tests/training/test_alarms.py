@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config.fields import knobs_by_name, sections
+from minigrpo.config.fields import fields_by_name, sections
 from minigrpo.config.schema import Recipe
 from minigrpo.training.monitor.alarms import ALARMS, Alarms
 from tests.helpers.curves import DECAYS, EXPLODES, HEALTHY, HEALTHY_FAST, rows
@@ -146,4 +146,4 @@ def test_every_alarm_is_documented_and_names_knobs_that_exist() -> None:
     words = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", said)) - {"groups.jsonl"}
     named = {word for word in words if word.partition(".")[0] in sections()}
     assert named
-    assert not named - knobs_by_name().keys()
+    assert not named - fields_by_name().keys()

@@ -15,7 +15,7 @@ from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.runs.manifest import FORMAT, begin, check_folder, read_sealed, seconds_of, write_sealed
+from minigrpo.runs.manifest import FORMAT, check_folder, create_run, read_sealed, seconds_of, write_sealed
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from tests.helpers.saving import Small, begun, newest, restored, save, saved
@@ -207,7 +207,7 @@ def test_a_machine_file_with_other_fields_names_both_versions(change: dict[str, 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    begin(Recipe(), run)
+    create_run(Recipe(), run)
     return run
 
 

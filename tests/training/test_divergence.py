@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config.schema import Recipe, WatchKnobs
-from minigrpo.training.monitor.divergence import Explosion, Watch, message, propose_rate
+from minigrpo.config.schema import Recipe, WatchConfig
+from minigrpo.training.monitor.divergence import DivergenceMonitor, Explosion, message, propose_rate
 from tests.helpers.curves import DECAYS, EXPLODES, EXPLODES_AT_ONCE, EXPLODES_KL, HEALTHY, HEALTHY_FAST, rows
 
 USUAL = {"reward": 0.5, "reward_std": 0.4, "informative_groups": 1.0, "accuracy": 0.3, "format": 0.8}
@@ -19,7 +19,7 @@ GONE = {"reward": 0.0, "informative_groups": 0.0, "format": 0.0, "grad_norm": 0.
 
 def watched(steps: list[dict[str, Any]], **knobs: Any) -> tuple[int, Explosion] | None:
     """(the step at which it was told, the explosion)."""
-    watch = Watch(WatchKnobs(**knobs))
+    watch = DivergenceMonitor(WatchConfig(**knobs))
     for step, metrics in enumerate(steps, start=1):
         if explosion := watch.after(step, metrics):
             return step, explosion
@@ -28,7 +28,7 @@ def watched(steps: list[dict[str, Any]], **knobs: Any) -> tuple[int, Explosion] 
 
 @pytest.mark.parametrize("curve", [HEALTHY, HEALTHY_FAST, DECAYS])
 def test_a_run_without_a_leap_is_left_alone(curve: str) -> None:
-    watch = Watch(WatchKnobs())
+    watch = DivergenceMonitor(WatchConfig())
     for row in rows(curve):
         assert watch.after(int(row["step"] or 0), row) is None
         assert not watch.suspicious
@@ -51,7 +51,7 @@ def test_a_figure_that_leaps_three_times_in_a_row_is_an_explosion(name: str, val
 
 
 def test_a_leap_of_one_step_is_suspicious_but_no_explosion() -> None:
-    watch = Watch(WatchKnobs())
+    watch = DivergenceMonitor(WatchConfig())
     seen = []
     for step, norm in enumerate([0.1] * 8 + [9.0] + [0.1] * 3, start=1):
         assert watch.after(step, USUAL | {"grad_norm": norm}) is None
@@ -110,7 +110,7 @@ def test_steps_that_were_skipped_and_figures_that_are_not_there_change_nothing()
 def test_a_resumed_run_judges_as_the_uninterrupted_one() -> None:
     steps = rows(EXPLODES)
     for cut in range(5):
-        watch = Watch.replayed(WatchKnobs(), steps[:cut])
+        watch = DivergenceMonitor.replayed(WatchConfig(), steps[:cut])
         ends = [watch.after(int(row["step"] or 0), row) for row in steps[cut:5]]
         assert [end is not None for end in ends] == [False] * (4 - cut) + [True]
 

@@ -9,9 +9,9 @@ import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Batch, pack
-from minigrpo.config.schema import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveConfig
 from minigrpo.models.policy import Policy
-from minigrpo.training.grpo import Pace, accumulate, improve, with_chosen_tokens
+from minigrpo.training.grpo import UpdateConfig, accumulate, improve, with_chosen_tokens
 from minigrpo.types import Group
 from tests.helpers.models import gradients, made_up_groups, make_policy
 
@@ -19,7 +19,7 @@ EVERYTHING = 10_000
 
 
 def bent(**knobs: Any) -> Objective:
-    made = ObjectiveKnobs(**knobs)
+    made = ObjectiveConfig(**knobs)
     return OBJECTIVES[made.name].with_knobs(made, inexact_sampler=False)
 
 
@@ -75,7 +75,7 @@ def updated(
     policy: Policy, objective: Objective, batch: Batch, budget: int, epochs: int
 ) -> tuple[Any, dict[str, float]]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
-    figures, _ = improve(policy, optimizer, objective, batch, Pace(3, budget, 1e-2, 1.0, epochs))
+    figures, _ = improve(policy, optimizer, objective, batch, UpdateConfig(3, budget, 1e-2, 1.0, epochs))
     return [weight.detach().clone() for weight in policy.trainable], figures
 
 

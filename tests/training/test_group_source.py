@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from minigrpo.config.schema import GroupsKnobs
-from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.config.schema import GroupsConfig
+from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Completion, Grade, Group, Prompt
 
@@ -35,7 +35,7 @@ def spreads(group: Group) -> bool:
 
 
 def source(**knobs: float) -> GroupSource:
-    made = GroupsKnobs(**knobs)
+    made = GroupsConfig(**knobs)
     return GroupSource(PromptSampler(PROMPTS, 0, made), 8, made)
 
 
@@ -77,7 +77,7 @@ def test_progress_is_judged_by_the_groups_that_were_not_chosen_for_their_rewards
 
 
 def test_a_search_that_runs_out_of_prompts_ends() -> None:
-    knobs = GroupsKnobs(resample=10.0)
+    knobs = GroupsConfig(resample=10.0)
     short = GroupSource(PromptSampler(PROMPTS[:10], 0, knobs), 8, knobs)
     assert short.gather(0, asker(lambda name: False), spreads).figures["resample/tried"] == 2
 
@@ -103,7 +103,7 @@ def test_no_prompt_is_learned_from_twice_in_a_step() -> None:
 
 @pytest.mark.parametrize("knobs", [{"replay": 3.0}, {"resample": 1.0, "replay": 2.0, "rest": 0.9, "focus": 1.0}])
 def test_a_restored_source_gathers_what_the_other_would_have(knobs: dict[str, float]) -> None:
-    def told(gathered: Gathered) -> list[tuple[object, ...]]:
+    def told(gathered: StepGroups) -> list[tuple[object, ...]]:
         return [(group.prompt, group.completions, group.grades) for group in gathered.groups]
 
     def run(steps: GroupSource, first: int, last: int) -> list[list[tuple[object, ...]]]:

@@ -13,11 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, ObjectiveKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    RolloutConfig,
+    SaveConfig,
+    TrainConfig,
+)
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.registry import open_engine
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo, learning_rate, open_optimizer
@@ -53,18 +61,18 @@ def letters() -> Task:
 
 def recipe_for(folder: Path, **train: Any) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(folder)),
-        lora=LoraKnobs(rank=8, alpha=16),
-        rollout=RolloutKnobs(prompts=3, completions=4, max_tokens=8),
-        train=TrainKnobs(**{"steps": 6, "lr": 1e-2, "tokens_per_pass": 90, **train}),
-        save=SaveKnobs(every=2, keep=2),
+        model=ModelConfig(path=str(folder)),
+        lora=AdapterConfig(rank=8, alpha=16),
+        rollout=RolloutConfig(prompts=3, completions=4, max_tokens=8),
+        train=TrainConfig(**{"steps": 6, "lr": 1e-2, "tokens_per_pass": 90, **train}),
+        save=SaveConfig(every=2, keep=2),
     )
 
 
 def train(recipe: Recipe, run: RunDir, task: Task | None = None, policy: Policy | None = None) -> Policy:
     policy = policy or open_policy(recipe)
     run.path.mkdir(exist_ok=True)
-    grpo(recipe, task or letters(), policy, open_engine(policy, recipe), Track(run, recipe.train.steps))
+    grpo(recipe, task or letters(), policy, open_engine(policy, recipe), RunLogger(run, recipe.train.steps))
     return policy
 
 
@@ -76,7 +84,7 @@ def metrics(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_reward_rises(objective: str, full: bool, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_for(tiny_folder(), steps=15, lr=3e-3 if full else 2e-2, full=full)
-    recipe = recipe.model_copy(update={"objective": ObjectiveKnobs(name=objective, kl=0.01)})
+    recipe = recipe.model_copy(update={"objective": ObjectiveConfig(name=objective, kl=0.01)})
     run = RunDir(tmp_path / "run")
     train(recipe, run)
     rewards = [line["reward"] for line in metrics(run)]
@@ -255,7 +263,7 @@ def test_a_batch_in_which_every_group_ties_moves_nothing(tiny_folder: Callable[.
 
 def test_the_learning_rate_rises_then_holds_or_falls_to_zero() -> None:
     def rates(schedule: str) -> list[float]:
-        recipe = Recipe(train=TrainKnobs(steps=10, lr=1.0, warmup=0.2, schedule=schedule))
+        recipe = Recipe(train=TrainConfig(steps=10, lr=1.0, warmup=0.2, schedule=schedule))
         return [learning_rate(recipe, step) for step in range(10)]
 
     assert rates("constant") == [0.5, 1.0, *[1.0] * 8]
@@ -283,7 +291,7 @@ def test_the_adapter_is_an_ordinary_peft_adapter(tiny_folder: Callable[..., Path
 def test_targets_that_cannot_be_adapted_are_refused_with_those_that_can(
     targets: str, told: str, tiny_folder: Callable[..., Path]
 ) -> None:
-    recipe = recipe_for(tiny_folder()).model_copy(update={"lora": LoraKnobs(targets=targets)})
+    recipe = recipe_for(tiny_folder()).model_copy(update={"lora": AdapterConfig(targets=targets)})
     with pytest.raises(RecipeError, match=told):
         open_policy(recipe)
 
@@ -298,4 +306,4 @@ def test_memory_decides_the_plan_and_a_stated_budget_overrules_it() -> None:
     budget = machine.tokens_per_pass(policy, Recipe())
     assert machine.LEAST <= budget <= machine.MOST
     assert budget & (budget - 1) == 0
-    assert machine.tokens_per_pass(policy, Recipe(train=TrainKnobs(tokens_per_pass=777))) == 777
+    assert machine.tokens_per_pass(policy, Recipe(train=TrainConfig(tokens_per_pass=777))) == 777

@@ -19,11 +19,11 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import Pace, accumulate, improve
-from minigrpo.training.memory.meta import shadow, training_pass, uniform_part
-from minigrpo.training.memory.planner import Place, Plan, make_plan
-from minigrpo.training.memory.rollout_cost import Wave, native_sampling, slot_sampling, transformers_sampling
-from minigrpo.training.oom import NOTE, cut, left_by_a_kill, noted, with_room
+from minigrpo.training.grpo import UpdateConfig, accumulate, improve
+from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_part
+from minigrpo.training.memory.planner import Device, Plan, make_plan
+from minigrpo.training.memory.rollout_cost import RolloutShape, native_sampling, slot_sampling, transformers_sampling
+from minigrpo.training.oom import NOTE, left_by_a_kill, noted, retry_on_oom, split_micro_batch
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.helpers.tiny import tiny_config
 
@@ -119,7 +119,7 @@ GB = 10**9
 
 def planned(gigabytes: float, arch: str = "qwen2", **sections: Any) -> Plan:
     config = tiny_config(arch, **size(512, 4, 8, 2, 8000), max_position_embeddings=4096)
-    place = Place("cuda", torch.bfloat16, int(gigabytes * GB))
+    place = Device("cuda", torch.bfloat16, int(gigabytes * GB))
     return make_plan(config, Recipe(**sections), place, 100)
 
 
@@ -149,7 +149,7 @@ def test_four_bits_spare_weights_and_full_training_costs_moments() -> None:
 
 def test_a_padded_architecture_has_a_plan_too() -> None:
     config = tiny_config("lfm2")
-    assert make_plan(config, Recipe(), Place("cpu", torch.float32, 4 * GB), 20).fits
+    assert make_plan(config, Recipe(), Device("cpu", torch.float32, 4 * GB), 20).fits
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -162,11 +162,11 @@ def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recomput
     """
     length = 4000
     config = tiny_config(arch, max_position_embeddings=length + 10)
-    hollow = shadow(config, Recipe(), torch.float32, device=device, recompute=recompute)
+    hollow = meta_policy(config, Recipe(), torch.float32, device=device, recompute=recompute)
     scores = config.num_attention_heads * length**2 * 4
     if (device, arch) != ("cpu", "qwen2"):
         assert training_pass(hollow, uniform_part(length, 1, 8), device).peak < scores
-    wave = Wave(1, 1, length, 8)
+    wave = RolloutShape(1, 1, length, 8)
     counts = [transformers_sampling] if arch == "lfm2" else [transformers_sampling, native_sampling, slot_sampling]
     if not recompute:
         assert max(count(hollow, wave, 1.0, device).peak for count in counts) < scores
@@ -207,7 +207,7 @@ def weights_after(
     objective = replace(OBJECTIVES["grpo"], top_entropy=top_entropy)
     for step in range(2):
         batch = pack(made_up_groups(), objective, 60)
-        _, budget = improve(policy, optimizer, objective, batch, Pace(step, budget, 0.1, 1.0, 2))
+        _, budget = improve(policy, optimizer, objective, batch, UpdateConfig(step, budget, 0.1, 1.0, 2))
         budgets.append(budget)
     assert not most or small.failures
     return [parameter.detach().clone() for parameter in policy.trainable], budgets
@@ -234,7 +234,7 @@ def test_a_cut_keeps_every_token_with_all_that_is_known_of_it() -> None:
     parts = list(pack(made_up_groups(), objective, 60).split(10_000))
     accumulate(policy, objective, parts, step=0)
     whole = gradients(policy)
-    accumulate(policy, objective, [piece for part in parts for piece in cut(part, 50)], step=0)
+    accumulate(policy, objective, [piece for part in parts for piece in split_micro_batch(part, 50)], step=0)
     for mine, theirs in zip(gradients(policy), whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -246,7 +246,7 @@ def test_a_completion_that_cannot_be_cut_is_refused_with_a_cure() -> None:
         raise MemoryError
 
     with pytest.raises(RecipeError, match="max_tokens"):
-        with_room(work, parts, 512, clear=lambda: None)
+        retry_on_oom(work, parts, 512, clear=lambda: None)
 
 
 def test_other_errors_pass_through() -> None:
@@ -254,7 +254,7 @@ def test_other_errors_pass_through() -> None:
         raise RuntimeError("a shape is wrong")
 
     with pytest.raises(RuntimeError, match="shape"):
-        with_room(work, [], 512, clear=lambda: None)
+        retry_on_oom(work, [], 512, clear=lambda: None)
 
 
 def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_path: Path) -> None:
@@ -271,6 +271,6 @@ def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_p
 
 def test_the_place_decides_what_counts() -> None:
     config = tiny_config("qwen2")
-    place = Place("cpu", torch.float32, 4 * GB, resident=GB, limit=2 * GB)
+    place = Device("cpu", torch.float32, 4 * GB, resident=GB, limit=2 * GB)
     assert make_plan(config, Recipe(), place, 20).budget == 2 * GB
     assert make_plan(config, Recipe(), replace(place, limit=None), 20).budget == 5 * GB

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigrpo.config.schema import LoraKnobs, ModelKnobs, Recipe, RolloutKnobs, SaveKnobs, TrainKnobs
+from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.policy import open_policy
 from minigrpo.models.quantize import eight_bit_adamw, moment_bytes
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import open_optimizer
-from minigrpo.training.memory.planner import Place, make_plan
+from minigrpo.training.memory.planner import Device, make_plan
 from tests.helpers.tiny import tiny_config
 from tests.models.test_quantize import train
 
@@ -24,11 +24,11 @@ pytest.importorskip("bitsandbytes")
 
 def recipe_for(folder: Path, steps: int = 4) -> Recipe:
     return Recipe(
-        model=ModelKnobs(path=str(folder)),
-        lora=LoraKnobs(rank=128, alpha=128),  # small layers: at this rank their moments are packed
-        rollout=RolloutKnobs(prompts=3, completions=4, max_tokens=8),
-        train=TrainKnobs(steps=steps, lr=2e-3, tokens_per_pass=90, optimizer="adamw8bit"),
-        save=SaveKnobs(every=2),
+        model=ModelConfig(path=str(folder)),
+        lora=AdapterConfig(rank=128, alpha=128),  # small layers: at this rank their moments are packed
+        rollout=RolloutConfig(prompts=3, completions=4, max_tokens=8),
+        train=TrainConfig(steps=steps, lr=2e-3, tokens_per_pass=90, optimizer="adamw8bit"),
+        save=SaveConfig(every=2),
     )
 
 
@@ -72,9 +72,9 @@ def test_the_moments_take_the_bytes_that_the_plan_counts(tiny_folder: Callable[.
 def test_the_plan_shows_what_is_spared() -> None:
     lines = []
     for optimizer in ("adamw", "adamw8bit"):
-        recipe = Recipe(train=TrainKnobs(optimizer=optimizer), lora=LoraKnobs(rank=128))  # type: ignore[arg-type]
+        recipe = Recipe(train=TrainConfig(optimizer=optimizer), lora=AdapterConfig(rank=128))  # type: ignore[arg-type]
         config = tiny_config("qwen2", hidden_size=256, intermediate_size=512)
-        lines.append(make_plan(config, recipe, Place("cuda", torch.bfloat16, 10**10), 20).line("optimizer"))
+        lines.append(make_plan(config, recipe, Device("cuda", torch.bfloat16, 10**10), 20).line("optimizer"))
     assert 0.24 < lines[1] / lines[0] < 0.27
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minigrpo.config.schema import Recipe, WarmupKnobs
+from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.models.policy import open_policy
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.training.preflight import preflight
@@ -60,7 +60,7 @@ def test_a_missing_form_is_answered_with_the_command_that_teaches_it(check, reci
     assert "minigrpo warmup RECIPE --warmup.steps 60" in reason.change
     (reason,) = check(["no idea"[:6]], task=replace(echo_task, gold=None)).reasons
     assert "minigrpo warmup RECIPE --warmup.data FILE --warmup.steps 60" in reason.change
-    planned = recipe.model_copy(update={"warmup": WarmupKnobs(steps=40)})
+    planned = recipe.model_copy(update={"warmup": WarmupConfig(steps=40)})
     (reason,) = check(["no idea"[:6]], recipe=planned).reasons
     assert "--warmup.steps 80" in reason.change
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config.schema import GroupsKnobs, Recipe
+from minigrpo.config.schema import GroupsConfig, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.training.prompt_sampler import PromptSampler, split_off
+from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": str(i)},)) for i in range(20)]
@@ -53,7 +53,7 @@ def test_more_prompts_for_a_step_are_none_that_it_has_had() -> None:
 
 
 def test_a_mastered_prompt_rests_for_some_epochs_and_is_then_tried_again() -> None:
-    sampler = PromptSampler(PROMPTS, 0, GroupsKnobs(rest=0.9, rest_epochs=2))
+    sampler = PromptSampler(PROMPTS, 0, GroupsConfig(rest=0.9, rest_epochs=2))
     for prompt in sampler.take(20):
         sampler.learn([answered(prompt, right=4 if prompt.id == "p3" else 2)])
     epochs = [names(sampler.take(19)) for _ in range(3)]
@@ -62,13 +62,13 @@ def test_a_mastered_prompt_rests_for_some_epochs_and_is_then_tried_again() -> No
 
 
 def test_where_all_prompts_rest_all_are_woken() -> None:
-    sampler = PromptSampler(PROMPTS, 0, GroupsKnobs(rest=0.5))
+    sampler = PromptSampler(PROMPTS, 0, GroupsConfig(rest=0.5))
     sampler.learn([answered(prompt, right=4) for prompt in sampler.take(20)])
     assert len(sampler.take(20)) == 20
 
 
 def test_half_solved_prompts_come_more_often_by_the_stated_factor() -> None:
-    sampler = PromptSampler(PROMPTS, 0, GroupsKnobs(focus=3.0))
+    sampler = PromptSampler(PROMPTS, 0, GroupsConfig(focus=3.0))
 
     def fare(prompt: Prompt) -> Group:
         return answered(prompt, right=2 if prompt.id in ("p0", "p1") else 4)
@@ -83,8 +83,8 @@ def test_half_solved_prompts_come_more_often_by_the_stated_factor() -> None:
     assert half / others == pytest.approx(4.0, rel=0.15)
 
 
-@pytest.mark.parametrize("knobs", [GroupsKnobs(), GroupsKnobs(rest=0.9, focus=2.0)])
-def test_a_restored_sampler_goes_on_where_the_other_stood(knobs: GroupsKnobs) -> None:
+@pytest.mark.parametrize("knobs", [GroupsConfig(), GroupsConfig(rest=0.9, focus=2.0)])
+def test_a_restored_sampler_goes_on_where_the_other_stood(knobs: GroupsConfig) -> None:
     def step(sampler: PromptSampler, number: int) -> list[str]:
         taken = [*sampler.take(4), *sampler.more(2)]
         sampler.learn([answered(prompt, right=(number + len(prompt.id)) % 5) for prompt in taken])
@@ -109,12 +109,12 @@ def test_a_state_of_more_prompts_than_there_are_is_refused() -> None:
 
 def test_held_out_prompts_are_kept_aside_only_where_they_are_asked_for() -> None:
     recipe = Recipe.model_validate({"eval": {"every": 5, "held_out": 6}})
-    training, aside = split_off(PROMPTS, recipe)
+    training, aside = split_held_out(PROMPTS, recipe)
     assert len(aside) == 6
     assert sorted(names(training) + names(aside)) == sorted(names(PROMPTS))
-    assert split_off(PROMPTS, Recipe()) == (PROMPTS, [])
+    assert split_held_out(PROMPTS, Recipe()) == (PROMPTS, [])
 
 
 def test_keeping_all_prompts_aside_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"eval\.held_out keeps 64 of the 20"):
-        split_off(PROMPTS, Recipe.model_validate({"eval": {"every": 5}}))
+        split_held_out(PROMPTS, Recipe.model_validate({"eval": {"every": 5}}))

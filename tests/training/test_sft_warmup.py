@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
-from minigrpo.algorithms.packing import Part, pack
+from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.cli import main
 from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.policy import Policy
 from minigrpo.pipeline import stages
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.training.sft_warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
 from minigrpo.types import Task
@@ -122,14 +122,14 @@ def test_training_goes_on_from_it_and_a_stop_changes_nothing(
     recipe, whole = make_recipe(objective={"kl": 0.1}), RunDir(tmp_path / "whole")
     shutil.copytree(copied.path, whole.path)
     stages.train(recipe, whole, resume=True)
-    record = Track.record
+    record = RunLogger.record
 
-    def interrupt(track: Track, step: int, *rest: Any, **named: Any) -> None:
+    def interrupt(track: RunLogger, step: int, *rest: Any, **named: Any) -> None:
         record(track, step, *rest, **named)
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Track, "record", interrupt)
+    monkeypatch.setattr(RunLogger, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         stages.train(recipe, copied, resume=True)
     monkeypatch.undo()
@@ -252,10 +252,10 @@ def test_all_answers_to_a_prompt_are_on_one_side(answers: Any) -> None:
 
 
 def test_prompts_kept_aside_for_evaluation_are_not_taught(make_recipe: Any, echo_task: Task) -> None:
-    from minigrpo.training.prompt_sampler import split_off
+    from minigrpo.training.prompt_sampler import split_held_out
 
     recipe = make_recipe(eval={"every": 1, "held_out": 5})
-    held_out = {prompt.id for prompt in split_off(echo_task.prompts("train"), recipe)[1]}
+    held_out = {prompt.id for prompt in split_held_out(echo_task.prompts("train"), recipe)[1]}
     taught, aside = answers_of(recipe, echo_task)
     assert len(taught) + len(aside) == 15
     assert not held_out & {one.prompt.id for one in (*taught, *aside)}
@@ -281,13 +281,13 @@ def test_answers_learned_by_heart_are_noticed() -> None:
     assert "by heart" in next(by_heart(cold, Measured(1.0, 0.1, 0.9)))
 
 
-def part_of(policy: Policy) -> Part:
+def part_of(policy: Policy) -> MicroBatch:
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 64).split(10**6)
     return part
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> tuple[Policy, Part, torch.Tensor]:
+def begun(tmp_path: Path) -> tuple[Policy, MicroBatch, torch.Tensor]:
     """A policy that began with a warm adapter and has moved on since; and what the warm one said."""
     policy = make_policy(dropout=0.2)
     policy.save(tmp_path / "warm")

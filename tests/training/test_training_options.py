@@ -14,7 +14,7 @@ from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.registry import open_engine
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo
@@ -58,7 +58,7 @@ def recipe_for(folder: Path, **changes: Any) -> Recipe:
 def train(recipe: Recipe, run: RunDir, task: Task | None = None) -> Policy:
     policy = open_policy(recipe)
     run.path.mkdir(exist_ok=True)
-    grpo(recipe, task or letters(), policy, open_engine(policy, recipe), Track(run, recipe.train.steps))
+    grpo(recipe, task or letters(), policy, open_engine(policy, recipe), RunLogger(run, recipe.train.steps))
     return policy
 
 
@@ -162,7 +162,7 @@ def test_the_engine_that_is_handed_on_speaks_with_the_weights_that_were_taken(
     policy, run = open_policy(recipe), RunDir(tmp_path / "run")
     run.path.mkdir()
     engine = open_engine(policy, recipe)
-    grpo(recipe, letters(), policy, engine, Track(run, recipe.train.steps))
+    grpo(recipe, letters(), policy, engine, RunLogger(run, recipe.train.steps))
     asked = [render(policy.tokenizer, letters().prompts("train")[0])]
     fresh = open_engine(policy, recipe)
     fresh.update(policy)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minigrpo.config.schema import ObjectiveKnobs
+from minigrpo.config.schema import ObjectiveConfig
 
 STRIDES = 20
 """Steps in which an adaptive bonus goes from nothing to its largest weight."""
@@ -30,7 +30,7 @@ class EntropyBonus:
     last: float = math.inf
 
     @classmethod
-    def of(cls, knobs: ObjectiveKnobs) -> EntropyBonus:
+    def of(cls, knobs: ObjectiveConfig) -> EntropyBonus:
         return cls(knobs.entropy, knobs.entropy_target)
 
     @property

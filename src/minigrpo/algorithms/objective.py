@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.algorithms.advantages import TIE, Rewards, batch_standardized, centered, gdpo, standardized
-from minigrpo.config.schema import ObjectiveKnobs, Recipe
+from minigrpo.config.schema import ObjectiveConfig, Recipe
 
 LOG_RATIO_LIMIT = 20.0
 """exp beyond it is of no use to anyone, and an infinite ratio makes NaN gradients under a clipped, finite loss."""
@@ -143,7 +143,7 @@ class Objective:
             trust_N = trust_N * near_policy(behaviour_N - logprobs_N, advantages_N, part.lengths, self.off_policy)
         return trust_N if part.chosen_N is None else trust_N * part.chosen_N
 
-    def with_knobs(self, knobs: ObjectiveKnobs, *, inexact_sampler: bool, tie: float = TIE) -> Objective:
+    def with_knobs(self, knobs: ObjectiveConfig, *, inexact_sampler: bool, tie: float = TIE) -> Objective:
         """This objective as a recipe bends it. `inexact_sampler`: it rounds differently, or was an older policy."""
         importance = None
         if knobs.importance not in ("auto", "off") or (knobs.importance == "auto" and inexact_sampler):

@@ -24,7 +24,7 @@ from minigrpo.types import Group
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class PackedGroup:
     """Some or all siblings of one group, as token ids. `group` and `siblings` are their places in the batch."""
 
     group: int
@@ -43,7 +43,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedLayout:
     """Where the tokens of a row belong: the lengths from which positions and attention follow."""
 
     shared_M: tuple[int, ...]
@@ -63,14 +63,14 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MicroBatch:
     """A micro-batch: bundles with equally many siblings each, and what the loss needs to know of their N tokens.
 
     `shares_N`: what each token counts in a plain mean over the batch (the entropy bonus), 0 where it is left out.
     `chosen_N`: the tokens that the policy learns from, where those are not all.
     """
 
-    bundles: tuple[Bundle, ...]
+    bundles: tuple[PackedGroup, ...]
     advantages_N: Tensor
     weights_N: Tensor
     shares_N: Tensor
@@ -89,8 +89,8 @@ class Part:
         return [n for bundle in self.bundles for n in bundle.lengths]
 
     @property
-    def layout(self) -> Layout:
-        return Layout(
+    def layout(self) -> PackedLayout:
+        return PackedLayout(
             tuple(len(bundle.prompt_ids) - 1 for bundle in self.bundles),
             tuple(bundle.lengths for bundle in self.bundles),
         )
@@ -146,13 +146,13 @@ class Batch:
         """Whether any completion pulls the policy anywhere."""
         return self.teaches or (self.needs_all and bool((self.weights_PG != 0).any()))
 
-    def split(self, tokens_per_pass: int) -> Iterator[Part]:
+    def split(self, tokens_per_pass: int) -> Iterator[MicroBatch]:
         """Micro-batches of at most `tokens_per_pass` tokens (a single completion may exceed it: it cannot be cut).
 
         A group whose siblings all tie has zero gradient and is left out, unless a KL term or an entropy bonus
         pulls on it.
         """
-        waiting: list[Bundle] = []
+        waiting: list[PackedGroup] = []
         for bundle in self._bundles():
             if waiting and sum(b.tokens for b in waiting) + bundle.tokens > tokens_per_pass:
                 yield self._part(waiting)
@@ -164,20 +164,20 @@ class Batch:
         if waiting:
             yield self._part(waiting)
 
-    def _bundles(self) -> Iterator[Bundle]:
+    def _bundles(self) -> Iterator[PackedGroup]:
         for index, (group, teaches) in enumerate(zip(self.groups, self.teaches_P.tolist(), strict=True)):
             if teaches or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
-                yield Bundle(index, group.prompt_ids, tuple(range(len(ids))), ids)
+                yield PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids)
 
-    def _part(self, bundles: Sequence[Bundle]) -> Part:
+    def _part(self, bundles: Sequence[PackedGroup]) -> MicroBatch:
         places = [(b.group, sibling) for b in bundles for sibling in b.siblings]
         lengths_B = torch.tensor([n for b in bundles for n in b.lengths])
         advantages_B = torch.stack([self.advantages_PG[place] for place in places])
         weights_B = torch.stack([self.weights_PG[place] for place in places])
         shares_B = torch.stack([self.shares_PG[place] for place in places])
         engine = [lp for group, sibling in places for lp in self.groups[group].completions[sibling].logprobs]
-        return Part(
+        return MicroBatch(
             tuple(bundles),
             advantages_B.repeat_interleave(lengths_B),
             weights_B.repeat_interleave(lengths_B),
@@ -202,7 +202,7 @@ def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
     )
 
 
-def _cut(bundle: Bundle, tokens_per_pass: int) -> Iterator[Bundle]:
+def _cut(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
     """A group too long for one pass, as pieces of its siblings; each piece pays for the prompt again."""
     start = 0
     while start < len(bundle.siblings):
@@ -210,5 +210,5 @@ def _cut(bundle: Bundle, tokens_per_pass: int) -> Iterator[Bundle]:
         while stop < len(bundle.siblings) and (stop == start or bundle.lengths[stop] <= room):
             room -= bundle.lengths[stop]
             stop += 1
-        yield Bundle(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
+        yield PackedGroup(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
         start = stop

@@ -135,10 +135,10 @@ def serve(
     Waits until the server is well, asks it one question, and prints how to ask it more. Ctrl-C ends it with all that it
     started.
     """
-    from minigrpo.delivery.serve.resolve import Wanted
+    from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import Ready, planned, planned_lines, ready_lines, serve
 
-    wanted = Wanted(
+    wanted = ServeOptions(
         engine, host, port, kind, adapter, base=base, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp
     )
 

@@ -16,8 +16,8 @@ from minigrpo.cli.options import (
     OVERRIDES,
     AsJson,
     Command,
-    KnobCommand,
-    QuietKnobCommand,
+    QuietRecipeCommand,
+    RecipeCommand,
     in_gigabytes,
     print_json,
     print_list,
@@ -68,7 +68,7 @@ def root(
     pass
 
 
-@app.command(cls=KnobCommand)
+@app.command(cls=RecipeCommand)
 def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None, as_json: AsJson = False) -> None:
     """Try a recipe before hours are spent on it.
 
@@ -85,7 +85,7 @@ def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None,
     raise typer.Exit(0 if verdict.go else 1)
 
 
-@app.command(cls=QuietKnobCommand)
+@app.command(cls=QuietRecipeCommand)
 def plan(
     context: typer.Context,
     recipe: RecipeName,
@@ -111,7 +111,7 @@ def plan(
     raise typer.Exit(0 if found.fits else 1)
 
 
-@app.command(cls=QuietKnobCommand)
+@app.command(cls=QuietRecipeCommand)
 def warmup(
     context: typer.Context,
     recipe: RecipeName,
@@ -134,7 +134,7 @@ def warmup(
         print_json(result)
 
 
-@app.command(cls=KnobCommand)
+@app.command(cls=RecipeCommand)
 def train(
     context: typer.Context,
     recipe: RecipeName,
@@ -153,7 +153,7 @@ def train(
     stages.train(loaded, folder(recipe, run), resume=resume, show_samples=samples)
 
 
-@app.command(cls=QuietKnobCommand)
+@app.command(cls=QuietRecipeCommand)
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A run, a model or adapter folder, or a Hub id.")],
@@ -194,7 +194,7 @@ deliver.add_to(app)
 app.command(cls=Command)(sandbox)
 
 
-@app.command("run", cls=KnobCommand)
+@app.command("run", cls=RecipeCommand)
 def run_command(
     context: typer.Context,
     recipe: RecipeName,
@@ -218,7 +218,7 @@ def run_command(
         print_json(result)
 
 
-@app.command(cls=KnobCommand)
+@app.command(cls=RecipeCommand)
 def quickstart(
     context: typer.Context,
     *,
@@ -241,7 +241,7 @@ def quickstart(
         print_json(result)
 
 
-@app.command("check-task", cls=QuietKnobCommand)
+@app.command("check-task", cls=QuietRecipeCommand)
 def check_task_command(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from minigrpo.config.fields import Knob, knob_table, knobs_by_name, nearest
+from minigrpo.config.fields import Field, field_table, fields_by_name, nearest
 from minigrpo.errors import MinigrpoError, RecipeError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
@@ -113,7 +113,7 @@ class Command(TyperCommand):
         Console().print(_panel(Text("\n").join(_example(line) for line in lines), "Examples"))
 
 
-class KnobCommand(Command):
+class RecipeCommand(Command):
     """A command that takes every knob of the recipe as an option: --lora.rank 16, --lora.rank=16."""
 
     lists_knobs = True
@@ -128,10 +128,10 @@ class KnobCommand(Command):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         if self.lists_knobs:
-            Console().print(knob_panel())
+            Console().print(field_panel())
 
 
-class QuietKnobCommand(KnobCommand):
+class QuietRecipeCommand(RecipeCommand):
     """Takes the knobs, but leaves their list to the help of `train`."""
 
     lists_knobs = False
@@ -157,7 +157,7 @@ def split_overrides(args: Sequence[str], own: Sequence[str]) -> tuple[list[str],
 
 
 def _is_knob(name: str, own: Sequence[str]) -> bool:
-    if name in knobs_by_name() or "." in name:
+    if name in fields_by_name() or "." in name:
         return True
     return not difflib.get_close_matches(f"--{name}", own, n=1, cutoff=0.75) and nearest(name) is not None
 
@@ -165,7 +165,7 @@ def _is_knob(name: str, own: Sequence[str]) -> bool:
 def _value(name: str, queue: list[str]) -> str:
     """Take the option's value off the queue. A switch needs none: --train.full."""
     # A row of a table (task.weights.NAME) is told by the table's own name.
-    knob = knobs_by_name().get(name) or knobs_by_name().get(".".join(name.split(".")[:2]))
+    knob = fields_by_name().get(name) or fields_by_name().get(".".join(name.split(".")[:2]))
     follows = bool(queue) and (not queue[0].startswith("-") or re.fullmatch(r"-[\d.].*", queue[0]) is not None)
     if knob and knob.kind == "true or false":
         return queue.pop(0) if follows and queue[0].lower() in SWITCH_WORDS else "true"
@@ -176,19 +176,19 @@ def _value(name: str, queue: list[str]) -> str:
     return ""
 
 
-def knob_panel() -> Panel:
+def field_panel() -> Panel:
     """Every knob with its default, what it does, its unit and range."""
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, expand=True)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(ratio=1)
-    for knob in knob_table():
+    for knob in field_table():
         facts = ", ".join(filter(None, _facts(knob)))
         words = Text(f"{knob.about} ").append(f"[{facts}]", "dim")
         table.add_row(f"--{knob.name}", words)
     return _panel(table, r"Knobs of the recipe \[default, unit, range]: --NAME VALUE or --NAME=VALUE")
 
 
-def _facts(knob: Knob) -> Iterator[str]:
+def _facts(knob: Field) -> Iterator[str]:
     yield f"default {knob.shown_default} {knob.unit}".strip()
     yield "|".join(knob.choices) or knob.range
 

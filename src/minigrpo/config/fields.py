@@ -115,7 +115,7 @@ ROWS = {NUMBERS: "a number", VALUES: "true, false, a finite number or text"}
 
 
 @dataclass(frozen=True, slots=True)
-class Knob:
+class Field:
     """One knob as a person reads it. `name` is dotted; `choices` is empty where any value of the kind goes."""
 
     name: str
@@ -175,24 +175,24 @@ def in_words(value: Any) -> str:
 
 
 @cache
-def knob_table() -> tuple[Knob, ...]:
+def field_table() -> tuple[Field, ...]:
     """Every knob of a recipe, in the recipe's order."""
     return tuple(_walk(Recipe, ""))
 
 
 @cache
-def knobs_by_name() -> dict[str, Knob]:
-    return {knob.name: knob for knob in knob_table()}
+def fields_by_name() -> dict[str, Field]:
+    return {knob.name: knob for knob in field_table()}
 
 
 @cache
 def sections() -> dict[str, str]:
     """Name of each section -> its knobs, for those who write the section where a knob is meant."""
     names = [name for name, field in Recipe.model_fields.items() if _model_of(field)]
-    return {name: ", ".join(k.name for k in knob_table() if k.name.startswith(f"{name}.")) for name in names}
+    return {name: ", ".join(k.name for k in field_table() if k.name.startswith(f"{name}.")) for name in names}
 
 
-def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Field]:
     for name, field in model.model_fields.items():
         section = _model_of(field)
         if section:
@@ -206,7 +206,7 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _knob(name: str, field: FieldInfo) -> Knob:
+def _knob(name: str, field: FieldInfo) -> Field:
     kind: Any = field.annotation
     optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
     if optional:
@@ -215,7 +215,7 @@ def _knob(name: str, field: FieldInfo) -> Knob:
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     table = NUMBERS if kind == dict[str, float] else VALUES
     extra = field.json_schema_extra
-    return Knob(
+    return Field(
         name=name,
         kind="text" if choices else kinds.get(kind, table),
         default=field.default,
@@ -238,15 +238,15 @@ def nearest(name: str) -> str | None:
     """The knob that `name` most likely means, or None where nothing is near. Surest grounds first."""
     wanted = name.lower().replace("-", "_")
     section, _, leaf = wanted.rpartition(".")
-    here = {n.rpartition(".")[2]: n for n in knobs_by_name() if n.rpartition(".")[0] == section}
-    leaves = {n.rpartition(".")[2]: n for n in reversed(knobs_by_name())}
+    here = {n.rpartition(".")[2]: n for n in fields_by_name() if n.rpartition(".")[0] == section}
+    leaves = {n.rpartition(".")[2]: n for n in reversed(fields_by_name())}
     alias = next((ALIASES[a] for a in (wanted, wanted.replace(".", "_"), leaf) if a in ALIASES), None)
     if alias and alias.startswith(f"{section}."):
         return alias
     if section in sections():
         guesses = (leaves.get(leaf), _close(leaf, here), alias)
     else:
-        guesses = (alias, leaves.get(leaf), _close(wanted, {n: n for n in knobs_by_name()}))
+        guesses = (alias, leaves.get(leaf), _close(wanted, {n: n for n in fields_by_name()}))
     sure = next((guess for guess in guesses if guess), None)
     return sure or _close(leaf, {**ALIASES, **leaves})
 

@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from minigrpo.config.fields import Knob, knob_table, knobs_by_name, nearest, sections
+from minigrpo.config.fields import Field, field_table, fields_by_name, nearest, sections
 from minigrpo.config.parse import NULLS, Entry, as_text, read_entries, read_table
 from minigrpo.config.schema import Recipe, contradictions
 from minigrpo.errors import RecipeError
 from minigrpo.versions import begun_by_another
 
-__all__ = ["Knob", "dump_recipe", "knob_table", "load_recipe", "recipe_names", "recipe_path"]
+__all__ = ["Field", "dump_recipe", "field_table", "load_recipe", "recipe_names", "recipe_path"]
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
@@ -34,7 +34,7 @@ Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class RecipeFault:
     """One mistake: where, what is wrong, and what the knob is."""
 
     where: str
@@ -86,7 +86,7 @@ def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> R
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back: every knob, with what it does beside it."""
     lines = []
-    for knob in knob_table():
+    for knob in field_table():
         section, _, leaf = knob.name.rpartition(".")
         value = getattr(getattr(recipe, section), leaf) if section else getattr(recipe, leaf)
         if section and f"{section}:" not in lines:
@@ -109,7 +109,7 @@ def _from_override(name: str, value: Any) -> Entry:
     where = f"--{name}"
     if not isinstance(value, str):
         return Entry(name, as_text(value), where)
-    knob = knobs_by_name().get(name)
+    knob = fields_by_name().get(name)
     if knob and knob.is_table:
         return Entry(name, read_table(value), where)
     if name in BLANK and not value:
@@ -117,15 +117,15 @@ def _from_override(name: str, value: Any) -> Entry:
     return Entry(name, None if knob and knob.optional and value in NULLS else value, where)
 
 
-def _duplicates(entries: list[Entry]) -> Iterator[Fault]:
+def _duplicates(entries: list[Entry]) -> Iterator[RecipeFault]:
     first: dict[str, str] = {}
     for entry in entries:
         if entry.name in first:
-            yield Fault(entry.where, f"{entry.name} is set a second time; the first is at {first[entry.name]}.")
+            yield RecipeFault(entry.where, f"{entry.name} is set a second time; the first is at {first[entry.name]}.")
         first.setdefault(entry.name, entry.where)
 
 
-def _build(entries: list[Entry]) -> tuple[Recipe | None, list[Fault]]:
+def _build(entries: list[Entry]) -> tuple[Recipe | None, list[RecipeFault]]:
     """Later entries win. Unknown names are left out, so that the values of all others are still judged."""
     faults = []
     data: dict[str, Any] = {}
@@ -150,12 +150,12 @@ def _build(entries: list[Entry]) -> tuple[Recipe | None, list[Fault]]:
         return None, faults + (list(dict.fromkeys(wrong)) or _contradictory(data, places))
 
 
-def _contradictory(data: Mapping[str, Any], places: Mapping[str, str]) -> list[Fault]:
+def _contradictory(data: Mapping[str, Any], places: Mapping[str, str]) -> list[RecipeFault]:
     """Knobs that are each fine alone: every contradiction, with the places of all the knobs that it names."""
     plain = Recipe.model_validate({name: value for name, value in data.items() if name not in sections()})
     own = {name: type(getattr(plain, name)).model_validate(data[name]) for name in sections() if name in data}
     sentences = [sentence for wrong, sentence in contradictions(plain.model_copy(update=own)) if wrong]
-    return [Fault(" and ".join(_named_in(sentence, places)) or "recipe", sentence) for sentence in sentences]
+    return [RecipeFault(" and ".join(_named_in(sentence, places)) or "recipe", sentence) for sentence in sentences]
 
 
 def _named_in(sentence: str, places: Mapping[str, str]) -> list[str]:
@@ -164,25 +164,25 @@ def _named_in(sentence: str, places: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(where for name, where in places.items() if name in words))
 
 
-def _holder(name: str) -> Knob | None:
+def _holder(name: str) -> Field | None:
     """The knob that takes this entry: itself, or the table of which it is one row (task.weights.NAME)."""
-    parent = knobs_by_name().get(".".join(name.split(".")[:2]))
-    return knobs_by_name().get(name) or (parent if parent and parent.is_table else None)
+    parent = fields_by_name().get(".".join(name.split(".")[:2]))
+    return fields_by_name().get(name) or (parent if parent and parent.is_table else None)
 
 
-def _unknown(entry: Entry) -> Fault:
+def _unknown(entry: Entry) -> RecipeFault:
     name = _short(entry.name)
     if name in sections():
-        return Fault(entry.where, f"{name} is a section and takes no value itself. It holds {sections()[name]}.")
+        return RecipeFault(entry.where, f"{name} is a section and takes no value itself. It holds {sections()[name]}.")
     near = nearest(entry.name)
     if near is None:
-        return Fault(entry.where, f"there is no knob {name}. `minigrpo train --help` lists them all.")
-    return Fault(entry.where, f"there is no knob {name}. Did you mean {near}?", knobs_by_name()[near].manual)
+        return RecipeFault(entry.where, f"there is no knob {name}. `minigrpo train --help` lists them all.")
+    return RecipeFault(entry.where, f"there is no knob {name}. Did you mean {near}?", fields_by_name()[near].manual)
 
 
-def _wrong(error: Any, places: Mapping[str, str]) -> Fault:
+def _wrong(error: Any, places: Mapping[str, str]) -> RecipeFault:
     path = [str(part) for part in error["loc"]]
-    knob = knobs_by_name()[".".join(path[:2])]
+    knob = fields_by_name()[".".join(path[:2])]
     # Behind the name of a table's row stand the types that it might have had.
     name = ".".join(path[:3])
     where = places.get(name) or places.get(knob.name, "recipe")
@@ -193,7 +193,7 @@ def _wrong(error: Any, places: Mapping[str, str]) -> Fault:
         what = f"{_short(name)} is {given}, but must be {knob.expects if name == knob.name else knob.row_expects}."
         near = nearest_of(given, knob.choices)
         what += f" Did you mean {near}?" if near else ""
-    return Fault(where, what, knob.summary)
+    return RecipeFault(where, what, knob.summary)
 
 
 def _short(value: Any) -> str:
@@ -204,7 +204,7 @@ def _short(value: Any) -> str:
     return (text if len(text) <= 60 else f"{text[:57]}...") or "empty"
 
 
-def _report(faults: list[Fault]) -> str:
+def _report(faults: list[RecipeFault]) -> str:
     if len(faults) == 1:
         return str(faults[0])
     return f"{len(faults)} mistakes:\n" + "\n".join(str(fault) for fault in faults)

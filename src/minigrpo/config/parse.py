@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from minigrpo.config.fields import in_words, knobs_by_name, sections
+from minigrpo.config.fields import fields_by_name, in_words, sections
 from minigrpo.errors import RecipeError
 
 LARGEST = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
@@ -76,7 +76,7 @@ def read_table(text: str) -> Any:
     """The value of an override whose knob is a table: `{correct: 1}`. What is not YAML stays text, to be refused."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return plain(node) if node else {}
+        return plain_value(node) if node else {}
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         return text
 
@@ -109,12 +109,12 @@ def _from_mapping(node: yaml.MappingNode, prefix: str, file: str) -> Iterator[En
         if isinstance(value, yaml.MappingNode) and value.value and _may_hold(name, prefix):
             yield from _from_mapping(value, f"{name}.", file)
         elif name not in sections() or not _is_empty(value):
-            yield Entry(name, plain(value), f"{file}:{key.start_mark.line + 1}")
+            yield Entry(name, plain_value(value), f"{file}:{key.start_mark.line + 1}")
 
 
 def _may_hold(name: str, prefix: str) -> bool:
     """Whether a mapping under this name is read key by key: a section, a knob that is a table, or a mistake to name."""
-    knob = knobs_by_name().get(name)
+    knob = fields_by_name().get(name)
     return (knob is None or knob.is_table) and prefix.count(".") < 2
 
 
@@ -123,7 +123,7 @@ def _is_empty(node: yaml.Node) -> bool:
     return node.value == [] or (node.value in NULLS and getattr(node, "style", None) is None)
 
 
-def plain(node: yaml.Node, depth: int = 0) -> Any:
+def plain_value(node: yaml.Node, depth: int = 0) -> Any:
     """Nodes as text, or one level of list or dict: what lies deeper than any knob reaches is left empty."""
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value.lower() in NULLS else str(node.value)
@@ -131,7 +131,7 @@ def plain(node: yaml.Node, depth: int = 0) -> Any:
         return []
     if depth:
         return {}
-    return {_key(key): plain(value, depth + 1) for key, value in node.value}
+    return {_key(key): plain_value(value, depth + 1) for key, value in node.value}
 
 
 def _key(node: yaml.Node) -> str:

@@ -23,7 +23,7 @@ ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
-def knob(default: Any, about: str, unit: str = "", **limits: Any) -> Any:
+def field(default: Any, about: str, unit: str = "", **limits: Any) -> Any:
     """A field of the recipe; `unit` and `limits` (ge, gt, le, lt) are shown in help and in refusals."""
     return Field(default, description=about, json_schema_extra={"unit": unit}, **limits)
 
@@ -41,30 +41,30 @@ def as_typed(text: Any) -> Any:
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-class Knobs(BaseModel):
+class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class ModelKnobs(Knobs):
-    path: str = knob(
+class ModelConfig(Config):
+    path: str = field(
         "seedling",
         "what to train: a folder, a Hub id, or the embedded model: seedling, or seedling:ARCHITECTURE with llama, "
         "qwen2, qwen3 or ministral3; seedling:coder writes programs",
     )
-    revision: str | None = knob(None, "commit or branch, where path is a Hub id")
-    dtype: DtypeName = knob(
+    revision: str | None = field(None, "commit or branch, where path is a Hub id")
+    dtype: DtypeName = field(
         "auto", "number type of the frozen weights; auto: bfloat16 where the device truly has it, and float32 on a CPU"
     )
-    device: str = knob("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
-    quantize: Literal["none", "nf4"] = knob(
+    device: str = field("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
+    quantize: Literal["none", "nf4"] = field(
         "none", "nf4: the frozen weights in 4 bit with double quantisation (QLoRA): a quarter of the memory, slower"
     )
-    checkpointing: Literal["auto", "on", "off"] = knob(
+    checkpointing: Literal["auto", "on", "off"] = field(
         "auto",
         "recompute activations in the backward pass: less memory, a third more time; auto: where the plan needs it",
     )
-    head_float32: bool = knob(False, "logits in float32 from end to end, where weights are 16 bit; the sampler's too")
-    template: dict[str, bool | int | float | str] = knob(
+    head_float32: bool = field(False, "logits in float32 from end to end, where weights are 16 bit; the sampler's too")
+    template: dict[str, bool | int | float | str] = field(
         {}, "options of the chat template by name, as in model.template.enable_thinking: false"
     )
 
@@ -75,75 +75,75 @@ class ModelKnobs(Knobs):
         return {name: as_typed(text) for name, text in value.items()} if isinstance(value, dict) else value
 
 
-class LoraKnobs(Knobs):
-    rank: int = knob(64, "rank of the adapter", ge=1, le=4096)
-    alpha: float = knob(128.0, "the adapter's output is scaled by alpha / rank", gt=0)
-    dropout: float = knob(0.0, "share of the adapter's inputs dropped, in the gradient pass only", ge=0, lt=1)
-    targets: str = knob("all-linear", "all-linear, or names of linear layers with commas: q_proj,v_proj")
-    rslora: bool = knob(False, "rank-stabilised: scale by alpha / sqrt(rank)")
+class AdapterConfig(Config):
+    rank: int = field(64, "rank of the adapter", ge=1, le=4096)
+    alpha: float = field(128.0, "the adapter's output is scaled by alpha / rank", gt=0)
+    dropout: float = field(0.0, "share of the adapter's inputs dropped, in the gradient pass only", ge=0, lt=1)
+    targets: str = field("all-linear", "all-linear, or names of linear layers with commas: q_proj,v_proj")
+    rslora: bool = field(False, "rank-stabilised: scale by alpha / sqrt(rank)")
 
 
-class TaskKnobs(Knobs):
-    name: str = knob(
+class TaskConfig(Config):
+    name: str = field(
         "wordproblems", "a task of `minigrpo tasks`, FILE.py:NAME for your own, or rg:NAME of reasoning-gym"
     )
-    data: str | None = knob(
+    data: str | None = field(
         None,
         "rows for a reward function, or questions for gsm8k: a JSON lines, CSV or Parquet file, a folder with train "
         "and test files, or a Hub data set; wordproblems: generates some for gsm8k",
     )
-    system: str | None = knob(
+    system: str | None = field(
         None,
         'system message of every prompt, in place of the task\'s own; null: as the task has it; "": an empty one, so '
         "that the chat template puts in no words of its own",
     )
-    example: bool = knob(False, "one worked example in the prompt, in training, preflight and evaluation alike")
-    rates: str | None = knob(
+    example: bool = field(False, "one worked example in the prompt, in training, preflight and evaluation alike")
+    rates: str | None = field(
         None, "an evaluation's JSON over the training prompts: those outside [hardest, easiest] are left out"
     )
-    hardest: float = knob(0.0, "least share of right answers in task.rates", ge=0, le=1)
-    easiest: float = knob(1.0, "largest share of right answers in task.rates", ge=0, le=1)
-    size: int = knob(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
-    weights: dict[str, float] = knob({}, "weight of each reward function by name, over the task's own weights")
-    workers: int = knob(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
-    seconds: float = knob(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
-    games: int = knob(
+    hardest: float = field(0.0, "least share of right answers in task.rates", ge=0, le=1)
+    easiest: float = field(1.0, "largest share of right answers in task.rates", ge=0, le=1)
+    size: int = field(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
+    weights: dict[str, float] = field({}, "weight of each reward function by name, over the task's own weights")
+    workers: int = field(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
+    seconds: float = field(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
+    games: int = field(
         3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100
     )
-    fewest: int = knob(35, "sudoku: empty cells of a puzzle, at least", "cells", ge=1, le=55)
-    most: int = knob(40, "sudoku: empty cells of a puzzle, at most", "cells", ge=1, le=55)
+    fewest: int = field(35, "sudoku: empty cells of a puzzle, at least", "cells", ge=1, le=55)
+    most: int = field(40, "sudoku: empty cells of a puzzle, at most", "cells", ge=1, le=55)
 
 
-class RolloutKnobs(Knobs):
-    prompts: int = knob(8, "prompts a step", "prompts", ge=1)
-    completions: int = knob(8, "completions of each prompt: the group", "completions", ge=2)
-    temperature: float = knob(1.0, "sampling temperature in training; scoring uses the same", gt=0, le=10)
-    max_tokens: int = knob(256, "longest completion", "tokens", ge=1)
-    engine: EngineName = knob(
+class RolloutConfig(Config):
+    prompts: int = field(8, "prompts a step", "prompts", ge=1)
+    completions: int = field(8, "completions of each prompt: the group", "completions", ge=2)
+    temperature: float = field(1.0, "sampling temperature in training; scoring uses the same", gt=0, le=10)
+    max_tokens: int = field(256, "longest completion", "tokens", ge=1)
+    engine: EngineName = field(
         "auto",
         "who samples; auto: native where the architecture is known to it; slots: the same at fixed shapes, recorded "
         "as CUDA graphs on a GPU",
     )
-    server: str | None = knob(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
-    share: float = knob(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
-    rows: int = knob(256, "completions decoded side by side", "rows", ge=1)
+    server: str | None = field(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
+    share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
+    rows: int = field(256, "completions decoded side by side", "rows", ge=1)
 
 
-class GroupsKnobs(Knobs):
+class GroupsConfig(Config):
     """Which groups a step learns from: siblings that all tie teach nothing."""
 
-    min_spread: float = knob(1e-6, "rewards of a group that differ by no more than this are a tie", ge=0)
-    resample: float = knob(
+    min_spread: float = field(1e-6, "rewards of a group that differ by no more than this are a tie", ge=0)
+    resample: float = field(
         0.0, "prompts tried in place of those whose siblings tie: at most this many times rollout.prompts a step", ge=0
     )
-    replay: int = knob(
+    replay: int = field(
         0, "groups of the last steps may stand in for those that still tie; 0: none do", "steps", ge=0, le=100
     )
-    rest: float | None = knob(
+    rest: float | None = field(
         None, "a prompt solved by at least this share of its completions rests; null: none rests", gt=0, le=1
     )
-    rest_epochs: int = knob(3, "epochs for which it rests before it is tried again", "epochs", ge=1)
-    focus: float = knob(
+    rest_epochs: int = field(3, "epochs for which it rests before it is tried again", "epochs", ge=1)
+    focus: float = field(
         0.0,
         "how much likelier a half-solved prompt is drawn than one always or never solved; 0: all alike",
         ge=0,
@@ -151,142 +151,142 @@ class GroupsKnobs(Knobs):
     )
 
 
-class ObjectiveKnobs(Knobs):
-    name: ObjectiveName = knob("grpo", "how rewards become a loss")
-    compare: Comparison = knob(
+class ObjectiveConfig(Config):
+    name: ObjectiveName = field("grpo", "how rewards become a loss")
+    compare: Comparison = field(
         "auto",
         "what an advantage is measured in: deviations of its group, of the batch, none at all, or each reward function "
         "in deviations of its own (gdpo); auto: the objective's own",
     )
-    clip_low: float | None = knob(
+    clip_low: float | None = field(
         None, "ratios below 1 - clip_low stop counting; empty: the objective's own", gt=0, lt=1
     )
-    clip_high: float | None = knob(None, "ratios above 1 + clip_high stop counting; empty: the objective's own", gt=0)
-    clip_dual: float | None = knob(
+    clip_high: float | None = field(None, "ratios above 1 + clip_high stop counting; empty: the objective's own", gt=0)
+    clip_dual: float | None = field(
         None, "largest ratio that counts against a bad answer (dual clip); above 1 + clip_high; null: any", gt=1
     )
-    kl: float = knob(0.0, "weight of the KL penalty to the reference: the model that training began with", ge=0)
-    kl_unbiased: bool = knob(False, "multiply the KL by the ratio: unbiased when samples are off-policy")
-    importance: Importance = knob(
+    kl: float = field(0.0, "weight of the KL penalty to the reference: the model that training began with", ge=0)
+    kl_unbiased: bool = field(False, "multiply the KL by the ratio: unbiased when samples are off-policy")
+    importance: Importance = field(
         "auto",
         "correct for a sampler that is not quite the policy, per token or sequence, by truncating weights or masking "
         "what lies outside; auto: token_truncate where weights are 16 bit or groups are replayed",
     )
-    importance_cap: float = knob(2.0, "largest importance weight", ge=1)
-    importance_floor: float = knob(0.0, "smallest importance weight", ge=0, le=1)
-    off_policy: float | None = knob(
+    importance_cap: float = field(2.0, "largest importance weight", ge=1)
+    importance_floor: float = field(0.0, "smallest importance weight", ge=0, le=1)
+    off_policy: float | None = field(
         None, "bad answers that the policy has left by more than this, in nats a token, are dropped; null: none", gt=0
     )
-    entropy: float = knob(0.0, "weight of the entropy bonus; with entropy_target its largest weight", ge=0)
-    entropy_target: float | None = knob(
+    entropy: float = field(0.0, "weight of the entropy bonus; with entropy_target its largest weight", ge=0)
+    entropy_target: float | None = field(
         None,
         "the bonus adapts: it grows while entropy is below this, and is off above; null: it is fixed",
         "nats",
         ge=0,
     )
-    top_entropy: float = knob(
+    top_entropy: float = field(
         1.0, "share of the tokens, those of highest entropy, that the policy learns from", gt=0, le=1
     )
-    overlong: int = knob(
+    overlong: int = field(
         0, "the last so many tokens before the limit cost up to 1 of the reward; 0: they cost nothing", "tokens", ge=0
     )
-    mask_truncated: bool = knob(False, "completions that were cut off teach nothing")
+    mask_truncated: bool = field(False, "completions that were cut off teach nothing")
 
 
-class TrainKnobs(Knobs):
-    steps: int = knob(100, "rollouts, each followed by its updates", "steps", ge=1)
-    inner_epochs: int = knob(1, "updates from each rollout", "updates", ge=1, le=64)
-    lr: float = knob(1e-5, "peak learning rate", gt=0, le=1)
-    schedule: Schedule = knob("constant", "learning rate after warm-up")
-    warmup: float = knob(0.0, "share of the steps in which the learning rate rises from 0", ge=0, le=1)
-    weight_decay: float = knob(0.0, "decoupled weight decay of AdamW", ge=0)
-    optimizer: Literal["adamw", "adamw8bit"] = knob(
+class TrainConfig(Config):
+    steps: int = field(100, "rollouts, each followed by its updates", "steps", ge=1)
+    inner_epochs: int = field(1, "updates from each rollout", "updates", ge=1, le=64)
+    lr: float = field(1e-5, "peak learning rate", gt=0, le=1)
+    schedule: Schedule = field("constant", "learning rate after warm-up")
+    warmup: float = field(0.0, "share of the steps in which the learning rate rises from 0", ge=0, le=1)
+    weight_decay: float = field(0.0, "decoupled weight decay of AdamW", ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = field(
         "adamw", "adamw8bit: AdamW whose two moments are kept in 8 bit (bitsandbytes): a quarter of their memory"
     )
-    grad_norm: float = knob(1.0, "the gradient is scaled down to this norm", gt=0)
-    full: bool = knob(False, "train every parameter instead of a LoRA adapter")
-    tokens_per_pass: int = knob(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
-    memory: float | None = knob(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)
-    reference: Literal["auto", "device", "cpu"] = knob(
+    grad_norm: float = field(1.0, "the gradient is scaled down to this norm", gt=0)
+    full: bool = field(False, "train every parameter instead of a LoRA adapter")
+    tokens_per_pass: int = field(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
+    memory: float | None = field(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)
+    reference: Literal["auto", "device", "cpu"] = field(
         "auto", "where the frozen copy of train.full with a KL term lies; auto: on the device where the plan has room"
     )
-    threads: int = knob(0, "CPU threads; 0: all cores", "threads", ge=0)
+    threads: int = field(0, "CPU threads; 0: all cores", "threads", ge=0)
 
 
-class SaveKnobs(Knobs):
-    every: int = knob(25, "steps between checkpoints", "steps", ge=1)
-    keep: int = knob(3, "newest checkpoints kept, besides the best", "checkpoints", ge=1)
-    take: Literal["last", "best"] = knob("last", "which checkpoint becomes the result; best needs eval.every")
+class SaveConfig(Config):
+    every: int = field(25, "steps between checkpoints", "steps", ge=1)
+    keep: int = field(3, "newest checkpoints kept, besides the best", "checkpoints", ge=1)
+    take: Literal["last", "best"] = field("last", "which checkpoint becomes the result; best needs eval.every")
 
 
-class EvalKnobs(Knobs):
-    limit: int = knob(500, "unseen prompts in the evaluation", "prompts", ge=1)
-    every: int = knob(0, "steps between evaluations during training; 0: none", "steps", ge=0)
-    held_out: int = knob(64, "training prompts kept aside for them, where eval.every is set", "prompts", ge=1)
+class EvalConfig(Config):
+    limit: int = field(500, "unseen prompts in the evaluation", "prompts", ge=1)
+    every: int = field(0, "steps between evaluations during training; 0: none", "steps", ge=0)
+    held_out: int = field(64, "training prompts kept aside for them, where eval.every is set", "prompts", ge=1)
 
 
-class WatchKnobs(Knobs):
+class WatchConfig(Config):
     """What a run does when its numbers go wrong."""
 
-    every: int = knob(20, "an alarm that goes on is repeated after so many steps", "steps", ge=1)
-    explosion: float = knob(
+    every: int = field(20, "an alarm that goes on is repeated after so many steps", "steps", ge=1)
+    explosion: float = field(
         20.0, "loss, gradient norm or KL beyond this many times their running median are an explosion; 0: never", ge=0
     )
-    patience: int = knob(3, "steps in a row with an explosion before the run stops", "steps", ge=1)
+    patience: int = field(3, "steps in a row with an explosion before the run stops", "steps", ge=1)
 
 
-class WarmupKnobs(Knobs):
+class WarmupConfig(Config):
     """A supervised start, for a model that never shows the asked-for form."""
 
-    steps: int = knob(0, "supervised steps before GRPO; 0: none", "steps", ge=0)
-    data: str | None = knob(
+    steps: int = field(0, "supervised steps before GRPO; 0: none", "steps", ge=0)
+    data: str | None = field(
         None, "JSON lines with written answers: {prompt, completion}; null: the task's own right answers"
     )
-    rows: int = knob(16, "written answers a step", "answers", ge=1)
-    lr: float = knob(1e-4, "peak learning rate", gt=0, le=1)
+    rows: int = field(16, "written answers a step", "answers", ge=1)
+    lr: float = field(1e-4, "peak learning rate", gt=0, le=1)
 
 
-class SandboxKnobs(Knobs):
+class SandboxConfig(Config):
     """For tasks whose answers are programs. What it protects stands in docs/sandbox.md."""
 
-    unsafe: bool = knob(False, "run programs although this machine lacks a necessary lock: they may do what you can")
-    cpu_seconds: float = knob(1.0, "CPU time of one program, over all its calls", "seconds", gt=0, le=3600)
-    memory_mb: int = knob(64, "memory of one program, besides the interpreter's own", "MB", ge=8, le=65536)
-    workers: int = knob(0, "programs run side by side; 0: one for each core, up to eight", "processes", ge=0, le=256)
+    unsafe: bool = field(False, "run programs although this machine lacks a necessary lock: they may do what you can")
+    cpu_seconds: float = field(1.0, "CPU time of one program, over all its calls", "seconds", gt=0, le=3600)
+    memory_mb: int = field(64, "memory of one program, besides the interpreter's own", "MB", ge=8, le=65536)
+    workers: int = field(0, "programs run side by side; 0: one for each core, up to eight", "processes", ge=0, le=256)
 
 
-class ExportKnobs(Knobs):
+class ExportConfig(Config):
     """What `run` makes of the merged model for llama.cpp."""
 
-    formats: str = knob("Q8_0", 'GGUF files, with commas between: F16, Q8_0, Q4_K_M ...; "": none')
+    formats: str = field("Q8_0", 'GGUF files, with commas between: F16, Q8_0, Q4_K_M ...; "": none')
 
 
-class PublishKnobs(Knobs):
+class PublishConfig(Config):
     """Whether `run` ends on the Hugging Face Hub."""
 
-    repo: str | None = knob(None, "USER/NAME to publish to; null: nothing leaves this machine")
-    public: bool = knob(False, "let everybody see it")
+    repo: str | None = field(None, "USER/NAME to publish to; null: nothing leaves this machine")
+    public: bool = field(False, "let everybody see it")
 
 
-class Recipe(Knobs):
+class Recipe(Config):
     """A whole run. `minigrpo recipes` lists the ones that come with the package."""
 
-    about: str = knob("", "one sentence: what this recipe is for")
-    seed: int = knob(0, "names every random stream of the run", ge=0, lt=2**31)
-    model: ModelKnobs = ModelKnobs()
-    lora: LoraKnobs = LoraKnobs()
-    task: TaskKnobs = TaskKnobs()
-    rollout: RolloutKnobs = RolloutKnobs()
-    groups: GroupsKnobs = GroupsKnobs()
-    objective: ObjectiveKnobs = ObjectiveKnobs()
-    train: TrainKnobs = TrainKnobs()
-    save: SaveKnobs = SaveKnobs()
-    eval: EvalKnobs = EvalKnobs()
-    watch: WatchKnobs = WatchKnobs()
-    warmup: WarmupKnobs = WarmupKnobs()
-    sandbox: SandboxKnobs = SandboxKnobs()
-    export: ExportKnobs = ExportKnobs()
-    publish: PublishKnobs = PublishKnobs()
+    about: str = field("", "one sentence: what this recipe is for")
+    seed: int = field(0, "names every random stream of the run", ge=0, lt=2**31)
+    model: ModelConfig = ModelConfig()
+    lora: AdapterConfig = AdapterConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    groups: GroupsConfig = GroupsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    save: SaveConfig = SaveConfig()
+    eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    export: ExportConfig = ExportConfig()
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:

@@ -20,12 +20,12 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.artifacts.source import Source, alone, merged_of, source_of, sums_of
-from minigrpo.delivery.gguf.parity import RELATIVE, Reference, asked_of, prove_file
-from minigrpo.delivery.parity.compare import Truth, device_for, judged, of_merged, task_of, trained_truth
+from minigrpo.delivery.artifacts.source import TrainedSource, alone, merged_of, source_of, sums_of
+from minigrpo.delivery.gguf.parity import RELATIVE, GgufReference, asked_of, prove_file
+from minigrpo.delivery.parity.compare import Reference, device_for, judged, of_merged, task_of, trained_truth
 from minigrpo.delivery.parity.kl import Divergence, compare
 from minigrpo.delivery.parity.table import TITLE, parity_table
-from minigrpo.delivery.parity.texts import Held
+from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.manifest import read_sealed
@@ -97,7 +97,7 @@ def verify_alone(path: Path, **options: Any) -> Verified:
         return verify(run, **options)
 
 
-def _sealed_files(source: Source, faults: list[str]) -> Iterator[tuple[Path, str]]:
+def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Path, str]]:
     """GGUF files that are as they were proved, from the merged model as it is now, and their types."""
     run = source.run
     assert run is not None
@@ -124,30 +124,30 @@ def _sealed_files(source: Source, faults: list[str]) -> Iterator[tuple[Path, str
             yield file, entry["format"]
 
 
-def _too_far(row: Divergence, source: Source) -> str:
+def _too_far(row: Divergence, source: TrainedSource) -> str:
     return (
         f"The merged model is {row.mean_kl:.2g} nats a token from the trained policy, beyond {row.limit:g} of what "
         f"training did. Merge again, in more bits: minigrpo merge {source.command} --dtype float32 --force"
     )
 
 
-def _reference(run: RunDir, truth: Truth, merged: tuple[Any, ...]) -> Reference:
+def _reference(run: RunDir, truth: Reference, merged: tuple[Any, ...]) -> GgufReference:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
-    return Reference(
+    return GgufReference(
         *(truth.held, merged, asked_of(task_of(run), PROMPTS), tokenizer, truth.base.mean_kl), trained=truth.trained
     )
 
 
-def _file_row(file: Path, kind: str, known: Reference, faults: list[str]) -> dict[str, Any]:
+def _file_row(file: Path, kind: str, known: GgufReference, faults: list[str]) -> dict[str, Any]:
     proof = prove_file(file, kind, known)
     faults += [f"{file}: {fault}" for fault in proof.faults]
     return proof.to_dict()
 
 
 def _served_rows(
-    files: list[tuple[Path, str]], known: Reference, faults: list[str], *, serve: bool, served: str | None
+    files: list[tuple[Path, str]], known: GgufReference, faults: list[str], *, serve: bool, served: str | None
 ) -> Iterator[dict[str, Any]]:
     """Of a server of the run's own file, and of one that runs elsewhere."""
     if serve and not files:
@@ -160,7 +160,9 @@ def _served_rows(
         yield _served_row(ServerClient.at(served), f"served {urlsplit(served).netloc}", UNKNOWN, known, faults)
 
 
-def _served_row(server: ServerClient, name: str, limit: float, known: Reference, faults: list[str]) -> dict[str, Any]:
+def _served_row(
+    server: ServerClient, name: str, limit: float, known: GgufReference, faults: list[str]
+) -> dict[str, Any]:
     """What comes back over HTTP against the trained policy, on as many positions as are bearable."""
     truths = known.trained or known.merged
     texts = list(_shorter(known.held.texts, max(8, NUMBERS // truths[0].shape[-1])))
@@ -180,7 +182,7 @@ def _served_row(server: ServerClient, name: str, limit: float, known: Reference,
     return row.to_dict()
 
 
-def _shorter(texts: tuple[Held, ...], room: int) -> Iterator[Held]:
+def _shorter(texts: tuple[ScoredText, ...], room: int) -> Iterator[ScoredText]:
     for text in texts:
         count = min(text.scored, room)
         if count:

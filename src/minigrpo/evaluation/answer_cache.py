@@ -16,7 +16,7 @@ from minigrpo.runs.rundir import writing
 from minigrpo.types import Group, Prompt
 
 
-class Journal:
+class AnswerCache:
     """`asked`: everything that an answer depends on, as JSON has it."""
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:

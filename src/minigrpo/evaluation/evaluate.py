@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.evaluation.answer_cache import Journal
+from minigrpo.evaluation.answer_cache import AnswerCache
 from minigrpo.evaluation.statistics import Paired, Scores, paired, score
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import rollout
@@ -82,7 +82,7 @@ def evaluate(
     tokenizer: Any,
     n: int = 1,
     split: Split = "test",
-    journal: Journal | None = None,
+    journal: AnswerCache | None = None,
     grader: Grader | None = None,
     report: Report = no_report,
 ) -> Evaluation:
@@ -118,7 +118,7 @@ def grade_prompts(
     report: Report = no_report,
     rows: int = 256,
     grader: Grader | None = None,
-    journal: Journal | None = None,
+    journal: AnswerCache | None = None,
 ) -> Scores:
     """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
 

@@ -24,7 +24,7 @@ CACHED_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class HeadCall:
+class Head:
     """An output head as arithmetic: logits = (hidden @ weight.T + bias) * scale, perhaps capped, / temperature."""
 
     weight_VD: Tensor
@@ -34,7 +34,7 @@ class HeadCall:
     temperature: float
 
     @classmethod
-    def of(cls, model: Any, temperature: float) -> HeadCall:
+    def of(cls, model: Any, temperature: float) -> Head:
         """Read from a causal language model: Granite divides its logits, Cohere multiplies, Gemma caps them."""
         head, config = model.get_output_embeddings(), model.config
         assert isinstance(head, nn.Linear), f"an output head of kind {type(head).__name__} is not known"
@@ -86,9 +86,7 @@ class Float32Head(nn.Linear):
         return super().forward(hidden.float())
 
 
-def score(
-    hidden_ND: Tensor, labels_N: Tensor, head: HeadCall, *, entropy_learns: bool = False
-) -> tuple[Tensor, Tensor]:
+def score(hidden_ND: Tensor, labels_N: Tensor, head: Head, *, entropy_learns: bool = False) -> tuple[Tensor, Tensor]:
     """logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
 
     `entropy_learns`: the entropy is differentiable as well; it costs a second direction per token.
@@ -107,13 +105,13 @@ def score(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def logprob_slope(probs_nV: Tensor, labels_n: Tensor) -> Tensor:
+def logprob_grad(probs_nV: Tensor, labels_n: Tensor) -> Tensor:
     """d logp / d logits = onehot - softmax. `probs_nV` is used up."""
     slope_nV = probs_nV.neg_()
     return slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
 
 
-def entropy_slope(logits_nV: Tensor, probs_nV: Tensor, entropy_n: Tensor) -> Tensor:
+def entropy_grad(logits_nV: Tensor, probs_nV: Tensor, entropy_n: Tensor) -> Tensor:
     """d H / d logits = -p (log p + H)."""
     normaliser_n = logits_nV.logsumexp(-1)
     return probs_nV * ((normaliser_n - entropy_n)[:, None] - logits_nV)
@@ -124,7 +122,7 @@ class _FrozenChunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: HeadCall, entropy_learns: bool
+        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: Head, entropy_learns: bool
     ) -> tuple[Tensor, Tensor]:
         # Row by row the same; a few at a time, what is read again and again stays in the processor's cache. The slopes
         # take the place of the logits that they were made of.
@@ -138,8 +136,8 @@ class _FrozenChunk(torch.autograd.Function):
             scored.append(figures)
             if ctx.needs_input_grad[0]:
                 if entropy_learns:
-                    slopes[1][rows] = entropy_slope(logits_rV, probs_rV, figures[1])
-                slopes[0][rows] = logprob_slope(probs_rV, labels_n[rows])
+                    slopes[1][rows] = entropy_grad(logits_rV, probs_rV, figures[1])
+                slopes[0][rows] = logprob_grad(probs_rV, labels_n[rows])
         logprobs_n, entropy_n = (torch.cat(parts) for parts in zip(*scored, strict=True))
         if not entropy_learns:
             ctx.mark_non_differentiable(entropy_n)
@@ -169,7 +167,7 @@ def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor
 class Learned:
     """A head in training, and whether the entropy is part of what it learns from."""
 
-    head: HeadCall
+    head: Head
     entropy: bool
 
 
@@ -191,15 +189,13 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_nD, labels_n = ctx.saved_tensors
-        head: HeadCall = ctx.learned.head
+        head: Head = ctx.learned.head
         needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         with torch.no_grad():
             logits_nV = head.logits(hidden_nD)
             _, entropy_n, probs_nV = _scored(logits_nV, labels_n)
-            pull_nV = (
-                entropy_slope(logits_nV, probs_nV, entropy_n) * gradients[1][:, None] if ctx.learned.entropy else 0
-            )
-            slope_nV = logprob_slope(probs_nV, labels_n) * gradients[0][:, None] + pull_nV
+            pull_nV = entropy_grad(logits_nV, probs_nV, entropy_n) * gradients[1][:, None] if ctx.learned.entropy else 0
+            slope_nV = logprob_grad(probs_nV, labels_n) * gradients[0][:, None] + pull_nV
             if head.cap is None:
                 slope_nV *= head.scale / head.temperature
             else:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minigrpo.config.schema import LoraKnobs
+from minigrpo.config.schema import AdapterConfig
 from minigrpo.errors import ArtifactError, ModelError, RecipeError
 from minigrpo.models import lora_linear
 from minigrpo.models.lora_linear import SeededDropout
@@ -29,7 +29,7 @@ from minigrpo.utils.rng import name_key
 ADAPTER = "adapter_model.safetensors"
 
 
-def add_lora(model: nn.Module, knobs: LoraKnobs, *, seed: int) -> tuple[Any, list[SeededDropout]]:
+def add_lora(model: nn.Module, knobs: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
     """The model under a fresh PEFT adapter (float32, B = 0) and the dropouts inside it."""
     mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model

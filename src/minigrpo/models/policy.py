@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.algorithms.packing import Part
+from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context import text_config
 from minigrpo.models.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
-from minigrpo.models.logprobs import Float32Head, HeadCall, score
+from minigrpo.models.logprobs import Float32Head, Head, score
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
@@ -88,14 +88,14 @@ class Policy:
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def logprobs(self, part: Part, *, step: int, entropy_learns: bool = False) -> Scores:
+    def logprobs(self, part: MicroBatch, *, step: int, entropy_learns: bool = False) -> Scores:
         """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
         for dropout in self.dropouts:
             dropout.step = step
         return self._score(self.model, part, entropy_learns)
 
     @torch.no_grad()
-    def reference(self, part: Part) -> Tensor:
+    def reference(self, part: MicroBatch) -> Tensor:
         """logprobs_N under the model that training began with; dropout off.
 
         That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy that lies on
@@ -172,12 +172,12 @@ class Policy:
             for dropout, step in zip(self.dropouts, steps, strict=True):
                 dropout.step = step
 
-    def _score(self, model: nn.Module, part: Part, entropy_learns: bool = False) -> Scores:
+    def _score(self, model: nn.Module, part: MicroBatch, entropy_learns: bool = False) -> Scores:
         labels_N = torch.tensor(part.labels, device=device_of(model))
         hidden_ND = self._shared_hidden(model, part) if self.shares_prompts else self._padded_hidden(model, part)
-        return Scores(*score(hidden_ND, labels_N, HeadCall.of(model, self.temperature), entropy_learns=entropy_learns))
+        return Scores(*score(hidden_ND, labels_N, Head.of(model, self.temperature), entropy_learns=entropy_learns))
 
-    def _shared_hidden(self, model: nn.Module, part: Part) -> Tensor:
+    def _shared_hidden(self, model: nn.Module, part: MicroBatch) -> Tensor:
         """One row; its last N positions are the scored ones."""
         ids, positions = part.row()
         device = device_of(model)
@@ -192,7 +192,7 @@ class Policy:
         ).last_hidden_state
         return hidden_1TD[0, part.layout.shared_tokens :]
 
-    def _padded_hidden(self, model: nn.Module, part: Part) -> Tensor:
+    def _padded_hidden(self, model: nn.Module, part: MicroBatch) -> Tensor:
         """One row per completion, zeros behind; then the scored positions only."""
         pairs = [(b, i) for b in part.bundles for i in range(len(b.siblings))]
         starts = torch.tensor([len(b.prompt_ids) - 1 for b, _ in pairs])[:, None]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedRun:
     """A recipe with its task, policy and engine, loaded once and handed from stage to stage."""
 
     recipe: Recipe
@@ -24,7 +24,7 @@ class Opened:
     engine: Engine
 
 
-def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
+def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
     from minigrpo.models.policy import open_policy
     from minigrpo.rollouts.engines.registry import open_engine
@@ -33,7 +33,7 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> Opened:
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
-    return Opened(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
+    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
 
 
 def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:

@@ -19,7 +19,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.delivery.hub.client import Hub, check_name, find_token, in_bytes
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.pipeline import tables
-from minigrpo.runs.manifest import finished, seconds_of, timed
+from minigrpo.runs.manifest import existing_result, seconds_of, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
 from minigrpo.ui.tables import plain_table, titled
@@ -179,7 +179,7 @@ def _answer_panel(answer: Answer) -> RenderableType:
 
 def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:
     table = plain_table("size", "")
-    made = [finished(run), *([run.merged] if delivered.merged else [])]
+    made = [existing_result(run), *([run.merged] if delivered.merged else [])]
     made += [file.file for file in delivered.exported.files] if delivered.exported else []
     for path in made:
         table.add_row(str(path), in_bytes(_size(path)), "" if path.exists() else "missing")

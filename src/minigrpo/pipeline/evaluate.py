@@ -19,9 +19,9 @@ from rich.text import Text
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.pipeline import tables
-from minigrpo.pipeline.context import Opened
+from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
-from minigrpo.runs.manifest import finished, fits, slug, stamp, trained
+from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
@@ -58,10 +58,10 @@ def evaluate(
     from minigrpo.utils.process import process_settings
 
     console = Console(quiet=quiet)
-    run = run_of(model)
+    run = evaluated_run(model)
     recipe = recipe or (load_recipe(str(run.path)) if run else Recipe())
     task = open_task(recipe)
-    ask = Questions(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
+    ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = run.evals if run else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.about}.json"
     with process_settings(recipe.train.threads):
@@ -86,7 +86,7 @@ def evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class EvalSide:
     """One side of a comparison, ready to answer. `made`: what it is made from, so that a kept answer is known."""
 
     name: str
@@ -95,13 +95,13 @@ class Side:
     made: dict[str, Any]
 
 
-def before_and_after(opened: Opened, run: RunDir, console: Console) -> list[Comparison]:
+def before_and_after(opened: OpenedRun, run: RunDir, console: Console) -> list[Comparison]:
     """The same unseen prompts, before and after, at each temperature."""
     from minigrpo.evaluation.evaluate import compare
 
     recipe = opened.recipe
-    asks = [Questions(recipe, opened.task, recipe.eval.limit, 1, t, console) for t in TEMPERATURES]
-    tuned = Side("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, trained(run, recipe)))
+    asks = [EvalRequest(recipe, opened.task, recipe.eval.limit, 1, t, console) for t in TEMPERATURES]
+    tuned = EvalSide("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, result_path(run, recipe)))
     after = [kept(run, tuned, ask) for ask in asks]
     with base_of(opened) as base:
         before = [kept(run, base, ask) for ask in asks]
@@ -109,7 +109,7 @@ def before_and_after(opened: Opened, run: RunDir, console: Console) -> list[Comp
 
 
 @contextmanager
-def base_of(opened: Opened) -> Iterator[Side]:
+def base_of(opened: OpenedRun) -> Iterator[EvalSide]:
     """The model before training: the policy with its adapter off, or, where all was trained, the model once more."""
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
@@ -117,16 +117,16 @@ def base_of(opened: Opened) -> Iterator[Side]:
     made = stamp("evaluate", opened.recipe)
     if not opened.policy.is_lora:
         policy = open_trained(opened.recipe.model.path, opened.recipe)
-        yield Side("base", policy, open_engine(policy, opened.recipe), made)
+        yield EvalSide("base", policy, open_engine(policy, opened.recipe), made)
         return
     with opened.policy.adapter_off():
         opened.engine.update(opened.policy)
-        yield Side("base", opened.policy, opened.engine, made)
+        yield EvalSide("base", opened.policy, opened.engine, made)
     opened.engine.update(opened.policy)
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class EvalRequest:
     """What a model is asked, and how: the same for every model that is to be compared."""
 
     recipe: Recipe
@@ -147,8 +147,8 @@ class Questions:
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.recipe.rollout.max_tokens, self.recipe.seed)
 
-    def put_to(self, side: Side, journal: Path) -> Evaluation:
-        from minigrpo.evaluation.answer_cache import Journal
+    def put_to(self, side: EvalSide, journal: Path) -> Evaluation:
+        from minigrpo.evaluation.answer_cache import AnswerCache
         from minigrpo.evaluation.evaluate import evaluate
         from minigrpo.rollouts.async_grader import Grader
 
@@ -166,13 +166,13 @@ class Questions:
                 tokenizer=side.policy.tokenizer,
                 n=self.n,
                 split=self.split,
-                journal=Journal(journal, asked),
+                journal=AnswerCache(journal, asked),
                 grader=grader,
                 report=report,
             )
 
 
-def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
+def judge_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     """Open a model of any kind, ask it, and let it go again: two may not fit side by side.
 
     Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
@@ -181,35 +181,35 @@ def judge_model(model: str, ask: Questions, file: Path) -> Evaluation:
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
 
-    run, path = run_of(model), Path(model).expanduser()
+    run, path = evaluated_run(model), Path(model).expanduser()
     if run and path.exists():
         refuse_changed(path, run)
     if path.suffix == GGUF:
         return judge_gguf(path, ask, journal_beside(file, model))
-    source = str(finished(run)) if run and run.path == path else model
+    source = str(existing_result(run)) if run and run.path == path else model
     policy = open_trained(source, ask.recipe)
     sources = [Path(source).expanduser()] if Path(source).expanduser().exists() else []
     made = stamp("evaluate", ask.recipe, *sources)
     made["from"]["model"] = policy.path  # a Hub id, or a folder whose name tells what shaped it
     evaluation = ask.put_to(
-        Side(name_of(model), policy, open_engine(policy, ask.recipe), made), journal_beside(file, model)
+        EvalSide(name_of(model), policy, open_engine(policy, ask.recipe), made), journal_beside(file, model)
     )
     del policy
     gc.collect()
     return evaluation
 
 
-def judge_gguf(path: Path, ask: Questions, journal: Path) -> Evaluation:
+def judge_gguf(path: Path, ask: EvalRequest, journal: Path) -> Evaluation:
     """A file for llama.cpp: the same prompts and the same grading; its own template and tokenizer."""
     from minigrpo.delivery.serve.gguf_engine import open_gguf
 
     with open_gguf(path, max_tokens=ask.sampling.max_tokens) as engine:
-        return ask.put_to(Side(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)
+        return ask.put_to(EvalSide(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)
 
 
 def name_of(model: str) -> str:
     """Short, and telling: a Hub id as it is, of a path its end, of what a run trained the run."""
-    run, path = run_of(model), Path(model).expanduser()
+    run, path = evaluated_run(model), Path(model).expanduser()
     if path.suffix == GGUF:
         return path.stem
     return run.path.resolve().name if run else path.resolve().name if path.exists() else model
@@ -220,7 +220,7 @@ def journal_beside(file: Path, model: str) -> Path:
     return file.with_name(f".{file.stem}-{slug(model)}.jsonl")
 
 
-def run_of(model: str) -> RunDir | None:
+def evaluated_run(model: str) -> RunDir | None:
     """The run that a path means: its folder, or what it trained."""
     path = Path(model).expanduser()
     for run in (RunDir(path), RunDir(path.parent)):
@@ -230,7 +230,7 @@ def run_of(model: str) -> RunDir | None:
     return above if above.exists() and path.parent == above.gguf else None
 
 
-def kept(run: RunDir, side: Side, ask: Questions) -> Evaluation:
+def kept(run: RunDir, side: EvalSide, ask: EvalRequest) -> Evaluation:
     """The evaluation that the run's folder holds, if it was made from the same; else a new one, which is kept."""
     from minigrpo.evaluation.evaluate import Evaluation
 

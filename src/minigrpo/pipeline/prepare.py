@@ -15,16 +15,16 @@ from rich.text import Text
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline import tables
-from minigrpo.pipeline.context import Opened
+from minigrpo.pipeline.context import OpenedRun
 from minigrpo.runs.manifest import fits, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 
 if TYPE_CHECKING:
-    from minigrpo.training.preflight import Verdict
+    from minigrpo.training.preflight import PreflightResult
 
 
-def prepare(opened: Opened, run: RunDir, console: Console) -> None:
+def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
     """Preflight and warm-up, as far as they are not done. Raises MinigrpoError where training would teach nothing."""
     go, warms = judged(opened, run, console)
     if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
@@ -39,13 +39,13 @@ def prepare(opened: Opened, run: RunDir, console: Console) -> None:
     warm_up(opened, run, console)
 
 
-def judged(opened: Opened, run: RunDir, console: Console) -> tuple[bool, bool]:
+def judged(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool]:
     """(go, whether a warm-up would mend what is wrong): preflight's verdict, an earlier one if it still holds."""
     if verdict_holds(opened.recipe, run):
         console.print(Text(f"{run.preflight} is there already."))
     else:
         with timed(run, "preflight"):
-            preflight(opened, run, console)
+            run_preflight(opened, run, console)
     verdict = read_json(run.preflight)
     return bool(verdict["go"]), bool(verdict.get("warms"))
 
@@ -62,7 +62,7 @@ def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     return stamp("preflight", recipe, *([run.warmup] if is_warm(recipe, run) else []))
 
 
-def preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
+def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> PreflightResult:
     """Sample the real task, print what was seen; keep it in the run's folder, where there is one."""
     from minigrpo.training.preflight import preflight
 
@@ -77,7 +77,7 @@ def preflight(opened: Opened, run: RunDir | None, console: Console) -> Verdict:
     return verdict
 
 
-def check_lessons(opened: Opened) -> None:
+def check_lessons(opened: OpenedRun) -> None:
     """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
     from minigrpo.training.sft_warmup import check
 
@@ -85,7 +85,7 @@ def check_lessons(opened: Opened) -> None:
         check(opened.recipe, opened.task, opened.policy)
 
 
-def warm_up(opened: Opened, run: RunDir, console: Console) -> None:
+def warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
     """Let the policy begin with the adapter of RUN/warmup, made now unless it is there; if the recipe has a warm-up."""
     if not opened.recipe.warmup.steps:
         return
@@ -100,12 +100,12 @@ def is_warm(recipe: Recipe, run: RunDir) -> bool:
     return bool(recipe.warmup.steps) and fits(run.warmup / "made.json", _stamp(recipe))
 
 
-def take_over(opened: Opened, run: RunDir) -> None:
+def take_over(opened: OpenedRun, run: RunDir) -> None:
     opened.policy.begin_with(run.warmup, keep_reference=opened.recipe.objective.kl > 0)
     opened.engine.update(opened.policy)
 
 
-def _warm_up(opened: Opened, run: RunDir, console: Console) -> None:
+def _warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
     from minigrpo.training.sft_warmup import warmup
 
     recipe = opened.recipe

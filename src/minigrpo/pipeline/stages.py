@@ -16,24 +16,24 @@ from rich.text import Text
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline import deliver, prepare, tables
-from minigrpo.pipeline.context import Opened, open_all
+from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.lock import hold
-from minigrpo.runs.logger import Track
-from minigrpo.runs.manifest import begin, check_folder, seconds_of, stamp, timed, trained
+from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.manifest import check_folder, create_run, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 
 if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison
-    from minigrpo.training.preflight import Verdict
+    from minigrpo.training.preflight import PreflightResult
 
 __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "warmup"]
 
 
-def preflight(recipe: Recipe, run: RunDir | None = None) -> Verdict:
+def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
     with settings_of(recipe, run):
-        return prepare.preflight(open_all(recipe, run), run, Console())
+        return prepare.run_preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -59,7 +59,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
         else:
             opened = open_all(recipe, run)
             prepare.check_lessons(opened)
-            begin(recipe, run)
+            create_run(recipe, run)
             prepare.warm_up(opened, run, console)
         console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
@@ -70,16 +70,16 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
     """Train, and leave the adapter (or the model) in the run's folder."""
     console = Console()
     with taken(recipe, run, resume):
-        if trained(run, recipe).exists():
-            console.print(Text(f"{trained(run, recipe)} is there already: nothing left to train."))
+        if result_path(run, recipe).exists():
+            console.print(Text(f"{result_path(run, recipe)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
         prepare.check_lessons(opened)
-        begin(recipe, run)
+        create_run(recipe, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
-    console.print(Text(f"Trained: {trained(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
+    console.print(Text(f"Trained: {result_path(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
 
 
 @contextmanager
@@ -158,11 +158,11 @@ def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samp
     with timed(run, "model"):
         opened = open_all(recipe, run)
         prepare.check_lessons(opened)
-        begin(recipe, run)
-    if trained(run, recipe).exists():
-        _restore(opened, trained(run, recipe))
+        create_run(recipe, run)
+    if result_path(run, recipe).exists():
+        _restore(opened, result_path(run, recipe))
         opened.engine.update(opened.policy)
-        console.print(Text(f"{trained(run, recipe)} is there already."))
+        console.print(Text(f"{result_path(run, recipe)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):
@@ -171,7 +171,7 @@ def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samp
         return before_and_after(opened, run, console)
 
 
-def _restore(opened: Opened, folder: Path) -> None:
+def _restore(opened: OpenedRun, folder: Path) -> None:
     try:
         opened.policy.restore(folder)
     except ArtifactError as fault:
@@ -181,19 +181,19 @@ def _restore(opened: Opened, folder: Path) -> None:
         ) from fault
 
 
-def _train(opened: Opened, run: RunDir, show_samples: bool) -> None:
+def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     from minigrpo.training import checkpoint
     from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
-    track = Track(run, recipe.train.steps, show_samples=show_samples)
+    track = RunLogger(run, recipe.train.steps, show_samples=show_samples)
     grpo(recipe, opened.task, opened.policy, opened.engine, track)
     last, _ = checkpoint.latest(run)
     done = last.step if last else 0
     if done < recipe.train.steps:
         track.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
         raise KeyboardInterrupt  # the signal waited until the step was saved; now it does what it came for
-    with complete_folder(trained(run, recipe)) as draft:
+    with complete_folder(result_path(run, recipe)) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", stamp("train", recipe))
 

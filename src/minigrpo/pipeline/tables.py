@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison, Evaluation
     from minigrpo.evaluation.statistics import Scores
     from minigrpo.training.memory.planner import Plan
-    from minigrpo.training.preflight import Figures, PromptLengths, Verdict
+    from minigrpo.training.preflight import Figures, PreflightResult, PromptLengths
     from minigrpo.training.sft_warmup import Warmed
 
 LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
 
 
-def verdict_table(verdict: Verdict) -> RenderableType:
+def verdict_table(verdict: PreflightResult) -> RenderableType:
     """What was sampled, what it measured, and go or change."""
     lines: list[RenderableType] = [answer_panel(sample, f"{sample['which']} sample") for sample in verdict.samples]
     lines.append(figures_table(verdict.figures))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from minigrpo.config.schema import TaskKnobs
+from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.grading import judgements
 from minigrpo.types import Completion, Grade, Prompt, Task
@@ -60,7 +60,7 @@ class Grader:
         self._hung = 0
 
     @classmethod
-    def of(cls, task: Task, knobs: TaskKnobs, say: Callable[[str], None] | None = None) -> Grader:
+    def of(cls, task: Task, knobs: TaskConfig, say: Callable[[str], None] | None = None) -> Grader:
         return cls(task, workers=knobs.workers, seconds=knobs.seconds, say=say)
 
     def __enter__(self) -> Grader:
@@ -74,8 +74,8 @@ class Grader:
         for _worker in range(self.workers):
             self._jobs.put(None)
 
-    def begin(self, prompts: Sequence[Prompt]) -> Batch:
-        return Batch(self, prompts)
+    def begin(self, prompts: Sequence[Prompt]) -> PendingGrades:
+        return PendingGrades(self, prompts)
 
     def say_once(self, kind: str, sentence: str) -> None:
         if kind not in self._said:
@@ -147,7 +147,7 @@ class Grader:
             )
 
 
-class Batch:
+class PendingGrades:
     """The groups of one rollout: handed over as they end, collected in the order of their prompts."""
 
     def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:

@@ -22,10 +22,10 @@ from rich.console import Console
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, sync, writing
 from minigrpo.types import Group
-from minigrpo.ui.live import Board, Lines, Pulse, View, board_fits
+from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 
 
-class Track:
+class RunLogger:
     """The record of one run, written as it happens. Use as a context manager: the display lives in between.
 
     `step` counts finished steps, from 1. Progress goes to stderr, so that a command's result alone is on stdout.
@@ -38,13 +38,13 @@ class Track:
         self.total_steps = total_steps
         self.show_samples = show_samples
         self._console = console or Console(stderr=True)
-        view = Board if board_fits(self._console) else Lines
-        self._view: View = view(self._console, total_steps)
-        self._pulse = Pulse()
+        view = LivePanel if panel_fits(self._console) else PlainLog
+        self._view: ProgressView = view(self._console, total_steps)
+        self._pulse = Snapshot()
         self._prefixes = {path: Prefix(path) for path in (run.metrics, run.groups)}
 
-    def __enter__(self) -> Track:
-        self._pulse = Pulse(rewards=tuple(_past_rewards(self.run.metrics)), since=time.monotonic())
+    def __enter__(self) -> RunLogger:
+        self._pulse = Snapshot(rewards=tuple(_past_rewards(self.run.metrics)), since=time.monotonic())
         self._view.open(self._pulse)
         return self
 

@@ -59,7 +59,7 @@ def _refuse_what_is_in_the_way(run: RunDir) -> None:
             raise ArtifactError(f"{file} is a folder, where the run keeps a file. Move it away.")
 
 
-def begin(recipe: Recipe, run: RunDir) -> None:
+def create_run(recipe: Recipe, run: RunDir) -> None:
     """From here on the folder is a run. To be called when the recipe's parts are open: a slip in it leaves nothing."""
     if not run.exists():
         text = dump_recipe(recipe)
@@ -141,12 +141,12 @@ def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return knobs
 
 
-def trained(run: RunDir, recipe: Recipe) -> Path:
+def result_path(run: RunDir, recipe: Recipe) -> Path:
     """Where the run's training leaves its result."""
     return run.model if recipe.train.full else run.adapter
 
 
-def finished(run: RunDir) -> Path:
+def existing_result(run: RunDir) -> Path:
     """What the run trained; raises ArtifactError where it has not come so far."""
     for path in (run.adapter, run.model):
         if path.exists():

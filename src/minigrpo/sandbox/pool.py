@@ -16,7 +16,7 @@ from typing import Any
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox.inside import codec, program
 from minigrpo.sandbox.protocol import Limits, Outcome, Plain, Referee, Wrong, printable
-from minigrpo.sandbox.session import Conversation, Ended, Fault
+from minigrpo.sandbox.session import Ended, Fault, Session
 from minigrpo.sandbox.worker import Worker
 
 TRIES = 3
@@ -205,7 +205,7 @@ class Game:
     def _play(self, worker: Worker, job: bytes, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         """From this call on, until the referee ends or the program fails."""
         try:
-            conversation = Conversation(worker, job)
+            conversation = Session(worker, job)
             try:
                 while True:
                     value = conversation.ask(self.kind, self._written(arguments))

@@ -36,7 +36,7 @@ class Fault(Exception):  # noqa: N818
     """The machine's fault, not the program's: to be tried again."""
 
 
-class Conversation:
+class Session:
     """With one child of a worker. `close` it, whatever happens."""
 
     def __init__(self, worker: Worker, job: bytes) -> None:

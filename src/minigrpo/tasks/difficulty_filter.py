@@ -16,12 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config.schema import TaskKnobs
+from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.types import Prompt, Split, Task
 
 
-def rated(task: Task, knobs: TaskKnobs) -> Task:
+def rated(task: Task, knobs: TaskConfig) -> Task:
     """The task with only those of its training prompts whose rate lies within [hardest, easiest]; raises TaskError."""
     source = knobs.rates
     if source is None:
@@ -44,7 +44,7 @@ def rated(task: Task, knobs: TaskKnobs) -> Task:
     return replace(task, prompts=prompts)
 
 
-def within(prompts: Sequence[Prompt], rates: Mapping[str, float], knobs: TaskKnobs) -> list[Prompt]:
+def within(prompts: Sequence[Prompt], rates: Mapping[str, float], knobs: TaskConfig) -> list[Prompt]:
     known = [prompt for prompt in prompts if prompt.id in rates]
     if not known:
         raise TaskError(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minigrpo.config.schema import GroupsKnobs
+from minigrpo.config.schema import GroupsConfig
 from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Group, Prompt
@@ -24,7 +24,7 @@ LOWEST_RATE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class StepGroups:
     """`groups`: the P that the step learns from. `sampled`: all that were asked, the first P of them as drawn, the
     fair sample of the task. `figures`: what the search cost and found.
     """
@@ -49,7 +49,7 @@ class Gathered:
 class GroupSource:
     """Asks for the groups of one step after another; remembers prompts and recent groups (`state`)."""
 
-    def __init__(self, sampler: PromptSampler, prompts: int, knobs: GroupsKnobs) -> None:
+    def __init__(self, sampler: PromptSampler, prompts: int, knobs: GroupsConfig) -> None:
         self.sampler = sampler
         self.prompts = prompts
         self.knobs = knobs
@@ -57,7 +57,7 @@ class GroupSource:
 
     def gather(
         self, step: int, ask: Callable[[Sequence[Prompt]], list[Group]], teaches: Callable[[Group], bool]
-    ) -> Gathered:
+    ) -> StepGroups:
         """P groups for the step; `ask` samples prompts, `teaches` tells whether a group moves the policy."""
         groups = ask(self.sampler.take(self.prompts))
         sampled = list(groups)
@@ -80,7 +80,7 @@ class GroupSource:
             figures["replayed_groups"] = self._replay(step, groups, tied)
             self.pool += [(step, group) for group in sampled if teaches(group)]
         self.sampler.learn(sampled)
-        return Gathered(tuple(groups), tuple(sampled), len(groups), figures)
+        return StepGroups(tuple(groups), tuple(sampled), len(groups), figures)
 
     def _replay(self, step: int, groups: list[Group], tied: list[int]) -> int:
         """Let the newest groups of the pool stand in; each stands in once, and none that is too old."""

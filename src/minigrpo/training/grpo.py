@@ -22,19 +22,19 @@ from torch import Tensor
 from minigrpo.algorithms.entropy import chosen_tokens
 from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective, open_objective
-from minigrpo.algorithms.packing import Batch, Part, pack
+from minigrpo.algorithms.packing import Batch, MicroBatch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.models.context import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
-from minigrpo.runs.logger import Track
-from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.runs.logger import RunLogger
+from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.metrics import Clock, batch_metrics, group_metrics
-from minigrpo.training.oom import clear_gradients, rehearse, with_room
-from minigrpo.training.prompt_sampler import PromptSampler, split_off
-from minigrpo.training.supervisor import Keeper
+from minigrpo.training.oom import clear_gradients, rehearse, retry_on_oom
+from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
+from minigrpo.training.supervisor import Supervisor
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import process_settings
 from minigrpo.utils.rng import name_key
@@ -42,21 +42,21 @@ from minigrpo.utils.signals import finish_first
 
 
 @process_settings()
-def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Track) -> None:
+def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: RunLogger) -> None:
     """Train the policy; the run's folder is the track's. Begins where the newest checkpoint ends, if there is one."""
     G, longest = recipe.rollout.completions, recipe.rollout.max_tokens
     objective = open_objective(recipe, sixteen_bit=policy.dtype in (torch.bfloat16, torch.float16))
     optimizer = open_optimizer(recipe, policy)
-    training, held_out = split_off(prompts_of(task, "train"), recipe)
+    training, held_out = split_held_out(prompts_of(task, "train"), recipe)
     check_prompts([*training, *held_out], policy.tokenizer, longest, policy.model)
     source = GroupSource(PromptSampler(training, recipe.seed, recipe.groups), recipe.rollout.prompts, recipe.groups)
-    keeper = Keeper(recipe, track, policy, optimizer, source)
+    keeper = Supervisor(recipe, track, policy, optimizer, source)
     prompt = longest_prompt(training, policy.tokenizer)
     start = keeper.restore(prompt, getattr(engine, "rows", 0))
     rises = rehearse(policy, objective, recipe, prompt, keeper)
     engine.update(policy)
     with track, Grader.of(task, recipe.task, track.say) as grader, finish_first() as interrupted:
-        asking = Asking(engine, task, policy.tokenizer, grader, recipe)
+        asking = RolloutContext(engine, task, policy.tokenizer, grader, recipe)
         for step in range(start, recipe.train.steps):
             clock = Clock(policy.device.type)
 
@@ -70,7 +70,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
 
             # 3. Improve. Weights are shares of the whole batch, so micro-batches add up exactly.
             rate, knobs = learning_rate(recipe, step), recipe.train
-            pace = Pace(step, keeper.budget, rate, knobs.grad_norm, knobs.inner_epochs)
+            pace = UpdateConfig(step, keeper.budget, rate, knobs.grad_norm, knobs.inner_epochs)
             with keeper.updating(rises, step):
                 weighed = replace(objective, entropy=keeper.bonus.weight)
                 figures, budget = improve(policy, optimizer, weighed, batch, pace)
@@ -95,7 +95,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, track: Trac
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class RolloutContext:
     """Who answers and who judges: all that is needed to turn prompts into graded groups."""
 
     engine: Engine
@@ -117,7 +117,7 @@ def teaches(objective: Objective, longest: int, group: Group) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class UpdateConfig:
     """How a batch is used: `budget` tokens a pass, `epochs` updates of learning rate `rate` and norm up to `limit`."""
 
     step: int
@@ -128,7 +128,7 @@ class Pace:
 
 
 def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, pace: Pace
+    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, pace: UpdateConfig
 ) -> tuple[dict[str, float], int]:
     """One update for each inner epoch; the figures of the loss, means over the epochs, and the tokens per pass with
     which the batch went through: fewer than `pace.budget` where memory ran out.
@@ -140,7 +140,7 @@ def improve(
     parts = list(batch.split(budget)) if batch.moves else []
     if objective.top_entropy < 1:
         choose = partial(with_chosen_tokens, policy, objective, step=pace.step)
-        parts, budget = with_room(choose, parts, budget, clear=partial(clear_gradients, policy))
+        parts, budget = retry_on_oom(choose, parts, budget, clear=partial(clear_gradients, policy))
     epochs: list[dict[str, float]] = []
     for _ in range(pace.epochs):
         parts, sums, norm, budget = update(policy, optimizer, objective, parts, replace(pace, budget=budget))
@@ -156,8 +156,12 @@ def improve(
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, parts: Sequence[Part], pace: Pace
-) -> tuple[list[Part], dict[str, float], float, int]:
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    parts: Sequence[MicroBatch],
+    pace: UpdateConfig,
+) -> tuple[list[MicroBatch], dict[str, float], float, int]:
     """One update; what `accumulate` returns, the norm of the gradient, and the tokens per pass that had room.
 
     A pass whose scaled loss overflowed float16 is done again with a smaller scale: a rollout costs more than a pass.
@@ -165,7 +169,7 @@ def update(
     before, budget = policy.loss_scale, pace.budget
     while True:
         whole = partial(accumulate, policy, objective, step=pace.step)
-        (parts, sums), budget = with_room(whole, parts, budget, clear=partial(clear_gradients, policy))
+        (parts, sums), budget = retry_on_oom(whole, parts, budget, clear=partial(clear_gradients, policy))
         norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
         if math.isfinite(norm):
             policy.loss_scale = policy.loss_scale.after_good() if parts else before
@@ -177,13 +181,13 @@ def update(
 
 
 def accumulate(
-    policy: Policy, objective: Objective, parts: Sequence[Part], *, step: int
-) -> tuple[list[Part], dict[str, float]]:
+    policy: Policy, objective: Objective, parts: Sequence[MicroBatch], *, step: int
+) -> tuple[list[MicroBatch], dict[str, float]]:
     """Add the gradient of the whole batch, micro-batch by micro-batch; the figures of the loss, summed likewise.
 
     Returns the micro-batches with `old` and `ref` filled in, for further epochs.
     """
-    done: list[Part] = []
+    done: list[MicroBatch] = []
     sums: dict[str, Tensor] = {}
     for part in parts:
         if objective.kl > 0 and part.ref_N is None:
@@ -197,7 +201,9 @@ def accumulate(
     return done, {name: float(total) for name, total in sums.items()}
 
 
-def with_chosen_tokens(policy: Policy, objective: Objective, parts: Sequence[Part], step: int) -> list[Part]:
+def with_chosen_tokens(
+    policy: Policy, objective: Objective, parts: Sequence[MicroBatch], step: int
+) -> list[MicroBatch]:
     """The tokens of highest entropy of the whole batch: which they are, only a pass over all of it can tell."""
     with torch.no_grad():
         entropies = [policy.logprobs(part, step=step).entropy_N for part in parts]
@@ -213,7 +219,7 @@ def with_chosen_tokens(policy: Policy, objective: Objective, parts: Sequence[Par
 SAMPLED = ("gap_sum", "entropy_sum", "scored_tokens")
 
 
-def sampler_gap(scores: Any, part: Part) -> dict[str, Tensor]:
+def sampler_gap(scores: Any, part: MicroBatch) -> dict[str, Tensor]:
     """Sums over tokens: how far engine and policy disagree on what was sampled, and the policy's entropy."""
     gap_N = (scores.logprobs_N.detach() - part.engine_N.to(scores.logprobs_N)).abs()
     count = torch.tensor(float(len(gap_N)))
@@ -257,7 +263,7 @@ def open_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(policy.trainable, **knobs, fused=True)
 
 
-def step_metrics(gathered: Gathered, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
+def step_metrics(gathered: StepGroups, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
     """Progress is judged by the groups that were not chosen for what they earned."""
     metrics = group_metrics(gathered.fair) | dict(gathered.figures) | batch_metrics(batch, figures)
     if gathered.figures.get("replayed_groups") and "engine_gap" in metrics:

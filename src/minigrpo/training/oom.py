@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from minigrpo.algorithms.objective import Objective
-from minigrpo.algorithms.packing import Bundle, Part
+from minigrpo.algorithms.packing import MicroBatch, PackedGroup
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
@@ -43,8 +43,8 @@ def ran_out(fault: BaseException) -> bool:
     return isinstance(fault, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
 
 
-def with_room(
-    work: Callable[[Sequence[Part]], Work], parts: Sequence[Part], budget: int, *, clear: Callable[[], None]
+def retry_on_oom(
+    work: Callable[[Sequence[MicroBatch]], Work], parts: Sequence[MicroBatch], budget: int, *, clear: Callable[[], None]
 ) -> tuple[Work, int]:
     """What `work` makes of the micro-batches, and the tokens per pass with which it could.
 
@@ -65,12 +65,12 @@ def with_room(
         budget, parts = _halved(parts, budget, told)
 
 
-def _halved(parts: Sequence[Part], budget: int, told: str) -> tuple[int, list[Part]]:
+def _halved(parts: Sequence[MicroBatch], budget: int, told: str) -> tuple[int, list[MicroBatch]]:
     longest = max(part.tokens for part in parts)
     smaller = budget // 2
     while smaller >= longest:
         smaller //= 2
-    pieces = [piece for part in parts for piece in cut(part, smaller)]
+    pieces = [piece for part in parts for piece in split_micro_batch(part, smaller)]
     if len(pieces) == len(parts):
         raise RecipeError(
             f"Memory ran out in a pass over a single completion, which cannot be cut ({told[:120]}). See what takes "
@@ -79,7 +79,7 @@ def _halved(parts: Sequence[Part], budget: int, told: str) -> tuple[int, list[Pa
     return smaller, pieces
 
 
-def cut(part: Part, tokens_per_pass: int) -> Iterator[Part]:
+def split_micro_batch(part: MicroBatch, tokens_per_pass: int) -> Iterator[MicroBatch]:
     """The same tokens in smaller micro-batches, with all that is known of them."""
     start = 0
     for bundles in _bundles(part, tokens_per_pass):
@@ -93,8 +93,8 @@ def cut(part: Part, tokens_per_pass: int) -> Iterator[Part]:
         start = stop
 
 
-def _bundles(part: Part, tokens_per_pass: int) -> Iterator[list[Bundle]]:
-    waiting: list[Bundle] = []
+def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGroup]]:
+    waiting: list[PackedGroup] = []
     for bundle in part.bundles:
         for piece in _pieces(bundle, tokens_per_pass):
             # Siblings are counted alike in all bundles of a row, so a piece of a group has a row of its own.
@@ -107,7 +107,7 @@ def _bundles(part: Part, tokens_per_pass: int) -> Iterator[list[Bundle]]:
         yield waiting
 
 
-def _pieces(bundle: Bundle, tokens_per_pass: int) -> Iterator[Bundle]:
+def _pieces(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
     """A group too long for one pass, as pieces of its siblings; each pays for the prompt again."""
     start, shared = 0, len(bundle.prompt_ids) - 1
     while start < len(bundle.siblings):
@@ -115,7 +115,7 @@ def _pieces(bundle: Bundle, tokens_per_pass: int) -> Iterator[Bundle]:
         while stop < len(bundle.siblings) and tokens + bundle.lengths[stop] <= tokens_per_pass:
             tokens += bundle.lengths[stop]
             stop += 1
-        yield Bundle(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
+        yield PackedGroup(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
         start = stop
 
 
@@ -168,13 +168,13 @@ def rehearse(policy: Policy, objective: Objective, recipe: Recipe, prompt: int, 
     parts = [largest_part(recipe, prompt, keeper.budget, vocabulary)]
     with keeper.updating(rises, -1):
         work = partial(_forward_and_back, policy, objective)
-        _, budget = with_room(work, parts, keeper.budget, clear=partial(clear_gradients, policy))
+        _, budget = retry_on_oom(work, parts, keeper.budget, clear=partial(clear_gradients, policy))
     clear_gradients(policy)
     keeper.shrink(budget)
     return rises
 
 
-def _forward_and_back(policy: Policy, objective: Objective, parts: Sequence[Part]) -> None:
+def _forward_and_back(policy: Policy, objective: Objective, parts: Sequence[MicroBatch]) -> None:
     for part in parts:
         scores = policy.logprobs(part, step=0, entropy_learns=objective.entropy > 0)
         (scores.logprobs_N.sum() + (scores.entropy_N.sum() if objective.entropy > 0 else 0.0)).backward()

@@ -38,7 +38,7 @@ MEASURED_PROMPTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PreflightResult:
     """`go`: nothing was found that would keep training from working. `reasons` block, `warnings` do not.
 
     `warms`: there are reasons, and a warm start would mend them all.
@@ -46,7 +46,7 @@ class Verdict:
 
     go: bool
     warms: bool
-    reasons: tuple[Finding, ...]
+    reasons: tuple[PreflightFinding, ...]
     warnings: tuple[str, ...]
     figures: Figures
     samples: tuple[dict[str, Any], ...]
@@ -55,7 +55,7 @@ class Verdict:
         return asdict(self)
 
 
-def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: Report = no_report) -> Verdict:
+def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: Report = no_report) -> PreflightResult:
     """Leaves the policy as it was."""
     knobs = recipe.rollout
     asked = prompts_of(task, "train")
@@ -87,7 +87,7 @@ def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: R
     reasons = tuple(faults(figures, groups, recipe, task))
     warnings = (*policy.warnings, *(str(finding) for finding in worries(figures, recipe, task)))
     warms = bool(reasons) and all(reason.warms for reason in reasons)
-    return Verdict(not reasons, warms, reasons, warnings, figures, evidence(groups))
+    return PreflightResult(not reasons, warms, reasons, warnings, figures, evidence(groups))
 
 
 def measured_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:
@@ -128,7 +128,7 @@ def figures_of(
         unscored=1 - len(rewards) / len(grades),
         group_spread=fmean(group.spread for group in groups),
         informative=informative,
-        truncated=fmean(cut(completion) for completion in completions),
+        truncated=fmean(is_truncated(completion) for completion in completions),
         prompts=prompts,
         mean_tokens=mean_tokens,
         tokens_per_second=step_tokens / max(rollout_seconds, 1e-9),
@@ -210,7 +210,7 @@ def evidence(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:
     by_reward = sorted(listed, key=lambda each: each[2].reward if each[2].scored else -math.inf)
     chosen = {"best": by_reward[-1], "worst": by_reward[0]}
     for each in listed:
-        if cut(each[1]):
+        if is_truncated(each[1]):
             chosen.setdefault("cut off", each)
     return tuple(sample(name, *each) for name, each in chosen.items())
 
@@ -237,7 +237,7 @@ LITTLE_FORM = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PreflightFinding:
     """What was seen, and what to turn. `warms`: a warm start mends it."""
 
     what: str
@@ -295,21 +295,21 @@ def teaches(group: Group, recipe: Recipe) -> bool:
     return group.spread > recipe.groups.min_spread
 
 
-def cut(completion: Completion) -> bool:
+def is_truncated(completion: Completion) -> bool:
     return completion.finish == "length"
 
 
-def faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[Finding]:
+def faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """Why training could not work."""
     rest = faults_of_answers(figures, groups, recipe, task)
     return [crowded(figures, recipe), *rest] if figures.prompts.crowded else rest
 
 
-def faults_of_answers(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[Finding]:
+def faults_of_answers(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """What keeps the sampled answers from teaching anything."""
     if figures.unscored == 1:
         return [
-            Finding(
+            PreflightFinding(
                 f"The reward of none of the {figures.completions} completions could be told.",
                 "Every reward function declined, or the grader took too long: see what it returns for the sample "
                 f"above, or raise --task.seconds {2 * recipe.task.seconds:g}.",
@@ -318,7 +318,7 @@ def faults_of_answers(figures: Figures, groups: Sequence[Group], recipe: Recipe,
     if always_cut(figures):
         limit = recipe.rollout.max_tokens
         return [
-            Finding(
+            PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {limit} tokens.",
                 f"Let them finish: --rollout.max_tokens {2 * limit}. If the model never stops, its chat template or "
                 f"eos token does not fit it: use the instruct version. {warm_up(recipe, task)}",
@@ -327,7 +327,7 @@ def faults_of_answers(figures: Figures, groups: Sequence[Group], recipe: Recipe,
         ]
     if figures.formed == 0:
         return [
-            Finding(
+            PreflightFinding(
                 f"Not one of {figures.completions} completions has the form that the task asks for.",
                 f"GRPO can only strengthen what the model already does sometimes. {warm_up(recipe, task)} Or show the "
                 "form in the system prompt with one worked example, or use an instruct model.",
@@ -360,40 +360,42 @@ def warm_up(recipe: Recipe, task: Task) -> str:
     )
 
 
-def crowded(figures: Figures, recipe: Recipe) -> Finding:
+def crowded(figures: Figures, recipe: Recipe) -> PreflightFinding:
     """Prompts so long that a completion may run beyond the longest text that the model can read."""
     context, longest = figures.prompts.context or 0, figures.prompts.longest
     room = context - longest
     cure = f"--rollout.max_tokens {room} fits them all, or shorten" if room > 0 else "Shorten or leave out"
-    return Finding(
+    return PreflightFinding(
         f"{figures.prompts.crowded:.0%} of the prompts leave less than rollout.max_tokens {recipe.rollout.max_tokens} "
         f"of the model's context of {context} tokens (the longest prompt has {longest}).",
         f"Beyond its context a model babbles: {cure} the longest prompts.",
     )
 
 
-def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> Finding:
+def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> PreflightFinding:
     """Why every group's siblings earn the same, and what separates them again."""
     what = f"In all {figures.groups} groups the siblings earned the same reward, so there is nothing to compare."
     if figures.solved == 1:
-        return Finding(what, "The model already solves every prompt: choose a harder task.")
+        return PreflightFinding(what, "The model already solves every prompt: choose a harder task.")
     more = 2 * recipe.rollout.completions
     if all(len({completion.text for completion in group.completions}) == 1 for group in groups):
-        return Finding(what, "Siblings say the same, too: raise --rollout.temperature, or use a less certain model.")
+        return PreflightFinding(
+            what, "Siblings say the same, too: raise --rollout.temperature, or use a less certain model."
+        )
     if at_the_top(groups, recipe, task):
-        return Finding(
+        return PreflightFinding(
             what,
             f"Every completion earned {figures.reward_mean:g}, as much as the task's own right answers: choose a "
             "harder task, or let the reward tell better answers from good ones.",
         )
     if figures.solved == 0:
-        return Finding(
+        return PreflightFinding(
             what,
             "The answers have the form and none is right: make the task easier, give part of the reward for part of "
             f"the way, use a stronger model, or look longer for a lucky one: --rollout.completions {more}. If the "
             f"{figures.reward_mean:g} that they earned is the most that the reward pays, choose a harder task.",
         )
-    return Finding(
+    return PreflightFinding(
         what, f"Prompts are either always or never solved: mix the difficulty, or --rollout.completions {more}."
     )
 
@@ -406,12 +408,12 @@ def at_the_top(groups: Sequence[Group], recipe: Recipe, task: Task) -> bool:
     return all(min(group.rewards) >= gold.reward - recipe.groups.min_spread for group, gold in pairs)
 
 
-def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
+def worries(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """What will make training slow or lame, without keeping it from working."""
     found = []
     if 0 < figures.unscored < 1:
         found.append(
-            Finding(
+            PreflightFinding(
                 f"The reward of {figures.unscored:.0%} of the completions could not be told.",
                 "They are left out of their groups' comparisons; if the grader took too long: "
                 f"--task.seconds {2 * recipe.task.seconds:g}.",
@@ -419,7 +421,7 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
         )
     if figures.short_of_memory:
         found.append(
-            Finding(
+            PreflightFinding(
                 f"The whole training is planned to take {figures.planned_memory_gb:.1f} GB at its height, more than "
                 "is free here.",
                 "What takes it and what to turn: minigrpo plan RECIPE",
@@ -427,7 +429,7 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
         )
     if figures.truncated > 0.2 and not always_cut(figures):
         found.append(
-            Finding(
+            PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {recipe.rollout.max_tokens} tokens.",
                 f"They earn what an unfinished answer earns; if they were on the right way: "
                 f"--rollout.max_tokens {2 * recipe.rollout.max_tokens}.",
@@ -435,7 +437,7 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
         )
     if 0 < figures.formed < LITTLE_FORM:
         found.append(
-            Finding(
+            PreflightFinding(
                 f"Only {figures.formed:.0%} of the completions have the form.",
                 f"The first steps would teach the form alone. {warm_up(recipe, task)} Or show one worked example in "
                 "the system prompt.",
@@ -444,16 +446,18 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[Finding]:
     return found + lame(figures, recipe)
 
 
-def lame(figures: Figures, recipe: Recipe) -> list[Finding]:
+def lame(figures: Figures, recipe: Recipe) -> list[PreflightFinding]:
     """Little to compare, or little left to learn."""
     found = []
     if 0 < figures.informative < 0.25:
         found.append(
-            Finding(
+            PreflightFinding(
                 f"Only {figures.informative:.0%} of the groups teach anything.",
                 f"More siblings find more differences: --rollout.completions {2 * recipe.rollout.completions}.",
             )
         )
     if 0.9 < figures.solved < 1:
-        found.append(Finding(f"{figures.solved:.0%} of the completions are right already.", "Little is left to learn."))
+        found.append(
+            PreflightFinding(f"{figures.solved:.0%} of the completions are right already.", "Little is left to learn.")
+        )
     return found

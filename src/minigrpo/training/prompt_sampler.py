@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from minigrpo.config.schema import GroupsKnobs, Recipe
+from minigrpo.config.schema import GroupsConfig, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.types import Group, Prompt
 from minigrpo.utils.rng import name_key
@@ -30,7 +30,7 @@ class Record:
     epoch: int
 
 
-def split_off(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
+def split_held_out(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts to train on, prompts kept aside to judge by during training). Raises RecipeError where too few are."""
     if not recipe.eval.every:
         return list(prompts), []
@@ -51,10 +51,10 @@ class PromptSampler:
     So no step holds a prompt twice, unless a step takes more than there are.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, knobs: GroupsKnobs | None = None) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, knobs: GroupsConfig | None = None) -> None:
         self.prompts = prompts
         self.seed = seed
-        self.knobs = knobs or GroupsKnobs()
+        self.knobs = knobs or GroupsConfig()
         self.epoch = -1
         self.deck: list[int] = []
         self.records: dict[str, Record] = {}

@@ -27,7 +27,7 @@ from minigrpo.models.sft import Lesson, Room, Schedule, mean_loss, warm_start
 from minigrpo.rollouts.grading import judge
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.training.memory.machine import tokens_per_pass
-from minigrpo.training.prompt_sampler import split_off
+from minigrpo.training.prompt_sampler import split_held_out
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.rng import name_key
@@ -133,7 +133,7 @@ def written_answers(recipe: Recipe, task: Task) -> list[Written]:
     """As many as the steps can use, in a random order: from the recipe's file, or the task's own right answers."""
     order = random.Random(f"warmup/{recipe.seed}")
     most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - ASIDE)) + 1
-    training, judging = split_off(prompts_of(task, "train"), recipe)
+    training, judging = split_held_out(prompts_of(task, "train"), recipe)
     if recipe.warmup.data:
         unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
         found = list(read_answers(Path(recipe.warmup.data).expanduser(), training, unseen))
@@ -269,7 +269,7 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[Written]) -> float:
     """Share of answers, sampled as in training, that have the form: to prompts held aside, or else to training ones."""
     prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:ASKED]
-    prompts = prompts or list(split_off(prompts_of(task, "train"), recipe)[0][:ASKED])
+    prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe)[0][:ASKED])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
     n = max(1, ANSWERS // len(prompts))
     groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)

@@ -19,13 +19,13 @@ from minigrpo.algorithms.packing import Batch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
 from minigrpo.models.policy import Policy
-from minigrpo.runs.logger import Track
+from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
-from minigrpo.training.group_source import Gathered, GroupSource
+from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import free_memory, tokens_per_pass
 from minigrpo.training.monitor.alarms import Alarms
-from minigrpo.training.monitor.divergence import Watch, message
+from minigrpo.training.monitor.divergence import DivergenceMonitor, message
 from minigrpo.training.oom import left_by_a_kill, noted
 from minigrpo.utils.process import compute_repeatably
 
@@ -33,17 +33,17 @@ PATIENCE = 5
 """Steps in a row whose gradient is not finite before the run stops."""
 
 
-class Keeper:
+class Supervisor:
     """Belongs to one run of the training loop; `bonus` is the entropy bonus as it stands after the last step."""
 
     def __init__(
-        self, recipe: Recipe, track: Track, policy: Policy, optimizer: torch.optim.Optimizer, source: GroupSource
+        self, recipe: Recipe, track: RunLogger, policy: Policy, optimizer: torch.optim.Optimizer, source: GroupSource
     ) -> None:
         self.recipe, self.track, self.run = recipe, track, track.run
         self.policy, self.optimizer, self.source = policy, optimizer, source
         self.bonus = EntropyBonus.of(recipe.objective)
         self.alarms = Alarms(recipe, sixteen_bit=policy.dtype != torch.float32)
-        self.watch = Watch(recipe.watch)
+        self.watch = DivergenceMonitor(recipe.watch)
         self.failures = 0
         self.budget = 0
         self.best: tuple[float, float, int] | None = None
@@ -88,7 +88,7 @@ class Keeper:
         free = free_memory(self.policy.device)
         return noted(self.run, rises, free, {"step": step, "tokens_per_pass": self.budget})
 
-    def record(self, step: int, metrics: Mapping[str, float], gathered: Gathered, batch: Batch) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], gathered: StepGroups, batch: Batch) -> None:
         """Log step number `step`, and say what is alarming about it."""
         unused = [[0.0] * len(group.grades) for group in gathered.others]
         advantages = [*batch.advantages_PG.tolist(), *unused]

@@ -25,7 +25,7 @@ EXTRAS = {"kl": "kl {:.4f}", "entropy": "entropy {:.2f}", "tokens_per_second": "
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class Snapshot:
     """What is known of the run at one moment. `stamps`: when the latest steps ended, oldest first."""
 
     step: int = 0
@@ -36,7 +36,7 @@ class Pulse:
     since: float = 0.0
     stamps: tuple[float, ...] = ()
 
-    def after(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], sample: str | None) -> Pulse:
+    def after(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], sample: str | None) -> Snapshot:
         """The moment after one more step."""
         earned = [reward for group in groups for reward in group.rewards]
         reward = metrics.get("reward", sum(earned) / len(earned) if earned else float("nan"))
@@ -71,13 +71,13 @@ class Pulse:
         return facts + [EXTRAS[name].format(self.metrics[name]) for name in EXTRAS if name in self.metrics]
 
 
-class View(Protocol):
-    def open(self, pulse: Pulse) -> None: ...
-    def show(self, pulse: Pulse) -> None: ...
+class ProgressView(Protocol):
+    def open(self, pulse: Snapshot) -> None: ...
+    def show(self, pulse: Snapshot) -> None: ...
     def close(self) -> None: ...
 
 
-class Lines:
+class PlainLog:
     """One line per step, at most every two seconds, so that logs stay short. The first and the last always."""
 
     def __init__(self, console: Console, total_steps: int, every: float = 2.0) -> None:
@@ -86,10 +86,10 @@ class Lines:
         self._every = every
         self._last: float | None = None
 
-    def open(self, pulse: Pulse) -> None:
+    def open(self, pulse: Snapshot) -> None:
         pass
 
-    def show(self, pulse: Pulse) -> None:
+    def show(self, pulse: Snapshot) -> None:
         now = time.monotonic()
         if self._last is not None and now - self._last < self._every and pulse.step < self._total:
             return
@@ -107,21 +107,21 @@ class Lines:
         self._console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 
-class Board:
+class LivePanel:
     """A panel that redraws itself: where the run is, its reward curve, the latest step, one completion."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
         self._total = total_steps
-        self._pulse = Pulse()
+        self._pulse = Snapshot()
         self._live: Live | None = None
 
-    def open(self, pulse: Pulse) -> None:
+    def open(self, pulse: Snapshot) -> None:
         self._pulse = pulse
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2)
         self._live.start(refresh=True)
 
-    def show(self, pulse: Pulse) -> None:
+    def show(self, pulse: Snapshot) -> None:
         self._pulse = pulse
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class Board:
     def _render(self) -> RenderableType:
         pulse = self._pulse
         width = min(self._console.width, 100)
-        parts: list[RenderableType] = [plot(pulse.rewards, width - 14)] if pulse.rewards else []
+        parts: list[RenderableType] = [sparkline(pulse.rewards, width - 14)] if pulse.rewards else []
         # A fact stays whole where the line breaks: its own spaces are hidden from the wrapping.
         facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in pulse.facts()), width - 4)
         words = "\n".join(facts).replace("\a", " ") or "sampling the first completions ..."
@@ -147,7 +147,7 @@ class Board:
         return Panel(Stack(*parts), title=head, title_align="left", border_style="cyan", width=width)
 
 
-def board_fits(console: Console) -> bool:
+def panel_fits(console: Console) -> bool:
     """Whether somebody watches, on something that can redraw itself."""
     return (
         console.is_terminal
@@ -157,7 +157,7 @@ def board_fits(console: Console) -> bool:
     )
 
 
-def plot(values: Sequence[float], width: int) -> Text:
+def sparkline(values: Sequence[float], width: int) -> Text:
     """Columns of blocks over the whole run, each the mean of the steps it stands for; the scale is at the left."""
     finite = [value for value in values if value == value]
     if not finite:

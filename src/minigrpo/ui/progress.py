@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from minigrpo.ui.live import board_fits, duration
+from minigrpo.ui.live import duration, panel_fits
 
 
 class Report(Protocol):
@@ -27,7 +27,7 @@ def stage(name: str, total: int, console: Console | None = None) -> Iterator[Rep
     """Show the progress of a long piece of work: `with stage("evaluate", 500) as report: report(done, total, note)`."""
     console = console or Console(stderr=True)
     began = time.monotonic()
-    if not board_fits(console):
+    if not panel_fits(console):
         yield _stage_lines(name, total, console)
     else:
         with _bar(console) as bar:

@@ -24,12 +24,12 @@ from minigrpo.errors import ArtifactError
 from minigrpo.models.adapter import Adapter, adapter_config, read_adapter
 from minigrpo.models.model_files import Base, find_base, open_base
 from minigrpo.runs.lock import hold
-from minigrpo.runs.manifest import finished, read_sealed, stamp, write_sealed
+from minigrpo.runs.manifest import existing_result, read_sealed, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, tidy
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TrainedSource:
     """`folder`: the adapter, or the model where every parameter was trained (`full`). `run`: None outside of one."""
 
     folder: Path
@@ -59,16 +59,16 @@ class Source:
         return made
 
 
-def source_of(path: Path | RunDir, *, base: str | None = None) -> Source:
+def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
     """`base`: another place than the one that was trained on. Raises ArtifactError where there is nothing trained."""
     run = path if isinstance(path, RunDir) else RunDir(Path(path).expanduser())
     if not run.exists() and run.path in (RunDir(run.path.parent).adapter, RunDir(run.path.parent).model):
         run = RunDir(run.path.parent) if RunDir(run.path.parent).exists() else run
     if run.exists():
         recipe = load_recipe(str(run.path))
-        folder = finished(run)
+        folder = existing_result(run)
         revision = None if base else recipe.model.revision
-        return Source(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
+        return TrainedSource(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
     if not run.path.is_dir():
         raise ArtifactError(f"{run.path} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
     config = adapter_config(run.path)
@@ -76,7 +76,7 @@ def source_of(path: Path | RunDir, *, base: str | None = None) -> Source:
     if not named:
         raise ArtifactError(f"{run.path / 'adapter_config.json'} names no base model. Say which: --base MODEL")
     revision = None if base else config.get("revision")
-    return Source(run.path, Recipe(model={"path": named}), named, revision, False, None)  # type: ignore[arg-type]
+    return TrainedSource(run.path, Recipe(model={"path": named}), named, revision, False, None)  # type: ignore[arg-type]
 
 
 def seal_folder(folder: Path, made: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ def merged_of(run: RunDir) -> Path:
         sealed = read_seal(run.merged)
     except ArtifactError as fault:
         raise ArtifactError(f"{fault} {again} --force") from None
-    trained = finished(run)
+    trained = existing_result(run)
     if sealed["made"]["from"].get(trained.name) != digest(trained):
         raise ArtifactError(f"{run.merged} is stale: it was made from another {trained}. {again}")
     return run.merged

@@ -29,7 +29,7 @@ from minigrpo.delivery.artifacts.source import alone, merged_of, sums_of
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import modelfile
-from minigrpo.delivery.gguf.parity import Proof, Reference, outline, prove_file, reference
+from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, gguf_reference, outline, prove_file
 from minigrpo.delivery.gguf.quantize import FLOATS, FORMATS, Quantised, quantise, weigh
 from minigrpo.delivery.parity.kl import record
 from minigrpo.delivery.parity.table import figure
@@ -83,7 +83,7 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ExportJob:
     """What is exported, and to where. `lossless`: the float type that holds the model's weights as they are."""
 
     model: Path
@@ -129,10 +129,10 @@ def export(
     """
     kinds = chosen(formats)
     require_library()
-    order = order_of(path, out=out, llama_cpp=llama_cpp, writer=writer)
+    order = export_job(path, out=out, llama_cpp=llama_cpp, writer=writer)
     done = {} if force else _done(order, kinds)
     missing = [kind for kind in kinds if kind not in done]
-    truth = reference(order.model, order.run) if missing else None
+    truth = gguf_reference(order.model, order.run) if missing else None
     with _disk(order), stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report:
         if truth:
             _make(order, missing, done, truth, report)
@@ -159,7 +159,7 @@ def chosen(formats: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: name not in FLOATS)
 
 
-def order_of(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> Order:
+def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> ExportJob:
     run = path if isinstance(path, RunDir) else RunDir(Path(path))
     here = run.path.absolute()
     if run.exists():
@@ -171,7 +171,7 @@ def order_of(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, w
     converter = find_converter(model, llama_cpp, writer)
     versions = {package: installed(package) for package in ("minigrpo", "gguf", "xllamacpp", "transformers")}
     made = {"verb": "export", "versions": versions, "from": {"model": sums_of(model), "converter": converter.name}}
-    return Order(
+    return ExportJob(
         *(model, run if run.exists() else None, (out or folder).expanduser(), slug(name)),
         base=open_base(model),
         converter=converter,
@@ -180,13 +180,13 @@ def order_of(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, w
     )
 
 
-def _known(order: Order) -> dict[str, Any]:
+def _known(order: ExportJob) -> dict[str, Any]:
     """What made.json says of each file; nothing where it was made from another model."""
     file = order.folder / "made.json"
     return dict(read_sealed(file)["files"]) if file.is_file() else {}
 
 
-def _done(order: Order, kinds: Sequence[str]) -> dict[str, File]:
+def _done(order: ExportJob, kinds: Sequence[str]) -> dict[str, File]:
     """Formats that are there and proved, from this model. Raises ArtifactError for a file that is not ours."""
     known, found = _known(order), {}
     for kind in kinds:
@@ -207,7 +207,7 @@ def _done(order: Order, kinds: Sequence[str]) -> dict[str, File]:
     return found
 
 
-def _make(order: Order, kinds: Sequence[str], done: dict[str, File], truth: Reference, report: Report) -> None:
+def _make(order: ExportJob, kinds: Sequence[str], done: dict[str, File], truth: GgufReference, report: Report) -> None:
     """Puts each missing format into `done`. What is quantised is made from a proved file, asked for or not."""
     order.folder.mkdir(parents=True, exist_ok=True)
     own = order.draft(order.lossless)
@@ -227,7 +227,7 @@ def _make(order: Order, kinds: Sequence[str], done: dict[str, File], truth: Refe
         own.unlink(missing_ok=True)
 
 
-def _hidden(order: Order, own: Path, truth: Reference) -> File:
+def _hidden(order: ExportJob, own: Path, truth: GgufReference) -> File:
     """The float file that only the others are made from; it keeps a name only where it is wrong."""
     _convert(order, order.lossless, own)
     proof = prove_file(own, order.lossless, truth)
@@ -237,7 +237,7 @@ def _hidden(order: Order, own: Path, truth: Reference) -> File:
     return _place(order, order.lossless, own, made=made, proof=proof, truth=truth)
 
 
-def _one(order: Order, kind: str, source: Path | None, truth: Reference) -> File:
+def _one(order: ExportJob, kind: str, source: Path | None, truth: GgufReference) -> File:
     draft = order.folder / f".{order.name}-{kind}.new.{os.getpid()}{DRAFT}"
     try:
         if kind in FLOATS:
@@ -251,7 +251,7 @@ def _one(order: Order, kind: str, source: Path | None, truth: Reference) -> File
         draft.unlink(missing_ok=True)
 
 
-def _convert(order: Order, kind: str, file: Path) -> None:
+def _convert(order: ExportJob, kind: str, file: Path) -> None:
     need = bytes_of(order.base, torch.float32 if kind == "F32" else torch.float16) + SPARE
     free = shutil.disk_usage(order.folder).free
     if free < need:
@@ -262,7 +262,9 @@ def _convert(order: Order, kind: str, file: Path) -> None:
     order.converter.convert(order.model, file, kind, order.name)
 
 
-def _place(order: Order, kind: str, draft: Path, *, made: Quantised, proof: Proof, truth: Reference) -> File:
+def _place(
+    order: ExportJob, kind: str, draft: Path, *, made: Quantised, proof: GgufProof, truth: GgufReference
+) -> File:
     """Give it its name, or that of a rejected one; what stood there before gives way to a proved one only."""
     if order.run is not None:
         record(order.run.parity, [proof.to_dict()])
@@ -286,7 +288,7 @@ def _place(order: Order, kind: str, draft: Path, *, made: Quantised, proof: Proo
 
 
 @contextmanager
-def _disk(order: Order) -> Iterator[None]:
+def _disk(order: ExportJob) -> Iterator[None]:
     """A disk that fills in the middle: what is whole stays, and the same command goes on from there."""
     try:
         with writing(order.folder / "made.json"):

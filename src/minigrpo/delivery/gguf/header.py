@@ -24,7 +24,7 @@ LONGEST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class GgufHeader:
     """`context`: tokens that the model was made for. `tokens`: of its vocabulary. `eos`: the one that ends an answer.
 
     None stands for what the file does not say.
@@ -42,7 +42,7 @@ class _CutError(Exception):
     """The file ends, or says something that cannot be, in the middle of its head."""
 
 
-def read_head(file: Path) -> Head:
+def read_head(file: Path) -> GgufHeader:
     """Raises ArtifactError where the file is missing, is no GGUF file, or ends before its last weight."""
     try:
         size = file.stat().st_size
@@ -62,7 +62,7 @@ def read_head(file: Path) -> Head:
     context = keys.get(f"{architecture}.context_length")
     tokens = keys.get("tokenizer.ggml.tokens", 0)
     eos = keys.get("tokenizer.ggml.eos_token_id")
-    return Head(file, architecture, context, tokens, eos, "tokenizer.chat_template" in keys)
+    return GgufHeader(file, architecture, context, tokens, eos, "tokenizer.chat_template" in keys)
 
 
 AGAIN = "Copy it again, or export it again with --force"

@@ -28,7 +28,7 @@ INSTALL = "pip install 'minigrpo[gguf]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class GgufFacts:
     """What llama.cpp reads in the file. `bos`, `eos`: -1 where there is none. `ends`: tokens that end an answer."""
 
     vocabulary: int
@@ -75,7 +75,7 @@ class LlamaCpp:
         except BaseException:
             self.close()
             raise
-        self.facts = Facts(**{**answer, "ends": tuple(answer["ends"])})
+        self.facts = GgufFacts(**{**answer, "ends": tuple(answer["ends"])})
 
     def __enter__(self) -> LlamaCpp:
         return self

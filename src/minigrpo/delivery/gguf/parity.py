@@ -38,7 +38,7 @@ model, with weights as they were merged, and only llama.cpp's own rounding on a 
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class GgufReference:
     """The merged model on the held texts. `base_kl`: what training did, in nats a token; None where it is unknown.
 
     `trained`: the policy itself on the same texts, where it was opened; the merged model stands for it elsewhere.
@@ -57,7 +57,7 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class GgufProof:
     """`row`: the distance. `greatest`: largest difference of a log-probability from the merged model's.
 
     `judged`: whether there is a limit for its type; else it is only told. `faults`: why the file is refused.
@@ -77,13 +77,13 @@ class Proof:
         return self.row.to_dict() | own
 
 
-def reference(folder: Path, run: RunDir | None) -> Reference:
+def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
     """Opens the merged model in float32, asks it, and lets go of it."""
     from transformers import AutoTokenizer
 
     tokenizer, task = AutoTokenizer.from_pretrained(folder), task_of(run)
     held, merged = what_is_said(as_loaded(folder).eval(), tokenizer, run, task)
-    return Reference(held, merged, asked_of(task), tokenizer, _base_kl(run))
+    return GgufReference(held, merged, asked_of(task), tokenizer, _base_kl(run))
 
 
 def asked_of(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
@@ -98,7 +98,7 @@ def _base_kl(run: RunDir | None) -> float | None:
     return next((row["mean_kl"] for row in stages if row["name"] == "base"), None)
 
 
-def prove_file(file: Path, kind: str, truth: Reference) -> Proof:
+def prove_file(file: Path, kind: str, truth: GgufReference) -> GgufProof:
     """Loads the file in llama.cpp. `kind`: F16, Q8_0 and the like."""
     with LlamaCpp(file, context=truth.longest + 8) as llama:
         if llama.facts.vocabulary != truth.merged[0].shape[-1]:
@@ -111,7 +111,7 @@ def prove_file(file: Path, kind: str, truth: Reference) -> Proof:
     truths, limit = truth.trained or truth.merged, RELATIVE.get(kind) if truth.base_kl is not None else None
     row = compare(f"gguf {kind}", found, truths, base_kl=truth.base_kl, limit=limit)
     greatest = max(float((each - other).abs().max()) for each, other in zip(found, truth.merged, strict=True))
-    return Proof(row, greatest, kind in RELATIVE, (*tokens, *_too_far(row, greatest, kind)))
+    return GgufProof(row, greatest, kind in RELATIVE, (*tokens, *_too_far(row, greatest, kind)))
 
 
 def _too_far(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _remedy(kind: str) -> str:
     return "Export as F32: if that is refused, too, the model was written wrongly; if not, this type is too coarse."
 
 
-def outline(truth: Reference) -> dict[str, Any]:
+def outline(truth: GgufReference) -> dict[str, Any]:
     """What every proof was made on."""
     texts: Sequence[Any] = truth.held.texts
     return {"texts": len(texts), "tokens": sum(text.scored for text in texts), "source": truth.held.source}

@@ -42,7 +42,7 @@ TEXT = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class RepoContents:
     """The whole content of one repository. `origin`: what it is known by when it is published again."""
 
     what: What
@@ -56,7 +56,7 @@ class Parcel:
         return sum(each.size for each in self.items)
 
 
-def parcels_of(run: RunDir, repo: str, what: Sequence[str], there: There | None) -> list[Parcel]:
+def contents_of_run(run: RunDir, repo: str, what: Sequence[str], there: There | None) -> list[RepoContents]:
     """Raises ArtifactError where what is asked for is missing, stale or changed.
 
     `there`: whether a repository is there already, published from the same origin, so that pages name it; None: no
@@ -84,7 +84,7 @@ def parcels_of(run: RunDir, repo: str, what: Sequence[str], there: There | None)
         mark: dict[str, Any] = {"minigrpo": this_version(), "origin": {**origin, "what": kind}, **proofs}
         mark["files"] = {each.name: each.sha256 for each in items}
         whole = (*items, item(MARK, (json.dumps(mark, indent=2, ensure_ascii=False) + "\n").encode()))
-        parcel = Parcel(kind, repos[kind], whole, {**origin, "what": kind}, facts.remarks)
+        parcel = RepoContents(kind, repos[kind], whole, {**origin, "what": kind}, facts.remarks)
         refuse_secrets(parcel)
         found.append(parcel)
     return found
@@ -182,7 +182,7 @@ def _licences(run: RunDir, items: Sequence[Item]) -> Iterator[Item]:
 CONTENTS = {"merged": _merged, "adapter": _adapter, "gguf": _gguf}
 
 
-def parcel_of_folder(folder: Path, repo: str) -> Parcel:
+def contents_of_folder(folder: Path, repo: str) -> RepoContents:
     """Any folder, as it is. Raises MinigrpoError for files that look like secrets."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder. To publish one: --folder DIR")
@@ -192,7 +192,7 @@ def parcel_of_folder(folder: Path, repo: str) -> Parcel:
         raise ArtifactError(f"{folder} holds no files.")
     left = len(files) - len(ours)
     remarks = (f"{left} files of {', '.join(LEFT_OUT)} are left out.",) if left else ()
-    parcel = Parcel("folder", repo, (), {"what": "folder"}, remarks)
+    parcel = RepoContents("folder", repo, (), {"what": "folder"}, remarks)
     for name in ours:
         if SECRET_FILES.fullmatch(Path(name).name):
             raise MinigrpoError(f"{folder / name} looks like a secret. Nothing was sent. Move it out of the folder.")
@@ -201,7 +201,7 @@ def parcel_of_folder(folder: Path, repo: str) -> Parcel:
     return parcel
 
 
-def refuse_secrets(parcel: Parcel, token: str = "") -> None:
+def refuse_secrets(parcel: RepoContents, token: str = "") -> None:
     """Raises MinigrpoError where a file holds this token, or what looks like one or like a private key."""
     for each, data in _texts(parcel):
         if (token and token.encode() in data) or SECRET_WORDS.search(data):
@@ -209,7 +209,7 @@ def refuse_secrets(parcel: Parcel, token: str = "") -> None:
             raise MinigrpoError(f"{where} holds an access token or a private key. Nothing was sent. Take it out.")
 
 
-def _texts(parcel: Parcel) -> Iterator[tuple[Item, bytes]]:
+def _texts(parcel: RepoContents) -> Iterator[tuple[Item, bytes]]:
     for each in parcel.items:
         if each.size <= TEXT:
             yield each, each.content if isinstance(each.content, bytes) else each.content.read_bytes()

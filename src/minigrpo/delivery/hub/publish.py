@@ -20,7 +20,15 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.delivery.hub.client import Hub, Item, Remote, Tell, Visit, check_name, find_token, in_bytes
-from minigrpo.delivery.hub.contents import MARK, SUFFIX, Parcel, mark_of, parcel_of_folder, parcels_of, refuse_secrets
+from minigrpo.delivery.hub.contents import (
+    MARK,
+    SUFFIX,
+    RepoContents,
+    contents_of_folder,
+    contents_of_run,
+    mark_of,
+    refuse_secrets,
+)
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import hold
 from minigrpo.runs.rundir import RunDir, digest
@@ -33,7 +41,7 @@ OF_THE_HUB = (".gitattributes",)
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class PublishedRepo:
     """One repository. `files`: sizes by name. `fetched`: where it was downloaded to, and is byte for byte the same."""
 
     repo: str
@@ -53,14 +61,14 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    sent: tuple[Sent, ...]
+    sent: tuple[PublishedRepo, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {"repositories": [each.to_dict() for each in self.sent]}
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class PublishJob:
     """How it is to be published. `command`: the one that begins again or goes on."""
 
     command: str
@@ -91,7 +99,7 @@ def publish(
     """
     run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
     command = _command([str(run.path), *(word for each in what for word in ("--what", each))], repo, private, force)
-    order = Order(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
+    order = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
     for kind in what or SUFFIX:
         check_name(repo + SUFFIX.get(kind, ""))
 
@@ -100,7 +108,7 @@ def publish(
         visit = hub.visit(repo)
         return visit is not None and _mark(hub, repo, visit).get("origin") == origin
 
-    return _publish(parcels_of(run, repo, what, None if dry_run else there), order)
+    return _publish(contents_of_run(run, repo, what, None if dry_run else there), order)
 
 
 def publish_folder(
@@ -117,9 +125,9 @@ def publish_folder(
     """Publish any folder as it is; the rest as in `publish`."""
     folder = folder.expanduser()
     command = _command(["--folder", str(folder)], repo, private, force)
-    order = Order(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
+    order = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
     check_name(repo)
-    return _publish([parcel_of_folder(folder, repo)], order)
+    return _publish([contents_of_folder(folder, repo)], order)
 
 
 def publish_alone(path: Path, repo: str, **options: Any) -> Published:
@@ -136,7 +144,7 @@ def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str
     return shlex.join([*words, *([] if private else ["--public"]), *(["--force"] if force else [])])
 
 
-def _publish(parcels: Sequence[Parcel], order: Order) -> Published:
+def _publish(parcels: Sequence[RepoContents], order: PublishJob) -> Published:
     if order.dry_run:
         return Published(tuple(_told(parcel, order, "would be published") for parcel in parcels))
     hub = Hub(*find_token(), order.command)
@@ -151,13 +159,13 @@ def _publish(parcels: Sequence[Parcel], order: Order) -> Published:
     return Published(tuple(sent))
 
 
-def _told(parcel: Parcel, order: Order, verdict: Verdict, **facts: Any) -> Sent:
+def _told(parcel: RepoContents, order: PublishJob, verdict: Verdict, **facts: Any) -> PublishedRepo:
     files = {each.name: each.size for each in parcel.items}
     facts = {"remarks": parcel.remarks, "private": order.private, **facts}
-    return Sent(parcel.repo, parcel.what, verdict, files=files, **facts)
+    return PublishedRepo(parcel.repo, parcel.what, verdict, files=files, **facts)
 
 
-def _admit(hub: Hub, parcel: Parcel, visit: Visit | None, order: Order) -> list[str]:
+def _admit(hub: Hub, parcel: RepoContents, visit: Visit | None, order: PublishJob) -> list[str]:
     """Names to be removed. Raises MinigrpoError where the repository is somebody's own, or not as private as asked."""
     there = {name: file for name, file in (visit.files if visit else {}).items() if name not in OF_THE_HUB}
     if visit and order.private and not visit.private:
@@ -192,7 +200,9 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _send(hub: Hub, parcel: Parcel, visit: Visit | None, *, removed: Sequence[str], order: Order) -> Sent:
+def _send(
+    hub: Hub, parcel: RepoContents, visit: Visit | None, *, removed: Sequence[str], order: PublishJob
+) -> PublishedRepo:
     remarks = list(parcel.remarks)
     if visit is None:
         hub.create(parcel.repo, private=order.private)
@@ -219,7 +229,7 @@ def _differing(items: Sequence[Item], there: Any) -> list[str]:
     return [each.name for each in items if each.name not in files or not files[each.name].holds(each)]
 
 
-def _fetch(hub: Hub, parcel: Parcel, order: Order) -> Path:
+def _fetch(hub: Hub, parcel: RepoContents, order: PublishJob) -> Path:
     """Into the Hub's cache, compared byte for byte. Raises MinigrpoError for the first file that is not the same."""
     with _progress(parcel, order, "download") as tell:
         tell(0, parcel.repo)
@@ -236,7 +246,7 @@ def _fetch(hub: Hub, parcel: Parcel, order: Order) -> Path:
 
 
 @contextmanager
-def _progress(parcel: Parcel, order: Order, name: str = "upload") -> Iterator[Tell]:
+def _progress(parcel: RepoContents, order: PublishJob, name: str = "upload") -> Iterator[Tell]:
     """In a terminal one line for each large file, under which the Hub's client draws a bar of its bytes, with the time
     left; elsewhere, lines of ours."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

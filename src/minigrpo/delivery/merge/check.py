@@ -19,7 +19,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.merged_weights import Change, changes_of
-from minigrpo.delivery.artifacts.source import Source, source_of
+from minigrpo.delivery.artifacts.source import TrainedSource, source_of
 from minigrpo.delivery.parity.compare import trained_truth
 from minigrpo.delivery.parity.kl import Divergence, known
 from minigrpo.errors import ArtifactError, MinigrpoError
@@ -91,7 +91,7 @@ def sound_already(run: RunDir) -> bool:
     return bool(found["ok"] and found["effect"])
 
 
-def _checked(source: Source, model: bool) -> tuple[Checked, dict[str, Any]]:
+def _checked(source: TrainedSource, model: bool) -> tuple[Checked, dict[str, Any]]:
     files, adapter = source.open()
     changes = changes_of(files, adapter)
     facts = tuple(facts_of(pair) for pair in adapter.pairs.values())

@@ -27,7 +27,7 @@ from rich.text import Text
 from minigrpo.config.schema import DtypeName
 from minigrpo.delivery.artifacts import merged_weights
 from minigrpo.delivery.artifacts.merged_weights import Change, Rounding
-from minigrpo.delivery.artifacts.source import Source, alone, read_seal, seal_folder, source_of
+from minigrpo.delivery.artifacts.source import TrainedSource, alone, read_seal, seal_folder, source_of
 from minigrpo.delivery.parity.compare import packed_base, prove, trained_truth
 from minigrpo.delivery.parity.kl import Divergence, record
 from minigrpo.delivery.parity.table import TITLE, parity_table
@@ -135,7 +135,7 @@ def choose(
     return fit, measured, [note]
 
 
-def _there(target: Path, made: Mapping[str, Any], force: bool, source: Source) -> Merged | None:
+def _there(target: Path, made: Mapping[str, Any], force: bool, source: TrainedSource) -> Merged | None:
     """What is there, if it was made from the same and is whole. Raises ArtifactError for what somebody changed."""
     if not target.exists() or force:
         return None
@@ -154,7 +154,9 @@ def _there(target: Path, made: Mapping[str, Any], force: bool, source: Source) -
     return Merged(target, sealed["dtype"], "there already")
 
 
-def _judge(source: Source, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]) -> None:
+def _judge(
+    source: TrainedSource, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]
+) -> None:
     """Keep the figures; raise ArtifactError, and the folder under another name, where the proof fails."""
     if source.run and stages and target == source.run.merged:
         record(source.run.parity, [row.to_dict() for row in stages], {"made": read_sealed(draft / "made.json")["made"]})
@@ -198,7 +200,7 @@ def _check_room(base: Base, dtype: torch.dtype, target: Path) -> None:
 
 
 @contextmanager
-def _disk(target: Path, source: Source) -> Iterator[None]:
+def _disk(target: Path, source: TrainedSource) -> Iterator[None]:
     """A disk that fills in the middle: in a merge's own words, for there is nothing to resume."""
     try:
         yield

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from minigrpo.delivery.artifacts.merged_weights import bytes_of
-from minigrpo.delivery.artifacts.source import Source
+from minigrpo.delivery.artifacts.source import TrainedSource
 from minigrpo.delivery.parity.kl import LIMIT, NOTHING, Divergence, compare
-from minigrpo.delivery.parity.texts import Held, HeldTexts, distributions, held_texts, sampled_texts
+from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, distributions, held_texts, sampled_texts
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
@@ -31,7 +31,7 @@ from minigrpo.utils.process import no_progress_bars
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class Reference:
     """The trained policy on the held texts, and how far the base is from it: the measure of all that follows."""
 
     held: HeldTexts
@@ -43,7 +43,7 @@ class Truth:
         return self.base.mean_kl <= NOTHING
 
 
-def device_for(source: Source, base: Base) -> torch.device:
+def device_for(source: TrainedSource, base: Base) -> torch.device:
     """The recipe's, if a model in float32 has room there, with a tenth for its passes; else the CPU."""
     device = pick_device(source.recipe.model.device)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * bytes_of(base, torch.float32):
@@ -51,49 +51,53 @@ def device_for(source: Source, base: Base) -> torch.device:
     return device
 
 
-def trained_truth(source: Source, base: Base) -> Truth:
+def trained_truth(source: TrainedSource, base: Base) -> Reference:
     """Opens the base with the adapter beside it; of a full-parameter run the model, and then its base."""
     device = device_for(source, base)
     if source.full:
         held, trained = _of_full(source, device)
         found = _of_base(base, source, device, held.texts)
-        return Truth(held, trained, compare("base", found, trained))
+        return Reference(held, trained, compare("base", found, trained))
     with opened(base.folder, source, device) as (model, tokenizer):
         model = attach_adapter(model, source.folder)
         held, trained = _said(model, tokenizer, source)
         with model.disable_adapter():
-            return Truth(held, trained, compare("base", distributions(model, held.texts), trained))
+            return Reference(held, trained, compare("base", distributions(model, held.texts), trained))
 
 
 # Each of these ends before the next begins, and lets its model go: two may not fit side by side.
 
 
-def _of_full(source: Source, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+def _of_full(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
     with opened(source.folder, source, device) as (model, tokenizer):
         return _said(model, tokenizer, source)
 
 
-def _of_base(base: Base, source: Source, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
+def _of_base(
+    base: Base, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
+) -> tuple[Tensor, ...]:
     with opened(base.folder, source, device) as (model, _):
         return tuple(distributions(model, texts))
 
 
-def _of_packed(base: Base, source: Source, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
+def _of_packed(
+    base: Base, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
+) -> tuple[Tensor, ...]:
     with opened(base.folder, source, device, four_bit=True) as (model, _):
         return tuple(distributions(attach_adapter(model, source.folder), texts))
 
 
-def of_merged(folder: Path, device: torch.device, texts: Sequence[Held]) -> tuple[Tensor, ...]:
+def of_merged(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> tuple[Tensor, ...]:
     """What a merged folder says, as transformers loads it. Raises ModelError where a weight is missing or too many."""
     model = as_loaded(folder).to(device).eval()
     return tuple(distributions(model, texts))
 
 
-def packed_base(source: Source) -> bool:
+def packed_base(source: TrainedSource) -> bool:
     return source.recipe.model.quantize == "nf4"
 
 
-def _said(model: Any, tokenizer: Any, source: Source) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+def _said(model: Any, tokenizer: Any, source: TrainedSource) -> tuple[HeldTexts, tuple[Tensor, ...]]:
     return what_is_said(model, tokenizer, source.run, task_of(source.run))
 
 
@@ -118,12 +122,12 @@ def task_of(run: RunDir | None) -> Task | None:
         return None
 
 
-def prove(folder: Path, source: Source, base: Base, truth: Truth) -> list[Divergence]:
+def prove(folder: Path, source: TrainedSource, base: Base, truth: Reference) -> list[Divergence]:
     """The merged model against the trained policy; where the base was in 4 bit while it trained, against that, too."""
     return judged(of_merged(folder, device_for(source, base), truth.held.texts), source, base, truth)
 
 
-def judged(found: tuple[Tensor, ...], source: Source, base: Base, truth: Truth) -> list[Divergence]:
+def judged(found: tuple[Tensor, ...], source: TrainedSource, base: Base, truth: Reference) -> list[Divergence]:
     """The rows of a proof. `found`: what the merged model says."""
     device, texts = device_for(source, base), truth.held.texts
     against = {"base_kl": truth.base.mean_kl}
@@ -135,7 +139,9 @@ def judged(found: tuple[Tensor, ...], source: Source, base: Base, truth: Truth) 
 
 
 @contextmanager
-def opened(folder: Path, source: Source, device: torch.device, *, four_bit: bool = False) -> Iterator[tuple[Any, Any]]:
+def opened(
+    folder: Path, source: TrainedSource, device: torch.device, *, four_bit: bool = False
+) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer), in float32, let go of at the end; the tokenizer is the one that training used."""
     from transformers import AutoTokenizer
 

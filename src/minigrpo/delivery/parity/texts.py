@@ -31,7 +31,7 @@ TAIL = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ScoredText:
     """A prompt and a completion as ids; the tokens from `start` on are scored."""
 
     ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Held:
 class HeldTexts:
     """`source`: where they come from, in a person's words."""
 
-    texts: tuple[Held, ...]
+    texts: tuple[ScoredText, ...]
     source: str
 
 
@@ -80,11 +80,11 @@ def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        texts.append(Held(tuple(said[0].tolist()), len(ids)))
+        texts.append(ScoredText(tuple(said[0].tolist()), len(ids)))
     return HeldTexts(_within(texts, vocabulary), "likeliest answers of the trained policy")
 
 
-def distributions(model: Any, texts: Sequence[Held]) -> Iterator[Tensor]:
+def distributions(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
     """Log-probabilities [N, V] of each text in float32, on the CPU."""
     for held in texts:
         ids = torch.tensor([held.ids[:-1]], device=model.device)
@@ -93,22 +93,22 @@ def distributions(model: Any, texts: Sequence[Held]) -> Iterator[Tensor]:
         yield logits_NV.float().log_softmax(-1).cpu()
 
 
-def _within(texts: Sequence[Held], vocabulary: int) -> tuple[Held, ...]:
+def _within(texts: Sequence[ScoredText], vocabulary: int) -> tuple[ScoredText, ...]:
     """The first texts, as many as there is room for; the last of them may be cut short."""
     room = max(8, min(TOKENS, NUMBERS // vocabulary))
-    kept: list[Held] = []
+    kept: list[ScoredText] = []
     for held in texts[:TEXTS]:
         count = min(held.scored, LONGEST, room)
         if count:
-            kept.append(Held(held.ids[: held.start + count], held.start))
+            kept.append(ScoredText(held.ids[: held.start + count], held.start))
             room -= count
     return tuple(kept)
 
 
-def _held(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> Held:
+def _held(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> ScoredText:
     ids = render(tokenizer, prompt).ids
     said = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return Held((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
+    return ScoredText((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
 
 
 def _last_answers(file: Path) -> Iterator[tuple[Prompt, str, bool]]:

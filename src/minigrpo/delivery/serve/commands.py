@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from minigrpo.delivery.gguf.header import Head
+from minigrpo.delivery.gguf.header import GgufHeader
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.vllm_compat import LORA_RANKS, lora_room
 
@@ -41,7 +41,7 @@ CONTAINER_CACHE = "/root/.cache/huggingface/hub"
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class ServerCommand:
     """What is started. `model`: the name that clients use. `what`: the artefact, as the user knows it."""
 
     engine: EngineName
@@ -90,7 +90,7 @@ def worker() -> Path:
 
 
 def llama_launch(
-    head: Head,
+    head: GgufHeader,
     *,
     host: str,
     port: int,
@@ -99,7 +99,7 @@ def llama_launch(
     temperature: float = 1.0,
     name: str | None = None,
     tools: Path | None = None,
-) -> Launch:
+) -> ServerCommand:
     """`tools`: a folder with llama.cpp's programs, which then serve; else xllamacpp does, or a program on the PATH.
 
     `exact`: keys and values in float32, and no flash attention: slower, and what the file says to the last digits.
@@ -116,7 +116,7 @@ def llama_launch(
         options = {"file": str(head.file), "model": model, "host": host, "port": port, "context": context}
         options |= {"exact": exact, "temperature": temperature}
         line = [sys.executable, "-P", str(worker()), "llama", json.dumps(options)]
-    return Launch("llama.cpp", tuple(line), host, port, model, str(head.file), context)
+    return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context)
 
 
 def find_llama_server(tools: Path | None) -> Path | None:
@@ -145,7 +145,7 @@ def vllm_launch(
     context: int | None = None,
     temperature: float = 1.0,
     whole: bool = False,
-) -> Launch:
+) -> ServerCommand:
     """`python`: of the environment that holds vLLM. `whole`: let clients ask for the probability of every token."""
     config = model.settings()
     limit = config.get("text_config", config).get("max_position_embeddings")
@@ -161,7 +161,7 @@ def vllm_launch(
     share = memory_share()
     line += ["--gpu-memory-utilization", f"{share:.2f}"] if share else []
     line += ["--max-logprobs", "-1"] if whole else []
-    return Launch("vllm", tuple(line), host, port, name, str(model.adapter or model.source), context)
+    return ServerCommand("vllm", tuple(line), host, port, name, str(model.adapter or model.source), context)
 
 
 def memory_share() -> float | None:
@@ -202,7 +202,7 @@ def vllm_options(
     return line
 
 
-def docker_line(launch: Launch, model: Model, temperature: float) -> str:
+def docker_line(launch: ServerCommand, model: Model, temperature: float) -> str:
     """vLLM in its own container, on the machine's GPUs."""
     folder = Path(model.source)
     mounts = {}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigrpo.delivery.gguf.header import Head, read_head
+from minigrpo.delivery.gguf.header import GgufHeader, read_head
 from minigrpo.delivery.serve.commands import ROOM
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
@@ -39,7 +39,7 @@ def open_gguf(file: Path, *, max_tokens: int) -> Iterator[GgufEngine]:
 class GgufEngine:
     """Asks a file's server. `context`: tokens that it reads at most; `tokenizer`: what renders prompts for it."""
 
-    def __init__(self, client: ServerClient, head: Head, context: int | None) -> None:
+    def __init__(self, client: ServerClient, head: GgufHeader, context: int | None) -> None:
         self.client, self.head, self.context = client, head, context
         self.tokenizer = Renderer(client, str(head.file))
 

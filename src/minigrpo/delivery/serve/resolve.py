@@ -16,7 +16,7 @@ from typing import Literal
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.artifacts.merged_weights import changes_of
-from minigrpo.delivery.artifacts.source import Source, merged_of, refuse_changed, source_of, sums_of
+from minigrpo.delivery.artifacts.source import TrainedSource, merged_of, refuse_changed, source_of, sums_of
 from minigrpo.delivery.gguf.header import read_head
 from minigrpo.delivery.hub.client import adapter_on_hub, settings_on_hub
 from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm
@@ -32,7 +32,7 @@ TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ServeOptions:
     """What the user chose, beyond the artefact itself. `base`: of an adapter, where it lies now.
     `vllm`: the python that has it. `llama_cpp`: its programs."""
 
@@ -49,7 +49,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Artefact:
+class Servable:
     """What is served: a GGUF file (`gguf`), or what vLLM takes (`model`)."""
 
     name: str
@@ -70,7 +70,7 @@ class Artefact:
         return self.recipe.rollout.max_tokens if self.recipe else TOKENS
 
 
-def found(what: str, wanted: Wanted) -> Artefact:
+def resolve_servable(what: str, wanted: ServeOptions) -> Servable:
     """Raises ArtifactError where it is missing, stale, or nothing that the engine serves."""
     path = Path(what).expanduser()
     run = next((run for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
@@ -87,17 +87,17 @@ def found(what: str, wanted: Wanted) -> Artefact:
     )
 
 
-def _of_run(run: RunDir, path: Path, wanted: Wanted) -> Artefact:
+def _of_run(run: RunDir, path: Path, wanted: ServeOptions) -> Servable:
     name = slug(run.path.absolute().name)
     if wanted.adapter or path == run.adapter:
         _refuse_llama(wanted, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
         source = source_of(run, base=wanted.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
-        return Artefact(name, run, model=_beside(source))
+        return Servable(name, run, model=_beside(source))
     if path != run.gguf and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
-        return Artefact(name, run, model=Model(str(merged_of(run))))
-    return Artefact(name, run, gguf=gguf_of(run, wanted.format))
+        return Servable(name, run, model=Model(str(merged_of(run))))
+    return Servable(name, run, gguf=gguf_of(run, wanted.format))
 
 
 def gguf_of(run: RunDir, kind: str) -> Path:
@@ -123,7 +123,7 @@ def gguf_of(run: RunDir, kind: str) -> Path:
     return file
 
 
-def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
+def _of_file(path: Path, wanted: ServeOptions, run: RunDir | None) -> Servable:
     if wanted.engine == "vllm" or wanted.adapter:
         raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
     read_head(path)
@@ -131,30 +131,30 @@ def _of_file(path: Path, wanted: Wanted, run: RunDir | None) -> Artefact:
     owner = run or (above if above.exists() and path.parent == above.gguf else None)
     if owner:
         refuse_changed(path, owner)
-    return Artefact(path.stem, owner, gguf=path)
+    return Servable(path.stem, owner, gguf=path)
 
 
-def _of_folder(path: Path, wanted: Wanted) -> Artefact:
+def _of_folder(path: Path, wanted: ServeOptions) -> Servable:
     if (path / "adapter_config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
-        return Artefact(slug(path.absolute().name), None, model=_beside(source_of(path, base=wanted.base)))
+        return Servable(slug(path.absolute().name), None, model=_beside(source_of(path, base=wanted.base)))
     if (path / "config.json").is_file():
         _refuse_llama(wanted, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
-        return Artefact(slug(path.absolute().name), None, model=Model(str(path)))
+        return Servable(slug(path.absolute().name), None, model=Model(str(path)))
     files = sorted(path.glob(f"*{wanted.format.upper()}.gguf"))
     if len(files) == 1:
         return _of_file(files[0], wanted, None)
     raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
 
 
-def _beside(source: Source) -> Model:
+def _beside(source: TrainedSource) -> Model:
     """An adapter beside its base. Raises ModelError where the two do not belong together."""
     base, adapter = source.open()
     changes_of(base, adapter)
     return Model(str(base.folder), source.folder)
 
 
-def _on_hub(repo: str, wanted: Wanted) -> Artefact:
+def _on_hub(repo: str, wanted: ServeOptions) -> Servable:
     """A model, whose settings are read, or an adapter, which is downloaded; its base is opened as any adapter's."""
     name, adapter, unread = slug(repo.rpartition("/")[2]), None, None
     try:
@@ -164,17 +164,17 @@ def _on_hub(repo: str, wanted: Wanted) -> Artefact:
     if adapter is not None:
         return replace(_of_folder(adapter_on_hub(repo), wanted), name=name)
     try:
-        return Artefact(name, None, model=Model(repo, config=Model(repo).settings()))
+        return Servable(name, None, model=Model(repo, config=Model(repo).settings()))
     except MinigrpoError as fault:
         raise unread or fault from None
 
 
-def _refuse_llama(wanted: Wanted, sentence: str) -> None:
+def _refuse_llama(wanted: ServeOptions, sentence: str) -> None:
     if wanted.engine == "llama.cpp":
         raise ArtifactError(sentence)
 
 
-def _vllm_fits(wanted: Wanted) -> bool:
+def _vllm_fits(wanted: ServeOptions) -> bool:
     """Named, or installed here where a GPU is."""
     if wanted.vllm is not None:
         return True

@@ -21,8 +21,16 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.delivery.gguf.header import read_head
-from minigrpo.delivery.serve.commands import Launch, Model, docker_line, find_vllm, llama_launch, reserve, vllm_launch
-from minigrpo.delivery.serve.resolve import Artefact, Wanted, found
+from minigrpo.delivery.serve.commands import (
+    Model,
+    ServerCommand,
+    docker_line,
+    find_vllm,
+    llama_launch,
+    reserve,
+    vllm_launch,
+)
+from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import QUESTION
@@ -51,13 +59,15 @@ class Answer:
 
 def ask_once(run: RunDir, *, format: str = "Q8_0", quiet: bool = False) -> Answer:
     """Serve the run's GGUF file with llama.cpp, ask one unseen problem of its task, and end the server."""
-    wanted = Wanted(engine="llama.cpp", port=0, format=format)
-    with serving(found(str(run.path), wanted), wanted, quiet=quiet) as (server, artefact):
+    wanted = ServeOptions(engine="llama.cpp", port=0, format=format)
+    with serving(resolve_servable(str(run.path), wanted), wanted, quiet=quiet) as (server, artefact):
         return ask(server, artefact)
 
 
 @contextmanager
-def serving(artefact: Artefact, wanted: Wanted, *, quiet: bool = False) -> Iterator[tuple[ServerProcess, Artefact]]:
+def serving(
+    artefact: Servable, wanted: ServeOptions, *, quiet: bool = False
+) -> Iterator[tuple[ServerProcess, Servable]]:
     """The server, up and well. Its log is RUN/serve.log."""
     launch = launch_of(artefact, wanted)
     log = artefact.run.path / "serve.log" if artefact.run else None
@@ -67,7 +77,7 @@ def serving(artefact: Artefact, wanted: Wanted, *, quiet: bool = False) -> Itera
         yield server, artefact
 
 
-def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
+def launch_of(artefact: Servable, wanted: ServeOptions) -> ServerCommand:
     """The command line. Raises MinigrpoError where the engine is missing, the port taken, the context too long."""
     common: dict[str, Any] = {"host": wanted.host, "name": artefact.name, "context": wanted.context}
     common["temperature"] = artefact.temperature
@@ -88,7 +98,7 @@ def launch_of(artefact: Artefact, wanted: Wanted) -> Launch:
 # Asking
 
 
-def ask(server: ServerProcess, artefact: Artefact, question: str | None = None) -> Answer:
+def ask(server: ServerProcess, artefact: Servable, question: str | None = None) -> Answer:
     """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
     from minigrpo.rollouts.grading import judge
 
@@ -106,12 +116,12 @@ def ask(server: ServerProcess, artefact: Artefact, question: str | None = None) 
     )
 
 
-def room(launch: Launch, artefact: Artefact) -> int:
+def room(launch: ServerCommand, artefact: Servable) -> int:
     """Tokens for an answer: as many as in training, if half of the context holds them."""
     return min(artefact.tokens, launch.context // 2) if launch.context else artefact.tokens
 
 
-def _asked(artefact: Artefact, question: str | None) -> tuple[Task | None, Prompt]:
+def _asked(artefact: Servable, question: str | None) -> tuple[Task | None, Prompt]:
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.tasks.registry import open_task
 
@@ -126,18 +136,18 @@ def _asked(artefact: Artefact, question: str | None) -> tuple[Task | None, Promp
 # Showing
 
 
-def body_of(launch: Launch, messages: tuple[Message, ...] | list[Message]) -> dict[str, Any]:
+def body_of(launch: ServerCommand, messages: tuple[Message, ...] | list[Message]) -> dict[str, Any]:
     return {"model": launch.model, "messages": [dict(message) for message in messages]}
 
 
-def curl_line(launch: Launch, messages: tuple[Message, ...]) -> str:
+def curl_line(launch: ServerCommand, messages: tuple[Message, ...]) -> str:
     """For a POSIX shell, whatever stands in the messages."""
     body = json.dumps(body_of(launch, messages), ensure_ascii=False)
     url = f"{launch.url}/v1/chat/completions"
     return shlex.join(["curl", url, "-H", "Content-Type: application/json", "-d", body])
 
 
-def python_lines(launch: Launch, messages: tuple[Message, ...]) -> str:
+def python_lines(launch: ServerCommand, messages: tuple[Message, ...]) -> str:
     asked = f"model={launch.model!r}, messages={[dict(message) for message in messages]!r}"
     return (
         "from openai import OpenAI\n"
@@ -146,7 +156,7 @@ def python_lines(launch: Launch, messages: tuple[Message, ...]) -> str:
     )
 
 
-def container_line(launch: Launch, artefact: Artefact) -> str | None:
+def container_line(launch: ServerCommand, artefact: Servable) -> str | None:
     """vLLM's docker line, for what vLLM could serve: a run's merged model, too, when llama.cpp serves its file."""
     run = artefact.run
     model = artefact.model or (Model(str(run.merged)) if run and run.merged.is_dir() else None)
@@ -160,7 +170,7 @@ def container_line(launch: Launch, artefact: Artefact) -> str | None:
 class Ready:
     """A server that is up, or would be, and what to do with it. `answer`: None where nothing was asked."""
 
-    launch: Launch
+    launch: ServerCommand
     curl: str
     python: str
     docker: str | None
@@ -174,21 +184,21 @@ class Ready:
         return {**launch, "context": self.launch.context, **lines, "python": self.python, **asked}
 
 
-def planned(what: str, wanted: Wanted, question: str | None = None) -> Ready:
+def planned(what: str, wanted: ServeOptions, question: str | None = None) -> Ready:
     """What `serve` would start, without starting it."""
-    artefact = found(what, wanted)
+    artefact = resolve_servable(what, wanted)
     return _ready(launch_of(artefact, wanted), artefact, question)
 
 
 def serve(
-    what: str, wanted: Wanted, *, question: str | None = None, once: bool = False, tell: Callable[[Ready], None]
+    what: str, wanted: ServeOptions, *, question: str | None = None, once: bool = False, tell: Callable[[Ready], None]
 ) -> None:
     """Serve until Ctrl-C, or with `once` until the question is answered; `tell` is called when it is up and has spoken.
 
     Returns when it was stopped. Raises MinigrpoError where it does not come up or ends by itself, and KeyboardInterrupt
     with Ctrl-C while it starts.
     """
-    with terminated(), serving(found(what, wanted), wanted) as (server, artefact):
+    with terminated(), serving(resolve_servable(what, wanted), wanted) as (server, artefact):
         answer = ask(server, artefact, question)
         log = str(server.log) if artefact.run else None
         with suppress(KeyboardInterrupt):  # from here on it is the way to end it
@@ -197,7 +207,7 @@ def serve(
                 server.watch()
 
 
-def _ready(launch: Launch, artefact: Artefact, question: str | None) -> Ready:
+def _ready(launch: ServerCommand, artefact: Servable, question: str | None) -> Ready:
     messages = _asked(artefact, question)[1].messages
     lines = curl_line(launch, messages), python_lines(launch, messages), container_line(launch, artefact)
     return Ready(launch, *lines)

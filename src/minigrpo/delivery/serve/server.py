@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from minigrpo.delivery.gguf.header import read_head
-from minigrpo.delivery.serve.commands import LOCAL, EngineName, Launch, llama_launch, reserve, worker
+from minigrpo.delivery.serve.commands import LOCAL, EngineName, ServerCommand, llama_launch, reserve, worker
 from minigrpo.errors import MinigrpoError
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
@@ -168,7 +168,7 @@ class ServerProcess:
     """
 
     def __init__(
-        self, launch: Launch, *, log: Path | None = None, silence: float = SILENCE, report: Report = no_report
+        self, launch: ServerCommand, *, log: Path | None = None, silence: float = SILENCE, report: Report = no_report
     ) -> None:
         self.launch = launch
         self.client = ServerClient(launch.url, launch.engine, launch.model, gone=self._ended)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.algorithms.packing import Layout
+from minigrpo.algorithms.packing import PackedLayout
 
 CACHED = 1 << 19
 """Scores worked on at a time."""
@@ -77,7 +77,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AttentionPlan:
     """Which tokens stand where. `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
     `asked_T`, `told_T`: the slots of a token as query and as key. `shared_P`: where prompts' tokens, the first of the
     T, stand in [prompts, longest].
@@ -95,13 +95,19 @@ class Plan:
 
 
 def attention(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, layout: Layout, scale: float | None, window: int | None
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    *,
+    layout: PackedLayout,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """[T, H, D]; differentiable."""
     H, D, K = query_THD.shape[1], query_THD.shape[2], key_TKD.shape[1]
     longest = max(shared + own for shared, own_G in zip(layout.shared_M, layout.own_MG, strict=True) for own in own_G)
     window = None if window is None or window >= longest else window
-    plan = plan_of(layout, window, query_THD.dtype, query_THD.device)
+    plan = attention_plan(layout, window, query_THD.dtype, query_THD.device)
     heads = Heads(K, H // K, D, D**-0.5 if scale is None else scale)
     out_THD: Tensor = _Attention.apply(query_THD, key_TKD, value_TKD, plan, heads)
     return out_THD
@@ -109,7 +115,9 @@ def attention(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, plan: Plan, heads: Heads) -> Tensor:
+    def forward(
+        ctx: Any, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, plan: AttentionPlan, heads: Heads
+    ) -> Tensor:
         given = _laid(plan, heads, query_THD, key_TKD, value_TKD)
         held = heads.kv * heads.repeats * sum(bucket.scores for bucket in plan.buckets) * query_THD.dtype.itemsize
         keeps = held <= KEPT and any(ctx.needs_input_grad)
@@ -151,7 +159,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _laid(
-    plan: Plan, heads: Heads, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor
+    plan: AttentionPlan, heads: Heads, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each bucket: queries [B, R * c, D], keys and values [B, P + c, D]."""
     query_SE = query_THD.flatten(1).index_select(0, plan.query_S)
@@ -176,7 +184,7 @@ def _take(to_SE: Tensor, x_pBnD: Tensor, rows: int, kv: int, repeats: int) -> No
     to_SE.view(rows, len(to_SE) // rows, -1, kv, repeats, x_pBnD.shape[-1]).copy_(x_pbKRnD.permute(1, 4, 0, 2, 3, 5))
 
 
-def _collected(plan: Plan, keys_SE: Tensor) -> Tensor:
+def _collected(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
     """Slopes of key slots -> [T, 2 * K * D]: a token's own, and for a prompt's those of all who read it."""
     keys_TE = keys_SE.index_select(0, plan.told_T)
     reading = [(bucket, bucket.owners_b) for bucket in plan.buckets if bucket.owners_b is not None]
@@ -197,7 +205,7 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=PLANS)
-def plan_of(layout: Layout, window: int | None, dtype: torch.dtype, device: torch.device) -> Plan:
+def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
     """The layers of one pass share it."""
     shared_M, own_B = layout.shared_M, layout.own_B
     lengths = torch.tensor([*shared_M, *own_B], device="cpu")
@@ -255,10 +263,12 @@ class _Slots:
         self.asked, self.told = queries.stop, keys.stop
         return queries, keys
 
-    def plan(self, buckets: tuple[Bucket, ...], shared_M: Tensor, dtype: torch.dtype, device: torch.device) -> Plan:
+    def plan(
+        self, buckets: tuple[Bucket, ...], shared_M: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> AttentionPlan:
         query_S, key_S, real_S, own_S = (torch.cat(each) for each in (self.query, self.key, self.real, self.own))
         at_P = torch.arange(int(shared_M.max()), device="cpu")
-        return Plan(
+        return AttentionPlan(
             buckets,
             query_S.to(device),
             key_S.to(device),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minigrpo.algorithms.packing import Layout
+from minigrpo.algorithms.packing import PackedLayout
 from minigrpo.models.attention import cpu
 
 NAME = "minigrpo_shared_prompt"
@@ -62,7 +62,7 @@ def shared_prompt_attention(
     value_1HTD: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: PackedLayout,
     backend: AttentionBackend = TORCH,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -157,7 +157,7 @@ def _for_siblings(x_MHPD: Tensor, siblings: int) -> Tensor:
 
 
 @lru_cache(maxsize=MASKS)
-def _shared_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor | None:
+def _shared_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Tensor | None:
     """None where plain causality will do: padding stands behind, out of a causal prompt's sight."""
     longest = max(layout.shared_M)
     if window is None or longest <= window:
@@ -168,7 +168,7 @@ def _shared_mask(layout: Layout, window: int | None, device: torch.device) -> Te
 
 
 @lru_cache(maxsize=MASKS)
-def _own_mask(layout: Layout, window: int | None, device: torch.device) -> Tensor:
+def _own_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Tensor:
     """[B, 1, C, P + C], True where a completion's token may look; the layers of one pass share it."""
     G, own_B = layout.siblings, layout.own_B
     P, C = max(layout.shared_M), max(own_B)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.context import check_room, context_of
-from minigrpo.rollouts.engines.decoder import Layer, Lean, Turn
+from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import read_prompts
 from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -58,7 +58,7 @@ class State:
     stopped_B: Tensor
 
     @classmethod
-    def empty(cls, lean: Lean, prompts: int, siblings: int, *, shared: int, own: int) -> State:
+    def empty(cls, lean: Decoder, prompts: int, siblings: int, *, shared: int, own: int) -> State:
         L, K, D, B, device = len(lean.layers), lean.kv_heads, lean.width, prompts * siblings, lean.device
 
         def whole(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -100,7 +100,9 @@ class State:
 class Step:
     """One token of every row, at fixed shapes: `c` own slots are attended over."""
 
-    def __init__(self, lean: Lean, state: State, siblings: int, *, turn: Turn, stop_ids_s: Tensor, heat: float) -> None:
+    def __init__(
+        self, lean: Decoder, state: State, siblings: int, *, turn: Rope, stop_ids_s: Tensor, heat: float
+    ) -> None:
         self.lean, self.state, self.siblings, self.turn = lean, state, siblings, turn
         self.stop_ids_s, self.heat = stop_ids_s, heat
 
@@ -157,7 +159,7 @@ class Step:
         return x_MKgE.unflatten(2, (self.siblings, -1)).transpose(1, 2).flatten(0, 1)
 
 
-class Recorded:
+class GraphSet:
     """A step's kernels, recorded at its first call for each number of own slots and replayed from then on."""
 
     def __init__(self, step: Step) -> None:
@@ -185,7 +187,7 @@ class Recorded:
         return graph
 
 
-class Made:
+class CapturedStep:
     """A state and its steps, at all the sizes that are halves of halves of it. `kind`: siblings, own slots, heat."""
 
     def __init__(
@@ -215,10 +217,10 @@ class SlotEngine:
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         from minigrpo.models.policy import decoder
 
-        self.lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
+        self.lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings())
         self.tokenizer, self.context, self.rows = policy.tokenizer, context_of(policy.model), rows
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.lean.device)
-        self._made: Made | None = None
+        self._made: CapturedStep | None = None
 
     def update(self, policy: Any) -> None:
         """Recorded steps see the new numbers in the old places; an adapter switched on or off changes the steps."""
@@ -265,7 +267,7 @@ class SlotEngine:
                 state, step = narrower
         return [said[place] for place in range(len(prompts))]
 
-    def _begin(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> Made:
+    def _begin(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> CapturedStep:
         """State and steps, filled with these prompts: those of an earlier call where they fit, with their graphs."""
         M, P = len(prompts), max(len(prompt.ids) for prompt in prompts) - 1
         made, kind = self._made, (n, sampling.max_tokens, sampling.temperature)
@@ -286,15 +288,15 @@ class SlotEngine:
             tensor.zero_()
         return made
 
-    def _make(self, kind: tuple[int, int, float], prompts: int, shared: int) -> Made:
+    def _make(self, kind: tuple[int, int, float], prompts: int, shared: int) -> CapturedStep:
         n, longest, heat = kind
         turn = self.lean.turns(shared + longest)
 
         def step_of(state: State) -> Callable[[int], None]:
             step = Step(self.lean, state, n, turn=turn, stop_ids_s=self.stop_ids_s, heat=heat)
-            return Recorded(step) if self.lean.device.type == "cuda" else step
+            return GraphSet(step) if self.lean.device.type == "cuda" else step
 
-        return Made(kind, State.empty(self.lean, prompts, n, shared=shared, own=longest), step_of)
+        return CapturedStep(kind, State.empty(self.lean, prompts, n, shared=shared, own=longest), step_of)
 
     def _completions(self, state: State, place: int, n: int) -> tuple[Completion, ...]:
         rows = slice(place * n, (place + 1) * n)

@@ -193,7 +193,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Rope:
     """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None.
 
     The sine carries the sign of the rotated half, so that turning needs no negation.
@@ -203,12 +203,12 @@ class Turn:
     signed_sin: Tensor
     query_scale: Tensor | None
 
-    def at(self, places: Tensor) -> Turn:
+    def at(self, places: Tensor) -> Rope:
         scale = None if self.query_scale is None else self.query_scale[places]
-        return Turn(self.cos.index_select(0, places), self.signed_sin.index_select(0, places), scale)
+        return Rope(self.cos.index_select(0, places), self.signed_sin.index_select(0, places), scale)
 
 
-class Lean:
+class Decoder:
     """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
 
     def __init__(
@@ -240,13 +240,13 @@ class Lean:
             found += [layer.qk_norm.weight_HD] if layer.qk_norm else []
         return [tensor for tensor in found if tensor is not None]
 
-    def turns(self, length: int) -> Turn:
+    def turns(self, length: int) -> Rope:
         """Angles of positions 0 .. length - 1, from the model's own rotary module."""
         places = torch.arange(length, device=self.device)
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = (table[0].unsqueeze(1) for table in self.decoder.rotary_emb(probe, places[None]))
         first, second = sin.chunk(2, -1)
-        return Turn(cos, torch.cat([-first, second], -1), self._query_scale(places))
+        return Rope(cos, torch.cat([-first, second], -1), self._query_scale(places))
 
     def _query_scale(self, places: Tensor) -> Tensor | None:
         """1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
@@ -257,7 +257,7 @@ class Lean:
         octave = torch.floor(places / rope["original_max_position_embeddings"])
         return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
 
-    def _project(self, layer: Layer, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: Layer, x: Tensor, turn: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
         H, K = self.heads, self.kv_heads
         both, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
@@ -273,7 +273,7 @@ class Lean:
         return layer.down.added(x, layer.act(gate) * up)
 
     @torch.no_grad()
-    def prefill(self, ids_MP: Tensor, turn: Turn, shared: Tensor) -> None:
+    def prefill(self, ids_MP: Tensor, turn: Rope, shared: Tensor) -> None:
         """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding behind, never seen)."""
         x_MPW = self.decoder.embed_tokens(ids_MP)
         P = ids_MP.shape[1]
@@ -293,7 +293,7 @@ class Lean:
             x_MPW = self._mlp(layer, x_MPW + layer.out(attended.transpose(1, 2).flatten(-2)))
 
     @torch.no_grad()
-    def decode(self, tokens_n: Tensor, here: Turn, attend: Callable[..., Tensor]) -> Tensor:
+    def decode(self, tokens_n: Tensor, here: Rope, attend: Callable[..., Tensor]) -> Tensor:
         """One token of every row: logits [n, V]. `attend(layer index, layer, query, key, value)` owns the cache."""
         x_nW = self.decoder.embed_tokens(tokens_n)
         for index, layer in enumerate(self.layers):

@@ -5,7 +5,7 @@
     OwnPrompts     each row holds its prompt and its own tokens in one piece: two products and no grid. Where all of
                    it is small, what a token costs is the number of calls.
 
-`form_of` chooses. Rows that end leave: the last active rows take their places, so what remains is always the front.
+`cache_class` chooses. Rows that end leave: the last active rows take their places, so what remains is always the front.
 
 Shapes: n active rows, B rows at first, M prompts, G siblings, P longest shared prompt (without its last token), C own
 slots, t own tokens before this one, H query heads, K key/value heads, R = H / K, D head width, L layers.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minigrpo.rollouts.engines.decoder import Layer, Lean
+from minigrpo.rollouts.engines.decoder import Decoder, Layer
 
 FIRST_SLOTS = 64
 SMALL = 1 << 23
@@ -41,8 +41,8 @@ class Cache(Protocol):
         """Rows `movers` take the places of rows `gaps`; t tokens are held so far."""
 
 
-def form_of(
-    lean: Lean, lengths_M: Sequence[int], siblings: int, most: int, device: str
+def cache_class(
+    lean: Decoder, lengths_M: Sequence[int], siblings: int, most: int, device: str
 ) -> type[SharedPrompts] | type[OwnPrompts]:
     """The quicker form for prompts of these lengths, each answered by `siblings` rows of up to `most` tokens.
 
@@ -60,7 +60,7 @@ class OwnPrompts:
     Own tokens begin behind the longest prompt; what lies between is never seen: `bias` [B * K, 1, P + C] is -inf there.
     """
 
-    def __init__(self, lean: Lean, shared: Tensor, lengths_M: Sequence[int], siblings: int, most: int) -> None:
+    def __init__(self, lean: Decoder, shared: Tensor, lengths_M: Sequence[int], siblings: int, most: int) -> None:
         self.lean, self.most = lean, most
         L, _, M, K, P, D = shared.shape
         self.P, slots = P, min(FIRST_SLOTS, most)
@@ -105,7 +105,7 @@ class OwnPrompts:
 class SharedPrompts:
     """Prompts [L, 2, M, K, P, D], those that some active row reads; own tokens [L, 2, B, K, C, D]."""
 
-    def __init__(self, lean: Lean, shared: Tensor, lengths_M: Sequence[int], siblings: int, most: int) -> None:
+    def __init__(self, lean: Decoder, shared: Tensor, lengths_M: Sequence[int], siblings: int, most: int) -> None:
         self.lean, self.shared, self.siblings, self.most = lean, shared, siblings, most
         L, _, M, K, _, D = shared.shape
         self.own = shared.new_empty(L, 2, M * siblings, K, min(FIRST_SLOTS, most), D)

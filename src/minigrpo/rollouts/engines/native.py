@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.context import check_room, context_of
-from minigrpo.rollouts.engines.decoder import Lean, Turn
-from minigrpo.rollouts.engines.kv_cache import form_of
+from minigrpo.rollouts.engines.decoder import Decoder, Rope
+from minigrpo.rollouts.engines.kv_cache import cache_class
 from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
@@ -37,7 +37,7 @@ class NativeEngine:
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int, stop_rule: StopRule | None = None) -> None:
         from minigrpo.models.policy import decoder
 
-        self.lean = Lean(decoder(policy.model), policy.model.get_output_embeddings())
+        self.lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings())
         self.tokenizer = policy.tokenizer
         self.context = context_of(policy.model)
         self.rows = rows
@@ -55,12 +55,14 @@ class NativeEngine:
         at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):
-            wave = _Wave(self.lean, prompts[start : start + at_once], n, sampling)
+            wave = DecodeBatch(self.lean, prompts[start : start + at_once], n, sampling)
             rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
             answers += self._answers(wave, rule, start, ready)
         return answers
 
-    def _answers(self, wave: _Wave, rule: StopRule, start: int, ready: Ready | None) -> list[tuple[Completion, ...]]:
+    def _answers(
+        self, wave: DecodeBatch, rule: StopRule, start: int, ready: Ready | None
+    ) -> list[tuple[Completion, ...]]:
         """What a wave says; `ready` is told of each prompt as its last row ends."""
         if ready is None:
             wave.run(rule)
@@ -74,7 +76,7 @@ class NativeEngine:
         wave.run(rule, tell)
         return [done[place] for place in range(wave.prompts)]
 
-    def _completions(self, wave: _Wave, first: int, end: int) -> list[tuple[Completion, ...]]:
+    def _completions(self, wave: DecodeBatch, first: int, end: int) -> list[tuple[Completion, ...]]:
         """Of the prompts from `first` up to `end`, all of whose rows have ended."""
         n = wave.siblings
         rows = slice(first * n, end * n)
@@ -93,10 +95,10 @@ class NativeEngine:
         return [tuple(flat[start : start + n]) for start in range(0, len(flat), n)]
 
 
-class _Wave:
+class DecodeBatch:
     """Prompts decoded together, and everything that changes while they are."""
 
-    def __init__(self, lean: Lean, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> None:
+    def __init__(self, lean: Decoder, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> None:
         self.lean, self.sampling, self.siblings = lean, sampling, n
         device = lean.device
         M, B = len(prompts), len(prompts) * n
@@ -113,7 +115,7 @@ class _Wave:
         self.row_n = torch.arange(B, device=device)
         self.feed_n = torch.tensor([p.ids[-1] for p in prompts for _ in range(n)], device=device)
         self.place_n = torch.tensor(lengths_M, device=device).repeat_interleave(n)
-        form = form_of(lean, lengths_M, n, sampling.max_tokens, device.type)
+        form = cache_class(lean, lengths_M, n, sampling.max_tokens, device.type)
         self.cache = form(lean, self._prefill(prompts, max(lengths_M)), lengths_M, n, sampling.max_tokens)
         self.cache.seat(self.row_n)
 
@@ -176,7 +178,7 @@ class _Wave:
             self.cache.seat(self.row_n)
 
 
-def read_prompts(lean: Lean, prompts: Sequence[Rendered], turn: Turn, shared: Tensor) -> None:
+def read_prompts(lean: Decoder, prompts: Sequence[Rendered], turn: Rope, shared: Tensor) -> None:
     """Fill `shared` [L, 2, M, K, P, D] with each prompt but for its last token; padding behind it is never seen."""
     P = max(len(prompt.ids) for prompt in prompts) - 1
     padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]

@@ -35,7 +35,7 @@ PATIENCE = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Request:
     """One prompt as vLLM is asked it. `seed` names its streams; `adapter` is None for the base alone."""
 
     ids: tuple[int, ...]
@@ -62,7 +62,7 @@ class Host(Protocol):
         """Load an adapter; the one before it may be forgotten."""
         ...
 
-    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
         """Calls place(i, answers) for each prompt, in any order."""
         ...
 
@@ -95,7 +95,7 @@ class VllmEngine:
         check_room(prompts, sampling.max_tokens, self.context)
         seeds = [name_key(sampling.seed, prompt.prompt.id) % SEEDS for prompt in prompts]
         asked = [
-            Asked(prompt.ids, n, sampling, seed, self.stop_ids) for prompt, seed in zip(prompts, seeds, strict=True)
+            Request(prompt.ids, n, sampling, seed, self.stop_ids) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         done: dict[int, tuple[Completion, ...]] = {}
 
@@ -119,7 +119,7 @@ def _is_off(model: Any) -> bool:
     return any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
 
 
-class Served:
+class RemoteVllm:
     """A vLLM server that runs already, on a machine that sees the same files.
 
     `overrides`: what it must be told of the model's config.
@@ -136,7 +136,7 @@ class Served:
             self._ask("/v1/unload_lora_adapter", {"lora_name": self._loaded})
         self._loaded = name
 
-    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
         with ThreadPoolExecutor(max_workers=64) as threads:
             answers = [threads.submit(self._one, each, adapter or self.base) for each in asked]
             try:
@@ -146,7 +146,7 @@ class Served:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _one(self, asked: Asked, model: str) -> list[Answer]:
+    def _one(self, asked: Request, model: str) -> list[Answer]:
         own = {"model": model, "prompt": list(asked.ids), "return_token_ids": True, "add_special_tokens": False}
         choices = self._ask("/v1/completions", {**own, **asked.settings()})["choices"]
         found = []
@@ -185,7 +185,7 @@ class Served:
         )
 
 
-class Colocated:
+class LocalVllm:
     """vLLM in this process, on the policy's GPU; asleep but for `answer`."""
 
     def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int, overrides: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ class Colocated:
     def take(self, name: str, folder: Path) -> None:
         self._loaded = name, int(name.rpartition("-")[2]), folder
 
-    def answer(self, asked: Sequence[Asked], adapter: str | None, place: Any) -> None:
+    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -257,8 +257,8 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
     model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
     told = missing_for_vllm(policy.model.config.to_dict())
     host = (
-        Served(server, model, rank, overrides=told)
+        RemoteVllm(server, model, rank, overrides=told)
         if server
-        else Colocated(model, rank, recipe=recipe, rows=rows, overrides=told)
+        else LocalVllm(model, rank, recipe=recipe, rows=rows, overrides=told)
     )
     return VllmEngine(policy, host, stop_ids=stop_ids)

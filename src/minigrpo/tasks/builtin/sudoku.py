@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from minigrpo.config.schema import Recipe, SandboxKnobs
+from minigrpo.config.schema import Recipe, SandboxConfig
 from minigrpo.tasks.builtin.sudoku_game import State, SudokuGame
 from minigrpo.tasks.common.code_task import Program, find_program, in_a_block, sandbox_of, untold
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
@@ -159,7 +159,7 @@ def gold(prompt: Prompt) -> str:
 PARTS = ("function_works", "no_cheating", "strategy_succeeds")
 
 
-def judged(prompt: Prompt, program: Program, weights: dict[str, float], knobs: SandboxKnobs) -> Grade:
+def judged(prompt: Prompt, program: Program, weights: dict[str, float], knobs: SandboxConfig) -> Grade:
     if not program.runs:
         return unplayed(program, weights)
     sandbox = sandbox_of(knobs)

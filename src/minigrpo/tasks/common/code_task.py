@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minigrpo.config.schema import SandboxKnobs
+from minigrpo.config.schema import SandboxConfig
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.cheating import cheats_of
 from minigrpo.types import Grade, Prompt, Split, Task
@@ -214,7 +214,7 @@ def code_task(
     *,
     name: str = "code",
     test: Sequence[Problem] = (),
-    sandbox: SandboxKnobs | None = None,
+    sandbox: SandboxConfig | None = None,
 ) -> Task:
     """Prompts that ask for a function, and rewards: `works` (1: it runs), `passed` (share of the cases), each weight 1.
 
@@ -223,7 +223,7 @@ def code_task(
     are fewer than two.
     """
     found = divided(problems, test)
-    knobs = sandbox or SandboxKnobs()
+    knobs = sandbox or SandboxConfig()
     by_name = {problem.name: problem for problem in (*problems, *test)}
 
     def prompts(split: Split) -> Sequence[Prompt]:
@@ -266,7 +266,7 @@ def in_a_block(source: str) -> str:
     return f"{FENCE}python\n{source.rstrip()}\n{FENCE}"
 
 
-def judged(problem: Problem, text: str, knobs: SandboxKnobs) -> Grade:
+def judged(problem: Problem, text: str, knobs: SandboxConfig) -> Grade:
     program = find_program(text, problem.name, problem.parameters)
     if not program.runs:
         notes = {"cheats" if program.cheats else "program": program.complaint}
@@ -287,7 +287,7 @@ def untold(outcome: Outcome) -> Grade:
     return Grade(math.nan, formed=False, notes={"grader": f"the sandbox could not run it: {outcome.detail}"})
 
 
-def run_cases(program: Program, problem: Problem, knobs: SandboxKnobs) -> tuple[int, Outcome | None]:
+def run_cases(program: Program, problem: Problem, knobs: SandboxConfig) -> tuple[int, Outcome | None]:
     """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
     sandbox = sandbox_of(knobs)
     heard: list[bool] = []
@@ -303,7 +303,7 @@ def run_cases(program: Program, problem: Problem, knobs: SandboxKnobs) -> tuple[
     return sum(heard), first
 
 
-def sandbox_of(knobs: SandboxKnobs, cpu_s: float | None = None) -> Sandbox:
+def sandbox_of(knobs: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
     """Return the shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
     from minigrpo.sandbox import Limits, shared_sandbox
 

@@ -53,7 +53,7 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class GroupView:
     """One group as functions see it. `prompt`: text, or messages where the rows hold conversations."""
 
     id: str
@@ -151,21 +151,21 @@ def check_columns(function: Function, columns: Sequence[str], where: str) -> Non
     )
 
 
-def scores(function: Function, asked: Asked, logged: Logged) -> list[float | None]:
+def scores(function: Function, asked: GroupView, logged: Logged) -> list[float | None]:
     """One number for each completion, or None where the function does not apply; raises TaskError for anything else."""
     if function.kind == "batch":
         return batch_scores(function, asked, logged)
     return [row_score(function, asked, one.text) for one in asked.completions]
 
 
-def row_score(function: Function, asked: Asked, text: str) -> float | None:
+def row_score(function: Function, asked: GroupView, text: str) -> float | None:
     given = {**asked.columns, "completion": text, "prompt": asked.prompt}
     where = f"prompt {asked.id}, answer {shown(text)}"
     value = called(function, fitting(function, given), where)
     return None if value is None else finite(value, function.name, where)
 
 
-def batch_scores(function: Function, asked: Asked, logged: Logged) -> list[float | None]:
+def batch_scores(function: Function, asked: GroupView, logged: Logged) -> list[float | None]:
     count = len(asked.completions)
     texts = [one.text for one in asked.completions]
     given = {

@@ -14,7 +14,7 @@ from typing import Any
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.dataset import Row, Table, as_prompts, checked_rows, divided
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
-from minigrpo.tasks.custom.reward_functions import Asked, Function, Logged, check_columns, read_function, scores
+from minigrpo.tasks.custom.reward_functions import Function, GroupView, Logged, check_columns, read_function, scores
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 
 Rows = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
@@ -72,7 +72,7 @@ def scored_task(
 
     def grade_group(prompt: Prompt, completions: Sequence[Completion]) -> list[Grade]:
         said = prompt.messages[-1]["content"] if plain else [dict(message) for message in prompt.messages]
-        return judged(known, counts, Asked(prompt.id, said, prompt.target, completions))
+        return judged(known, counts, GroupView(prompt.id, said, prompt.target, completions))
 
     def grade(prompt: Prompt, text: str) -> Grade:
         return grade_group(prompt, [Completion(text, (), (), "stop")])[0]
@@ -92,7 +92,7 @@ def checked_weights(functions: Sequence[Function], weights: Mapping[str, float])
     return {reward.name: reward.weight for reward in reweighted(rewards, weights)}
 
 
-def judged(functions: Sequence[Function], weights: Mapping[str, float], asked: Asked) -> list[Grade]:
+def judged(functions: Sequence[Function], weights: Mapping[str, float], asked: GroupView) -> list[Grade]:
     """The grades of one group: functions that gave None for a completion are no part of its grade."""
     logged = Logged(len(asked.completions))
     columns = {function.name: scores(function, asked, logged) for function in functions}

@@ -17,7 +17,7 @@ from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.memory.machine import elsewhere, here
 from minigrpo.training.memory.meta import UnplannableError
-from minigrpo.training.memory.planner import Place, Plan, make_plan
+from minigrpo.training.memory.planner import Device, Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
         ) from None
 
 
-def _gpu(recipe: Recipe, gigabytes: float) -> Place:
+def _gpu(recipe: Recipe, gigabytes: float) -> Device:
     """Weights as they would be there: bfloat16 and float16 take the same."""
     auto = torch.float32 if recipe.train.full else torch.bfloat16
     dtype = auto if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
     return elsewhere(min(gigabytes, recipe.train.memory or gigabytes), dtype)
 
 
-def _this_machine(recipe: Recipe) -> Place:
+def _this_machine(recipe: Recipe) -> Device:
     import peft  # noqa: F401  (what a run imports must count in what the program takes)
 
     device = pick_device(recipe.model.device)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.algorithms.packing import Part
+from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.training.memory.meta import UnplannableError, uniform_part
-from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Place, Plan, make_plan
+from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Device, Plan, make_plan
 
 PROBE_TOKENS = 64
 SHARE = 0.5
@@ -61,15 +61,15 @@ def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
         return recipe.rollout.rows
 
 
-def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Place:
+def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
     """This machine, and no more of it than train.memory."""
     limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
-    return Place(device.type, dtype, free_memory(device), limit, resident())
+    return Device(device.type, dtype, free_memory(device), limit, resident())
 
 
-def elsewhere(gigabytes: float, dtype: torch.dtype) -> Place:
+def elsewhere(gigabytes: float, dtype: torch.dtype) -> Device:
     """A GPU that need not be here."""
-    return Place("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
+    return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
 
 
 def recomputes(policy: Any) -> bool:
@@ -87,7 +87,7 @@ def measured_tokens(policy: Policy) -> int:
     return budget
 
 
-def probe_part(policy: Policy, prompt: int, completions: int, length: int) -> Part:
+def probe_part(policy: Policy, prompt: int, completions: int, length: int) -> MicroBatch:
     """A micro-batch of one group of the given shape, its tokens taken from the vocabulary in turn."""
     vocabulary = policy.model.config.get_text_config().vocab_size
     return uniform_part(prompt, completions, length, vocabulary=vocabulary)

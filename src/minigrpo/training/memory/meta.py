@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minigrpo.algorithms.packing import Bundle, Part
+from minigrpo.algorithms.packing import MicroBatch, PackedGroup
 from minigrpo.config.schema import Recipe
 from minigrpo.models.attention import cpu, shared_prompt
 from minigrpo.models.attention.shared_prompt import TORCH, AttentionBackend
@@ -36,7 +36,7 @@ CASTING: tuple[Any, ...] = (torch.ops.aten.cumsum.default,)
 CASTING_ON_CPU: tuple[Any, ...] = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
 
 
-class Tally(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Bytes that live `now`, and most so far, `peak`, with the `phase` at that moment. `known` counts as nothing."""
 
     def __init__(self, known: Iterable[Tensor], device: str) -> None:
@@ -186,7 +186,9 @@ class Pass:
         return self.kept + self.passing
 
 
-def shadow(config: Any, recipe: Recipe, dtype: torch.dtype, *, device: str = "cpu", recompute: bool = False) -> Policy:
+def meta_policy(
+    config: Any, recipe: Recipe, dtype: torch.dtype, *, device: str = "cpu", recompute: bool = False
+) -> Policy:
     """The recipe's policy with every tensor on "meta", and attention as torch computes it on `device` (cpu, cuda).
 
     Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
@@ -219,24 +221,26 @@ def held_by(policy: Policy) -> list[Tensor]:
     return [*policy.model.parameters(), *policy.model.buffers(), *gradients]
 
 
-def uniform_part(prompt: int, completions: int, length: int, *, groups: int = 1, vocabulary: int = 2) -> Part:
+def uniform_part(prompt: int, completions: int, length: int, *, groups: int = 1, vocabulary: int = 2) -> MicroBatch:
     """A micro-batch whose groups all have that shape, its tokens taken from the vocabulary in turn."""
 
     def ids(start: int, n: int) -> tuple[int, ...]:
         return tuple((start + at) % vocabulary for at in range(n))
 
     answers = tuple(ids(g, length) for g in range(completions))
-    bundles = tuple(Bundle(place, ids(place, prompt), tuple(range(completions)), answers) for place in range(groups))
+    bundles = tuple(
+        PackedGroup(place, ids(place, prompt), tuple(range(completions)), answers) for place in range(groups)
+    )
     tokens = groups * completions * length
     equal_N = torch.full((tokens,), 1 / tokens)
-    return Part(bundles, torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
+    return MicroBatch(bundles, torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
 
 
-def training_pass(policy: Policy, part: Part, device: str, *, entropy_learns: bool = False) -> Pass:
+def training_pass(policy: Policy, part: MicroBatch, device: str, *, entropy_learns: bool = False) -> Pass:
     """One micro-batch, forward and backward, on `device` (cpu or cuda)."""
-    for held in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.plan_of):
+    for held in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.attention_plan):
         held.cache_clear()  # what is still there from another count would cost nothing
-    tally = Tally(held_by(policy), device)
+    tally = MemoryCounter(held_by(policy), device)
     with tally:
         try:
             tally.phase = "forward pass"

@@ -16,15 +16,28 @@ from typing import Any, Literal
 
 import torch
 
-from minigrpo.algorithms.packing import Part
+from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe
 from minigrpo.models.attention.cpu import PLANS
 from minigrpo.models.attention.shared_prompt import MASKS
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import moment_bytes
 from minigrpo.rollouts.engines.decoder import is_lean
-from minigrpo.training.memory.meta import Pass, UnplannableError, quantised_share, shadow, training_pass, uniform_part
-from minigrpo.training.memory.rollout_cost import Sampling, Wave, native_sampling, slot_sampling, transformers_sampling
+from minigrpo.training.memory.meta import (
+    Pass,
+    UnplannableError,
+    meta_policy,
+    quantised_share,
+    training_pass,
+    uniform_part,
+)
+from minigrpo.training.memory.rollout_cost import (
+    RolloutCost,
+    RolloutShape,
+    native_sampling,
+    slot_sampling,
+    transformers_sampling,
+)
 
 When = Literal["always", "rollout", "update"]
 
@@ -53,7 +66,7 @@ CONTEXT = 600 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlanLine:
     """`when` it counts; `about`: what it is, in a few words."""
 
     name: str
@@ -63,7 +76,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Device:
     """Where a run would take place. `free`: bytes still to be had; `limit`: most that the run may take in all.
 
     `resident`: what this process holds already, in main memory; `opened`: the lines that are among it, or on the GPU.
@@ -94,7 +107,7 @@ class Plan:
     pass_tokens: int
     recompute: bool
     rows: int
-    lines: tuple[Line, ...]
+    lines: tuple[PlanLine, ...]
     advice: tuple[str, ...] = ()
 
     def at(self, when: When) -> int:
@@ -122,7 +135,7 @@ class Plan:
         return asdict(self) | own
 
 
-def make_plan(config: Any, recipe: Recipe, place: Place, prompt: int, *, rollout: bool = True) -> Plan:
+def make_plan(config: Any, recipe: Recipe, place: Device, prompt: int, *, rollout: bool = True) -> Plan:
     """`config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False leaves its lines out.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
@@ -135,7 +148,7 @@ def batch_tokens(recipe: Recipe, prompt: int) -> int:
     return recipe.rollout.prompts * (prompt - 1 + recipe.rollout.completions * recipe.rollout.max_tokens)
 
 
-def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> Part:
+def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> MicroBatch:
     """The longest micro-batch that a step could cut: prompts and completions as long as they may be."""
     knobs = recipe.rollout
     own = prompt - 1 + knobs.completions * knobs.max_tokens
@@ -149,7 +162,7 @@ def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: 
 class _Planner:
     """Counts what has to be counted once, and tries choices until one fits."""
 
-    def __init__(self, config: Any, recipe: Recipe, place: Place, prompt: int, *, rollout: bool) -> None:
+    def __init__(self, config: Any, recipe: Recipe, place: Device, prompt: int, *, rollout: bool) -> None:
         self.rollout = rollout
         self.config, self.recipe, self.place, self.prompt = config, recipe, place, prompt
         self.bare = self._shadow(recompute=False)
@@ -209,14 +222,14 @@ class _Planner:
 
     def _shadow(self, *, recompute: bool) -> Policy:
         place = self.place
-        return shadow(self.config, self.recipe, place.dtype, device=place.device, recompute=recompute)
+        return meta_policy(self.config, self.recipe, place.dtype, device=place.device, recompute=recompute)
 
     @cached_property
-    def held(self) -> tuple[Line, ...]:
+    def held(self) -> tuple[PlanLine, ...]:
         """What is there in rollouts and updates alike."""
         return self._held(self.sampling[1].copies)
 
-    def _held(self, copies: int) -> tuple[Line, ...]:
+    def _held(self, copies: int) -> tuple[PlanLine, ...]:
         recipe, policy = self.recipe, self.bare
         trained = sum(parameter.nbytes for parameter in policy.trainable)
         every = sum(p.nbytes for p in policy.model.parameters()) + sum(b.nbytes for b in policy.model.buffers())
@@ -226,31 +239,31 @@ class _Planner:
         copy = every if kl and recipe.train.full and recipe.train.reference != "cpu" else 0
         kind = "4 bit" if saved else str(self.place.dtype).removeprefix("torch.")
         loaded = (
-            Line("weights", every - adapter - saved, "always", f"the model, {kind}"),
-            Line("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
-            Line("reference", copy, "always", "a frozen copy for the KL term"),
-            Line("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
-            Line(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
+            PlanLine("weights", every - adapter - saved, "always", f"the model, {kind}"),
+            PlanLine("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
+            PlanLine("reference", copy, "always", "a frozen copy for the KL term"),
+            PlanLine("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
+            PlanLine(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
         )
         moved = moment_bytes(policy.trainable, recipe.train.optimizer)
-        moments = Line("optimizer", moved, "always", "AdamW's two moments")
+        moments = PlanLine("optimizer", moved, "always", "AdamW's two moments")
         return (self._program(loaded), *loaded, moments)
 
-    def _program(self, loaded: tuple[Line, ...]) -> Line:
+    def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
         if self.place.device != "cpu":
-            return Line("program", CONTEXT, "always", "CUDA and its libraries")
+            return PlanLine("program", CONTEXT, "always", "CUDA and its libraries")
         own = max(0, self.place.resident - self._opened(loaded))
-        return Line("program", own + LIBRARIES, "always", "Python and its libraries")
+        return PlanLine("program", own + LIBRARIES, "always", "Python and its libraries")
 
-    def _opened(self, lines: tuple[Line, ...]) -> int:
+    def _opened(self, lines: tuple[PlanLine, ...]) -> int:
         return sum(line.bytes for line in lines if line.name in self.place.opened)
 
-    def _budget(self, lines: tuple[Line, ...]) -> int:
+    def _budget(self, lines: tuple[PlanLine, ...]) -> int:
         """What the whole run may take: what is free, and what it holds already."""
         own = self.place.resident if self.place.device == "cpu" else CONTEXT + self._opened(lines)
         return min(self.place.free + own, self.place.limit or self.place.free + own)
 
-    def _update_lines(self, part: Part, cost: Pass) -> tuple[Line, ...]:
+    def _update_lines(self, part: MicroBatch, cost: Pass) -> tuple[PlanLine, ...]:
         gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
         # Masks of the last shapes are kept, of which the pass itself counts one.
         masks = len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
@@ -258,31 +271,31 @@ class _Planner:
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
         holes = int(HOLES * cost.peak) if self.place.device == "cpu" else 0
         return (
-            Line("gradients", gradients, "update", "of what is trained"),
-            Line("activations", cost.kept, "update", f"kept for the backward pass: {part.tokens} tokens"),
-            Line("update, passing", cost.passing, "update", f"highest in the {cost.phase}"),
-            Line("holes", holes, "update", "in the heap, between what is held"),
-            Line("attention masks", masks if self.bare.shares_prompts else 0, "update", "of earlier passes"),
-            Line("unpacked layer", quantised, "update", "the largest 4-bit layer in 16 bit"),
+            PlanLine("gradients", gradients, "update", "of what is trained"),
+            PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {part.tokens} tokens"),
+            PlanLine("update, passing", cost.passing, "update", f"highest in the {cost.phase}"),
+            PlanLine("holes", holes, "update", "in the heap, between what is held"),
+            PlanLine("attention masks", masks if self.bare.shares_prompts else 0, "update", "of earlier passes"),
+            PlanLine("unpacked layer", quantised, "update", "the largest 4-bit layer in 16 bit"),
         )
 
-    def _rollout_lines(self, rows: int, cost: Sampling) -> tuple[Line, ...]:
+    def _rollout_lines(self, rows: int, cost: RolloutCost) -> tuple[PlanLine, ...]:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
         compiles = self.rollout and self.place.device == "cpu" and self.place.dtype != torch.float32
         products = PRODUCT * min(PRODUCTS, 4 * tokens) if compiles else 0
         return (
-            Line("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
-            Line("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
-            Line("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
+            PlanLine("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
+            PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
+            PlanLine("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
         )
 
     @cached_property
-    def sampling(self) -> tuple[int, Sampling]:
+    def sampling(self) -> tuple[int, RolloutCost]:
         """(rows side by side, what they cost): as many as the recipe asks for, or by halves as many as fit."""
         rows = self.recipe.rollout.rows
         if not self.rollout:
-            return rows, Sampling(0, 0, 0, "")
+            return rows, RolloutCost(0, 0, 0, "")
         while True:
             cost = max((self._sampled(wave) for wave in self._waves(rows)), key=lambda cost: cost.peak)
             held = self._held(cost.copies)
@@ -291,18 +304,18 @@ class _Planner:
                 return min(rows, max(wave.rows for wave in self._waves(rows))), cost
             rows = max(rows // 2, self.recipe.rollout.completions)
 
-    def _waves(self, rows: int) -> tuple[Wave, ...]:
+    def _waves(self, rows: int) -> tuple[RolloutShape, ...]:
         """Training's, and evaluation's: one completion each of many prompts, none of which share one."""
         knobs = self.recipe.rollout
         at_once = max(1, min(rows // knobs.completions, knobs.prompts))
         asked = min(rows, self.recipe.eval.limit)
         lengths = (self.prompt, knobs.max_tokens)
-        return Wave(at_once, knobs.completions, *lengths), Wave(asked, 1, *lengths)
+        return RolloutShape(at_once, knobs.completions, *lengths), RolloutShape(asked, 1, *lengths)
 
-    def _sampled(self, wave: Wave) -> Sampling:
+    def _sampled(self, wave: RolloutShape) -> RolloutCost:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
-            return Sampling(0, 0, int(share * self.place.free), "vLLM")
+            return RolloutCost(0, 0, int(share * self.place.free), "vLLM")
         engine, lean = self.recipe.rollout.engine, is_lean(self.bare.model)
         ours = slot_sampling if engine == "slots" else native_sampling
         count = ours if engine != "transformers" and lean else transformers_sampling

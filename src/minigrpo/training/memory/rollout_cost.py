@@ -13,13 +13,13 @@ import torch
 
 from minigrpo.models.policy import Policy, decoder
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
-from minigrpo.rollouts.engines.decoder import Lean, Turn
+from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.sampling import draw
-from minigrpo.training.memory.meta import META, Tally, held_by
+from minigrpo.training.memory.meta import META, MemoryCounter, held_by
 
 
 @dataclass(frozen=True, slots=True)
-class Wave:
+class RolloutShape:
     """Prompts answered side by side: how many, completions of each, and tokens of the longest of both."""
 
     prompts: int
@@ -33,7 +33,7 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class RolloutCost:
     """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is what comes on top of both
     at the highest moment, which is in `phase`.
     """
@@ -48,11 +48,11 @@ class Sampling:
         return self.cache + self.passing
 
 
-def native_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
+def native_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """The native engine's own code over one wave in which no completion ends before its limit."""
-    tally = Tally(held_by(policy), device)
+    tally = MemoryCounter(held_by(policy), device)
     with torch.no_grad(), tally, META:
-        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         turn = lean.turns(wave.prompt + wave.completion)
@@ -64,17 +64,17 @@ def native_sampling(policy: Policy, wave: Wave, temperature: float, device: str)
         held = tally.now - copies
         tally.phase = "drawing a token"
         _decode(lean, wave, turn, cache, temperature)
-    return Sampling(copies, held, tally.peak - copies - held, tally.peak_phase)
+    return RolloutCost(copies, held, tally.peak - copies - held, tally.peak_phase)
 
 
-def _read(lean: Lean, wave: Wave, turn: Turn, device: str) -> kv_cache.Cache:
+def _read(lean: Decoder, wave: RolloutShape, turn: Rope, device: str) -> kv_cache.Cache:
     P = wave.prompt - 1
     shared = torch.zeros(len(lean.layers), 2, wave.prompts, lean.kv_heads, P, lean.width, dtype=lean.dtype)
     if P:
         at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
         lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, shared[:, :, :at_once])
     lengths_M = [P] * wave.prompts
-    form = kv_cache.form_of(lean, lengths_M, wave.completions, wave.completion, device)
+    form = kv_cache.cache_class(lean, lengths_M, wave.completions, wave.completion, device)
     cache = form(lean, shared, lengths_M, wave.completions, wave.completion)
     cache.seat(torch.arange(wave.rows))
     return cache
@@ -86,7 +86,7 @@ def _doublings(completion: int) -> list[int]:
     return [*(kv_cache.FIRST_SLOTS << time for time in times), completion - 1]
 
 
-def _decode(lean: Lean, wave: Wave, turn: Turn, cache: kv_cache.Cache, temperature: float) -> None:
+def _decode(lean: Decoder, wave: RolloutShape, turn: Rope, cache: kv_cache.Cache, temperature: float) -> None:
     """Two tokens: while the second is decoded, the logits of the first are still held."""
     place_n = torch.zeros(wave.rows, dtype=torch.long)
     feed_n = torch.zeros(wave.rows, dtype=torch.long)
@@ -95,11 +95,11 @@ def _decode(lean: Lean, wave: Wave, turn: Turn, cache: kv_cache.Cache, temperatu
         feed_n, _ = draw(logits_nV, torch.zeros(wave.rows, dtype=torch.float64), temperature)
 
 
-def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
+def slot_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
-    tally = Tally(held_by(policy), device)
+    tally = MemoryCounter(held_by(policy), device)
     with torch.no_grad(), tally, META:
-        lean = Lean(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         tally.phase = "reading prompts"
@@ -114,13 +114,13 @@ def slot_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -
         step = cuda_graph.Step(lean, state, wave.completions, turn=turn, stop_ids_s=stops, heat=temperature)
         for _ in range(2):
             step(wave.completion)
-    return Sampling(copies, cache, tally.peak - copies - cache, tally.peak_phase)
+    return RolloutCost(copies, cache, tally.peak - copies - cache, tally.peak_phase)
 
 
-def transformers_sampling(policy: Policy, wave: Wave, temperature: float, device: str) -> Sampling:
+def transformers_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """transformers' generate: every row reads its prompt for itself, and the cache of a layer is copied as it grows."""
     B = wave.rows
-    tally = Tally(held_by(policy), device)
+    tally = MemoryCounter(held_by(policy), device)
     with torch.no_grad(), tally, policy.plain_attention(), META:
         tally.phase = "reading prompts"
         ids_BP = torch.zeros(B, wave.prompt, dtype=torch.long)
@@ -135,4 +135,4 @@ def transformers_sampling(policy: Policy, wave: Wave, temperature: float, device
     layers = max(1, policy.model.config.get_text_config().num_hidden_layers)
     drawn = tally.peak - reading if tally.peak_phase == "drawing a token" else 0
     passing = max(tally.peak - cache, drawn + cache // layers)
-    return Sampling(0, cache, passing, tally.peak_phase)
+    return RolloutCost(0, cache, passing, tally.peak_phase)

@@ -35,7 +35,7 @@ def mean_of(rows: Iterable[Row], name: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class History:
     """The steps that an alarm may look at: the newest `steps`, the first of the run, and the last LONG."""
 
     recipe: Recipe
@@ -119,8 +119,8 @@ class Alarm:
 
     name: str
     steps: int
-    holds: Callable[[Past], bool]
-    says: Callable[[Past], str]
+    holds: Callable[[History], bool]
+    says: Callable[[History], str]
 
 
 class Alarms:
@@ -160,16 +160,16 @@ class Alarms:
         said = self._said.get(alarm.name)
         return len(self._long) >= alarm.steps and (said is None or step - said >= self._recipe.watch.every)
 
-    def _past(self, steps: int) -> Past:
+    def _past(self, steps: int) -> History:
         long = tuple(self._long)
-        return Past(self._recipe, long[-steps:], tuple(self._first), long, self._gap_limit)
+        return History(self._recipe, long[-steps:], tuple(self._first), long, self._gap_limit)
 
 
-def unformed(past: Past) -> bool:
+def unformed(past: History) -> bool:
     return past.same and past.mean("reward") <= 0 and past.all("format", lambda share: share == 0)
 
 
-def hacked(past: Past) -> bool:
+def hacked(past: History) -> bool:
     """More is earned, no more is solved, and better form is not the reason. Where nothing ever counts as solved, as
     with a bare reward function, nothing can be told."""
     reward, reward_error = past.rise("reward")
@@ -179,13 +179,13 @@ def hacked(past: Past) -> bool:
     return clear and accuracy <= 0.01 and not form > 0.02 and 0 < past.mean("accuracy") < 0.9
 
 
-def explored_out(past: Past) -> bool:
+def explored_out(past: History) -> bool:
     """Entropy that falls because the task is being solved is success, and so is one that still finds differences."""
     gone = past.mean("entropy") < 0.1 * past.began("entropy")
     return gone and past.mean("accuracy") < 0.9 and past.mean("informative_groups") < 0.5
 
 
-def resampled_in_vain(past: Past) -> bool:
+def resampled_in_vain(past: History) -> bool:
     tried = past.mean("resample/tried")
     return tried >= 0.5 * past.recipe.rollout.prompts and past.mean("resample/found") < 0.1 * tried
 

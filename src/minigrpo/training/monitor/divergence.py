@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config.schema import Recipe, WatchKnobs
+from minigrpo.config.schema import Recipe, WatchConfig
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.monitor.alarms import is_known
 
@@ -63,17 +63,17 @@ class Explosion:
     rate: float | None = None
 
 
-class Watch:
+class DivergenceMonitor:
     """Fed with every step's metrics in order, from the first."""
 
-    def __init__(self, knobs: WatchKnobs) -> None:
+    def __init__(self, knobs: WatchConfig) -> None:
         self._knobs = knobs
         self._healthy: dict[str, list[float]] = {}
         self._update: tuple[int, float | None] = (1, None)
         self._row: list[Explosion] = []
 
     @classmethod
-    def replayed(cls, knobs: WatchKnobs, rows: Iterable[Mapping[str, Any]]) -> Watch:
+    def replayed(cls, knobs: WatchConfig, rows: Iterable[Mapping[str, Any]]) -> DivergenceMonitor:
         """As it stood after these lines of metrics.jsonl."""
         watch = cls(knobs)
         for row in rows:
