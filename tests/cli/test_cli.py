@@ -15,7 +15,7 @@ import pytest
 import minigrpo
 from minigrpo.cli import main
 from minigrpo.cli.options import EXAMPLES, split_overrides
-from minigrpo.config.load import knob_table, load_recipe, recipe_names
+from minigrpo.config.load import field_table, load_recipe, recipe_names
 from minigrpo.config.schema import TASK_NAMES
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.pipeline import stages
@@ -108,7 +108,7 @@ def test_every_knob_is_in_the_help_with_its_default_unit_and_range(
     lines = minigrpo_says(command, "--help").out.splitlines()
     assert max(map(len, lines)) <= int(width)
     flat = " ".join(" ".join(line.strip("│ ") for line in lines).split())
-    assert all(f"--{knob.name} " in flat for knob in knob_table())
+    assert all(f"--{knob.name} " in flat for knob in field_table())
     assert "longest completion [default 256 tokens, >= 1]" in flat
     assert "rank of the adapter [default 64, 1 to 4096]" in flat
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigrpo.config.fields import ALIASES, fields_by_name, nearest
-from minigrpo.config.load import dump_recipe, knob_table, load_recipe, recipe_names
+from minigrpo.config.load import dump_recipe, field_table, load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 
@@ -270,7 +270,7 @@ def test_no_override_brings_a_traceback(name: str, value: str) -> None:
 
 
 def test_the_table_has_every_knob_with_help() -> None:
-    table = {knob.name: knob for knob in knob_table()}
+    table = {knob.name: knob for knob in field_table()}
     assert all(knob.about for knob in table.values())
     assert table["rollout.engine"].choices == ("auto", "native", "slots", "transformers", "vllm")
     assert table["lora.dropout"].range == ">= 0 and < 1"
