@@ -158,7 +158,7 @@ def test_a_padded_architecture_has_a_plan_too() -> None:
 def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recompute: bool) -> None:
     """As torch's own kernels do not: ours, the lean engine's, and those that transformers asks for, recomputed too.
 
-    On a CPU stretches.py does the training of qwen2, and holds them for a while.
+    On a CPU attention/cpu.py does the training of qwen2, and holds them for a while.
     """
     length = 4000
     config = tiny_config(arch, max_position_embeddings=length + 10)

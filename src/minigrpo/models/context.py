@@ -9,6 +9,10 @@ from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import render
 from minigrpo.types import Prompt, Rendered
 
+CAUSAL_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
+"""Every layer is plain causal attention through transformers' attention interface, with or without a sliding window:
+what passes from token to token passes through attention alone. So siblings can share a row, and `engines.lean` can run
+the model."""
 WRAPPERS = frozenset({"mistral3"})
 """Models for text and pictures that hand text to the text model inside them unchanged."""
 

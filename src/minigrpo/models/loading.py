@@ -98,7 +98,7 @@ def open_model(
 ) -> Loaded:
     """`template`: options of the chat template, which the tokenizer keeps from then on.
 
-    `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
+    `four_bit`: linear layers are packed (models/quantize.py), one by one, so the device never holds the model unpacked.
     Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
     """
     source = resolve(path, seed, report)

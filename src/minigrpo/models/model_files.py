@@ -238,12 +238,6 @@ def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> d
     return {**config, **inner, **turned, **kinds}
 
 
-def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
-    inner = {"text_config": without_scale(config["text_config"])} if config.get("text_config") else {}
-    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
-
-
 def _scaled(config: Mapping[str, Any]) -> bool:
     """Whether it is a Ministral 3, which transformers 4 does not know."""
     return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})

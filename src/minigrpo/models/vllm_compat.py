@@ -1,4 +1,4 @@
-"""What vLLM must be told of a model, and which adapters it takes beside a base."""
+"""What vLLM asks for in its own words: room for an adapter, and settings that a config may lack. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes as --max-lora-rank."""
+"""Adapter ranks that vLLM can be told to make room for."""
 
 
 def lora_room(rank: int) -> int | None:
-    """The least --max-lora-rank that has room for an adapter of this rank; None where it is beyond all of them."""
+    """Give the least --max-lora-rank that holds an adapter of this rank; None where it is beyond all of them."""
     return next((room for room in LORA_RANKS if room >= rank), None)
 
 
@@ -21,6 +21,12 @@ def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
     return {**attention_scale(config), **({"text_config": inner} if inner else {})}
+
+
+def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
+    inner = {"text_config": without_scale(config["text_config"])} if config.get("text_config") else {}
+    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
 
 
 def attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is NAME, and
 hands it the `layout` and the `backend` that were given to the model's forward. The result equals G padded rows, token
-for token. On a CPU stretches.py does the work; what follows here is for torch's fused kernels.
+for token. On a CPU attention/cpu.py does the work; what follows here is for torch's fused kernels.
 
 Shapes: M groups, G siblings, B = M * G, H query heads, D head width, S shared prompt tokens, N completion tokens,
 T = S + N; P and C are the longest shared prompt and completion of the row. Padding exists only inside this function.
@@ -30,7 +30,7 @@ MASKS = 4
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """What computes attention: a kernel with the signature of torch's own, and where stretches.py does it instead.
+    """What computes attention: a kernel with the signature of torch's own, and where attention/cpu.py does it instead.
 
     On a CPU plain products over stretches of like length are quickest; elsewhere torch's fused kernels are.
     `plain` is the implementation that transformers is to use where a row holds one text, by its registered name.
