@@ -52,7 +52,7 @@ def look_into(policy: Policy, engine: NativeEngine, laps: Laps) -> None:
     for name, owner, method in (
         ("prefill", engine.lean, "prefill"),
         ("scoring", policy, "logprobs"),
-        ("optimizer", algorithm, "optimise"),
+        ("optimizer", algorithm, "step_optimizer"),
     ):
         setattr(owner, method, laps.timed(name, getattr(owner, method)))
 

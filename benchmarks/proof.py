@@ -18,7 +18,7 @@ from benchmarks.sides import Setup, Turn
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.models.policy import open_policy
-from minigrpo.training.grpo import accumulate
+from minigrpo.training.grpo import accumulate_gradient
 from minigrpo.types import Group
 
 TOLERANCE = 1e-4
@@ -53,7 +53,7 @@ def prove(setup: Setup) -> Proof:
     theirs = copy.deepcopy(policy.model)
     objective = open_objective(recipe, sixteen_bit=False)
     batch = pack(groups, objective, setup.workload.limit)
-    accumulate(policy, objective, list(batch.split(10**6)), step=0)
+    accumulate_gradient(policy, objective, list(batch.split(10**6)), step=0)
     differentiate(setup, theirs, groups)
     mine, his = gradient(policy.model), gradient(theirs)
     gap = float((mine - his).norm() / his.norm())

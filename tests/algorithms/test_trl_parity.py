@@ -25,7 +25,7 @@ from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import ObjectiveConfig
 from minigrpo.models.loading import Loaded
 from minigrpo.models.policy import Policy
-from minigrpo.training.grpo import with_chosen_tokens
+from minigrpo.training.top_entropy import mark_top_entropy
 from minigrpo.types import Completion, Grade, Group, Prompt
 
 TOLERANCE = 1e-5
@@ -188,7 +188,7 @@ def ours(policy: Policy, part: MicroBatch, settings: Settings, groups: tuple[Gro
         part = replace(part, ref_N=policy.reference(part))
     objective = settings.objective
     if objective.top_entropy < 1:
-        (part,) = with_chosen_tokens(policy, objective, [part], step=0)
+        (part,) = mark_top_entropy(policy, objective, [part], step=0)
     scores = policy.logprobs(part, step=0, entropy_learns=objective.entropy > 0)
     loss = objective.loss(scores.logprobs_N, part, scores.entropy_N)
     loss.total.backward()

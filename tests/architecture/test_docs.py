@@ -127,7 +127,15 @@ HISTORY = ("LOG.md", "CHANGELOG.md")
 """They tell of the past, deleted files included."""
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src" / "minigrpo").rglob("*.py")])
 PAGES = [page for page in PAGES if page.name not in HISTORY]
-OTHERS_FILES = {"mine.py", "letters.py", "FILE.py", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "setup.py", "conftest.py"}
+OTHERS_FILES = {
+    "mine.py",
+    "letters.py",
+    "FILE.py",
+    "convert_hf_to_gguf.py",
+    "convert_lora_to_gguf.py",
+    "setup.py",
+    "conftest.py",
+}
 """Files that users write, or that other projects have."""
 
 

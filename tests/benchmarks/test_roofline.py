@@ -21,7 +21,7 @@ from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.models import onednn
 from minigrpo.models.policy import open_policy
-from minigrpo.training.grpo import accumulate
+from minigrpo.training.grpo import accumulate_gradient
 from minigrpo.types import Sampling
 
 aten: Any = torch.ops.aten
@@ -87,7 +87,7 @@ def test_a_training_pass_takes_as_many_operations_as_torch_counts(setup: Setup, 
     groups = first_batch(setup, policy, recipe)
     objective = open_objective(recipe, sixteen_bit=False)
     batch = pack(groups, objective, setup.workload.limit)
-    linear, _ = counted(lambda: accumulate(policy, objective, list(batch.split(10**6)), step=0))
+    linear, _ = counted(lambda: accumulate_gradient(policy, objective, list(batch.split(10**6)), step=0))
     (group,) = groups
     lengths = Lengths((len(group.prompt_ids),), (tuple(len(c.token_ids) for c in group.completions),))
     work = training(Shape.of(policy.model.config), lengths, rank, may_fold=True)

@@ -15,7 +15,7 @@ from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutCo
 from minigrpo.models.loss_scale import GOOD, HIGHEST, LOWEST, START, LossScale
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import UpdateConfig, accumulate, improve
+from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.models.test_quantize import train
 
@@ -40,7 +40,7 @@ def batch_of(weight: float) -> list[MicroBatch]:
 
 
 def gradient(policy: Policy, parts: list[MicroBatch]) -> list[torch.Tensor]:
-    accumulate(policy, OBJECTIVES["grpo"], parts, step=3)
+    accumulate_gradient(policy, OBJECTIVES["grpo"], parts, step=3)
     policy.loss_scale.down(policy.trainable)
     return gradients(policy)
 

@@ -27,7 +27,7 @@ from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
-from minigrpo.training.grpo import accumulate, grpo
+from minigrpo.training.grpo import accumulate_gradient, grpo
 from minigrpo.training.memory.planner import Device, make_plan
 from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 from tests.helpers.models import (
@@ -178,13 +178,13 @@ def test_shared_prompts_score_as_transformers_own_forward_does(text: str, tied: 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prompts_have_the_gradients_of_padded_rows(recompute: bool) -> None:
     policy, part = make_policy("mistral3", double=True), one_part(made_up_groups())
-    accumulate(policy, OBJECTIVES["grpo"], [part], step=0)
+    accumulate_gradient(policy, OBJECTIVES["grpo"], [part], step=0)
     shared = gradients(policy)
     if recompute:
         recompute_activations(policy.model)
     with policy.plain_attention():
         policy.shares_prompts = False
-        accumulate(policy, OBJECTIVES["grpo"], [part], step=0)
+        accumulate_gradient(policy, OBJECTIVES["grpo"], [part], step=0)
     assert max(float(g.abs().max()) for g in shared) > 1e-4
     for mine, own in zip(shared, gradients(policy), strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-9, atol=1e-12)

@@ -14,7 +14,7 @@ from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig, Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.policy import Policy, open_policy
-from minigrpo.training.grpo import accumulate
+from minigrpo.training.grpo import accumulate_gradient
 from tests.helpers.models import gradients, made_up_groups, make_policy, set_lora
 from tests.helpers.tiny import ARCHITECTURES, LLAMA_LIKE
 
@@ -90,7 +90,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(name: str, kl: float
     batch = pack(made_up_groups(), objective, 60)
     figures, results = [], []
     for budget in (EVERYTHING, 120, 30, 1):
-        figures.append(accumulate(policy, objective, list(batch.split(budget)), step=3)[1])
+        figures.append(accumulate_gradient(policy, objective, list(batch.split(budget)), step=3)[1])
         results.append(gradients(policy))
     assert float(sum(g.abs().max() for g in results[0])) > 1e-3
     for other, other_figures in zip(results[1:], figures[1:], strict=True):
@@ -140,10 +140,10 @@ def test_a_reference_pass_between_forward_and_recomputing_backward_changes_no_ma
 
     policy, objective = make_policy(double=True, dropout=0.3), replace(OBJECTIVES["grpo"], kl=0.1)
     batch = pack(made_up_groups(), objective, 60)
-    accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
+    accumulate_gradient(policy, objective, list(batch.split(EVERYTHING)), step=3)
     plain = gradients(policy)
     recompute_activations(policy.model)
-    accumulate(policy, objective, list(batch.split(EVERYTHING)), step=3)
+    accumulate_gradient(policy, objective, list(batch.split(EVERYTHING)), step=3)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(policy), strict=True))
 
 

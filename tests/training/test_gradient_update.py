@@ -11,7 +11,8 @@ from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import ObjectiveConfig
 from minigrpo.models.policy import Policy
-from minigrpo.training.grpo import UpdateConfig, accumulate, improve, with_chosen_tokens
+from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
+from minigrpo.training.top_entropy import mark_top_entropy
 from minigrpo.types import Group
 from tests.helpers.models import gradients, made_up_groups, make_policy
 
@@ -62,8 +63,8 @@ def test_the_gradient_does_not_depend_on_the_cut(knobs: dict[str, Any]) -> None:
     for budget in (EVERYTHING, 120, 1):
         parts = list(batch.split(budget))
         if objective.top_entropy < 1:
-            parts = with_chosen_tokens(policy, objective, parts, 3)
-        accumulate(policy, objective, parts, step=3)
+            parts = mark_top_entropy(policy, objective, parts, 3)
+        accumulate_gradient(policy, objective, parts, step=3)
         results.append(gradients(policy))
     assert max(float(g.abs().max()) for g in results[0]) > 1e-3
     for other in results[1:]:
@@ -93,13 +94,13 @@ def test_the_second_inner_epoch_measures_its_ratio_from_before_the_first() -> No
     policy, objective = make_policy(double=True), bent()
     (part,) = pack(made_up_groups(), objective, 60).split(EVERYTHING)
     first = policy.logprobs(part, step=0).logprobs_N.detach()
-    done, _ = accumulate(policy, objective, [part], step=0)
+    done, _ = accumulate_gradient(policy, objective, [part], step=0)
     assert done[0].old_N is not None
     torch.testing.assert_close(done[0].old_N, first)
     with torch.no_grad():
         for weight in policy.trainable:
             weight += 0.01
-    again, _ = accumulate(policy, objective, done, step=0)
+    again, _ = accumulate_gradient(policy, objective, done, step=0)
     assert again[0].old_N is done[0].old_N
 
 

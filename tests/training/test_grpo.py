@@ -210,7 +210,7 @@ def test_a_checkpoint_brings_back_weights_and_optimizer_bit_for_bit(
     assert found is not None
     assert not complaints
     other = open_policy(recipe)
-    optimizer = open_optimizer(recipe, other)
+    optimizer = open_optimizer(recipe.train, other)
     checkpoint.load(found, other, optimizer)
     for one, two in zip(policy.trainable, other.trainable, strict=True):
         assert torch.equal(one, two)
@@ -264,7 +264,7 @@ def test_a_batch_in_which_every_group_ties_moves_nothing(tiny_folder: Callable[.
 def test_the_learning_rate_rises_then_holds_or_falls_to_zero() -> None:
     def rates(schedule: str) -> list[float]:
         recipe = Recipe(train=TrainConfig(steps=10, lr=1.0, warmup=0.2, schedule=schedule))
-        return [learning_rate(recipe, step) for step in range(10)]
+        return [learning_rate(recipe.train, step) for step in range(10)]
 
     assert rates("constant") == [0.5, 1.0, *[1.0] * 8]
     assert rates("linear")[:4] == pytest.approx([0.5, 1.0, 1.0, 7 / 8])

@@ -19,7 +19,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import UpdateConfig, accumulate, improve
+from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
 from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_part
 from minigrpo.training.memory.planner import Device, Plan, make_plan
 from minigrpo.training.memory.rollout_cost import RolloutShape, native_sampling, slot_sampling, transformers_sampling
@@ -232,9 +232,9 @@ def test_after_memory_ran_out_no_later_pass_is_larger(monkeypatch: pytest.Monkey
 def test_a_cut_keeps_every_token_with_all_that_is_known_of_it() -> None:
     policy, objective = make_policy(double=True), OBJECTIVES["grpo"]
     parts = list(pack(made_up_groups(), objective, 60).split(10_000))
-    accumulate(policy, objective, parts, step=0)
+    accumulate_gradient(policy, objective, parts, step=0)
     whole = gradients(policy)
-    accumulate(policy, objective, [piece for part in parts for piece in split_micro_batch(part, 50)], step=0)
+    accumulate_gradient(policy, objective, [piece for part in parts for piece in split_micro_batch(part, 50)], step=0)
     for mine, theirs in zip(gradients(policy), whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 

@@ -59,7 +59,7 @@ def test_a_resumed_run_ends_at_the_same_bits(tiny_folder: Callable[..., Path], t
 def test_the_moments_take_the_bytes_that_the_plan_counts(tiny_folder: Callable[..., Path]) -> None:
     recipe = recipe_for(tiny_folder())
     policy = open_policy(recipe)
-    optimizer = open_optimizer(recipe, policy)
+    optimizer = open_optimizer(recipe.train, policy)
     for parameter in policy.trainable:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

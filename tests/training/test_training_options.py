@@ -72,7 +72,7 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def finish_first() -> Any:
         yield lambda: next(asked)
 
-    monkeypatch.setattr("minigrpo.training.grpo.finish_first", finish_first)
+    monkeypatch.setattr("minigrpo.training.supervisor.finish_first", finish_first)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ class Batch:
                 yield self._part(waiting)
                 waiting = []
             if bundle.tokens > tokens_per_pass:
-                yield from (self._part([piece]) for piece in _cut(bundle, tokens_per_pass))
+                yield from (self._part([piece]) for piece in split_group(bundle, tokens_per_pass))
             else:
                 waiting.append(bundle)
         if waiting:
@@ -202,7 +202,7 @@ def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
     )
 
 
-def _cut(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
+def split_group(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
     """A group too long for one pass, as pieces of its siblings; each piece pays for the prompt again."""
     start = 0
     while start < len(bundle.siblings):

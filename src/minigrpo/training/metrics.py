@@ -6,9 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from minigrpo.algorithms.objective import TIE
-from minigrpo.algorithms.packing import Batch
+from minigrpo.algorithms.packing import Batch, MicroBatch
+from minigrpo.training.group_source import StepGroups
 from minigrpo.types import Group
 from minigrpo.utils.memory import peak_bytes, reset_peak
 
@@ -102,3 +107,38 @@ def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float
     )
     plain = {name: value for name, value in figures.items() if name not in ("gap_sum", "entropy_sum", "scored_tokens")}
     return {**plain, **means, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}
+
+
+def step_metrics(sampled: StepGroups, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of a step. Progress is judged by the groups that were not chosen for what they earned."""
+    metrics = group_metrics(sampled.fair) | dict(sampled.figures) | batch_metrics(batch, figures)
+    if sampled.figures.get("replayed_groups") and "engine_gap" in metrics:
+        # An older policy sampled some of these tokens: the gap says nothing of the engine.
+        metrics["off_policy_gap"] = metrics.pop("engine_gap")
+    return metrics
+
+
+def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return how the likeliest answers to prompts that are never trained on fare."""
+    figures = group_metrics(groups)
+    return {f"eval/{name}": figures[name] for name in ("accuracy", "reward", "format")}
+
+
+SAMPLER_FIGURES = ("gap_sum", "entropy_sum", "scored_tokens")
+
+
+def sampler_gap(scores: Any, micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """Sum over tokens how far engine and policy disagree on what was sampled, and the policy's entropy, in nats."""
+    gap_N = (scores.logprobs_N.detach() - micro_batch.engine_N.to(scores.logprobs_N)).abs()
+    count = torch.tensor(float(len(gap_N)))
+    return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}
+
+
+def epoch_means(epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the figures of a step's inner epochs. `skipped`: 1 where any epoch was.
+
+    Engine and policy are compared where both had the same weights: before the first update.
+    """
+    means = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
+    before = {name: epochs[0][name] for name in SAMPLER_FIGURES if name in epochs[0]}
+    return means | before | {"skipped": float(any(epoch["skipped"] for epoch in epochs))}

@@ -4,7 +4,8 @@ On a GPU, and where a CPU's allocator says no, the step is begun again with pass
 short kills the process instead, and says nothing: so while memory is tight an update leaves a note in the run's folder,
 and takes it away when it is done. A resumed run that finds one halves its passes before it goes on.
 
-Before the first step `rehearse` tries the longest pass that the run could meet: where memory runs out, it does so then.
+Before the first step `try_largest_pass` runs the longest pass that the run could meet: where memory runs out, it does
+so then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from minigrpo.algorithms.objective import Objective
-from minigrpo.algorithms.packing import MicroBatch, PackedGroup
+from minigrpo.algorithms.packing import MicroBatch, PackedGroup, split_group
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
@@ -96,7 +97,7 @@ def split_micro_batch(part: MicroBatch, tokens_per_pass: int) -> Iterator[MicroB
 def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGroup]]:
     waiting: list[PackedGroup] = []
     for bundle in part.bundles:
-        for piece in _pieces(bundle, tokens_per_pass):
+        for piece in split_group(bundle, tokens_per_pass):
             # Siblings are counted alike in all bundles of a row, so a piece of a group has a row of its own.
             alike = not waiting or len(waiting[0].siblings) == len(piece.siblings)
             if waiting and (not alike or sum(b.tokens for b in waiting) + piece.tokens > tokens_per_pass):
@@ -105,18 +106,6 @@ def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGrou
             waiting.append(piece)
     if waiting:
         yield waiting
-
-
-def _pieces(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
-    """A group too long for one pass, as pieces of its siblings; each pays for the prompt again."""
-    start, shared = 0, len(bundle.prompt_ids) - 1
-    while start < len(bundle.siblings):
-        stop, tokens = start + 1, shared + bundle.lengths[start]
-        while stop < len(bundle.siblings) and tokens + bundle.lengths[stop] <= tokens_per_pass:
-            tokens += bundle.lengths[stop]
-            stop += 1
-        yield PackedGroup(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
-        start = stop
 
 
 @contextmanager
@@ -150,28 +139,29 @@ def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
     return found
 
 
-def rehearse(policy: Policy, objective: Objective, recipe: Recipe, prompt: int, keeper: Any) -> int:
-    """Bytes that an update takes at its height. A pass of the largest shape goes forward and back, its gradient is
-    thrown away, and the keeper's budget is halved until it can.
+def try_largest_pass(
+    policy: Policy, objective: Objective, recipe: Recipe, *, run: RunDir, prompt_tokens: int, tokens_per_pass: int
+) -> tuple[int, int]:
+    """Run the largest pass that the recipe could meet forward and back, and throw its gradient away.
 
-    On a CPU it is spared where memory is ample. `prompt`: tokens of the longest prompt.
+    Returns the bytes that an update takes at its height, and the tokens per pass that memory had room for. On a CPU
+    the pass is spared where memory is ample. `prompt_tokens`: of the longest prompt.
     """
     try:
-        fixed = recipe.train.model_copy(update={"tokens_per_pass": keeper.budget})
-        plan = plan_of(policy, recipe.model_copy(update={"train": fixed}), prompt)
-        rises = plan.update_rises + plan.line("optimizer")
+        fixed = recipe.train.model_copy(update={"tokens_per_pass": tokens_per_pass})
+        plan = plan_of(policy, recipe.model_copy(update={"train": fixed}), prompt_tokens)
+        needs = plan.update_rises + plan.line("optimizer")
     except UnplannableError:
-        rises = 1 << 62
-    if policy.device.type == "cpu" and rises * TIGHT <= free_memory(policy.device):
-        return rises
+        needs = 1 << 62
+    if policy.device.type == "cpu" and needs * TIGHT <= free_memory(policy.device):
+        return needs, tokens_per_pass
     vocabulary = policy.model.config.get_text_config().vocab_size
-    parts = [largest_part(recipe, prompt, keeper.budget, vocabulary)]
-    with keeper.updating(rises, -1):
+    micro_batches = [largest_part(recipe, prompt_tokens, tokens_per_pass, vocabulary)]
+    with noted(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
         work = partial(_forward_and_back, policy, objective)
-        _, budget = retry_on_oom(work, parts, keeper.budget, clear=partial(clear_gradients, policy))
+        _, tokens_per_pass = retry_on_oom(work, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
     clear_gradients(policy)
-    keeper.shrink(budget)
-    return rises
+    return needs, tokens_per_pass
 
 
 def _forward_and_back(policy: Policy, objective: Objective, parts: Sequence[MicroBatch]) -> None:

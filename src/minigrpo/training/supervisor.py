@@ -1,4 +1,4 @@
-"""What stands between a run and its loss: the way back to its newest checkpoint, its log, its alarms, its saves.
+"""What surrounds the algorithm of a run: its rollouts, its log, its checkpoints, its alarms, its memory.
 
 Whatever is judged here is judged from the logged figures alone, so a resumed run, which reads them back, judges as the
 uninterrupted one.
@@ -6,48 +6,172 @@ uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from minigrpo.algorithms.entropy import EntropyBonus
-from minigrpo.algorithms.packing import Batch
+from minigrpo.algorithms.length_penalty import with_overlong_penalty
+from minigrpo.algorithms.objective import Objective
+from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
+from minigrpo.models.context import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
+from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import free_memory, tokens_per_pass
+from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
 from minigrpo.training.monitor.alarms import Alarms
 from minigrpo.training.monitor.divergence import DivergenceMonitor, message
-from minigrpo.training.oom import left_by_a_kill, noted
+from minigrpo.training.oom import left_by_a_kill, noted, try_largest_pass
+from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
+from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import compute_repeatably
+from minigrpo.utils.rng import name_key
+from minigrpo.utils.signals import finish_first
 
-PATIENCE = 5
+MOST_SKIPPED = 5
 """Steps in a row whose gradient is not finite before the run stops."""
 
 
 class Supervisor:
-    """Belongs to one run of the training loop; `bonus` is the entropy bonus as it stands after the last step."""
+    """One run of the training loop, as a context manager.
+
+    `tokens_per_pass`: of the next update; it falls where memory runs out. `entropy_weight`: of the entropy bonus.
+    """
 
     def __init__(
-        self, recipe: Recipe, track: RunLogger, policy: Policy, optimizer: torch.optim.Optimizer, source: GroupSource
+        self,
+        recipe: Recipe,
+        task: Task,
+        policy: Policy,
+        engine: Engine,
+        *,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        logger: RunLogger,
     ) -> None:
-        self.recipe, self.track, self.run = recipe, track, track.run
-        self.policy, self.optimizer, self.source = policy, optimizer, source
+        self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
+        self.optimizer, self.objective = optimizer, objective
+        self.logger, self.run = logger, logger.run
+        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe)
+        check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
+        sampler = PromptSampler(training, recipe.seed, recipe.groups)
+        self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
         self.bonus = EntropyBonus.of(recipe.objective)
         self.alarms = Alarms(recipe, sixteen_bit=policy.dtype != torch.float32)
-        self.watch = DivergenceMonitor(recipe.watch)
-        self.failures = 0
-        self.budget = 0
+        self.monitor = DivergenceMonitor(recipe.watch)
+        self.skipped_in_a_row = 0
+        self.tokens_per_pass = 0
         self.best: tuple[float, float, int] | None = None
+        self._start = 0
+        self._update_bytes = 0
+        self._stopped = False
+        self._clock = Clock(policy.device.type)
+        self._open = ExitStack()
+
+    def __enter__(self) -> Supervisor:
+        """Take up the newest checkpoint, try the largest pass, give the engine the weights, open log and grader."""
+        prompt_tokens = longest_prompt(self.source.sampler.prompts, self.policy.tokenizer)
+        self._start = self.restore(prompt_tokens, getattr(self.engine, "rows", 0))
+        self._update_bytes, tokens = try_largest_pass(
+            self.policy,
+            self.objective,
+            self.recipe,
+            run=self.run,
+            prompt_tokens=prompt_tokens,
+            tokens_per_pass=self.tokens_per_pass,
+        )
+        self._keep_smaller_passes(tokens)
+        self.engine.update(self.policy)
+        with ExitStack() as stack:
+            stack.enter_context(self.logger)
+            self._grader = stack.enter_context(Grader.of(self.task, self.recipe.task, self.logger.say))
+            self._interrupted = stack.enter_context(finish_first())
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        self._open.__exit__(kind, fault, at)
+        if fault is None and not self._stopped:
+            self._take_best()
+            self.engine.update(self.policy)
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps that are still to be done; no further one once somebody asked to stop."""
+        for step in range(self._start, self.recipe.train.steps):
+            self._clock = Clock(self.policy.device.type)
+            yield step
+            if self._stopped:
+                return
+
+    @property
+    def entropy_weight(self) -> float:
+        return self.bonus.weight
+
+    def sample_groups(self, step: int) -> StepGroups:
+        """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
+        config = self.recipe.rollout
+        # Every step has a random stream of its own, so a resumed run needs none restored.
+        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step))
+        ask = partial(self._rollout, n=config.completions, sampling=sampling)
+        sampled = self.source.gather(step, ask, teaches=self._teaches)
+        self._clock.lap("rollout")
+        return sampled
+
+    def _rollout(self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling) -> list[Group]:
+        groups = rollout(
+            self.engine,
+            self.task,
+            prompts,
+            n=n,
+            sampling=sampling,
+            tokenizer=self.policy.tokenizer,
+            grader=self._grader,
+        )
+        return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether the group's siblings differ in what the objective compares."""
+        return pack([group], self.objective, self.recipe.rollout.max_tokens).teaches
+
+    @contextmanager
+    def update_phase(self, step: int) -> Iterator[None]:
+        """Surround an update: time it, and leave a note of it in the run's folder where memory is tight."""
+        free = free_memory(self.policy.device)
+        with noted(self.run, self._update_bytes, free, {"step": step, "tokens_per_pass": self.tokens_per_pass}):
+            yield
+        self._clock.lap("update")
+
+    def finish_step(
+        self, step: int, sampled: StepGroups, batch: Batch, figures: Mapping[str, float], *, tokens_per_pass: int
+    ) -> None:
+        """Log the step, evaluate and save when it is time. Raises DivergenceError where going on makes no sense."""
+        self._clock.lap("sync")
+        self._keep_smaller_passes(tokens_per_pass)
+        metrics = step_metrics(sampled, batch, figures)
+        if self.recipe.eval.every and (step + 1) % self.recipe.eval.every == 0:
+            greedy = Sampling(0.0, self.recipe.rollout.max_tokens)
+            metrics |= held_out_metrics(self._rollout(self.held_out, n=1, sampling=greedy))
+            self._clock.lap("eval")
+        metrics |= self._clock.metrics(sampled.sampled)
+        self._record(step + 1, metrics, sampled, batch)
+        self._stopped = self._interrupted()
+        self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.steps)
 
     def restore(self, prompt: int, rows: int) -> int:
-        """The first step to do; sets `budget`. Makes arithmetic repeatable; takes up the newest whole checkpoint.
+        """Take up the newest whole checkpoint, if any; set `tokens_per_pass`; make arithmetic repeatable.
+
+        Returns the first step to do.
 
         `prompt`: tokens of the longest prompt, for the plan. `rows`: that the engine decodes side by side.
         """
@@ -56,11 +180,11 @@ class Supervisor:
         self._settle_machine(prompt, rows)
         found, complaints = checkpoint.latest(self.run)
         for complaint in complaints:
-            self.track.say(complaint)
-        self.track.rewind(found.positions if found else {})
+            self.logger.say(complaint)
+        self.logger.rewind(found.positions if found else {})
         if not self.policy.shares_prompts:
             kind = self.policy.model.config.model_type
-            self.track.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
+            self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
         if found is None:
             # Whatever would keep a later checkpoint from being written is found now, not after an hour.
             self._save(0)
@@ -72,41 +196,38 @@ class Supervisor:
         self.policy.loss_scale = self.policy.loss_scale.restored(found.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
-        self.track.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
+        self.logger.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
         return found.step
 
-    def shrink(self, budget: int) -> None:
-        """Memory ran out: from here on, and after a resume, passes are of at most so many tokens."""
-        if budget < self.budget:
-            self.track.say(f"Memory ran out in a pass of {self.budget} tokens: going on with {budget}. Same gradient.")
-            self._set_budget(budget)
+    def _keep_smaller_passes(self, tokens: int) -> None:
+        """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
+        if tokens < self.tokens_per_pass:
+            self.logger.say(
+                f"Memory ran out in a pass of {self.tokens_per_pass} tokens: going on with {tokens}. Same gradient."
+            )
+            self._set_tokens_per_pass(tokens)
 
-    def updating(self, rises: int, step: int) -> AbstractContextManager[None]:
-        """Around an update that takes `rises` bytes: what a kill for memory leaves behind, while that is likely."""
-        free = free_memory(self.policy.device)
-        return noted(self.run, rises, free, {"step": step, "tokens_per_pass": self.budget})
-
-    def record(self, step: int, metrics: Mapping[str, float], gathered: StepGroups, batch: Batch) -> None:
+    def _record(self, step: int, metrics: Mapping[str, float], sampled: StepGroups, batch: Batch) -> None:
         """Log step number `step`, and say what is alarming about it."""
-        unused = [[0.0] * len(group.grades) for group in gathered.others]
+        unused = [[0.0] * len(group.grades) for group in sampled.others]
         advantages = [*batch.advantages_PG.tolist(), *unused]
-        self.track.record(step, metrics, [*batch.groups, *gathered.others], advantages)
+        self.logger.record(step, metrics, [*batch.groups, *sampled.others], advantages)
         for sentence in self._learn(step, metrics):
-            self.track.say(sentence)
+            self.logger.say(sentence)
 
-    def settle(self, step: int, *, last: bool) -> None:
+    def _settle(self, step: int, *, last: bool) -> None:
         """Save when it is time; stop, with a DivergenceError, when to go on no longer makes sense."""
         due = step % self.recipe.save.every == 0 or self.best_step == step
         # What looks like an explosion is not kept: the newest checkpoint stays one to go back to.
-        if last or (due and not self.watch.suspicious):
+        if last or (due and not self.monitor.suspicious):
             self._save(step)
         self._stop_if_broken(step)
 
-    def finish(self) -> None:
+    def _take_best(self) -> None:
         """The policy as it is to be delivered: as it ended, or as it was when it did best on held-out prompts."""
         if self.recipe.save.take == "best" and self.best_step is not None:
             checkpoint.load(checkpoint.at(self.run, self.best_step), self.policy, self.optimizer)
-            self.track.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
+            self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
 
     @property
     def best_step(self) -> int | None:
@@ -115,25 +236,25 @@ class Supervisor:
     def _learn(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """Take the figures of a step to heart: the same from a log as from a step just done."""
         self.bonus = self.bonus.after(metrics.get("entropy"))
-        self.failures = self.failures + 1 if metrics.get("skipped") else 0
-        self.explosion = self.watch.after(step, metrics)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("skipped") else 0
+        self.explosion = self.monitor.after(step, metrics)
         # What looks like an explosion is not saved, so it cannot be the best that is kept either.
-        if metrics.get("eval/accuracy") is not None and not self.watch.suspicious:
+        if metrics.get("eval/accuracy") is not None and not self.monitor.suspicious:
             judged = (metrics["eval/accuracy"], metrics.get("eval/reward") or 0.0, step)
             self.best = max(self.best, judged) if self.best else judged
         return self.alarms.after(step, metrics)
 
     def _save(self, step: int) -> None:
         state = {"source": self.source.state(), "loss_scale": self.policy.loss_scale.state()}
-        checkpoint.save(self.run, step, self.policy, self.optimizer, self.track.positions(), state=state)
+        checkpoint.save(self.run, step, self.policy, self.optimizer, self.logger.positions(), state=state)
         spare = frozenset() if self.best_step is None else frozenset({self.best_step})
         checkpoint.prune(self.run, self.recipe.save.keep, spare)
 
     def _stop_if_broken(self, step: int) -> None:
-        if self.failures >= PATIENCE:
+        if self.skipped_in_a_row >= MOST_SKIPPED:
             raise DivergenceError(
-                f"The gradient was not finite in {self.failures} steps in a row; the weights are those before them. "
-                f"Their prompts and answers stand in {self.run.groups}. A lower --train.lr is the usual cure."
+                f"The gradient was not finite in {self.skipped_in_a_row} steps in a row; the weights are those before "
+                f"them. Their prompts and answers stand in {self.run.groups}. A lower --train.lr is the usual cure."
             )
         if self.explosion is not None:
             good = checkpoint.before(self.run, self.explosion.onset)
@@ -147,22 +268,23 @@ class Supervisor:
         if threads:
             torch.set_num_threads(threads)
         planned = tokens_per_pass(self.policy, self.recipe, prompt)
-        self.budget = then.tokens_per_pass if then else planned
-        now = checkpoint.this_machine(self.budget, rows, self.policy.device, self.policy.dtype)
+        self.tokens_per_pass = then.tokens_per_pass if then else planned
+        now = checkpoint.this_machine(self.tokens_per_pass, rows, self.policy.device, self.policy.dtype)
         if then is None:
             checkpoint.write_machine(self.run, now)
         elif different := now.differences(then):
-            self.track.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
+            self.logger.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
         note = left_by_a_kill(self.run)
-        if note is not None and self.budget > 1:
-            self.track.say(
+        if note is not None and self.tokens_per_pass > 1:
+            self.logger.say(
                 f"This run was killed in an update while memory was tight ({note.get('free', 0) / 1e9:.1f} GB free): "
-                f"going on with passes of {self.budget // 2} tokens instead of {self.budget}. Same gradient."
+                f"going on with passes of {self.tokens_per_pass // 2} tokens instead of {self.tokens_per_pass}. "
+                "Same gradient."
             )
-            self._set_budget(self.budget // 2)
+            self._set_tokens_per_pass(self.tokens_per_pass // 2)
 
-    def _set_budget(self, budget: int) -> None:
-        self.budget = budget
+    def _set_tokens_per_pass(self, tokens: int) -> None:
+        self.tokens_per_pass = tokens
         then = checkpoint.read_machine(self.run)
         assert then is not None, "the machine is written before the first step"
-        checkpoint.write_machine(self.run, replace(then, tokens_per_pass=budget))
+        checkpoint.write_machine(self.run, replace(then, tokens_per_pass=tokens))
