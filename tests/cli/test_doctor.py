@@ -83,7 +83,7 @@ def test_the_caches_are_where_their_owners_keep_them() -> None:
 
     from minigrpo.models.embedded import seedling
 
-    assert doctor.own_cache() == seedling.cache()
+    assert doctor.own_cache() == seedling.cache_dir()
     assert doctor.hub_cache() == Path(constants.HF_HUB_CACHE)
 
 

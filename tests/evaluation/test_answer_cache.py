@@ -42,10 +42,17 @@ def judged(echo_task, tokenizer, tmp_path, monkeypatch):
 
     def run(engine, asked=ASKED, task=echo_task):
         prompts = task.prompts("test")[:10]
-        journal = AnswerCache(tmp_path / "journal.jsonl", asked)
+        answer_cache = AnswerCache(tmp_path / "journal.jsonl", asked)
         sampling = Sampling(1.0, 20)
         return evaluate(
-            engine, task, name="m", prompts=prompts, sampling=sampling, tokenizer=tokenizer, n=2, journal=journal
+            engine,
+            task,
+            name="m",
+            prompts=prompts,
+            sampling=sampling,
+            tokenizer=tokenizer,
+            n=2,
+            answer_cache=answer_cache,
         )
 
     return run

@@ -18,19 +18,19 @@ from minigrpo.types import Grade, Prompt
 
 
 def told(task, **knobs):
-    found = check_task(Recipe(task=TaskConfig(**knobs)), task)
+    found = check_task(task, TaskConfig(**knobs))
     return found.ok, " ".join(fault.what for fault in found.faults)
 
 
 def test_the_tasks_of_the_package_are_fit_to_train_on():
     for name in ("wordproblems", "rg:leg_counting", "rg:chain_sum"):
         recipe = Recipe(task=TaskConfig(name=name, size=64))
-        found = check_task(recipe, open_task(recipe))
+        found = check_task(open_task(recipe), recipe.task)
         assert (found.ok, [fault for fault in found.faults if fault.stops]) == (True, [])
 
 
 def test_a_sound_task_passes_and_its_figures_are_json(echo_task):
-    found = check_task(Recipe(), echo_task)
+    found = check_task(echo_task, TaskConfig())
     assert found.ok
     kinds = {kind["name"]: kind for kind in json.loads(json.dumps(found.to_dict()))["kinds"]}
     assert (kinds["gold"]["mean"], kinds["gold"]["solved"], kinds["empty"]["high"]) == (1.0, 1.0, 0.0)
@@ -78,9 +78,9 @@ def test_a_task_whose_prompts_read_alike_is_compared_by_what_it_hides():
     task = open_task(recipe)
     words = [prompt.messages for split in ("train", "test") for prompt in task.prompts(split)]
     assert len(words) > len({str(one) for one in words})
-    found = check_task(recipe, task, limit=2)
+    found = check_task(task, recipe.task, limit=2)
     assert (found.ok, [fault for fault in found.faults if "prompts" in fault.what]) == (True, [])
-    told = [fault.what for fault in check_task(recipe, replace(task, unseen=None), limit=2).faults]
+    told = [fault.what for fault in check_task(replace(task, unseen=None), recipe.task, limit=2).faults]
     assert any("stand in train word for word" in what for what in told)
 
 
@@ -91,7 +91,7 @@ def test_one_puzzle_of_a_test_that_stands_in_train_is_caught_though_ids_and_word
     tested = list(task.prompts("test"))
     tested[7] = replace(tested[7], target={"games": [tested[7].target["games"][0], known]})
     leaking = replace(task, prompts=lambda split: tested if split == "test" else task.prompts(split))
-    found = check_task(recipe, leaking, limit=2)
+    found = check_task(leaking, recipe.task, limit=2)
     assert not found.ok
     assert [fault.what for fault in found.faults if fault.stops] == [
         "1 test prompts are judged by what train is judged by too, such as test-7."

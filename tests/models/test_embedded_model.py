@@ -34,7 +34,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     def folder(blueprint: Blueprint) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MINIGRPO_CACHE", str(root))
-            return seedling.cached(blueprint)
+            return seedling.build_cached(blueprint)
 
     return folder
 
@@ -46,7 +46,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 
 def problem_prompt() -> Prompt:
-    return wordproblems.distinct("test", "fixed", 1)[0]
+    return wordproblems.distinct_prompts("test", "fixed", 1)[0]
 
 
 def test_a_seedling_is_known_by_its_name() -> None:
@@ -60,7 +60,7 @@ def test_a_seedling_is_known_by_its_name() -> None:
 @pytest.mark.parametrize("path", ["seedling:gpt9", "seedling:", "seedling:Qwen3"])
 def test_an_unknown_architecture_is_refused_with_the_known_ones(path: str) -> None:
     with pytest.raises(ModelError, match=r"seedling:llama, seedling:qwen2, seedling:qwen3, seedling:ministral3"):
-        seedling.resolve(path, seed=0)
+        seedling.resolve_seedling(path, seed=0)
 
 
 @pytest.mark.parametrize("architecture", seedling.ARCHITECTURES)
@@ -100,21 +100,21 @@ def test_prompts_and_answers_are_short(planted: Planted) -> None:
     _, tokenizer = loaded(planted(QUICK))
     prompt = problem_prompt()
     assert len(render(tokenizer, prompt).ids) <= 60
-    assert len(tokenizer(wordproblems.gold(prompt))["input_ids"]) <= 30
+    assert len(tokenizer(wordproblems.gold_answer(prompt))["input_ids"]) <= 30
 
 
 def test_the_same_blueprint_gives_the_same_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         torch.manual_seed(len(name))  # whatever happened before does not matter
         (tmp_path / name).mkdir()
-        seedling.build(QUICK, tmp_path / name)
+        seedling.build_seedling(QUICK, tmp_path / name)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 def test_building_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    seedling.build(QUICK, tmp_path)
+    seedling.build_seedling(QUICK, tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -127,12 +127,12 @@ def test_seed_architecture_and_size_have_their_own_place_in_the_cache() -> None:
 def test_a_seedling_is_built_once_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
     said: list[tuple[int, int, str]] = []
-    folder = seedling.cached(QUICK, lambda *news: said.append(news))
+    folder = seedling.build_cached(QUICK, lambda *news: said.append(news))
     assert folder.parent == tmp_path
     assert [done for done, _, _ in said] == [0, 1, 2, 3, 4]
     assert {total for _, total, _ in said} == {4}
     said.clear()
-    assert seedling.cached(QUICK, lambda *news: said.append(news)) == folder
+    assert seedling.build_cached(QUICK, lambda *news: said.append(news)) == folder
     assert said == []
 
 
@@ -144,7 +144,7 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        seedling.cached(QUICK, interrupt)
+        seedling.build_cached(QUICK, interrupt)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigrpo.config.schema import Recipe
-from minigrpo.evaluation.statistics import score
+from minigrpo.evaluation.statistics import score_groups
 from minigrpo.tasks.builtin import gsm8k
 from minigrpo.tasks.common import math_answers
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Grade, Group, Prompt
 
-OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED}}))
+OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED_DATA}}))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -223,13 +223,13 @@ def test_no_text_breaks_the_grader_or_keeps_it_busy(text: str, in_tags: bool) ->
 
 def test_without_math_verify_notation_earns_nothing_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    math_answers.parser.cache_clear()
+    math_answers.load_parser.cache_clear()
     try:
         with pytest.warns(UserWarning, match="pip install 'minigrpo\\[math\\]'") as said:
             assert [grade(tagged(text)).reward for text in (r"\boxed{72}", r"\boxed{72}", "72")] == [0.0, 0.0, 1.0]
         assert len(said) == 1
     finally:
-        math_answers.parser.cache_clear()
+        math_answers.load_parser.cache_clear()
 
 
 # A vote among samples
@@ -256,7 +256,7 @@ def group(*answers: str) -> Group:
     ],
 )
 def test_the_answer_that_most_samples_gave_wins_and_of_equals_the_first(answers: tuple[str, ...], right: bool) -> None:
-    scores = score([group(*answers)])
+    scores = score_groups([group(*answers)])
     assert scores.majority == float(right)
     assert [found.get("answer") for found in scores.answers] == [grade.answer for grade in group(*answers).grades]
 
@@ -268,4 +268,4 @@ def test_without_answers_to_compare_more_than_half_must_be_right() -> None:
         grades = tuple(Grade(float(right), solved=right) for right in solved)
         return Group(asked("72"), (1,), (completion,) * len(solved), grades)
 
-    assert score([marked(True, True, False), marked(True, False, False)]).majority == 0.5
+    assert score_groups([marked(True, True, False), marked(True, False, False)]).majority == 0.5

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from minigrpo.tasks.builtin.sudoku import GOLD
-from minigrpo.tasks.common.code_task import find_program, in_a_block
+from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM
+from minigrpo.tasks.common.code_task import find_program, format_code_block
 from tests.tasks.test_sudoku import after, graded, parts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox run
     [
         after("import random"),
         after("from math import sqrt"),
-        "import math\n" + GOLD,
+        "import math\n" + GOLD_PROGRAM,
         after("__import__('os')"),
         after("eval('1')"),
         after("getattr(board, 'pop')"),
@@ -70,7 +70,7 @@ def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
     ],
 )  # fmt: skip
 def test_a_name_of_ones_own_is_no_cheat_whatever_else_is_called_so(lines: str) -> None:
-    program = find_program(in_a_block(after(lines)), "strategy", ("board", "initial"))
+    program = find_program(format_code_block(after(lines)), "strategy", ("board", "initial"))
     assert (program.cheats, program.missing, program.refused) == ((), "", "")
     grade = graded(after(lines))
     assert (parts(grade), grade.solved) == ((1.0, 1.0, 30.0), True)

@@ -52,7 +52,7 @@ def test_the_test_split_is_left_alone(rates: Path) -> None:
 
 
 def test_what_evaluate_saves_is_read(tmp_path: Path, tokenizer: Any) -> None:
-    task = open_task(recipe("gsm8k", data=gsm8k.GENERATED))
+    task = open_task(recipe("gsm8k", data=gsm8k.GENERATED_DATA))
     prompts = task.prompts("train")
     assert task.gold is not None
     right, wrong = task.gold(prompts[0]), "<think>a</think><answer>many</answer>"
@@ -67,7 +67,7 @@ def test_what_evaluate_saves_is_read(tmp_path: Path, tokenizer: Any) -> None:
         split="train",
     )
     write_json(tmp_path / "rates.json", found.to_dict())
-    kept = open_task(recipe("gsm8k", data=gsm8k.GENERATED, rates=str(tmp_path / "rates.json"), hardest=0.1))
+    kept = open_task(recipe("gsm8k", data=gsm8k.GENERATED_DATA, rates=str(tmp_path / "rates.json"), hardest=0.1))
     assert prompts[0].id in [prompt.id for prompt in kept.prompts("train")]
     assert len(kept.prompts("train")) < len(prompts)
 

@@ -9,7 +9,7 @@ from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import rollout
-from minigrpo.tasks.custom.reward_functions import kind_of
+from minigrpo.tasks.custom.reward_functions import function_kind
 from minigrpo.tasks.custom.reward_task import reward_task
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.metrics import group_metrics
@@ -128,7 +128,7 @@ def test_a_function_that_raises_is_named_with_its_line():
     def falls(completion, answer):
         return 1 / (len(completion) - 1)
 
-    with pytest.raises(TaskError, match=r"falls raised ZeroDivisionError.*test_functions.py:\d+.*answer '0'"):
+    with pytest.raises(TaskError, match=r"falls raised ZeroDivisionError.*test_reward_functions.py:\d+.*answer '0'"):
         grades(falls)
     with pytest.raises(TaskError, match="raised SystemExit"):
         grades(lambda completion: exit(3))
@@ -158,7 +158,7 @@ def test_an_unknown_parameter_is_refused_with_the_one_that_was_meant():
     with pytest.raises(TaskError, match=r"asks for 'anwser'.*Did you mean answer\?"):
         grades(lambda completion, anwser: 1.0)
     with pytest.raises(TaskError, match=r"Did you mean completion in place of completoin\?"):
-        kind_of(lambda completoin, answer: 1.0, "mine.py:score")
+        function_kind(lambda completoin, answer: 1.0, "mine.py:score")
     with pytest.raises(TaskError, match=r"rows\[3\] does not have"):
         grades(lambda completion, level: 1.0, rows=[*ROWS[:3], {"prompt": "say 7", "answer": "7"}, *ROWS[8:]])
 

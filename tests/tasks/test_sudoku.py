@@ -13,8 +13,8 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.evaluation.check_task import check_task
 from minigrpo.tasks.builtin import sudoku_game
-from minigrpo.tasks.builtin.sudoku import GOLD, judged
-from minigrpo.tasks.common.code_task import Program, in_a_block
+from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM, grade_strategy
+from minigrpo.tasks.common.code_task import ParsedProgram, format_code_block
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt, Task
 
@@ -41,7 +41,7 @@ PROMPT = TASK.prompts("train")[0]
 
 
 def graded(source: str, task: Task = TASK, prompt: Prompt = PROMPT) -> Grade:
-    return task.grade(prompt, in_a_block(source))
+    return task.grade(prompt, format_code_block(source))
 
 
 def returning(value: str) -> str:
@@ -50,7 +50,7 @@ def returning(value: str) -> str:
 
 def after(extra: str) -> str:
     """The winner, with this in front of everything it does."""
-    return GOLD.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
+    return GOLD_PROGRAM.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
 
 
 def parts(grade: Grade) -> tuple[float, ...]:
@@ -60,7 +60,7 @@ def parts(grade: Grade) -> tuple[float, ...]:
 def test_the_winner_wins_every_game_of_every_prompt() -> None:
     for split in ("train", "test"):
         for prompt in TASK.prompts(split)[:3]:  # type: ignore[arg-type]
-            grade = graded(GOLD, TASK, prompt)
+            grade = graded(GOLD_PROGRAM, TASK, prompt)
             assert (parts(grade), grade.reward, grade.solved) == ((1.0, 1.0, 30.0), 32.0, True)
 
 
@@ -112,21 +112,21 @@ def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
     ("text", "told"),
     [
         ("", "no fenced block"),
-        (GOLD, "no fenced block"),
-        ("```python\n" + GOLD, "block not closed"),
-        (in_a_block(GOLD) + "\n" + in_a_block(GOLD), "more than one block"),
-        (in_a_block(GOLD).replace("python", "javascript"), "another language"),
-        ("Here: " + in_a_block(GOLD), "not on a line of its own"),
-        (in_a_block(GOLD.replace("strategy", "player")), "no function strategy"),
-        (in_a_block("class strategy:\n    pass"), "a class in place of"),
-        (in_a_block("async " + GOLD), "an async function in place of"),
-        (in_a_block("strategy = lambda board, initial: (0, 0, 1)"), "no function strategy"),
-        (in_a_block(HEAD + "    return ("), "syntax error"),
-        (in_a_block(GOLD.replace("return", "retrun")), "syntax error"),
-        (in_a_block(HEAD + "    break"), "SyntaxError"),
-        (in_a_block(returning("'\0'")), "yntax error|does not read"),
-        (in_a_block(returning("'\ud800'")), "does not read"),
-        (in_a_block("x" * 2**20), "more than 20000 characters"),
+        (GOLD_PROGRAM, "no fenced block"),
+        ("```python\n" + GOLD_PROGRAM, "block not closed"),
+        (format_code_block(GOLD_PROGRAM) + "\n" + format_code_block(GOLD_PROGRAM), "more than one block"),
+        (format_code_block(GOLD_PROGRAM).replace("python", "javascript"), "another language"),
+        ("Here: " + format_code_block(GOLD_PROGRAM), "not on a line of its own"),
+        (format_code_block(GOLD_PROGRAM.replace("strategy", "player")), "no function strategy"),
+        (format_code_block("class strategy:\n    pass"), "a class in place of"),
+        (format_code_block("async " + GOLD_PROGRAM), "an async function in place of"),
+        (format_code_block("strategy = lambda board, initial: (0, 0, 1)"), "no function strategy"),
+        (format_code_block(HEAD + "    return ("), "syntax error"),
+        (format_code_block(GOLD_PROGRAM.replace("return", "retrun")), "syntax error"),
+        (format_code_block(HEAD + "    break"), "SyntaxError"),
+        (format_code_block(returning("'\0'")), "yntax error|does not read"),
+        (format_code_block(returning("'\ud800'")), "does not read"),
+        (format_code_block("x" * 2**20), "more than 20000 characters"),
         ("x" * 2**20, "no fenced block"),
         ("`" * 10_000, "more than one block"),
     ],
@@ -167,16 +167,16 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("@print\n" + GOLD, "decorator"),
-        (GOLD.replace("initial)", "initial=print(1))", 1), "default arguments"),
-        (GOLD.replace("initial)", "initial=[])", 1), "default arguments"),
-        (GOLD.replace("initial)", "*initial)", 1), "parameters other than"),
-        (GOLD.replace("board, initial", "grid, initial", 1), "parameters other than"),
-        (GOLD.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
-        (GOLD.replace("initial):", "initial) -> print(1):", 1), "annotation"),
-        ("print(1)\n" + GOLD, "code outside"),
-        (GOLD + "\n" + GOLD, "code outside"),
-        (GOLD.replace("return r, c, free", "yield r, c, free"), "generator"),
+        ("@print\n" + GOLD_PROGRAM, "decorator"),
+        (GOLD_PROGRAM.replace("initial)", "initial=print(1))", 1), "default arguments"),
+        (GOLD_PROGRAM.replace("initial)", "initial=[])", 1), "default arguments"),
+        (GOLD_PROGRAM.replace("initial)", "*initial)", 1), "parameters other than"),
+        (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
+        (GOLD_PROGRAM.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
+        (GOLD_PROGRAM.replace("initial):", "initial) -> print(1):", 1), "annotation"),
+        ("print(1)\n" + GOLD_PROGRAM, "code outside"),
+        (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "code outside"),
+        (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],
 )
 def test_what_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
@@ -236,7 +236,7 @@ def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() ->
 
 def played_unread(source: str) -> Grade:
     """Run although its text shows what it is up to: the second line of defence, on its own."""
-    return judged(PROMPT, Program(source), {}, recipe().sandbox)
+    return grade_strategy(PROMPT, ParsedProgram(source), {}, recipe().sandbox)
 
 
 def test_a_winner_that_answers_otherwise_when_asked_again_is_a_cheat() -> None:
@@ -277,9 +277,9 @@ def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> No
     import os
     import signal
 
-    from minigrpo.tasks.common.code_task import sandbox_of
+    from minigrpo.tasks.common.code_task import open_sandbox
 
-    opened = sandbox_of(recipe().sandbox)
+    opened = open_sandbox(recipe().sandbox)
     play = sudoku_game.SudokuGame.board
 
     def killing(game: sudoku_game.SudokuGame) -> list[list[int]]:
@@ -288,18 +288,18 @@ def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> No
         return play(game)
 
     monkeypatch.setattr(sudoku_game.SudokuGame, "board", killing)
-    grade = graded(GOLD)
+    grade = graded(GOLD_PROGRAM)
     monkeypatch.undo()
     assert grade.scored is (not math.isnan(grade.reward))
     assert math.isnan(grade.reward)
     assert "could not run it" in grade.notes["grader"]
-    assert graded(GOLD).solved
+    assert graded(GOLD_PROGRAM).solved
 
 
 def test_weights_reach_each_part() -> None:
     weights = {"task": {"name": "sudoku", "size": 1, "games": 1, "weights": {"strategy_succeeds": 0.1}}}
     task = open_task(Recipe.model_validate(weights))
-    assert graded(GOLD, task, task.prompts("train")[0]).reward == 5.0
+    assert graded(GOLD_PROGRAM, task, task.prompts("train")[0]).reward == 5.0
 
 
 def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
@@ -320,6 +320,6 @@ def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
 
 def test_the_task_is_fit_to_train_on() -> None:
     shown = Recipe.model_validate({"task": {"name": "sudoku", "size": 4, "example": True}})
-    found = check_task(shown, open_task(shown), limit=4)
+    found = check_task(open_task(shown), shown.task, limit=4)
     assert found.ok, found.faults
     assert {kind.name: kind.solved for kind in found.kinds}["gold"] == 1.0

@@ -21,15 +21,15 @@ class AnswerCache:
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
         self.file = file
-        self.head = json.dumps({"asked": asked}, sort_keys=True, default=str)
+        self.header = json.dumps({"asked": asked}, sort_keys=True, default=str)
 
-    def known(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
-        """The groups that stand here already, by prompt; the journal holds nothing else from then on."""
+    def load(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
+        """The groups that stand here already, by prompt; the file holds nothing else from then on."""
         by_id = {prompt.id: prompt for prompt in prompts}
         rows = [row for row in self._rows() if row["prompt"] in by_id]
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            lines = [self.head, *(json.dumps(row) for row in rows)]
+            lines = [self.header, *(json.dumps(row) for row in rows)]
             self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return {row["prompt"]: group_of(row, by_id) for row in rows}
 
@@ -41,8 +41,8 @@ class AnswerCache:
     def _rows(self) -> Iterator[dict[str, Any]]:
         if not self.file.is_file():
             return
-        head, *lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if head != self.head:
+        header, *lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if header != self.header:
             return
         for line in lines:
             try:

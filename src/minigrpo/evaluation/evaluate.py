@@ -14,7 +14,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.evaluation.answer_cache import AnswerCache
-from minigrpo.evaluation.statistics import Paired, Scores, paired, score
+from minigrpo.evaluation.statistics import PairedDifference, Scores, paired_difference, score_groups
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
@@ -66,7 +66,7 @@ class Comparison:
 
     before: Evaluation
     after: Evaluation
-    change: Paired
+    change: PairedDifference
 
     def summary(self) -> dict[str, Any]:
         return {"before": self.before.summary(), "after": self.after.summary(), "change": asdict(self.change)}
@@ -82,13 +82,13 @@ def evaluate(
     tokenizer: Any,
     n: int = 1,
     split: Split = "test",
-    journal: AnswerCache | None = None,
+    answer_cache: AnswerCache | None = None,
     grader: Grader | None = None,
     report: Report = no_report,
 ) -> Evaluation:
     """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
 
-    What the journal holds is not asked again.
+    What the cache holds is not asked again.
     """
     if n > 1 and sampling.temperature == 0:
         raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
@@ -100,7 +100,7 @@ def evaluate(
         n=n,
         sampling=sampling,
         tokenizer=tokenizer,
-        journal=journal,
+        answer_cache=answer_cache,
         grader=grader,
         report=report,
     )
@@ -118,24 +118,24 @@ def grade_prompts(
     report: Report = no_report,
     rows: int = 256,
     grader: Grader | None = None,
-    journal: AnswerCache | None = None,
+    answer_cache: AnswerCache | None = None,
 ) -> Scores:
     """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
 
-    What the journal holds is not asked again, and what is answered is put there.
+    What the cache holds is not asked again, and what is answered is put there.
     """
-    groups = journal.known(prompts) if journal else {}
+    groups = answer_cache.load(prompts) if answer_cache else {}
     left = [prompt for prompt in prompts if prompt.id not in groups]
     batch = max(1, rows // n)
     for start in range(0, len(left), batch):
         part = left[start : start + batch]
         fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
         groups |= {group.prompt.id: group for group in fresh}
-        if journal:
-            journal.add(fresh)
+        if answer_cache:
+            answer_cache.add(fresh)
         right = fmean(grade.solved for group in groups.values() for grade in group.grades)
         report(len(groups), len(prompts), f"{right:.0%} right")
-    return score([groups[prompt.id] for prompt in prompts])
+    return score_groups([groups[prompt.id] for prompt in prompts])
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
@@ -146,10 +146,10 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
             f"{before.name} and {after.name} were evaluated differently: {told[0]} and {told[1]}. Use the same task, "
             "temperature and number of samples for both."
         )
-    return Comparison(before, after, paired(before.scores, after.scores))
+    return Comparison(before, after, paired_difference(before.scores, after.scores))
 
 
-def examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
+def pick_examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
     """Answers to look at: the first `count` right ones and `count` wrong ones, of as many prompts."""
     chosen: list[dict[str, Any]] = []
     for solved in (True, False):
@@ -158,7 +158,7 @@ def examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
     return chosen
 
 
-def example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def pick_example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The same prompts answered before and after: first those that were gained, then the rest."""
     pairs = list(zip(comparison.before.scores.answers, comparison.after.scores.answers, strict=True))
     return sorted(pairs, key=lambda pair: pair[0]["solved"] - pair[1]["solved"])[:count]

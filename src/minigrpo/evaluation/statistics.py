@@ -16,7 +16,7 @@ from typing import Any
 from minigrpo.errors import ArtifactError
 from minigrpo.types import Grade, Group
 
-Z = 1.959964  # the normal distribution's 97.5 % point
+_Z_95 = 1.959964  # the normal distribution's 97.5 % point
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class PairedDifference:
     """Two evaluations of the same prompts. `p`: exact sign test over prompts (at one sample: McNemar's test)."""
 
     difference: float
@@ -82,7 +82,7 @@ class Paired:
         return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def score(groups: Sequence[Group]) -> Scores:
+def score_groups(groups: Sequence[Group]) -> Scores:
     """Count what groups of equal size show. A completion that could not be scored is not right, and earns no reward
     that the mean could count; 0 where nothing could be scored."""
     n = len(groups[0].grades)
@@ -94,20 +94,20 @@ def score(groups: Sequence[Group]) -> Scores:
     rewards = [grade.reward for grade in grades if grade.scored]
     return Scores(
         samples=n,
-        accuracy=wilson(fmean(right_P) / n, len(groups)),
-        formed=wilson(len(formed) / len(grades), len(groups)),
-        accuracy_formed=wilson(share(grade.solved for grade in formed), ceil(len(formed) / n)),
-        truncated=wilson(share(completion.finish == "length" for completion in completions), len(groups)),
+        accuracy=wilson_interval(fmean(right_P) / n, len(groups)),
+        formed=wilson_interval(len(formed) / len(grades), len(groups)),
+        accuracy_formed=wilson_interval(_share(grade.solved for grade in formed), ceil(len(formed) / n)),
+        truncated=wilson_interval(_share(completion.finish == "length" for completion in completions), len(groups)),
         mean_reward=fmean(rewards) if rewards else 0.0,
         mean_tokens=fmean(lengths),
         tokens=sum(lengths),
-        pass_at={k: fmean(pass_at(k, n, right) for right in right_P) for k in powers_of_two(n)} if n > 1 else {},
-        majority=fmean(vote(group.grades) for group in groups) if n > 1 else None,
-        answers=tuple(answer for group in groups for answer in answers_of(group)),
+        pass_at={k: fmean(pass_at_k(k, n, right) for right in right_P) for k in _powers_of_two(n)} if n > 1 else {},
+        majority=fmean(_majority_is_right(group.grades) for group in groups) if n > 1 else None,
+        answers=tuple(answer for group in groups for answer in _answer_records(group)),
     )
 
 
-def vote(grades: Sequence[Grade]) -> bool:
+def _majority_is_right(grades: Sequence[Grade]) -> bool:
     """Whether a vote among the samples of one prompt finds a right answer. What has no answer does not vote."""
     votes = Counter(grade.answer for grade in grades if grade.answer is not None)
     if not votes:
@@ -116,7 +116,7 @@ def vote(grades: Sequence[Grade]) -> bool:
     return any(grade.solved for grade in grades if grade.answer == winner)
 
 
-def answers_of(group: Group) -> list[dict[str, Any]]:
+def _answer_records(group: Group) -> list[dict[str, Any]]:
     return [
         {
             "prompt": group.prompt.id,
@@ -136,9 +136,9 @@ def answers_of(group: Group) -> list[dict[str, Any]]:
     ]
 
 
-def paired(before: Scores, after: Scores) -> Paired:
+def paired_difference(before: Scores, after: Scores) -> PairedDifference:
     """What changed, prompt by prompt; raises ArtifactError where the prompts are not the same."""
-    before_P, after_P = by_prompt(before), by_prompt(after)
+    before_P, after_P = _accuracy_by_prompt(before), _accuracy_by_prompt(after)
     if before_P.keys() != after_P.keys():
         raise ArtifactError(
             f"The two evaluations answered different prompts ({len(before_P)} and {len(after_P)}, "
@@ -150,11 +150,13 @@ def paired(before: Scores, after: Scores) -> Paired:
     count = len(change_P) + 2
     mean = sum(change_P) / count
     square = (sum(change**2 for change in change_P) + 1) / count
-    half = Z * sqrt(max(0.0, square - mean**2) / count)
-    return Paired(fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost))
+    half = _Z_95 * sqrt(max(0.0, square - mean**2) / count)
+    return PairedDifference(
+        fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost)
+    )
 
 
-def by_prompt(scores: Scores) -> dict[str, float]:
+def _accuracy_by_prompt(scores: Scores) -> dict[str, float]:
     """Share of right samples of each prompt."""
     rights: dict[str, list[bool]] = {}
     for answer in scores.answers:
@@ -169,22 +171,22 @@ def sign_test(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def wilson(value: float, count: int) -> Rate:
+def wilson_interval(value: float, count: int) -> Rate:
     if not count:
         return Rate(0.0, 0.0, 1.0, 0)
-    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * sqrt(value * (1 - value) / count + Z**2 / (4 * count**2))
+    middle = (value + _Z_95**2 / (2 * count)) / (1 + _Z_95**2 / count)
+    half = _Z_95 / (1 + _Z_95**2 / count) * sqrt(value * (1 - value) / count + _Z_95**2 / (4 * count**2))
     return Rate(value, max(0.0, middle - half), min(1.0, middle + half), count)
 
 
-def pass_at(k: int, n: int, right: int) -> float:
+def pass_at_k(k: int, n: int, right: int) -> float:
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
-def powers_of_two(n: int) -> list[int]:
+def _powers_of_two(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
 
 
-def share(facts: Any) -> float:
+def _share(facts: Any) -> float:
     listed = [bool(fact) for fact in facts]
     return fmean(listed) if listed else 0.0

@@ -10,26 +10,27 @@ from __future__ import annotations
 import random
 
 from minigrpo.models.embedded import sudoku_programs
-from minigrpo.tasks.builtin.sudoku import messages
+from minigrpo.tasks.builtin.sudoku import prompt_messages
 from minigrpo.types import Message
 
-GAMES, CELLS = (1, 5), (10, 55)
+_GAMES_RANGE, _CELLS_RANGE = (1, 5), (10, 55)
 """How many puzzles a question names, and how many empty cells each of them has."""
 
 
-def pattern() -> str:
+def name_pattern() -> str:
     """Of the pieces that no merge may cross: a line's beginning, a name. What stands between them may grow."""
     names = sorted(
-        {name for names in sudoku_programs.NAMES.values() for name in names}, key=lambda name: (-len(name), name)
+        {name for names in sudoku_programs.VARIABLE_NAMES.values() for name in names},
+        key=lambda name: (-len(name), name),
     )
     return rf"\n *|\b(?:{'|'.join(names)})\b"
 
 
-def demonstrations(seed: int, size: int) -> list[tuple[tuple[Message, ...], str]]:
+def sudoku_demonstrations(seed: int, size: int) -> list[tuple[tuple[Message, ...], str]]:
     """Questions as the task asks them, without an example, and how the teachers answer. The two are independent."""
     rng = random.Random(f"questions {seed}")
-    return [(question(rng), shown.text) for shown in sudoku_programs.strategies(seed, size)]
+    return [(_draw_question(rng), shown.text) for shown in sudoku_programs.make_strategies(seed, size)]
 
 
-def question(rng: random.Random) -> tuple[Message, ...]:
-    return messages(sorted(rng.randint(*CELLS) for _ in range(rng.randint(*GAMES))))
+def _draw_question(rng: random.Random) -> tuple[Message, ...]:
+    return prompt_messages(sorted(rng.randint(*_CELLS_RANGE) for _ in range(rng.randint(*_GAMES_RANGE))))

@@ -1,8 +1,8 @@
 """Find an answer in a text, read a number, compare. No model, no torch.
 
 The text may be anything that a model can write, so nothing here looks twice at a character: tags are counted, not
-matched by a pattern that could backtrack; a number longer than `LONGEST_NUMBER` is not read at all, nor is an answer
-longer than `LONGEST_ANSWER`.
+matched by a pattern that could backtrack; a number longer than `_MAX_NUMBER_CHARS` is not read at all, nor is an answer
+longer than `_MAX_ANSWER_CHARS`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from fractions import Fraction
 from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LONGEST_NUMBER = 64  # characters; no gold answer comes near, and a text of a million digits costs nothing
-LONGEST_ANSWER = 2000  # characters; more than that is an essay, and no answer
+_MAX_NUMBER_CHARS = 64  # characters; no gold answer comes near, and a text of a million digits costs nothing
+_MAX_ANSWER_CHARS = 2000  # characters; more than that is an essay, and no answer
 
-CURRENCY = "$€£¥₹¢"
-UNITS = CURRENCY + "%°′″'\""
+_CURRENCY = "$€£¥₹¢"
+_UNITS = _CURRENCY + "%°′″'\""
 # Full-width forms and the other characters that mean a minus sign, as the plain ones.
-PLAIN = str.maketrans("０１２３４５６７８９，．＄％－＋−–", "0123456789,.$%-+--", "\u2060\ufeff")
+PLAIN_CHARACTERS = str.maketrans("０１２３４５６７８９，．＄％－＋−–", "0123456789,.$%-+--", "\u2060\ufeff")
 
 # A sign may stand before or after the currency: -$5, $-5. Thousands commas only where they belong: 1,200 but not 12,00.
-NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*[{CURRENCY}]?\s*(?P<late>[-+]?)"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s*[{_CURRENCY}]?\s*(?P<late>[-+]?)"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+|\.?)|\.[0-9]+)(?P<power>[eE][-+]?[0-9]{1,2})?"
-    rf"\s*[{UNITS}]?"
+    rf"\s*[{_UNITS}]?"
 )
-FRACTION = re.compile(rf"(?P<sign>[-+]?)\s*[{CURRENCY}]?(?P<over>[0-9]+)\s*/\s*(?P<under>[0-9]+)\s*[{UNITS}]?")
-DIGITS = re.compile(r"\d[\d.,]*")
-MINUS_BEFORE = re.compile(rf"(?:(?<![\w)\]])-[{CURRENCY}]?|\b(?:minus|negative)\s+[{CURRENCY}]?)\Z", re.IGNORECASE)
+_FRACTION = re.compile(rf"(?P<sign>[-+]?)\s*[{_CURRENCY}]?(?P<over>[0-9]+)\s*/\s*(?P<under>[0-9]+)\s*[{_UNITS}]?")
+_DIGITS = re.compile(r"\d[\d.,]*")
+_MINUS_BEFORE = re.compile(rf"(?:(?<![\w)\]])-[{_CURRENCY}]?|\b(?:minus|negative)\s+[{_CURRENCY}]?)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TaggedAnswer:
     """What stood between the tags, stripped of surrounding space."""
 
     reasoning: str
@@ -43,7 +43,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParsedNumber:
     """The one number that a text holds. `alone`: but for currency, percent or a unit's sign, there is nothing else."""
 
     value: Fraction
@@ -55,7 +55,7 @@ class Reading:
         return str(self.value)
 
 
-def find_answer(text: str) -> Answer | None:
+def find_answer(text: str) -> TaggedAnswer | None:
     """The answer of `<think>...</think><answer>...</answer>`; None where the form is broken.
 
     Each of the four tags must occur exactly once and in this order, and the answer must hold something. So two answers,
@@ -68,14 +68,14 @@ def find_answer(text: str) -> Answer | None:
         return None
     found = text[answer + len("<answer>") : end_answer].strip()
     reasoning = text[think + len("<think>") : end_think].strip()
-    return Answer(reasoning, found) if found else None
+    return TaggedAnswer(reasoning, found) if found else None
 
 
 def parse_number(text: str) -> Decimal | None:
     """The number that the text is: 1200 for "1,200", "$1200", "1200.0" and "1.2e3"; None if it is anything else."""
-    if len(text) > LONGEST_NUMBER:
+    if len(text) > _MAX_NUMBER_CHARS:
         return None
-    match = NUMBER.fullmatch(text.strip().translate(PLAIN))
+    match = _NUMBER.fullmatch(text.strip().translate(PLAIN_CHARACTERS))
     if match is None or (match["sign"] and match["late"]):
         return None
     number = Decimal(match["digits"].replace(",", "") + (match["power"] or ""))
@@ -91,7 +91,7 @@ def same_number(text: str, gold: int | str | Decimal) -> bool:
 
 def parse_fraction(text: str) -> Fraction | None:
     """1/2 in lowest terms. "144/2" is a calculation that was not carried out, and no number."""
-    match = FRACTION.fullmatch(text.strip().translate(PLAIN)) if len(text) <= LONGEST_NUMBER else None
+    match = _FRACTION.fullmatch(text.strip().translate(PLAIN_CHARACTERS)) if len(text) <= _MAX_NUMBER_CHARS else None
     if match is None or not int(match["under"]):
         return None
     value = Fraction(int(match["over"]), int(match["under"]))
@@ -100,17 +100,17 @@ def parse_fraction(text: str) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-def read_number(text: str) -> Reading | None:
+def read_number(text: str) -> ParsedNumber | None:
     """The number that a text holds, among words or alone; None where it holds none, several, or one hard to read."""
-    if len(text) > LONGEST_ANSWER:
+    if len(text) > _MAX_ANSWER_CHARS:
         return None
     number = parse_number(text)
     value = parse_fraction(text) if number is None else Fraction(number)
-    return _among_words(text.translate(PLAIN)) if value is None else Reading(value, alone=True)
+    return _find_among_words(text.translate(PLAIN_CHARACTERS)) if value is None else ParsedNumber(value, alone=True)
 
 
-def _among_words(text: str) -> Reading | None:
-    found = list(islice(DIGITS.finditer(text), 2))
+def _find_among_words(text: str) -> ParsedNumber | None:
+    found = list(islice(_DIGITS.finditer(text), 2))
     # A raised two or a Roman one beside the digits is a number too; Chinese characters, which are words, are none.
     if len(found) != 1 or any(not c.isascii() and unicodedata.category(c) in ("Nd", "Nl", "No") for c in text):
         return None
@@ -118,5 +118,5 @@ def _among_words(text: str) -> Reading | None:
     number = None if before.endswith((".", ",")) else parse_number(found[0][0].rstrip(".,"))
     if number is None:
         return None
-    minus = MINUS_BEFORE.search(before[-24:]) is not None
-    return Reading(-Fraction(number) if minus else Fraction(number), alone=False)
+    minus = _MINUS_BEFORE.search(before[-24:]) is not None
+    return ParsedNumber(-Fraction(number) if minus else Fraction(number), alone=False)

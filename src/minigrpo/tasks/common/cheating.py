@@ -11,7 +11,7 @@ import symtable
 import types
 from collections.abc import Iterator
 
-HIDING = frozenset(
+_HIDING_BUILTINS = frozenset(
     {
         *("breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open", "vars"),
         *("copyright", "credits", "exit", "help", "license", "quit"),
@@ -20,52 +20,52 @@ HIDING = frozenset(
 )
 """Python's own, with which a program can do what its text does not show, or keep something. None is needed."""
 
-HARMLESS = frozenset({"__name__", "__init__", "__len__", "__iter__", "__next__", "__contains__"})
+_HARMLESS_DUNDERS = frozenset({"__name__", "__init__", "__len__", "__iter__", "__next__", "__contains__"})
 """Names with four underscores that honest programs write, and that lead nowhere."""
 
-DISGUISES = frozenset({"__builtins__", "__class__", "__import__"})
+_DISGUISING_DUNDERS = frozenset({"__builtins__", "__class__", "__import__"})
 """Names that are not even set by an honest program, as `__slots__` is: they pretend to be another class or built-in."""
 
-INSIDE = (types.FrameType, types.CodeType, types.TracebackType)
-RUNNING = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
-PREFIXES = ("f_", "co_", "tb_", "gi_", "cr_", "ag_")
+_FRAME_TYPES = (types.FrameType, types.CodeType, types.TracebackType)
+_GENERATOR_TYPES = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_ATTRIBUTE_PREFIXES = ("f_", "co_", "tb_", "gi_", "cr_", "ag_")
 
 
-def internals(*kinds: type) -> frozenset[str]:
-    return frozenset(name for kind in kinds for name in dir(kind) if name.startswith(PREFIXES))
+def _internal_attributes(*kinds: type) -> frozenset[str]:
+    return frozenset(name for kind in kinds for name in dir(kind) if name.startswith(_ATTRIBUTE_PREFIXES))
 
 
-STEPS = internals(*INSIDE)
+_FRAME_ATTRIBUTES = _internal_attributes(*_FRAME_TYPES)
 """Attributes of frames, code and tracebacks. A program that sets one of these names has objects of its own with it."""
-DOORS = internals(*RUNNING)
+_GENERATOR_ATTRIBUTES = _internal_attributes(*_GENERATOR_TYPES)
 """The only ways to a frame or to code without underscores: they count whoever else has an attribute of that name."""
 
 
-def cheats_of(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
+def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
     """What a program must not use. Without `scopes` (it does not compile) its names alone are not told apart."""
     if scopes is not None:
-        own = own_names(scopes)
-        yield from (f"uses {name}" for name in borrowed(scopes) if name in HIDING and name not in own)
-    set_here = frozenset(own_attributes(tree))
+        own = _assigned_names(scopes)
+        yield from (f"uses {name}" for name in _outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
+    set_here = frozenset(_assigned_attributes(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield "import"
-        elif isinstance(node, ast.Name) and is_special(node.id) and (is_read(node) or node.id in DISGUISES):
+        elif isinstance(node, ast.Name) and _is_dunder(node.id) and (_is_read(node) or node.id in _DISGUISING_DUNDERS):
             yield "import" if node.id == "__import__" else f"uses {node.id}"
         elif isinstance(node, ast.Global):
-            yield from (f"uses {name}" for name in node.names if is_special(name))
-        elif isinstance(node, ast.Attribute) and is_internal(node.attr, set_here):
+            yield from (f"uses {name}" for name in node.names if _is_dunder(name))
+        elif isinstance(node, ast.Attribute) and _is_internal(node.attr, set_here):
             yield f"uses {node.attr}"
         elif isinstance(node, ast.MatchClass):  # case object(__class__=kind): an attribute that is not spelt as one
-            yield from (f"uses {name}" for name in node.kwd_attrs if is_internal(name, set_here))
+            yield from (f"uses {name}" for name in node.kwd_attrs if _is_internal(name, set_here))
 
 
-def own_names(scopes: symtable.SymbolTable) -> frozenset[str]:
+def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:
     """What the program itself defines outside of every function."""
     return frozenset(symbol.get_name() for symbol in scopes.get_symbols() if symbol.is_assigned())
 
 
-def borrowed(scope: symtable.SymbolTable) -> Iterator[str]:
+def _outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
     """Names that are read, here or in a scope within, and that may be Python's own.
 
     A name that a function binds anywhere is the function's alone. A class body is another matter: there a name that is
@@ -76,10 +76,10 @@ def borrowed(scope: symtable.SymbolTable) -> Iterator[str]:
         if symbol.is_referenced() and outside:
             yield symbol.get_name()
     for child in scope.get_children():
-        yield from borrowed(child)
+        yield from _outer_names(child)
 
 
-def own_attributes(tree: ast.AST) -> Iterator[str]:
+def _assigned_attributes(tree: ast.AST) -> Iterator[str]:
     """Attributes that the program sets, or gives to a class of its own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -90,14 +90,18 @@ def own_attributes(tree: ast.AST) -> Iterator[str]:
             yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
 
 
-def is_read(node: ast.Name) -> bool:
+def _is_read(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
-def is_special(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__") and name not in HARMLESS
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name not in _HARMLESS_DUNDERS
 
 
-def is_internal(attribute: str, set_here: frozenset[str]) -> bool:
+def _is_internal(attribute: str, set_here: frozenset[str]) -> bool:
     """Doors to Python's inside: names between underscores, and what leads to frames and to code."""
-    return is_special(attribute) or attribute in DOORS or (attribute in STEPS and attribute not in set_here)
+    return (
+        _is_dunder(attribute)
+        or attribute in _GENERATOR_ATTRIBUTES
+        or (attribute in _FRAME_ATTRIBUTES and attribute not in set_here)
+    )

@@ -19,44 +19,44 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from minigrpo.tasks.common.answers import PLAIN, Reading, read_number
+from minigrpo.tasks.common.answers import PLAIN_CHARACTERS, ParsedNumber, read_number
 
-LONGEST = 100  # characters
-DRESS = re.compile(r"\\(?:[()\[\],;!]|left\b|right\b)")
-DEGREES = re.compile(r"\^\{?\\circ\}?")
-SIGNS = re.compile(r"\\([$%])")
-THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\})(?=[0-9]{3}(?![0-9]))")
-BEYOND_WORDS = re.compile(r"\^|\\(?!(?:boxed|text|textbf|mathrm|mathbf)\b)")
+_MAX_CHARS = 100  # characters
+_SPACING = re.compile(r"\\(?:[()\[\],;!]|left\b|right\b)")
+_DEGREES = re.compile(r"\^\{?\\circ\}?")
+_SIGNS = re.compile(r"\\([$%])")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\})(?=[0-9]{3}(?![0-9]))")
+_BEYOND_WORDS = re.compile(r"\^|\\(?!(?:boxed|text|textbf|mathrm|mathbf)\b)")
 
-NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
-FRACTION = rf"-?\\[dt]?frac\{{{NUMBER}\}}\{{{NUMBER}\}}"
-POWER = r"-?[0-9]{1,6}\^(?:[0-9]|\{[0-9]{1,2}\})"
-ONE = f"(?:{FRACTION}|{POWER}|{NUMBER})"
-FORM = re.compile(rf"{ONE}|\\boxed\{{{ONE}\}}")
+_NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
+_FRACTION = rf"-?\\[dt]?frac\{{{_NUMBER}\}}\{{{_NUMBER}\}}"
+_POWER = r"-?[0-9]{1,6}\^(?:[0-9]|\{[0-9]{1,2}\})"
+_SINGLE_NUMBER = f"(?:{_FRACTION}|{_POWER}|{_NUMBER})"
+_ALLOWED_FORM = re.compile(rf"{_SINGLE_NUMBER}|\\boxed\{{{_SINGLE_NUMBER}\}}")
 """In a box or not: digits enough for any honest answer, and too few for a hostile one."""
 
-_reading = threading.Lock()  # the parser below math-verify keeps tables that all threads share
+_parser_lock = threading.Lock()  # the parser below math-verify keeps tables that all threads share
 
 
-def read_answer(text: str) -> Reading | None:
+def read_answer(text: str) -> ParsedNumber | None:
     """`read_number`, for notation too."""
-    if len(text) > LONGEST or not ("\\" in text or "^" in text):
+    if len(text) > _MAX_CHARS or not ("\\" in text or "^" in text):
         return read_number(text)
-    bare = SIGNS.sub(r"\1", DRESS.sub(" ", DEGREES.sub("°", text.translate(PLAIN)))).strip()
-    form = THOUSANDS.sub("", re.sub(r"[$%\s]", "", bare))
-    if re.search(r"[0-9][\s$%]+[0-9]", bare) or FORM.fullmatch(form) is None:
-        return None if BEYOND_WORDS.search(bare) else read_number(bare)
-    value = value_of(form)
-    return None if value is None else Reading(value, alone=True)
+    bare = _SIGNS.sub(r"\1", _SPACING.sub(" ", _DEGREES.sub("°", text.translate(PLAIN_CHARACTERS)))).strip()
+    form = _THOUSANDS.sub("", re.sub(r"[$%\s]", "", bare))
+    if re.search(r"[0-9][\s$%]+[0-9]", bare) or _ALLOWED_FORM.fullmatch(form) is None:
+        return None if _BEYOND_WORDS.search(bare) else read_number(bare)
+    value = _parse_form(form)
+    return None if value is None else ParsedNumber(value, alone=True)
 
 
-def value_of(form: str) -> Fraction | None:
+def _parse_form(form: str) -> Fraction | None:
     """What math-verify reads; None where that is no exact number, or it is not installed, which is said once."""
-    parse = parser()
+    parse = load_parser()
     if parse is None:
         return None
     try:
-        with _reading:
+        with _parser_lock:
             found = parse(f"${form}$", parsing_timeout=None, raise_on_error=False)
             value = Fraction(str(found[0].doit()))
     except (
@@ -72,7 +72,7 @@ def value_of(form: str) -> Fraction | None:
 
 
 @cache
-def parser() -> Any:
+def load_parser() -> Any:
     try:
         found = importlib.import_module("math_verify")
     except ImportError:

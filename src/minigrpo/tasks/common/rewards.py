@@ -40,33 +40,33 @@ def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple
 
 def graded(rewards: Sequence[Reward], prompt: Prompt, text: str, *, formed: bool, solved: bool) -> Grade:
     """Ask every function; `reward` is the weighted sum, `parts` are the values as the functions gave them."""
-    parts = {reward.name: checked(reward, prompt, text) for reward in rewards}
+    parts = {reward.name: _call_reward(reward, prompt, text) for reward in rewards}
     weights = {reward.name: reward.weight for reward in rewards}
-    return Grade(reward=weighted(parts, weights), parts=parts, formed=formed, solved=solved, weights=weights)
+    return Grade(reward=weighted_sum(parts, weights), parts=parts, formed=formed, solved=solved, weights=weights)
 
 
-def weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The weighted sum of what applied; NaN where nothing did. The sum is exact, so the order of parts is nothing."""
     return math.fsum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else math.nan
 
 
-def checked(reward: Reward, prompt: Prompt, text: str) -> float:
+def _call_reward(reward: Reward, prompt: Prompt, text: str) -> float:
     """A reward that is not a finite number would poison its whole group: refuse it where it arises."""
-    return finite(reward.function(prompt, text), reward.name, f"prompt {prompt.id}")
+    return check_finite(reward.function(prompt, text), reward.name, f"prompt {prompt.id}")
 
 
-def finite(value: object, name: str, where: str) -> float:
+def check_finite(value: object, name: str, where: str) -> float:
     """The number that a reward function gave; raises TaskError for anything else. True is 1, and text is no number."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise TaskError(f"The reward function {name} gave {shown(value)} for {where}. Return a finite number.")
+        raise TaskError(f"The reward function {name} gave {shorten_repr(value)} for {where}. Return a finite number.")
     return number
 
 
-def shown(value: object, longest: int = 80) -> str:
+def shorten_repr(value: object, longest: int = 80) -> str:
     """A value as it may stand in a sentence."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]} ..."
