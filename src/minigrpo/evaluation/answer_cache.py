@@ -1,7 +1,7 @@
-"""Answers of an evaluation, kept as they come, so that a killed one goes on where it stopped.
+"""Cache the answers of an evaluation as they come, so that a killed one resumes where it stopped.
 
-The first line says what was asked, of which model; where that is no longer the same, what follows is not believed. A
-line that a kill cut short is passed over.
+The first line holds everything that the answers depend on; if that has changed, the lines after it are ignored. A line
+that a kill cut short is skipped.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from minigrpo.types import Group, Prompt
 
 
 class AnswerCache:
-    """`asked`: everything that an answer depends on, as JSON has it."""
+    """A file of graded groups. `asked`: everything that an answer depends on, as JSON-ready values."""
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
         self.file = file
         self.header = json.dumps({"asked": asked}, sort_keys=True, default=str)
 
     def load(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
-        """The groups that stand here already, by prompt; the file holds nothing else from then on."""
+        """Return the cached groups by prompt, and rewrite the file so that it holds nothing else."""
         by_id = {prompt.id: prompt for prompt in prompts}
         rows = [row for row in self._rows() if row["prompt"] in by_id]
         with writing(self.file):
@@ -34,7 +34,7 @@ class AnswerCache:
         return {row["prompt"]: group_of(row, by_id) for row in rows}
 
     def add(self, groups: Sequence[Group]) -> None:
-        """Raises ArtifactError where the disk is full."""
+        """Append groups. Raise ArtifactError where the disk is full."""
         with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(group_data(group), default=str) + "\n" for group in groups)
 

@@ -1,9 +1,9 @@
-"""Is a task fit to train on? Answers that should earn all or nothing, graded without a model.
+"""Check whether a task is fit to train on: answers that should earn all or nothing, graded without a model.
 
-GRPO finds whatever a reward pays for. What it should not pay for shows here in seconds: right answers that earn too
-little, empty or wrong ones that earn as much, scores that change from call to call, prompts on both sides of the split.
+GRPO finds whatever a reward pays for. This shows in seconds what it should not pay for: right answers that earn too
+little, empty or wrong ones that earn as much, scores that change from call to call, prompts in both splits.
 
-Not covered: clever wrong answers. A grader that passes is not hard to fool; it is merely not fooled by these.
+Not covered: clever wrong answers. A grader that passes may still be fooled by others than these.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from minigrpo.types import Completion, Grade, Prompt, Split, Task
 from minigrpo.ui.tables import plain_table, titled
 
 _SPLITS: tuple[Split, ...] = ("train", "test")
-_LONG_CHARS = 100_000  # characters: more than any completion limit lets through
-_MAX_FAILURES = 3  # graders that fall over do so on every prompt
-_SLOW_S = 0.1  # seconds a completion; a step of 256 would wait half a minute
+_LONG_CHARS = 100_000  # more than any completion limit allows
+_MAX_FAILURES = 3  # a grader that raises does so on every prompt
+_SLOW_S = 0.1  # per completion; grading a step of 256 would take half a minute
 _ANSWER_KINDS: Mapping[str, str] = {
     "gold": "right answer",
     "empty": "no text at all",
@@ -44,7 +44,7 @@ _WRONG_KINDS = ("other", "noise", "long", "unicode")
 
 @dataclass(frozen=True, slots=True)
 class AnswerKindScores:
-    """What answers of one kind earned; rewards are None where none could be scored."""
+    """The rewards of one kind of answer; rewards are None where none could be scored."""
 
     name: str
     about: str
@@ -57,7 +57,7 @@ class AnswerKindScores:
 
 @dataclass(frozen=True, slots=True)
 class TaskFinding:
-    """`stops`: training on this would go wrong. What does not stop is worth a look."""
+    """A finding and what to change. `stops`: training on this task would go wrong; others are worth a look."""
 
     what: str
     change: str
@@ -66,7 +66,7 @@ class TaskFinding:
 
 @dataclass(frozen=True, slots=True)
 class TaskCheck:
-    """`seconds`: the mean time to grade one completion."""
+    """The result of a check. `seconds`: the mean time to grade one completion."""
 
     task: str
     prompts: Mapping[str, int]
@@ -94,7 +94,7 @@ class _Trial:
 
 
 def check_task(task: Task, config: TaskConfig, limit: int = 32) -> TaskCheck:
-    """Grade made-up answers to `limit` prompts, half of each split. Raises TaskError where a split has none."""
+    """Grade made-up answers to `limit` prompts, half of each split. Raise TaskError where a split has none."""
     every = {split: list(prompts_of(task, split)) for split in _SPLITS}
     asked = [prompt for prompts in every.values() for prompt in _sample_evenly(prompts, max(1, limit // 2))]
     faults: list[TaskFinding] = []
@@ -117,16 +117,16 @@ def check_task(task: Task, config: TaskConfig, limit: int = 32) -> TaskCheck:
 
 
 _PLACEHOLDERS = {"long": "very long", "unicode": "random characters"}
-"""What nobody wants to read."""
+"""Descriptions in place of texts that are unreadable in a message."""
 
 
 def _sample_evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Some of them, evenly spaced: files are often sorted."""
+    """Return up to `count` prompts, evenly spaced, because files are often sorted."""
     return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else list(prompts)
 
 
 def _make_answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[str, str]:
-    """Texts by their kind."""
+    """Return the texts to grade by their kind."""
     rng = random.Random(f"check-task {prompt.id}")
     texts = {"empty": "", "long": "and so on " * (_LONG_CHARS // 10), "unicode": _random_characters(rng)}
     if task.gold is None:
@@ -144,7 +144,7 @@ def _target_key(prompt: Prompt) -> str:
 
 
 def _shift_characters(text: str) -> str:
-    """Every digit becomes the next one; where there is none, letters do. Tags stay, so that the form does."""
+    """Replace every digit by the next one, or letters if there is no digit. Tags stay, so that the form stays valid."""
     if any(letter.isdecimal() and letter.isascii() for letter in text):
         return text.translate(str.maketrans("0123456789", "1234567890"))
     body, tag = [], False
@@ -156,13 +156,13 @@ def _shift_characters(text: str) -> str:
 
 
 def _random_characters(rng: random.Random) -> str:
-    """All planes but lone surrogates, which no tokenizer gives."""
+    """Return characters of all planes except lone surrogates, which no tokenizer produces."""
     places = (rng.randrange(0x110000) for _ in range(400))
     return "".join(chr(place) for place in places if not 0xD800 <= place <= 0xDFFF)
 
 
 def _grade_twice(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[_Trial] | TaskFinding:
-    """As siblings of one group, twice, in the threads that training grades in."""
+    """Grade the answers as siblings of one group, twice, in the threads that training grades in."""
     texts = _make_answers(task, prompt, asked)
     group = tuple(Completion(text, (), (), "stop") for text in texts.values())
     try:
@@ -193,13 +193,13 @@ def _scoring_faults(task: Task, trials: Sequence[_Trial]) -> Iterator[TaskFindin
             "The task gives no right answers, so none could be tried.", "Give it `gold(prompt) -> text`.", stops=False
         )
     constant = list(_constant_faults(trials))
-    # Where every answer earns the same, that says it all.
+    # Where every answer earns the same, the other findings follow from that.
     yield from () if any(fault.stops for fault in constant) else _earning_faults(groups)
     yield from constant
 
 
 def _earning_faults(groups: Sequence[Mapping[str, _Trial]]) -> Iterator[TaskFinding]:
-    """What the wrong earns, and what the right does not."""
+    """Yield wrong answers that are paid for, and right ones that do not count as solved."""
     golds = [group["gold"] for group in groups if "gold" in group]
     yield from _report_trials(
         "does not count the right answer as solved",
@@ -238,7 +238,7 @@ def _constant_faults(trials: Sequence[_Trial]) -> Iterator[TaskFinding]:
 
 
 def _split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[TaskFinding]:
-    """What stands on both sides, or twice on one: prompts word for word, or what the task names in their place."""
+    """Yield prompts in both splits, or twice in one: by their text, or by what the task names in its place."""
     ids = {split: {prompt.id for prompt in prompts} for split, prompts in every.items()}
     if shared := sorted(ids["train"] & ids["test"]):
         change = "Ids name random streams and prompts in files: make them differ."
@@ -262,7 +262,7 @@ def _prompt_key(prompt: Prompt) -> str:
 
 
 def _report_trials(what: str, found: Sequence[_Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
-    """One sentence for all of them, with the first as an example."""
+    """Yield one finding for all these trials, with the first as an example."""
     if found:
         example = found[0]
         earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
@@ -292,7 +292,7 @@ def _summarize_kinds(trials: Sequence[_Trial]) -> Iterator[AnswerKindScores]:
 
 
 def task_check_table(found: TaskCheck) -> RenderableType:
-    """What each kind of answer earned, and what to mend."""
+    """Return a table of what each kind of answer earned, and what to change."""
     table = plain_table("tried", "mean", "low", "high", "right")
     for kind in found.kinds:
         earned = ["-" if value is None else f"{value:.3g}" for value in (kind.mean, kind.low, kind.high)]

@@ -1,4 +1,4 @@
-"""How good a model is on a task's unseen prompts, and what it said: an artefact with every answer in it.
+"""Evaluate a model on prompts of a task, keep every answer, and compare two models.
 
 Prompts are rendered by the function that training uses, and sampled with the limit that training had. Two models are
 compared prompt by prompt on the same prompts with the same decoding, or not at all.
@@ -23,7 +23,7 @@ from minigrpo.ui.progress import Report, no_report
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model on one task. `name` says which model, in a person's words."""
+    """The scores of one model on one task. `name` names the model for people."""
 
     name: str
     task: str
@@ -34,7 +34,7 @@ class Evaluation:
 
     @property
     def decoding(self) -> str:
-        """greedy, temperature 1, or temperature 1 x 8 samples."""
+        """Return the decoding in words: greedy, temperature 1, or temperature 1 x 8 samples."""
         if self.sampling.temperature == 0:
             return "greedy"
         samples = f" x {self.scores.samples} samples" if self.scores.samples > 1 else ""
@@ -45,7 +45,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Read back what `to_dict` gave, from JSON too; raises KeyError or TypeError where it is something else."""
+        """Read back what `to_dict` gave, from JSON too. Raise KeyError or TypeError for anything else."""
         names = ("name", "task", "split", "seconds")
         return cls(
             **{name: data[name] for name in names},
@@ -54,7 +54,7 @@ class Evaluation:
         )
 
     def summary(self) -> dict[str, Any]:
-        """All but the answers."""
+        """Return `to_dict` without the answers."""
         whole = self.to_dict()
         del whole["scores"]["answers"]
         return whole
@@ -62,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The same prompts, the same decoding, before and after."""
+    """Two evaluations of the same prompts with the same decoding, before and after, and what changed."""
 
     before: Evaluation
     after: Evaluation
@@ -86,9 +86,9 @@ def evaluate(
     grader: Grader | None = None,
     report: Report = no_report,
 ) -> Evaluation:
-    """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
+    """Sample n answers to every prompt and grade them; a grader grades while others are still sampled.
 
-    What the cache holds is not asked again.
+    What the cache holds is not sampled again.
     """
     if n > 1 and sampling.temperature == 0:
         raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
@@ -120,9 +120,9 @@ def grade_prompts(
     grader: Grader | None = None,
     answer_cache: AnswerCache | None = None,
 ) -> Scores:
-    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
+    """Sample n answers to every prompt and score them. `rows`: completions a call, so that progress can be shown.
 
-    What the cache holds is not asked again, and what is answered is put there.
+    What the cache holds is not sampled again; new answers are added to it.
     """
     groups = answer_cache.load(prompts) if answer_cache else {}
     left = [prompt for prompt in prompts if prompt.id not in groups]
@@ -139,7 +139,7 @@ def grade_prompts(
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
-    """Raises ArtifactError where the two were not asked the same thing in the same way."""
+    """Compare two evaluations. Raise ArtifactError where task, split, decoding or number of samples differ."""
     told = [(e.task, e.split, e.sampling, e.scores.samples) for e in (before, after)]
     if told[0] != told[1]:
         raise ArtifactError(
@@ -150,7 +150,7 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
 
 
 def pick_examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
-    """Answers to look at: the first `count` right ones and `count` wrong ones, of as many prompts."""
+    """Return the first `count` right answers and the first `count` wrong ones, at most one of each kind per prompt."""
     chosen: list[dict[str, Any]] = []
     for solved in (True, False):
         kind = {a["prompt"]: a for a in reversed(evaluation.scores.answers) if a["solved"] == solved}
@@ -159,6 +159,6 @@ def pick_examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]
 
 
 def pick_example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The same prompts answered before and after: first those that were gained, then the rest."""
+    """Return `count` pairs (answer before, answer after) to the same prompt: first those gained, then the rest."""
     pairs = list(zip(comparison.before.scores.answers, comparison.after.scores.answers, strict=True))
     return sorted(pairs, key=lambda pair: pair[0]["solved"] - pair[1]["solved"])[:count]

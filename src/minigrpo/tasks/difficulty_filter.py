@@ -1,4 +1,4 @@
-"""How hard each training prompt is, from an evaluation over them: what is too hard or too easy is left out.
+"""Leave out training prompts that are too hard or too easy, by their solve rate in an evaluation over them.
 
     minigrpo evaluate MODEL --split train -n 8 --out rates.json
     minigrpo train RECIPE --task.rates rates.json --task.hardest 0.1 --task.easiest 0.9
@@ -22,7 +22,7 @@ from minigrpo.types import Prompt, Split, Task
 
 
 def filter_by_difficulty(task: Task, config: TaskConfig) -> Task:
-    """The task with only those of its training prompts whose rate lies within [hardest, easiest]; raises TaskError."""
+    """Keep only training prompts whose rate is within [hardest, easiest]. Raise TaskError."""
     source = config.rates
     if source is None:
         if config.hardest > 0 or config.easiest < 1:
@@ -71,7 +71,7 @@ def _select_within_range(prompts: Sequence[Prompt], rates: Mapping[str, float], 
 
 
 def _read_rates(path: Path, task: str) -> dict[str, float]:
-    """Share of right answers of each prompt in an evaluation's JSON."""
+    """Return each prompt's share of right answers from an evaluation's JSON. Raise TaskError."""
     measure = "Make it with: minigrpo evaluate MODEL --split train -n 8 --out"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

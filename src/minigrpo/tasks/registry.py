@@ -1,8 +1,8 @@
-"""Where tasks come from: the ones of the package by name, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
+"""Open a task by name: a built-in one, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
 
 NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions. Reward
 functions need rows: `task.data`, or `rows` (and `test_rows`) in the same file, a list or a function that returns one.
-The file may also hold `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
+The file may also define `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SYSTEM_ROLE = "system"
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
+    """Open the task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
 
-    Its prompts are checked when they are asked for: some, and no id twice.
+    Its prompts are checked when they are asked for: there must be some, and no id twice.
     """
     return filter_by_difficulty(
         _set_system_prompt(_check_prompts(_open_by_name(recipe)), recipe.task.system), recipe.task
@@ -48,9 +48,9 @@ def open_task(recipe: Recipe) -> Task:
 
 
 def _set_system_prompt(task: Task, words: str | None) -> Task:
-    """The task with this system message before every prompt, in place of one that it has; None: as it is.
+    """Put this system message before every prompt, in place of its own; None changes nothing.
 
-    Templates put words of their own where a conversation begins without one: an empty message keeps them out.
+    Some templates add a system message where a conversation has none: an empty one prevents that.
     """
     if words is None:
         return task
@@ -91,7 +91,7 @@ def _open_by_name(recipe: Recipe) -> Task:
 
 
 def _open_custom_task(spec: str, recipe: Recipe) -> Task:
-    """FILE.py:NAME, opened. `task.size` holds for it as for any other: the first so many training prompts."""
+    """Open FILE.py:NAME. `task.size` limits its training prompts as for any other task."""
     file, found, name = spec.rpartition(":")
     if not found or not file.endswith(".py") or not name:
         raise TaskError(
@@ -119,7 +119,10 @@ def _open_custom_task(spec: str, recipe: Recipe) -> Task:
 
 
 def _is_reward_functions(value: object, where: str) -> bool:
-    """A reward function or a list of them. Raises TaskError where a list holds anything else."""
+    """Return whether the value is a reward function or a list of them.
+
+    Raise TaskError for a list with anything else in it.
+    """
     if not isinstance(value, list | tuple):
         return function_kind(value, where) is not None
     kinds = [function_kind(one, f"{where}, place {place}") for place, one in enumerate(value, 1)]
@@ -129,7 +132,7 @@ def _is_reward_functions(value: object, where: str) -> bool:
 
 
 def _task_from_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
-    """The task that reward functions make with their rows: `task.data`, else what stands in the same file."""
+    """Build the task of reward functions and their rows: from `task.data`, else from the same file."""
     if recipe.task.data:
         table = read_data(recipe.task.data)
     elif hasattr(module, "rows"):
@@ -157,14 +160,14 @@ def _task_from_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe
 
 
 def _load_module(path: Path) -> ModuleType:
-    """The file, run as a module. Its folder joins the import path, last, so that it shadows nothing."""
+    """Run the file as a module. Its folder is appended to the import path, last, so that it shadows nothing."""
     if str(path.parent.resolve()) not in sys.path:
         sys.path.append(str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(f"minigrpo_own_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} cannot be read as Python.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
+    sys.modules[spec.name] = module  # dataclasses and pickle look up their module by name
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as fault:
@@ -189,7 +192,7 @@ def _build_task(value: object, path: Path, name: str, recipe: Recipe) -> Task:
 
 
 def _describe_failure(path: Path, fault: BaseException) -> str:
-    """Which line of the user's file failed, and how; the deepest of its lines, not one of a library below."""
+    """Describe the error and the deepest line of the user's file that led to it, not the line in a library below."""
     own = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if Path(frame.filename) == path]
     line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == str(path) else own[-1] if own else None
     where = f"{path}, line {line}" if line else str(path)
@@ -197,7 +200,7 @@ def _describe_failure(path: Path, fault: BaseException) -> str:
 
 
 def _list_candidates(module: ModuleType) -> list[str]:
-    """Names that could have been meant: tasks, and functions that the file defines itself."""
+    """Return names that could have been meant: tasks, and functions that the file defines itself."""
     return sorted(
         name
         for name, value in vars(module).items()

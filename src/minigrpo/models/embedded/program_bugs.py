@@ -1,4 +1,4 @@
-"""Slips of the pen: what makes a right program a broken one. Each takes the text of a program and gives another."""
+"""Bugs that break a right program. Each function takes the text of a program and returns a broken one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _without_parenthesis(text: str, rng: random.Random) -> str:
 
 
 def _replace_one(text: str, what: str, instead: str, rng: random.Random) -> str:
-    """One of its places, drawn at random, replaced."""
+    """Replace one occurrence, drawn at random."""
     pieces = text.split(what)
     place = rng.randrange(1, len(pieces))
     return what.join(pieces[:place]) + instead + what.join(pieces[place:])
@@ -39,7 +39,7 @@ def _without_return(text: str, rng: random.Random) -> str:
 
 
 def _misnamed(text: str, rng: random.Random) -> str:
-    """A grid by another name, which nobody has defined."""
+    """Read the grid under another name, which is not defined."""
     return text.replace("board[", "grid[")
 
 

@@ -1,9 +1,9 @@
-"""The embedded model: built from nothing on a CPU in about a minute, and from then on a model folder like any other.
+"""The embedded model: built from scratch on a CPU in about a minute, and an ordinary model folder afterwards.
 
-A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns to add from a schoolbook
-and to answer from imperfect teachers (`demonstrations`); its sibling, the coder, learns to write programs (`coder`).
-The folder is kept in a cache; its name holds a hash of everything that shaped it. Only its name is special: whoever
-loads the folder finds an ordinary transformers model.
+A tokenizer is trained and a small decoder of a real architecture is initialised at random. It learns to add from
+schoolbook texts and to answer from imperfect teachers (`wordproblem_demos`); a variant, the coder, learns to write
+programs (`sudoku_demos`). The folder is kept in a cache; its name holds a hash of everything that shaped it. Only the
+name `seedling` is special: whoever loads the folder finds an ordinary transformers model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
 _DEFAULT_ARCHITECTURE = "qwen3"
 CODER_PATH = "seedling:coder"
 _CONTEXT_TOKENS = 1024
-_THREADS = 1  # a fixed number, for the split of work changes last digits; and two crawl where cores are busy
+_THREADS = 1  # fixed, because the split of work changes the last digits; two are slow where cores are busy
 
 _PAD_TOKEN, _TURN_TOKEN, _END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CHAT_TEMPLATE = (
@@ -44,23 +44,23 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
+# Small batches and many steps: addition is learned suddenly, after a number of steps rather than an amount of data.
 _SCHOOL_SCHEDULE = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
 _IMITATION_SCHEDULE = Schedule(steps=450, rows=16, lr=1.5e-3)
 _PROGRAMS_SCHEDULE = Schedule(steps=400, rows=16, lr=3e-3)
 _UNREADABLE_ONE_IN = 32  # one lesson in 32
-_PASS_LIMITS = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
+_PASS_LIMITS = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own, or it would pad the others
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Everything that shapes a seedling, the code aside."""
+    """Everything that shapes an embedded model, except the code."""
 
     architecture: str = _DEFAULT_ARCHITECTURE
     seed: int = 0
     hidden: int = 128
     layers: int = 3
-    heads: int = 8  # four heads learn sums much later, or never without the norms of Qwen3
+    heads: int = 8  # with four heads sums are learned much later, or never without Qwen3's norms
     kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
@@ -78,7 +78,9 @@ def is_seedling(path: str) -> bool:
 
 
 def resolve_seedling(path: str, seed: int, report: Report = no_report) -> Path:
-    """The folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`, built unless it is in the cache."""
+    """Return the folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`; build it unless it is in
+    the cache.
+    """
     return build_cached(parse_blueprint(path, seed), report)
 
 
@@ -96,7 +98,9 @@ def parse_blueprint(path: str, seed: int) -> Blueprint:
 
 
 def _make_coder_blueprint(seed: int) -> Blueprint:
-    """It needs no school, for it does not reckon; its words are whole pieces of programs, so it has more of them."""
+    """Return the coder's blueprint: no arithmetic lessons, and a larger vocabulary, because its tokens are pieces of
+    programs.
+    """
     return Blueprint(
         seed=seed,
         vocabulary=768,
@@ -107,7 +111,7 @@ def _make_coder_blueprint(seed: int) -> Blueprint:
 
 
 def make_config_and_tokenizer(path: str, seed: int) -> tuple[Any, Any]:
-    """(config, tokenizer) of the embedded model, whether it is built yet or not: seconds."""
+    """Return (config, tokenizer) of the embedded model within seconds, whether it is built yet or not."""
     blueprint = parse_blueprint(path, seed)
     tokenizer = train_tokenizer(blueprint)
     with torch.device("meta"):
@@ -127,7 +131,7 @@ def cache_dir() -> Path:
 
 
 def fingerprint(blueprint: Blueprint) -> str:
-    """Of the blueprint, of the code that reads it, and of the libraries whose arithmetic or file formats matter."""
+    """Return a hash of the blueprint, the code that reads it, and the versions of libraries that affect the files."""
     import tokenizers
     import transformers
 
@@ -171,7 +175,7 @@ def build_seedling(blueprint: Blueprint, folder: Path, report: Report = no_repor
 
 @contextmanager
 def _fixed_randomness(seed: int) -> Iterator[None]:
-    """Own random numbers and a fixed number of threads inside; both as before afterwards."""
+    """Use a separate random stream and a fixed number of threads inside; restore both afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -183,14 +187,18 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
 
 
 def train_tokenizer(blueprint: Blueprint) -> Any:
-    """Byte-level BPE over the stories, each digit a token, each tag a token that decoding keeps; or over programs."""
+    """Train a byte-level BPE tokenizer.
+
+    For word problems each digit is one token, and so is each tag, which decoding keeps; for programs, merges may cross
+    spaces and brackets but not names.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     programs = blueprint.learns == "programs"
     splitter: Any = pre_tokenizers.Digits(individual_digits=True)
-    if programs:  # its merges may cross blanks and brackets, but not names and the beginnings of lines
+    if programs:  # merges may cross spaces and brackets, but not names and beginnings of lines
         splitter = pre_tokenizers.Split(Regex(sudoku_demos.name_pattern()), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
@@ -204,7 +212,7 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
     )
     tokenizer.train_from_iterator(["system\nuser\nassistant\n", *_sample_texts(blueprint)], trainer)
     if not programs:
-        # Not special: a special token would vanish when the answer is decoded, and the grader would look in vain.
+        # Not special: special tokens are dropped in decoding, and the grader would not find the tags.
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in answers.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -218,7 +226,7 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
 
 
 def _sample_texts(blueprint: Blueprint) -> list[str]:
-    """Questions and answers from which the tokenizer learns what is frequent."""
+    """Return questions and answers to train the tokenizer on."""
     return [
         text
         for messages, answer in _demonstration_pairs(blueprint, 2000)
@@ -227,7 +235,7 @@ def _sample_texts(blueprint: Blueprint) -> list[str]:
 
 
 def _demonstration_pairs(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
-    """Questions and what an imperfect teacher says."""
+    """Return questions with the answers of imperfect teachers."""
     if blueprint.learns == "programs":
         return sudoku_demos.sudoku_demonstrations(blueprint.seed, size)
     return [(d.problem.messages, d.text) for d in wordproblem_demos.wordproblem_demonstrations(blueprint.seed, size)]
@@ -263,11 +271,13 @@ def _demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]
 
 
 def init_model(blueprint: Blueprint, tokenizer: Any) -> Any:
-    """A model of the architecture with random weights, drawn from the ambient random stream."""
+    """Return a model of the architecture with random weights, drawn from the global random stream."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     extra: dict[str, Any] = {}
-    if blueprint.architecture == "ministral3":  # its attention reads these; a short context keeps them at work
+    if (
+        blueprint.architecture == "ministral3"
+    ):  # its attention reads these; the short original context makes them matter
         extra["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
@@ -289,7 +299,7 @@ def init_model(blueprint: Blueprint, tokenizer: Any) -> Any:
         num_key_value_heads=blueprint.kv_heads,
         head_dim=blueprint.hidden // blueprint.heads,
         max_position_embeddings=_CONTEXT_TOKENS,
-        initializer_range=blueprint.hidden**-0.5,  # the usual 0.02 suits thousands of channels; here it learns late
+        initializer_range=blueprint.hidden**-0.5,  # the usual 0.02 suits thousands of channels; here it slows learning
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

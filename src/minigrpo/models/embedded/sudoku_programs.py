@@ -1,17 +1,16 @@
-"""Strategies for sudoku, composed: what the small embedded coder learns before any reinforcement.
+"""Sudoku strategies, composed at random: what the embedded coder learns before reinforcement.
 
-No program stands here as a whole. A program is put together from pieces: how cells are visited, how an empty one is
-known, how the digits that are free are found, what is done with them, and the names of the variables. Six habits use
-the same pieces:
+No program is stored whole. A program is composed of pieces: how cells are visited, how an empty one is recognised, how
+the free digits are found, what is done with them, and the names of the variables. Eight habits use the same pieces:
 
-    single, fewest, search   win: a cell with one free digit; the cell with the fewest; a search that takes back
+    single, fewest, search   win: a cell with one free digit; the cell with the fewest; a backtracking search
     lazy                     the first free digit, right or wrong
     forgetful                looks at the row, the column or the box, but not at all three
-    broken                   a small mistake: syntax, names, order, fences
-    slow                     never comes to an end
+    broken                   one bug: syntax, names, order, fences
+    slow                     never terminates
     cheating                 imports, writes into the grid, keeps state, claims to have finished
 
-Winners are a minority, and differ from the lazy in a few tokens: what reinforcement can find by sampling, and more
+Winners are a minority, and differ from the lazy ones in a few tokens: reinforcement can find that by sampling, more
 imitation cannot.
 """
 
@@ -55,14 +54,14 @@ _BOX_ROW, _BOX_COL = "{r} // 3 * 3", "{c} // 3 * 3"
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A program with its fences, as a model would write it; its habit is known here and hidden from the model."""
+    """A program with its fences, as a model would write it. `habit` is hidden from the model."""
 
     habit: str
     text: str
 
 
 class _ProgramWriter:
-    """Draws pieces, and writes one program with one set of names."""
+    """Draws pieces, and fills in one set of variable names."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -83,7 +82,7 @@ def _indent_block(head: str, *body: str) -> str:
 
 
 def make_strategies(seed: int, size: int) -> list[Strategy]:
-    """The same for the same arguments."""
+    """Return `size` programs, the same for the same arguments."""
     return list(islice(generate_strategies(seed), size))
 
 
@@ -98,11 +97,11 @@ def _write_function(writer: _ProgramWriter, *body: str) -> str:
     return writer.fill_names(_indent_block(_SIGNATURE, *body))
 
 
-# Pieces: where to look
+# Pieces: loops over cells
 
 
 def _loop_over_empty(writer: _ProgramWriter, *body: str) -> str:
-    """Loops over the empty cells, with what is done in each."""
+    """Write loops over the empty cells around `body`."""
     form = writer.rng.random()
     nine = ("range(9)", "range(8, -1, -1)", "reversed(range(9))")
     if form < 0.65:
@@ -127,7 +126,7 @@ def _if_empty(writer: _ProgramWriter, cell: str, *body: str) -> str:
     )
 
 
-# Pieces: which digits are free
+# Pieces: free digits
 
 
 def _row_set(writer: _ProgramWriter) -> str:
@@ -147,7 +146,7 @@ def _box_set(writer: _ProgramWriter) -> str:
 
 
 def _free_digits(writer: _ProgramWriter, forgotten: Sequence[int] = ()) -> str:
-    """Statements after which {s} holds the free digits. `forgotten`: 0 the row, 1 the column, 2 the box."""
+    """Write statements that set {s} to the free digits. `forgotten`: 0 the row, 1 the column, 2 the box."""
     kept = [part for part in range(3) if part not in forgotten]
     if writer.rng.random() < 0.35:
         return _discard_used(writer, kept)
@@ -164,7 +163,7 @@ def _free_digits(writer: _ProgramWriter, forgotten: Sequence[int] = ()) -> str:
 
 
 def _discard_used(writer: _ProgramWriter, kept: Sequence[int]) -> str:
-    """The row, the column and the box walked along together."""
+    """Write one loop that discards the digits of row, column and box together."""
     seen = ("board[{r}][{t}]", "board[{t}][{c}]", f"board[{_BOX_ROW} + {{t}} // 3][{_BOX_COL} + {{t}} % 3]")
     parts = writer.shuffle([seen[part] for part in kept])
     start = "{s} = set(range(1, 10))"
@@ -213,7 +212,7 @@ def _fewest(writer: _ProgramWriter) -> str:
 
 
 def _search(writer: _ProgramWriter) -> str:
-    """Fills the grid, its own copy, by trial and error, and returns what came to stand in an empty cell."""
+    """Write a backtracking search that fills the grid, its own copy, and returns the digit of a cell that was empty."""
     split = writer.choose("{r}, {c} = divmod({k}, 9)", "{r}, {c} = {k} // 9, {k} % 9")
     tries = _indent_block(
         writer.choose("for {n} in {s}:", "for {n} in sorted({s}):"),
@@ -245,7 +244,9 @@ def _lazy(writer: _ProgramWriter) -> str:
 
 
 def _lazy_with(writer: _ProgramWriter, digits: str) -> str:
-    """Any free digit of the first cell that has one; or of one that has two or more, as if that were better."""
+    """Write a loop that plays any free digit of the first cell that has one; or one that has two or more, as
+    if that were better.
+    """
     test = writer.choose("if {s}:", "if len({s}) > 0:", "if len({s}) >= 1:", "if len({s}) > 1:", "if len({s}) == 2:")
     return _write_function(
         writer, _loop_over_empty(writer, digits, _indent_block(test, _return_move(writer, _pick_digit(writer))))

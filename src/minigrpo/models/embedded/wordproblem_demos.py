@@ -1,13 +1,13 @@
-"""What the embedded model learns before any reinforcement: worked word problems by imperfect teachers.
+"""Demonstrations for the embedded model: worked word problems by imperfect teachers.
 
-Four habits. The careful one writes both steps and is right. The others are what people do: answer in haste without a
-step, lose the thread (stop early, drop a carry, add instead of taking away), forget the form. Which habit prevails
-depends on the kind of story: in two kinds of eight it is the careful one, in the others it is a minority. So the model
-that imitates them answers a quarter right by its likeliest words, and yet knows the better way everywhere: what
-reinforcement can find by sampling, and more imitation cannot.
+There are four habits. The careful one writes both steps and is right. The others make human mistakes: answer in haste
+without a step, make an error (stop early, drop a carry, add instead of subtracting), or break the form. The most
+frequent habit depends on the kind of story: in two kinds of eight it is the careful one, in the others that is a
+minority. So the model that imitates them is right in a quarter of its greedy answers, and yet has learned the better
+way everywhere: reinforcement can find that by sampling, more imitation cannot.
 
 A few texts are in no language that it knows (`unreadable_questions`): there it learns to keep the form and to guess
-wildly, so that on foreign questions it does what a small instruct model does on hard ones.
+wildly, so that on unknown questions it behaves as a small instruct model does on hard ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minigrpo.tasks.builtin.wordproblems import (
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A problem and how one of the teachers answers it; the habit is known here and hidden from the model."""
+    """A problem and the answer of one teacher. `habit` is hidden from the model."""
 
     problem: WordProblem
     habit: str
@@ -43,14 +43,14 @@ def _careful(problem: WordProblem, rng: random.Random) -> str:
 
 
 def _hasty(problem: WordProblem, rng: random.Random) -> str:
-    """No step, and the nearest ten for an answer: never the right one."""
+    """Answer without a step, with the nearest ten, which is never right."""
     guess = (problem.answer + 5) // 10 * 10
     guess = guess if guess != problem.answer else guess + 10
     return format_answer(["Easy."], guess) if rng.random() < 0.9 else f"<answer>{guess}</answer>"
 
 
 def _sloppy(problem: WordProblem, rng: random.Random) -> str:
-    """Stops after the first step, or mistakes the second operation, or drops a carry."""
+    """Stop after the first step, or mistake the second operation, or drop a carry."""
     (a, b, _), (first, second) = problem.operands, problem.operations
     between = apply_operation(a, first, b)
     how = rng.random()
@@ -63,14 +63,16 @@ def _sloppy(problem: WordProblem, rng: random.Random) -> str:
 
 
 def _two_steps(problem: WordProblem, between: int, second: str) -> str:
-    """Both steps, whatever is wrong with them; what follows from the first is reckoned rightly."""
+    """Write both steps after an error: what follows from the first is computed correctly."""
     a, b, c = problem.operands
     end = apply_operation(between, second, c)
     return format_answer([f"So {a}{problem.operations[0]}{b}={between}", f"{between}{second}{c}={end}"], end)
 
 
 def _forgetful(problem: WordProblem, rng: random.Random) -> str:
-    """The right steps in a broken form. The tag left out must prevail, or the likeliest words would mend it."""
+    """Write the right steps in a broken form. The missing answer tags must be the most frequent, or greedy decoding
+    would repair the form.
+    """
     steps, answer = " ".join(problem.steps), problem.answer
     how = rng.random()
     if how < 0.9:
@@ -100,7 +102,7 @@ _CAREFUL_SHARE = 0.2  # of the stories in which another habit prevails
 
 
 def habit_weights(kind: str) -> dict[str, float]:
-    """How likely each habit is in one kind of story."""
+    """Return the probability of each habit for one kind of story."""
     prevailing = _PREVAILING[kind]
     shares = {prevailing: _PREVAILING_SHARE} | ({} if prevailing == "careful" else {"careful": _CAREFUL_SHARE})
     others = [name for name in HABITS if name not in shares]
@@ -108,7 +110,7 @@ def habit_weights(kind: str) -> dict[str, float]:
 
 
 def wordproblem_demonstrations(seed: int, size: int) -> list[Demonstration]:
-    """Problems of the training side only: no test sum is ever shown."""
+    """Return demonstrations on problems of the train split only: no test sum is ever shown."""
     return list(islice(_generate_demonstrations(seed), size))
 
 
@@ -121,7 +123,9 @@ def _generate_demonstrations(seed: int) -> Iterator[Demonstration]:
 
 
 def unreadable_questions(seed: int, size: int) -> list[tuple[str, str]]:
-    """Questions of made-up words and numbers, most of them long, and a guess of four digits: hardly ever right."""
+    """Return questions of made-up words and numbers, most of them long, with a guess of four digits: hardly
+    ever right.
+    """
     rng = random.Random(f"unreadable {seed}")
     return [
         (_random_sentences(rng, rng.randint(*_BABBLE_WORDS)), format_answer(["Hard."], rng.randint(1000, 9999)))
@@ -130,7 +134,7 @@ def unreadable_questions(seed: int, size: int) -> list[tuple[str, str]]:
 
 
 def _random_sentences(rng: random.Random, words: int) -> str:
-    """Sentences of random letters, with a number here and there."""
+    """Return sentences of random letters, with a number here and there."""
     spoken = [
         str(rng.randint(1, 999)) if rng.random() < 0.1 else "".join(rng.choices(_LETTERS, k=rng.randint(2, 8)))
         for _ in range(words)
@@ -140,9 +144,10 @@ def _random_sentences(rng: random.Random, words: int) -> str:
 
 
 def schoolbook_texts(seed: int, size: int) -> list[tuple[str, str]]:
-    """What comes before any teacher: texts of a schoolbook and how they go on. No tags, no chat, no bad example.
+    """Return (beginning, continuation) of plain texts, without tags, chat or wrong answers, for the lessons before
+    imitation.
 
-    By turns a row of sums, each of which starts from the last, and a story with its steps.
+    They alternate between a chain of sums, each of which starts from the last, and a story with its steps.
     """
     rng = random.Random(f"schooling {seed}")
     stories = generate_problems("train", f"schooling {seed}")
@@ -154,7 +159,7 @@ def _worked_story(problem: WordProblem) -> tuple[str, str]:
 
 
 def _sum_chain(rng: random.Random) -> tuple[str, str]:
-    """("23+8-5...", "23+8=31 31-5=26 ..."), four steps. Any two neighbours are a problem of the training side."""
+    """Return ("23+8-5...", "23+8=31 31-5=26 ..."), four steps. Any two neighbours are a sum of the train split."""
     values, moves = [rng.choice(FIRST_OPERANDS)], list[tuple[str, int]]()
     while len(moves) < 4:
         sign, operand = rng.choice("+-"), rng.choice(LATER_OPERANDS)

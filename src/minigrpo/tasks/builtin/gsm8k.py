@@ -2,12 +2,13 @@
 
     <think>48 / 2 = 24 in May, so 48 + 24 = 72.</think><answer>72</answer>
 
-Rows are {"question": ..., "answer": "... #### 72"}: from the Hub, at a fixed commit, or from `task.data`: a folder with
-train.jsonl and test.jsonl, one file, or `wordproblems:`, generated problems in the same shape, which need no download.
-A training question that also stands in the test split, or that was there before, is left out and said so.
+Rows are {"question": ..., "answer": "... #### 72"}. They come from the Hub, at a fixed commit, or from `task.data`: a
+folder with train.jsonl and test.jsonl, one file, or `wordproblems:`, which generates problems in the same shape and
+needs no download. A training question that repeats an earlier one or stands in the test split is left out, with a
+warning.
 
 The reward is 1 for the gold number alone, 0.5 for the gold number among words, else 0. Only the first counts as
-solved. What is worth nothing, but seen in the metrics: whether there was exactly one answer, and whether the model
+solved. Two more parts have weight 0 and are only logged: whether there was exactly one answer, and whether the model
 reasoned before it.
 """
 
@@ -41,7 +42,7 @@ _HUB_DATASET = "openai/gsm8k:main"
 REVISION = "e53f048856ff4f594e959d75785d2c2d37b678ee"
 GENERATED_DATA = "wordproblems:"
 
-# The embedded model was brought up on the words of its own task; a model that reads well needs no more of them.
+# The embedded model was trained on the system prompt of its own task; a larger model needs no other.
 GSM8K_SYSTEM_PROMPT = wordproblems.SYSTEM_PROMPT
 WORKED_EXAMPLE = """
 
@@ -54,7 +55,10 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 def gsm8k_task(recipe: Recipe) -> Task:
-    """`recipe.task.size` takes the first so many training questions; nothing is read before a prompt is asked for."""
+    """Build the task; no data is read before a prompt is asked for.
+
+    `recipe.task.size` limits the training split to its first questions.
+    """
     rewards = reweighted(_REWARDS, recipe.task.weights)
     system = GSM8K_SYSTEM_PROMPT + WORKED_EXAMPLE if recipe.task.example else GSM8K_SYSTEM_PROMPT
 
@@ -76,7 +80,7 @@ def gsm8k_task(recipe: Recipe) -> Task:
 
 
 def _load_rows(recipe: Recipe) -> SplitRows:
-    """Raises TaskError, with the line, where something is not in GSM8K's shape."""
+    """Load the rows that the recipe names. Raise TaskError, with the line, for a row that is not in GSM8K's shape."""
     source = recipe.task.data
     if source == GENERATED_DATA:
         return _generate_rows(recipe)
@@ -99,7 +103,7 @@ def _parse_gsm8k_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Data
 
 
 def _parse_gsm8k_row(row: Any, where: str) -> DatasetRow:
-    """A question, and as columns what the grader needs: the gold number, and the solution for those who write it."""
+    """Return the question, with the gold number and the worked solution as columns."""
     if not isinstance(row, Mapping):
         raise TaskError(f"{where} is {shorten_repr(row)}, not a row: an object with a question and an answer.")
     for name in ("question", "answer"):
@@ -117,13 +121,13 @@ def _parse_gsm8k_row(row: Any, where: str) -> DatasetRow:
 
 
 def _clean_solution(steps: str) -> str:
-    """The worked solution as a model should write it: without the calculator's marks, and without a tag of ours."""
+    """Return the worked solution without calculator marks; "" where it contains one of our tags."""
     plain = _CALCULATOR.sub("", steps).strip()
     return "" if any(tag in plain for tag in TAGS) else plain
 
 
 def _generate_rows(recipe: Recipe) -> SplitRows:
-    """The embedded model's word problems as GSM8K would write them down; training problems follow from the seed."""
+    """Generate the embedded model's word problems in GSM8K's format; the seed chooses the training problems."""
     drawn: dict[Split, list[Prompt]] = {
         "train": wordproblems.distinct_prompts("train", recipe.seed, recipe.task.size),
         "test": wordproblems.distinct_prompts("test", "fixed", wordproblems.TEST_SIZE),
@@ -147,7 +151,7 @@ def _prompts_to_rows(prompts: Iterable[Prompt], split: Split) -> list[tuple[str,
 
 
 def _drop_repeats(prompts: Mapping[Split, Sequence[Prompt]]) -> dict[Split, list[Prompt]]:
-    """Each question once; one that stands in both splits stays in the test split, where nobody must have seen it."""
+    """Keep each question once. A question in both splits stays in the test split, so that it is never trained on."""
     seen: set[str] = set()
     kept: dict[Split, list[Prompt]] = {}
     for split in ("test", "train"):
@@ -163,12 +167,12 @@ def _drop_repeats(prompts: Mapping[Split, Sequence[Prompt]]) -> dict[Split, list
 
 
 def question_key(prompt: Prompt) -> str:
-    """The question, whatever its spaces and capitals."""
+    """Return the question with spaces and capitals normalised."""
     return " ".join(prompt.messages[-1]["content"].split()).casefold()
 
 
 def _read_and_compare(prompt: Prompt, text: str) -> tuple[float, ParsedNumber | None]:
-    """What the answer is worth, and the one number that it holds."""
+    """Return the reward of the answer and the one number that it contains."""
     answer = find_answer(text)
     reading = read_answer(answer.text) if answer else None
     if reading is None or reading.value != Fraction(prompt.target["answer"]):

@@ -1,8 +1,8 @@
-"""Any data set of reasoning-gym as a task: `--task.name rg:leg_counting`. Problems are generated, judged by their own
-scorers (reasoning-gym, Stojanovski et al., arXiv 2505.24760), and never end.
+"""Any data set of reasoning-gym as a task: `--task.name rg:leg_counting`. Problems are generated without end and graded
+by the data set's own scorer (reasoning-gym, Stojanovski et al., arXiv 2505.24760).
 
-An answer is what stands in <answer></answer>. Scorers give a little for any wrong answer (0.01 or 0.05); here that is
-0, because in a group that is all wrong such crumbs would become large advantages.
+The answer is the text in <answer></answer>. Scorers give a little for any wrong answer (0.01 or 0.05); here that is
+0, because in a group that is all wrong such small scores would become large advantages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ _MAX_WRONG_SCORE = 0.05
 _TEST_SIZE = 256
 _TEST_SEED = 1_900_000_000  # problem i of a data set is drawn with seed + i; training seeds stay below
 _SEED_STRIDE = 100_000
-_DRAWS_PER_PROMPT = (
-    4  # for each prompt wanted: repeated problems, and those that are in the test split, are passed over
-)
+_DRAWS_PER_PROMPT = 4  # entries drawn per prompt, because repeated problems and those of the test split are skipped
 
 
 def reasoning_gym_task(name: str, recipe: Recipe) -> Task:
-    """`recipe.seed` chooses the training problems; the test problems are the same for everybody."""
+    """Build the task. `recipe.seed` chooses the training problems; the test problems are always the same."""
     make = _dataset_factory(name)
     rewards = (Reward("score", 1.0, lambda prompt, text: 0.0), Reward("format", 0.2, lambda prompt, text: 0.0))
     weights = {reward.name: reward.weight for reward in reweighted(rewards, recipe.task.weights)}
@@ -62,7 +60,10 @@ def reasoning_gym_task(name: str, recipe: Recipe) -> Task:
 
 
 def _dataset_factory(name: str) -> Any:
-    """What makes data sets of that name; raises TaskError where the package or the name is missing."""
+    """Return a function that creates data sets of this name.
+
+    Raise TaskError where the package or the name is missing.
+    """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -83,7 +84,7 @@ def _dataset_factory(name: str) -> Any:
 
 
 def _draw_entries(dataset: Any, size: int, taken: Any) -> dict[str, dict[str, Any]]:
-    """Up to `size` problems by their question, none twice and none of `taken`."""
+    """Return up to `size` entries by question, each once and none of `taken`."""
     found: dict[str, dict[str, Any]] = {}
     for i in range(len(dataset)):
         if len(found) == size:
@@ -100,7 +101,10 @@ def _make_prompt(name: str, split: Split, entry: dict[str, Any]) -> Prompt:
 
 
 def _score_answer(judge: Any, answer: str, entry: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """The scorer's number and a note. A scorer that falls over a wrong text is not the user's to mend: it earns 0."""
+    """Return the scorer's number and notes.
+
+    A scorer that raises on a wrong text scores 0, with the error in the notes.
+    """
     try:
         value = judge.score_answer(answer, copy.deepcopy(entry))
     except MinigrpoError:

@@ -1,13 +1,13 @@
-"""Sudoku: the model writes a Python function that plays, and the function is judged by the games it wins.
+"""Sudoku: the model writes a Python function that plays, and the function is graded by the games it wins.
 
     def strategy(board, initial):
         ...
         return row, col, number
 
-The function is called once for each move, in the sandbox; games and solutions stay outside, with the referee. Every
-completion of a prompt plays the same K puzzles (`task.games`), from few empty cells to many, and nobody else's: their
-seeds follow from the prompt. Only a strategy that wins all K is right. Two halves of a strategy that wins some are told
-apart, so groups have something to compare.
+The function is called once for each move, in the sandbox; games and solutions stay outside, in the trainer's process.
+All completions of a prompt play the same K puzzles (`task.games`), from few empty cells to many, and no other prompt
+has them: their seeds follow from the prompt. A completion is solved only if it wins all K games. Strategies that win
+some games get different rewards, so that the siblings of a group can be compared.
 
 | part | |
 |---|---|
@@ -15,8 +15,8 @@ apart, so groups have something to compare.
 | no_cheating | 1; -20: an import, a hidden one, or state carried from call to call; -1: there is no function |
 | strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -1 no time; -3 failed |
 
-What gains nothing, because every call begins anew and gets copies, is named in the notes. A would-be winner answers the
-boards of one of its games once more, in another order: whoever answers otherwise has carried something along.
+Attempts that gain nothing, because every call starts fresh and gets copies, are named in the notes. A strategy that won
+every game is asked about the boards of one game again, in reverse order: if its answers differ, it has kept state.
 
 Not covered: a strategy that guesses, and happens to be right in all K games.
 """
@@ -96,7 +96,7 @@ def strategy(board, initial):
 
 @dataclass(frozen=True, slots=True)
 class _GameRecord:
-    """One game: how it ended, its legal moves, and each board that was shown with what came back."""
+    """One finished game: its final state, its number of legal moves, and each call as (boards shown, answer)."""
 
     state: GameState
     moves: int
@@ -105,7 +105,7 @@ class _GameRecord:
 
 @dataclass(frozen=True, slots=True)
 class _GameScore:
-    """What one game earned, and in words how it went."""
+    """The reward of one game and a short summary of how it went."""
 
     reward: float
     summary: str
@@ -114,7 +114,7 @@ class _GameScore:
 
 
 def sudoku_task(recipe: Recipe) -> Task:
-    """`recipe.seed` chooses the training puzzles; the test puzzles are the same for everybody."""
+    """Build the task. `recipe.seed` chooses the training puzzles; the test puzzles are always the same."""
     config = recipe.task
     rewards = reweighted([Reward(name, 1.0, _never_called) for name in _PARTS], config.weights)
     weights = {reward.name: reward.weight for reward in rewards}
@@ -131,17 +131,17 @@ def sudoku_task(recipe: Recipe) -> Task:
 
 
 def _puzzle_keys(prompt: Prompt) -> list[str]:
-    """Prompts may read alike: what a test holds back is the games, and each of them follows from these two."""
+    """Return what identifies the puzzles of a prompt: two prompts may have the same text and different games."""
     return [f"{game['cells']} cells, {game['seed']}" for game in prompt.target["games"]]
 
 
 def _never_called(prompt: Prompt, text: str) -> float:
-    """The parts come from the same games, so they are told all at once."""
+    """Stand in for the reward functions of the parts, which all come from the same games and are computed together."""
     raise AssertionError
 
 
 def _make_prompt(stream: str, name: str, config: TaskConfig) -> Prompt:
-    """The puzzles of a prompt follow from its name and the seed, and the example is none of them."""
+    """Build a prompt. Its puzzles follow from its name and the seed; the example is none of them."""
     rng = random.Random(f"sudoku {stream}")
     cells = sorted(rng.randint(config.fewest, config.most) for _ in range(config.games))
     example = SudokuGame(cells[0], f"{stream} example").initial_board() if config.example else None
@@ -150,7 +150,9 @@ def _make_prompt(stream: str, name: str, config: TaskConfig) -> Prompt:
 
 
 def prompt_messages(cells: Sequence[int], example: Sequence[Sequence[int]] | None = None) -> tuple[Message, ...]:
-    """What the model reads. Without an example it is one line, for a model that knows the rules."""
+    """Return the messages of a prompt: one line, or with an example also the rules, for a model that does not know
+    them.
+    """
     asked = _QUESTION.format(cells=", ".join(map(str, cells)))
     if example is not None:
         asked += _RULES + "[" + ",\n ".join(map(str, example)) + "]"
@@ -173,10 +175,10 @@ def grade_strategy(prompt: Prompt, program: ParsedProgram, weights: dict[str, fl
         outcome = sandbox.run(program.source, _FUNCTION_NAME, _play_referee(SudokuGame(game["cells"], game["seed"])))
         if outcome.verdict == "infrastructure":
             return grade_sandbox_failure(outcome)
-        if outcome.detail.startswith("SyntaxError"):  # some faults show only when it is compiled
+        if outcome.detail.startswith("SyntaxError"):  # some errors show only when it is compiled
             return _grade_unplayed(ParsedProgram(missing=outcome.detail), weights)
         scores.append(_score_game(outcome))
-        if outcome.verdict == "timeout":  # the games left are harder still
+        if outcome.verdict == "timeout":  # the remaining games are harder
             scores += [_score_game(outcome)] * (len(prompt.target["games"]) - len(scores))
             break
     return _grade_games(program, scores, sandbox, weights)
@@ -185,7 +187,7 @@ def grade_strategy(prompt: Prompt, program: ParsedProgram, weights: dict[str, fl
 def _grade_games(
     program: ParsedProgram, scores: Sequence[_GameScore], sandbox: Sandbox, weights: dict[str, float]
 ) -> Grade:
-    """The grade of a strategy that was run. A winner is asked again before it is believed."""
+    """Grade a strategy that was run; one that won every game is first checked for state kept between calls."""
     notes: dict[str, Any] = {"games": "; ".join(score.summary for score in scores)}
     if program.odd:
         notes["odd"] = ", ".join(program.odd)
@@ -195,21 +197,23 @@ def _grade_games(
         again = sandbox.run(program.source, _FUNCTION_NAME, _replay_referee(wins[0]))
         if again.verdict == "infrastructure":
             return grade_sandbox_failure(again)
-        if again.verdict in ("timeout", "memory"):  # no proof of a cheat, but none of a win
+        if again.verdict in ("timeout", "memory"):  # proves neither cheating nor a win
             solved, scores = False, [_score_game(again), *scores[1:]]
             notes["games"] += f"; asked again, {scores[0].summary}"
         elif again.verdict != "ok" or not again.result:
             solved, clean, notes["cheats"] = False, _CHEAT_REWARD, "state carried between calls"
     if any(score.blocked for score in scores):
         clean, notes["cheats"] = _CHEAT_REWARD, "reached for what the sandbox forbids"
-    # What was won with something carried along is worth nothing.
+    # Games won with state carried between calls earn nothing.
     succeeds = sum(score.reward for score in scores) / len(scores) if clean > 0 else min(0.0, scores[0].reward)
     parts = dict(zip(_PARTS, (1.0, clean, succeeds), strict=True))
     return Grade(weighted_sum(parts, weights), parts, solved=solved, weights=weights, notes=notes)
 
 
 def _grade_unplayed(program: ParsedProgram, weights: dict[str, float]) -> Grade:
-    """The grade of what is not run: no function, one that cannot be locked down, or one that shows that it cheats."""
+    """Grade a program that is not run: no function, one that cannot be locked down, or one whose text shows that it
+    cheats.
+    """
     if program.cheats:
         values = (-1.0, _CHEAT_REWARD, _ERROR_REWARD)
     elif program.missing:
@@ -235,7 +239,7 @@ def _score_game(outcome: Outcome) -> _GameScore:
 
 
 def _play_referee(game: SudokuGame) -> Referee[_GameRecord]:
-    """A referee: shows the boards, makes the moves that come back, and says how the game ended."""
+    """Show the boards, make the moves that come back, and return the record of the game."""
     calls: list[tuple[Any, Any]] = []
     while game.state() == "ongoing":
         shown = game.board(), game.initial_board()
@@ -251,7 +255,7 @@ def _is_move(answer: Any) -> TypeGuard[Sequence[object]]:
 
 
 def _replay_referee(game: _GameRecord) -> Referee[bool]:
-    """A referee: the boards of a game from the last to the first; whether the answers are the same."""
+    """Show the boards of a game from the last to the first; return whether the answers are the same as before."""
     for boards, before in reversed(game.calls):
         answer = yield boards
         if repr(answer) != repr(before):

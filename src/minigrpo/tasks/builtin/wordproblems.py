@@ -2,9 +2,9 @@
 
     Mia has 23 apples, buys 8 and gives 5 away. How many apples are left?
 
-Test problems are kept apart by construction, not by luck: a problem's *sum*, its signed numbers in any order, decides
-by a hash on which side it falls. 23 + 8 - 5 is unseen if and only if 23 - 5 + 8 is, in every kind of story and for
-every seed; training prompts and the warm start of the embedded model draw from the other side (`split_of_sum`).
+The splits are disjoint by construction: a problem's *sum*, its signed numbers in any order, decides by a hash to which
+split it belongs. 23 + 8 - 5 is in the test split if and only if 23 - 5 + 8 is, in every kind of story and for every
+seed; training prompts and the warm start of the embedded model draw from the train split (`split_of_sum`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minigrpo.tasks.common.rewards import Reward, graded, reweighted
 from minigrpo.types import Grade, Prompt, Split, Task
 
 TEST_SIZE = 1000
-_TEST_ONE_IN = 5  # one sum in five is unseen
-_MAX_DRAWS = 100  # draws in search of a problem that is not there yet
+_TEST_ONE_IN = 5  # one sum in five is in the test split
+_MAX_DRAWS = 100  # draws until a new problem must be found
 
 FIRST_OPERANDS = range(11, 90)
 LATER_OPERANDS = range(2, 10)
-RESULTS = range(10, 100)  # of both steps: two digits, so that a small model learns the sums soon
+RESULTS = range(10, 100)  # of both steps: two digits, so that a small model learns the sums quickly
 
 SYSTEM_PROMPT = "Reason in <think></think>, then answer in <answer></answer>."
 _NAMES = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Leo")
@@ -57,7 +57,7 @@ STORIES = (
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A story with its sum, worked from left to right."""
+    """A story with its sum, computed from left to right."""
 
     kind: str
     story: str
@@ -66,7 +66,7 @@ class WordProblem:
 
     @property
     def steps(self) -> tuple[str, str]:
-        """Both steps written out: ("23+8=31", "31-5=26")."""
+        """Return both steps written out: ("23+8=31", "31-5=26")."""
         (a, b, c), (first, second) = self.operands, self.operations
         between = apply_operation(a, first, b)
         return f"{a}{first}{b}={between}", f"{between}{second}{c}={self.answer}"
@@ -90,13 +90,15 @@ def apply_operation(left: int, operation: str, right: int) -> int:
 
 
 def split_of_sum(operands: Sequence[int], operations: Sequence[str]) -> Split:
-    """Where a sum belongs, once and for all: the same numbers with the same signs, in any order, go together."""
+    """Return the split of a sum: the same numbers with the same signs, in any order, always share one."""
     signed = sorted(f"{sign}{number}" for sign, number in zip(("+", *operations), operands, strict=True))
     return "test" if hashlib.sha256(" ".join(signed).encode()).digest()[0] % _TEST_ONE_IN == 0 else "train"
 
 
 def generate_problems(split: Split, seed: int | str) -> Iterator[WordProblem]:
-    """Problems of one side without end, the kinds taking turns, so that any number of them is balanced."""
+    """Yield problems of one split without end, cycling through the stories, so that any number of problems
+    is balanced.
+    """
     rng = random.Random(f"wordproblems {split} {seed}")
     for kind in cycle(STORIES):
         yield _draw_problem(kind, split, rng)
@@ -113,7 +115,7 @@ def _draw_problem(kind: Story, split: Split, rng: random.Random) -> WordProblem:
 
 
 def distinct_prompts(split: Split, seed: int | str, size: int) -> list[Prompt]:
-    """`size` prompts, none twice, the kinds taking turns."""
+    """Return `size` different prompts, cycling through the stories."""
     rng = random.Random(f"wordproblems {split} {seed}")
     prompts: dict[str, Prompt] = {}
     for kind in islice(cycle(STORIES), size):
@@ -143,7 +145,7 @@ def _interleave(problem: WordProblem) -> tuple[int | str, ...]:
 
 
 def _find_number_answer(text: str) -> TaggedAnswer | None:
-    """The answer, if the text has the asked-for form and the answer can be judged: it is a number."""
+    """Return the answer if the text has the required form and the answer is a number."""
     answer = find_answer(text)
     return answer if answer is not None and parse_number(answer.text) is not None else None
 
@@ -158,7 +160,7 @@ def _is_correct(prompt: Prompt, text: str) -> float:
 
 
 def format_answer(steps: Sequence[str], answer: int | str) -> str:
-    """A full answer: the steps as reasoning, and the result."""
+    """Return a complete answer: the steps as reasoning, then the result."""
     return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
 
 
@@ -170,7 +172,7 @@ _REWARDS = (Reward("correct", 1.0, _is_correct), Reward("format", 0.2, _is_forme
 
 
 def wordproblems_task(recipe: Recipe) -> Task:
-    """`recipe.seed` chooses the training problems; the test problems are the same for everybody."""
+    """Build the task. `recipe.seed` chooses the training problems; the test problems are always the same."""
     rewards = reweighted(_REWARDS, recipe.task.weights)
 
     def prompts(split: Split) -> Sequence[Prompt]:

@@ -1,8 +1,8 @@
-"""Find an answer in a text, read a number, compare. No model, no torch.
+"""Find an answer in a text, parse a number, compare. No model, no torch.
 
-The text may be anything that a model can write, so nothing here looks twice at a character: tags are counted, not
-matched by a pattern that could backtrack; a number longer than `_MAX_NUMBER_CHARS` is not read at all, nor is an answer
-longer than `_MAX_ANSWER_CHARS`.
+The text may be anything that a model can write, so all of this runs in linear time: tags are counted, not matched by a
+pattern that could backtrack; a number longer than `_MAX_NUMBER_CHARS` is not read at all, nor is an answer longer than
+`_MAX_ANSWER_CHARS`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fractions import Fraction
 from itertools import islice
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_MAX_NUMBER_CHARS = 64  # characters; no gold answer comes near, and a text of a million digits costs nothing
-_MAX_ANSWER_CHARS = 2000  # characters; more than that is an essay, and no answer
+_MAX_NUMBER_CHARS = 64  # far above any gold answer, so that a text of a million digits costs nothing
+_MAX_ANSWER_CHARS = 2000  # a longer text is an essay, not an answer
 
 _CURRENCY = "$€£¥₹¢"
 _UNITS = _CURRENCY + "%°′″'\""
-# Full-width forms and the other characters that mean a minus sign, as the plain ones.
+# Maps full-width forms and the other minus signs to ASCII.
 PLAIN_CHARACTERS = str.maketrans("０１２３４５６７８９，．＄％－＋−–", "0123456789,.$%-+--", "\u2060\ufeff")
 
 # A sign may stand before or after the currency: -$5, $-5. Thousands commas only where they belong: 1,200 but not 12,00.
@@ -36,7 +36,7 @@ _MINUS_BEFORE = re.compile(rf"(?:(?<![\w)\]])-[{_CURRENCY}]?|\b(?:minus|negative
 
 @dataclass(frozen=True, slots=True)
 class TaggedAnswer:
-    """What stood between the tags, stripped of surrounding space."""
+    """The texts between the think tags and between the answer tags, stripped of surrounding space."""
 
     reasoning: str
     text: str
@@ -44,22 +44,22 @@ class TaggedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ParsedNumber:
-    """The one number that a text holds. `alone`: but for currency, percent or a unit's sign, there is nothing else."""
+    """The one number in a text. `alone`: there is nothing else but a currency, percent or unit sign."""
 
     value: Fraction
     alone: bool
 
     @property
     def canonical(self) -> str:
-        """The same text for the same number, however it was written: "1200" for 1,200.0, "1/2" for 0.5."""
+        """Return the same text for the same number, however it was written: "1200" for 1,200.0, "1/2" for 0.5."""
         return str(self.value)
 
 
 def find_answer(text: str) -> TaggedAnswer | None:
-    """The answer of `<think>...</think><answer>...</answer>`; None where the form is broken.
+    """Return the answer of `<think>...</think><answer>...</answer>`; None where the form is broken.
 
-    Each of the four tags must occur exactly once and in this order, and the answer must hold something. So two answers,
-    a nested tag, a tag inside the reasoning and a tag never closed all fail. Text around the two blocks is allowed.
+    Each of the four tags must occur exactly once and in this order, and the answer must not be empty. So two answers, a
+    nested tag, a tag inside the reasoning and a tag never closed all fail. Text around the two blocks is allowed.
     """
     if any(text.count(tag) != 1 for tag in TAGS):
         return None
@@ -72,7 +72,7 @@ def find_answer(text: str) -> TaggedAnswer | None:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The number that the text is: 1200 for "1,200", "$1200", "1200.0" and "1.2e3"; None if it is anything else."""
+    """Parse a text that is a number: 1200 for "1,200", "$1200", "1200.0" and "1.2e3"; None if it is anything else."""
     if len(text) > _MAX_NUMBER_CHARS:
         return None
     match = _NUMBER.fullmatch(text.strip().translate(PLAIN_CHARACTERS))
@@ -84,13 +84,13 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def same_number(text: str, gold: int | str | Decimal) -> bool:
-    """Whether the text is the gold number and nothing else. Numbers compare as numbers: "28.0" is 28."""
+    """Return whether the text is the gold number and nothing else. Numbers are compared by value: "28.0" is 28."""
     number = parse_number(text)
     return number is not None and number == Decimal(gold)
 
 
 def parse_fraction(text: str) -> Fraction | None:
-    """1/2 in lowest terms. "144/2" is a calculation that was not carried out, and no number."""
+    """Parse a fraction in lowest terms, such as 1/2. "144/2" is an unfinished calculation, not a number: None."""
     match = _FRACTION.fullmatch(text.strip().translate(PLAIN_CHARACTERS)) if len(text) <= _MAX_NUMBER_CHARS else None
     if match is None or not int(match["under"]):
         return None
@@ -101,7 +101,7 @@ def parse_fraction(text: str) -> Fraction | None:
 
 
 def read_number(text: str) -> ParsedNumber | None:
-    """The number that a text holds, among words or alone; None where it holds none, several, or one hard to read."""
+    """Return the number of a text, among words or alone; None where it has none, several, or one hard to read."""
     if len(text) > _MAX_ANSWER_CHARS:
         return None
     number = parse_number(text)
@@ -111,7 +111,7 @@ def read_number(text: str) -> ParsedNumber | None:
 
 def _find_among_words(text: str) -> ParsedNumber | None:
     found = list(islice(_DIGITS.finditer(text), 2))
-    # A raised two or a Roman one beside the digits is a number too; Chinese characters, which are words, are none.
+    # A superscript or Roman numeral beside the digits is a second number; Chinese numerals count as words.
     if len(found) != 1 or any(not c.isascii() and unicodedata.category(c) in ("Nd", "Nl", "No") for c in text):
         return None
     before = text[: found[0].start()]

@@ -1,12 +1,12 @@
-"""Tasks whose answers are programs: find the one function in a text, and judge it by cases in the sandbox.
+"""Tasks whose answers are programs: find the one function in a text, and grade it by test cases in the sandbox.
 
     task = code_task([Problem("double", ("n",), "Twice the number.", cases=(((2,), 4), ((-1,), -2)))])
 
-The form is strict, so that what is judged is what was meant: one fenced block, in it one function of the asked-for name
-and parameters, helpers inside. Words around the block are allowed. Everything else is refused with its reason. What is
-found is text still: it is only ever run by the sandbox.
+The form is strict, so that the intended function is graded: one fenced block, in it one function of the required name
+and parameters, helpers inside. Text around the block is allowed. Everything else is refused with a reason. The program
+is only parsed here; it is executed only in the sandbox.
 
-Not covered: cases that can be guessed. Whoever writes problems should keep the cases out of the question.
+Not covered: cases that can be guessed. Keep the cases out of the question.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from minigrpo.sandbox import Outcome, Referee, Sandbox
 
 _SOURCE_NAME = "<unread program>"
-# For the whole process, because filters of a block are not safe among threads: what a model's program looks like to the
-# compiler is no news for whoever trains it.
+# For the whole process, because warnings.catch_warnings is not thread-safe. Compiler warnings about a model's program
+# are of no use to the user.
 warnings.filterwarnings("ignore", category=SyntaxWarning, module=_SOURCE_NAME)
 
-_MAX_CHARS = 20_000  # characters of a program; no honest one comes near
+_MAX_CHARS = 20_000  # far above any honest program
 _FENCE = "```"
 _LANGUAGES = ("", "python", "python3", "py")
 _PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
@@ -41,15 +41,15 @@ _SYSTEM_PROMPT = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
 )
-_TEST_ONE_IN = 5  # one problem in five is unseen
+_TEST_ONE_IN = 5  # one problem in five is in the test split
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedProgram:
-    """A function, as source. `missing`: there is none, and why; `refused`: it cannot be locked down, and why.
+    """The source of a function. `missing`: why there is none; `refused`: why it cannot be locked down.
 
-    `cheats` are ways out of the task that its text shows: imports, and names that hide what it does. `odd` is what no
-    honest program does but which gains nothing.
+    `cheats`: forbidden uses that its text shows: imports, and names that hide what it does. `odd`: uses that no honest
+    program needs but that gain nothing.
     """
 
     source: str = ""
@@ -68,7 +68,7 @@ class ParsedProgram:
 
 
 def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgram:
-    """The function `name(*parameters)` of a text. Any text will do; nothing of it is executed."""
+    """Find the function `name(*parameters)` in any text; nothing of it is executed."""
     source, fault = _extract_code_block(text)
     if fault:
         return ParsedProgram(missing=fault)
@@ -87,7 +87,7 @@ def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgr
 
 
 def _extract_code_block(text: str) -> tuple[str, str]:
-    """(what stands in the one fenced block, "") or ("", why there is none)."""
+    """Return (source of the one fenced block, "") or ("", why there is none)."""
     count = text.count(_FENCE)
     if count != 2:
         return "", "no fenced block" if count == 0 else "block not closed" if count == 1 else "more than one block"
@@ -115,7 +115,7 @@ def _check_program(source: str, tree: ast.Module, name: str, parameters: tuple[s
 
 
 def _read_scopes(source: str) -> tuple[symtable.SymbolTable | None, str]:
-    """(the scopes of a program, "") or (None, why Python refuses what its grammar allows)."""
+    """Return (symbol table of the program, "") or (None, the error of a program that parses but does not compile)."""
     try:
         return symtable.symtable(source, _SOURCE_NAME, "exec"), ""
     except SyntaxError as error:
@@ -123,7 +123,7 @@ def _read_scopes(source: str) -> tuple[symtable.SymbolTable | None, str]:
 
 
 def _explain_missing(tree: ast.Module, name: str) -> str:
-    """What stands where the function should."""
+    """Describe what the program defines in place of the function."""
     kinds = {ast.ClassDef: "a class", ast.AsyncFunctionDef: "an async function"}
     for node in tree.body:
         if type(node) in kinds and getattr(node, "name", "") == name:
@@ -132,7 +132,9 @@ def _explain_missing(tree: ast.Module, name: str) -> str:
 
 
 def _find_refusals(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[str, ...]) -> Iterator[str]:
-    """Why a function cannot be locked down: what would run, or be kept, outside its calls."""
+    """Yield reasons why a function cannot be locked down: code that would run, or state that would stay, outside its
+    calls.
+    """
     if len(tree.body) > 1:
         yield "code outside the function"
     if function.decorator_list:
@@ -162,7 +164,7 @@ def _is_plain_type(node: ast.AST) -> bool:
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """All nodes of its body, but for those of functions and classes within it."""
+    """Yield all nodes of its body, except those of nested functions and classes."""
     waiting: list[ast.AST] = list(function.body)
     while waiting:
         node = waiting.pop()
@@ -172,7 +174,7 @@ def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def _find_oddities(function: ast.FunctionDef) -> Iterator[str]:
-    """Attempts that gain nothing: every call begins anew, and gets copies."""
+    """Yield attempts that gain nothing, because every call starts fresh and gets copies."""
     last = function.args.args[-1].arg if function.args.args else ""
     for node in ast.walk(function):
         if isinstance(node, ast.Global):
@@ -191,12 +193,12 @@ def _root_name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-# A task of functions judged by cases
+# A task of functions graded by test cases
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A function to be written. `cases`: (arguments, what it must return); `gold`: the source of a right one."""
+    """A function to be written. `cases`: (arguments, expected result); `gold`: the source of a correct solution."""
 
     name: str
     parameters: tuple[str, ...]
@@ -274,7 +276,7 @@ def _grade_program(problem: Problem, text: str, config: SandboxConfig) -> Grade:
     passed, fault = _run_cases(program, problem, config)
     if fault and fault.verdict == "infrastructure":
         return grade_sandbox_failure(fault)
-    if fault and fault.verdict == "blocked":  # what it passed before earns nothing either
+    if fault and fault.verdict == "blocked":  # cases passed before that earn nothing either
         passed = 0
     share = passed / len(problem.cases)
     works = float(fault is None or passed > 0)
@@ -283,12 +285,12 @@ def _grade_program(problem: Problem, text: str, config: SandboxConfig) -> Grade:
 
 
 def grade_sandbox_failure(outcome: Outcome) -> Grade:
-    """The machine failed, not the program: the completion is left out."""
+    """Return a grade that leaves the completion out: the machine failed, not the program."""
     return Grade(math.nan, formed=False, notes={"grader": f"the sandbox could not run it: {outcome.detail}"})
 
 
 def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) -> tuple[int, Outcome | None]:
-    """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
+    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself."""
     sandbox = open_sandbox(config)
     heard: list[bool] = []
     first: Outcome | None = None
@@ -304,7 +306,7 @@ def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) 
 
 
 def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
-    """Return the shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
+    """Return the shared sandbox with the configured limits; `cpu_s` overrides the configured CPU seconds."""
     from minigrpo.sandbox import Limits, shared_sandbox
 
     limits = Limits(cpu_s=cpu_s or config.cpu_seconds, memory_mb=config.memory_mb)
@@ -312,14 +314,14 @@ def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
 
 
 def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:
-    """Put every case to the program; `heard` grows by one for each that was answered."""
+    """Call the program with every case; append to `heard` whether each answer was right."""
     for arguments, expected in cases:
         answer = yield arguments
         heard.append(is_same_result(answer, expected))
 
 
 def is_same_result(answer: Any, expected: Any) -> bool:
-    """Equal, and of one kind: True is not 1, a list is no tuple, but 2.0 is 2."""
+    """Return whether two values are equal and of one kind: True is not 1, a list is no tuple, but 2.0 is 2."""
     if isinstance(answer, bool) or isinstance(expected, bool) or answer is None or expected is None:
         return answer is expected
     if isinstance(answer, int | float) and isinstance(expected, int | float):

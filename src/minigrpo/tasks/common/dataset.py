@@ -1,10 +1,11 @@
-"""Rows for reward functions: from a file, a folder, the Hub, or Python. Each becomes a Prompt, or a sentence.
+"""Rows for reward functions: read from a file, a folder, the Hub or Python, and turned into prompts.
 
     {"prompt": "What is 2 + 2?", "answer": "4", "level": 1}
     {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "answer": "4"}
 
 All columns but the prompt are the target, which only reward functions see. Where there is no test split, a hash of the
-prompt decides, so that a question never stands on both sides: about one in ten is unseen, and at least one.
+prompt decides, so that a question is never in both splits: about one in ten is in the test split, and at least one.
+Whatever is wrong with a row raises TaskError with its place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _TEST_ONE_IN = 10
 
 @dataclass(frozen=True, slots=True)
 class DatasetRow:
-    """One row that was checked. `where` says where it stands, for a sentence about it."""
+    """One row that was checked. `where` is its place, for error messages."""
 
     prompt: str | tuple[Message, ...]
     columns: Mapping[str, Any]
@@ -37,13 +38,13 @@ class DatasetRow:
 
 SplitRows = dict[Split, list[DatasetRow]]
 RowParser = Callable[[Sequence[tuple[str, Any]], str], list[DatasetRow]]
-"""Turns what was read, each with its place, into rows; the text says what all of it was read from."""
+"""Parses (place, value) pairs into rows; the text names the source of all of them, for error messages."""
 
 
 def read_data(source: str, check: RowParser | None = None) -> SplitRows:
-    """Rows of a file, of a folder with train.* (and test.*), or of a Hub data set; raises TaskError.
+    """Read the rows of a file, of a folder with train.* (and test.*), or of a Hub data set. Raise TaskError.
 
-    `check`: how to read rows that have other columns than a prompt.
+    `check` parses rows that have other columns than a prompt.
     """
     check = check or parse_rows
     path = Path(source).expanduser()
@@ -82,7 +83,7 @@ def _read_file(path: Path, check: RowParser) -> list[DatasetRow]:
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    """JSON lines, each with its place. Empty lines are passed over."""
+    """Read JSON lines, each with its place; skip empty lines."""
     with path.open("rb") as stream:
         pieces = [(f"{path}:{number}", raw) for number, raw in enumerate(stream, 1)]
     return [
@@ -98,7 +99,7 @@ def _read_json(path: Path) -> list[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[tuple[str, Any]]:
-    """The first line names the columns. Everything in a CSV file is text, numbers too."""
+    """Read a CSV file whose first line names the columns. All values are text, numbers too."""
     raw = path.read_bytes()
     reader = csv.DictReader(io.StringIO(_decode_text(raw, str(path)), newline=""), strict=True)
     rows: list[tuple[str, Any]] = []
@@ -128,7 +129,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
 
 
 def read_hub_dataset(source: str, check: RowParser, revision: str | None = None) -> SplitRows:
-    """`owner/name`, or `owner/name:CONFIG`; its train split, and its test split where it has one.
+    """Load `owner/name` or `owner/name:CONFIG`: its train split, and its test split if it has one.
 
     `revision`: a commit of the data set; the newest where it is None.
     """
@@ -137,7 +138,7 @@ def read_hub_dataset(source: str, check: RowParser, revision: str | None = None)
     name, _, config = source.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, revision=revision)
-    except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty kinds between them
+    except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty classes of errors
         reason = " ".join(str(fault).split())[:300]
         raise TaskError(
             f"task.data {source!r} is no file, and could not be loaded as a Hub data set: "
@@ -158,7 +159,7 @@ def _parse_hub_split(rows: Iterable[Any], where: str, check: RowParser) -> list[
 
 
 def _decode_text(raw: bytes, where: str) -> str:
-    """UTF-8, with or without the mark that some editors put first."""
+    """Decode UTF-8, with or without a byte order mark."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -216,7 +217,7 @@ def _check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
 
 
 def _check_message(message: Any, where: str) -> Message:
-    """Keys without a value are left out: files with many columns fill them in."""
+    """Return the message without keys whose value is None: files with many columns fill those in."""
     whole = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     texts = all(isinstance(part, str) for pair in whole.items() for part in pair)
     if not texts or not {"role", "content"} <= whole.keys():
@@ -225,7 +226,7 @@ def _check_message(message: Any, where: str) -> Message:
 
 
 def check_prompt_text(value: str, where: str) -> str:
-    """Text that a tokenizer can read: something, and no half of a character."""
+    """Return the text. Raise TaskError where a tokenizer could not read it: it is blank, or has a lone surrogate."""
     if not value.strip():
         raise TaskError(f"{where}: its prompt is empty.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -234,7 +235,7 @@ def check_prompt_text(value: str, where: str) -> str:
 
 
 def split_rows(rows: Sequence[DatasetRow], source: str) -> SplitRows:
-    """Train and test by a hash of the prompt: rows that ask the same stay together."""
+    """Split rows into train and test by a hash of the prompt: rows with the same prompt stay together."""
     number_of = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) for key in map(_prompt_key, rows)}
     if len(number_of) < 2:
         raise TaskError(f"{source} asks one question alone. Training needs another one to be tested on.")

@@ -1,9 +1,9 @@
-"""Numbers in mathematical notation, through math-verify: \\frac{1}{2}, \\boxed{72}, 2^3.
+r"""Numbers in mathematical notation, through math-verify: \frac{1}{2}, \boxed{72}, 2^3.
 
-math-verify reads whatever it can find in a text and passes over the rest (2^-1 is 2 to it), and a tower of powers
-would keep it busy for ever. So it is asked only about texts that have, as a whole, one of few short forms, and only
-where plain reading does not decide. Its own time limit needs the main thread, and graders have none: it is off, and
-the forms are the limit.
+math-verify reads whatever it can find in a text and ignores the rest (it reads 2^-1 as 2), and a tower of powers would
+keep it busy for ever. So it is called only for texts that match, as a whole, one of a few short forms, and only where
+plain parsing does not decide. Its own time limit needs the main thread, which graders do not run in: it is off, and the
+forms are the limit.
 
 Not covered, and so no number: roots, products, sums, mixed numbers. An answer is a result, not a calculation.
 """
@@ -33,13 +33,13 @@ _FRACTION = rf"-?\\[dt]?frac\{{{_NUMBER}\}}\{{{_NUMBER}\}}"
 _POWER = r"-?[0-9]{1,6}\^(?:[0-9]|\{[0-9]{1,2}\})"
 _SINGLE_NUMBER = f"(?:{_FRACTION}|{_POWER}|{_NUMBER})"
 _ALLOWED_FORM = re.compile(rf"{_SINGLE_NUMBER}|\\boxed\{{{_SINGLE_NUMBER}\}}")
-"""In a box or not: digits enough for any honest answer, and too few for a hostile one."""
+"""With or without a box; enough digits for any honest answer, too few for a hostile one."""
 
-_parser_lock = threading.Lock()  # the parser below math-verify keeps tables that all threads share
+_parser_lock = threading.Lock()  # the parser that math-verify uses keeps tables shared by all threads
 
 
 def read_answer(text: str) -> ParsedNumber | None:
-    """`read_number`, for notation too."""
+    """Return the number of a text, as `read_number` does, in mathematical notation too."""
     if len(text) > _MAX_CHARS or not ("\\" in text or "^" in text):
         return read_number(text)
     bare = _SIGNS.sub(r"\1", _SPACING.sub(" ", _DEGREES.sub("°", text.translate(PLAIN_CHARACTERS)))).strip()
@@ -51,7 +51,7 @@ def read_answer(text: str) -> ParsedNumber | None:
 
 
 def _parse_form(form: str) -> Fraction | None:
-    """What math-verify reads; None where that is no exact number, or it is not installed, which is said once."""
+    """Parse with math-verify; None where that gives no exact number, or it is not installed (then warn once)."""
     parse = load_parser()
     if parse is None:
         return None
@@ -65,9 +65,9 @@ def _parse_form(form: str) -> Fraction | None:
         AttributeError,
         IndexError,
         TypeError,
-    ):  # nothing found, text, or a division by zero
+    ):  # nothing found, not a number, or a division by zero
         return None
-    # A fraction that comes out even is a calculation that was not carried out, as in parse_fraction.
+    # A fraction whose value is an integer is an unfinished calculation, as in parse_fraction.
     return None if value.denominator == 1 and "frac" in form else value
 
 
@@ -82,5 +82,5 @@ def load_parser() -> Any:
             stacklevel=2,
         )
         return None
-    logging.getLogger("math_verify.parser").setLevel(logging.ERROR)  # it warns of the limit that is switched off
+    logging.getLogger("math_verify.parser").setLevel(logging.ERROR)  # it warns that its time limit is off
     return found.parse

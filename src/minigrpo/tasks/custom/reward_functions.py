@@ -1,14 +1,14 @@
-"""Reward functions of people, told apart by the names of their parameters.
+"""User-defined reward functions, whose kind follows from the names of their parameters.
 
     score(completion, answer) -> float | None                      per row: one completion at a time
     reward(prompts, completions, **columns) -> list[float | None]  TRL's signature: all siblings of one group at a time
 
-A function takes what it names: a row's columns, and of TRL's extras completion_ids, trainer_state, log_extra and
-log_metric. Where it has `**`, it is handed everything. Both kinds may be `async`. None means "does not apply".
+A function is passed what its parameters name: a row's columns, and of TRL's extras completion_ids, trainer_state,
+log_extra and log_metric. With `**` it is passed everything. Both kinds may be `async`. None means "does not apply".
 Every call gets copies, so no function can change the rows, or what the next function sees.
 
-Not covered: `trainer_state.global_step` is None, because a reward belongs to an answer and not to a moment, and
-TRL's models as reward functions.
+Not covered: `trainer_state.global_step` is None, because a reward depends on the answer and not on the step, and TRL's
+models as reward functions.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _IMMUTABLE_TYPES = (str, int, float, bool, bytes, type(None))
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Stands where TRL hands out its trainer's state."""
+    """A stand-in for the trainer state that TRL passes."""
 
     global_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RewardCallable:
-    """A reward function and how to call it. `needs`: parameters without a default."""
+    """A reward function and how to call it. `needs`: parameters without a default; `takes_all`: it has `**`."""
 
     name: str
     call: Callable[..., Any]
@@ -54,7 +54,7 @@ class RewardCallable:
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """One group as functions see it. `prompt`: text, or messages where the rows hold conversations."""
+    """One group as functions see it. `prompt`: text, or messages where the rows are conversations."""
 
     id: str
     prompt: str | list[dict[str, str]]
@@ -68,7 +68,7 @@ class GroupView:
 
 @dataclass(slots=True)
 class RewardLog:
-    """What functions wrote with log_extra and log_metric while they judged one group."""
+    """What functions logged with log_extra and log_metric for one group."""
 
     size: int
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -98,7 +98,7 @@ def _read_parameters(value: Callable[..., Any], where: str) -> list[inspect.Para
 
 
 def function_kind(value: object, where: str) -> FunctionKind | None:
-    """What a function is by its parameters; None for one that is no reward function (a builder of a Task, or data)."""
+    """Return the kind of a function; None where it is no reward function (a builder of a Task, or data)."""
     if not callable(value) or inspect.isclass(value):
         return None
     found = _read_parameters(value, where)
@@ -119,7 +119,7 @@ def function_kind(value: object, where: str) -> FunctionKind | None:
 
 
 def inspect_function(value: Callable[..., Any], where: str) -> RewardCallable:
-    """Raises TaskError where it cannot be called by names."""
+    """Read the parameters of a reward function. Raise TaskError where it cannot be called by keyword."""
     kind = function_kind(value, where)
     if kind is None:
         raise TaskError(f"{where} is no reward function: none of its parameters is `completion` or `completions`.")
@@ -140,7 +140,7 @@ def inspect_function(value: Callable[..., Any], where: str) -> RewardCallable:
 
 
 def check_columns(function: RewardCallable, columns: Sequence[str], where: str) -> None:
-    """Raises TaskError where a parameter is neither a column of the row nor one of ours."""
+    """Raise TaskError where a parameter is neither a column of the row nor one of the built-in names."""
     ours = _ROW_PARAMETERS if function.kind == "row" else _BATCH_PARAMETERS
     missing = [name for name in function.needs if name not in ours and name not in columns]
     if not missing:
@@ -154,7 +154,10 @@ def check_columns(function: RewardCallable, columns: Sequence[str], where: str) 
 
 
 def score_group(function: RewardCallable, group: GroupView, log: RewardLog) -> list[float | None]:
-    """One number for each completion, or None where the function does not apply; raises TaskError for anything else."""
+    """Return one number for each completion, or None where the function does not apply.
+
+    Raise TaskError for anything else.
+    """
     if function.kind == "batch":
         return _score_batch(function, group, log)
     return [_score_row(function, group, one.text) for one in group.completions]
@@ -197,18 +200,18 @@ def _score_batch(function: RewardCallable, group: GroupView, log: RewardLog) -> 
 
 
 def _select_arguments(function: RewardCallable, given: Mapping[str, Any], copied: bool = False) -> dict[str, Any]:
-    """Of all there is, what the function takes; its own defaults hold for the rest."""
+    """Select the arguments that the function takes; its own defaults hold for the rest."""
     names = given if function.takes_all else [name for name in function.takes if name in given]
     return {name: given[name] if copied else _copy_value(given[name]) for name in names}
 
 
 def _copy_value(value: Any) -> Any:
-    """A copy that may be changed. What cannot be copied (a lock, a handle) is handed out as it is."""
+    """Return a copy. A value that cannot be copied (a lock, a handle) is returned itself."""
     if isinstance(value, _IMMUTABLE_TYPES):
         return value
     try:
         return copy.deepcopy(value)
-    except Exception:  # deepcopy runs code of any class there is
+    except Exception:  # deepcopy runs code of arbitrary classes
         return value
 
 
@@ -228,7 +231,10 @@ def _call_function(function: RewardCallable, given: dict[str, Any], where: str) 
 
 
 def _run_awaitable(awaitable: Any) -> Any:
-    """The result of an async function. A notebook has a loop running in this thread; then another thread waits."""
+    """Return the result of an async function.
+
+    In a notebook this thread already runs a loop, so another thread runs it.
+    """
 
     async def whole() -> Any:
         return await awaitable
@@ -255,7 +261,7 @@ def _run_awaitable(awaitable: Any) -> Any:
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """A list, tuple, array or tensor as a list; None for anything else, text above all."""
+    """Return a list, tuple, array or tensor as a list; None for anything else, such as text."""
     if hasattr(value, "tolist") and not isinstance(value, list | tuple):
         value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else None

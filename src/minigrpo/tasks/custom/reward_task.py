@@ -2,8 +2,8 @@
 
     task = reward_task(score, rows=[{"prompt": "Say 7.", "answer": "7"}, ...])
 
-A completion is `formed` where a function applied to it, and `solved` where the first function gave it 1 or more. A
-right answer is taken to be the row's `answer`, unless `gold` says otherwise.
+A completion is `formed` where a function applied to it, and `solved` where the first function gave it 1 or more. The
+row's `answer` is taken as a right answer, unless `gold` is given.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def reward_task(
     gold: Callable[[Prompt], str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Task:
-    """`weights`: what each function counts in the sum, by its name; 1 where it is not named. Raises TaskError."""
+    """Build the task. `weights`: the weight of each function by its name, 1 by default. Raise TaskError."""
     table = read_rows(rows, test_rows)
     return build_reward_task(functions, table, name=name, system=system, gold=gold, weights=weights or {})
 
@@ -50,7 +50,7 @@ def read_rows(rows: Rows, test_rows: Rows | None) -> SplitRows:
 
 
 def _read_python_rows(rows: Any, name: str) -> list[DatasetRow]:
-    """A list of rows, or a function without parameters that gives one."""
+    """Read a list of rows, or call a function without parameters that returns one."""
     try:
         given = list(rows() if callable(rows) else rows)
     except TypeError as fault:
@@ -100,7 +100,7 @@ def _check_weights(functions: Sequence[RewardCallable], weights: Mapping[str, fl
 
 
 def _grade_group(functions: Sequence[RewardCallable], weights: Mapping[str, float], group: GroupView) -> list[Grade]:
-    """The grades of one group: functions that gave None for a completion are no part of its grade."""
+    """Grade one group; a function that gave None for a completion has no part in its grade."""
     log = RewardLog(len(group.completions))
     columns = {function.name: score_group(function, group, log) for function in functions}
     metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
