@@ -1,4 +1,4 @@
-"""check-task: a sound task passes, and each way of paying for the wrong thing is named."""
+"""check-task: a sound task passes, and each way of rewarding the wrong thing is named."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_a_sound_task_passes_and_its_figures_are_json(echo_task):
         (lambda p, t: Grade(1 / len(t)), "raised ZeroDivisionError"),
     ],
 )
-def test_what_a_reward_should_not_pay_for_is_named(echo_task, grade, words):
+def test_rewards_for_wrong_answers_are_named(echo_task, grade, words):
     ok, faults = told(replace(echo_task, grade=grade))
     assert not ok
     assert words in faults
@@ -64,7 +64,7 @@ def test_scores_that_change_and_graders_that_hang_are_named(echo_task):
     assert "takes too long" in told(replace(echo_task, grade=hangs), seconds=0.5)[1]
 
 
-def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
+def test_prompts_in_both_splits_are_named(echo_task):
     train = echo_task.prompts("train")
     same = replace(echo_task, prompts=lambda split: train)
     moved = [Prompt(f"other-{i}", prompt.messages, prompt.target) for i, prompt in enumerate(train)]
@@ -73,7 +73,7 @@ def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
     assert "20 test prompts stand in train word for word, such as other-0" in told(copied)[1]
 
 
-def test_a_task_whose_prompts_read_alike_is_compared_by_what_it_hides():
+def test_a_task_with_equal_prompt_texts_is_compared_by_its_hidden_data():
     recipe = load_recipe("sudoku-tiny", {"task.size": "24"})
     task = open_task(recipe)
     words = [prompt.messages for split in ("train", "test") for prompt in task.prompts(split)]
@@ -118,7 +118,7 @@ def test_a_task_without_right_answers_is_tried_without_them(echo_task):
     assert "gives no right answers" in faults
 
 
-def test_the_exit_code_tells_and_no_torch_is_loaded(tmp_path):
+def test_the_exit_code_reports_the_result_and_no_torch_is_loaded(tmp_path):
     (tmp_path / "mine.py").write_text(
         "rows = [{'prompt': f'say {i}', 'answer': str(i)} for i in range(20)]\n"
         "def good(completion, answer): return completion == answer\n"

@@ -1,4 +1,4 @@
-"""Counting what a model does, and how sure one can be of a difference."""
+"""Scores of a model, and confidence intervals of differences."""
 
 from dataclasses import replace
 from math import comb, nan
@@ -22,7 +22,7 @@ def grade_script(task, script, tokenizer, n=1, **options):
 
 
 def answer_first(count):
-    """Right on the first `count` test prompts (they are numbered from 20), another number on the rest."""
+    """Return a script that is right on the first `count` test prompts (numbered from 20) and wrong on the rest."""
     return lambda prompt, _: prompt.target if int(prompt.target) < 20 + count else "999"
 
 
@@ -63,7 +63,7 @@ def test_no_well_formed_answer_leaves_its_accuracy_open(echo_task, tokenizer):
     assert (rate.value, rate.low, rate.high, rate.count) == (0.0, 0.0, 1.0, 0)
 
 
-def test_batches_change_nothing_and_progress_is_told(echo_task, tokenizer):
+def test_batches_change_nothing_and_progress_is_reported(echo_task, tokenizer):
     told = []
     whole = grade_script(echo_task, answer_first(5), tokenizer)
     parts = grade_script(echo_task, answer_first(5), tokenizer, rows=4, report=lambda *told_now: told.append(told_now))
@@ -101,7 +101,7 @@ def test_a_pair_counts_what_was_gained_and_lost(echo_task, tokenizer):
     assert paired_difference(after, before).difference == pytest.approx(-0.7)
 
 
-def test_a_model_against_itself_differs_by_nothing(echo_task, tokenizer):
+def test_a_model_compared_with_itself_has_no_difference(echo_task, tokenizer):
     scores = grade_script(echo_task, answer_first(4), tokenizer)
     same = paired_difference(scores, scores)
     assert (same.difference, same.p) == (0.0, 1.0)
@@ -114,7 +114,7 @@ def test_different_prompts_are_not_paired(echo_task, tokenizer):
         paired_difference(grade_script(echo_task, ["1"], tokenizer), some)
 
 
-def test_what_could_not_be_scored_is_not_right_and_not_in_the_mean(echo_task, tokenizer):
+def test_completions_that_could_not_be_scored_are_not_right_and_not_in_the_mean(echo_task, tokenizer):
     def grade(prompt, text):
         if prompt.id == "test-20":
             return Grade(nan, formed=False, notes={"grader": "took longer than 1 s"})

@@ -1,4 +1,4 @@
-"""The embedded coder, in a form that learns next to nothing but is built the same way."""
+"""The embedded coder, built in the normal way with so few steps that it learns next to nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus of the embedded coder: many programs, of which a minority win."""
+"""The training programs of the embedded coder: many different ones, of which a minority win."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KNOWN = re.compile(rf"\b(?:{'|'.join(name for names in VARIABLE_NAMES.values() f
 
 
 def shape(text: str) -> str:
-    """Names numbered in the order in which they come: programs that differ in names alone are the same."""
+    """Return the text with names numbered in order of appearance: programs that differ only in names are equal."""
     seen: dict[str, str] = {}
     return KNOWN.sub(lambda found: seen.setdefault(found[0], f"v{len(seen)}"), text)
 
 
-def judged(shown: list[Strategy]) -> Counter[str]:
-    """Wins by habit, in the sandbox, on puzzles like those of the recipe."""
+def count_wins(shown: list[Strategy]) -> Counter[str]:
+    """Count wins by habit, in the sandbox, on puzzles like those of the recipe."""
     puzzles = {"name": "sudoku", "games": 2, "fewest": 26, "most": 32}
     task = open_task(Recipe.model_validate({"task": puzzles, "sandbox": {"cpu_seconds": 0.3}}))
     prompts = task.prompts("test")[:50]
@@ -67,11 +67,11 @@ def test_every_winning_habit_wins_in_the_sandbox_and_broken_programs_do_not() ->
     few = [
         one for habit in (*WINNING_HABITS, "broken", "cheating") for one in [s for s in shown if s.habit == habit][:4]
     ]
-    won = judged(few)
+    won = count_wins(few)
     assert {habit: won[habit] for habit in WINNING_HABITS} == dict.fromkeys(WINNING_HABITS, 4)
     assert won["broken"] == won["cheating"] == 0
 
 
 @pytest.mark.long
 def test_at_most_a_fifth_of_the_programs_win_in_the_sandbox() -> None:
-    assert judged(make_strategies(0, 400)).total() <= 80
+    assert count_wins(make_strategies(0, 400)).total() <= 80

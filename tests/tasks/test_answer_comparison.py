@@ -1,4 +1,4 @@
-"""Finding answers and numbers in whatever a model writes, and adding rewards up."""
+"""Finding answers and numbers in whatever a model writes, and summing rewards."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_long_numbers_differ_in_their_last_digit() -> None:
     ],
     ids=["digits", "digits in tags", "commas", "think", "answers", "angles", "spaces", "not text"],
 )
-def test_a_hostile_text_is_judged_at_once(text: str) -> None:
+def test_a_hostile_text_is_parsed_quickly(text: str) -> None:
     start = time.perf_counter()
     found = find_answer(text)
     assert parse_number(text) is None

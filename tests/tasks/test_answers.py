@@ -1,4 +1,4 @@
-"""What an answer to gsm8k earns, whatever a model writes, and a vote among its samples."""
+"""The reward of an answer to gsm8k, whatever a model writes, and majority votes among its samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.
 
 @pytest.fixture(scope="module", autouse=True)
 def math_verify_is_warm() -> None:
-    """Its first answers take a second: the import, and tables that are built as they are needed."""
+    """Load math-verify first: its first answers take a second, for the import and tables that are built on demand."""
     for text in (
         r"\frac{1}{2}",
         r"\boxed{-72}",
@@ -137,7 +137,7 @@ def test_a_broken_form_earns_nothing(text: str) -> None:
     assert (graded.reward, graded.formed, graded.answer) == (0.0, False, None)
 
 
-def test_the_pieces_of_the_form_are_seen_but_not_paid() -> None:
+def test_parts_for_the_form_are_logged_with_weight_zero() -> None:
     graded = grade("<think></think><answer>71</answer>")
     assert graded.parts == {"correct": 0.0, "one_tag": 1.0, "reasoned": 0.0}
     assert grade(tagged("72")).parts == {"correct": 1.0, "one_tag": 1.0, "reasoned": 1.0}
@@ -179,7 +179,7 @@ def test_grading_works_outside_the_main_thread() -> None:
     ],
     ids=range(13),
 )
-def test_hostile_answers_are_judged_at_once(answer: str) -> None:
+def test_hostile_answers_are_graded_quickly(answer: str) -> None:
     start = time.thread_time()
     assert grade(tagged(answer)).reward == 0.0
     assert time.thread_time() - start < 0.05
@@ -213,7 +213,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=30).map("".join)), st.booleans())
-def test_no_text_breaks_the_grader_or_keeps_it_busy(text: str, in_tags: bool) -> None:
+def test_no_text_crashes_the_grader_or_slows_it_down(text: str, in_tags: bool) -> None:
     start = time.thread_time()
     graded = OPEN.grade(asked("72"), tagged(text) if in_tags else text)
     seconds = time.thread_time() - start

@@ -1,4 +1,4 @@
-"""Tasks whose answers are functions, judged by cases in the sandbox."""
+"""Tasks whose answers are functions, graded by test cases in the sandbox."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies for Sudoku: what wins, what earns less, and what gets nowhere however it is written."""
+"""Strategies for Sudoku: which win, which earn less, and which earn nothing however they are written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def returning(value: str) -> str:
 
 
 def after(extra: str) -> str:
-    """The winner, with this in front of everything it does."""
+    """Return the winning program with these lines at its beginning."""
     return GOLD_PROGRAM.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
 
 
@@ -64,7 +64,7 @@ def test_the_winner_wins_every_game_of_every_prompt() -> None:
             assert (parts(grade), grade.reward, grade.solved) == ((1.0, 1.0, 30.0), 32.0, True)
 
 
-def test_the_lazy_one_earns_its_legal_moves_and_loses() -> None:
+def test_a_strategy_of_legal_but_unplanned_moves_earns_its_moves_and_loses() -> None:
     grade = graded(LEGAL)
     assert not grade.solved
     assert grade.formed
@@ -95,7 +95,7 @@ def test_the_seed_of_the_recipe_changes_training_puzzles_alone() -> None:
     assert other.prompts("test") == TASK.prompts("test")
 
 
-def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
+def test_a_strategy_that_memorised_one_board_is_not_solved() -> None:
     first = PROMPT.target["games"][0]
     game = sudoku_game.SudokuGame(first["cells"], first["seed"])
     source = HEAD + (
@@ -155,7 +155,7 @@ def test_a_text_without_the_function_earns_what_the_table_says(text: str, told: 
     ids=lambda deep: deep[:8],
 )
 def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
-    """In a thread, as in training: its stack is what there is."""
+    """Grade in a thread, as training does: the limit is the thread's stack."""
     grades: list[Grade] = []
     asking = threading.Thread(target=lambda: grades.append(graded(returning(deep))))
     asking.start()
@@ -179,7 +179,7 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
         (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],
 )
-def test_what_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
+def test_a_program_that_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
     grade = graded(source)
     assert parts(grade) == (-1.0, 1.0, -3.0)
     assert told in grade.notes["program"]
@@ -209,7 +209,7 @@ LIAR = HEAD + (
 )
 
 
-def test_lying_objects_earn_nothing_and_are_named() -> None:
+def test_objects_that_fake_equality_earn_nothing_and_are_named() -> None:
     grade = graded(LIAR)
     assert parts(grade)[2] in (-2.0, -3.0)
     assert grade.notes["odd"] == "a class of its own"
@@ -224,7 +224,7 @@ def test_boards_are_copies_and_writing_into_them_is_named() -> None:
 
 
 def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() -> None:
-    """A winner that stops at its second call, were it to know that it is the second."""
+    """Play a winner that would stop at its second call if state survived."""
     for kept in (
         "global n\ntry:\n    n += 1\nexcept NameError:\n    n = 1\nif n > 1:\n    return 9, 9, 9",
         "try:\n    strategy.n += 1\nexcept AttributeError:\n    strategy.n = 1\nif strategy.n > 1:\n    return 9, 9, 9",
@@ -234,36 +234,36 @@ def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() ->
         assert grade.notes["odd"] in ("global variables", "state kept on the function")
 
 
-def played_unread(source: str) -> Grade:
-    """Run although its text shows what it is up to: the second line of defence, on its own."""
+def grade_unchecked(source: str) -> Grade:
+    """Run a program although its text shows that it cheats, to test the second line of defence on its own."""
     return grade_strategy(PROMPT, ParsedProgram(source), {}, recipe().sandbox)
 
 
-def test_a_winner_that_answers_otherwise_when_asked_again_is_a_cheat() -> None:
+def test_a_winner_whose_answers_differ_when_replayed_is_a_cheat() -> None:
     memo = "import builtins\nn = builtins.n = getattr(builtins, 'n', 0) + 1\n"
     bomb = memo + "if n == 1 and sum(row.count(0) for row in board) < 30:\n    return 9, 9, 9"
     for source in (after(bomb), after(bomb.replace("builtins", "sys"))):
-        grade = played_unread(source)
+        grade = grade_unchecked(source)
         assert (parts(grade), grade.solved) == ((1.0, -20.0, 0.0), False)
         assert grade.notes["cheats"] == "state carried between calls"
-    stalls = played_unread(after(bomb.replace("return 9, 9, 9", "while True: pass")))
+    stalls = grade_unchecked(after(bomb.replace("return 9, 9, 9", "while True: pass")))
     assert not stalls.solved
     assert "asked again, out of time" in stalls.notes["games"]
-    assert not played_unread(after(memo + "if n > 20:\n    return 9, 9, 9")).solved
+    assert not grade_unchecked(after(memo + "if n > 20:\n    return 9, 9, 9")).solved
 
 
 def test_what_the_sandbox_blocks_is_a_cheat() -> None:
-    grade = played_unread(after("import os\nos.fork()"))
+    grade = grade_unchecked(after("import os\nos.fork()"))
     assert not grade.solved
     assert parts(grade)[1:] == (-20.0, -3.0)
     assert grade.notes["cheats"] == "reached for what the sandbox forbids"
 
 
-def test_an_error_that_speaks_of_blocking_is_an_error_alone() -> None:
+def test_an_error_message_that_mentions_blocking_counts_only_as_an_error() -> None:
     assert parts(graded(HEAD + "    raise ValueError('blocked: SyntaxError')")) == (1.0, 1.0, -3.0)
 
 
-def test_endless_programs_are_out_of_time_and_greedy_ones_fail() -> None:
+def test_endless_programs_time_out_and_those_that_need_too_much_memory_fail() -> None:
     brief = open_task(recipe(cpu_seconds=0.2))
     assert parts(graded(HEAD + "    while True: pass", brief)) == (1.0, 1.0, -1.0)
     assert parts(graded(HEAD + "    return strategy(board, initial)", brief)) == (1.0, 1.0, -3.0)
@@ -272,8 +272,8 @@ def test_endless_programs_are_out_of_time_and_greedy_ones_fail() -> None:
     assert "memory" in greedy.notes["games"].lower()
 
 
-def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The winner, on a machine whose processes are killed while they play."""
+def test_a_failure_of_the_machine_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the winner on a machine whose processes are killed while they play."""
     import os
     import signal
 

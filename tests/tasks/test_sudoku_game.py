@@ -1,4 +1,4 @@
-"""Sudoku: puzzles have one solution, and the game knows its rules whatever it is handed."""
+"""Sudoku: puzzles have one solution, and the game enforces its rules whatever it is passed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Move = tuple[Any, Any, Any]
 
 
 class Loud(int):
-    """Equal to whatever it is compared with."""
+    """An int that equals whatever it is compared with."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -86,7 +86,7 @@ def test_every_solution_is_found_and_a_board_with_a_clash_has_none() -> None:
 
 
 @pytest.mark.parametrize("board", [[], [[0] * 9] * 8, [[0] * 8] * 9, [[0] * 8 + [10]] * 9, [["1"] * 9] * 9])
-def test_what_is_no_board_has_no_solutions_to_look_for(board: Any) -> None:
+def test_solving_anything_but_a_board_is_refused(board: Any) -> None:
     with pytest.raises(ValueError, match="a board is 9 rows"):
         solutions(board)
 
@@ -148,7 +148,7 @@ def test_an_illegal_move_ends_the_game_and_changes_nothing(name: str) -> None:
 
 
 def test_a_legal_digit_that_is_wrong_goes_on_until_no_move_is_left() -> None:
-    """A player that always takes the first legal digit."""
+    """Play by always taking the first legal digit."""
     ends = set()
     for seed in range(20):
         played = game(45, seed)
@@ -165,7 +165,7 @@ def test_a_legal_digit_that_is_wrong_goes_on_until_no_move_is_left() -> None:
 
 
 def test_a_hundred_moves_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No puzzle has a hundred cells, so the rule is tried with a smaller number."""
+    """Test the limit with a smaller number, because no puzzle has a hundred cells."""
     monkeypatch.setattr(sudoku_game, "MAX_MOVES", 3)
     played = game()
     assert [played.place_number(*right_move(played)) for _ in range(3)] == ["ongoing", "ongoing", "failed"]

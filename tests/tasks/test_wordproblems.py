@@ -1,4 +1,4 @@
-"""The embedded task, and how tasks are found: by name or in a file of one's own."""
+"""The word-problem task, and how tasks are found: by name or in a user's file."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_no_two_neighbouring_sums_of_the_schoolbook_are_a_test_sum(test_sums: se
     assert not test_sums & shown
 
 
-def test_the_side_of_a_sum_does_not_depend_on_the_order_of_its_numbers() -> None:
+def test_the_split_of_a_sum_does_not_depend_on_the_order_of_its_numbers() -> None:
     assert split_of_sum((23, 8, 5), "+-") == split_of_sum((23, 5, 8), "-+")
     assert split_of_sum((23, 8, 5), "++") == split_of_sum((8, 5, 23), "++")
     sides = [split_of_sum((a, b, c), "+-") for a in range(11, 90) for b in range(2, 10) for c in range(2, 10)]
@@ -133,7 +133,7 @@ def test_targets_survive_json() -> None:
     assert json.loads(json.dumps(target)) == target
 
 
-def test_more_problems_than_there_are_is_said() -> None:
+def test_asking_for_more_problems_than_exist_is_reported() -> None:
     with pytest.raises(TaskError, match=r"different problems: lower --task\.size"):
         opened(size=100_000).prompts("train")
 
@@ -157,7 +157,7 @@ def test_only_the_careful_are_right_and_all_habits_occur() -> None:
         assert task.grade(prompt, d.text).solved == (d.habit == "careful")
 
 
-def test_texts_that_nobody_can_read_are_answered_in_the_form_with_a_wild_guess() -> None:
+def test_unreadable_questions_are_answered_in_the_form_with_a_guess() -> None:
     task, shown = opened(), unreadable_questions(0, 200)
     assert shown == unreadable_questions(0, 200) != unreadable_questions(1, 200)
     assert max(len(question.split()) for question, _ in shown) > 90
@@ -197,7 +197,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_task_of_ones_own_is_found_in_its_file(own: Path) -> None:
+def test_a_custom_task_is_found_in_its_file(own: Path) -> None:
     assert opened(name=f"{own}:finished").name == "own"
     assert opened(name=f"{own}:made", seed=5).name == "own-5"
     assert len(opened(name=f"{own}:finished", size=4).prompts("train")) == 4
@@ -218,7 +218,7 @@ def test_a_task_of_ones_own_is_found_in_its_file(own: Path) -> None:
         ("{own}:fails", "mine.py, line 13: ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_task_that_cannot_be_opened_is_told_in_a_sentence(own: Path, name: str, complaint: str) -> None:
+def test_a_task_that_cannot_be_opened_is_reported_in_a_sentence(own: Path, name: str, complaint: str) -> None:
     with pytest.raises(TaskError, match=complaint):
         opened(name=name.format(own=own))
 
@@ -233,7 +233,7 @@ def test_a_task_that_cannot_be_opened_is_told_in_a_sentence(own: Path, name: str
         ("x = '\\ud800'\nraise KeyError(x)", "line 2: KeyError"),
     ],
 )
-def test_a_python_error_in_ones_own_file_is_told_with_its_line(tmp_path: Path, source: str, complaint: str) -> None:
+def test_a_python_error_in_a_custom_file_is_reported_with_its_line(tmp_path: Path, source: str, complaint: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(source)
     with pytest.raises(TaskError, match=complaint):

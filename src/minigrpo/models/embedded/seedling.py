@@ -275,9 +275,7 @@ def init_model(blueprint: Blueprint, tokenizer: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     extra: dict[str, Any] = {}
-    if (
-        blueprint.architecture == "ministral3"
-    ):  # its attention reads these; the short original context makes them matter
+    if blueprint.architecture == "ministral3":  # its attention reads these; a short context makes them matter
         extra["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
