@@ -22,7 +22,7 @@ from minigrpo.types import Prompt, Split, Task
 
 
 def filter_by_difficulty(task: Task, config: TaskConfig) -> Task:
-    """Keep only training prompts whose rate is within [hardest, easiest]. Raise TaskError."""
+    """Keep only training prompts whose rate is within [hardest, easiest]. Raise TaskError if none is."""
     source = config.rates
     if source is None:
         if config.hardest > 0 or config.easiest < 1:
@@ -71,7 +71,7 @@ def _select_within_range(prompts: Sequence[Prompt], rates: Mapping[str, float], 
 
 
 def _read_rates(path: Path, task: str) -> dict[str, float]:
-    """Return each prompt's share of right answers from an evaluation's JSON. Raise TaskError."""
+    """Return each prompt's share of right answers from an evaluation's JSON. Raise TaskError for any other file."""
     measure = "Make it with: minigrpo evaluate MODEL --split train -n 8 --out"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

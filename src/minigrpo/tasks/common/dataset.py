@@ -42,7 +42,8 @@ RowParser = Callable[[Sequence[tuple[str, Any]], str], list[DatasetRow]]
 
 
 def read_data(source: str, check: RowParser | None = None) -> SplitRows:
-    """Read the rows of a file, of a folder with train.* (and test.*), or of a Hub data set. Raise TaskError.
+    """Read the rows of a file, of a folder with train.* (and test.*), or of a Hub data set. Raise TaskError for faulty
+    ones.
 
     `check` parses rows that have other columns than a prompt.
     """

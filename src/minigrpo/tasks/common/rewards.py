@@ -24,7 +24,7 @@ class Reward:
 
 
 def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple[Reward, ...]:
-    """Return the rewards with the given weights; names that are not given keep their own. Raise TaskError."""
+    """Return the rewards with the given weights; names not given keep their own. Raise TaskError for unknown ones."""
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise TaskError(f"Two reward functions share a name among {', '.join(names)}. Give each its own.")

@@ -37,7 +37,10 @@ def reward_task(
     gold: Callable[[Prompt], str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Task:
-    """Build the task. `weights`: the weight of each function by its name, 1 by default. Raise TaskError."""
+    """Build the task.
+
+    `weights`: the weight of each function by its name, 1 by default. Raise TaskError for unusable rows.
+    """
     table = read_rows(rows, test_rows)
     return build_reward_task(functions, table, name=name, system=system, gold=gold, weights=weights or {})
 
