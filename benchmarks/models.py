@@ -50,7 +50,7 @@ def make_tiny(folder: Path) -> None:
     blueprint = seedling.Blueprint()
     tokenizer = seedling.train_tokenizer(blueprint)
     torch.manual_seed(SEED)
-    seedling.decoder(blueprint, tokenizer).save_pretrained(folder)
+    seedling.init_model(blueprint, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -58,7 +58,7 @@ def make_grown(folder: Path) -> None:
     """The embedded model after its warm start, from the cache or built: about a minute."""
     from minigrpo.models.embedded import seedling
 
-    shutil.copytree(seedling.cached(seedling.Blueprint()), folder, dirs_exist_ok=True)
+    shutil.copytree(seedling.build_cached(seedling.Blueprint()), folder, dirs_exist_ok=True)
 
 
 def make_shape(name: str, folder: Path) -> None:

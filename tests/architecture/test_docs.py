@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.Mo
     monkeypatch_module.setenv("MINIGRPO_CACHE", str(cache))
     real = seedling.Blueprint()
     hasty = replace(real, school=replace(real.school, steps=2), imitation=replace(real.imitation, steps=60))
-    seedling.build(hasty, cache / "hasty")
+    seedling.build_seedling(hasty, cache / "hasty")
     (cache / "hasty").rename(cache / f"seedling-{real.architecture}-{real.seed}-{seedling.fingerprint(real)}")
     return tmp_path_factory.mktemp("home")
 

@@ -43,10 +43,12 @@ KNOBS = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty folder to work in, and a cache with hastily built embedded models under the real ones' names."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("home")
-    for path in ("seedling", seedling.CODER):
-        real = seedling.blueprint_of(path, seed=0)
+    for path in ("seedling", seedling.CODER_PATH):
+        real = seedling.parse_blueprint(path, seed=0)
         school = replace(real.school, steps=min(2, real.school.steps))
-        seedling.build(replace(real, school=school, imitation=replace(real.imitation, steps=20)), cache / "hasty")
+        seedling.build_seedling(
+            replace(real, school=school, imitation=replace(real.imitation, steps=20)), cache / "hasty"
+        )
         (cache / "hasty").rename(cache / f"seedling-{real.name}-{real.seed}-{seedling.fingerprint(real)}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIGRPO_CACHE", str(cache))

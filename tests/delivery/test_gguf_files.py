@@ -78,7 +78,7 @@ def test_the_embedded_models_tokenizer_is_kept_to_the_last_id(tmp_path: Path) ->
     blueprint = seedling.Blueprint(hidden=32, layers=1, inner=64)
     tokenizer = seedling.train_tokenizer(blueprint)
     tokenizer.save_pretrained(tmp_path)
-    seedling.decoder(blueprint, tokenizer).save_pretrained(tmp_path)
+    seedling.init_model(blueprint, tokenizer).save_pretrained(tmp_path)
     assert kind_of(tmp_path) == "smollm"
     writer.write(tmp_path, tmp_path / "x.gguf", "F32", "x")
     task = open_task(Recipe())

@@ -1,4 +1,4 @@
-"""An evaluation that is killed goes on where it stopped."""
+"""An evaluation that is killed resumes where it stopped."""
 
 import json
 import math
@@ -18,8 +18,8 @@ from minigrpo.types import Grade, Sampling
 ASKED = {"model": "m", "n": 2, "temperature": 1.0}
 
 
-class Counting(Scripted):
-    """Remembers what it was asked; stops in the middle of the `limit`-th prompt."""
+class RecordingEngine(Scripted):
+    """An engine that records its prompts; it stops in the middle of the `limit`-th prompt."""
 
     def __init__(self, tokenizer, limit=None):
         super().__init__(lambda prompt, sibling: prompt.target if sibling else "no", tokenizer)
@@ -33,8 +33,8 @@ class Counting(Scripted):
 
 
 @pytest.fixture
-def judged(echo_task, tokenizer, tmp_path, monkeypatch):
-    """Two prompts at a time, two samples each."""
+def run_evaluation(echo_task, tokenizer, tmp_path, monkeypatch):
+    """Evaluate two prompts at a time, with two samples each."""
     from minigrpo.evaluation import evaluate as verb
     from minigrpo.evaluation.evaluate import grade_prompts
 
@@ -42,10 +42,17 @@ def judged(echo_task, tokenizer, tmp_path, monkeypatch):
 
     def run(engine, asked=ASKED, task=echo_task):
         prompts = task.prompts("test")[:10]
-        journal = AnswerCache(tmp_path / "journal.jsonl", asked)
+        answer_cache = AnswerCache(tmp_path / "journal.jsonl", asked)
         sampling = Sampling(1.0, 20)
         return evaluate(
-            engine, task, name="m", prompts=prompts, sampling=sampling, tokenizer=tokenizer, n=2, journal=journal
+            engine,
+            task,
+            name="m",
+            prompts=prompts,
+            sampling=sampling,
+            tokenizer=tokenizer,
+            n=2,
+            answer_cache=answer_cache,
         )
 
     return run
@@ -55,41 +62,43 @@ def told(evaluation):
     return replace(evaluation, seconds=0.0)
 
 
-def test_no_question_is_asked_twice_and_the_answers_are_those_of_one_that_was_not_stopped(judged, tokenizer):
-    first, second, whole = Counting(tokenizer, limit=4), Counting(tokenizer), Counting(tokenizer)
+def test_no_question_is_asked_twice_and_the_answers_equal_those_of_an_uninterrupted_evaluation(
+    run_evaluation, tokenizer
+):
+    first, second, whole = RecordingEngine(tokenizer, limit=4), RecordingEngine(tokenizer), RecordingEngine(tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        judged(first)
-    resumed = judged(second)
+        run_evaluation(first)
+    resumed = run_evaluation(second)
     assert len(first.asked) == 4
     assert sorted(first.asked + second.asked) == sorted(a["prompt"] for a in resumed.scores.answers[::2])
-    assert told(resumed) == told(judged(whole, asked={"model": "another"}))
+    assert told(resumed) == told(run_evaluation(whole, asked={"model": "another"}))
 
 
-def test_answers_of_another_model_or_question_are_not_believed(judged, tokenizer):
+def test_cached_answers_of_another_model_or_question_are_ignored(run_evaluation, tokenizer):
     with pytest.raises(KeyboardInterrupt):
-        judged(Counting(tokenizer, limit=4))
-    again = Counting(tokenizer)
-    judged(again, asked={**ASKED, "model": "retrained"})
+        run_evaluation(RecordingEngine(tokenizer, limit=4))
+    again = RecordingEngine(tokenizer)
+    run_evaluation(again, asked={**ASKED, "model": "retrained"})
     assert len(again.asked) == 10
 
 
 @pytest.mark.parametrize("damage", [b'{"prompt": "test-0", "compl', b"\xff\xfe\n", b"[1, 2]\n", b'{"prompt": 3}\n'])
-def test_a_line_that_a_kill_cut_short_is_asked_again(judged, tokenizer, tmp_path, damage):
+def test_a_line_that_a_kill_cut_short_is_asked_again(run_evaluation, tokenizer, tmp_path, damage):
     with pytest.raises(KeyboardInterrupt):
-        judged(Counting(tokenizer, limit=4))
+        run_evaluation(RecordingEngine(tokenizer, limit=4))
     with (tmp_path / "journal.jsonl").open("ab") as stream:
         stream.write(damage)
-    again = Counting(tokenizer)
-    assert len(judged(again).scores.answers) == 20
+    again = RecordingEngine(tokenizer)
+    assert len(run_evaluation(again).scores.answers) == 20
     assert len(again.asked) == 6
 
 
-def test_what_could_not_be_scored_stays_so(judged, tokenizer, echo_task):
+def test_completions_that_could_not_be_scored_stay_unscored(run_evaluation, tokenizer, echo_task):
     task = replace(echo_task, grade=lambda p, t: Grade(1.0) if t == "no" else Grade(math.nan, notes={"grader": "slow"}))
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="Left out"):
-        judged(Counting(tokenizer, limit=4), task=task)
+        run_evaluation(RecordingEngine(tokenizer, limit=4), task=task)
     with pytest.warns(UserWarning, match="Left out"):
-        resumed = judged(Counting(tokenizer), task=task)
+        resumed = run_evaluation(RecordingEngine(tokenizer), task=task)
     assert [answer["reward"] for answer in resumed.scores.answers] == [1.0, None] * 10
 
 

@@ -1,4 +1,4 @@
-"""check-task: a sound task passes, and each way of paying for the wrong thing is named."""
+"""check-task: a sound task passes, and each way of rewarding the wrong thing is named."""
 
 import itertools
 import json
@@ -18,19 +18,19 @@ from minigrpo.types import Grade, Prompt
 
 
 def told(task, **knobs):
-    found = check_task(Recipe(task=TaskConfig(**knobs)), task)
+    found = check_task(task, TaskConfig(**knobs))
     return found.ok, " ".join(fault.what for fault in found.faults)
 
 
 def test_the_tasks_of_the_package_are_fit_to_train_on():
     for name in ("wordproblems", "rg:leg_counting", "rg:chain_sum"):
         recipe = Recipe(task=TaskConfig(name=name, size=64))
-        found = check_task(recipe, open_task(recipe))
+        found = check_task(open_task(recipe), recipe.task)
         assert (found.ok, [fault for fault in found.faults if fault.stops]) == (True, [])
 
 
 def test_a_sound_task_passes_and_its_figures_are_json(echo_task):
-    found = check_task(Recipe(), echo_task)
+    found = check_task(echo_task, TaskConfig())
     assert found.ok
     kinds = {kind["name"]: kind for kind in json.loads(json.dumps(found.to_dict()))["kinds"]}
     assert (kinds["gold"]["mean"], kinds["gold"]["solved"], kinds["empty"]["high"]) == (1.0, 1.0, 0.0)
@@ -47,7 +47,7 @@ def test_a_sound_task_passes_and_its_figures_are_json(echo_task):
         (lambda p, t: Grade(1 / len(t)), "raised ZeroDivisionError"),
     ],
 )
-def test_what_a_reward_should_not_pay_for_is_named(echo_task, grade, words):
+def test_rewards_for_wrong_answers_are_named(echo_task, grade, words):
     ok, faults = told(replace(echo_task, grade=grade))
     assert not ok
     assert words in faults
@@ -64,7 +64,7 @@ def test_scores_that_change_and_graders_that_hang_are_named(echo_task):
     assert "takes too long" in told(replace(echo_task, grade=hangs), seconds=0.5)[1]
 
 
-def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
+def test_prompts_in_both_splits_are_named(echo_task):
     train = echo_task.prompts("train")
     same = replace(echo_task, prompts=lambda split: train)
     moved = [Prompt(f"other-{i}", prompt.messages, prompt.target) for i, prompt in enumerate(train)]
@@ -73,14 +73,14 @@ def test_prompts_on_both_sides_of_the_split_are_named(echo_task):
     assert "20 test prompts stand in train word for word, such as other-0" in told(copied)[1]
 
 
-def test_a_task_whose_prompts_read_alike_is_compared_by_what_it_hides():
+def test_a_task_with_equal_prompt_texts_is_compared_by_its_hidden_data():
     recipe = load_recipe("sudoku-tiny", {"task.size": "24"})
     task = open_task(recipe)
     words = [prompt.messages for split in ("train", "test") for prompt in task.prompts(split)]
     assert len(words) > len({str(one) for one in words})
-    found = check_task(recipe, task, limit=2)
+    found = check_task(task, recipe.task, limit=2)
     assert (found.ok, [fault for fault in found.faults if "prompts" in fault.what]) == (True, [])
-    told = [fault.what for fault in check_task(recipe, replace(task, unseen=None), limit=2).faults]
+    told = [fault.what for fault in check_task(replace(task, unseen=None), recipe.task, limit=2).faults]
     assert any("stand in train word for word" in what for what in told)
 
 
@@ -91,7 +91,7 @@ def test_one_puzzle_of_a_test_that_stands_in_train_is_caught_though_ids_and_word
     tested = list(task.prompts("test"))
     tested[7] = replace(tested[7], target={"games": [tested[7].target["games"][0], known]})
     leaking = replace(task, prompts=lambda split: tested if split == "test" else task.prompts(split))
-    found = check_task(recipe, leaking, limit=2)
+    found = check_task(leaking, recipe.task, limit=2)
     assert not found.ok
     assert [fault.what for fault in found.faults if fault.stops] == [
         "1 test prompts are judged by what train is judged by too, such as test-7."
@@ -118,7 +118,7 @@ def test_a_task_without_right_answers_is_tried_without_them(echo_task):
     assert "gives no right answers" in faults
 
 
-def test_the_exit_code_tells_and_no_torch_is_loaded(tmp_path):
+def test_the_exit_code_reports_the_result_and_no_torch_is_loaded(tmp_path):
     (tmp_path / "mine.py").write_text(
         "rows = [{'prompt': f'say {i}', 'answer': str(i)} for i in range(20)]\n"
         "def good(completion, answer): return completion == answer\n"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.evaluation.evaluate import compare, evaluate, example_pairs, examples
+from minigrpo.evaluation.evaluate import compare, evaluate, pick_example_pairs, pick_examples
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Sampling
 
@@ -75,11 +75,11 @@ def test_different_prompts_are_not_compared(judge):
 
 
 def test_examples_show_right_and_wrong_answers(judge):
-    assert [answer["solved"] for answer in examples(judge(half_right))] == [True, True, False, False]
-    assert [answer["solved"] for answer in examples(judge(gold))] == [True, True]
+    assert [answer["solved"] for answer in pick_examples(judge(half_right))] == [True, True, False, False]
+    assert [answer["solved"] for answer in pick_examples(judge(gold))] == [True, True]
 
 
 def test_pairs_of_examples_show_what_was_gained_first(judge):
-    before, after = example_pairs(compare(judge(half_right), judge(gold)))[0]
+    before, after = pick_example_pairs(compare(judge(half_right), judge(gold)))[0]
     assert before["prompt"] == after["prompt"]
     assert (before["solved"], after["solved"]) == (False, True)

@@ -1,4 +1,4 @@
-"""Counting what a model does, and how sure one can be of a difference."""
+"""Scores of a model, and confidence intervals of differences."""
 
 from dataclasses import replace
 from math import comb, nan
@@ -7,7 +7,7 @@ import pytest
 
 from minigrpo.errors import ArtifactError
 from minigrpo.evaluation.evaluate import grade_prompts
-from minigrpo.evaluation.statistics import paired, pass_at, sign_test, wilson
+from minigrpo.evaluation.statistics import paired_difference, pass_at_k, sign_test, wilson_interval
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
@@ -22,7 +22,7 @@ def grade_script(task, script, tokenizer, n=1, **options):
 
 
 def answer_first(count):
-    """Right on the first `count` test prompts (they are numbered from 20), another number on the rest."""
+    """Return a script that is right on the first `count` test prompts (numbered from 20) and wrong on the rest."""
     return lambda prompt, _: prompt.target if int(prompt.target) < 20 + count else "999"
 
 
@@ -63,7 +63,7 @@ def test_no_well_formed_answer_leaves_its_accuracy_open(echo_task, tokenizer):
     assert (rate.value, rate.low, rate.high, rate.count) == (0.0, 0.0, 1.0, 0)
 
 
-def test_batches_change_nothing_and_progress_is_told(echo_task, tokenizer):
+def test_batches_change_nothing_and_progress_is_reported(echo_task, tokenizer):
     told = []
     whole = grade_script(echo_task, answer_first(5), tokenizer)
     parts = grade_script(echo_task, answer_first(5), tokenizer, rows=4, report=lambda *told_now: told.append(told_now))
@@ -73,15 +73,15 @@ def test_batches_change_nothing_and_progress_is_told(echo_task, tokenizer):
 
 
 def test_wilson_intervals_match_published_values():
-    rate = wilson(0.5, 10)
+    rate = wilson_interval(0.5, 10)
     assert (rate.low, rate.high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    none = wilson(0.0, 20)
+    none = wilson_interval(0.0, 20)
     assert (none.low, none.high) == (0.0, pytest.approx(0.1611, abs=1e-4))
 
 
 def test_pass_at_k_is_the_chance_that_k_draws_hold_a_right_one():
-    assert pass_at(2, 5, 1) == pytest.approx(2 / 5)
-    assert pass_at(3, 5, 3) == 1.0
+    assert pass_at_k(2, 5, 1) == pytest.approx(2 / 5)
+    assert pass_at_k(3, 5, 3) == 1.0
 
 
 def test_mcnemar_is_exact():
@@ -93,17 +93,17 @@ def test_mcnemar_is_exact():
 
 def test_a_pair_counts_what_was_gained_and_lost(echo_task, tokenizer):
     before, after = (grade_script(echo_task, answer_first(count), tokenizer) for count in (2, 9))
-    change = paired(before, after)
+    change = paired_difference(before, after)
     assert (change.gained, change.lost) == (7, 0)
     assert change.difference == pytest.approx(0.7)
     assert change.low < 0.7 < change.high
     assert change.p == pytest.approx(2 / 2**7)
-    assert paired(after, before).difference == pytest.approx(-0.7)
+    assert paired_difference(after, before).difference == pytest.approx(-0.7)
 
 
-def test_a_model_against_itself_differs_by_nothing(echo_task, tokenizer):
+def test_a_model_compared_with_itself_has_no_difference(echo_task, tokenizer):
     scores = grade_script(echo_task, answer_first(4), tokenizer)
-    same = paired(scores, scores)
+    same = paired_difference(scores, scores)
     assert (same.difference, same.p) == (0.0, 1.0)
     assert same.low < 0 < same.high
 
@@ -111,10 +111,10 @@ def test_a_model_against_itself_differs_by_nothing(echo_task, tokenizer):
 def test_different_prompts_are_not_paired(echo_task, tokenizer):
     some = grade_script(echo_task, ["1"], tokenizer, prompts=echo_task.prompts("test")[:4])
     with pytest.raises(ArtifactError, match=r"different prompts \(10 and 4, 4 in common\)"):
-        paired(grade_script(echo_task, ["1"], tokenizer), some)
+        paired_difference(grade_script(echo_task, ["1"], tokenizer), some)
 
 
-def test_what_could_not_be_scored_is_not_right_and_not_in_the_mean(echo_task, tokenizer):
+def test_completions_that_could_not_be_scored_are_not_right_and_not_in_the_mean(echo_task, tokenizer):
     def grade(prompt, text):
         if prompt.id == "test-20":
             return Grade(nan, formed=False, notes={"grader": "took longer than 1 s"})

@@ -1,4 +1,4 @@
-"""The embedded model, in a form that learns next to nothing but is built the same way."""
+"""The embedded model, built in the normal way with so few steps that it learns next to nothing."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from minigrpo.types import Prompt
 BRIEF = Schedule(steps=2, rows=2, lr=1e-3)
 QUICK = Blueprint(school=BRIEF, imitation=BRIEF)
 
-Planted = Callable[[Blueprint], Path]
+BuildFolder = Callable[[Blueprint], Path]
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    """The folder of a blueprint, in a cache of these tests."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> BuildFolder:
+    """Build the folder of a blueprint in a cache of these tests."""
     root = tmp_path_factory.mktemp("cache")
 
     def folder(blueprint: Blueprint) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MINIGRPO_CACHE", str(root))
-            return seedling.cached(blueprint)
+            return seedling.build_cached(blueprint)
 
     return folder
 
 
-def loaded(folder: Path) -> tuple[Any, Any]:
+def load_folder(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def problem_prompt() -> Prompt:
-    return wordproblems.distinct("test", "fixed", 1)[0]
+    return wordproblems.distinct_prompts("test", "fixed", 1)[0]
 
 
 def test_a_seedling_is_known_by_its_name() -> None:
@@ -60,13 +60,13 @@ def test_a_seedling_is_known_by_its_name() -> None:
 @pytest.mark.parametrize("path", ["seedling:gpt9", "seedling:", "seedling:Qwen3"])
 def test_an_unknown_architecture_is_refused_with_the_known_ones(path: str) -> None:
     with pytest.raises(ModelError, match=r"seedling:llama, seedling:qwen2, seedling:qwen3, seedling:ministral3"):
-        seedling.resolve(path, seed=0)
+        seedling.resolve_seedling(path, seed=0)
 
 
 @pytest.mark.parametrize("architecture", seedling.ARCHITECTURES)
-def test_every_architecture_is_an_ordinary_model_folder(planted: Planted, architecture: str) -> None:
-    folder = planted(replace(QUICK, architecture=architecture))
-    model, tokenizer = loaded(folder)
+def test_every_architecture_is_an_ordinary_model_folder(build: BuildFolder, architecture: str) -> None:
+    folder = build(replace(QUICK, architecture=architecture))
+    model, tokenizer = load_folder(folder)
     assert model.config.model_type == architecture
     assert 0.5e6 <= sum(weight.numel() for weight in model.parameters()) <= 3e6
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
@@ -80,9 +80,9 @@ def test_every_architecture_is_an_ordinary_model_folder(planted: Planted, archit
 
 
 @pytest.mark.parametrize("architecture", seedling.ARCHITECTURES)
-def test_the_tokenizer_reads_the_same_after_loading(planted: Planted, architecture: str) -> None:
+def test_the_tokenizer_reads_the_same_after_loading(build: BuildFolder, architecture: str) -> None:
     blueprint = replace(QUICK, architecture=architecture)
-    _, tokenizer = loaded(planted(blueprint))
+    _, tokenizer = load_folder(build(blueprint))
     trained = seedling.train_tokenizer(blueprint)
     for text in ("<think>23+8=31 31-5=26</think><answer>26</answer>", "Mia has 1,200 apples.\n\n  Zoë: 'äöü' 🙂"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -90,31 +90,31 @@ def test_the_tokenizer_reads_the_same_after_loading(planted: Planted, architectu
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_digits_and_tags_are_tokens_and_tags_survive_decoding(planted: Planted) -> None:
-    _, tokenizer = loaded(planted(QUICK))
+def test_digits_and_tags_are_tokens_and_tags_survive_decoding(build: BuildFolder) -> None:
+    _, tokenizer = load_folder(build(QUICK))
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>23+8=31</think><answer>31</answer>")["input_ids"])
     assert tokens == ["<think>", "2", "3", "+", "8", "=", "3", "1", "</think>", "<answer>", "3", "1", "</answer>"]
 
 
-def test_prompts_and_answers_are_short(planted: Planted) -> None:
-    _, tokenizer = loaded(planted(QUICK))
+def test_prompts_and_answers_are_short(build: BuildFolder) -> None:
+    _, tokenizer = load_folder(build(QUICK))
     prompt = problem_prompt()
     assert len(render(tokenizer, prompt).ids) <= 60
-    assert len(tokenizer(wordproblems.gold(prompt))["input_ids"]) <= 30
+    assert len(tokenizer(wordproblems.gold_answer(prompt))["input_ids"]) <= 30
 
 
 def test_the_same_blueprint_gives_the_same_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         torch.manual_seed(len(name))  # whatever happened before does not matter
         (tmp_path / name).mkdir()
-        seedling.build(QUICK, tmp_path / name)
+        seedling.build_seedling(QUICK, tmp_path / name)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 def test_building_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    seedling.build(QUICK, tmp_path)
+    seedling.build_seedling(QUICK, tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -124,15 +124,15 @@ def test_seed_architecture_and_size_have_their_own_place_in_the_cache() -> None:
     assert len({seedling.fingerprint(blueprint) for blueprint in variants}) == len(variants)
 
 
-def test_a_seedling_is_built_once_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seedling_is_built_once_and_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
     said: list[tuple[int, int, str]] = []
-    folder = seedling.cached(QUICK, lambda *news: said.append(news))
+    folder = seedling.build_cached(QUICK, lambda *news: said.append(news))
     assert folder.parent == tmp_path
     assert [done for done, _, _ in said] == [0, 1, 2, 3, 4]
     assert {total for _, total, _ in said} == {4}
     said.clear()
-    assert seedling.cached(QUICK, lambda *news: said.append(news)) == folder
+    assert seedling.build_cached(QUICK, lambda *news: said.append(news)) == folder
     assert said == []
 
 
@@ -144,13 +144,13 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        seedling.cached(QUICK, interrupt)
+        seedling.build_cached(QUICK, interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_saved_settings_name_the_stop_token(planted: Planted) -> None:
-    folder = planted(QUICK)
+def test_the_saved_settings_name_the_stop_token(build: BuildFolder) -> None:
+    folder = build(QUICK)
     settings = json.loads((folder / "generation_config.json").read_text())
-    tokenizer = loaded(folder)[1]
+    tokenizer = load_folder(folder)[1]
     assert settings["eos_token_id"] == tokenizer.eos_token_id
     assert settings["pad_token_id"] == tokenizer.pad_token_id

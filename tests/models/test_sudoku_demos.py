@@ -1,4 +1,4 @@
-"""The embedded coder, in a form that learns next to nothing but is built the same way."""
+"""The embedded coder, built in the normal way with so few steps that it learns next to nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 from minigrpo.config.schema import Recipe
 from minigrpo.models.chat_template import check_tokenizer, render
 from minigrpo.models.embedded import seedling, sudoku_demos
-from minigrpo.models.embedded.sudoku_programs import NAMES, strategies
+from minigrpo.models.embedded.sudoku_programs import VARIABLE_NAMES, make_strategies
 from minigrpo.models.sft import Schedule
 from minigrpo.runs.rundir import digest
 from minigrpo.tasks.registry import open_task
 
-QUICK = replace(seedling.blueprint_of("seedling:coder", seed=0), imitation=Schedule(steps=2, rows=2, lr=1e-3))
+QUICK = replace(seedling.parse_blueprint("seedling:coder", seed=0), imitation=Schedule(steps=2, rows=2, lr=1e-3))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIGRPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return seedling.cached(QUICK)
+        return seedling.build_cached(QUICK)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -38,7 +38,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 def test_the_coder_is_an_embedded_model_by_its_name() -> None:
     assert seedling.is_seedling("seedling:coder")
-    config, tokenizer = seedling.sketch("seedling:coder", seed=0)
+    config, tokenizer = seedling.make_config_and_tokenizer("seedling:coder", seed=0)
     assert config.vocab_size == len(tokenizer) == QUICK.vocabulary
 
 
@@ -50,7 +50,7 @@ def test_the_coder_is_an_ordinary_model_folder_and_is_built_once(folder: Path, m
     assert check_tokenizer(tokenizer) == ()
     monkeypatch.setenv("MINIGRPO_CACHE", str(folder.parent))
     before = digest(folder)
-    assert seedling.cached(QUICK) == folder
+    assert seedling.build_cached(QUICK) == folder
     assert digest(folder) == before
 
 
@@ -60,14 +60,14 @@ def test_the_coder_and_the_seedling_have_their_own_places_in_the_cache() -> None
 
 def test_programs_come_back_from_their_tokens_with_fences_and_indents(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
-    for text in (*(one.text for one in strategies(7, 300)), "```python\n\tx = 'äöü 🙂'\n```\n\n"):
+    for text in (*(one.text for one in make_strategies(7, 300)), "```python\n\tx = 'äöü 🙂'\n```\n\n"):
         assert tokenizer.decode(ids_of(tokenizer, text), skip_special_tokens=True) == text
 
 
 def test_programs_are_short_and_a_name_is_one_token(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
-    assert max(len(ids_of(tokenizer, one.text)) for one in strategies(7, 300)) <= 150
-    names = [name for names in NAMES.values() for name in names]
+    assert max(len(ids_of(tokenizer, one.text)) for one in make_strategies(7, 300)) <= 150
+    names = [name for names in VARIABLE_NAMES.values() for name in names]
     assert all(len(ids_of(tokenizer, name)) == 1 for name in names)
 
 
@@ -75,7 +75,7 @@ def test_the_coder_learns_from_questions_as_the_task_asks_them(folder: Path) -> 
     tokenizer = tokenizer_of(folder)
     task = open_task(Recipe.model_validate({"task": {"name": "sudoku", "games": 2, "fewest": 26, "most": 32}}))
     asked = task.prompts("train")[0].messages
-    (learned, _), *_ = sudoku_demos.demonstrations(0, 1)
+    (learned, _), *_ = sudoku_demos.sudoku_demonstrations(0, 1)
     words = [[word for word in one[0]["content"].split() if not word[0].isdigit()] for one in (asked, learned)]
     assert len(asked) == len(learned) == 1
     assert words[0] == words[1]

@@ -9,7 +9,7 @@ import pytest
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox import Limits, Referee
 from minigrpo.sandbox.pool import missing, open_worker
-from minigrpo.tasks.common.code_task import sandbox_of
+from minigrpo.tasks.common.code_task import open_sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
 
@@ -34,10 +34,10 @@ def test_the_knobs_of_a_recipe_reach_the_sandbox() -> None:
     from minigrpo.config.schema import Recipe
 
     knobs = Recipe.model_validate({"sandbox": {"cpu_seconds": 0.1, "memory_mb": 8, "workers": 1}}).sandbox
-    with sandbox_of(knobs) as sandbox:
+    with open_sandbox(knobs) as sandbox:
         assert (sandbox.limits.cpu_s, sandbox.limits.memory_mb, sandbox.workers, sandbox.unsafe) == (0.1, 8, 1, False)
         assert sandbox.run("def f(x): return [0] * 10**7", "f", ask(1)).verdict == "memory"
-    assert sandbox_of(knobs, cpu_s=3.0).limits.cpu_s == 3.0
+    assert open_sandbox(knobs, cpu_s=3.0).limits.cpu_s == 3.0
 
 
 def test_the_benchmark_measures_and_finds_nothing_left() -> None:

@@ -1,4 +1,4 @@
-"""Finding answers and numbers in whatever a model writes, and adding rewards up."""
+"""Finding answers and numbers in whatever a model writes, and summing rewards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.answers import (
-    Answer,
-    Reading,
+    ParsedNumber,
+    TaggedAnswer,
     find_answer,
     parse_fraction,
     parse_number,
@@ -25,8 +25,8 @@ PROMPT = Prompt("p", ())
 
 
 def test_an_answer_is_found_after_the_reasoning() -> None:
-    assert find_answer("<think>23+8=31</think><answer> 31 </answer>") == Answer("23+8=31", "31")
-    assert find_answer("Well.\n<think>\na\n</think>\n<answer>\n31\n</answer>\n") == Answer("a", "31")
+    assert find_answer("<think>23+8=31</think><answer> 31 </answer>") == TaggedAnswer("23+8=31", "31")
+    assert find_answer("Well.\n<think>\na\n</think>\n<answer>\n31\n</answer>\n") == TaggedAnswer("a", "31")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_a_fraction_is_a_number_in_lowest_terms_alone() -> None:
 
 
 def test_one_number_is_found_among_words_with_its_sign() -> None:
-    assert read_number("72 apples") == read_number("x = 72") == Reading(Fraction(72), False)
-    assert read_number("it is -$5.") == read_number("minus 5 degrees") == Reading(Fraction(-5), False)
-    assert read_number("$1,200.00") == Reading(Fraction(1200), True)
+    assert read_number("72 apples") == read_number("x = 72") == ParsedNumber(Fraction(72), False)
+    assert read_number("it is -$5.") == read_number("minus 5 degrees") == ParsedNumber(Fraction(-5), False)
+    assert read_number("$1,200.00") == ParsedNumber(Fraction(1200), True)
     assert [read_number(text) for text in ("", "none", "7 2", "7,2", "72²", "a.5", "1.2.3", "7" * 65)] == [None] * 8
     assert read_number("word " * 500 + "72") is None  # longer than anything that is read
 
@@ -152,7 +152,7 @@ def test_long_numbers_differ_in_their_last_digit() -> None:
     ],
     ids=["digits", "digits in tags", "commas", "think", "answers", "angles", "spaces", "not text"],
 )
-def test_a_hostile_text_is_judged_at_once(text: str) -> None:
+def test_a_hostile_text_is_parsed_quickly(text: str) -> None:
     start = time.perf_counter()
     found = find_answer(text)
     assert parse_number(text) is None

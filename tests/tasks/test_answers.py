@@ -1,4 +1,4 @@
-"""What an answer to gsm8k earns, whatever a model writes, and a vote among its samples."""
+"""The reward of an answer to gsm8k, whatever a model writes, and majority votes among its samples."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigrpo.config.schema import Recipe
-from minigrpo.evaluation.statistics import score
+from minigrpo.evaluation.statistics import score_groups
 from minigrpo.tasks.builtin import gsm8k
 from minigrpo.tasks.common import math_answers
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Grade, Group, Prompt
 
-OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED}}))
+OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED_DATA}}))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def math_verify_is_warm() -> None:
-    """Its first answers take a second: the import, and tables that are built as they are needed."""
+    """Load math-verify first: its first answers take a second, for the import and tables that are built on demand."""
     for text in (
         r"\frac{1}{2}",
         r"\boxed{-72}",
@@ -137,7 +137,7 @@ def test_a_broken_form_earns_nothing(text: str) -> None:
     assert (graded.reward, graded.formed, graded.answer) == (0.0, False, None)
 
 
-def test_the_pieces_of_the_form_are_seen_but_not_paid() -> None:
+def test_parts_for_the_form_are_logged_with_weight_zero() -> None:
     graded = grade("<think></think><answer>71</answer>")
     assert graded.parts == {"correct": 0.0, "one_tag": 1.0, "reasoned": 0.0}
     assert grade(tagged("72")).parts == {"correct": 1.0, "one_tag": 1.0, "reasoned": 1.0}
@@ -179,7 +179,7 @@ def test_grading_works_outside_the_main_thread() -> None:
     ],
     ids=range(13),
 )
-def test_hostile_answers_are_judged_at_once(answer: str) -> None:
+def test_hostile_answers_are_graded_quickly(answer: str) -> None:
     start = time.thread_time()
     assert grade(tagged(answer)).reward == 0.0
     assert time.thread_time() - start < 0.05
@@ -213,7 +213,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=30).map("".join)), st.booleans())
-def test_no_text_breaks_the_grader_or_keeps_it_busy(text: str, in_tags: bool) -> None:
+def test_no_text_crashes_the_grader_or_slows_it_down(text: str, in_tags: bool) -> None:
     start = time.thread_time()
     graded = OPEN.grade(asked("72"), tagged(text) if in_tags else text)
     seconds = time.thread_time() - start
@@ -223,13 +223,13 @@ def test_no_text_breaks_the_grader_or_keeps_it_busy(text: str, in_tags: bool) ->
 
 def test_without_math_verify_notation_earns_nothing_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    math_answers.parser.cache_clear()
+    math_answers.load_parser.cache_clear()
     try:
         with pytest.warns(UserWarning, match="pip install 'minigrpo\\[math\\]'") as said:
             assert [grade(tagged(text)).reward for text in (r"\boxed{72}", r"\boxed{72}", "72")] == [0.0, 0.0, 1.0]
         assert len(said) == 1
     finally:
-        math_answers.parser.cache_clear()
+        math_answers.load_parser.cache_clear()
 
 
 # A vote among samples
@@ -256,7 +256,7 @@ def group(*answers: str) -> Group:
     ],
 )
 def test_the_answer_that_most_samples_gave_wins_and_of_equals_the_first(answers: tuple[str, ...], right: bool) -> None:
-    scores = score([group(*answers)])
+    scores = score_groups([group(*answers)])
     assert scores.majority == float(right)
     assert [found.get("answer") for found in scores.answers] == [grade.answer for grade in group(*answers).grades]
 
@@ -268,4 +268,4 @@ def test_without_answers_to_compare_more_than_half_must_be_right() -> None:
         grades = tuple(Grade(float(right), solved=right) for right in solved)
         return Group(asked("72"), (1,), (completion,) * len(solved), grades)
 
-    assert score([marked(True, True, False), marked(True, False, False)]).majority == 0.5
+    assert score_groups([marked(True, True, False), marked(True, False, False)]).majority == 0.5

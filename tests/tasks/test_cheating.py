@@ -1,4 +1,4 @@
-"""What the text of a strategy shows: ways out of the task cost twenty, and names of its own cost nothing."""
+"""Cheats found in the text of a strategy: forbidden uses cost twenty, and names of its own cost nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from minigrpo.tasks.builtin.sudoku import GOLD
-from minigrpo.tasks.common.code_task import find_program, in_a_block
+from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM
+from minigrpo.tasks.common.code_task import find_program, format_code_block
 from tests.tasks.test_sudoku import after, graded, parts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox run
     [
         after("import random"),
         after("from math import sqrt"),
-        "import math\n" + GOLD,
+        "import math\n" + GOLD_PROGRAM,
         after("__import__('os')"),
         after("eval('1')"),
         after("getattr(board, 'pop')"),
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox run
         after("if False:\n    def unused():\n        eval = 1\nelse:\n    eval('1')"),
     ],
 )
-def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
+def test_an_import_or_a_hiding_builtin_costs_twenty(source: str) -> None:
     grade = graded(source)
     assert grade.parts["no_cheating"] == -20.0
     assert grade.parts["strategy_succeeds"] <= 0.0
@@ -69,13 +69,13 @@ def test_an_import_or_a_hidden_way_costs_twenty(source: str) -> None:
         "    def exit(self): return self.help()\n    def help(self): return len(self)\nMenu().exit()",
     ],
 )  # fmt: skip
-def test_a_name_of_ones_own_is_no_cheat_whatever_else_is_called_so(lines: str) -> None:
-    program = find_program(in_a_block(after(lines)), "strategy", ("board", "initial"))
+def test_a_name_that_the_program_defines_is_no_cheat(lines: str) -> None:
+    program = find_program(format_code_block(after(lines)), "strategy", ("board", "initial"))
     assert (program.cheats, program.missing, program.refused) == ((), "", "")
     grade = graded(after(lines))
     assert (parts(grade), grade.solved) == ((1.0, 1.0, 30.0), True)
 
 
-def test_a_name_of_ones_own_beside_the_function_is_code_outside_and_no_cheat() -> None:
+def test_a_name_defined_beside_the_function_is_code_outside_and_no_cheat() -> None:
     beside = "def help(): return 1\n" + after("help()") + "\nif __name__ == '__main__':\n    help()\n"
     assert parts(graded(beside)) == (-1.0, 1.0, -3.0)

@@ -1,4 +1,4 @@
-"""Tasks whose answers are functions, judged by cases in the sandbox."""
+"""Tasks whose answers are functions, graded by test cases in the sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from minigrpo.config.schema import SandboxConfig
 from minigrpo.errors import TaskError
-from minigrpo.tasks.common.code_task import Problem, code_task, find_program, in_a_block, is_same
+from minigrpo.tasks.common.code_task import Problem, code_task, find_program, format_code_block, is_same_result
 from minigrpo.types import Grade
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
@@ -21,7 +21,7 @@ OTHER = Problem("half", ("n",), "Half of it.", [((2,), 1)], "def half(n): return
 
 def graded(source: str, problem: Problem = DOUBLE) -> Grade:
     task = code_task([problem], test=[OTHER], sandbox=SandboxConfig(cpu_seconds=0.3))
-    return task.grade(task.prompts("train")[0], in_a_block(source))
+    return task.grade(task.prompts("train")[0], format_code_block(source))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_problems_that_cannot_be_judged_are_refused() -> None:
     ],
 )
 def test_answers_are_compared_by_value_and_kind(answer: Any, expected: Any, same: bool) -> None:
-    assert is_same(answer, expected) is same
+    assert is_same_result(answer, expected) is same
 
 
 def test_words_may_stand_around_the_block_and_lines_may_end_as_they_like() -> None:
@@ -103,4 +103,4 @@ def test_words_may_stand_around_the_block_and_lines_may_end_as_they_like() -> No
 
 def test_helpers_inside_may_be_generators_and_have_defaults() -> None:
     inside = "def f(n):\n    def g(k=1):\n        yield k\n    return sum(g()) + n"
-    assert find_program(in_a_block(inside), "f", ["n"]).runs
+    assert find_program(format_code_block(inside), "f", ["n"]).runs

@@ -1,4 +1,4 @@
-"""Rows from files: what loads, and that whatever is wrong with a file ends as a sentence with its line."""
+"""Rows from files: what loads, and that any fault in a file ends as a message with its line."""
 
 import csv
 import json
@@ -104,20 +104,20 @@ def test_conversations_and_byte_order_marks_and_empty_lines_are_read(tmp_path):
         ("a.txt", "x", r"a \.txt file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_with_its_place(tmp_path, name, text, told):
+def test_a_fault_in_a_file_is_reported_with_its_line(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(TaskError, match=told):
         read_data(str(tmp_path / name))
 
 
-def test_text_in_another_encoding_is_told_with_its_line(tmp_path):
+def test_text_in_another_encoding_is_reported_with_its_line(tmp_path):
     for name in ("a.jsonl", "a.csv"):
         (tmp_path / name).write_bytes(b'{"prompt": "x"}\n{"prompt": "\xe9"}\n')
         with pytest.raises(TaskError, match=rf"{name}:2 is not UTF-8"):
             read_data(str(tmp_path / name))
 
 
-def test_what_is_missing_is_told(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     for source in (f"{tmp_path}/none.jsonl", "./none", "none.csv"):
         with pytest.raises(TaskError, match="is missing"):
             read_data(source)
@@ -129,12 +129,12 @@ def test_what_is_missing_is_told(tmp_path):
         read_data(str(tmp_path))
 
 
-def test_a_data_set_that_the_hub_does_not_have_is_told():
+def test_a_data_set_missing_on_the_hub_is_reported():
     with pytest.raises(TaskError, match="could not be loaded as a Hub data set"):
         read_data("nobody/nothing-of-this-name")
 
 
-def test_rows_that_are_no_rows_are_told():
+def test_malformed_rows_are_reported():
     with pytest.raises(TaskError, match="neither a list of rows nor a function"):
         reward_task(lambda completion: 1.0, rows=3)
     with pytest.raises(TaskError, match="rows holds no rows"):
@@ -143,7 +143,7 @@ def test_rows_that_are_no_rows_are_told():
         reward_task(lambda completion: 1.0, rows=ROWS, test_rows=[3])
 
 
-def test_rows_that_repeat_one_another_stay_and_have_ids_of_their_own():
+def test_repeated_rows_stay_and_have_different_ids():
     task = reward_task(lambda completion: 1.0, rows=ROWS[:5] * 3)
     ids = [prompt.id for split in ("train", "test") for prompt in task.prompts(split)]
     assert len(ids) == len(set(ids)) == 15
@@ -166,7 +166,7 @@ ODD = [
 
 
 def mutated(raw, rng):
-    """Cut short, bits flipped, odd pieces put in, a part doubled."""
+    """Damage the bytes: cut them short, flip bits, insert odd pieces, double a part."""
     data = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data) or 1)
@@ -200,7 +200,7 @@ def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path, kind):
     assert all(str(file) in told and len(told) < 1000 for told in refused)
 
 
-def test_the_command_line_ends_with_two_and_the_line(tmp_path, capsys):
+def test_the_command_line_exits_with_two_and_names_the_line(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(completion, answer):\n    return completion == answer\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "answer": "1"}\n{"prompt": "y"}\n')
     name, data = f"{tmp_path}/mine.py:score", f"{tmp_path}/rows.jsonl"

@@ -24,7 +24,7 @@ def recipe(name: str = "wordproblems", **knobs: Any) -> Recipe:
 
 @pytest.fixture
 def rates(tmp_path: Path) -> Path:
-    """Solved 0, 1, 2 and 4 times of four."""
+    """Save rates of prompts solved 0, 1, 2 and 4 times of four."""
     prompts = open_task(recipe()).prompts("train")
     return saved(tmp_path, {prompt.id: right for prompt, right in zip(prompts, (0, 1, 2, 4), strict=True)})
 
@@ -52,7 +52,7 @@ def test_the_test_split_is_left_alone(rates: Path) -> None:
 
 
 def test_what_evaluate_saves_is_read(tmp_path: Path, tokenizer: Any) -> None:
-    task = open_task(recipe("gsm8k", data=gsm8k.GENERATED))
+    task = open_task(recipe("gsm8k", data=gsm8k.GENERATED_DATA))
     prompts = task.prompts("train")
     assert task.gold is not None
     right, wrong = task.gold(prompts[0]), "<think>a</think><answer>many</answer>"
@@ -67,7 +67,7 @@ def test_what_evaluate_saves_is_read(tmp_path: Path, tokenizer: Any) -> None:
         split="train",
     )
     write_json(tmp_path / "rates.json", found.to_dict())
-    kept = open_task(recipe("gsm8k", data=gsm8k.GENERATED, rates=str(tmp_path / "rates.json"), hardest=0.1))
+    kept = open_task(recipe("gsm8k", data=gsm8k.GENERATED_DATA, rates=str(tmp_path / "rates.json"), hardest=0.1))
     assert prompts[0].id in [prompt.id for prompt in kept.prompts("train")]
     assert len(kept.prompts("train")) < len(prompts)
 
@@ -110,7 +110,7 @@ def test_a_range_that_leaves_nothing_is_refused(rates: Path) -> None:
         open_task(recipe(easiest=0.9))
 
 
-def test_rates_hold_for_a_task_of_ones_own(tmp_path: Path) -> None:
+def test_rates_apply_to_a_custom_task(tmp_path: Path) -> None:
     rows = [{"prompt": f"say {i}", "answer": str(i)} for i in range(20)]
     (tmp_path / "mine.py").write_text(f"rows = {rows!r}\ndef score(completion, answer): return completion == answer\n")
     name = f"{tmp_path / 'mine.py'}:score"

@@ -82,9 +82,9 @@ def test_a_worked_example_comes_on_demand_and_in_both_splits(folder: Path) -> No
     for split in splits:
         for without, with_one in zip(plain.prompts(split), shown.prompts(split), strict=True):
             assert with_one.messages[-1] == without.messages[-1]
-            assert with_one.messages[0]["content"] == gsm8k.SYSTEM + gsm8k.EXAMPLE
-            assert without.messages[0]["content"] == gsm8k.SYSTEM
-    example = gsm8k.EXAMPLE[gsm8k.EXAMPLE.index("<think>") :]
+            assert with_one.messages[0]["content"] == gsm8k.GSM8K_SYSTEM_PROMPT + gsm8k.WORKED_EXAMPLE
+            assert without.messages[0]["content"] == gsm8k.GSM8K_SYSTEM_PROMPT
+    example = gsm8k.WORKED_EXAMPLE[gsm8k.WORKED_EXAMPLE.index("<think>") :]
     assert shown.grade(Prompt("p", (), {"answer": "22"}), example).reward == 1.0
 
 
@@ -145,10 +145,10 @@ def test_a_test_question_is_no_training_question(folder: Path) -> None:
 
 
 def test_generated_questions_need_no_file_and_keep_their_sides() -> None:
-    task = open_task(recipe(gsm8k.GENERATED, size=300))
+    task = open_task(recipe(gsm8k.GENERATED_DATA, size=300))
     train, test = task.prompts("train"), task.prompts("test")
     assert (len(train), len(test)) == (300, 1000)
-    assert not {gsm8k.asked(prompt) for prompt in train} & {gsm8k.asked(prompt) for prompt in test}
+    assert not {gsm8k.question_key(prompt) for prompt in train} & {gsm8k.question_key(prompt) for prompt in test}
     assert task.gold is not None
     assert all(task.grade(prompt, task.gold(prompt)).reward == 1.0 for prompt in train)
 
@@ -164,7 +164,7 @@ def test_the_recipes_of_gsm8k_are_there_and_name_it() -> None:
     names = [name for name in recipe_names() if name.startswith("gsm8k-")]
     assert names == ["gsm8k-best", "gsm8k-fast", "gsm8k-full", "gsm8k-tiny"]
     assert {load_recipe(name).task.name for name in names} == {"gsm8k"}
-    assert load_recipe("gsm8k-tiny").task.data == gsm8k.GENERATED
+    assert load_recipe("gsm8k-tiny").task.data == gsm8k.GENERATED_DATA
 
 
 # The real questions
@@ -195,7 +195,7 @@ def test_the_gold_text_of_every_real_row_earns_everything() -> None:
 @needs_real
 def test_no_real_training_question_is_in_the_test_split() -> None:
     task = open_task(recipe(REAL, size=10**6))
-    train, test = ({gsm8k.asked(prompt) for prompt in task.prompts(split)} for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = ({gsm8k.question_key(prompt) for prompt in task.prompts(split)} for split in ("train", "test"))  # type: ignore[arg-type]
     assert (len(train), len(test)) == (7473, 1319)
     assert not train & test
 

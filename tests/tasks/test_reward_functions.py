@@ -1,4 +1,4 @@
-"""Reward functions of people: which kind they are, what they are handed, and what they must not do."""
+"""User-defined reward functions: which kind they are, what they are passed, and what they must not do."""
 
 import asyncio
 import math
@@ -9,7 +9,7 @@ from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import rollout
-from minigrpo.tasks.custom.reward_functions import kind_of
+from minigrpo.tasks.custom.reward_functions import function_kind
 from minigrpo.tasks.custom.reward_task import reward_task
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.metrics import group_metrics
@@ -40,14 +40,14 @@ def batched(prompts, completions, completion_ids, trainer_state, answer, **colum
     return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
-def test_a_function_of_one_completion_is_handed_what_it_names():
+def test_a_row_function_is_passed_what_its_parameters_name():
     assert rewards(right) == [0.0, 1.0]
     assert rewards(lambda completion: len(completion)) == [1.0, 1.0]
     assert rewards(lambda completion, prompt, level: (prompt == "say 7") + level) == [2.0, 2.0]
     assert rewards(lambda completion, nothing=3: nothing) == [3.0, 3.0]
 
 
-def test_a_function_of_trl_is_handed_all_siblings_at_once():
+def test_a_trl_function_is_passed_all_siblings_at_once():
     assert rewards(batched) == [0.0, 1.0]
 
 
@@ -59,7 +59,7 @@ def test_conversations_come_as_messages_as_trl_does_it():
     assert rewards(talks, rows=CHATS) == [0.0, 1.0]
 
 
-def test_async_functions_are_waited_for_even_where_a_loop_runs_already():
+def test_async_functions_are_awaited_even_where_a_loop_is_running():
     async def slow(completions, answer, **columns):
         await asyncio.sleep(0)
         return [1.0, 2.0]
@@ -158,12 +158,12 @@ def test_an_unknown_parameter_is_refused_with_the_one_that_was_meant():
     with pytest.raises(TaskError, match=r"asks for 'anwser'.*Did you mean answer\?"):
         grades(lambda completion, anwser: 1.0)
     with pytest.raises(TaskError, match=r"Did you mean completion in place of completoin\?"):
-        kind_of(lambda completoin, answer: 1.0, "mine.py:score")
+        function_kind(lambda completoin, answer: 1.0, "mine.py:score")
     with pytest.raises(TaskError, match=r"rows\[3\] does not have"):
         grades(lambda completion, level: 1.0, rows=[*ROWS[:3], {"prompt": "say 7", "answer": "7"}, *ROWS[8:]])
 
 
-def test_functions_that_share_a_name_or_need_places_are_refused():
+def test_functions_that_share_a_name_or_take_positional_parameters_are_refused():
     with pytest.raises(TaskError, match="share a name"):
         grades(right, right)
     with pytest.raises(TaskError, match="by position alone"):

@@ -1,4 +1,4 @@
-"""Strategies for Sudoku: what wins, what earns less, and what gets nowhere however it is written."""
+"""Strategies for Sudoku: which win, which earn less, and which earn nothing however they are written."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.evaluation.check_task import check_task
 from minigrpo.tasks.builtin import sudoku_game
-from minigrpo.tasks.builtin.sudoku import GOLD, judged
-from minigrpo.tasks.common.code_task import Program, in_a_block
+from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM, grade_strategy
+from minigrpo.tasks.common.code_task import ParsedProgram, format_code_block
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Prompt, Task
 
@@ -41,7 +41,7 @@ PROMPT = TASK.prompts("train")[0]
 
 
 def graded(source: str, task: Task = TASK, prompt: Prompt = PROMPT) -> Grade:
-    return task.grade(prompt, in_a_block(source))
+    return task.grade(prompt, format_code_block(source))
 
 
 def returning(value: str) -> str:
@@ -49,8 +49,8 @@ def returning(value: str) -> str:
 
 
 def after(extra: str) -> str:
-    """The winner, with this in front of everything it does."""
-    return GOLD.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
+    """Return the winning program with these lines at its beginning."""
+    return GOLD_PROGRAM.replace(HEAD, HEAD + "".join(f"    {line}\n" for line in extra.splitlines()))
 
 
 def parts(grade: Grade) -> tuple[float, ...]:
@@ -60,11 +60,11 @@ def parts(grade: Grade) -> tuple[float, ...]:
 def test_the_winner_wins_every_game_of_every_prompt() -> None:
     for split in ("train", "test"):
         for prompt in TASK.prompts(split)[:3]:  # type: ignore[arg-type]
-            grade = graded(GOLD, TASK, prompt)
+            grade = graded(GOLD_PROGRAM, TASK, prompt)
             assert (parts(grade), grade.reward, grade.solved) == ((1.0, 1.0, 30.0), 32.0, True)
 
 
-def test_the_lazy_one_earns_its_legal_moves_and_loses() -> None:
+def test_a_strategy_of_legal_but_unplanned_moves_earns_its_moves_and_loses() -> None:
     grade = graded(LEGAL)
     assert not grade.solved
     assert grade.formed
@@ -95,7 +95,7 @@ def test_the_seed_of_the_recipe_changes_training_puzzles_alone() -> None:
     assert other.prompts("test") == TASK.prompts("test")
 
 
-def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
+def test_a_strategy_that_memorised_one_board_is_not_solved() -> None:
     first = PROMPT.target["games"][0]
     game = sudoku_game.SudokuGame(first["cells"], first["seed"])
     source = HEAD + (
@@ -112,21 +112,21 @@ def test_a_strategy_that_knows_one_board_by_heart_does_not_pass() -> None:
     ("text", "told"),
     [
         ("", "no fenced block"),
-        (GOLD, "no fenced block"),
-        ("```python\n" + GOLD, "block not closed"),
-        (in_a_block(GOLD) + "\n" + in_a_block(GOLD), "more than one block"),
-        (in_a_block(GOLD).replace("python", "javascript"), "another language"),
-        ("Here: " + in_a_block(GOLD), "not on a line of its own"),
-        (in_a_block(GOLD.replace("strategy", "player")), "no function strategy"),
-        (in_a_block("class strategy:\n    pass"), "a class in place of"),
-        (in_a_block("async " + GOLD), "an async function in place of"),
-        (in_a_block("strategy = lambda board, initial: (0, 0, 1)"), "no function strategy"),
-        (in_a_block(HEAD + "    return ("), "syntax error"),
-        (in_a_block(GOLD.replace("return", "retrun")), "syntax error"),
-        (in_a_block(HEAD + "    break"), "SyntaxError"),
-        (in_a_block(returning("'\0'")), "yntax error|does not read"),
-        (in_a_block(returning("'\ud800'")), "does not read"),
-        (in_a_block("x" * 2**20), "more than 20000 characters"),
+        (GOLD_PROGRAM, "no fenced block"),
+        ("```python\n" + GOLD_PROGRAM, "block not closed"),
+        (format_code_block(GOLD_PROGRAM) + "\n" + format_code_block(GOLD_PROGRAM), "more than one block"),
+        (format_code_block(GOLD_PROGRAM).replace("python", "javascript"), "another language"),
+        ("Here: " + format_code_block(GOLD_PROGRAM), "not on a line of its own"),
+        (format_code_block(GOLD_PROGRAM.replace("strategy", "player")), "no function strategy"),
+        (format_code_block("class strategy:\n    pass"), "a class in place of"),
+        (format_code_block("async " + GOLD_PROGRAM), "an async function in place of"),
+        (format_code_block("strategy = lambda board, initial: (0, 0, 1)"), "no function strategy"),
+        (format_code_block(HEAD + "    return ("), "syntax error"),
+        (format_code_block(GOLD_PROGRAM.replace("return", "retrun")), "syntax error"),
+        (format_code_block(HEAD + "    break"), "SyntaxError"),
+        (format_code_block(returning("'\0'")), "yntax error|does not read"),
+        (format_code_block(returning("'\ud800'")), "does not read"),
+        (format_code_block("x" * 2**20), "more than 20000 characters"),
         ("x" * 2**20, "no fenced block"),
         ("`" * 10_000, "more than one block"),
     ],
@@ -155,7 +155,7 @@ def test_a_text_without_the_function_earns_what_the_table_says(text: str, told: 
     ids=lambda deep: deep[:8],
 )
 def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
-    """In a thread, as in training: its stack is what there is."""
+    """Grade in a thread, as training does: the limit is the thread's stack."""
     grades: list[Grade] = []
     asking = threading.Thread(target=lambda: grades.append(graded(returning(deep))))
     asking.start()
@@ -167,19 +167,19 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("@print\n" + GOLD, "decorator"),
-        (GOLD.replace("initial)", "initial=print(1))", 1), "default arguments"),
-        (GOLD.replace("initial)", "initial=[])", 1), "default arguments"),
-        (GOLD.replace("initial)", "*initial)", 1), "parameters other than"),
-        (GOLD.replace("board, initial", "grid, initial", 1), "parameters other than"),
-        (GOLD.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
-        (GOLD.replace("initial):", "initial) -> print(1):", 1), "annotation"),
-        ("print(1)\n" + GOLD, "code outside"),
-        (GOLD + "\n" + GOLD, "code outside"),
-        (GOLD.replace("return r, c, free", "yield r, c, free"), "generator"),
+        ("@print\n" + GOLD_PROGRAM, "decorator"),
+        (GOLD_PROGRAM.replace("initial)", "initial=print(1))", 1), "default arguments"),
+        (GOLD_PROGRAM.replace("initial)", "initial=[])", 1), "default arguments"),
+        (GOLD_PROGRAM.replace("initial)", "*initial)", 1), "parameters other than"),
+        (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
+        (GOLD_PROGRAM.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
+        (GOLD_PROGRAM.replace("initial):", "initial) -> print(1):", 1), "annotation"),
+        ("print(1)\n" + GOLD_PROGRAM, "code outside"),
+        (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "code outside"),
+        (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],
 )
-def test_what_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
+def test_a_program_that_cannot_be_locked_down_is_not_run(source: str, told: str) -> None:
     grade = graded(source)
     assert parts(grade) == (-1.0, 1.0, -3.0)
     assert told in grade.notes["program"]
@@ -209,7 +209,7 @@ LIAR = HEAD + (
 )
 
 
-def test_lying_objects_earn_nothing_and_are_named() -> None:
+def test_objects_that_fake_equality_earn_nothing_and_are_named() -> None:
     grade = graded(LIAR)
     assert parts(grade)[2] in (-2.0, -3.0)
     assert grade.notes["odd"] == "a class of its own"
@@ -224,7 +224,7 @@ def test_boards_are_copies_and_writing_into_them_is_named() -> None:
 
 
 def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() -> None:
-    """A winner that stops at its second call, were it to know that it is the second."""
+    """Play a winner that would stop at its second call if state survived."""
     for kept in (
         "global n\ntry:\n    n += 1\nexcept NameError:\n    n = 1\nif n > 1:\n    return 9, 9, 9",
         "try:\n    strategy.n += 1\nexcept AttributeError:\n    strategy.n = 1\nif strategy.n > 1:\n    return 9, 9, 9",
@@ -234,36 +234,36 @@ def test_state_kept_in_globals_and_on_the_function_is_gone_at_the_next_call() ->
         assert grade.notes["odd"] in ("global variables", "state kept on the function")
 
 
-def played_unread(source: str) -> Grade:
-    """Run although its text shows what it is up to: the second line of defence, on its own."""
-    return judged(PROMPT, Program(source), {}, recipe().sandbox)
+def grade_unchecked(source: str) -> Grade:
+    """Run a program although its text shows that it cheats, to test the second line of defence on its own."""
+    return grade_strategy(PROMPT, ParsedProgram(source), {}, recipe().sandbox)
 
 
-def test_a_winner_that_answers_otherwise_when_asked_again_is_a_cheat() -> None:
+def test_a_winner_whose_answers_differ_when_replayed_is_a_cheat() -> None:
     memo = "import builtins\nn = builtins.n = getattr(builtins, 'n', 0) + 1\n"
     bomb = memo + "if n == 1 and sum(row.count(0) for row in board) < 30:\n    return 9, 9, 9"
     for source in (after(bomb), after(bomb.replace("builtins", "sys"))):
-        grade = played_unread(source)
+        grade = grade_unchecked(source)
         assert (parts(grade), grade.solved) == ((1.0, -20.0, 0.0), False)
         assert grade.notes["cheats"] == "state carried between calls"
-    stalls = played_unread(after(bomb.replace("return 9, 9, 9", "while True: pass")))
+    stalls = grade_unchecked(after(bomb.replace("return 9, 9, 9", "while True: pass")))
     assert not stalls.solved
     assert "asked again, out of time" in stalls.notes["games"]
-    assert not played_unread(after(memo + "if n > 20:\n    return 9, 9, 9")).solved
+    assert not grade_unchecked(after(memo + "if n > 20:\n    return 9, 9, 9")).solved
 
 
 def test_what_the_sandbox_blocks_is_a_cheat() -> None:
-    grade = played_unread(after("import os\nos.fork()"))
+    grade = grade_unchecked(after("import os\nos.fork()"))
     assert not grade.solved
     assert parts(grade)[1:] == (-20.0, -3.0)
     assert grade.notes["cheats"] == "reached for what the sandbox forbids"
 
 
-def test_an_error_that_speaks_of_blocking_is_an_error_alone() -> None:
+def test_an_error_message_that_mentions_blocking_counts_only_as_an_error() -> None:
     assert parts(graded(HEAD + "    raise ValueError('blocked: SyntaxError')")) == (1.0, 1.0, -3.0)
 
 
-def test_endless_programs_are_out_of_time_and_greedy_ones_fail() -> None:
+def test_endless_programs_time_out_and_those_that_need_too_much_memory_fail() -> None:
     brief = open_task(recipe(cpu_seconds=0.2))
     assert parts(graded(HEAD + "    while True: pass", brief)) == (1.0, 1.0, -1.0)
     assert parts(graded(HEAD + "    return strategy(board, initial)", brief)) == (1.0, 1.0, -3.0)
@@ -272,14 +272,14 @@ def test_endless_programs_are_out_of_time_and_greedy_ones_fail() -> None:
     assert "memory" in greedy.notes["games"].lower()
 
 
-def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The winner, on a machine whose processes are killed while they play."""
+def test_a_failure_of_the_machine_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the winner on a machine whose processes are killed while they play."""
     import os
     import signal
 
-    from minigrpo.tasks.common.code_task import sandbox_of
+    from minigrpo.tasks.common.code_task import open_sandbox
 
-    opened = sandbox_of(recipe().sandbox)
+    opened = open_sandbox(recipe().sandbox)
     play = sudoku_game.SudokuGame.board
 
     def killing(game: sudoku_game.SudokuGame) -> list[list[int]]:
@@ -288,18 +288,18 @@ def test_the_machines_fault_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> No
         return play(game)
 
     monkeypatch.setattr(sudoku_game.SudokuGame, "board", killing)
-    grade = graded(GOLD)
+    grade = graded(GOLD_PROGRAM)
     monkeypatch.undo()
     assert grade.scored is (not math.isnan(grade.reward))
     assert math.isnan(grade.reward)
     assert "could not run it" in grade.notes["grader"]
-    assert graded(GOLD).solved
+    assert graded(GOLD_PROGRAM).solved
 
 
 def test_weights_reach_each_part() -> None:
     weights = {"task": {"name": "sudoku", "size": 1, "games": 1, "weights": {"strategy_succeeds": 0.1}}}
     task = open_task(Recipe.model_validate(weights))
-    assert graded(GOLD, task, task.prompts("train")[0]).reward == 5.0
+    assert graded(GOLD_PROGRAM, task, task.prompts("train")[0]).reward == 5.0
 
 
 def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
@@ -320,6 +320,6 @@ def test_the_recipe_for_ministral_fits_its_context_and_its_task() -> None:
 
 def test_the_task_is_fit_to_train_on() -> None:
     shown = Recipe.model_validate({"task": {"name": "sudoku", "size": 4, "example": True}})
-    found = check_task(shown, open_task(shown), limit=4)
+    found = check_task(open_task(shown), shown.task, limit=4)
     assert found.ok, found.faults
     assert {kind.name: kind.solved for kind in found.kinds}["gold"] == 1.0

@@ -1,4 +1,4 @@
-"""Sudoku: puzzles have one solution, and the game knows its rules whatever it is handed."""
+"""Sudoku: puzzles have one solution, and the game enforces its rules whatever it is passed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from minigrpo.errors import TaskError
 from minigrpo.tasks.builtin import sudoku_game
-from minigrpo.tasks.builtin.sudoku_game import SudokuGame, puzzle, solutions
+from minigrpo.tasks.builtin.sudoku_game import SudokuGame, generate_puzzle, solutions
 
 Move = tuple[Any, Any, Any]
 
 
 class Loud(int):
-    """Equal to whatever it is compared with."""
+    """An int that equals whatever it is compared with."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -62,12 +62,12 @@ def test_easy_and_hard_puzzles_have_one_solution_too(difficulty: int) -> None:
 
 
 def test_a_puzzle_follows_from_its_difficulty_and_seed() -> None:
-    puzzle.cache_clear()
-    first = [puzzle(38, seed) for seed in range(5)]
-    puzzle.cache_clear()
+    generate_puzzle.cache_clear()
+    first = [generate_puzzle(38, seed) for seed in range(5)]
+    generate_puzzle.cache_clear()
     random.seed(4)
-    assert [puzzle(38, seed) for seed in range(5)] == first
-    assert len({*first, puzzle(39, 0)}) == 6
+    assert [generate_puzzle(38, seed) for seed in range(5)] == first
+    assert len({*first, generate_puzzle(39, 0)}) == 6
 
 
 @pytest.mark.parametrize("difficulty", [0, -1, 56, 81, True, 3.0, "38", None])
@@ -86,7 +86,7 @@ def test_every_solution_is_found_and_a_board_with_a_clash_has_none() -> None:
 
 
 @pytest.mark.parametrize("board", [[], [[0] * 9] * 8, [[0] * 8] * 9, [[0] * 8 + [10]] * 9, [["1"] * 9] * 9])
-def test_what_is_no_board_has_no_solutions_to_look_for(board: Any) -> None:
+def test_solving_anything_but_a_board_is_refused(board: Any) -> None:
     with pytest.raises(ValueError, match="a board is 9 rows"):
         solutions(board)
 
@@ -148,30 +148,30 @@ def test_an_illegal_move_ends_the_game_and_changes_nothing(name: str) -> None:
 
 
 def test_a_legal_digit_that_is_wrong_goes_on_until_no_move_is_left() -> None:
-    """A player that always takes the first legal digit."""
+    """Play by always taking the first legal digit."""
     ends = set()
     for seed in range(20):
         played = game(45, seed)
         while played.state() == "ongoing":
-            legal = sudoku_game.choices(flat(played))
+            legal = sudoku_game.legal_digits(flat(played))
             place = next(cell for cell in range(81) if legal[cell])
             digit = next(digit for digit in range(1, 10) if legal[place] >> digit & 1)
             played.place_number(place // 9, place % 9, digit)
         ends.add(played.state())
         assert played.moves() > 0
         if played.state() == "failed":
-            assert not any(sudoku_game.choices(flat(played)))
+            assert not any(sudoku_game.legal_digits(flat(played)))
     assert "failed" in ends
 
 
 def test_a_hundred_moves_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No puzzle has a hundred cells, so the rule is tried with a smaller number."""
-    monkeypatch.setattr(sudoku_game, "MOST_MOVES", 3)
+    """Test the limit with a smaller number, because no puzzle has a hundred cells."""
+    monkeypatch.setattr(sudoku_game, "MAX_MOVES", 3)
     played = game()
     assert [played.place_number(*right_move(played)) for _ in range(3)] == ["ongoing", "ongoing", "failed"]
     short = game(3)
     assert [short.place_number(*right_move(short)) for _ in range(3)][-1] == "success"
-    assert sudoku_game.MOST_MOVES == 3
+    assert sudoku_game.MAX_MOVES == 3
 
 
 def test_boards_that_are_shown_are_copies() -> None:

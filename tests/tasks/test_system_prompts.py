@@ -1,4 +1,4 @@
-"""The system message of every prompt: the task's own, one's own words, or none where the template would add some."""
+"""The system message of every prompt: the task's own, the user's, or an empty one that keeps the template's out."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from minigrpo.pipeline import stages
 from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks.registry import open_task
 
-GABBLE = "Ask who wants what, and look it up."
-TALKS = (
+DEFAULT_SYSTEM = "Ask who wants what, and look it up."
+ADDING_TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' %}[S]{{ messages[0]['content'] }}[/S]{% set rest = messages[1:] %}"
     "{%- else %}[S]WORDS[/S]{% set rest = messages %}{% endif %}"
     "{% for message in rest %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-).replace("WORDS", GABBLE)
-"""As published templates do: words of its own where a conversation has no system message."""
+).replace("WORDS", DEFAULT_SYSTEM)
+"""A template that, like published ones, adds text of its own where a conversation has no system message."""
 
 
 @pytest.mark.parametrize(
     ("flags", "opening"),
     [
-        ([], f"[S]{GABBLE}[/S]"),
-        ([("task.system", "null")], f"[S]{GABBLE}[/S]"),
+        ([], f"[S]{DEFAULT_SYSTEM}[/S]"),
+        ([("task.system", "null")], f"[S]{DEFAULT_SYSTEM}[/S]"),
         ([("task.system", "")], "[S][/S]"),
         ([("task.system", "Play.")], "[S]Play.[/S]"),
     ],
 )
-def test_the_words_before_a_prompt_are_those_of_the_recipe(make_tokenizer: Any, flags: Any, opening: str) -> None:
-    tokenizer = make_tokenizer(TALKS)
+def test_the_system_prompt_is_that_of_the_recipe(make_tokenizer: Any, flags: Any, opening: str) -> None:
+    tokenizer = make_tokenizer(ADDING_TEMPLATE)
     task = open_task(load_recipe("sudoku-ministral", [("task.size", "2"), *flags]))
     for split in ("train", "test"):
         read = tokenizer.decode(render(tokenizer, task.prompts(split)[0]).ids)  # type: ignore[arg-type]
         assert read.startswith(f"{opening}<|im_start|>user\nSudoku with")
 
 
-def test_they_stand_in_place_of_the_tasks_own_and_change_nothing_else() -> None:
+def test_the_recipes_system_prompt_replaces_the_tasks_and_changes_nothing_else() -> None:
     plain = open_task(load_recipe("quickstart", {"task.size": 4}))
     told = open_task(load_recipe("quickstart", {"task.size": 4, "task.system": "Be brief."}))
     for before, after in zip(plain.prompts("test"), told.prompts("test"), strict=True):
@@ -51,7 +51,7 @@ def test_they_stand_in_place_of_the_tasks_own_and_change_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("words", [None, "", "null", 'Say "no": it\'s\n\tfine # or not', "  ", "~"])
-def test_a_recipe_file_gives_back_the_very_words(tmp_path: Path, words: str | None) -> None:
+def test_a_recipe_file_keeps_the_system_prompt_exactly(tmp_path: Path, words: str | None) -> None:
     shown = load_recipe("sudoku-tiny")
     shown = shown.model_copy(update={"task": shown.task.model_copy(update={"system": words})})
     (tmp_path / "mine.yaml").write_text(dump_recipe(shown), encoding="utf-8")

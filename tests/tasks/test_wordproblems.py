@@ -1,4 +1,4 @@
-"""The embedded task, and how tasks are found: by name or in a file of one's own."""
+"""The word-problem task, and how tasks are found: by name or in a user's file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import pytest
 
 from minigrpo.config.schema import TASK_NAMES, Recipe
 from minigrpo.errors import TaskError
-from minigrpo.models.embedded.wordproblem_demos import HABITS, demonstrations, habit_weights, schooling, unreadable
-from minigrpo.tasks.builtin.wordproblems import KINDS, RESULTS, problems, side
+from minigrpo.models.embedded.wordproblem_demos import (
+    HABITS,
+    habit_weights,
+    schoolbook_texts,
+    unreadable_questions,
+    wordproblem_demonstrations,
+)
+from minigrpo.tasks.builtin.wordproblems import RESULTS, STORIES, generate_problems, split_of_sum
 from minigrpo.tasks.registry import TASKS, open_task
 from minigrpo.types import Prompt, Task
 
@@ -44,7 +50,7 @@ def test_the_test_problems_are_many_and_the_same_for_everybody() -> None:
 
 def test_the_kinds_of_story_are_balanced_in_any_number_of_problems() -> None:
     kinds = [prompt.target["kind"] for prompt in opened().prompts("test")[:400]]
-    assert {kinds.count(kind.name) for kind in KINDS} == {50}
+    assert {kinds.count(kind.name) for kind in STORIES} == {50}
 
 
 def test_training_problems_follow_seed_and_size() -> None:
@@ -61,7 +67,7 @@ def test_no_test_sum_is_trained_on(test_sums: set[Sum]) -> None:
 
 def test_no_test_sum_is_shown_in_the_warm_start(test_sums: set[Sum]) -> None:
     for seed in range(3):
-        shown = {(d.problem.operands, d.problem.operations) for d in demonstrations(seed, 5000)}
+        shown = {(d.problem.operands, d.problem.operations) for d in wordproblem_demonstrations(seed, 5000)}
         assert not test_sums & shown
 
 
@@ -70,20 +76,20 @@ def test_no_two_neighbouring_sums_of_the_schoolbook_are_a_test_sum(test_sums: se
         split = [step.partition("=")[0].replace("+", " + ").replace("-", " - ").split() for step in steps.split()]
         return [((int(one[0]), int(one[2]), int(two[2])), (one[1], two[1])) for one, two in pairwise(split)]
 
-    shown = {window for _, steps in schooling(0, 8000) for window in windows(steps)}
+    shown = {window for _, steps in schoolbook_texts(0, 8000) for window in windows(steps)}
     assert len(shown) > 5000
     assert not test_sums & shown
 
 
-def test_the_side_of_a_sum_does_not_depend_on_the_order_of_its_numbers() -> None:
-    assert side((23, 8, 5), "+-") == side((23, 5, 8), "-+")
-    assert side((23, 8, 5), "++") == side((8, 5, 23), "++")
-    sides = [side((a, b, c), "+-") for a in range(11, 90) for b in range(2, 10) for c in range(2, 10)]
+def test_the_split_of_a_sum_does_not_depend_on_the_order_of_its_numbers() -> None:
+    assert split_of_sum((23, 8, 5), "+-") == split_of_sum((23, 5, 8), "-+")
+    assert split_of_sum((23, 8, 5), "++") == split_of_sum((8, 5, 23), "++")
+    sides = [split_of_sum((a, b, c), "+-") for a in range(11, 90) for b in range(2, 10) for c in range(2, 10)]
     assert 0.15 < sides.count("test") / len(sides) < 0.25
 
 
 def test_steps_and_answers_are_right() -> None:
-    for problem in islice(problems("train", 0), 2000):
+    for problem in islice(generate_problems("train", 0), 2000):
         first, second = problem.steps
         for step in (first, second):
             left, _, right = step.partition("=")
@@ -127,16 +133,16 @@ def test_targets_survive_json() -> None:
     assert json.loads(json.dumps(target)) == target
 
 
-def test_more_problems_than_there_are_is_said() -> None:
+def test_asking_for_more_problems_than_exist_is_reported() -> None:
     with pytest.raises(TaskError, match=r"different problems: lower --task\.size"):
         opened(size=100_000).prompts("train")
 
 
 def test_in_two_kinds_of_eight_the_careful_habit_prevails_and_elsewhere_it_is_a_minority() -> None:
-    prevailing = [max(weights, key=weights.__getitem__) for weights in (habit_weights(k.name) for k in KINDS)]
+    prevailing = [max(weights, key=weights.__getitem__) for weights in (habit_weights(k.name) for k in STORIES)]
     assert prevailing.count("careful") == 2
     assert set(prevailing) == set(HABITS)
-    for kind in KINDS:
+    for kind in STORIES:
         weights = habit_weights(kind.name)
         assert abs(sum(weights.values()) - 1) < 1e-9
         assert weights["careful"] >= 0.15
@@ -144,16 +150,16 @@ def test_in_two_kinds_of_eight_the_careful_habit_prevails_and_elsewhere_it_is_a_
 
 def test_only_the_careful_are_right_and_all_habits_occur() -> None:
     task = opened()
-    shown = demonstrations(0, 4000)
+    shown = wordproblem_demonstrations(0, 4000)
     assert {d.habit for d in shown} == set(HABITS)
     for d in shown:
         prompt = Prompt("", (), target={"answer": d.problem.answer})
         assert task.grade(prompt, d.text).solved == (d.habit == "careful")
 
 
-def test_texts_that_nobody_can_read_are_answered_in_the_form_with_a_wild_guess() -> None:
-    task, shown = opened(), unreadable(0, 200)
-    assert shown == unreadable(0, 200) != unreadable(1, 200)
+def test_unreadable_questions_are_answered_in_the_form_with_a_guess() -> None:
+    task, shown = opened(), unreadable_questions(0, 200)
+    assert shown == unreadable_questions(0, 200) != unreadable_questions(1, 200)
     assert max(len(question.split()) for question, _ in shown) > 90
     for _, text in shown:
         grade = task.grade(Prompt("", (), target={"answer": 72}), text)
@@ -191,7 +197,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_task_of_ones_own_is_found_in_its_file(own: Path) -> None:
+def test_a_custom_task_is_found_in_its_file(own: Path) -> None:
     assert opened(name=f"{own}:finished").name == "own"
     assert opened(name=f"{own}:made", seed=5).name == "own-5"
     assert len(opened(name=f"{own}:finished", size=4).prompts("train")) == 4
@@ -212,7 +218,7 @@ def test_a_task_of_ones_own_is_found_in_its_file(own: Path) -> None:
         ("{own}:fails", "mine.py, line 13: ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_task_that_cannot_be_opened_is_told_in_a_sentence(own: Path, name: str, complaint: str) -> None:
+def test_a_task_that_cannot_be_opened_is_reported_in_a_sentence(own: Path, name: str, complaint: str) -> None:
     with pytest.raises(TaskError, match=complaint):
         opened(name=name.format(own=own))
 
@@ -227,7 +233,7 @@ def test_a_task_that_cannot_be_opened_is_told_in_a_sentence(own: Path, name: str
         ("x = '\\ud800'\nraise KeyError(x)", "line 2: KeyError"),
     ],
 )
-def test_a_python_error_in_ones_own_file_is_told_with_its_line(tmp_path: Path, source: str, complaint: str) -> None:
+def test_a_python_error_in_a_custom_file_is_reported_with_its_line(tmp_path: Path, source: str, complaint: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(source)
     with pytest.raises(TaskError, match=complaint):

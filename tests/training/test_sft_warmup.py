@@ -333,7 +333,7 @@ def test_the_embedded_model_without_its_teachers_learns_the_form(tmp_path: Path)
     model = tmp_path / "school-only"
     model.mkdir()
     blueprint = seedling.Blueprint()
-    seedling.build(replace(blueprint, imitation=replace(blueprint.imitation, steps=0)), model)
+    seedling.build_seedling(replace(blueprint, imitation=replace(blueprint.imitation, steps=0)), model)
     recipe = Recipe.model_validate(
         {
             "model": {"path": str(model), "device": "cpu"},

@@ -255,15 +255,15 @@ def check_task_command(
     where all is well, 1 where training would go wrong. The knobs of the recipe are options here too: --task.name.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
-    from minigrpo.evaluation.check_task import check_task, checked_table
+    from minigrpo.evaluation.check_task import check_task, task_check_table
     from minigrpo.tasks.registry import open_task
 
     with result_alone(as_json):
-        found = check_task(loaded, open_task(loaded), limit)
+        found = check_task(open_task(loaded), loaded.task, limit)
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(checked_table(found))
+        Console().print(task_check_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 

@@ -1,7 +1,7 @@
-"""Answers of an evaluation, kept as they come, so that a killed one goes on where it stopped.
+"""Cache the answers of an evaluation as they come, so that a killed one resumes where it stopped.
 
-The first line says what was asked, of which model; where that is no longer the same, what follows is not believed. A
-line that a kill cut short is passed over.
+The first line holds everything that the answers depend on; if that has changed, the lines after it are ignored. A line
+that a kill cut short is skipped.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from minigrpo.types import Group, Prompt
 
 
 class AnswerCache:
-    """`asked`: everything that an answer depends on, as JSON has it."""
+    """A file of graded groups. `asked`: everything that an answer depends on, as JSON-ready values."""
 
     def __init__(self, file: Path, asked: Mapping[str, Any]) -> None:
         self.file = file
-        self.head = json.dumps({"asked": asked}, sort_keys=True, default=str)
+        self.header = json.dumps({"asked": asked}, sort_keys=True, default=str)
 
-    def known(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
-        """The groups that stand here already, by prompt; the journal holds nothing else from then on."""
+    def load(self, prompts: Sequence[Prompt]) -> dict[str, Group]:
+        """Return the cached groups by prompt, and rewrite the file so that it holds nothing else."""
         by_id = {prompt.id: prompt for prompt in prompts}
         rows = [row for row in self._rows() if row["prompt"] in by_id]
         with writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            lines = [self.head, *(json.dumps(row) for row in rows)]
+            lines = [self.header, *(json.dumps(row) for row in rows)]
             self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return {row["prompt"]: group_of(row, by_id) for row in rows}
 
     def add(self, groups: Sequence[Group]) -> None:
-        """Raises ArtifactError where the disk is full."""
+        """Append groups. Raise ArtifactError where the disk is full."""
         with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(group_data(group), default=str) + "\n" for group in groups)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if not self.file.is_file():
             return
-        head, *lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if head != self.head:
+        header, *lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if header != self.header:
             return
         for line in lines:
             try:

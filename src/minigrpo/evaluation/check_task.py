@@ -1,9 +1,9 @@
-"""Is a task fit to train on? Answers that should earn all or nothing, graded without a model.
+"""Check whether a task is fit to train on: answers that should earn all or nothing, graded without a model.
 
-GRPO finds whatever a reward pays for. What it should not pay for shows here in seconds: right answers that earn too
-little, empty or wrong ones that earn as much, scores that change from call to call, prompts on both sides of the split.
+GRPO finds whatever a reward pays for. This shows in seconds what it should not pay for: right answers that earn too
+little, empty or wrong ones that earn as much, scores that change from call to call, prompts in both splits.
 
-Not covered: clever wrong answers. A grader that passes is not hard to fool; it is merely not fooled by these.
+Not covered: clever wrong answers. A grader that passes may still be fooled by others than these.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 from minigrpo.ui.tables import plain_table, titled
 
-SPLITS: tuple[Split, ...] = ("train", "test")
-LONG = 100_000  # characters: more than any completion limit lets through
-ENOUGH = 3  # graders that fall over do so on every prompt
-SLOW = 0.1  # seconds a completion; a step of 256 would wait half a minute
-KINDS: Mapping[str, str] = {
+_SPLITS: tuple[Split, ...] = ("train", "test")
+_LONG_CHARS = 100_000  # more than any completion limit allows
+_MAX_FAILURES = 3  # a grader that raises does so on every prompt
+_SLOW_S = 0.1  # per completion; grading a step of 256 would take half a minute
+_ANSWER_KINDS: Mapping[str, str] = {
     "gold": "right answer",
     "empty": "no text at all",
     "other": "right answer of another prompt",
@@ -39,12 +39,12 @@ KINDS: Mapping[str, str] = {
     "long": "very long text",
     "unicode": "random characters",
 }
-WRONG = ("other", "noise", "long", "unicode")
+_WRONG_KINDS = ("other", "noise", "long", "unicode")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What answers of one kind earned; rewards are None where none could be scored."""
+class AnswerKindScores:
+    """The rewards of one kind of answer; rewards are None where none could be scored."""
 
     name: str
     about: str
@@ -57,7 +57,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class TaskFinding:
-    """`stops`: training on this would go wrong. What does not stop is worth a look."""
+    """A finding and what to change. `stops`: training on this task would go wrong; others are worth a look."""
 
     what: str
     change: str
@@ -65,12 +65,12 @@ class TaskFinding:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """`seconds`: the mean time to grade one completion."""
+class TaskCheck:
+    """The result of a check. `seconds`: the mean time to grade one completion."""
 
     task: str
     prompts: Mapping[str, int]
-    kinds: tuple[Kind, ...]
+    kinds: tuple[AnswerKindScores, ...]
     faults: tuple[TaskFinding, ...]
     seconds: float
 
@@ -83,7 +83,7 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class _Trial:
     """One answer to one prompt, graded twice."""
 
     prompt: Prompt
@@ -93,58 +93,58 @@ class Trial:
     second: Grade
 
 
-def check_task(recipe: Recipe, task: Task, limit: int = 32) -> Checked:
-    """Grade made-up answers to `limit` prompts, half of each split. Raises TaskError where a split has none."""
-    every = {split: list(prompts_of(task, split)) for split in SPLITS}
-    asked = [prompt for prompts in every.values() for prompt in spread(prompts, max(1, limit // 2))]
+def check_task(task: Task, config: TaskConfig, limit: int = 32) -> TaskCheck:
+    """Grade made-up answers to `limit` prompts, half of each split. Raise TaskError where a split has none."""
+    every = {split: list(prompts_of(task, split)) for split in _SPLITS}
+    asked = [prompt for prompts in every.values() for prompt in _sample_evenly(prompts, max(1, limit // 2))]
     faults: list[TaskFinding] = []
-    trials: list[Trial] = []
+    trials: list[_Trial] = []
     began = time.perf_counter()
-    with Grader.of(task, recipe.task) as grader:
+    with Grader.of(task, config) as grader:
         for prompt in asked:
-            found = tried(grader, task, prompt, asked)
+            found = _grade_twice(grader, task, prompt, asked)
             trials += found if isinstance(found, list) else []
             faults += [found] if isinstance(found, TaskFinding) else []
-            if len(faults) == ENOUGH:
+            if len(faults) == _MAX_FAILURES:
                 break
     seconds = (time.perf_counter() - began) / max(1, 2 * len(trials))
-    faults += [*scoring_faults(task, trials), *split_faults(task, every)]
-    if seconds > SLOW:
+    faults += [*_scoring_faults(task, trials), *_split_faults(task, every)]
+    if seconds > _SLOW_S:
         change = "Raise --task.workers: groups are graded while others are sampled."
         faults.append(TaskFinding(f"Grading takes {seconds:.2g} s a completion.", change, stops=False))
     counts: dict[str, int] = {split: len(prompts) for split, prompts in every.items()}
-    return Checked(task.name, counts, tuple(kinds_of(trials)), tuple(faults), seconds)
+    return TaskCheck(task.name, counts, tuple(_summarize_kinds(trials)), tuple(faults), seconds)
 
 
-MADE_UP = {"long": "very long", "unicode": "random characters"}
-"""What nobody wants to read."""
+_PLACEHOLDERS = {"long": "very long", "unicode": "random characters"}
+"""Descriptions in place of texts that are unreadable in a message."""
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Some of them, evenly spaced: files are often sorted."""
+def _sample_evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Return up to `count` prompts, evenly spaced, because files are often sorted."""
     return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else list(prompts)
 
 
-def answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[str, str]:
-    """Texts by their kind."""
+def _make_answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[str, str]:
+    """Return the texts to grade by their kind."""
     rng = random.Random(f"check-task {prompt.id}")
-    texts = {"empty": "", "long": "and so on " * (LONG // 10), "unicode": babble(rng)}
+    texts = {"empty": "", "long": "and so on " * (_LONG_CHARS // 10), "unicode": _random_characters(rng)}
     if task.gold is None:
         return texts
     gold = task.gold(prompt)
-    strangers = [one for one in asked if target_of(one) != target_of(prompt)]
+    strangers = [one for one in asked if _target_key(one) != _target_key(prompt)]
     other = task.gold(rng.choice(strangers)) if strangers else gold
-    found = {"gold": gold, "other": other, "noise": noisy(gold)}
+    found = {"gold": gold, "other": other, "noise": _shift_characters(gold)}
     return {kind: text for kind, text in found.items() if kind == "gold" or text != gold} | texts
 
 
-def target_of(prompt: Prompt) -> str:
+def _target_key(prompt: Prompt) -> str:
     target = prompt.target
     return repr(target["answer"] if isinstance(target, Mapping) and "answer" in target else target)
 
 
-def noisy(text: str) -> str:
-    """Every digit becomes the next one; where there is none, letters do. Tags stay, so that the form does."""
+def _shift_characters(text: str) -> str:
+    """Replace every digit by the next one, or letters if there is no digit. Tags stay, so that the form stays valid."""
     if any(letter.isdecimal() and letter.isascii() for letter in text):
         return text.translate(str.maketrans("0123456789", "1234567890"))
     body, tag = [], False
@@ -155,36 +155,36 @@ def noisy(text: str) -> str:
     return "".join(body)
 
 
-def babble(rng: random.Random) -> str:
-    """All planes but lone surrogates, which no tokenizer gives."""
+def _random_characters(rng: random.Random) -> str:
+    """Return characters of all planes except lone surrogates, which no tokenizer produces."""
     places = (rng.randrange(0x110000) for _ in range(400))
     return "".join(chr(place) for place in places if not 0xD800 <= place <= 0xDFFF)
 
 
-def tried(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[Trial] | TaskFinding:
-    """As siblings of one group, twice, in the threads that training grades in."""
-    texts = answers(task, prompt, asked)
+def _grade_twice(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> list[_Trial] | TaskFinding:
+    """Grade the answers as siblings of one group, twice, in the threads that training grades in."""
+    texts = _make_answers(task, prompt, asked)
     group = tuple(Completion(text, (), (), "stop") for text in texts.values())
     try:
         first, second = grader.begin([prompt, prompt]).collect([group, group])
     except TaskError as fault:
         return TaskFinding(str(fault), "Training would end here.")
-    return [Trial(prompt, *each) for each in zip(texts, texts.values(), first, second, strict=True)]
+    return [_Trial(prompt, *each) for each in zip(texts, texts.values(), first, second, strict=True)]
 
 
-def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[TaskFinding]:
-    by_prompt: dict[str, dict[str, Trial]] = {}
+def _scoring_faults(task: Task, trials: Sequence[_Trial]) -> Iterator[TaskFinding]:
+    by_prompt: dict[str, dict[str, _Trial]] = {}
     for trial in trials:
         by_prompt.setdefault(trial.prompt.id, {})[trial.kind] = trial
     groups = list(by_prompt.values())
-    yield from told(
+    yield from _report_trials(
         "gives another score when asked again",
-        [trial for trial in trials if not same(trial.first, trial.second)],
+        [trial for trial in trials if not _same_grade(trial.first, trial.second)],
         len(trials),
         "A reward must depend on prompt and answer alone.",
     )
     late = [trial for trial in trials if "took longer" in str(trial.first.notes.get("grader"))]
-    yield from told("takes too long", late, len(trials), "Mend what hangs, or raise --task.seconds.")
+    yield from _report_trials("takes too long", late, len(trials), "Mend what hangs, or raise --task.seconds.")
     if trials and not any(trial.first.scored for trial in trials):
         yield TaskFinding("No answer could be scored at all.", "At least one function must apply to each prompt.")
         return
@@ -192,36 +192,38 @@ def scoring_faults(task: Task, trials: Sequence[Trial]) -> Iterator[TaskFinding]
         yield TaskFinding(
             "The task gives no right answers, so none could be tried.", "Give it `gold(prompt) -> text`.", stops=False
         )
-    constant = list(constant_faults(trials))
-    # Where every answer earns the same, that says it all.
-    yield from () if any(fault.stops for fault in constant) else earning_faults(groups)
+    constant = list(_constant_faults(trials))
+    # Where every answer earns the same, the other findings follow from that.
+    yield from () if any(fault.stops for fault in constant) else _earning_faults(groups)
     yield from constant
 
 
-def earning_faults(groups: Sequence[Mapping[str, Trial]]) -> Iterator[TaskFinding]:
-    """What the wrong earns, and what the right does not."""
+def _earning_faults(groups: Sequence[Mapping[str, _Trial]]) -> Iterator[TaskFinding]:
+    """Yield wrong answers that are paid for, and right ones that do not count as solved."""
     golds = [group["gold"] for group in groups if "gold" in group]
-    yield from told(
+    yield from _report_trials(
         "does not count the right answer as solved",
         [trial for trial in golds if not trial.first.solved],
         len(golds),
         "Is `gold` written in the form that the grader reads?",
     )
     empty = [group["empty"] for group in groups]
-    yield from told(
+    yield from _report_trials(
         "pays for an empty answer",
         [trial for trial in empty if trial.first.reward > 0],
         len(empty),
         "Saying nothing would be learned first: give it 0.",
     )
-    for kind in WRONG:
+    for kind in _WRONG_KINDS:
         pairs = [(group[kind], group["gold"]) for group in groups if {kind, "gold"} <= group.keys()]
         as_much = [wrong for wrong, gold in pairs if wrong.first.reward >= gold.first.reward]
         change = "Training would find that sooner than the right answer."
-        yield from told(f"pays as much for the {KINDS[kind]} as for the right one", as_much, len(pairs), change)
+        yield from _report_trials(
+            f"pays as much for the {_ANSWER_KINDS[kind]} as for the right one", as_much, len(pairs), change
+        )
 
 
-def constant_faults(trials: Sequence[Trial]) -> Iterator[TaskFinding]:
+def _constant_faults(trials: Sequence[_Trial]) -> Iterator[TaskFinding]:
     rewards = {trial.first.reward for trial in trials if trial.first.scored}
     if len(rewards) == 1:
         right = any(trial.kind == "gold" for trial in trials)
@@ -235,13 +237,13 @@ def constant_faults(trials: Sequence[Trial]) -> Iterator[TaskFinding]:
             yield TaskFinding(what, "A constant adds nothing to what siblings are compared by.", stops=False)
 
 
-def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[TaskFinding]:
-    """What stands on both sides, or twice on one: prompts word for word, or what the task names in their place."""
+def _split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterator[TaskFinding]:
+    """Yield prompts in both splits, or twice in one: by their text, or by what the task names in its place."""
     ids = {split: {prompt.id for prompt in prompts} for split, prompts in every.items()}
     if shared := sorted(ids["train"] & ids["test"]):
         change = "Ids name random streams and prompts in files: make them differ."
         yield TaskFinding(f"{len(shared)} ids stand in both splits, such as {shared[0]}.", change)
-    unseen = task.unseen or (lambda prompt: (said_in(prompt),))
+    unseen = task.unseen or (lambda prompt: (_prompt_key(prompt),))
     data = {split: [tuple(unseen(prompt)) for prompt in prompts] for split, prompts in every.items()}
     trained = {one for prompt in data["train"] for one in prompt}
     seen = [one.id for one, held in zip(every["test"], data["test"], strict=True) if not trained.isdisjoint(held)]
@@ -255,16 +257,16 @@ def split_faults(task: Task, every: Mapping[Split, Sequence[Prompt]]) -> Iterato
             yield TaskFinding(f"{twice} {split} prompts repeat an earlier one.", change, stops=False)
 
 
-def said_in(prompt: Prompt) -> str:
+def _prompt_key(prompt: Prompt) -> str:
     return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
 
 
-def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
-    """One sentence for all of them, with the first as an example."""
+def _report_trials(what: str, found: Sequence[_Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
+    """Yield one finding for all these trials, with the first as an example."""
     if found:
         example = found[0]
         earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
-        text = MADE_UP.get(example.kind) or repr(example.text[:60]) + (" ..." if len(example.text) > 60 else "")
+        text = _PLACEHOLDERS.get(example.kind) or repr(example.text[:60]) + (" ..." if len(example.text) > 60 else "")
         yield TaskFinding(
             f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text}, "
             f"which earned {earned}.",
@@ -272,23 +274,25 @@ def told(what: str, found: Sequence[Trial], out_of: int, change: str) -> Iterato
         )
 
 
-def same(first: Grade, second: Grade) -> bool:
+def _same_grade(first: Grade, second: Grade) -> bool:
     rewards = first.reward == second.reward or (math.isnan(first.reward) and math.isnan(second.reward))
     return rewards and first.solved == second.solved and dict(first.parts) == dict(second.parts)
 
 
-def kinds_of(trials: Sequence[Trial]) -> Iterator[Kind]:
-    for name, about in KINDS.items():
+def _summarize_kinds(trials: Sequence[_Trial]) -> Iterator[AnswerKindScores]:
+    for name, about in _ANSWER_KINDS.items():
         grades = [trial.first for trial in trials if trial.kind == name]
         known = [grade.reward for grade in grades if grade.scored]
         if grades:
             mean = math.fsum(known) / len(known) if known else None
             solved = sum(grade.solved for grade in grades) / len(grades)
-            yield Kind(name, about, len(grades), mean, min(known, default=None), max(known, default=None), solved)
+            yield AnswerKindScores(
+                name, about, len(grades), mean, min(known, default=None), max(known, default=None), solved
+            )
 
 
-def checked_table(found: Checked) -> RenderableType:
-    """What each kind of answer earned, and what to mend."""
+def task_check_table(found: TaskCheck) -> RenderableType:
+    """Return a table of what each kind of answer earned, and what to change."""
     table = plain_table("tried", "mean", "low", "high", "right")
     for kind in found.kinds:
         earned = ["-" if value is None else f"{value:.3g}" for value in (kind.mean, kind.low, kind.high)]

@@ -1,4 +1,4 @@
-"""How good a model is on a task's unseen prompts, and what it said: an artefact with every answer in it.
+"""Evaluate a model on prompts of a task, keep every answer, and compare two models.
 
 Prompts are rendered by the function that training uses, and sampled with the limit that training had. Two models are
 compared prompt by prompt on the same prompts with the same decoding, or not at all.
@@ -14,7 +14,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.evaluation.answer_cache import AnswerCache
-from minigrpo.evaluation.statistics import Paired, Scores, paired, score
+from minigrpo.evaluation.statistics import PairedDifference, Scores, paired_difference, score_groups
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
@@ -23,7 +23,7 @@ from minigrpo.ui.progress import Report, no_report
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model on one task. `name` says which model, in a person's words."""
+    """The scores of one model on one task. `name` names the model for people."""
 
     name: str
     task: str
@@ -34,7 +34,7 @@ class Evaluation:
 
     @property
     def decoding(self) -> str:
-        """greedy, temperature 1, or temperature 1 x 8 samples."""
+        """Return the decoding in words: greedy, temperature 1, or temperature 1 x 8 samples."""
         if self.sampling.temperature == 0:
             return "greedy"
         samples = f" x {self.scores.samples} samples" if self.scores.samples > 1 else ""
@@ -45,7 +45,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Read back what `to_dict` gave, from JSON too; raises KeyError or TypeError where it is something else."""
+        """Read back what `to_dict` gave, from JSON too. Raise KeyError or TypeError for anything else."""
         names = ("name", "task", "split", "seconds")
         return cls(
             **{name: data[name] for name in names},
@@ -54,7 +54,7 @@ class Evaluation:
         )
 
     def summary(self) -> dict[str, Any]:
-        """All but the answers."""
+        """Return `to_dict` without the answers."""
         whole = self.to_dict()
         del whole["scores"]["answers"]
         return whole
@@ -62,11 +62,11 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The same prompts, the same decoding, before and after."""
+    """Two evaluations of the same prompts with the same decoding, before and after, and what changed."""
 
     before: Evaluation
     after: Evaluation
-    change: Paired
+    change: PairedDifference
 
     def summary(self) -> dict[str, Any]:
         return {"before": self.before.summary(), "after": self.after.summary(), "change": asdict(self.change)}
@@ -82,13 +82,13 @@ def evaluate(
     tokenizer: Any,
     n: int = 1,
     split: Split = "test",
-    journal: AnswerCache | None = None,
+    answer_cache: AnswerCache | None = None,
     grader: Grader | None = None,
     report: Report = no_report,
 ) -> Evaluation:
-    """Ask the engine every prompt n times and grade what it says; a grader does so while others are still sampled.
+    """Sample n answers to every prompt and grade them; a grader grades while others are still sampled.
 
-    What the journal holds is not asked again.
+    What the cache holds is not sampled again.
     """
     if n > 1 and sampling.temperature == 0:
         raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
@@ -100,7 +100,7 @@ def evaluate(
         n=n,
         sampling=sampling,
         tokenizer=tokenizer,
-        journal=journal,
+        answer_cache=answer_cache,
         grader=grader,
         report=report,
     )
@@ -118,39 +118,39 @@ def grade_prompts(
     report: Report = no_report,
     rows: int = 256,
     grader: Grader | None = None,
-    journal: AnswerCache | None = None,
+    answer_cache: AnswerCache | None = None,
 ) -> Scores:
-    """Answer every prompt n times and count. `rows`: completions asked for at once, so that progress can be shown.
+    """Sample n answers to every prompt and score them. `rows`: completions a call, so that progress can be shown.
 
-    What the journal holds is not asked again, and what is answered is put there.
+    What the cache holds is not sampled again; new answers are added to it.
     """
-    groups = journal.known(prompts) if journal else {}
+    groups = answer_cache.load(prompts) if answer_cache else {}
     left = [prompt for prompt in prompts if prompt.id not in groups]
     batch = max(1, rows // n)
     for start in range(0, len(left), batch):
         part = left[start : start + batch]
         fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
         groups |= {group.prompt.id: group for group in fresh}
-        if journal:
-            journal.add(fresh)
+        if answer_cache:
+            answer_cache.add(fresh)
         right = fmean(grade.solved for group in groups.values() for grade in group.grades)
         report(len(groups), len(prompts), f"{right:.0%} right")
-    return score([groups[prompt.id] for prompt in prompts])
+    return score_groups([groups[prompt.id] for prompt in prompts])
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
-    """Raises ArtifactError where the two were not asked the same thing in the same way."""
+    """Compare two evaluations. Raise ArtifactError where task, split, decoding or number of samples differ."""
     told = [(e.task, e.split, e.sampling, e.scores.samples) for e in (before, after)]
     if told[0] != told[1]:
         raise ArtifactError(
             f"{before.name} and {after.name} were evaluated differently: {told[0]} and {told[1]}. Use the same task, "
             "temperature and number of samples for both."
         )
-    return Comparison(before, after, paired(before.scores, after.scores))
+    return Comparison(before, after, paired_difference(before.scores, after.scores))
 
 
-def examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
-    """Answers to look at: the first `count` right ones and `count` wrong ones, of as many prompts."""
+def pick_examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
+    """Return the first `count` right answers and the first `count` wrong ones, at most one of each kind per prompt."""
     chosen: list[dict[str, Any]] = []
     for solved in (True, False):
         kind = {a["prompt"]: a for a in reversed(evaluation.scores.answers) if a["solved"] == solved}
@@ -158,7 +158,7 @@ def examples(evaluation: Evaluation, count: int = 2) -> list[dict[str, Any]]:
     return chosen
 
 
-def example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The same prompts answered before and after: first those that were gained, then the rest."""
+def pick_example_pairs(comparison: Comparison, count: int = 2) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return `count` pairs (answer before, answer after) to the same prompt: first those gained, then the rest."""
     pairs = list(zip(comparison.before.scores.answers, comparison.after.scores.answers, strict=True))
     return sorted(pairs, key=lambda pair: pair[0]["solved"] - pair[1]["solved"])[:count]

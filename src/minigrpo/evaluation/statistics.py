@@ -1,4 +1,4 @@
-"""Statistics of graded groups: how good a model is, with how sure one can be, and whether one is better than another.
+"""Statistics of graded groups: accuracy and other rates with confidence intervals, and paired comparison of two models.
 
 Intervals are 95 %. With several samples a prompt, a prompt's score is the share of its samples that are right, and
 intervals count prompts, not samples: the samples of one prompt resemble one another.
@@ -16,12 +16,12 @@ from typing import Any
 from minigrpo.errors import ArtifactError
 from minigrpo.types import Grade, Group
 
-Z = 1.959964  # the normal distribution's 97.5 % point
+_Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share with its Wilson interval, from `count` observations; (0, 1) where there was none to observe."""
+    """A share with its Wilson interval, from `count` observations; the interval is (0, 1) where there were none."""
 
     value: float
     low: float
@@ -36,12 +36,14 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """`answers`: one dict a completion, in prompt order, siblings together: all that is needed to count again.
+    """The scores of one evaluation.
 
-    `majority`: share of prompts for which a vote among the samples is right. Where grades carry answers, the answer
-    that most samples gave wins, of equals the one that was given first (arXiv 2203.11171); elsewhere wrong answers
-    cannot be compared with one another, and more than half of the samples must be right. `pass_at[k]`: chance that k
-    samples hold a right one, estimated without bias from the n drawn (arXiv 2107.03374).
+    `answers`: one dict a completion, in prompt order, siblings together: enough to compute everything again.
+
+    `majority`: share of prompts for which a vote among the samples is right. Where grades carry answers, the most
+    frequent answer wins, the earliest among equals (arXiv 2203.11171); elsewhere wrong answers cannot be compared with
+    one another, and more than half of the samples must be right. `pass_at[k]`: probability that k samples include a
+    right one, an unbiased estimate from the n drawn (arXiv 2107.03374).
     """
 
     samples: int
@@ -68,8 +70,11 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
-    """Two evaluations of the same prompts. `p`: exact sign test over prompts (at one sample: McNemar's test)."""
+class PairedDifference:
+    """The difference between two evaluations of the same prompts, after minus before, with its interval.
+
+    `p`: exact sign test over prompts (with one sample: McNemar's test).
+    """
 
     difference: float
     low: float
@@ -82,9 +87,12 @@ class Paired:
         return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def score(groups: Sequence[Group]) -> Scores:
-    """Count what groups of equal size show. A completion that could not be scored is not right, and earns no reward
-    that the mean could count; 0 where nothing could be scored."""
+def score_groups(groups: Sequence[Group]) -> Scores:
+    """Compute the scores of groups of equal size.
+
+    A completion that could not be scored is not right, and its reward is not part of the mean, which is 0 where nothing
+    could be scored.
+    """
     n = len(groups[0].grades)
     grades = [grade for group in groups for grade in group.grades]
     completions = [completion for group in groups for completion in group.completions]
@@ -94,29 +102,32 @@ def score(groups: Sequence[Group]) -> Scores:
     rewards = [grade.reward for grade in grades if grade.scored]
     return Scores(
         samples=n,
-        accuracy=wilson(fmean(right_P) / n, len(groups)),
-        formed=wilson(len(formed) / len(grades), len(groups)),
-        accuracy_formed=wilson(share(grade.solved for grade in formed), ceil(len(formed) / n)),
-        truncated=wilson(share(completion.finish == "length" for completion in completions), len(groups)),
+        accuracy=wilson_interval(fmean(right_P) / n, len(groups)),
+        formed=wilson_interval(len(formed) / len(grades), len(groups)),
+        accuracy_formed=wilson_interval(_share(grade.solved for grade in formed), ceil(len(formed) / n)),
+        truncated=wilson_interval(_share(completion.finish == "length" for completion in completions), len(groups)),
         mean_reward=fmean(rewards) if rewards else 0.0,
         mean_tokens=fmean(lengths),
         tokens=sum(lengths),
-        pass_at={k: fmean(pass_at(k, n, right) for right in right_P) for k in powers_of_two(n)} if n > 1 else {},
-        majority=fmean(vote(group.grades) for group in groups) if n > 1 else None,
-        answers=tuple(answer for group in groups for answer in answers_of(group)),
+        pass_at={k: fmean(pass_at_k(k, n, right) for right in right_P) for k in _powers_of_two(n)} if n > 1 else {},
+        majority=fmean(_majority_is_right(group.grades) for group in groups) if n > 1 else None,
+        answers=tuple(answer for group in groups for answer in _answer_records(group)),
     )
 
 
-def vote(grades: Sequence[Grade]) -> bool:
-    """Whether a vote among the samples of one prompt finds a right answer. What has no answer does not vote."""
+def _majority_is_right(grades: Sequence[Grade]) -> bool:
+    """Return whether a vote among the samples of one prompt finds a right answer.
+
+    Samples without an answer do not vote.
+    """
     votes = Counter(grade.answer for grade in grades if grade.answer is not None)
     if not votes:
         return 2 * sum(grade.solved for grade in grades) > len(grades)
-    winner = votes.most_common(1)[0][0]  # of equals, the first that was counted
+    winner = votes.most_common(1)[0][0]  # on a tie the first that was counted
     return any(grade.solved for grade in grades if grade.answer == winner)
 
 
-def answers_of(group: Group) -> list[dict[str, Any]]:
+def _answer_records(group: Group) -> list[dict[str, Any]]:
     return [
         {
             "prompt": group.prompt.id,
@@ -136,9 +147,9 @@ def answers_of(group: Group) -> list[dict[str, Any]]:
     ]
 
 
-def paired(before: Scores, after: Scores) -> Paired:
-    """What changed, prompt by prompt; raises ArtifactError where the prompts are not the same."""
-    before_P, after_P = by_prompt(before), by_prompt(after)
+def paired_difference(before: Scores, after: Scores) -> PairedDifference:
+    """Compare prompt by prompt. Raise ArtifactError where the prompts are not the same."""
+    before_P, after_P = _accuracy_by_prompt(before), _accuracy_by_prompt(after)
     if before_P.keys() != after_P.keys():
         raise ArtifactError(
             f"The two evaluations answered different prompts ({len(before_P)} and {len(after_P)}, "
@@ -146,16 +157,18 @@ def paired(before: Scores, after: Scores) -> Paired:
         )
     change_P = [after_P[name] - before_P[name] for name in before_P]
     gained, lost = sum(change > 0 for change in change_P), sum(change < 0 for change in change_P)
-    # Agresti and Min: two made-up pairs, half of one in each cell, keep the interval honest when nothing is lost.
+    # Agresti and Min: two pseudo-pairs, half of one in each cell, keep the interval valid when nothing is lost.
     count = len(change_P) + 2
     mean = sum(change_P) / count
     square = (sum(change**2 for change in change_P) + 1) / count
-    half = Z * sqrt(max(0.0, square - mean**2) / count)
-    return Paired(fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost))
+    half = _Z_95 * sqrt(max(0.0, square - mean**2) / count)
+    return PairedDifference(
+        fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost)
+    )
 
 
-def by_prompt(scores: Scores) -> dict[str, float]:
-    """Share of right samples of each prompt."""
+def _accuracy_by_prompt(scores: Scores) -> dict[str, float]:
+    """Return the share of right samples of each prompt."""
     rights: dict[str, list[bool]] = {}
     for answer in scores.answers:
         rights.setdefault(answer["prompt"], []).append(answer["solved"])
@@ -163,28 +176,28 @@ def by_prompt(scores: Scores) -> dict[str, float]:
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Two-sided, exact: how often a fair coin is at least this one-sided."""
+    """Return the exact two-sided p-value: how often a fair coin is at least this one-sided."""
     total = gained + lost
     tail = sum(comb(total, i) for i in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
-def wilson(value: float, count: int) -> Rate:
+def wilson_interval(value: float, count: int) -> Rate:
     if not count:
         return Rate(0.0, 0.0, 1.0, 0)
-    middle = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * sqrt(value * (1 - value) / count + Z**2 / (4 * count**2))
+    middle = (value + _Z_95**2 / (2 * count)) / (1 + _Z_95**2 / count)
+    half = _Z_95 / (1 + _Z_95**2 / count) * sqrt(value * (1 - value) / count + _Z_95**2 / (4 * count**2))
     return Rate(value, max(0.0, middle - half), min(1.0, middle + half), count)
 
 
-def pass_at(k: int, n: int, right: int) -> float:
+def pass_at_k(k: int, n: int, right: int) -> float:
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
-def powers_of_two(n: int) -> list[int]:
+def _powers_of_two(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
 
 
-def share(facts: Any) -> float:
+def _share(facts: Any) -> float:
     listed = [bool(fact) for fact in facts]
     return fmean(listed) if listed else 0.0

@@ -81,7 +81,7 @@ def resolve(path: str, seed: int, report: Report = no_report) -> str:
     if path.partition(":")[0] == "seedling":
         from minigrpo.models.embedded import seedling
 
-        return str(seedling.resolve(path, seed, report))
+        return str(seedling.resolve_seedling(path, seed, report))
     return path
 
 

@@ -53,7 +53,7 @@ def evaluate(
     `model`: a folder, a Hub id, an adapter, a GGUF file, or a run (or what it trained), whose own recipe holds where
     none is given. Returns the figures without the answers, and `file`.
     """
-    from minigrpo.evaluation.evaluate import compare, examples
+    from minigrpo.evaluation.evaluate import compare, pick_examples
     from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
@@ -76,7 +76,7 @@ def evaluate(
         console.print(tables.comparison_table([comparison]))
     else:
         console.print(tables.evaluation_table(after))
-    for answer in examples(after):
+    for answer in pick_examples(after):
         console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
     write_json(file, content | {"made": stamp("evaluate", recipe)})
     for name in (model, base):
@@ -166,7 +166,7 @@ class EvalRequest:
                 tokenizer=side.policy.tokenizer,
                 n=self.n,
                 split=self.split,
-                journal=AnswerCache(journal, asked),
+                answer_cache=AnswerCache(journal, asked),
                 grader=grader,
                 report=report,
             )

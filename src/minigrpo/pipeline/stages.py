@@ -118,13 +118,13 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """`run_all`, and what a newcomer wants to see at its end: answers before and after, and what to try next."""
-    from minigrpo.evaluation.evaluate import example_pairs
+    from minigrpo.evaluation.evaluate import pick_example_pairs
 
     console = Console()
     with taken(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
         deliver.close(recipe, run, delivered, console)
-    for before, after in example_pairs(comparisons[0]):
+    for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
     console.print(

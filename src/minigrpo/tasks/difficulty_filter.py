@@ -1,4 +1,4 @@
-"""How hard each training prompt is, from an evaluation over them: what is too hard or too easy is left out.
+"""Leave out training prompts that are too hard or too easy, by their solve rate in an evaluation over them.
 
     minigrpo evaluate MODEL --split train -n 8 --out rates.json
     minigrpo train RECIPE --task.rates rates.json --task.hardest 0.1 --task.easiest 0.9
@@ -21,22 +21,24 @@ from minigrpo.errors import TaskError
 from minigrpo.types import Prompt, Split, Task
 
 
-def rated(task: Task, knobs: TaskConfig) -> Task:
-    """The task with only those of its training prompts whose rate lies within [hardest, easiest]; raises TaskError."""
-    source = knobs.rates
+def filter_by_difficulty(task: Task, config: TaskConfig) -> Task:
+    """Keep only training prompts whose rate is within [hardest, easiest]. Raise TaskError if none is."""
+    source = config.rates
     if source is None:
-        if knobs.hardest > 0 or knobs.easiest < 1:
+        if config.hardest > 0 or config.easiest < 1:
             raise TaskError(
                 "task.hardest and task.easiest have no meaning without task.rates: measure first, with "
                 "minigrpo evaluate MODEL --split train -n 8 --out rates.json"
             )
         return task
-    if knobs.hardest > knobs.easiest:
-        raise TaskError(f"task.hardest {knobs.hardest:g} is above task.easiest {knobs.easiest:g}: nothing lies within.")
+    if config.hardest > config.easiest:
+        raise TaskError(
+            f"task.hardest {config.hardest:g} is above task.easiest {config.easiest:g}: nothing lies within."
+        )
 
     @cache
     def training() -> Sequence[Prompt]:
-        return within(task.prompts("train"), read_rates(Path(source).expanduser(), task.name), knobs)
+        return _select_within_range(task.prompts("train"), _read_rates(Path(source).expanduser(), task.name), config)
 
     def prompts(split: Split) -> Sequence[Prompt]:
         return training() if split == "train" else task.prompts(split)
@@ -44,31 +46,32 @@ def rated(task: Task, knobs: TaskConfig) -> Task:
     return replace(task, prompts=prompts)
 
 
-def within(prompts: Sequence[Prompt], rates: Mapping[str, float], knobs: TaskConfig) -> list[Prompt]:
+def _select_within_range(prompts: Sequence[Prompt], rates: Mapping[str, float], config: TaskConfig) -> list[Prompt]:
     known = [prompt for prompt in prompts if prompt.id in rates]
     if not known:
         raise TaskError(
-            f"{knobs.rates} knows none of the {len(prompts)} training prompts. Measure them with the same task.data, "
+            f"{config.rates} knows none of the {len(prompts)} training prompts. Measure them with the same task.data, "
             "task.size and seed."
         )
     if len(known) < len(prompts):
         warnings.warn(
-            f"{knobs.rates} does not know {len(prompts) - len(known)} of the {len(prompts)} training prompts. They are "
-            f"left out; to measure them all: minigrpo evaluate MODEL --split train --limit {len(prompts)}",
+            f"{config.rates} does not know {len(prompts) - len(known)} of the {len(prompts)} training prompts. They "
+            f"are left out; to measure them all: minigrpo evaluate MODEL --split train --limit {len(prompts)}",
             stacklevel=2,
         )
-    kept = [prompt for prompt in known if knobs.hardest <= rates[prompt.id] <= knobs.easiest]
+    kept = [prompt for prompt in known if config.hardest <= rates[prompt.id] <= config.easiest]
     if not kept:
-        easy = sum(rates[prompt.id] > knobs.easiest for prompt in known)
+        easy = sum(rates[prompt.id] > config.easiest for prompt in known)
         raise TaskError(
             f"Of {len(known)} training prompts {len(known) - easy} are solved less often than task.hardest "
-            f"{knobs.hardest:g} and {easy} more often than task.easiest {knobs.easiest:g}, so none is left. Widen them."
+            f"{config.hardest:g} and {easy} more often than task.easiest {config.easiest:g}, so none is left. "
+            "Widen them."
         )
     return kept
 
 
-def read_rates(path: Path, task: str) -> dict[str, float]:
-    """Share of right answers of each prompt in an evaluation's JSON."""
+def _read_rates(path: Path, task: str) -> dict[str, float]:
+    """Return each prompt's share of right answers from an evaluation's JSON. Raise TaskError for any other file."""
     measure = "Make it with: minigrpo evaluate MODEL --split train -n 8 --out"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +83,7 @@ def read_rates(path: Path, task: str) -> dict[str, float]:
         raise TaskError(f"task.rates {str(path)!r} is no JSON. {measure} {path}") from None
     try:
         split, name, answers = found["split"], found["task"], found["scores"]["answers"]
-        rates = shares(answers)
+        rates = _solve_rates(answers)
     except (KeyError, TypeError, AttributeError):
         raise TaskError(f"task.rates {str(path)!r} is no evaluation. {measure} {path}") from None
     if split != "train":
@@ -92,7 +95,7 @@ def read_rates(path: Path, task: str) -> dict[str, float]:
     return rates
 
 
-def shares(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _solve_rates(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     solved: dict[str, list[bool]] = {}
     for answer in answers:
         solved.setdefault(answer["prompt"], []).append(bool(answer["solved"]))

@@ -1,8 +1,8 @@
-"""Where tasks come from: the ones of the package by name, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
+"""Open a task by name: a built-in one, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
 
 NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions. Reward
 functions need rows: `task.data`, or `rows` (and `test_rows`) in the same file, a list or a function that returns one.
-The file may also hold `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
+The file may also define `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
 """
 
 from __future__ import annotations
@@ -21,71 +21,77 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
 from minigrpo.tasks.common.dataset import read_data
-from minigrpo.tasks.custom.reward_functions import kind_of
+from minigrpo.tasks.custom.reward_functions import function_kind
+from minigrpo.tasks.custom.reward_task import build_reward_task, read_rows
 from minigrpo.tasks.custom.reward_task import reward_task as reward_task
-from minigrpo.tasks.custom.reward_task import scored_task, table_of
-from minigrpo.tasks.difficulty_filter import rated
+from minigrpo.tasks.difficulty_filter import filter_by_difficulty
 from minigrpo.types import Message, Prompt, Split, Task
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {
-    "wordproblems": wordproblems.task,
-    "gsm8k": gsm8k.task,
-    "sudoku": sudoku.task,
+    "wordproblems": wordproblems.wordproblems_task,
+    "gsm8k": gsm8k.gsm8k_task,
+    "sudoku": sudoku.sudoku_task,
 }
-TAKES_DATA = ("gsm8k",)
-TAKES_EXAMPLE = ("gsm8k", "sudoku")
-SYSTEM = "system"
+_TASKS_WITH_DATA = ("gsm8k",)
+_TASKS_WITH_EXAMPLE = ("gsm8k", "sudoku")
+_SYSTEM_ROLE = "system"
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
+    """Open the task that the recipe names, without the training prompts that `task.rates` finds too hard or too easy.
 
-    Its prompts are checked when they are asked for: some, and no id twice.
+    Its prompts are checked when they are asked for: there must be some, and no id twice.
     """
-    return rated(with_system(with_checked_prompts(named_task(recipe)), recipe.task.system), recipe.task)
+    return filter_by_difficulty(
+        _set_system_prompt(_check_prompts(_open_by_name(recipe)), recipe.task.system), recipe.task
+    )
 
 
-def with_system(task: Task, words: str | None) -> Task:
-    """The task with this system message before every prompt, in place of one that it has; None: as it is.
+def _set_system_prompt(task: Task, words: str | None) -> Task:
+    """Put this system message before every prompt, in place of its own; None changes nothing.
 
-    Templates put words of their own where a conversation begins without one: an empty message keeps them out.
+    Some templates add a system message where a conversation has none: an empty one prevents that.
     """
     if words is None:
         return task
-    opening: Message = {"role": SYSTEM, "content": words}
+    opening: Message = {"role": _SYSTEM_ROLE, "content": words}
 
     def prompts(split: Split) -> Sequence[Prompt]:
-        return [replace(prompt, messages=(opening, *after_system(prompt.messages))) for prompt in task.prompts(split)]
+        return [
+            replace(prompt, messages=(opening, *_drop_system_prompt(prompt.messages))) for prompt in task.prompts(split)
+        ]
 
     return replace(task, prompts=prompts)
 
 
-def after_system(messages: Sequence[Message]) -> Sequence[Message]:
-    return messages[1:] if messages[0]["role"] == SYSTEM else messages
+def _drop_system_prompt(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages[1:] if messages[0]["role"] == _SYSTEM_ROLE else messages
 
 
-def named_task(recipe: Recipe) -> Task:
+def _open_by_name(recipe: Recipe) -> Task:
     name = recipe.task.name
-    if recipe.task.example and name not in TAKES_EXAMPLE:
-        raise TaskError(f"task.example has no meaning for {name}: only {' and '.join(TAKES_EXAMPLE)} can show one.")
+    if recipe.task.example and name not in _TASKS_WITH_EXAMPLE:
+        raise TaskError(
+            f"task.example has no meaning for {name}: only {' and '.join(_TASKS_WITH_EXAMPLE)} can show one."
+        )
     if ".py" in name:
-        return own_task(name, recipe)
-    if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in TAKES_DATA:
+        return _open_custom_task(name, recipe)
+    if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in _TASKS_WITH_DATA:
         raise TaskError(
             f"task.data has no meaning for {name}: its problems are its own. Data is for FILE.py:FUNCTION and "
-            f"{', '.join(TAKES_DATA)}."
+            f"{', '.join(_TASKS_WITH_DATA)}."
         )
     if name in TASKS:
         return TASKS[name](recipe)
     if name.startswith("rg:"):
-        return reasoning_gym.task(name.removeprefix("rg:"), recipe)
+        return reasoning_gym.reasoning_gym_task(name.removeprefix("rg:"), recipe)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
     raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME.")
 
 
-def own_task(spec: str, recipe: Recipe) -> Task:
-    """FILE.py:NAME, opened. `task.size` holds for it as for any other: the first so many training prompts."""
+def _open_custom_task(spec: str, recipe: Recipe) -> Task:
+    """Open FILE.py:NAME. `task.size` limits its training prompts as for any other task."""
     file, found, name = spec.rpartition(":")
     if not found or not file.endswith(".py") or not name:
         raise TaskError(
@@ -94,51 +100,56 @@ def own_task(spec: str, recipe: Recipe) -> Task:
     path = Path(file)
     if not path.is_file():
         raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
-    module = loaded(path)
+    module = _load_module(path)
     if not hasattr(module, name):
-        names = ", ".join(candidates(module)) or "none"
+        names = ", ".join(_list_candidates(module)) or "none"
         raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
     value = getattr(module, name)
-    if is_rewards(value, f"{name} in {path}"):
-        return shortened(of_rewards(value, module, spec, recipe), recipe.task.size)
+    if _is_reward_functions(value, f"{name} in {path}"):
+        return _limit_train_prompts(_task_from_rewards(value, module, spec, recipe), recipe.task.size)
     if recipe.task.data and isinstance(value, Task):
         raise TaskError(f"task.data cannot reach into {spec!r}, a finished Task. Name a reward function instead.")
-    task = value if isinstance(value, Task) else built(value, path, name, recipe)
+    task = value if isinstance(value, Task) else _build_task(value, path, name, recipe)
     if isinstance(value, Task) and recipe.task.weights:
         raise TaskError(
             f"task.weights cannot reach into {spec!r}, a finished Task. Make {name} a function Recipe -> Task that "
             "passes recipe.task.weights to minigrpo.tasks.common.rewards.reweighted or to minigrpo.reward_task."
         )
-    return shortened(task, recipe.task.size)
+    return _limit_train_prompts(task, recipe.task.size)
 
 
-def is_rewards(value: object, where: str) -> bool:
-    """A reward function or a list of them. Raises TaskError where a list holds anything else."""
+def _is_reward_functions(value: object, where: str) -> bool:
+    """Return whether the value is a reward function or a list of them.
+
+    Raise TaskError for a list with anything else in it.
+    """
     if not isinstance(value, list | tuple):
-        return kind_of(value, where) is not None
-    kinds = [kind_of(one, f"{where}, place {place}") for place, one in enumerate(value, 1)]
+        return function_kind(value, where) is not None
+    kinds = [function_kind(one, f"{where}, place {place}") for place, one in enumerate(value, 1)]
     if not kinds or None in kinds:
         raise TaskError(f"{where} is a list, but not of reward functions alone: each needs `completion(s)`.")
     return True
 
 
-def of_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
-    """The task that reward functions make with their rows: `task.data`, else what stands in the same file."""
+def _task_from_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
+    """Build the task of reward functions and their rows: from `task.data`, else from the same file."""
     if recipe.task.data:
         table = read_data(recipe.task.data)
     elif hasattr(module, "rows"):
         try:
-            table = table_of(module.rows, getattr(module, "test_rows", None))
+            table = read_rows(module.rows, getattr(module, "test_rows", None))
         except MinigrpoError:
             raise
         except Exception as fault:
-            raise TaskError(f"{blame(Path(str(module.__file__)), fault)} It was making the rows.") from fault
+            raise TaskError(
+                f"{_describe_failure(Path(str(module.__file__)), fault)} It was making the rows."
+            ) from fault
     else:
         raise TaskError(
             f"{spec} scores rows, but there are none. Give --task.data FILE (.jsonl, .json, .csv, .parquet, a folder, "
             "a Hub data set), or put `rows`, a list or a function that returns one, into the same file."
         )
-    return scored_task(
+    return build_reward_task(
         value if isinstance(value, list | tuple) else [value],
         table,
         name=spec.rpartition(":")[2],
@@ -148,23 +159,23 @@ def of_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Tas
     )
 
 
-def loaded(path: Path) -> ModuleType:
-    """The file, run as a module. Its folder joins the import path, last, so that it shadows nothing."""
+def _load_module(path: Path) -> ModuleType:
+    """Run the file as a module. Its folder is appended to the import path, last, so that it shadows nothing."""
     if str(path.parent.resolve()) not in sys.path:
         sys.path.append(str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(f"minigrpo_own_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} cannot be read as Python.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up by name
+    sys.modules[spec.name] = module  # dataclasses and pickle look up their module by name
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as fault:
-        raise TaskError(f"{blame(path, fault)} Mend the file and try again.") from fault
+        raise TaskError(f"{_describe_failure(path, fault)} Mend the file and try again.") from fault
     return module
 
 
-def built(value: object, path: Path, name: str, recipe: Recipe) -> Task:
+def _build_task(value: object, path: Path, name: str, recipe: Recipe) -> Task:
     if not callable(value):
         raise TaskError(
             f"{name} in {path} is a {type(value).__name__}. Make it a Task, a function Recipe -> Task or a reward."
@@ -174,22 +185,22 @@ def built(value: object, path: Path, name: str, recipe: Recipe) -> Task:
     except MinigrpoError:
         raise
     except Exception as fault:
-        raise TaskError(f"{blame(path, fault)} {name} was building the task.") from fault
+        raise TaskError(f"{_describe_failure(path, fault)} {name} was building the task.") from fault
     if not isinstance(task, Task):
         raise TaskError(f"{name} in {path} returned a {type(task).__name__}. Return a minigrpo.types.Task.")
     return task
 
 
-def blame(path: Path, fault: BaseException) -> str:
-    """Which line of the user's file failed, and how; the deepest of its lines, not one of a library below."""
+def _describe_failure(path: Path, fault: BaseException) -> str:
+    """Describe the error and the deepest line of the user's file that led to it, not the line in a library below."""
     own = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if Path(frame.filename) == path]
     line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == str(path) else own[-1] if own else None
     where = f"{path}, line {line}" if line else str(path)
     return f"{where}: {type(fault).__name__}: {fault.msg if isinstance(fault, SyntaxError) else fault}."
 
 
-def candidates(module: ModuleType) -> list[str]:
-    """Names that could have been meant: tasks, and functions that the file defines itself."""
+def _list_candidates(module: ModuleType) -> list[str]:
+    """Return names that could have been meant: tasks, and functions that the file defines itself."""
     return sorted(
         name
         for name, value in vars(module).items()
@@ -197,14 +208,14 @@ def candidates(module: ModuleType) -> list[str]:
     )
 
 
-def shortened(task: Task, size: int) -> Task:
+def _limit_train_prompts(task: Task, size: int) -> Task:
     def prompts(split: Split) -> Sequence[Prompt]:
         return task.prompts(split)[:size] if split == "train" else task.prompts(split)
 
     return replace(task, prompts=prompts)
 
 
-def with_checked_prompts(task: Task) -> Task:
+def _check_prompts(task: Task) -> Task:
     def prompts(split: Split) -> Sequence[Prompt]:
         found = task.prompts(split)
         if not len(found):

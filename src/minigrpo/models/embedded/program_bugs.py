@@ -1,4 +1,4 @@
-"""Slips of the pen: what makes a right program a broken one. Each takes the text of a program and gives another."""
+"""Bugs that break a right program. Each function takes the text of a program and returns a broken one."""
 
 from __future__ import annotations
 
@@ -6,68 +6,68 @@ import random
 import re
 from collections.abc import Callable
 
-RETURNED = re.compile(r"return \(?(\w+), (\w+), ")
+_RETURNED = re.compile(r"return \(?(\w+), (\w+), ")
 
 
-def without_colon(text: str, rng: random.Random) -> str:
-    return without_one(text, ":\n", "\n", rng)
+def _without_colon(text: str, rng: random.Random) -> str:
+    return _replace_one(text, ":\n", "\n", rng)
 
 
-def without_parenthesis(text: str, rng: random.Random) -> str:
-    return without_one(text, ")", "", rng)
+def _without_parenthesis(text: str, rng: random.Random) -> str:
+    return _replace_one(text, ")", "", rng)
 
 
-def without_one(text: str, what: str, instead: str, rng: random.Random) -> str:
-    """One of its places, drawn at random, replaced."""
+def _replace_one(text: str, what: str, instead: str, rng: random.Random) -> str:
+    """Replace one occurrence, drawn at random."""
     pieces = text.split(what)
     place = rng.randrange(1, len(pieces))
     return what.join(pieces[:place]) + instead + what.join(pieces[place:])
 
 
-def column_first(text: str, rng: random.Random) -> str:
-    return RETURNED.sub(lambda found: found[0].replace(f"{found[1]}, {found[2]}", f"{found[2]}, {found[1]}"), text)
+def _column_first(text: str, rng: random.Random) -> str:
+    return _RETURNED.sub(lambda found: found[0].replace(f"{found[1]}, {found[2]}", f"{found[2]}, {found[1]}"), text)
 
 
-def counted_from_one(text: str, rng: random.Random) -> str:
-    return RETURNED.sub(
+def _counted_from_one(text: str, rng: random.Random) -> str:
+    return _RETURNED.sub(
         lambda found: found[0].replace(f"{found[1]}, {found[2]}", f"{found[1]} + 1, {found[2]} + 1"), text
     )
 
 
-def without_return(text: str, rng: random.Random) -> str:
+def _without_return(text: str, rng: random.Random) -> str:
     return text.replace("return ", "")
 
 
-def misnamed(text: str, rng: random.Random) -> str:
-    """A grid by another name, which nobody has defined."""
+def _misnamed(text: str, rng: random.Random) -> str:
+    """Read the grid under another name, which is not defined."""
     return text.replace("board[", "grid[")
 
 
-def without_fences(text: str, rng: random.Random) -> str:
+def _without_fences(text: str, rng: random.Random) -> str:
     return text.removeprefix("```python\n").removesuffix("\n```")
 
 
-def never_closed(text: str, rng: random.Random) -> str:
+def _never_closed(text: str, rng: random.Random) -> str:
     return text.removesuffix("\n```")
 
 
-def other_name(text: str, rng: random.Random) -> str:
+def _other_name(text: str, rng: random.Random) -> str:
     return text.replace("def strategy(", "def solve(")
 
 
-def in_a_class(text: str, rng: random.Random) -> str:
+def _in_a_class(text: str, rng: random.Random) -> str:
     return text.replace("def strategy(board, initial):", "class strategy:")
 
 
-SLIPS: tuple[Callable[[str, random.Random], str], ...] = (
-    without_colon,
-    without_parenthesis,
-    column_first,
-    counted_from_one,
-    without_return,
-    misnamed,
-    without_fences,
-    never_closed,
-    other_name,
-    in_a_class,
+PROGRAM_BUGS: tuple[Callable[[str, random.Random], str], ...] = (
+    _without_colon,
+    _without_parenthesis,
+    _column_first,
+    _counted_from_one,
+    _without_return,
+    _misnamed,
+    _without_fences,
+    _never_closed,
+    _other_name,
+    _in_a_class,
 )

@@ -1,9 +1,9 @@
-"""The embedded model: built from nothing on a CPU in about a minute, and from then on a model folder like any other.
+"""The embedded model: built from scratch on a CPU in about a minute, and an ordinary model folder afterwards.
 
-A tokenizer is trained and a small decoder of a real architecture is drawn at random. It learns to add from a schoolbook
-and to answer from imperfect teachers (`demonstrations`); its sibling, the coder, learns to write programs (`coder`).
-The folder is kept in a cache; its name holds a hash of everything that shaped it. Only its name is special: whoever
-loads the folder finds an ordinary transformers model.
+A tokenizer is trained and a small decoder of a real architecture is initialised at random. It learns to add from
+schoolbook texts and to answer from imperfect teachers (`wordproblem_demos`); a variant, the coder, learns to write
+programs (`sudoku_demos`). The folder is kept in a cache; its name holds a hash of everything that shaped it. Only the
+name `seedling` is special: whoever loads the folder finds an ordinary transformers model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models import sft as imitation
+from minigrpo.models import sft
 from minigrpo.models.chat_template import render
 from minigrpo.models.embedded import program_bugs, sudoku_demos, sudoku_programs, wordproblem_demos
 from minigrpo.models.sft import Lesson, Room, Schedule, warm_start
@@ -33,39 +33,39 @@ from minigrpo.utils.cache_dir import cache_dir
 from minigrpo.utils.process import no_progress_bars
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
-DEFAULT_ARCHITECTURE = "qwen3"
-CODER = "seedling:coder"
-CONTEXT = 1024  # tokens
-THREADS = 1  # a fixed number, for the split of work changes last digits; and two crawl where cores are busy
+_DEFAULT_ARCHITECTURE = "qwen3"
+CODER_PATH = "seedling:coder"
+_CONTEXT_TOKENS = 1024
+_THREADS = 1  # fixed, because the split of work changes the last digits; two are slow where cores are busy
 
-PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CHAT_TEMPLATE = (
+_PAD_TOKEN, _TURN_TOKEN, _END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
-SCHOOL = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
-IMITATION = Schedule(steps=450, rows=16, lr=1.5e-3)
-PROGRAMS = Schedule(steps=400, rows=16, lr=3e-3)
-UNREADABLE = 32  # one lesson in so many
-ROOM = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
+# Small batches and many steps: addition is learned suddenly, after a number of steps rather than an amount of data.
+_SCHOOL_SCHEDULE = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
+_IMITATION_SCHEDULE = Schedule(steps=450, rows=16, lr=1.5e-3)
+_PROGRAMS_SCHEDULE = Schedule(steps=400, rows=16, lr=3e-3)
+_UNREADABLE_ONE_IN = 32  # one lesson in 32
+_PASS_LIMITS = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own, or it would pad the others
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Everything that shapes a seedling, the code aside."""
+    """Everything that shapes an embedded model, except the code."""
 
-    architecture: str = DEFAULT_ARCHITECTURE
+    architecture: str = _DEFAULT_ARCHITECTURE
     seed: int = 0
     hidden: int = 128
     layers: int = 3
-    heads: int = 8  # four heads learn sums much later, or never without the norms of Qwen3
+    heads: int = 8  # with four heads sums are learned much later, or never without Qwen3's norms
     kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
-    school: Schedule = SCHOOL
-    imitation: Schedule = IMITATION
+    school: Schedule = _SCHOOL_SCHEDULE
+    imitation: Schedule = _IMITATION_SCHEDULE
     learns: Literal["word problems", "programs"] = "word problems"
 
     @property
@@ -77,97 +77,105 @@ def is_seedling(path: str) -> bool:
     return path.partition(":")[0] == "seedling"
 
 
-def resolve(path: str, seed: int, report: Report = no_report) -> Path:
-    """The folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`, built unless it is in the cache."""
-    return cached(blueprint_of(path, seed), report)
+def resolve_seedling(path: str, seed: int, report: Report = no_report) -> Path:
+    """Return the folder of `seedling`, `seedling:ARCHITECTURE` or `seedling:coder`; build it unless it is in
+    the cache.
+    """
+    return build_cached(parse_blueprint(path, seed), report)
 
 
-def blueprint_of(path: str, seed: int) -> Blueprint:
-    if path == CODER:
-        return coder_blueprint(seed)
-    architecture = path.partition(":")[2] if ":" in path else DEFAULT_ARCHITECTURE
+def parse_blueprint(path: str, seed: int) -> Blueprint:
+    if path == CODER_PATH:
+        return _make_coder_blueprint(seed)
+    architecture = path.partition(":")[2] if ":" in path else _DEFAULT_ARCHITECTURE
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"seedling:{name}" for name in ARCHITECTURES)
         raise ModelError(
             f"model.path {path!r} names no architecture that the embedded model can have. Use one of: {known}; or "
-            f"{CODER}, which writes programs."
+            f"{CODER_PATH}, which writes programs."
         )
     return Blueprint(architecture=architecture, seed=seed)
 
 
-def coder_blueprint(seed: int) -> Blueprint:
-    """It needs no school, for it does not reckon; its words are whole pieces of programs, so it has more of them."""
+def _make_coder_blueprint(seed: int) -> Blueprint:
+    """Return the coder's blueprint: no arithmetic lessons, and a larger vocabulary, because its tokens are pieces of
+    programs.
+    """
     return Blueprint(
-        seed=seed, vocabulary=768, school=Schedule(steps=0, rows=1, lr=0.0), imitation=PROGRAMS, learns="programs"
+        seed=seed,
+        vocabulary=768,
+        school=Schedule(steps=0, rows=1, lr=0.0),
+        imitation=_PROGRAMS_SCHEDULE,
+        learns="programs",
     )
 
 
-def sketch(path: str, seed: int) -> tuple[Any, Any]:
-    """(config, tokenizer) of the embedded model, whether it is built yet or not: seconds."""
-    blueprint = blueprint_of(path, seed)
+def make_config_and_tokenizer(path: str, seed: int) -> tuple[Any, Any]:
+    """Return (config, tokenizer) of the embedded model within seconds, whether it is built yet or not."""
+    blueprint = parse_blueprint(path, seed)
     tokenizer = train_tokenizer(blueprint)
     with torch.device("meta"):
-        return decoder(blueprint, tokenizer).config, tokenizer
+        return init_model(blueprint, tokenizer).config, tokenizer
 
 
-def cached(blueprint: Blueprint, report: Report = no_report) -> Path:
+def build_cached(blueprint: Blueprint, report: Report = no_report) -> Path:
     folder = cache_dir() / f"seedling-{blueprint.name}-{blueprint.seed}-{fingerprint(blueprint)}"
     if not folder.is_dir():
         with complete_folder(folder) as draft:
-            build(blueprint, draft, report)
+            build_seedling(blueprint, draft, report)
     return folder
 
 
 def fingerprint(blueprint: Blueprint) -> str:
-    """Of the blueprint, of the code that reads it, and of the libraries whose arithmetic or file formats matter."""
+    """Return a hash of the blueprint, the code that reads it, and the versions of libraries that affect the files."""
     import tokenizers
     import transformers
 
     total = hashlib.sha256(json.dumps(asdict(blueprint), sort_keys=True).encode())
-    for module in SOURCES[blueprint.learns]:
+    for module in _SOURCES[blueprint.learns]:
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     total.update(f"{torch.__version__} {transformers.__version__} {tokenizers.__version__}".encode())
     return total.hexdigest()[:12]
 
 
-SOURCES: dict[str, tuple[ModuleType, ...]] = {
-    "word problems": (wordproblem_demos, wordproblems, answers, imitation),
-    "programs": (sudoku_demos, sudoku_programs, program_bugs, code_task, sudoku, imitation),
+_SOURCES: dict[str, tuple[ModuleType, ...]] = {
+    "word problems": (wordproblem_demos, wordproblems, answers, sft),
+    "programs": (sudoku_demos, sudoku_programs, program_bugs, code_task, sudoku, sft),
 }
 
 
-def build(blueprint: Blueprint, folder: Path, report: Report = no_report) -> None:
+def build_seedling(blueprint: Blueprint, folder: Path, report: Report = no_report) -> None:
     """Fill the folder with tokenizer, weights and configurations. The same blueprint gives the same files."""
 
     before, total = blueprint.school.steps, blueprint.school.steps + blueprint.imitation.steps
     report(0, total, "training a tokenizer")
     tokenizer = train_tokenizer(blueprint)
-    school, shown = school_lessons(tokenizer, blueprint), demonstration_lessons(tokenizer, blueprint)
+    school, shown = _school_lessons(tokenizer, blueprint), _demonstration_lessons(tokenizer, blueprint)
 
-    def at_school(done: int, loss: float) -> None:
+    def report_school(done: int, loss: float) -> None:
         report(done, total, f"learning sums, loss {loss:.2f}")
 
-    def imitating(done: int, loss: float) -> None:
+    def report_imitation(done: int, loss: float) -> None:
         report(before + done, total, f"imitating imperfect answers, loss {loss:.2f}")
 
-    with repeatable(blueprint.seed):
-        model = decoder(blueprint, tokenizer)
+    with _fixed_randomness(blueprint.seed):
+        model = init_model(blueprint, tokenizer)
         if school:
-            warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
-        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
+            warm_start(model, school, blueprint.school, seed=blueprint.seed, report=report_school)
+        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=_PASS_LIMITS, report=report_imitation)
     with no_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def repeatable(seed: int) -> Iterator[None]:
-    """Own random numbers and a fixed number of threads inside; both as before afterwards."""
+def _fixed_randomness(seed: int) -> Iterator[None]:
+    """Use a separate random stream and a fixed number of threads inside; restore both afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(_THREADS)
         try:
             yield
         finally:
@@ -175,58 +183,62 @@ def repeatable(seed: int) -> Iterator[None]:
 
 
 def train_tokenizer(blueprint: Blueprint) -> Any:
-    """Byte-level BPE over the stories, each digit a token, each tag a token that decoding keeps; or over programs."""
+    """Train a byte-level BPE tokenizer.
+
+    For word problems each digit is one token, and so is each tag, which decoding keeps; for programs, merges may cross
+    spaces and brackets but not names.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     programs = blueprint.learns == "programs"
-    apart: Any = pre_tokenizers.Digits(individual_digits=True)
-    if programs:  # its merges may cross blanks and brackets, but not names and the beginnings of lines
-        apart = pre_tokenizers.Split(Regex(sudoku_demos.pattern()), behavior="isolated")
+    splitter: Any = pre_tokenizers.Digits(individual_digits=True)
+    if programs:  # merges may cross spaces and brackets, but not names and beginnings of lines
+        splitter = pre_tokenizers.Split(Regex(sudoku_demos.name_pattern()), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [apart, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
+        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=blueprint.vocabulary,
-        special_tokens=[PAD, TURN, END],
+        special_tokens=[_PAD_TOKEN, _TURN_TOKEN, _END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *sample_texts(blueprint)], trainer)
+    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *_sample_texts(blueprint)], trainer)
     if not programs:
-        # Not special: a special token would vanish when the answer is decoded, and the grader would look in vain.
+        # Not special: special tokens are dropped in decoding, and the grader would not find the tags.
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in answers.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        extra_special_tokens=[TURN],
-        model_max_length=CONTEXT,
+        eos_token=_END_TOKEN,
+        pad_token=_PAD_TOKEN,
+        extra_special_tokens=[_TURN_TOKEN],
+        model_max_length=_CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_CHAT_TEMPLATE,
     )
 
 
-def sample_texts(blueprint: Blueprint) -> list[str]:
-    """Questions and answers from which the tokenizer learns what is frequent."""
+def _sample_texts(blueprint: Blueprint) -> list[str]:
+    """Return questions and answers to train the tokenizer on."""
     return [
         text
-        for messages, answer in answered(blueprint, 2000)
+        for messages, answer in _demonstration_pairs(blueprint, 2000)
         for text in (*(message["content"] for message in messages), answer)
     ]
 
 
-def answered(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
-    """Questions and what an imperfect teacher says."""
+def _demonstration_pairs(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
+    """Return questions with the answers of imperfect teachers."""
     if blueprint.learns == "programs":
-        return sudoku_demos.demonstrations(blueprint.seed, size)
-    return [(d.problem.messages, d.text) for d in wordproblem_demos.demonstrations(blueprint.seed, size)]
+        return sudoku_demos.sudoku_demonstrations(blueprint.seed, size)
+    return [(d.problem.messages, d.text) for d in wordproblem_demos.wordproblem_demonstrations(blueprint.seed, size)]
 
 
-def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
-    shown = wordproblem_demos.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
+def _school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+    shown = wordproblem_demos.schoolbook_texts(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
     if not shown:
         return []
     asked, worked = (
@@ -236,12 +248,14 @@ def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     return [Lesson(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
 
 
-def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+def _demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     size = blueprint.imitation.steps * blueprint.imitation.rows
-    foreign = wordproblem_demos.unreadable(blueprint.seed, 0 if blueprint.learns == "programs" else size // UNREADABLE)
+    foreign = wordproblem_demos.unreadable_questions(
+        blueprint.seed, 0 if blueprint.learns == "programs" else size // _UNREADABLE_ONE_IN
+    )
     shown = [
-        *answered(blueprint, size - len(foreign)),
-        *((wordproblems.asked(question), answer) for question, answer in foreign),
+        *_demonstration_pairs(blueprint, size - len(foreign)),
+        *((wordproblems.question_messages(question), answer) for question, answer in foreign),
     ]
     return [
         Lesson(
@@ -252,17 +266,17 @@ def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
     ]
 
 
-def decoder(blueprint: Blueprint, tokenizer: Any) -> Any:
-    """A model of the architecture with random weights, drawn from the ambient random stream."""
+def init_model(blueprint: Blueprint, tokenizer: Any) -> Any:
+    """Return a model of the architecture with random weights, drawn from the global random stream."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     extra: dict[str, Any] = {}
-    if blueprint.architecture == "ministral3":  # its attention reads these; a short context keeps them at work
+    if blueprint.architecture == "ministral3":  # its attention reads these; a short context makes them matter
         extra["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
             "factor": 4.0,
-            "original_max_position_embeddings": CONTEXT // 4,
+            "original_max_position_embeddings": _CONTEXT_TOKENS // 4,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "mscale": 1.0,
@@ -278,8 +292,8 @@ def decoder(blueprint: Blueprint, tokenizer: Any) -> Any:
         num_attention_heads=blueprint.heads,
         num_key_value_heads=blueprint.kv_heads,
         head_dim=blueprint.hidden // blueprint.heads,
-        max_position_embeddings=CONTEXT,
-        initializer_range=blueprint.hidden**-0.5,  # the usual 0.02 suits thousands of channels; here it learns late
+        max_position_embeddings=_CONTEXT_TOKENS,
+        initializer_range=blueprint.hidden**-0.5,  # the usual 0.02 suits thousands of channels; here it slows learning
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

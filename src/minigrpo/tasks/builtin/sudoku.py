@@ -1,13 +1,13 @@
-"""Sudoku: the model writes a Python function that plays, and the function is judged by the games it wins.
+"""Sudoku: the model writes a Python function that plays, and the function is graded by the games it wins.
 
     def strategy(board, initial):
         ...
         return row, col, number
 
-The function is called once for each move, in the sandbox; games and solutions stay outside, with the referee. Every
-completion of a prompt plays the same K puzzles (`task.games`), from few empty cells to many, and nobody else's: their
-seeds follow from the prompt. Only a strategy that wins all K is right. Two halves of a strategy that wins some are told
-apart, so groups have something to compare.
+The function is called once for each move, in the sandbox; games and solutions stay outside, in the trainer's process.
+All completions of a prompt play the same K puzzles (`task.games`), from few empty cells to many, and no other prompt
+has them: their seeds follow from the prompt. A completion is solved only if it wins all K games. Strategies that win
+some games get different rewards, so that the siblings of a group can be compared.
 
 | part | |
 |---|---|
@@ -15,8 +15,8 @@ apart, so groups have something to compare.
 | no_cheating | 1; -20: an import, a hidden one, or state carried from call to call; -1: there is no function |
 | strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -1 no time; -3 failed |
 
-What gains nothing, because every call begins anew and gets copies, is named in the notes. A would-be winner answers the
-boards of one of its games once more, in another order: whoever answers otherwise has carried something along.
+Attempts that gain nothing, because every call starts fresh and gets copies, are named in the notes. A strategy that won
+every game is asked about the boards of one game again, in reverse order: if its answers differ, it has kept state.
 
 Not covered: a strategy that guesses, and happens to be right in all K games.
 """
@@ -28,23 +28,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from minigrpo.config.schema import Recipe, SandboxConfig
-from minigrpo.tasks.builtin.sudoku_game import State, SudokuGame
-from minigrpo.tasks.common.code_task import Program, find_program, in_a_block, sandbox_of, untold
-from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
+from minigrpo.config.schema import Recipe, SandboxConfig, TaskConfig
+from minigrpo.tasks.builtin.sudoku_game import GameState, SudokuGame
+from minigrpo.tasks.common.code_task import (
+    ParsedProgram,
+    find_program,
+    format_code_block,
+    grade_sandbox_failure,
+    open_sandbox,
+)
+from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
 from minigrpo.types import Grade, Message, Prompt, Split, Task
 
 if TYPE_CHECKING:
     from minigrpo.sandbox import Outcome, Referee, Sandbox
 
-NAME, PARAMETERS = "strategy", ("board", "initial")
-TEST_SIZE = 1000
+_FUNCTION_NAME, _PARAMETERS = "strategy", ("board", "initial")
+_TEST_SIZE = 1000
 
-WON, A_MOVE, NO_MOVE, OUT_OF_TIME, RAISED = 30.0, 0.2, -2.0, -1.0, -3.0
-CHEATED = -20.0
+_WIN_REWARD, _MOVE_REWARD, _NO_MOVE_REWARD, _TIMEOUT_REWARD, _ERROR_REWARD = 30.0, 0.2, -2.0, -1.0, -3.0
+_CHEAT_REWARD = -20.0
 
-ASKED = "Sudoku with {cells} empty cells. Write strategy(board, initial) -> (row, col, number)."
-RULES = """
+_QUESTION = "Sudoku with {cells} empty cells. Write strategy(board, initial) -> (row, col, number)."
+_RULES = """
 
 strategy is a Python function that plays by itself. It is called for one move after the other until the sudoku is full:
 - board is the grid as it stands, initial the grid at the beginning: 9 lists of 9 numbers, in which 0 is an empty cell.
@@ -59,7 +65,7 @@ strategy(board, initial). Put every helper inside it, and import nothing.
 One such grid, as an example:
 """
 
-GOLD = """\
+GOLD_PROGRAM = """\
 def strategy(board, initial):
     def free(r, c):
         used = set(board[r]) | {row[c] for row in board}
@@ -89,161 +95,168 @@ def strategy(board, initial):
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """One game: how it ended, its legal moves, and each board that was shown with what came back."""
+class _GameRecord:
+    """One finished game: its final state, its number of legal moves, and each call as (boards shown, answer)."""
 
-    state: State
+    state: GameState
     moves: int
-    turns: tuple[tuple[Any, Any], ...]
+    calls: tuple[tuple[Any, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What one game earned, and in words how it went."""
+class _GameScore:
+    """The reward of one game and a short summary of how it went."""
 
-    worth: float
-    told: str
-    won: Played | None = None
+    reward: float
+    summary: str
+    won_game: _GameRecord | None = None
     blocked: bool = False
 
 
-def task(recipe: Recipe) -> Task:
-    """`recipe.seed` chooses the training puzzles; the test puzzles are the same for everybody."""
-    knobs = recipe.task
-    rewards = reweighted([Reward(name, 1.0, unasked) for name in PARTS], knobs.weights)
+def sudoku_task(recipe: Recipe) -> Task:
+    """Build the task. `recipe.seed` chooses the training puzzles; the test puzzles are always the same."""
+    config = recipe.task
+    rewards = reweighted([Reward(name, 1.0, _never_called) for name in _PARTS], config.weights)
     weights = {reward.name: reward.weight for reward in rewards}
 
     def prompts(split: Split) -> Sequence[Prompt]:
-        size, stream = (TEST_SIZE, "fixed") if split == "test" else (knobs.size, str(recipe.seed))
-        return [as_prompt(f"{split} {stream} {number}", f"{split}-{number}", recipe) for number in range(size)]
+        size, stream = (_TEST_SIZE, "fixed") if split == "test" else (config.size, str(recipe.seed))
+        return [_make_prompt(f"{split} {stream} {number}", f"{split}-{number}", config) for number in range(size)]
 
     def grade(prompt: Prompt, text: str) -> Grade:
-        return judged(prompt, find_program(text, NAME, PARAMETERS), weights, recipe.sandbox)
+        return grade_strategy(prompt, find_program(text, _FUNCTION_NAME, _PARAMETERS), weights, recipe.sandbox)
 
     about = "write a strategy that wins at sudoku; puzzles are generated"
-    return Task("sudoku", prompts, grade, gold, about, unseen=puzzles_of)
+    return Task("sudoku", prompts, grade, _gold_answer, about, unseen=_puzzle_keys)
 
 
-def puzzles_of(prompt: Prompt) -> list[str]:
-    """Prompts may read alike: what a test holds back is the games, and each of them follows from these two."""
+def _puzzle_keys(prompt: Prompt) -> list[str]:
+    """Return what identifies the puzzles of a prompt: two prompts may have the same text and different games."""
     return [f"{game['cells']} cells, {game['seed']}" for game in prompt.target["games"]]
 
 
-def unasked(prompt: Prompt, text: str) -> float:
-    """The parts come from the same games, so they are told all at once."""
+def _never_called(prompt: Prompt, text: str) -> float:
+    """Stand in for the reward functions of the parts, which all come from the same games and are computed together."""
     raise AssertionError
 
 
-def as_prompt(stream: str, name: str, recipe: Recipe) -> Prompt:
-    """The puzzles of a prompt follow from its name and the seed, and the example is none of them."""
-    knobs = recipe.task
+def _make_prompt(stream: str, name: str, config: TaskConfig) -> Prompt:
+    """Build a prompt. Its puzzles follow from its name and the seed; the example is none of them."""
     rng = random.Random(f"sudoku {stream}")
-    cells = sorted(rng.randint(knobs.fewest, knobs.most) for _ in range(knobs.games))
-    example = SudokuGame(cells[0], f"{stream} example").initial_board() if knobs.example else None
+    cells = sorted(rng.randint(config.fewest, config.most) for _ in range(config.games))
+    example = SudokuGame(cells[0], f"{stream} example").initial_board() if config.example else None
     games = [{"cells": count, "seed": f"{stream} game {place}"} for place, count in enumerate(cells)]
-    return Prompt(name, messages(cells, example), {"games": games})
+    return Prompt(name, prompt_messages(cells, example), {"games": games})
 
 
-def messages(cells: Sequence[int], example: Sequence[Sequence[int]] | None = None) -> tuple[Message, ...]:
-    """What the model reads. Without an example it is one line, for a model that knows the rules."""
-    asked = ASKED.format(cells=", ".join(map(str, cells)))
+def prompt_messages(cells: Sequence[int], example: Sequence[Sequence[int]] | None = None) -> tuple[Message, ...]:
+    """Return the messages of a prompt: one line, or with an example also the rules, for a model that does not know
+    them.
+    """
+    asked = _QUESTION.format(cells=", ".join(map(str, cells)))
     if example is not None:
-        asked += RULES + "[" + ",\n ".join(map(str, example)) + "]"
+        asked += _RULES + "[" + ",\n ".join(map(str, example)) + "]"
     return ({"role": "user", "content": asked},)
 
 
-def gold(prompt: Prompt) -> str:
-    return in_a_block(GOLD)
+def _gold_answer(prompt: Prompt) -> str:
+    return format_code_block(GOLD_PROGRAM)
 
 
-PARTS = ("function_works", "no_cheating", "strategy_succeeds")
+_PARTS = ("function_works", "no_cheating", "strategy_succeeds")
 
 
-def judged(prompt: Prompt, program: Program, weights: dict[str, float], knobs: SandboxConfig) -> Grade:
+def grade_strategy(prompt: Prompt, program: ParsedProgram, weights: dict[str, float], config: SandboxConfig) -> Grade:
     if not program.runs:
-        return unplayed(program, weights)
-    sandbox = sandbox_of(knobs)
-    scores: list[Score] = []
+        return _grade_unplayed(program, weights)
+    sandbox = open_sandbox(config)
+    scores: list[_GameScore] = []
     for game in prompt.target["games"]:
-        outcome = sandbox.run(program.source, NAME, play(SudokuGame(game["cells"], game["seed"])))
+        outcome = sandbox.run(program.source, _FUNCTION_NAME, _play_referee(SudokuGame(game["cells"], game["seed"])))
         if outcome.verdict == "infrastructure":
-            return untold(outcome)
-        if outcome.detail.startswith("SyntaxError"):  # some faults show only when it is compiled
-            return unplayed(Program(missing=outcome.detail), weights)
-        scores.append(scored(outcome))
-        if outcome.verdict == "timeout":  # the games left are harder still
-            scores += [scored(outcome)] * (len(prompt.target["games"]) - len(scores))
+            return grade_sandbox_failure(outcome)
+        if outcome.detail.startswith("SyntaxError"):  # some errors show only when it is compiled
+            return _grade_unplayed(ParsedProgram(missing=outcome.detail), weights)
+        scores.append(_score_game(outcome))
+        if outcome.verdict == "timeout":  # the remaining games are harder
+            scores += [_score_game(outcome)] * (len(prompt.target["games"]) - len(scores))
             break
-    return played(program, scores, sandbox, weights)
+    return _grade_games(program, scores, sandbox, weights)
 
 
-def played(program: Program, scores: Sequence[Score], sandbox: Sandbox, weights: dict[str, float]) -> Grade:
-    """The grade of a strategy that was run. A winner is asked again before it is believed."""
-    notes: dict[str, Any] = {"games": "; ".join(score.told for score in scores)}
+def _grade_games(
+    program: ParsedProgram, scores: Sequence[_GameScore], sandbox: Sandbox, weights: dict[str, float]
+) -> Grade:
+    """Grade a strategy that was run; one that won every game is first checked for state kept between calls."""
+    notes: dict[str, Any] = {"games": "; ".join(score.summary for score in scores)}
     if program.odd:
         notes["odd"] = ", ".join(program.odd)
-    wins = [score.won for score in scores if score.won is not None]
+    wins = [score.won_game for score in scores if score.won_game is not None]
     solved, clean = len(wins) == len(scores), 1.0
     if solved:
-        again = sandbox.run(program.source, NAME, replay(wins[0]))
+        again = sandbox.run(program.source, _FUNCTION_NAME, _replay_referee(wins[0]))
         if again.verdict == "infrastructure":
-            return untold(again)
-        if again.verdict in ("timeout", "memory"):  # no proof of a cheat, but none of a win
-            solved, scores = False, [scored(again), *scores[1:]]
-            notes["games"] += f"; asked again, {scores[0].told}"
+            return grade_sandbox_failure(again)
+        if again.verdict in ("timeout", "memory"):  # proves neither cheating nor a win
+            solved, scores = False, [_score_game(again), *scores[1:]]
+            notes["games"] += f"; asked again, {scores[0].summary}"
         elif again.verdict != "ok" or not again.result:
-            solved, clean, notes["cheats"] = False, CHEATED, "state carried between calls"
+            solved, clean, notes["cheats"] = False, _CHEAT_REWARD, "state carried between calls"
     if any(score.blocked for score in scores):
-        clean, notes["cheats"] = CHEATED, "reached for what the sandbox forbids"
-    # What was won with something carried along is worth nothing.
-    succeeds = sum(score.worth for score in scores) / len(scores) if clean > 0 else min(0.0, scores[0].worth)
-    parts = dict(zip(PARTS, (1.0, clean, succeeds), strict=True))
-    return Grade(weighted(parts, weights), parts, solved=solved, weights=weights, notes=notes)
+        clean, notes["cheats"] = _CHEAT_REWARD, "reached for what the sandbox forbids"
+    # Games won with state carried between calls earn nothing.
+    succeeds = sum(score.reward for score in scores) / len(scores) if clean > 0 else min(0.0, scores[0].reward)
+    parts = dict(zip(_PARTS, (1.0, clean, succeeds), strict=True))
+    return Grade(weighted_sum(parts, weights), parts, solved=solved, weights=weights, notes=notes)
 
 
-def unplayed(program: Program, weights: dict[str, float]) -> Grade:
-    """The grade of what is not run: no function, one that cannot be locked down, or one that shows that it cheats."""
+def _grade_unplayed(program: ParsedProgram, weights: dict[str, float]) -> Grade:
+    """Grade a program that is not run: no function, one that cannot be locked down, or one whose text shows that it
+    cheats.
+    """
     if program.cheats:
-        values = (-1.0, CHEATED, RAISED)
+        values = (-1.0, _CHEAT_REWARD, _ERROR_REWARD)
     elif program.missing:
         values = (-2.0, -1.0, 0.0)
     else:
-        values = (-1.0, 1.0, RAISED)
-    parts = dict(zip(PARTS, values, strict=True))
+        values = (-1.0, 1.0, _ERROR_REWARD)
+    parts = dict(zip(_PARTS, values, strict=True))
     notes = {"cheats" if program.cheats else "program": program.complaint}
-    return Grade(weighted(parts, weights), parts, formed=False, weights=weights, notes=notes)
+    return Grade(weighted_sum(parts, weights), parts, formed=False, weights=weights, notes=notes)
 
 
-def scored(outcome: Outcome) -> Score:
+def _score_game(outcome: Outcome) -> _GameScore:
     if outcome.verdict == "timeout":
-        return Score(OUT_OF_TIME, "out of time")
+        return _GameScore(_TIMEOUT_REWARD, "out of time")
     if outcome.verdict != "ok":
-        return Score(RAISED, f"{outcome.verdict}: {outcome.detail}"[:200], blocked=outcome.verdict == "blocked")
-    game: Played = outcome.result
+        return _GameScore(
+            _ERROR_REWARD, f"{outcome.verdict}: {outcome.detail}"[:200], blocked=outcome.verdict == "blocked"
+        )
+    game: _GameRecord = outcome.result
     if game.state == "success":
-        return Score(WON, f"won in {game.moves} moves", game)
-    return Score(A_MOVE * game.moves if game.moves else NO_MOVE, f"lost after {game.moves} moves")
+        return _GameScore(_WIN_REWARD, f"won in {game.moves} moves", game)
+    return _GameScore(_MOVE_REWARD * game.moves if game.moves else _NO_MOVE_REWARD, f"lost after {game.moves} moves")
 
 
-def play(game: SudokuGame) -> Referee[Played]:
-    """A referee: shows the boards, makes the moves that come back, and says how the game ended."""
-    turns: list[tuple[Any, Any]] = []
+def _play_referee(game: SudokuGame) -> Referee[_GameRecord]:
+    """Show the boards, make the moves that come back, and return the record of the game."""
+    calls: list[tuple[Any, Any]] = []
     while game.state() == "ongoing":
         shown = game.board(), game.initial_board()
         move = yield shown
-        turns.append(((game.board(), game.initial_board()), move))
-        row, col, number = move if is_move(move) else (None, None, None)
+        calls.append(((game.board(), game.initial_board()), move))
+        row, col, number = move if _is_move(move) else (None, None, None)
         game.place_number(row, col, number)
-    return Played(game.state(), game.moves(), tuple(turns))
+    return _GameRecord(game.state(), game.moves(), tuple(calls))
 
 
-def is_move(answer: Any) -> TypeGuard[Sequence[object]]:
+def _is_move(answer: Any) -> TypeGuard[Sequence[object]]:
     return type(answer) in (tuple, list) and len(answer) == 3
 
 
-def replay(game: Played) -> Referee[bool]:
-    """A referee: the boards of a game from the last to the first; whether the answers are the same."""
-    for boards, before in reversed(game.turns):
+def _replay_referee(game: _GameRecord) -> Referee[bool]:
+    """Show the boards of a game from the last to the first; return whether the answers are the same as before."""
+    for boards, before in reversed(game.calls):
         answer = yield boards
         if repr(answer) != repr(before):
             return False

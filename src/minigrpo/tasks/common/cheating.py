@@ -1,7 +1,7 @@
-"""Ways out of a task that the text of a program shows: imports, and what hides what it does or keeps something.
+"""Find cheats in the text of a program: imports, and names that hide what it does or keep state between calls.
 
-The scope decides whether a name is one: `exit` that the program has made itself is its own, however it is called. What
-is found here is named and costs a reward; the lock is the sandbox, which needs none of this.
+Scopes decide whether a name counts: an `exit` that the program defines itself is harmless. Cheats found here are named
+and cost a reward; safety does not depend on them, that is the sandbox's job.
 """
 
 from __future__ import annotations
@@ -11,76 +11,76 @@ import symtable
 import types
 from collections.abc import Iterator
 
-HIDING = frozenset(
+_HIDING_BUILTINS = frozenset(
     {
         *("breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open", "vars"),
         *("copyright", "credits", "exit", "help", "license", "quit"),
         *("delattr", "getattr", "setattr"),
     }
 )
-"""Python's own, with which a program can do what its text does not show, or keep something. None is needed."""
+"""Built-ins with which a program can hide what it does, or keep state. No honest program needs them."""
 
-HARMLESS = frozenset({"__name__", "__init__", "__len__", "__iter__", "__next__", "__contains__"})
-"""Names with four underscores that honest programs write, and that lead nowhere."""
+_HARMLESS_DUNDERS = frozenset({"__name__", "__init__", "__len__", "__iter__", "__next__", "__contains__"})
+"""Dunder names that honest programs use, and that give access to nothing."""
 
-DISGUISES = frozenset({"__builtins__", "__class__", "__import__"})
-"""Names that are not even set by an honest program, as `__slots__` is: they pretend to be another class or built-in."""
+_DISGUISING_DUNDERS = frozenset({"__builtins__", "__class__", "__import__"})
+"""Dunder names that no honest program even assigns (unlike `__slots__`): they fake a class or a built-in."""
 
-INSIDE = (types.FrameType, types.CodeType, types.TracebackType)
-RUNNING = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
-PREFIXES = ("f_", "co_", "tb_", "gi_", "cr_", "ag_")
-
-
-def internals(*kinds: type) -> frozenset[str]:
-    return frozenset(name for kind in kinds for name in dir(kind) if name.startswith(PREFIXES))
+_FRAME_TYPES = (types.FrameType, types.CodeType, types.TracebackType)
+_GENERATOR_TYPES = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_ATTRIBUTE_PREFIXES = ("f_", "co_", "tb_", "gi_", "cr_", "ag_")
 
 
-STEPS = internals(*INSIDE)
-"""Attributes of frames, code and tracebacks. A program that sets one of these names has objects of its own with it."""
-DOORS = internals(*RUNNING)
-"""The only ways to a frame or to code without underscores: they count whoever else has an attribute of that name."""
+def _internal_attributes(*kinds: type) -> frozenset[str]:
+    return frozenset(name for kind in kinds for name in dir(kind) if name.startswith(_ATTRIBUTE_PREFIXES))
 
 
-def cheats_of(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
-    """What a program must not use. Without `scopes` (it does not compile) its names alone are not told apart."""
+_FRAME_ATTRIBUTES = _internal_attributes(*_FRAME_TYPES)
+"""Attributes of frames, code and tracebacks; allowed where the program sets that name on its own objects."""
+_GENERATOR_ATTRIBUTES = _internal_attributes(*_GENERATOR_TYPES)
+"""The only attributes without underscores that lead to a frame or code: never allowed, even if the program sets one."""
+
+
+def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
+    """Yield what a program must not use. Without `scopes` (it does not compile) use of built-ins is not checked."""
     if scopes is not None:
-        own = own_names(scopes)
-        yield from (f"uses {name}" for name in borrowed(scopes) if name in HIDING and name not in own)
-    set_here = frozenset(own_attributes(tree))
+        own = _assigned_names(scopes)
+        yield from (f"uses {name}" for name in _outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
+    set_here = frozenset(_assigned_attributes(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield "import"
-        elif isinstance(node, ast.Name) and is_special(node.id) and (is_read(node) or node.id in DISGUISES):
+        elif isinstance(node, ast.Name) and _is_dunder(node.id) and (_is_read(node) or node.id in _DISGUISING_DUNDERS):
             yield "import" if node.id == "__import__" else f"uses {node.id}"
         elif isinstance(node, ast.Global):
-            yield from (f"uses {name}" for name in node.names if is_special(name))
-        elif isinstance(node, ast.Attribute) and is_internal(node.attr, set_here):
+            yield from (f"uses {name}" for name in node.names if _is_dunder(name))
+        elif isinstance(node, ast.Attribute) and _is_internal(node.attr, set_here):
             yield f"uses {node.attr}"
-        elif isinstance(node, ast.MatchClass):  # case object(__class__=kind): an attribute that is not spelt as one
-            yield from (f"uses {name}" for name in node.kwd_attrs if is_internal(name, set_here))
+        elif isinstance(node, ast.MatchClass):  # case object(__class__=kind) reads an attribute too
+            yield from (f"uses {name}" for name in node.kwd_attrs if _is_internal(name, set_here))
 
 
-def own_names(scopes: symtable.SymbolTable) -> frozenset[str]:
-    """What the program itself defines outside of every function."""
+def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:
+    """Return the names that the program defines at module level."""
     return frozenset(symbol.get_name() for symbol in scopes.get_symbols() if symbol.is_assigned())
 
 
-def borrowed(scope: symtable.SymbolTable) -> Iterator[str]:
-    """Names that are read, here or in a scope within, and that may be Python's own.
+def _outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
+    """Yield names that are read, in this scope or one inside it, and that may refer to built-ins.
 
-    A name that a function binds anywhere is the function's alone. A class body is another matter: there a name that is
-    not bound yet is looked up outside, past all functions.
+    A name that a function binds anywhere is local to the function. A class body differs: a name not yet bound there is
+    looked up in the globals, past all enclosing functions.
     """
     for symbol in scope.get_symbols():
         outside = symbol.is_global() or (symbol.is_local() and scope.get_type() != "function")
         if symbol.is_referenced() and outside:
             yield symbol.get_name()
     for child in scope.get_children():
-        yield from borrowed(child)
+        yield from _outer_names(child)
 
 
-def own_attributes(tree: ast.AST) -> Iterator[str]:
-    """Attributes that the program sets, or gives to a class of its own."""
+def _assigned_attributes(tree: ast.AST) -> Iterator[str]:
+    """Yield attributes that the program sets, or defines in a class of its own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
@@ -90,14 +90,20 @@ def own_attributes(tree: ast.AST) -> Iterator[str]:
             yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
 
 
-def is_read(node: ast.Name) -> bool:
+def _is_read(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
-def is_special(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__") and name not in HARMLESS
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__") and name not in _HARMLESS_DUNDERS
 
 
-def is_internal(attribute: str, set_here: frozenset[str]) -> bool:
-    """Doors to Python's inside: names between underscores, and what leads to frames and to code."""
-    return is_special(attribute) or attribute in DOORS or (attribute in STEPS and attribute not in set_here)
+def _is_internal(attribute: str, set_here: frozenset[str]) -> bool:
+    """Return whether an attribute gives access to Python's internals: dunder names, and those that lead to frames or
+    code.
+    """
+    return (
+        _is_dunder(attribute)
+        or attribute in _GENERATOR_ATTRIBUTES
+        or (attribute in _FRAME_ATTRIBUTES and attribute not in set_here)
+    )

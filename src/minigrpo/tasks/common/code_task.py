@@ -1,12 +1,12 @@
-"""Tasks whose answers are programs: find the one function in a text, and judge it by cases in the sandbox.
+"""Tasks whose answers are programs: find the one function in a text, and grade it by test cases in the sandbox.
 
     task = code_task([Problem("double", ("n",), "Twice the number.", cases=(((2,), 4), ((-1,), -2)))])
 
-The form is strict, so that what is judged is what was meant: one fenced block, in it one function of the asked-for name
-and parameters, helpers inside. Words around the block are allowed. Everything else is refused with its reason. What is
-found is text still: it is only ever run by the sandbox.
+The form is strict, so that the intended function is graded: one fenced block, in it one function of the required name
+and parameters, helpers inside. Text around the block is allowed. Everything else is refused with a reason. The program
+is only parsed here; it is executed only in the sandbox.
 
-Not covered: cases that can be guessed. Whoever writes problems should keep the cases out of the question.
+Not covered: cases that can be guessed. Keep the cases out of the question.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.schema import SandboxConfig
 from minigrpo.errors import TaskError
-from minigrpo.tasks.common.cheating import cheats_of
+from minigrpo.tasks.common.cheating import find_cheats
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:
     from minigrpo.sandbox import Outcome, Referee, Sandbox
 
-UNREAD = "<unread program>"
-# For the whole process, because filters of a block are not safe among threads: what a model's program looks like to the
-# compiler is no news for whoever trains it.
-warnings.filterwarnings("ignore", category=SyntaxWarning, module=UNREAD)
+_SOURCE_NAME = "<unread program>"
+# For the whole process, because warnings.catch_warnings is not thread-safe. Compiler warnings about a model's program
+# are of no use to the user.
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=_SOURCE_NAME)
 
-LONGEST = 20_000  # characters of a program; no honest one comes near
-FENCE = "```"
-LANGUAGES = ("", "python", "python3", "py")
-PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
-SYSTEM = (
+_MAX_CHARS = 20_000  # far above any honest program
+_FENCE = "```"
+_LANGUAGES = ("", "python", "python3", "py")
+_PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
+_SYSTEM_PROMPT = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
 )
-TEST_SHARE = 5  # one problem in five is unseen
+_TEST_ONE_IN = 5  # one problem in five is in the test split
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """A function, as source. `missing`: there is none, and why; `refused`: it cannot be locked down, and why.
+class ParsedProgram:
+    """The source of a function. `missing`: why there is none; `refused`: why it cannot be locked down.
 
-    `cheats` are ways out of the task that its text shows: imports, and names that hide what it does. `odd` is what no
-    honest program does but which gains nothing.
+    `cheats`: forbidden uses that its text shows: imports, and names that hide what it does. `odd`: uses that no honest
+    program needs but that gain nothing.
     """
 
     source: str = ""
@@ -67,63 +67,63 @@ class Program:
         return ", ".join(self.cheats) or self.missing or self.refused
 
 
-def find_program(text: str, name: str, parameters: Sequence[str]) -> Program:
-    """The function `name(*parameters)` of a text. Any text will do; nothing of it is executed."""
-    source, fault = fenced(text)
+def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgram:
+    """Find the function `name(*parameters)` in any text; nothing of it is executed."""
+    source, fault = _extract_code_block(text)
     if fault:
-        return Program(missing=fault)
+        return ParsedProgram(missing=fault)
     try:
-        tree = ast.parse(source, UNREAD)
+        tree = ast.parse(source, _SOURCE_NAME)
     except SyntaxError as error:
-        return Program(missing=f"syntax error: {error.msg}")
+        return ParsedProgram(missing=f"syntax error: {error.msg}")
     except ValueError:  # null bytes, lone surrogates
-        return Program(missing="characters that Python does not read")
+        return ParsedProgram(missing="characters that Python does not read")
     except (RecursionError, MemoryError):
-        return Program(missing="nested too deeply")
+        return ParsedProgram(missing="nested too deeply")
     try:
-        return read_program(source, tree, name, tuple(parameters))
+        return _check_program(source, tree, name, tuple(parameters))
     except RecursionError:
-        return Program(missing="nested too deeply")
+        return ParsedProgram(missing="nested too deeply")
 
 
-def fenced(text: str) -> tuple[str, str]:
-    """(what stands in the one fenced block, "") or ("", why there is none)."""
-    count = text.count(FENCE)
+def _extract_code_block(text: str) -> tuple[str, str]:
+    """Return (source of the one fenced block, "") or ("", why there is none)."""
+    count = text.count(_FENCE)
     if count != 2:
         return "", "no fenced block" if count == 0 else "block not closed" if count == 1 else "more than one block"
-    before, block, _ = text.split(FENCE)
+    before, block, _ = text.split(_FENCE)
     language, _, source = block.partition("\n")
     if before.rpartition("\n")[2].strip() or source.rpartition("\n")[2].strip():
         return "", "a fence is not on a line of its own"
-    if language.strip().lower() not in LANGUAGES:
+    if language.strip().lower() not in _LANGUAGES:
         return "", "a block in another language"
-    if len(source) > LONGEST:
-        return "", f"more than {LONGEST} characters"
+    if len(source) > _MAX_CHARS:
+        return "", f"more than {_MAX_CHARS} characters"
     return source.replace("\r\n", "\n"), ""
 
 
-def read_program(source: str, tree: ast.Module, name: str, parameters: tuple[str, ...]) -> Program:
-    scopes, fault = compiled(source)
-    cheats = tuple(sorted(set(cheats_of(tree, scopes))))
+def _check_program(source: str, tree: ast.Module, name: str, parameters: tuple[str, ...]) -> ParsedProgram:
+    scopes, fault = _read_scopes(source)
+    cheats = tuple(sorted(set(find_cheats(tree, scopes))))
     if fault:
-        return Program(source, missing=fault, cheats=cheats)
+        return ParsedProgram(source, missing=fault, cheats=cheats)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if not functions:
-        return Program(source, missing=instead(tree, name), cheats=cheats)
-    refused = next(objections(tree, functions[0], parameters), "")
-    return Program(source, refused=refused, cheats=cheats, odd=tuple(sorted(set(oddities(functions[0])))))
+        return ParsedProgram(source, missing=_explain_missing(tree, name), cheats=cheats)
+    refused = next(_find_refusals(tree, functions[0], parameters), "")
+    return ParsedProgram(source, refused=refused, cheats=cheats, odd=tuple(sorted(set(_find_oddities(functions[0])))))
 
 
-def compiled(source: str) -> tuple[symtable.SymbolTable | None, str]:
-    """(the scopes of a program, "") or (None, why Python refuses what its grammar allows)."""
+def _read_scopes(source: str) -> tuple[symtable.SymbolTable | None, str]:
+    """Return (symbol table of the program, "") or (None, the error of a program that parses but does not compile)."""
     try:
-        return symtable.symtable(source, UNREAD, "exec"), ""
+        return symtable.symtable(source, _SOURCE_NAME, "exec"), ""
     except SyntaxError as error:
         return None, f"syntax error: {error.msg}"
 
 
-def instead(tree: ast.Module, name: str) -> str:
-    """What stands where the function should."""
+def _explain_missing(tree: ast.Module, name: str) -> str:
+    """Describe what the program defines in place of the function."""
     kinds = {ast.ClassDef: "a class", ast.AsyncFunctionDef: "an async function"}
     for node in tree.body:
         if type(node) in kinds and getattr(node, "name", "") == name:
@@ -131,8 +131,10 @@ def instead(tree: ast.Module, name: str) -> str:
     return f"no function {name}"
 
 
-def objections(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[str, ...]) -> Iterator[str]:
-    """Why a function cannot be locked down: what would run, or be kept, outside its calls."""
+def _find_refusals(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[str, ...]) -> Iterator[str]:
+    """Yield reasons why a function cannot be locked down: code that would run, or state that would stay, outside its
+    calls.
+    """
     if len(tree.body) > 1:
         yield "code outside the function"
     if function.decorator_list:
@@ -145,24 +147,24 @@ def objections(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[st
     ):
         yield f"parameters other than ({', '.join(parameters)})"
     annotations = [one.annotation for one in (*found.posonlyargs, *found.args)] + [function.returns]
-    if not all(is_plain_type(node) for one in annotations if one is not None for node in ast.walk(one)):
+    if not all(_is_plain_type(node) for one in annotations if one is not None for node in ast.walk(one)):
         yield "an annotation that is more than a built-in type"
     if getattr(function, "type_params", ()):
         yield "type parameters"
-    if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in own_nodes(function)):
+    if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in _own_nodes(function)):
         yield "a generator"
 
 
-def is_plain_type(node: ast.AST) -> bool:
+def _is_plain_type(node: ast.AST) -> bool:
     if isinstance(node, ast.Name):
-        return node.id in PLAIN_TYPES
+        return node.id in _PLAIN_TYPES
     if isinstance(node, ast.Constant):
         return node.value is None or node.value is Ellipsis
     return isinstance(node, ast.Subscript | ast.Tuple | ast.BinOp | ast.BitOr | ast.Load)
 
 
-def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """All nodes of its body, but for those of functions and classes within it."""
+def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """Yield all nodes of its body, except those of nested functions and classes."""
     waiting: list[ast.AST] = list(function.body)
     while waiting:
         node = waiting.pop()
@@ -171,8 +173,8 @@ def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
-def oddities(function: ast.FunctionDef) -> Iterator[str]:
-    """Attempts that gain nothing: every call begins anew, and gets copies."""
+def _find_oddities(function: ast.FunctionDef) -> Iterator[str]:
+    """Yield attempts that gain nothing, because every call starts fresh and gets copies."""
     last = function.args.args[-1].arg if function.args.args else ""
     for node in ast.walk(function):
         if isinstance(node, ast.Global):
@@ -181,22 +183,22 @@ def oddities(function: ast.FunctionDef) -> Iterator[str]:
             yield "a class of its own"
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == function.name:
             yield "state kept on the function"
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del) and root(node) == last:
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del) and _root_name(node) == last:
             yield f"writes into {last}"
 
 
-def root(node: ast.AST) -> str:
+def _root_name(node: ast.AST) -> str:
     while isinstance(node, ast.Subscript | ast.Attribute):
         node = node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
-# A task of functions judged by cases
+# A task of functions graded by test cases
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A function to be written. `cases`: (arguments, what it must return); `gold`: the source of a right one."""
+    """A function to be written. `cases`: (arguments, expected result); `gold`: the source of a correct solution."""
 
     name: str
     parameters: tuple[str, ...]
@@ -218,28 +220,28 @@ def code_task(
 ) -> Task:
     """Prompts that ask for a function, and rewards: `works` (1: it runs), `passed` (share of the cases), each weight 1.
 
-    Solved: every case passed. Without `test` a hash of the names puts about one problem in five aside. `sandbox`:
-    `recipe.sandbox`, so that its knobs hold. Raises TaskError where a problem has no case, two share a name, or there
-    are fewer than two.
+    A completion is solved when every case passed. Without `test`, a hash of the names puts about one problem in five
+    aside. Pass `recipe.sandbox` as `sandbox` so that its settings hold. Raise TaskError where a problem has no case,
+    two share a name, or there are fewer than two.
     """
-    found = divided(problems, test)
-    knobs = sandbox or SandboxConfig()
+    found = _split_problems(problems, test)
+    config = sandbox or SandboxConfig()
     by_name = {problem.name: problem for problem in (*problems, *test)}
 
     def prompts(split: Split) -> Sequence[Prompt]:
-        return [as_prompt(problem) for problem in found[split]]
+        return [_make_prompt(problem) for problem in found[split]]
 
     def grade(prompt: Prompt, text: str) -> Grade:
-        return judged(by_name[prompt.target["function"]], text, knobs)
+        return _grade_program(by_name[prompt.target["function"]], text, config)
 
     def gold(prompt: Prompt) -> str:
-        return in_a_block(by_name[prompt.target["function"]].gold)
+        return format_code_block(by_name[prompt.target["function"]].gold)
 
     has_gold = all(problem.gold for problem in by_name.values())
     return Task(name, prompts, grade, gold if has_gold else None, about="functions judged by cases")
 
 
-def divided(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split, list[Problem]]:
+def _split_problems(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split, list[Problem]]:
     every = [*problems, *test]
     if empty := [problem.name for problem in every if not problem.cases]:
         raise TaskError(f"The problem {empty[0]} has no case to judge by. Give (arguments, result) pairs.")
@@ -250,31 +252,31 @@ def divided(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split,
         return {"train": list(problems), "test": list(test)}
     if len(every) < 2:
         raise TaskError("Give at least two problems, or some as `test`: each split needs one.")
-    aside = {one for one in names[1:] if hashlib.sha256(one.encode()).digest()[0] % TEST_SHARE == 0} or {names[-1]}
+    aside = {one for one in names[1:] if hashlib.sha256(one.encode()).digest()[0] % _TEST_ONE_IN == 0} or {names[-1]}
     return {
         "train": [problem for problem in every if problem.name not in aside],
         "test": [problem for problem in every if problem.name in aside],
     }
 
 
-def as_prompt(problem: Problem) -> Prompt:
+def _make_prompt(problem: Problem) -> Prompt:
     asked = {"role": "user", "content": f"Write {problem.signature}. {problem.asked}"}
-    return Prompt(problem.name, ({"role": "system", "content": SYSTEM}, asked), {"function": problem.name})
+    return Prompt(problem.name, ({"role": "system", "content": _SYSTEM_PROMPT}, asked), {"function": problem.name})
 
 
-def in_a_block(source: str) -> str:
-    return f"{FENCE}python\n{source.rstrip()}\n{FENCE}"
+def format_code_block(source: str) -> str:
+    return f"{_FENCE}python\n{source.rstrip()}\n{_FENCE}"
 
 
-def judged(problem: Problem, text: str, knobs: SandboxConfig) -> Grade:
+def _grade_program(problem: Problem, text: str, config: SandboxConfig) -> Grade:
     program = find_program(text, problem.name, problem.parameters)
     if not program.runs:
         notes = {"cheats" if program.cheats else "program": program.complaint}
         return Grade(0.0, {"works": 0.0, "passed": 0.0}, formed=not program.missing, notes=notes)
-    passed, fault = run_cases(program, problem, knobs)
+    passed, fault = _run_cases(program, problem, config)
     if fault and fault.verdict == "infrastructure":
-        return untold(fault)
-    if fault and fault.verdict == "blocked":  # what it passed before earns nothing either
+        return grade_sandbox_failure(fault)
+    if fault and fault.verdict == "blocked":  # cases passed before that earn nothing either
         passed = 0
     share = passed / len(problem.cases)
     works = float(fault is None or passed > 0)
@@ -282,18 +284,18 @@ def judged(problem: Problem, text: str, knobs: SandboxConfig) -> Grade:
     return Grade(works + share, {"works": works, "passed": share}, solved=passed == len(problem.cases), notes=notes)
 
 
-def untold(outcome: Outcome) -> Grade:
-    """The machine failed, not the program: the completion is left out."""
+def grade_sandbox_failure(outcome: Outcome) -> Grade:
+    """Return a grade that leaves the completion out: the machine failed, not the program."""
     return Grade(math.nan, formed=False, notes={"grader": f"the sandbox could not run it: {outcome.detail}"})
 
 
-def run_cases(program: Program, problem: Problem, knobs: SandboxConfig) -> tuple[int, Outcome | None]:
-    """(cases passed, the first outcome that went wrong). A case that fails with an error costs only itself."""
-    sandbox = sandbox_of(knobs)
+def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) -> tuple[int, Outcome | None]:
+    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself."""
+    sandbox = open_sandbox(config)
     heard: list[bool] = []
     first: Outcome | None = None
     while len(heard) < len(problem.cases):
-        outcome = sandbox.run(program.source, problem.name, ask(problem.cases[len(heard) :], heard))
+        outcome = sandbox.run(program.source, problem.name, _case_referee(problem.cases[len(heard) :], heard))
         if outcome.verdict == "ok":
             break
         first = first or outcome
@@ -303,23 +305,23 @@ def run_cases(program: Program, problem: Problem, knobs: SandboxConfig) -> tuple
     return sum(heard), first
 
 
-def sandbox_of(knobs: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
-    """Return the shared sandbox that a recipe asks for; `cpu_s` where a task knows better what its programs need."""
+def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
+    """Return the shared sandbox with the configured limits; `cpu_s` overrides the configured CPU seconds."""
     from minigrpo.sandbox import Limits, shared_sandbox
 
-    limits = Limits(cpu_s=cpu_s or knobs.cpu_seconds, memory_mb=knobs.memory_mb)
-    return shared_sandbox(limits, workers=knobs.workers, unsafe=knobs.unsafe)
+    limits = Limits(cpu_s=cpu_s or config.cpu_seconds, memory_mb=config.memory_mb)
+    return shared_sandbox(limits, workers=config.workers, unsafe=config.unsafe)
 
 
-def ask(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:
-    """Put every case to the program; `heard` grows by one for each that was answered."""
+def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:
+    """Call the program with every case; append to `heard` whether each answer was right."""
     for arguments, expected in cases:
         answer = yield arguments
-        heard.append(is_same(answer, expected))
+        heard.append(is_same_result(answer, expected))
 
 
-def is_same(answer: Any, expected: Any) -> bool:
-    """Equal, and of one kind: True is not 1, a list is no tuple, but 2.0 is 2."""
+def is_same_result(answer: Any, expected: Any) -> bool:
+    """Return whether two values are equal and of one kind: True is not 1, a list is no tuple, but 2.0 is 2."""
     if isinstance(answer, bool) or isinstance(expected, bool) or answer is None or expected is None:
         return answer is expected
     if isinstance(answer, int | float) and isinstance(expected, int | float):
@@ -327,7 +329,7 @@ def is_same(answer: Any, expected: Any) -> bool:
     if type(answer) is not type(expected):
         return False
     if isinstance(answer, list | tuple):
-        return len(answer) == len(expected) and all(map(is_same, answer, expected))
+        return len(answer) == len(expected) and all(map(is_same_result, answer, expected))
     if isinstance(answer, dict):
-        return answer.keys() == expected.keys() and all(is_same(answer[key], expected[key]) for key in expected)
+        return answer.keys() == expected.keys() and all(is_same_result(answer[key], expected[key]) for key in expected)
     return bool(answer == expected)

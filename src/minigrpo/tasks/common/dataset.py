@@ -1,10 +1,11 @@
-"""Rows for reward functions: from a file, a folder, the Hub, or Python. Each becomes a Prompt, or a sentence.
+"""Rows for reward functions: read from a file, a folder, the Hub or Python, and turned into prompts.
 
     {"prompt": "What is 2 + 2?", "answer": "4", "level": 1}
     {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "answer": "4"}
 
 All columns but the prompt are the target, which only reward functions see. Where there is no test split, a hash of the
-prompt decides, so that a question never stands on both sides: about one in ten is unseen, and at least one.
+prompt decides, so that a question is never in both splits: about one in ten is in the test split, and at least one.
+Whatever is wrong with a row raises TaskError with its place.
 """
 
 from __future__ import annotations
@@ -19,91 +20,94 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.tasks.common.rewards import shown
+from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.types import Message, Prompt, Split
 
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
-TEST_SHARE = 10
+_FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+_TEST_ONE_IN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row that was checked. `where` says where it stands, for a sentence about it."""
+class DatasetRow:
+    """One row that was checked. `where` is its place, for error messages."""
 
     prompt: str | tuple[Message, ...]
     columns: Mapping[str, Any]
     where: str
 
 
-Table = dict[Split, list[Row]]
-Check = Callable[[Sequence[tuple[str, Any]], str], list[Row]]
-"""Turns what was read, each with its place, into rows; the text says what all of it was read from."""
+SplitRows = dict[Split, list[DatasetRow]]
+RowParser = Callable[[Sequence[tuple[str, Any]], str], list[DatasetRow]]
+"""Parses (place, value) pairs into rows; the text names the source of all of them, for error messages."""
 
 
-def read_data(source: str, check: Check | None = None) -> Table:
-    """Rows of a file, of a folder with train.* (and test.*), or of a Hub data set; raises TaskError.
+def read_data(source: str, check: RowParser | None = None) -> SplitRows:
+    """Read the rows of a file, of a folder with train.* (and test.*), or of a Hub data set. Raise TaskError for faulty
+    ones.
 
-    `check`: how to read rows that have other columns than a prompt.
+    `check` parses rows that have other columns than a prompt.
     """
-    check = check or checked_rows
+    check = check or parse_rows
     path = Path(source).expanduser()
     if path.is_dir():
-        return read_folder(path, check)
+        return _read_folder(path, check)
     if path.is_file():
-        return divided(read_file(path, check), source)
-    if path.suffix.lower() in KINDS or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        return split_rows(_read_file(path, check), source)
+    if path.suffix.lower() in _FILE_TYPES or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise TaskError(f"task.data {source!r} is missing; is the path right from {Path.cwd()}?")
-    return read_hub(source, check)
+    return read_hub_dataset(source, check)
 
 
-def read_folder(folder: Path, check: Check) -> Table:
+def _read_folder(folder: Path, check: RowParser) -> SplitRows:
     files: dict[Split, list[Path]] = {"train": [], "test": []}
     for split, found in files.items():
-        found += [folder / f"{split}{kind}" for kind in KINDS if (folder / f"{split}{kind}").is_file()]
+        found += [folder / f"{split}{kind}" for kind in _FILE_TYPES if (folder / f"{split}{kind}").is_file()]
         if len(found) > 1:
             raise TaskError(f"{folder} has {found[0].name} and {found[1].name}. Leave one of them.")
     if not files["train"]:
-        raise TaskError(f"{folder} has no train file. Put train.jsonl into it (or {', '.join(KINDS[1:])}).")
-    train = read_file(files["train"][0], check)
+        raise TaskError(f"{folder} has no train file. Put train.jsonl into it (or {', '.join(_FILE_TYPES[1:])}).")
+    train = _read_file(files["train"][0], check)
     if not files["test"]:
-        return divided(train, str(folder))
-    return {"train": train, "test": read_file(files["test"][0], check)}
+        return split_rows(train, str(folder))
+    return {"train": train, "test": _read_file(files["test"][0], check)}
 
 
-def read_file(path: Path, check: Check) -> list[Row]:
+def _read_file(path: Path, check: RowParser) -> list[DatasetRow]:
     kind = path.suffix.lower()
-    if kind not in KINDS:
-        raise TaskError(f"{path} is a {kind or 'nameless'} file. Rows come from {', '.join(KINDS)}.")
+    if kind not in _FILE_TYPES:
+        raise TaskError(f"{path} is a {kind or 'nameless'} file. Rows come from {', '.join(_FILE_TYPES)}.")
     try:
-        rows = {".jsonl": lines_of, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}[kind](path)
+        rows = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind](path)
     except OSError as fault:
         raise TaskError(f"{path} cannot be read: {fault.strerror or fault}.") from None
     return check(rows, str(path))
 
 
-def lines_of(path: Path) -> list[tuple[str, Any]]:
-    """JSON lines, each with its place. Empty lines are passed over."""
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    """Read JSON lines, each with its place; skip empty lines."""
     with path.open("rb") as stream:
         pieces = [(f"{path}:{number}", raw) for number, raw in enumerate(stream, 1)]
-    return [(where, parsed(text(raw, where).rstrip("\r\n"), where)) for where, raw in pieces if raw.strip()]
+    return [
+        (where, _parse_json(_decode_text(raw, where).rstrip("\r\n"), where)) for where, raw in pieces if raw.strip()
+    ]
 
 
-def json_rows(path: Path) -> list[tuple[str, Any]]:
-    value = parsed(text(path.read_bytes(), str(path)), str(path))
+def _read_json(path: Path) -> list[tuple[str, Any]]:
+    value = _parse_json(_decode_text(path.read_bytes(), str(path)), str(path))
     if not isinstance(value, list):
         raise TaskError(f"{path} holds a {type(value).__name__}, not a list of rows: [{{...}}, {{...}}].")
     return [(f"{path}, row {number}", row) for number, row in enumerate(value, 1)]
 
 
-def csv_rows(path: Path) -> list[tuple[str, Any]]:
-    """The first line names the columns. Everything in a CSV file is text, numbers too."""
+def _read_csv(path: Path) -> list[tuple[str, Any]]:
+    """Read a CSV file whose first line names the columns. All values are text, numbers too."""
     raw = path.read_bytes()
-    reader = csv.DictReader(io.StringIO(text(raw, str(path)), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_decode_text(raw, str(path)), newline=""), strict=True)
     rows: list[tuple[str, Any]] = []
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
-            raise TaskError(f"{path}:1 names a column twice: {shown(', '.join(names))}.")
+            raise TaskError(f"{path}:1 names a column twice: {shorten_repr(', '.join(names))}.")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -114,7 +118,7 @@ def csv_rows(path: Path) -> list[tuple[str, Any]]:
     return rows
 
 
-def parquet_rows(path: Path) -> list[tuple[str, Any]]:
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -125,8 +129,8 @@ def parquet_rows(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def read_hub(source: str, check: Check, revision: str | None = None) -> Table:
-    """`owner/name`, or `owner/name:CONFIG`; its train split, and its test split where it has one.
+def read_hub_dataset(source: str, check: RowParser, revision: str | None = None) -> SplitRows:
+    """Load `owner/name` or `owner/name:CONFIG`: its train split, and its test split if it has one.
 
     `revision`: a commit of the data set; the newest where it is None.
     """
@@ -135,7 +139,7 @@ def read_hub(source: str, check: Check, revision: str | None = None) -> Table:
     name, _, config = source.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, revision=revision)
-    except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty kinds between them
+    except Exception as fault:  # the Hub client, pyarrow and pandas raise some twenty classes of errors
         reason = " ".join(str(fault).split())[:300]
         raise TaskError(
             f"task.data {source!r} is no file, and could not be loaded as a Hub data set: "
@@ -143,20 +147,20 @@ def read_hub(source: str, check: Check, revision: str | None = None) -> Table:
         ) from fault
     if "train" not in found:
         raise TaskError(f"The data set {source} has no train split, but {', '.join(found)}. Save it as train.jsonl.")
-    train = hub_rows(found["train"], f"{source} train", check)
+    train = _parse_hub_split(found["train"], f"{source} train", check)
     return (
-        {"train": train, "test": hub_rows(found["test"], f"{source} test", check)}
+        {"train": train, "test": _parse_hub_split(found["test"], f"{source} test", check)}
         if "test" in found
-        else divided(train, source)
+        else split_rows(train, source)
     )
 
 
-def hub_rows(rows: Iterable[Any], where: str, check: Check) -> list[Row]:
+def _parse_hub_split(rows: Iterable[Any], where: str, check: RowParser) -> list[DatasetRow]:
     return check([(f"{where}, row {number}", row) for number, row in enumerate(rows, 1)], where)
 
 
-def text(raw: bytes, where: str) -> str:
-    """UTF-8, with or without the mark that some editors put first."""
+def _decode_text(raw: bytes, where: str) -> str:
+    """Decode UTF-8, with or without a byte order mark."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -164,7 +168,7 @@ def text(raw: bytes, where: str) -> str:
         raise TaskError(f"{where}{line} is not UTF-8 text: {fault.reason} at byte {fault.start}.") from None
 
 
-def parsed(line: str, where: str) -> Any:
+def _parse_json(line: str, where: str) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
@@ -179,10 +183,10 @@ def parsed(line: str, where: str) -> Any:
         raise TaskError(f"{where} is nested without end. A row is an object of columns.") from None
 
 
-def checked_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Row]:
+def parse_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[DatasetRow]:
     if not rows:
         raise TaskError(f"{source} holds no rows.")
-    found = [checked_row(row, where) for where, row in rows]
+    found = [_parse_row(row, where) for where, row in rows]
     plain = [isinstance(row.prompt, str) for row in found]
     if any(plain) and not all(plain):
         odd = found[plain.index(not plain[0])]
@@ -193,37 +197,37 @@ def checked_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[Row]:
     return found
 
 
-def checked_row(row: Any, where: str) -> Row:
+def _parse_row(row: Any, where: str) -> DatasetRow:
     if not isinstance(row, Mapping):
-        raise TaskError(f"{where} is {shown(row)}, not a row: an object of columns with a prompt.")
+        raise TaskError(f"{where} is {shorten_repr(row)}, not a row: an object of columns with a prompt.")
     if odd := [name for name in row if not isinstance(name, str)]:
-        raise TaskError(f"{where} has a column named {shown(odd[0])}. Names are text.")
+        raise TaskError(f"{where} has a column named {shorten_repr(odd[0])}. Names are text.")
     if "prompt" not in row:
         names = ", ".join(row) or "nothing"
-        raise TaskError(f"{where} has no 'prompt', but {shown(names)}. Name the question's column prompt.")
+        raise TaskError(f"{where} has no 'prompt', but {shorten_repr(names)}. Name the question's column prompt.")
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    return Row(checked_prompt(row["prompt"], where), columns, where)
+    return DatasetRow(_check_prompt(row["prompt"], where), columns, where)
 
 
-def checked_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
+def _check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
-        return sayable(value, where)
+        return check_prompt_text(value, where)
     if not isinstance(value, list | tuple) or not value:
-        raise TaskError(f"{where}: its prompt is {shown(value)}. Give text, or a list of messages.")
-    return tuple(checked_message(one, where) for one in value)
+        raise TaskError(f"{where}: its prompt is {shorten_repr(value)}. Give text, or a list of messages.")
+    return tuple(_check_message(one, where) for one in value)
 
 
-def checked_message(message: Any, where: str) -> Message:
-    """Keys without a value are left out: files with many columns fill them in."""
+def _check_message(message: Any, where: str) -> Message:
+    """Return the message without keys whose value is None: files with many columns fill those in."""
     whole = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     texts = all(isinstance(part, str) for pair in whole.items() for part in pair)
     if not texts or not {"role", "content"} <= whole.keys():
-        raise TaskError(f'{where}: {shown(message)} is no message. Write {{"role": "user", "content": "..."}}.')
-    return {name: sayable(part, where) if name == "content" else part for name, part in whole.items()}
+        raise TaskError(f'{where}: {shorten_repr(message)} is no message. Write {{"role": "user", "content": "..."}}.')
+    return {name: check_prompt_text(part, where) if name == "content" else part for name, part in whole.items()}
 
 
-def sayable(value: str, where: str) -> str:
-    """Text that a tokenizer can read: something, and no half of a character."""
+def check_prompt_text(value: str, where: str) -> str:
+    """Return the text. Raise TaskError where a tokenizer could not read it: it is blank, or has a lone surrogate."""
     if not value.strip():
         raise TaskError(f"{where}: its prompt is empty.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -231,32 +235,33 @@ def sayable(value: str, where: str) -> str:
     return value
 
 
-def divided(rows: Sequence[Row], source: str) -> Table:
-    """Train and test by a hash of the prompt: rows that ask the same stay together."""
-    number_of = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) for key in map(key_of, rows)}
+def split_rows(rows: Sequence[DatasetRow], source: str) -> SplitRows:
+    """Split rows into train and test by a hash of the prompt: rows with the same prompt stay together."""
+    number_of = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) for key in map(_prompt_key, rows)}
     if len(number_of) < 2:
         raise TaskError(f"{source} asks one question alone. Training needs another one to be tested on.")
-    test = {key for key, number in number_of.items() if number % TEST_SHARE == 0}
+    test = {key for key, number in number_of.items() if number % _TEST_ONE_IN == 0}
     if not test:
         test = {min(number_of, key=number_of.__getitem__)}
     elif len(test) == len(number_of):
         test.remove(max(number_of, key=number_of.__getitem__))
     return {
-        "train": [row for row in rows if key_of(row) not in test],
-        "test": [row for row in rows if key_of(row) in test],
+        "train": [row for row in rows if _prompt_key(row) not in test],
+        "test": [row for row in rows if _prompt_key(row) in test],
     }
 
 
-def key_of(row: Row) -> str:
+def _prompt_key(row: DatasetRow) -> str:
     return json.dumps(row.prompt, sort_keys=True)
 
 
-def as_prompts(rows: Sequence[Row], split: Split, system: str | None) -> list[Prompt]:
+def rows_to_prompts(rows: Sequence[DatasetRow], split: Split, system: str | None) -> list[Prompt]:
     opening: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
     return [
-        Prompt(f"{split}-{number}", opening + messages_of(row), dict(row.columns)) for number, row in enumerate(rows, 1)
+        Prompt(f"{split}-{number}", opening + _row_messages(row), dict(row.columns))
+        for number, row in enumerate(rows, 1)
     ]
 
 
-def messages_of(row: Row) -> tuple[Message, ...]:
+def _row_messages(row: DatasetRow) -> tuple[Message, ...]:
     return ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else row.prompt

@@ -16,7 +16,7 @@ from minigrpo.types import Grade, Prompt, RewardFunction
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """One reward function, the name under which it is logged, and what it counts in the sum."""
+    """One reward function, the name under which it is logged, and its weight in the sum."""
 
     name: str
     weight: float
@@ -24,7 +24,7 @@ class Reward:
 
 
 def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple[Reward, ...]:
-    """The same rewards with the given weights in place of their own; names that are not given keep theirs."""
+    """Return the rewards with the given weights; names not given keep their own. Raise TaskError for unknown ones."""
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise TaskError(f"Two reward functions share a name among {', '.join(names)}. Give each its own.")
@@ -39,34 +39,37 @@ def reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple
 
 
 def graded(rewards: Sequence[Reward], prompt: Prompt, text: str, *, formed: bool, solved: bool) -> Grade:
-    """Ask every function; `reward` is the weighted sum, `parts` are the values as the functions gave them."""
-    parts = {reward.name: checked(reward, prompt, text) for reward in rewards}
+    """Call every function; `reward` is the weighted sum, `parts` are the unweighted values."""
+    parts = {reward.name: _call_reward(reward, prompt, text) for reward in rewards}
     weights = {reward.name: reward.weight for reward in rewards}
-    return Grade(reward=weighted(parts, weights), parts=parts, formed=formed, solved=solved, weights=weights)
+    return Grade(reward=weighted_sum(parts, weights), parts=parts, formed=formed, solved=solved, weights=weights)
 
 
-def weighted(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum of what applied; NaN where nothing did. The sum is exact, so the order of parts is nothing."""
+def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the weighted sum of the parts; NaN where there are none.
+
+    The sum is exact, so the order does not matter.
+    """
     return math.fsum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else math.nan
 
 
-def checked(reward: Reward, prompt: Prompt, text: str) -> float:
-    """A reward that is not a finite number would poison its whole group: refuse it where it arises."""
-    return finite(reward.function(prompt, text), reward.name, f"prompt {prompt.id}")
+def _call_reward(reward: Reward, prompt: Prompt, text: str) -> float:
+    """Call the function. Raise TaskError for a value that is not a finite number, which would spoil its whole group."""
+    return check_finite(reward.function(prompt, text), reward.name, f"prompt {prompt.id}")
 
 
-def finite(value: object, name: str, where: str) -> float:
-    """The number that a reward function gave; raises TaskError for anything else. True is 1, and text is no number."""
+def check_finite(value: object, name: str, where: str) -> float:
+    """Return the value as a float; raise TaskError unless it is a finite number. True is 1, and text is no number."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise TaskError(f"The reward function {name} gave {shown(value)} for {where}. Return a finite number.")
+        raise TaskError(f"The reward function {name} gave {shorten_repr(value)} for {where}. Return a finite number.")
     return number
 
 
-def shown(value: object, longest: int = 80) -> str:
-    """A value as it may stand in a sentence."""
+def shorten_repr(value: object, longest: int = 80) -> str:
+    """Return the repr of a value, cut to `longest` characters, for messages."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -1,14 +1,14 @@
-"""Reward functions of people, told apart by the names of their parameters.
+"""User-defined reward functions, whose kind follows from the names of their parameters.
 
     score(completion, answer) -> float | None                      per row: one completion at a time
     reward(prompts, completions, **columns) -> list[float | None]  TRL's signature: all siblings of one group at a time
 
-A function takes what it names: a row's columns, and of TRL's extras completion_ids, trainer_state, log_extra and
-log_metric. Where it has `**`, it is handed everything. Both kinds may be `async`. None means "does not apply".
+A function is passed what its parameters name: a row's columns, and of TRL's extras completion_ids, trainer_state,
+log_extra and log_metric. With `**` it is passed everything. Both kinds may be `async`. None means "does not apply".
 Every call gets copies, so no function can change the rows, or what the next function sees.
 
-Not covered: `trainer_state.global_step` is None, because a reward belongs to an answer and not to a moment, and
-TRL's models as reward functions.
+Not covered: `trainer_state.global_step` is None, because a reward depends on the answer and not on the step, and TRL's
+models as reward functions.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minigrpo.errors import MinigrpoError, TaskError
-from minigrpo.tasks.common.rewards import finite, shown
+from minigrpo.tasks.common.rewards import check_finite, shorten_repr
 from minigrpo.types import Completion
 
-Kind = Literal["row", "batch"]
-ROW_NAMES = ("completion", "prompt")
-BATCH_NAMES = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")
-UNCHANGING = (str, int, float, bool, bytes, type(None))
+FunctionKind = Literal["row", "batch"]
+_ROW_PARAMETERS = ("completion", "prompt")
+_BATCH_PARAMETERS = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_IMMUTABLE_TYPES = (str, int, float, bool, bytes, type(None))
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Stands where TRL hands out its trainer's state."""
+    """A stand-in for the trainer state that TRL passes."""
 
     global_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
-    """A reward function and how to call it. `needs`: parameters without a default."""
+class RewardCallable:
+    """A reward function and how to call it. `needs`: parameters without a default; `takes_all`: it has `**`."""
 
     name: str
     call: Callable[..., Any]
-    kind: Kind
+    kind: FunctionKind
     needs: tuple[str, ...]
     takes: tuple[str, ...]
     takes_all: bool
@@ -54,7 +54,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """One group as functions see it. `prompt`: text, or messages where the rows hold conversations."""
+    """One group as functions see it. `prompt`: text, or messages where the rows are conversations."""
 
     id: str
     prompt: str | list[dict[str, str]]
@@ -67,17 +67,19 @@ class GroupView:
 
 
 @dataclass(slots=True)
-class Logged:
-    """What functions wrote with log_extra and log_metric while they judged one group."""
+class RewardLog:
+    """What functions logged with log_extra and log_metric for one group."""
 
     size: int
     notes: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def extra(self, column: str, values: Any) -> None:
-        listed = as_list(values)
+        listed = _as_list(values)
         if listed is None or len(listed) != self.size:
-            raise TaskError(f"log_extra({column!r}, ...) got {shown(values)}. Give a list of {self.size}, one each.")
+            raise TaskError(
+                f"log_extra({column!r}, ...) got {shorten_repr(values)}. Give a list of {self.size}, one each."
+            )
         self.notes = self.notes or [{} for _ in range(self.size)]
         for note, value in zip(self.notes, listed, strict=True):
             note[str(column)] = value
@@ -85,21 +87,21 @@ class Logged:
     def metric(self, name: str, value: Any) -> None:
         if name == "step":
             raise TaskError("log_metric('step', ...): metrics.jsonl has a step already. Give it another name.")
-        self.metrics.setdefault(str(name), []).append(finite(value, f"log_metric({name!r})", "this step"))
+        self.metrics.setdefault(str(name), []).append(check_finite(value, f"log_metric({name!r})", "this step"))
 
 
-def parameters(value: Callable[..., Any], where: str) -> list[inspect.Parameter]:
+def _read_parameters(value: Callable[..., Any], where: str) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(value).parameters.values())
     except (TypeError, ValueError):
         raise TaskError(f"{where} does not say which parameters it takes. Wrap it in a def of your own.") from None
 
 
-def kind_of(value: object, where: str) -> Kind | None:
-    """What a function is by its parameters; None for one that is no reward function (a builder of a Task, or data)."""
+def function_kind(value: object, where: str) -> FunctionKind | None:
+    """Return the kind of a function; None where it is no reward function (a builder of a Task, or data)."""
     if not callable(value) or inspect.isclass(value):
         return None
-    found = parameters(value, where)
+    found = _read_parameters(value, where)
     names = [one.name for one in found]
     if any(name in names for name in ("completions", "prompts", "completion_ids")):
         return "batch"
@@ -116,18 +118,18 @@ def kind_of(value: object, where: str) -> Kind | None:
     return None
 
 
-def read_function(value: Callable[..., Any], where: str) -> Function:
-    """Raises TaskError where it cannot be called by names."""
-    kind = kind_of(value, where)
+def inspect_function(value: Callable[..., Any], where: str) -> RewardCallable:
+    """Read the parameters of a reward function. Raise TaskError where it cannot be called by keyword."""
+    kind = function_kind(value, where)
     if kind is None:
         raise TaskError(f"{where} is no reward function: none of its parameters is `completion` or `completions`.")
-    found = parameters(value, where)
+    found = _read_parameters(value, where)
     nameless = [one.name for one in found if one.kind in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL)]
     if nameless:
         raise TaskError(f"{where} takes {nameless[0]} by position alone. Reward functions are called by names.")
     named = [one for one in found if one.kind is not one.VAR_KEYWORD]
     name = getattr(value, "__name__", None) or type(value).__name__
-    return Function(
+    return RewardCallable(
         name=name,
         call=value,
         kind=kind,
@@ -137,9 +139,9 @@ def read_function(value: Callable[..., Any], where: str) -> Function:
     )
 
 
-def check_columns(function: Function, columns: Sequence[str], where: str) -> None:
-    """Raises TaskError where a parameter is neither a column of the row nor one of ours."""
-    ours = ROW_NAMES if function.kind == "row" else BATCH_NAMES
+def check_columns(function: RewardCallable, columns: Sequence[str], where: str) -> None:
+    """Raise TaskError where a parameter is neither a column of the row nor one of the built-in names."""
+    ours = _ROW_PARAMETERS if function.kind == "row" else _BATCH_PARAMETERS
     missing = [name for name in function.needs if name not in ours and name not in columns]
     if not missing:
         return
@@ -151,68 +153,72 @@ def check_columns(function: Function, columns: Sequence[str], where: str) -> Non
     )
 
 
-def scores(function: Function, asked: GroupView, logged: Logged) -> list[float | None]:
-    """One number for each completion, or None where the function does not apply; raises TaskError for anything else."""
+def score_group(function: RewardCallable, group: GroupView, log: RewardLog) -> list[float | None]:
+    """Return one number for each completion, or None where the function does not apply.
+
+    Raise TaskError for anything else.
+    """
     if function.kind == "batch":
-        return batch_scores(function, asked, logged)
-    return [row_score(function, asked, one.text) for one in asked.completions]
+        return _score_batch(function, group, log)
+    return [_score_row(function, group, one.text) for one in group.completions]
 
 
-def row_score(function: Function, asked: GroupView, text: str) -> float | None:
-    given = {**asked.columns, "completion": text, "prompt": asked.prompt}
-    where = f"prompt {asked.id}, answer {shown(text)}"
-    value = called(function, fitting(function, given), where)
-    return None if value is None else finite(value, function.name, where)
+def _score_row(function: RewardCallable, group: GroupView, text: str) -> float | None:
+    given = {**group.columns, "completion": text, "prompt": group.prompt}
+    where = f"prompt {group.id}, answer {shorten_repr(text)}"
+    value = _call_function(function, _select_arguments(function, given), where)
+    return None if value is None else check_finite(value, function.name, where)
 
 
-def batch_scores(function: Function, asked: GroupView, logged: Logged) -> list[float | None]:
-    count = len(asked.completions)
-    texts = [one.text for one in asked.completions]
+def _score_batch(function: RewardCallable, group: GroupView, log: RewardLog) -> list[float | None]:
+    count = len(group.completions)
+    texts = [one.text for one in group.completions]
     given = {
-        **{name: [fresh(value) for _ in range(count)] for name, value in asked.columns.items()},
-        "prompts": [fresh(asked.prompt) for _ in range(count)],
+        **{name: [_copy_value(value) for _ in range(count)] for name, value in group.columns.items()},
+        "prompts": [_copy_value(group.prompt) for _ in range(count)],
         "completions": [[{"role": "assistant", "content": text}] for text in texts]
-        if asked.conversational
+        if group.conversational
         else [*texts],
-        "completion_ids": [list(one.token_ids) for one in asked.completions],
+        "completion_ids": [list(one.token_ids) for one in group.completions],
         "trainer_state": TrainerState(),
-        "log_extra": logged.extra,
-        "log_metric": logged.metric,
+        "log_extra": log.extra,
+        "log_metric": log.metric,
     }
-    value = called(function, fitting(function, given, copied=True), f"prompt {asked.id}")
-    listed = as_list(value)
+    value = _call_function(function, _select_arguments(function, given, copied=True), f"prompt {group.id}")
+    listed = _as_list(value)
     if listed is None or len(listed) != count:
-        what = f"{len(listed)} numbers" if listed is not None else shown(value)
+        what = f"{len(listed)} numbers" if listed is not None else shorten_repr(value)
         raise TaskError(
-            f"The reward function {function.name} gave {what} for the {count} completions of prompt {asked.id}. "
+            f"The reward function {function.name} gave {what} for the {count} completions of prompt {group.id}. "
             f"Return a list of {count}, in their order."
         )
-    wheres = [f"prompt {asked.id}, answer {shown(text)}" for text in texts]
+    wheres = [f"prompt {group.id}, answer {shorten_repr(text)}" for text in texts]
     return [
-        None if one is None else finite(one, function.name, where) for one, where in zip(listed, wheres, strict=True)
+        None if one is None else check_finite(one, function.name, where)
+        for one, where in zip(listed, wheres, strict=True)
     ]
 
 
-def fitting(function: Function, given: Mapping[str, Any], copied: bool = False) -> dict[str, Any]:
-    """Of all there is, what the function takes; its own defaults hold for the rest."""
+def _select_arguments(function: RewardCallable, given: Mapping[str, Any], copied: bool = False) -> dict[str, Any]:
+    """Select the arguments that the function takes; its own defaults hold for the rest."""
     names = given if function.takes_all else [name for name in function.takes if name in given]
-    return {name: given[name] if copied else fresh(given[name]) for name in names}
+    return {name: given[name] if copied else _copy_value(given[name]) for name in names}
 
 
-def fresh(value: Any) -> Any:
-    """A copy that may be changed. What cannot be copied (a lock, a handle) is handed out as it is."""
-    if isinstance(value, UNCHANGING):
+def _copy_value(value: Any) -> Any:
+    """Return a copy. A value that cannot be copied (a lock, a handle) is returned itself."""
+    if isinstance(value, _IMMUTABLE_TYPES):
         return value
     try:
         return copy.deepcopy(value)
-    except Exception:  # deepcopy runs code of any class there is
+    except Exception:  # deepcopy runs code of arbitrary classes
         return value
 
 
-def called(function: Function, given: dict[str, Any], where: str) -> Any:
+def _call_function(function: RewardCallable, given: dict[str, Any], where: str) -> Any:
     try:
         value = function.call(**given)
-        return waited_for(value) if inspect.isawaitable(value) else value
+        return _run_awaitable(value) if inspect.isawaitable(value) else value
     except MinigrpoError:
         raise
     except (Exception, SystemExit) as fault:
@@ -224,8 +230,11 @@ def called(function: Function, given: dict[str, Any], where: str) -> Any:
         ) from fault
 
 
-def waited_for(awaitable: Any) -> Any:
-    """The result of an async function. A notebook has a loop running in this thread; then another thread waits."""
+def _run_awaitable(awaitable: Any) -> Any:
+    """Return the result of an async function.
+
+    In a notebook this thread already runs a loop, so another thread runs it.
+    """
 
     async def whole() -> Any:
         return await awaitable
@@ -251,8 +260,8 @@ def waited_for(awaitable: Any) -> Any:
     return found[0]
 
 
-def as_list(value: Any) -> list[Any] | None:
-    """A list, tuple, array or tensor as a list; None for anything else, text above all."""
+def _as_list(value: Any) -> list[Any] | None:
+    """Return a list, tuple, array or tensor as a list; None for anything else, such as text."""
     if hasattr(value, "tolist") and not isinstance(value, list | tuple):
         value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else None

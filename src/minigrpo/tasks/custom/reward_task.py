@@ -2,8 +2,8 @@
 
     task = reward_task(score, rows=[{"prompt": "Say 7.", "answer": "7"}, ...])
 
-A completion is `formed` where a function applied to it, and `solved` where the first function gave it 1 or more. A
-right answer is taken to be the row's `answer`, unless `gold` says otherwise.
+A completion is `formed` where a function applied to it, and `solved` where the first function gave it 1 or more. The
+row's `answer` is taken as a right answer, unless `gold` is given.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.tasks.common.dataset import Row, Table, as_prompts, checked_rows, divided
-from minigrpo.tasks.common.rewards import Reward, reweighted, weighted
-from minigrpo.tasks.custom.reward_functions import Function, GroupView, Logged, check_columns, read_function, scores
+from minigrpo.tasks.common.dataset import DatasetRow, SplitRows, parse_rows, rows_to_prompts, split_rows
+from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
+from minigrpo.tasks.custom.reward_functions import (
+    GroupView,
+    RewardCallable,
+    RewardLog,
+    check_columns,
+    inspect_function,
+    score_group,
+)
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 
 Rows = Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
-NOTHING_APPLIED = "no reward function applied"
+_NOTHING_APPLIED = "no reward function applied"
 
 
 def reward_task(
@@ -30,49 +37,52 @@ def reward_task(
     gold: Callable[[Prompt], str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Task:
-    """`weights`: what each function counts in the sum, by its name; 1 where it is not named. Raises TaskError."""
-    table = table_of(rows, test_rows)
-    return scored_task(functions, table, name=name, system=system, gold=gold, weights=weights or {})
+    """Build the task.
+
+    `weights`: the weight of each function by its name, 1 by default. Raise TaskError for unusable rows.
+    """
+    table = read_rows(rows, test_rows)
+    return build_reward_task(functions, table, name=name, system=system, gold=gold, weights=weights or {})
 
 
-def table_of(rows: Rows, test_rows: Rows | None) -> Table:
-    train = python_rows(rows, "rows")
+def read_rows(rows: Rows, test_rows: Rows | None) -> SplitRows:
+    train = _read_python_rows(rows, "rows")
     if test_rows is None:
-        return divided(train, "rows")
-    return {"train": train, "test": python_rows(test_rows, "test_rows")}
+        return split_rows(train, "rows")
+    return {"train": train, "test": _read_python_rows(test_rows, "test_rows")}
 
 
-def python_rows(rows: Any, name: str) -> list[Row]:
-    """A list of rows, or a function without parameters that gives one."""
+def _read_python_rows(rows: Any, name: str) -> list[DatasetRow]:
+    """Read a list of rows, or call a function without parameters that returns one."""
     try:
         given = list(rows() if callable(rows) else rows)
     except TypeError as fault:
         raise TaskError(f"{name} is neither a list of rows nor a function that returns one: {fault}.") from fault
-    return checked_rows([(f"{name}[{number}]", row) for number, row in enumerate(given)], name)
+    return parse_rows([(f"{name}[{number}]", row) for number, row in enumerate(given)], name)
 
 
-def scored_task(
+def build_reward_task(
     functions: Sequence[Callable[..., Any]],
-    table: Table,
+    table: SplitRows,
     *,
     name: str,
     system: str | None = None,
     gold: Callable[[Prompt], str] | None = None,
     weights: Mapping[str, float],
 ) -> Task:
-    known = [read_function(one, f"{name}: reward function {place}") for place, one in enumerate(functions, 1)]
-    counts = checked_weights(known, weights)
+    known = [inspect_function(one, f"{name}: reward function {place}") for place, one in enumerate(functions, 1)]
+    counts = _check_weights(known, weights)
     every = [row for split in table.values() for row in split]
     for function in known:
         for row in every:
             check_columns(function, list(row.columns), row.where)
-    prompts = {split: as_prompts(rows, split, system) for split, rows in table.items()}
+    prompts = {split: rows_to_prompts(rows, split, system) for split, rows in table.items()}
     plain = isinstance(every[0].prompt, str)
     answers = all("answer" in row.columns for row in every)
 
     def grade_group(prompt: Prompt, completions: Sequence[Completion]) -> list[Grade]:
         said = prompt.messages[-1]["content"] if plain else [dict(message) for message in prompt.messages]
-        return judged(known, counts, GroupView(prompt.id, said, prompt.target, completions))
+        return _grade_group(known, counts, GroupView(prompt.id, said, prompt.target, completions))
 
     def grade(prompt: Prompt, text: str) -> Grade:
         return grade_group(prompt, [Completion(text, (), (), "stop")])[0]
@@ -85,26 +95,26 @@ def scored_task(
     return Task(name, prompts_of, grade, own_gold, about, grade_group)
 
 
-def checked_weights(functions: Sequence[Function], weights: Mapping[str, float]) -> dict[str, float]:
+def _check_weights(functions: Sequence[RewardCallable], weights: Mapping[str, float]) -> dict[str, float]:
     rewards = [Reward(function.name, 1.0, lambda prompt, text: 0.0) for function in functions]
     if not rewards:
         raise TaskError("There is no reward function. Give at least one.")
     return {reward.name: reward.weight for reward in reweighted(rewards, weights)}
 
 
-def judged(functions: Sequence[Function], weights: Mapping[str, float], asked: GroupView) -> list[Grade]:
-    """The grades of one group: functions that gave None for a completion are no part of its grade."""
-    logged = Logged(len(asked.completions))
-    columns = {function.name: scores(function, asked, logged) for function in functions}
-    metrics = {name: sum(values) / len(values) for name, values in logged.metrics.items()}
-    nothing = f"{NOTHING_APPLIED}: {', '.join(columns)} gave None"
+def _grade_group(functions: Sequence[RewardCallable], weights: Mapping[str, float], group: GroupView) -> list[Grade]:
+    """Grade one group; a function that gave None for a completion has no part in its grade."""
+    log = RewardLog(len(group.completions))
+    columns = {function.name: score_group(function, group, log) for function in functions}
+    metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
+    nothing = f"{_NOTHING_APPLIED}: {', '.join(columns)} gave None"
     grades = []
-    for place in range(len(asked.completions)):
+    for place in range(len(group.completions)):
         parts = {name: value for name, column in columns.items() if (value := column[place]) is not None}
-        note = logged.notes[place] if logged.notes else {}
+        note = log.notes[place] if log.notes else {}
         grades.append(
             Grade(
-                weighted(parts, weights),
+                weighted_sum(parts, weights),
                 parts,
                 formed=bool(parts),
                 solved=parts.get(functions[0].name, 0.0) >= 1,

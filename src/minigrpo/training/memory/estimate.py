@@ -65,7 +65,7 @@ def sketch_of(recipe: Recipe) -> Sketch:
 
     path, revision = recipe.model.path, recipe.model.revision
     if seedling.is_seedling(path):
-        return Sketch(*seedling.sketch(path, recipe.seed))
+        return Sketch(*seedling.make_config_and_tokenizer(path, recipe.seed))
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(path).expanduser()
