@@ -42,10 +42,10 @@ def measure(setup: Setup, plan: Plan) -> Result:
         sides = open_sides(setup, plan, stack, absent)
         result = Result(workload, {}, proven, absent)
         began = time.monotonic()
-        for turn in range(plan.warmup + plan.repeats):
-            take_turns(sides if turn % 2 == 0 else sides[::-1], taken, workload.lengths_B)
-            plan.say(progress(workload.title, turn, plan, taken, time.monotonic() - began))
-            if turn >= plan.warmup:
+        for repetition in range(plan.warmup + plan.repeats):
+            take_turns(sides if repetition % 2 == 0 else sides[::-1], taken, workload.lengths_B)
+            plan.say(progress(workload.title, repetition, plan, taken, time.monotonic() - began))
+            if repetition >= plan.warmup:
                 timed = {s.name: Measured(s.facts, tuple(taken[s.name][plan.warmup :])) for s in sides}
                 result = replace(result, sides=timed)
                 plan.keep(result)
@@ -84,10 +84,10 @@ def take_turns(sides: Sequence[Side], taken: dict[str, list[Step]], wanted: tupl
         same_work(wanted, taken[OURS][-1], steps[-1], name)
 
 
-def progress(title: str, turn: int, plan: Plan, taken: dict[str, list[Step]], spent: float) -> str:
-    word = "warm-up" if turn < plan.warmup else f"{turn - plan.warmup + 1}/{plan.repeats}"
+def progress(title: str, repetition: int, plan: Plan, taken: dict[str, list[Step]], spent: float) -> str:
+    word = "warm-up" if repetition < plan.warmup else f"{repetition - plan.warmup + 1}/{plan.repeats}"
     steps = ", ".join(f"{name} {steps[-1].seconds:.2f} s" for name, steps in taken.items())
-    left = spent / (turn + 1) * (plan.repeats + plan.warmup - turn - 1)
+    left = spent / (repetition + 1) * (plan.repeats + plan.warmup - repetition - 1)
     return f"{title} {word}: {steps}" + (f"; about {left:.0f} s to go" if left >= 1 else "")
 
 

@@ -107,7 +107,7 @@ class Kernels:
             self.pool = self._filled(entries * copies)
         weights = [weight.view(shape) for weight in self.pool[: entries * copies].split(entries)]
         x = self._filled(product.rows, product.inner)
-        return min(self._round(way(x), weights) for way in WAYS[product.way])
+        return min(self._round(way(x), weights) for way in KERNELS_BY_WAY[product.way])
 
     def _made(self, product: Product) -> float:
         """Both sides lie as the backward pass finds them: the left one is a transposed activation."""
@@ -164,18 +164,21 @@ class Kernels:
 Call = Callable[[Tensor], Any]
 
 
-def _plainly(x: Tensor) -> Call:
+def _as_linear(x: Tensor) -> Call:
     return lambda weight: linear(x, weight)
 
 
-def _turned(x: Tensor) -> Call:
+def _transposed(x: Tensor) -> Call:
     """The transposed product: some libraries are quicker where the long side comes first."""
     x_T = x.T
     return lambda weight: weight @ x_T
 
 
-def _against(x: Tensor) -> Call:
+def _as_matmul(x: Tensor) -> Call:
     return lambda weight: x @ weight
 
 
-WAYS: Mapping[str, tuple[Callable[[Tensor], Call], ...]] = {"linear": (_plainly, _turned), "input": (_against,)}
+KERNELS_BY_WAY: Mapping[str, tuple[Callable[[Tensor], Call], ...]] = {
+    "linear": (_as_linear, _transposed),
+    "input": (_as_matmul,),
+}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours, trls
-from benchmarks.sides import Setup, Turn
+from benchmarks.sides import Setup, StepGate
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.models.policy import open_policy
@@ -37,9 +37,9 @@ class Proof:
         return self.gap <= TOLERANCE
 
 
-def run(setup: Setup, turn: Turn) -> None:
+def run(setup: Setup, gate: StepGate) -> None:
     """A side that takes no step: the proof is all it has to tell."""
-    turn.ready(asdict(prove(replace(setup, dtype="float32"))))
+    gate.ready(asdict(prove(replace(setup, dtype="float32"))))
 
 
 def prove(setup: Setup) -> Proof:
@@ -54,13 +54,13 @@ def prove(setup: Setup) -> Proof:
     objective = open_objective(recipe, sixteen_bit=False)
     batch = pack(groups, objective, setup.workload.limit)
     accumulate(policy, objective, list(batch.split(10**6)), step=0)
-    differentiate(setup, theirs, groups)
+    backward_with_trl(setup, theirs, groups)
     mine, his = gradient(policy.model), gradient(theirs)
     gap = float((mine - his).norm() / his.norm())
     return Proof(gap, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
 
 
-def differentiate(setup: Setup, model: Any, groups: list[Group]) -> None:
+def backward_with_trl(setup: Setup, model: Any, groups: list[Group]) -> None:
     """TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
     model.get_base_model().set_attn_implementation("sdpa")
     rows = [(group, completion) for group in groups for completion in group.completions]

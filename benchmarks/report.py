@@ -99,17 +99,17 @@ def show(result: Result, console: Console) -> None:
     workload = result.workload
     about = f"{workload.about}: {workload.prompts} prompts x {workload.completions} completions"
     console.print(f"\n{workload.title} ({about})", highlight=False, soft_wrap=True)
-    console.print(speeds(result))
+    console.print(speed_table(result))
     if result.limits:
-        console.print(reaches(result))
+        console.print(limit_table(result))
     for other in result.others:
-        console.print(verdict(result, other), soft_wrap=True, highlight=False)
+        console.print(summarize(result, other), soft_wrap=True, highlight=False)
     for name, why in result.absent.items():
         console.print(f"{name}: not measured. {why}", soft_wrap=True, highlight=False)
     console.print(settings(result))
 
 
-def speeds(result: Result) -> Table:
+def speed_table(result: Result) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("tokens/s", "step s", "from - to", *PHASES, "CPU s", "peak GiB"):
@@ -128,7 +128,7 @@ def speeds(result: Result) -> Table:
     return table
 
 
-def reaches(result: Result) -> Table:
+def limit_table(result: Result) -> Table:
     """Each phase beside its limit: work, the bare kernels' time, the machine's, and each side's share of it."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("the limit", no_wrap=True)
@@ -147,7 +147,7 @@ def reaches(result: Result) -> Table:
     return table
 
 
-def verdict(result: Result, other: str) -> str:
+def summarize(result: Result, other: str) -> str:
     ratios, ours, theirs = result.ratios(other), result.sides[OURS].steps[0], result.sides[other].steps[0]
     proof = "not checked" if result.proof is None else f"{result.proof.gap:.0e} apart on {result.proof.tokens} tokens"
     equal = f"{ours.tokens} tokens in {len(ours.completion_lengths)} completions of equal lengths on both sides"

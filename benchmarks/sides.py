@@ -75,7 +75,7 @@ class Step:
         return self.tokens / self.seconds
 
 
-class Turn:
+class StepGate:
     """The child's end: `begin` waits until it may, `end` reports."""
 
     def __init__(self, pipe: Connection, device: str = "cpu") -> None:
@@ -108,7 +108,7 @@ class Turn:
         self._pipe.send(Step(seconds, cpu, whole, *lengths, peak, dict(parts or {})))
 
 
-class Laps:
+class CallTimer:
     """Seconds spent inside some calls, by name, since they were last taken."""
 
     def __init__(self, device: str) -> None:
@@ -134,7 +134,7 @@ class Laps:
         return {name: taken.get(name, 0.0) for name in names}
 
 
-Program = Callable[[Setup, Turn], None]
+Program = Callable[[Setup, StepGate], None]
 
 
 class Side:
@@ -188,7 +188,7 @@ def _serve(program: Program, setup: Setup, pipe: Connection) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(setup.threads)
     try:
-        program(setup, Turn(pipe, setup.device))
+        program(setup, StepGate(pipe, setup.device))
     except FinishedError:
         return
     except Exception:

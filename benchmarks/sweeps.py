@@ -140,10 +140,10 @@ def run(name: str, asked: Asked, scratch: Path) -> Sweep:
     with ExitStack() as stack:
         sides = [stack.enter_context(_side(point, asked, scratch / f"{name}{n}")) for n, point in enumerate(points)]
         taken: list[list[Step]] = [[] for _ in points]
-        for turn in range(1 + asked.repeats):
-            steps = {n: sides[n].step() for n in _order(len(points), turn)}
-            asked.say(f"sweep {name} {turn}/{asked.repeats}: " + _line(points, steps))
-            if turn:
+        for repetition in range(1 + asked.repeats):
+            steps = {n: sides[n].step() for n in _order(len(points), repetition)}
+            asked.say(f"sweep {name} {repetition}/{asked.repeats}: " + _line(points, steps))
+            if repetition:
                 for n, step in steps.items():
                     taken[n].append(step)
                 sweep = replace(sweep, steps=tuple(tuple(steps) for steps in taken))
@@ -159,9 +159,9 @@ def _side(point: Point, asked: Asked, scratch: Path) -> Side:
     return Side(point.label, ours.run, setup)
 
 
-def _order(count: int, turn: int) -> list[int]:
+def _order(count: int, repetition: int) -> list[int]:
     """There and back: a slow drift of the machine then leans on no end of the axis."""
-    return list(range(count)) if turn % 2 == 0 else list(reversed(range(count)))
+    return list(range(count)) if repetition % 2 == 0 else list(reversed(range(count)))
 
 
 def _line(points: Sequence[Point], steps: Mapping[int, Step]) -> str:
@@ -189,10 +189,10 @@ def show(sweep: Sweep, console: Console) -> None:
             f"{seconds / sweep.seconds[0]:.2f}",
         )
     console.print(table)
-    console.print(verdict(sweep), soft_wrap=True, highlight=False)
+    console.print(summarize(sweep), soft_wrap=True, highlight=False)
 
 
-def verdict(sweep: Sweep) -> str:
+def summarize(sweep: Sweep) -> str:
     first, last = sweep.points[0], sweep.points[-1]
     grown, cost = last.x / first.x, sweep.seconds[-1] / sweep.seconds[0]
     words = (

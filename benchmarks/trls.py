@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import now
 from benchmarks.ours import recipe_of
-from benchmarks.sides import Laps, Setup, Turn
+from benchmarks.sides import CallTimer, Setup, StepGate
 from benchmarks.workloads import Workload, task_of
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.training.prompt_sampler import PromptSampler
@@ -81,14 +81,14 @@ SHOWN = (
 )
 
 
-def run(setup: Setup, turn: Turn) -> None:
+def run(setup: Setup, gate: StepGate) -> None:
     """Steps until there are no more turns."""
     trainer = open_trainer(setup, load(setup))
     clock = PhaseClock(trainer, setup.device)
     if setup.workload.stops != "natural":
         force_stops(trainer, setup.workload)
-    trainer.add_callback(turn_callback(turn, clock))
-    turn.ready(settings(trainer))
+    trainer.add_callback(gate_callback(gate, clock))
+    gate.ready(settings(trainer))
     trainer.train()
 
 
@@ -119,7 +119,7 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    config = GRPOConfig(**problem(setup), **manner(setup))
+    config = GRPOConfig(**problem_options(setup), **trainer_options(setup))
     by_id = {prompt.id: prompt for prompt in prompts}
 
     def reward(completions: Sequence[Any], id: Sequence[str], **_: Any) -> list[float]:
@@ -136,7 +136,7 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     )
 
 
-def problem(setup: Setup) -> dict[str, Any]:
+def problem_options(setup: Setup) -> dict[str, Any]:
     """What both sides must do, whatever the manner."""
     workload, recipe = setup.workload, recipe_of(setup)
     objective = open_objective(recipe, sixteen_bit=False)
@@ -161,7 +161,7 @@ def problem(setup: Setup) -> dict[str, Any]:
     }
 
 
-def manner(setup: Setup) -> dict[str, Any]:
+def trainer_options(setup: Setup) -> dict[str, Any]:
     """How it does it. By default in passes of 8 completions, which add up to the same step."""
     workload, variant = setup.workload, VARIANTS[setup.variant]
     every = workload.prompts * workload.completions
@@ -250,7 +250,7 @@ class PhaseClock:
     """Seconds of the trainer's own phases, and the lengths of what it generated."""
 
     def __init__(self, trainer: Any, device: str) -> None:
-        self.laps = Laps(device)
+        self.timer = CallTimer(device)
         self.prompt_lengths: list[int] = []
         self.completion_lengths: list[int] = []
         for name, method, after in (
@@ -258,7 +258,7 @@ class PhaseClock:
             ("reward", "_calculate_rewards", None),
             ("scoring", "_get_per_token_logps_and_entropies", None),
         ):
-            setattr(trainer, method, self.laps.timed(name, getattr(trainer, method), after))
+            setattr(trainer, method, self.timer.timed(name, getattr(trainer, method), after))
 
     def _note(self, answer: Any) -> None:
         prompt_ids, completion_ids, *_ = answer
@@ -266,7 +266,7 @@ class PhaseClock:
         self.completion_lengths = [len(ids) for ids in completion_ids]
 
 
-def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
+def gate_callback(gate: StepGate, clock: PhaseClock) -> Any:
     from transformers import TrainerCallback
 
     class Gate(TrainerCallback):
@@ -274,14 +274,14 @@ def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
             self.began = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            turn.begin()
-            clock.laps.take()
-            self.began = now(turn.device)
+            gate.begin()
+            clock.timer.take()
+            self.began = now(gate.device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds = clock.laps.take("rollout", "reward", "scoring")
-            rest = now(turn.device) - self.began - sum(seconds.values())
-            turn.end({**seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
+            seconds = clock.timer.take("rollout", "reward", "scoring")
+            rest = now(gate.device) - self.began - sum(seconds.values())
+            gate.end({**seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
 
     return Gate()
 

@@ -23,7 +23,7 @@ pytest.importorskip("trl", reason="TRL is compared with where it is installed: p
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import ObjectiveConfig
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.policy import Policy
 from minigrpo.training.grpo import with_chosen_tokens
 from minigrpo.types import Completion, Grade, Group, Prompt
@@ -53,7 +53,7 @@ class Settings:
     @property
     def objective(self) -> Objective:
         knobs = ObjectiveConfig(name=self.name, kl=self.beta, **{"importance": "off", **dict(self.knobs)})
-        objective = OBJECTIVES[self.name].with_knobs(knobs, inexact_sampler=False)
+        objective = OBJECTIVES[self.name].with_config(knobs, inexact_sampler=False)
         return objective if self.clip is None else replace(objective, clip_low=self.clip[0], clip_high=self.clip[1])
 
     @property
@@ -176,7 +176,7 @@ def policy(tiny_model: Callable[..., Any], tiny_folder: Callable[..., Path], tok
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.03 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-    policy = Policy(Loaded(model, tokenizer, str(tiny_folder("qwen2"))), temperature=TEMPERATURE, seed=0)
+    policy = Policy(LoadedModel(model, tokenizer, str(tiny_folder("qwen2"))), temperature=TEMPERATURE, seed=0)
     policy.frozen_copy = reference
     reference.set_attn_implementation(model.config._attn_implementation)
     return policy

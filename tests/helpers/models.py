@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minigrpo.config.schema import AdapterConfig
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt, Rendered
@@ -31,7 +31,7 @@ def make_policy(
 ) -> Policy:
     """`lora`: size of the entries of B (None: no adapter). `double`: everything in float64, norms too."""
     model = build_mistral3(**config) if arch == "mistral3" else build_model(arch, **config)
-    policy = Policy(Loaded(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
+    policy = Policy(LoadedModel(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
     if lora is not None:
         policy.model.requires_grad_(False)
         policy.model, policy.dropouts = add_lora(policy.model, AdapterConfig(rank=8, alpha=16, dropout=dropout), seed=1)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minigrpo.config.schema import Recipe
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
@@ -37,7 +37,7 @@ def main(kind: str, case: dict[str, Any]) -> None:
     recipe = Recipe(train={"full": full}, lora={"rank": case["rank"] or 1})  # type: ignore[arg-type]
     hollow = meta_policy(config, recipe, dtype, recompute=case["recompute"])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    policy = Policy(Loaded(model, build_tokenizer(), "random"), temperature=1.0, seed=0)
+    policy = Policy(LoadedModel(model, build_tokenizer(), "random"), temperature=1.0, seed=0)
     policy.model.requires_grad_(full)
     if not full:
         policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=0)

@@ -3,7 +3,7 @@
 import pytest
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import check_tokenizer, render, set_options
+from minigrpo.models.chat_template import check_tokenizer, render, set_template_options
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))
@@ -82,7 +82,7 @@ def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokeni
 
     tokenizer = make_tokenizer(template=THINKING + template)
     plain = render(tokenizer, PROMPT).ids
-    set_options(tokenizer, {"think": False})
+    set_template_options(tokenizer, {"think": False})
     quick = render(tokenizer, PROMPT).ids
     assert tokenizer.decode(quick) == "quick " + tokenizer.decode(plain)
     tokenizer.save_pretrained(tmp_path)
@@ -93,9 +93,9 @@ def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokeni
 
 def test_an_option_that_the_template_does_not_know_is_refused_with_those_that_it_knows(make_tokenizer, template):
     with pytest.raises(ModelError, match=r"names 'thinking'.*It knows: think\."):
-        set_options(make_tokenizer(template=THINKING + template), {"thinking": True})
+        set_template_options(make_tokenizer(template=THINKING + template), {"thinking": True})
 
 
 def test_options_without_a_template_are_refused(make_tokenizer):
     with pytest.raises(ModelError, match="has no chat template"):
-        set_options(make_tokenizer(template=None), {"think": True})
+        set_template_options(make_tokenizer(template=None), {"think": True})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigrpo.config.schema import ObjectiveConfig
 
-STRIDES = 20
+BONUS_STRIDES = 20
 """Steps in which an adaptive bonus goes from nothing to its largest weight."""
 
 
@@ -26,25 +26,27 @@ class EntropyBonus:
 
     largest: float
     target: float | None
-    rising: float = 0.0
-    last: float = math.inf
+    adaptive_weight: float = 0.0
+    last_entropy: float = math.inf
 
     @classmethod
-    def of(cls, knobs: ObjectiveConfig) -> EntropyBonus:
-        return cls(knobs.entropy, knobs.entropy_target)
+    def of(cls, config: ObjectiveConfig) -> EntropyBonus:
+        return cls(config.entropy, config.entropy_target)
 
     @property
     def weight(self) -> float:
         if self.target is None:
             return self.largest
-        return self.rising if self.last <= self.target else 0.0
+        return self.adaptive_weight if self.last_entropy <= self.target else 0.0
 
     def after(self, entropy: float | None) -> EntropyBonus:
         """The bonus of the next step; `entropy` is that of this one, in nats, or None where nothing was scored."""
         if self.target is None or entropy is None:
             return self
-        stride = self.largest / STRIDES * (1 if entropy <= self.target else -1)
-        return replace(self, rising=min(max(self.rising + stride, 0.0), self.largest), last=entropy)
+        stride = self.largest / BONUS_STRIDES * (1 if entropy <= self.target else -1)
+        return replace(
+            self, adaptive_weight=min(max(self.adaptive_weight + stride, 0.0), self.largest), last_entropy=entropy
+        )
 
 
 def chosen_tokens(entropies: Sequence[Tensor], counted: Sequence[Tensor], share: float) -> list[Tensor]:

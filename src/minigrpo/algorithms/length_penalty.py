@@ -13,15 +13,19 @@ def with_overlong_penalty(groups: Sequence[Group], cache: int, limit: int) -> li
 
     DAPO, arXiv 2503.14476, equation 13. It is logged as the reward part "overlong".
     """
-    return [replace(group, grades=_shaped(group, cache, limit)) for group in groups] if cache else list(groups)
+    return (
+        [replace(group, grades=_penalized_grades(group, cache, limit)) for group in groups] if cache else list(groups)
+    )
 
 
-def _shaped(group: Group, cache: int, limit: int) -> tuple[Grade, ...]:
+def _penalized_grades(group: Group, cache: int, limit: int) -> tuple[Grade, ...]:
     pairs = zip(group.grades, group.completions, strict=True)
-    return tuple(_with_part(grade, penalty(len(one.token_ids), cache, limit)) for grade, one in pairs)
+    return tuple(
+        _with_part(grade, overlong_penalty(len(completion.token_ids), cache, limit)) for grade, completion in pairs
+    )
 
 
-def penalty(length: int, cache: int, limit: int) -> float:
+def overlong_penalty(length: int, cache: int, limit: int) -> float:
     return min(0.0, max(-1.0, (limit - cache - length) / cache))
 
 

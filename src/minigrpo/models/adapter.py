@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.safetensors_io import Stored, read_header
+from minigrpo.models.safetensors_io import StoredTensor, read_header
 
-PREFIX = "base_model.model."
-KEYS = {
+_PEFT_PREFIX = "base_model.model."
+_TENSOR_ENDINGS = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"},
     **{".lora_magnitude_vector.weight": "magnitude", ".lora_embedding_A": "A", ".lora_embedding_B": "B"},
 }
 """How PEFT ends the names of a layer's parts."""
 
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
 """Ways to begin that take something away from the base's own weights: base + adapter is then not what was trained."""
 
-ONLY_PLAIN = {
+_UNSUPPORTED_OPTIONS = {
     "target_parameters": "adapts parameters that are no layers",
     "trainable_token_indices": "trains single rows of the embedding",
     "layer_replication": "repeats layers of its base",
@@ -36,7 +36,7 @@ ONLY_PLAIN = {
 }
 
 
-def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
+def active_lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
     """(A [r, in], B [out, r], scale) of the active PEFT LoRA adapter on a layer; None for a bare or switched-off one.
 
     The layer computes x W' + scale * (x A') B'. Raises ModelError for adapters that are more than one such pair.
@@ -53,7 +53,7 @@ def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class LoraPair:
     """What stands beside one layer, on the disk. The weight becomes W + scale B A; with a magnitude m (DoRA), each
     row of that is given the length that m says.
 
@@ -61,10 +61,10 @@ class Pair:
     """
 
     module: str
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     scale: float
-    magnitude: Stored | None = None
+    magnitude: StoredTensor | None = None
     flipped: bool = False
 
     @property
@@ -95,8 +95,8 @@ class Adapter:
 
     folder: Path
     config: Mapping[str, Any]
-    pairs: Mapping[str, Pair]
-    whole: Mapping[str, Stored]
+    pairs: Mapping[str, LoraPair]
+    whole: Mapping[str, StoredTensor]
 
     @property
     def base(self) -> str | None:
@@ -111,17 +111,17 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Raises ArtifactError where a file is missing or damaged, ModelError for a kind that is not understood."""
-    config = adapter_config(folder)
+    config = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing. Copy or download the adapter again, or train it.")
-    parts: dict[str, dict[str, Stored]] = {}
-    whole: dict[str, Stored] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    whole: dict[str, StoredTensor] = {}
     for key, stored in read_header(file).tensors.items():
-        name = key.removeprefix(PREFIX)
-        end = next((end for end in KEYS if name.endswith(end)), None)
+        name = key.removeprefix(_PEFT_PREFIX)
+        end = next((end for end in _TENSOR_ENDINGS if name.endswith(end)), None)
         if end is not None:
-            parts.setdefault(name.removesuffix(end), {})[KEYS[end]] = stored
+            parts.setdefault(name.removesuffix(end), {})[_TENSOR_ENDINGS[end]] = stored
         elif ".lora_" in name or "trainable_tokens" in name:
             raise ModelError(f"{file} holds {key}, which is no part of a plain or DoRA adapter.")
         else:
@@ -134,7 +134,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, pairs, whole)
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -145,11 +145,11 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ModelError(f"{file} is of type {kind}; only LoRA and its variants DoRA and rsLoRA are understood.")
-    for name, what in ONLY_PLAIN.items():
+    for name, what in _UNSUPPORTED_OPTIONS.items():
         if config.get(name):
             raise ModelError(f"The adapter {folder} {what}, which cannot be read here. Merge it with PEFT.")
     begun = str(config.get("init_lora_weights", "")).lower()
-    if begun.startswith(CHANGES_THE_BASE):
+    if begun.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise ModelError(
             f"The adapter {folder} began as {begun}, which changes the base's own weights. Save it again with PEFT's "
             "path_initial_model_for_weight_conversion, which makes a plain adapter of it."
@@ -157,7 +157,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _pair(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], file: Path) -> Pair:
+def _pair(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any], file: Path) -> LoraPair:
     if missing := sorted({"A", "B"} - parts.keys()):
         raise ArtifactError(f"{file} has no lora_{missing[0]} for {module}: half of the adapter is missing.")
     a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
@@ -171,7 +171,7 @@ def _pair(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], f
     alpha = _alpha(module, config)
     rank = a.shape[0]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(module, a, b, scale, magnitude, flipped)
+    return LoraPair(module, a, b, scale, magnitude, flipped)
 
 
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
@@ -185,7 +185,7 @@ def _alpha(module: str, config: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class PairFacts:
+class PairStats:
     """Figures of one pair: Frobenius norms, share of exact zeros in A and B together, what it adds to the weight."""
 
     module: str
@@ -202,7 +202,7 @@ class PairFacts:
         return self.finite and self.norm_b == 0
 
 
-def facts_of(pair: Pair) -> PairFacts:
+def pair_stats(pair: LoraPair) -> PairStats:
     """The norm of B A without the product: its square is the trace of (A A')(B' B), of rank x rank."""
     a_RI, b_OR = pair.a.read().double(), pair.b.read().double()
     finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
@@ -211,4 +211,4 @@ def facts_of(pair: Pair) -> PairFacts:
     square = float(((a_RI @ a_RI.T) * (b_OR.T @ b_OR)).sum()) if finite else math.nan
     delta = pair.scale * math.sqrt(max(0.0, square)) if finite else math.nan
     norms = (float(a_RI.norm()), float(b_OR.norm())) if finite else (math.nan, math.nan)
-    return PairFacts(pair.module, pair.rank, *norms, delta, zeros, finite)
+    return PairStats(pair.module, pair.rank, *norms, delta, zeros, finite)

@@ -9,16 +9,16 @@ from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import render
 from minigrpo.types import Prompt, Rendered
 
-WRAPPERS = frozenset({"mistral3"})
+MULTIMODAL_WRAPPERS = frozenset({"mistral3"})
 """Models for text and pictures that hand text to the text model inside them unchanged."""
 
 
 def text_config(config: Any) -> Any:
     """The config whose model_type says what happens to text: of a wrapper, that of the text model inside it."""
-    return config.get_text_config() if config.model_type in WRAPPERS else config
+    return config.get_text_config() if config.model_type in MULTIMODAL_WRAPPERS else config
 
 
-def context_of(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens that the model can read at once; None where its config does not say (a recurrent model may read any)."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     length = getattr(config, "max_position_embeddings", None)
@@ -39,7 +39,7 @@ def check_room(prompts: Sequence[Rendered], max_tokens: int, context: int | None
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: Any, max_tokens: int, model: Any) -> None:
     """`check_room` before a run begins, for every prompt that it may ask."""
-    check_room([render(tokenizer, prompt) for prompt in prompts], max_tokens, context_of(model))
+    check_room([render(tokenizer, prompt) for prompt in prompts], max_tokens, context_length(model))
 
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: Any) -> int:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import QUESTION, check_tokenizer, render, set_options
-from minigrpo.models.quantize import in_four_bit
+from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer, render, set_template_options
+from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """An ordinary transformers model with its tokenizer. `warnings`: what may go wrong with its chat template."""
 
     model: Any
@@ -47,16 +47,16 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU."""
     if name != "auto":
-        if device.type == "cpu" and DTYPES[name] != torch.float32:
-            check_instructions(name)
-        return DTYPES[name]
+        if device.type == "cpu" and TORCH_DTYPES[name] != torch.float32:
+            check_dtype_support(name)
+        return TORCH_DTYPES[name]
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @cache
-def check_instructions(dtype: str) -> None:
+def check_dtype_support(dtype: str) -> None:
     """Raises ModelError where 16-bit arithmetic would kill the process: some virtual machines announce matrix
     instructions (AMX) that they then refuse. Only trying tells, so a child tries.
     """
@@ -65,7 +65,7 @@ def check_instructions(dtype: str) -> None:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the pool of threads was not forked
-        ones = torch.ones(64, 64, dtype=DTYPES[dtype])
+        ones = torch.ones(64, 64, dtype=TORCH_DTYPES[dtype])
         ones @ ones
         os._exit(0)
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
@@ -76,7 +76,7 @@ def check_instructions(dtype: str) -> None:
         )
 
 
-def resolve(path: str, seed: int, report: Report = no_report) -> str:
+def resolve_model_path(path: str, seed: int, report: Report = no_report) -> str:
     """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
     if path.partition(":")[0] == "seedling":
         from minigrpo.models.embedded import seedling
@@ -95,13 +95,13 @@ def open_model(
     template: Mapping[str, Any] | None = None,
     four_bit: bool = False,
     report: Report = no_report,
-) -> Loaded:
+) -> LoadedModel:
     """`template`: options of the chat template, which the tokenizer keeps from then on.
 
     `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
     Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
     """
-    source = resolve(path, seed, report)
+    source = resolve_model_path(path, seed, report)
     folder = Path(source).expanduser()
     if folder.exists():
         _check_folder(folder)
@@ -112,16 +112,16 @@ def open_model(
             "To try without a model of your own: --model.path seedling"
         )
     with no_progress_bars():
-        model, tokenizer = _read(source, revision, dtype)
-    set_options(tokenizer, template or {})
+        model, tokenizer = _load(source, revision, dtype)
+    set_template_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
     if four_bit:
-        model = in_four_bit(model, device)
-    return Loaded(model.to(device).eval(), tokenizer, source, warnings)
+        model = quantize_four_bit(model, device)
+    return LoadedModel(model.to(device).eval(), tokenizer, source, warnings)
 
 
-def _read(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -185,7 +185,7 @@ def adapter_base(folder: Path) -> str | None:
 def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
     """Only tokens that are used count: some tokenizer classes add one of their own that no text contains."""
     rows = model.get_input_embeddings().num_embeddings
-    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (QUESTION,))).ids]
+    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (PROBE_QUESTION,))).ids]
     if max(used) >= rows:
         raise ModelError(
             f"the tokenizer at {source} has a token with id {max(used)}, but the model knows {rows} tokens. "

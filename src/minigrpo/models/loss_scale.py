@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-START, LOWEST, HIGHEST = 2.0**16, 1.0, 2.0**24
-GOOD = 100
+INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**16, 1.0, 2.0**24
+GROWTH_INTERVAL = 100
 """A run takes some hundred updates. A scale that was raised too far costs one repeated pass."""
 
 
@@ -30,25 +30,27 @@ class LossScale:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> LossScale:
-        return cls(START, 0, True) if dtype == torch.float16 else cls()
+        return cls(INITIAL_SCALE, 0, True) if dtype == torch.float16 else cls()
 
     @property
     def can_fall(self) -> bool:
-        return self.adapts and self.scale > LOWEST
+        return self.adapts and self.scale > MIN_SCALE
 
-    def after_good(self) -> LossScale:
+    def after_success(self) -> LossScale:
         if not self.adapts:
             return self
-        grown = self.good + 1 >= GOOD
-        return replace(self, scale=min(self.scale * 2, HIGHEST), good=0) if grown else replace(self, good=self.good + 1)
+        grown = self.good + 1 >= GROWTH_INTERVAL
+        return (
+            replace(self, scale=min(self.scale * 2, MAX_SCALE), good=0) if grown else replace(self, good=self.good + 1)
+        )
 
     def after_overflow(self) -> LossScale:
-        return replace(self, scale=max(self.scale / 2, LOWEST), good=0) if self.adapts else self
+        return replace(self, scale=max(self.scale / 2, MIN_SCALE), good=0) if self.adapts else self
 
-    def up(self, loss: Tensor) -> Tensor:
+    def scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scale == 1 else loss * self.scale
 
-    def down(self, parameters: Iterable[nn.Parameter]) -> None:
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients that have been added up."""
         if self.scale != 1:
             for parameter in parameters:

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as --max-lora-rank."""
 
 
-def lora_room(rank: int) -> int | None:
+def vllm_max_lora_rank(rank: int) -> int | None:
     """The least --max-lora-rank that has room for an adapter of this rank; None where it is beyond all of them."""
-    return next((room for room in LORA_RANKS if room >= rank), None)
+    return next((room for room in VLLM_LORA_RANKS if room >= rank), None)
 
 
-def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
+def vllm_config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
     """What vLLM's `hf_overrides` must say where the config is not ours to write; {} where it finds all it needs.
 
     Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
     """
-    inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
-    return {**attention_scale(config), **({"text_config": inner} if inner else {})}
+    inner = vllm_config_overrides(config["text_config"]) if config.get("text_config") else {}
+    return {**ministral3_attention_scale(config), **({"text_config": inner} if inner else {})}
 
 
-def attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+def ministral3_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
     """Ministral 3's, beyond the original context, in the words in which vLLM asks for it; {} where it is said."""
     rope = config.get("rope_parameters") or {}
     beta = rope.get("llama_4_scaling_beta")

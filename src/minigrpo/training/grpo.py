@@ -172,7 +172,7 @@ def update(
         (parts, sums), budget = retry_on_oom(whole, parts, budget, clear=partial(clear_gradients, policy))
         norm = optimise(policy, optimizer, pace.rate, pace.limit) if parts else 0.0
         if math.isfinite(norm):
-            policy.loss_scale = policy.loss_scale.after_good() if parts else before
+            policy.loss_scale = policy.loss_scale.after_success() if parts else before
             return list(parts), sums, norm, budget
         if not (policy.loss_scale.can_fall and math.isfinite(sums["loss"])):
             policy.loss_scale = before  # it was not the scale
@@ -194,7 +194,7 @@ def accumulate(
             part = replace(part, ref_N=policy.reference(part))
         scores = policy.logprobs(part, step=step, entropy_learns=objective.entropy > 0)
         loss = objective.loss(scores.logprobs_N, part, scores.entropy_N)
-        policy.loss_scale.up(loss.total).backward()
+        policy.loss_scale.scaled(loss.total).backward()
         for name, value in {**loss.figures, **sampler_gap(scores, part)}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
         done.append(part if part.old_N is not None else replace(part, old_N=scores.logprobs_N.detach()))
@@ -229,7 +229,7 @@ def sampler_gap(scores: Any, part: MicroBatch) -> dict[str, Tensor]:
 def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, limit: float) -> float:
     """One AdamW step on the accumulated gradient; returns its norm. A gradient that is not finite is thrown away."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    policy.loss_scale.down(trained)
+    policy.loss_scale.unscale(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
     if math.isfinite(norm):
         for group in optimizer.param_groups:

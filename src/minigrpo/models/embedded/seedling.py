@@ -24,7 +24,7 @@ from minigrpo.errors import ModelError
 from minigrpo.models import sft as imitation
 from minigrpo.models.chat_template import render
 from minigrpo.models.embedded import program_bugs, sudoku_demos, sudoku_programs, wordproblem_demos
-from minigrpo.models.sft import Lesson, Room, Schedule, warm_start
+from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, train_sft
 from minigrpo.runs.rundir import complete_folder
 from minigrpo.tasks.builtin import sudoku, wordproblems
 from minigrpo.tasks.common import answers, code_task
@@ -45,11 +45,11 @@ CHAT_TEMPLATE = (
 )
 
 # Small batches and many steps: a sum of digits is learned suddenly, after so many steps rather than so much data.
-SCHOOL = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
-IMITATION = Schedule(steps=450, rows=16, lr=1.5e-3)
-PROGRAMS = Schedule(steps=400, rows=16, lr=3e-3)
+SCHOOL = SftSchedule(steps=1000, rows=16, lr=3e-3, target_loss=0.02)
+IMITATION = SftSchedule(steps=450, rows=16, lr=1.5e-3)
+PROGRAMS = SftSchedule(steps=400, rows=16, lr=3e-3)
 UNREADABLE = 32  # one lesson in so many
-ROOM = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
+ROOM = PassLimit(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own: it would pad the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Blueprint:
     kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
-    school: Schedule = SCHOOL
-    imitation: Schedule = IMITATION
+    school: SftSchedule = SCHOOL
+    imitation: SftSchedule = IMITATION
     learns: Literal["word problems", "programs"] = "word problems"
 
     @property
@@ -98,7 +98,7 @@ def blueprint_of(path: str, seed: int) -> Blueprint:
 def coder_blueprint(seed: int) -> Blueprint:
     """It needs no school, for it does not reckon; its words are whole pieces of programs, so it has more of them."""
     return Blueprint(
-        seed=seed, vocabulary=768, school=Schedule(steps=0, rows=1, lr=0.0), imitation=PROGRAMS, learns="programs"
+        seed=seed, vocabulary=768, school=SftSchedule(steps=0, rows=1, lr=0.0), imitation=PROGRAMS, learns="programs"
     )
 
 
@@ -158,8 +158,8 @@ def build(blueprint: Blueprint, folder: Path, report: Report = no_report) -> Non
     with repeatable(blueprint.seed):
         model = decoder(blueprint, tokenizer)
         if school:
-            warm_start(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
-        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=ROOM, report=imitating)
+            train_sft(model, school, blueprint.school, seed=blueprint.seed, report=at_school)
+        train_sft(model, shown, blueprint.imitation, seed=blueprint.seed, limit=ROOM, report=imitating)
     with no_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -229,7 +229,7 @@ def answered(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...],
     return [(d.problem.messages, d.text) for d in wordproblem_demos.demonstrations(blueprint.seed, size)]
 
 
-def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[SftExample]:
     shown = wordproblem_demos.schooling(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
     if not shown:
         return []
@@ -237,10 +237,10 @@ def school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
         tokenizer([f"{text}\n" for text in column], add_special_tokens=False)["input_ids"]
         for column in zip(*shown, strict=True)
     )
-    return [Lesson(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
+    return [SftExample(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
 
 
-def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[SftExample]:
     size = blueprint.imitation.steps * blueprint.imitation.rows
     foreign = wordproblem_demos.unreadable(blueprint.seed, 0 if blueprint.learns == "programs" else size // UNREADABLE)
     shown = [
@@ -248,7 +248,7 @@ def demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
         *((wordproblems.asked(question), answer) for question, answer in foreign),
     ]
     return [
-        Lesson(
+        SftExample(
             render(tokenizer, Prompt("", messages)).ids,
             (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
         )

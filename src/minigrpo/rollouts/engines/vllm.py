@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.models.context import check_room, context_of
-from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm
+from minigrpo.models.context import check_room, context_length
+from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
@@ -70,7 +70,7 @@ class Host(Protocol):
 class VllmEngine:
     def __init__(self, policy: Any, host: Host, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
-        self.tokenizer, self.context = policy.tokenizer, context_of(policy.model)
+        self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
         self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
         self._count = 0
         self.adapter: str | None = None
@@ -243,9 +243,9 @@ def _answer_of(output: Any) -> Answer:
 
 def checked_room(rank: int) -> int:
     """The least --max-lora-rank with room for the rank. Raises ModelError where it is beyond all of them."""
-    room = lora_room(rank)
+    room = vllm_max_lora_rank(rank)
     if room is None:
-        raise ModelError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, and lora.rank is {rank}.")
+        raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
     return room
 
 
@@ -255,7 +255,7 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
     model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
-    told = missing_for_vllm(policy.model.config.to_dict())
+    told = vllm_config_overrides(policy.model.config.to_dict())
     host = (
         RemoteVllm(server, model, rank, overrides=told)
         if server
