@@ -24,7 +24,7 @@ from minigrpo.config.schema import ObjectiveConfig, Recipe
 
 @dataclass(frozen=True)
 class Row:
-    """Completions of the given lengths; one token each unless said otherwise."""
+    """Completions of the given lengths, by default of one token each."""
 
     advantages_N: Tensor
     weights_N: Tensor
@@ -50,7 +50,7 @@ def row(advantages: list[float], **others: object) -> Row:
 
 
 def pull(objective: Objective, ratio: float, advantage: float) -> tuple[float, float]:
-    """(loss, its slope in the log-probability) of one token whose ratio is `ratio`."""
+    """Return (loss, its derivative in the log-probability) of one token with the given ratio."""
     logprobs_N = floats(math.log(ratio)).requires_grad_()
     loss = objective.loss(logprobs_N, row([advantage], old_N=floats(0.0))).total
     loss.backward()
@@ -153,7 +153,7 @@ def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit_or_
     assert open_objective(off, sixteen_bit=True).importance is None
 
 
-def test_a_recipe_bends_only_what_it_names() -> None:
+def test_a_recipe_changes_only_the_options_it_names() -> None:
     bent = OBJECTIVES["dapo"].with_config(ObjectiveConfig(clip_low=0.1, kl=0.04), inexact_sampler=False)
     assert (bent.clip_low, bent.clip_high, bent.kl) == (0.1, 0.28, 0.04)
     assert bent == replace(OBJECTIVES["dapo"], clip_low=0.1, kl=0.04)
@@ -199,7 +199,7 @@ def test_on_policy_every_objective_is_the_policy_gradient(name: str, advantage: 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("log_ratio", [-400.0, 400.0])
-def test_a_ratio_beyond_all_numbers_leaves_every_gradient_finite(name: str, log_ratio: float) -> None:
+def test_a_ratio_that_overflows_leaves_every_gradient_finite(name: str, log_ratio: float) -> None:
     logprobs_N = torch.tensor([log_ratio, 0.0]).requires_grad_()
     part = row([1.0, -1.0], old_N=torch.zeros(2))
     OBJECTIVES[name].loss(logprobs_N, part).total.backward()

@@ -42,7 +42,7 @@ PROMPT_LENGTHS_P = (9, 4)
 
 @dataclass(frozen=True)
 class Settings:
-    """One member of the family, in our words and in TRL's."""
+    """One objective, in our settings and in TRL's."""
 
     name: str
     beta: float = 0.0
@@ -169,7 +169,7 @@ def graded(reward: float, second: float | None) -> Grade:
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Callable[..., Any], tiny_folder: Callable[..., Path], tokenizer: Any) -> Policy:
-    """All parameters trained, some way from its reference, the model that lies in the folder."""
+    """Return a policy with all parameters trained, at some distance from its reference, the model in the folder."""
     reference = tiny_model("qwen2").double()
     model = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(1)
@@ -216,7 +216,7 @@ def outcome(trainer: Any, inputs: dict[str, Any]) -> Outcome:
 
 
 def trl_trainer(policy: Policy, settings: Settings, groups: tuple[Group, ...], folder: Path) -> Any:
-    """A GRPOTrainer of the policy's weights, whose rollouts are the groups' completions."""
+    """Return a GRPOTrainer with the policy's weights, whose rollouts are the groups' completions."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -274,7 +274,7 @@ def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> MicroBatch:
-    """The whole batch in one micro-batch; `old` lies so far from the policy that many ratios are clipped."""
+    """Return the batch as one micro-batch; `old` is so far from the policy that many ratios are clipped."""
     (part,) = pack(groups, objective, LIMIT).split(10_000)
     with torch.no_grad():
         now_N = policy.logprobs(part, step=0).logprobs_N
@@ -283,7 +283,7 @@ def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> 
 
 
 def sampled(policy: Policy, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The same completions, as a sampler reports them that is some way from the policy."""
+    """Return the same completions with the log-probabilities of a sampler that differs from the policy."""
     (part,) = pack(groups, OBJECTIVES["grpo"], LIMIT).split(10_000)
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The harness that compares with TRL: it forces what it says it forces, and both sides do the same work."""
+"""The harness that compares with TRL: it forces the stop lengths that it promises, and both sides do the same work."""
 
 from __future__ import annotations
 

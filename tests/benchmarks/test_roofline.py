@@ -38,7 +38,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(autouse=True)
 def _counted_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's counter does not know oneDNN's own calls."""
+    """Count without oneDNN, whose calls torch's counter does not know."""
     monkeypatch.setattr(onednn, "uses_onednn", lambda: False)
 
 

@@ -1,4 +1,4 @@
-"""Run in a process of its own: `python peak.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
+"""Run in a process of its own: `python peak_worker.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
 
 MALLOC_MMAP_THRESHOLD_ gives every larger block a mapping of its own: what is freed leaves the process at once, so the
 high-water mark is what was asked for and not what the allocator kept back.
@@ -96,7 +96,7 @@ class Speechless:
 
 
 def from_here() -> int:
-    """Forget the high-water mark; what is resident now."""
+    """Reset the high-water mark; return the bytes resident now."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")

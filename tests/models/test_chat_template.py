@@ -1,4 +1,4 @@
-"""The chat template: one road from messages to ids, and what a tokenizer must offer."""
+"""The chat template: messages become ids in one way, and a tokenizer must have certain tokens."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_a_turn_that_eos_does_not_close_is_warned_of(make_tokenizer):
     assert "does not close the assistant's turn" in warning
 
 
-def test_a_role_that_the_template_refuses_is_told_with_the_prompt(make_tokenizer, template):
+def test_a_role_that_the_template_refuses_is_reported_with_the_prompt(make_tokenizer, template):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
     with pytest.raises(ModelError, match=r"prompt p \(no system role\).*system, user"):
         render(make_tokenizer(strict), PROMPT)

@@ -1,4 +1,4 @@
-"""Attention stretch by stretch equals attention over padded rows: values and gradients, in float64."""
+"""Attention segment by segment equals attention over padded rows: values and gradients, in float64."""
 
 import random
 
@@ -26,7 +26,7 @@ def attended(
     dtype=torch.float64,
     backend=shared_prompt.TORCH_BACKEND,
 ) -> list[torch.Tensor]:
-    """The output of 4 heads, and the gradients of queries, keys and values, of numbers that bfloat16 can hold."""
+    """Return the output of 4 heads, and the gradients of queries, keys and values, from inputs that bfloat16 can hold."""
     stream = torch.Generator().manual_seed(0)
     tokens = layout.shared_tokens + sum(layout.own_B)
     given = [
@@ -36,8 +36,8 @@ def attended(
     out, _ = shared_prompt.shared_prompt_attention(
         None, *given, None, layout=layout, backend=backend, sliding_window=window
     )
-    slope = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
-    return [out, *torch.autograd.grad(out, given, slope)]
+    grad_out = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
+    return [out, *torch.autograd.grad(out, given, grad_out)]
 
 
 def agree(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -55,7 +55,7 @@ def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("window", [None, 6, 1, 10**6])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_stretches_are_padded_rows(layout: PackedLayout, kv_heads: int, window: int | None) -> None:
+def test_segments_give_the_output_of_padded_rows(layout: PackedLayout, kv_heads: int, window: int | None) -> None:
     fused = shared_prompt.AttentionBackend(segments_on=frozenset())
     agree(attended(layout, kv_heads, window), attended(layout, kv_heads, window, backend=fused))
 
@@ -82,17 +82,17 @@ def test_sixteen_bit_is_off_by_its_own_rounding() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (bucket,) = cpu.attention_plan(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
     heads = cpu.AttentionHeads(kv_heads, 2, 8, 1.0)
     for cached in (1, 100, 3_000, 10**9):
         monkeypatch.setattr(cpu, "SCORES_IN_CACHE", cached)
-        covered = [place for at in bucket.spans(heads) for place in range(at.start, at.stop)]
+        covered = [place for at in bucket.chunks(heads) for place in range(at.start, at.stop)]
         assert covered == list(range(bucket.rows * kv_heads))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_token_asks_once_and_little_is_padding(layout: PackedLayout) -> None:
+def test_every_token_has_one_query_slot_and_one_key_slot_and_little_is_padding(layout: PackedLayout) -> None:
     plan = cpu.attention_plan(layout, None, torch.float32, torch.device("cpu"))
     tokens = layout.shared_tokens + sum(layout.own_B)
     for slots_T, token_S in ((plan.query_slot_T, plan.query_S), (plan.key_slot_T, plan.key_S)):

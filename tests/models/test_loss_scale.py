@@ -24,7 +24,7 @@ HALF = LossScale.of(torch.float16)
 
 
 def half(policy: Policy) -> Policy:
-    """The same weights in float16 under a float32 adapter."""
+    """Return the same weights in float16 under a float32 adapter."""
     for parameter in policy.model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.half()
@@ -33,7 +33,7 @@ def half(policy: Policy) -> Policy:
 
 
 def batch_of(weight: float) -> list[MicroBatch]:
-    """One micro-batch whose tokens weigh as little as those of a batch of 1 / weight tokens."""
+    """Return one micro-batch whose tokens weigh as little as those of a batch of 1 / weight tokens."""
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
     share = weight / float(part.weights_N.max())
     return [replace(part, weights_N=part.weights_N * share)]
@@ -46,7 +46,7 @@ def gradient(policy: Policy, parts: list[MicroBatch]) -> list[torch.Tensor]:
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of the expected values."""
     left, right = (torch.cat([g.flatten() for g in many]) for many in (found, expected))
     return float((left - right).norm() / right.norm())
 

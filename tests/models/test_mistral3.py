@@ -62,7 +62,7 @@ def opened(path: Path) -> Any:
 
 
 def other_weights(model: Any) -> dict[str, bytes]:
-    """Of all that is neither text model nor head."""
+    """Return the weights that belong neither to the text model nor to the head."""
     return {n: p.detach().numpy().tobytes() for n, p in model.named_parameters() if "vision" in n or "projector" in n}
 
 
@@ -77,7 +77,7 @@ def recipe_for(path: Path, steps: int = 4, **train: Any) -> Recipe:
 
 
 def letters() -> Task:
-    """Reward: the share of small letters. Even random weights can learn it."""
+    """Reward the share of lower-case letters. Even random weights can learn it."""
 
     def prompts(split: str) -> list[Prompt]:
         return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
@@ -151,7 +151,7 @@ def test_the_head_and_the_projector_are_refused_as_targets(targets: str, told: s
 
 
 def theirs(policy: Policy, group: Group, sibling: int) -> torch.Tensor:
-    """log-probabilities by transformers' own forward pass over one text, head and all."""
+    """Return log-probabilities from transformers' own forward pass over one text, head included."""
     answer = group.completions[sibling].token_ids
     ids = torch.tensor([[*group.prompt_ids, *answer]])
     with policy.plain_attention(), torch.no_grad():

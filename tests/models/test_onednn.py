@@ -1,4 +1,4 @@
-"""Both libraries' products are one product, whatever way their operands lie."""
+"""Both libraries give the same product, however their operands are laid out."""
 
 from __future__ import annotations
 

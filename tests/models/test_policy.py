@@ -1,4 +1,4 @@
-"""One group, one sequence: the same numbers as one padded row per completion, and as the model's own forward."""
+"""A group in one row gives the same numbers as one padded row per completion, and as the model's own forward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

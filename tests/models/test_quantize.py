@@ -1,4 +1,4 @@
-"""QLoRA: the base in 4 bit is left alone, the adapter learns, and all who read weights agree on what they are."""
+"""QLoRA: the base in 4 bit is left alone, the adapter learns, and all readers of the weights agree on their values."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def recipe_for(folder: Path, steps: int = 4, **model: Any) -> Recipe:
 
 
 def letters() -> Task:
-    """Reward: the share of small letters. Even random weights can learn it."""
+    """Reward the share of lower-case letters. Even random weights can learn it."""
 
     def prompts(split: str) -> list[Prompt]:
         return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
@@ -64,7 +64,7 @@ def packed_layers(policy: Policy) -> dict[str, Any]:
 
 
 def frozen_bytes(policy: Policy) -> dict[str, bytes]:
-    """Of all that is not trained: packed weights with their statistics, head, embeddings, norms, biases."""
+    """Return the bytes of all that is not trained: packed weights with their statistics, head, embeddings, norms, biases."""
     found = {n: p.detach().view(torch.uint8) for n, p in policy.model.named_parameters() if not p.requires_grad}
     for name, layer in packed_layers(policy).items():
         state = layer.weight.quant_state
@@ -120,7 +120,7 @@ def test_head_embeddings_and_norms_keep_their_type_and_what_is_tied_stays_tied()
 
 
 def dense_twin(policy: Policy) -> Policy:
-    """The same policy with its weights unpacked for good."""
+    """Return the same policy with its weights unpacked permanently."""
     for layer in packed_layers(policy).values():
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight, plain.bias = torch.nn.Parameter(unpacked_weight(layer), requires_grad=False), layer.bias
@@ -169,7 +169,7 @@ def test_engine_and_policy_agree_in_four_bit(arch: str, lora: float, tiny_folder
     assert float((policy.logprobs(part, step=0).logprobs_N.detach() - part.engine_N).abs().max()) < 1e-4
 
 
-def test_a_finished_adapter_is_looked_at_over_the_base_that_it_was_trained_on(
+def test_a_finished_adapter_is_opened_over_the_base_that_it_was_trained_on(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_for(tiny_folder())

@@ -1,4 +1,4 @@
-"""Safetensors files, block by block: the library reads what is written here, and a broken file never passes."""
+"""Safetensors files, block by block: the library reads what we write, and a broken file is always refused."""
 
 from __future__ import annotations
 

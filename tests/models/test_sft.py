@@ -1,4 +1,4 @@
-"""Imitating written answers: the loss, its gradient whatever the passes, and who learns."""
+"""Fine-tuning on written answers: the loss, its gradient however it is split into passes, and which weights learn."""
 
 from __future__ import annotations
 

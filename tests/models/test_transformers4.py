@@ -70,7 +70,7 @@ def test_transformers_4_says_what_transformers_5_says(
     assert said["rendered"].tolist() == own["input_ids"]
 
 
-def test_further_special_tokens_stand_under_the_name_that_both_know(tmp_path: Path) -> None:
+def test_extra_special_tokens_have_the_name_that_both_know(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = bpe_tokenizer()
@@ -87,7 +87,7 @@ def test_further_special_tokens_stand_under_the_name_that_both_know(tmp_path: Pa
 
 
 @pytest.mark.parametrize("rope", [YARN, LLAMA3])
-def test_a_rotation_that_is_stretched_stands_where_older_readers_look(tmp_path: Path, rope: dict[str, Any]) -> None:
+def test_scaled_rope_settings_are_where_older_readers_look(tmp_path: Path, rope: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     run = merged_run(tmp_path / "mine", "llama", rope_parameters=dict(rope))

@@ -49,7 +49,7 @@ def case(
 def planned_over_measured(kind: str, what: dict[str, Any]) -> float:
     own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("peak.py")), kind, json.dumps(what)],
+        [sys.executable, str(Path(__file__).parents[1] / "helpers" / "peak_worker.py"), kind, json.dumps(what)],
         env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -158,7 +158,7 @@ def test_a_padded_architecture_has_a_plan_too() -> None:
 def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recompute: bool) -> None:
     """As torch's own kernels do not: ours, the lean engine's, and those that transformers asks for, recomputed too.
 
-    On a CPU stretches.py does the training of qwen2, and holds them for a while.
+    On a CPU attention/cpu.py does the training of qwen2, and holds them for a while.
     """
     length = 4000
     config = tiny_config(arch, max_position_embeddings=length + 10)

@@ -1,4 +1,4 @@
-"""Keeping a policy from becoming certain too early: how much the entropy bonus weighs, and which tokens are learned."""
+"""Keep a policy from becoming certain too early: the weight of the entropy bonus, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BONUS_STRIDES = 20
 
 @dataclass(frozen=True, slots=True)
 class EntropyBonus:
-    """The weight of the bonus from step to step.
+    """The weight of the entropy bonus from step to step.
 
     With a target it rises by a stride after every step whose entropy was at or below it, sinks after the others, and
     counts only while entropy is at or below it: c_{k+1} = c_k +- stride, alpha_k = c_k [e_k <= target]. Skywork-OR1,
@@ -40,7 +40,7 @@ class EntropyBonus:
         return self.adaptive_weight if self.last_entropy <= self.target else 0.0
 
     def after(self, entropy: float | None) -> EntropyBonus:
-        """The bonus of the next step; `entropy` is that of this one, in nats, or None where nothing was scored."""
+        """Return the bonus of the next step. `entropy`: of this step, in nats, or None where nothing was scored."""
         if self.target is None or entropy is None:
             return self
         stride = self.largest / BONUS_STRIDES * (1 if entropy <= self.target else -1)
@@ -50,9 +50,11 @@ class EntropyBonus:
 
 
 def chosen_tokens(entropies: Sequence[Tensor], counted: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Which tokens of each micro-batch belong to the `share` of highest entropy among the `counted` ones of the batch.
+    """Tell for each token whether it is in the `share` of highest entropy among the `counted` tokens of the batch.
 
-    The forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
+    One mask for each micro-batch.
+
+    These forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
     """
     pairs = list(zip(entropies, counted, strict=True))
     known_N = torch.cat([entropy_N[counted_N] for entropy_N, counted_N in pairs]) if pairs else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""What the length of a completion costs, as a part of its reward beside the task's own."""
+"""The length penalty: a part of a completion's reward beside the task's own parts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from minigrpo.types import Grade, Group
 
 
 def with_overlong_penalty(groups: Sequence[Group], cache: int, limit: int) -> list[Group]:
-    """Soft overlong punishment: 0 up to `limit - cache` tokens, then linearly down to -1 at `limit`.
+    """Add the soft overlong punishment to the grades, as the reward part "overlong".
 
-    DAPO, arXiv 2503.14476, equation 13. It is logged as the reward part "overlong".
+    It is 0 up to `limit - cache` tokens, then falls linearly to -1 at `limit`. DAPO, arXiv 2503.14476, equation 13.
     """
     return (
         [replace(group, grades=_penalized_grades(group, cache, limit)) for group in groups] if cache else list(groups)

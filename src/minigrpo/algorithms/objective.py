@@ -1,4 +1,4 @@
-"""How rewards become a loss: advantages, weights, ratio, surrogate, KL, entropy. A variant is a value.
+"""Objectives of the GRPO family: advantages, weights, ratio, surrogate, KL, entropy. A variant is a value.
 
 Shapes: P prompts, G siblings, B = P * G completions, F reward functions, N scored tokens of all completions, one
 after the other.
@@ -21,11 +21,11 @@ from minigrpo.algorithms.advantages import TIE_TOLERANCE, Rewards, batch_standar
 from minigrpo.config.schema import ObjectiveConfig, Recipe
 
 LOG_RATIO_LIMIT = 20.0
-"""exp beyond it is of no use to anyone, and an infinite ratio makes NaN gradients under a clipped, finite loss."""
+"""exp beyond it is useless, and an infinite ratio makes NaN gradients under a clipped, finite loss."""
 
 
 class ScoredTokens(Protocol):
-    """What the loss needs to know of N tokens besides their log-probabilities. None: not in play."""
+    """What the loss needs to know of N tokens besides their log-probabilities. None: not used."""
 
     @property
     def advantages_N(self) -> Tensor: ...
@@ -47,7 +47,7 @@ class ScoredTokens(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`total` is to be differentiated; `figures` are shares of it for the log, which add up over micro-batches."""
+    """The loss of a micro-batch: `total`, differentiable, and `figures` to log, which add up over micro-batches."""
 
     total: Tensor
     figures: Mapping[str, Tensor]
@@ -55,7 +55,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Correction for a sampler that is not quite the policy: w = p_policy / p_sampler, a constant in the gradient.
+    """Importance weights for a sampler that differs from the policy: w = p_policy / p_sampler, without gradient.
 
     `sequence`: w is the product over the completion, else each token's own. `mask`: what lies outside [floor, cap] is
     dropped (masked importance sampling, IcePop), else w is brought to the nearer bound (truncated; TIS proper has
@@ -106,11 +106,11 @@ class Objective:
 
     @property
     def needs_all(self) -> bool:
-        """Whether a term other than the advantages pulls on every completion."""
+        """Tell whether a term other than the advantages (KL, entropy) gives every completion a gradient."""
         return self.kl > 0 or self.entropy > 0
 
     def loss(self, logprobs_N: Tensor, tokens: ScoredTokens, entropy_N: Tensor | None = None) -> Loss:
-        """Sum over tokens of weight * (surrogate * trust + kl * k3) - entropy bonus."""
+        """Return the sum over tokens of weight * (surrogate * trust + kl * k3) - entropy bonus."""
         advantages_N, weights_N = tokens.advantages_N.to(logprobs_N), tokens.weights_N.to(logprobs_N)
         old_N = logprobs_N.detach() if tokens.old_N is None else tokens.old_N
         ratio_N = self.ratio((logprobs_N - old_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), tokens.lengths)
@@ -133,7 +133,7 @@ class Objective:
         return Loss(total, {"loss": total.detach(), **{name: value.detach() for name, value in figures.items()}})
 
     def trust_weights(self, logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, tokens: ScoredTokens) -> Tensor:
-        """What each token's policy term counts, a constant: importance weight, off-policy mask, top-entropy mask."""
+        """Return each token's constant factor: importance weight * off-policy mask * top-entropy mask."""
         trust_N = torch.ones_like(logprobs_N)
         engine_N = tokens.engine_N.to(logprobs_N)
         if self.importance is not None:
@@ -144,7 +144,10 @@ class Objective:
         return trust_N if tokens.chosen_N is None else trust_N * tokens.chosen_N
 
     def with_config(self, config: ObjectiveConfig, *, inexact_sampler: bool, tie: float = TIE_TOLERANCE) -> Objective:
-        """This objective as a recipe bends it. `inexact_sampler`: it rounds differently, or was an older policy."""
+        """Return this objective with a recipe's options.
+
+        `inexact_sampler`: the sampler rounds differently, or was an older policy.
+        """
         importance = None
         if config.importance not in ("auto", "off") or (config.importance == "auto" and inexact_sampler):
             sequence, mask = config.importance.startswith("sequence"), config.importance.endswith("mask")
@@ -162,7 +165,10 @@ class Objective:
 
 
 def open_objective(recipe: Recipe, *, sixteen_bit: bool) -> Objective:
-    """The objective that a recipe describes. `sixteen_bit`: weights in 16 bit, which sampler and policy round apart."""
+    """Return the objective that a recipe describes.
+
+    `sixteen_bit`: weights are in 16 bit, where sampler and policy round differently.
+    """
     inexact = sixteen_bit or recipe.groups.replay > 0 or recipe.rollout.engine == "vllm"
     return OBJECTIVES[recipe.objective.name].with_config(
         recipe.objective, inexact_sampler=inexact, tie=recipe.groups.min_spread
@@ -170,17 +176,17 @@ def open_objective(recipe: Recipe, *, sixteen_bit: bool) -> Objective:
 
 
 def token_ratio(log_ratio_N: Tensor, lengths: list[int]) -> Tensor:
-    """Each token's own ratio. PPO, arXiv 1707.06347."""
+    """Return each token's own ratio. PPO, arXiv 1707.06347."""
     return torch.exp(log_ratio_N)
 
 
 def sequence_ratio(log_ratio_N: Tensor, lengths: list[int]) -> Tensor:
-    """exp of the completion's mean log ratio, the same for all its tokens. GSPO, arXiv 2507.18071, equation 7."""
+    """Return exp of the completion's mean log ratio, for each of its tokens. GSPO, arXiv 2507.18071, equation 7."""
     return torch.exp(repeat_per_token([log_n.mean() for log_n in log_ratio_N.split(lengths)], lengths))
 
 
 def clipped_surrogate(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
-    """-min(r A, clip(r) A). PPO, arXiv 1707.06347, equation 7; asymmetric bounds: DAPO, arXiv 2503.14476.
+    """Return -min(r A, clip(r) A). PPO, arXiv 1707.06347, equation 7; asymmetric bounds: DAPO, arXiv 2503.14476.
 
     Dual clip: where A < 0 the ratio counts up to `clip_dual` only, or one bad answer that the policy has come to like
     outweighs the batch. INTELLECT-2, arXiv 2505.07291, section 3.4; first in arXiv 1912.09729.
@@ -192,7 +198,9 @@ def clipped_surrogate(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor,
 
 
 def cispo_surrogate(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
-    """-stopgrad(min(r, cap)) A logp: no token ever loses its gradient. CISPO, arXiv 2506.13585, equation 4.
+    """Return -stopgrad(min(r, cap)) A logp: no token loses its gradient.
+
+    CISPO, arXiv 2506.13585, equation 4.
 
     The cap is 1 + clip_high, as everywhere here; the paper's e_max is this sum.
     """
@@ -200,7 +208,7 @@ def cispo_surrogate(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, a
 
 
 def sapo_surrogate(objective: Objective, ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor) -> Tensor:
-    """-(4 / tau) sigmoid(tau (r - 1)) A: a gate that closes by degrees; sooner for A < 0. SAPO, arXiv 2511.20347."""
+    """Return -(4 / tau) sigmoid(tau (r - 1)) A: a soft clip, tighter for A < 0. SAPO, arXiv 2511.20347."""
     tau_N = torch.where(advantages_N > 0, SAPO_TEMPERATURES[0], SAPO_TEMPERATURES[1]).to(ratio_N)
     return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio_N - 1)) * advantages_N
 
@@ -210,36 +218,36 @@ SAPO_TEMPERATURES = (1.0, 1.05)
 
 
 def repeat_per_token(values: list[Tensor], lengths: list[int]) -> Tensor:
-    """One value per completion -> one per token. Not x[index]: its backward pass differs from run to run on a CPU."""
+    """Repeat each completion's value for its tokens. Not x[index], whose gradient varies between runs on a CPU."""
     return torch.cat([value.expand(n) for value, n in zip(values, lengths, strict=True)])
 
 
 def off_policy_mask(drift_N: Tensor, advantages_N: Tensor, lengths: list[int], limit: float) -> Tensor:
-    """0 for the tokens of bad completions whose mean drift (behaviour - policy, nats) is above the limit, else 1.
+    """Return 0 for tokens of bad completions whose mean drift (behaviour - policy, nats) exceeds the limit, else 1.
 
-    DeepSeek-V3.2, arXiv 2512.02556, section 3.1: learning to avoid what the policy no longer says unsettles it.
+    DeepSeek-V3.2, arXiv 2512.02556, section 3.1: learning to avoid what the policy no longer says is unstable.
     """
     drift_N = repeat_per_token([drift_n.mean() for drift_n in drift_N.split(lengths)], lengths)
     return ((advantages_N >= 0) | (drift_N <= limit)).to(drift_N)
 
 
 def per_sequence_weights(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
-    """Mean over a completion's tokens, then over completions. GRPO, arXiv 2402.03300, equation 3."""
+    """Weigh for the mean over each completion, then over completions. GRPO, arXiv 2402.03300, equation 3."""
     return kept_B / (len(lengths_B) * lengths_B)
 
 
 def per_token_weights(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
-    """Every token of the whole batch counts the same. DAPO, arXiv 2503.14476, equation 8."""
+    """Weigh every token of the whole batch equally. DAPO, arXiv 2503.14476, equation 8."""
     return kept_B / (lengths_B * kept_B).sum().clamp(min=1.0)
 
 
 def per_budget_weights(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
-    """Token sum over a constant, the longest completion allowed. Dr. GRPO, arXiv 2503.20783, section 3.2."""
+    """Weigh for the token sum over the longest completion allowed. Dr. GRPO, arXiv 2503.20783, section 3.2."""
     return kept_B / (len(lengths_B) * longest)
 
 
 def kl_k3(logprobs_N: Tensor, ref_N: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = ref - logp: never negative, unbiased for KL(policy || ref) on policy samples.
+    """Return exp(d) - d - 1 with d = ref - logp: never negative, unbiased for KL(policy || ref) on policy samples.
 
     Schulman, "Approximating KL divergence" (2020); GRPO, arXiv 2402.03300, equation 4.
     """

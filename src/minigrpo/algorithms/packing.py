@@ -1,4 +1,4 @@
-"""Groups -> one row of tokens in which every prompt stands once. The arithmetic of "one group, one sequence".
+"""Pack groups into one row of tokens in which every prompt stands once.
 
 The log-probability of a completion's token n depends on the prompt and on the tokens before n. So a completion is fed
 as [last prompt token, c0, ..., c(n-2)]: each position is scored, none is wasted, and what siblings share is the prompt
@@ -25,7 +25,7 @@ from minigrpo.types import Group
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """Some or all siblings of one group, as token ids. `index` and `siblings` are their places in the batch."""
+    """Some or all siblings of one group, as token ids. `index` and `siblings` are their positions in the batch."""
 
     index: int
     prompt_ids: tuple[int, ...]
@@ -38,13 +38,16 @@ class PackedGroup:
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the model."""
+        """Count the tokens that pass through the model."""
         return len(self.prompt_ids) - 1 + sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the tokens of a row belong: the lengths from which positions and attention follow."""
+    """The lengths in a packed row, from which positions and attention follow.
+
+    `shared_M`: shared prompt tokens of each group; `own_MG`: tokens of each completion.
+    """
 
     shared_M: tuple[int, ...]
     own_MG: tuple[tuple[int, ...], ...]
@@ -64,9 +67,9 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A micro-batch: groups with equally many siblings each, and what the loss needs to know of their N tokens.
+    """Groups with equally many siblings each, and what the loss needs to know of their N tokens.
 
-    `shares_N`: what each token counts in a plain mean over the batch (the entropy bonus), 0 where it is left out.
+    `shares_N`: the weight of each token in a plain mean over the batch (the entropy bonus), 0 where it is left out.
     `chosen_N`: the tokens that the policy learns from, where those are not all.
     """
 
@@ -85,7 +88,7 @@ class MicroBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the completions, whose sum is N."""
+        """Return the length of each completion; they sum to N."""
         return [n for group in self.groups for n in group.lengths]
 
     @property
@@ -97,11 +100,11 @@ class MicroBatch:
 
     @property
     def labels(self) -> list[int]:
-        """The N sampled tokens."""
+        """Return the N sampled tokens."""
         return [token for group in self.groups for completion in group.completions for token in completion]
 
     def input_row(self) -> tuple[list[int], list[int]]:
-        """T input ids and their positions; positions go on from the prompt for every completion."""
+        """Return T input ids and their positions; those of every completion continue its prompt's."""
         ids = [token for group in self.groups for token in group.prompt_ids[:-1]]
         positions = [n for group in self.groups for n in range(len(group.prompt_ids) - 1)]
         for group in self.groups:
@@ -112,7 +115,7 @@ class MicroBatch:
         return ids, positions
 
     def token_names(self) -> Tensor:
-        """[T, 3] (group, sibling or -1 for the shared prompt, position): a token has the same name in any row."""
+        """Return [T, 3]: (group, sibling or -1 for the shared prompt, position), the same for a token in any row."""
         names = [(group.index, -1, n) for group in self.groups for n in range(len(group.prompt_ids) - 1)]
         for group in self.groups:
             start = len(group.prompt_ids) - 1
@@ -123,7 +126,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All groups of a step with their advantages and weights, which no later cut changes."""
+    """All groups of a step with their advantages and weights, which no later split changes."""
 
     groups: tuple[Group, ...]
     advantages_PG: Tensor
@@ -133,24 +136,24 @@ class Batch:
 
     @property
     def teaches_P(self) -> Tensor:
-        """Which groups pull the policy by their advantages."""
+        """Tell which groups have a gradient from their advantages."""
         return ((self.advantages_PG != 0) & (self.weights_PG != 0)).any(1)
 
     @property
     def teaches(self) -> bool:
-        """Whether siblings differ anywhere."""
+        """Tell whether any group has a gradient from its advantages."""
         return bool(self.teaches_P.any())
 
     @property
     def moves(self) -> bool:
-        """Whether any completion pulls the policy anywhere."""
+        """Tell whether the batch has any gradient at all, a KL term or an entropy bonus included."""
         return self.teaches or (self.needs_all and bool((self.weights_PG != 0).any()))
 
     def split(self, tokens_per_pass: int) -> Iterator[MicroBatch]:
-        """Micro-batches of at most `tokens_per_pass` tokens (a single completion may exceed it: it cannot be cut).
+        """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
 
         A group whose siblings all tie has zero gradient and is left out, unless a KL term or an entropy bonus
-        pulls on it.
+        applies to it.
         """
         waiting: list[PackedGroup] = []
         for group in self._packed_groups():
@@ -187,7 +190,10 @@ class Batch:
 
 
 def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
-    """Rewards -> advantages, lengths -> weights, once over the whole batch. `longest`: the completion limit."""
+    """Compute advantages from rewards, and weights from lengths, once over the whole batch.
+
+    `longest`: the completion limit.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths_B = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     kept = [not (objective.mask_truncated and completion.finish == "length") for completion in completions]
@@ -203,7 +209,7 @@ def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
 
 
 def split_group(group: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
-    """A group too long for one pass, as pieces of its siblings; each part pays for the prompt again."""
+    """Split a group that is too long for one pass by its siblings; each part includes the prompt again."""
     start = 0
     while start < len(group.siblings):
         stop, room = start, tokens_per_pass - (len(group.prompt_ids) - 1)

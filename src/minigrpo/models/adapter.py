@@ -1,4 +1,4 @@
-"""An adapter as arithmetic: which low-rank pair stands beside a linear layer, in a model and in PEFT's files."""
+"""LoRA adapters as numbers: the low-rank pair of each linear layer, in a model and in PEFT's files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TENSOR_ENDINGS = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"},
     **{".lora_magnitude_vector.weight": "magnitude", ".lora_embedding_A": "A", ".lora_embedding_B": "B"},
 }
-"""How PEFT ends the names of a layer's parts."""
+"""Endings of tensor names in PEFT's files, and the part of the adapter that each stands for."""
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
-"""Ways to begin that take something away from the base's own weights: base + adapter is then not what was trained."""
+"""Initialisations that change the base's own weights: base + adapter is then not what was trained."""
 
 _UNSUPPORTED_OPTIONS = {
     "target_parameters": "adapts parameters that are no layers",
@@ -37,9 +37,9 @@ _UNSUPPORTED_OPTIONS = {
 
 
 def active_lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, in], B [out, r], scale) of the active PEFT LoRA adapter on a layer; None for a bare or switched-off one.
+    """Return (A [r, in], B [out, r], scale) of a layer's active PEFT LoRA adapter; None where there is none.
 
-    The layer computes x W' + scale * (x A') B'. Raises ModelError for adapters that are more than one such pair.
+    The layer computes x W' + scale * (x A') B'. Raise ModelError for adapters that are more than one such pair.
     """
     if not hasattr(module, "lora_A") or module.disable_adapters:
         return None
@@ -54,10 +54,11 @@ def active_lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """What stands beside one layer, on the disk. The weight becomes W + scale B A; with a magnitude m (DoRA), each
-    row of that is given the length that m says.
+    """The adapter of one layer, as stored on the disk.
 
-    `flipped`: the weight is stored as [in, out], so what is added to it is the transposed product.
+    The weight becomes W + scale B A; with a magnitude m (DoRA), each row of that is rescaled to the norm in m.
+
+    `flipped`: the weight is stored as [in, out], so the transposed product is added to it.
     """
 
     module: str
@@ -69,7 +70,7 @@ class LoraPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it belongs to."""
+        """Return the shape of the weight that the pair is added to."""
         rows, columns = self.b.shape[0], self.a.shape[1]
         return (columns, rows) if self.flipped else (rows, columns)
 
@@ -78,7 +79,7 @@ class LoraPair:
         return self.a.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(left, right) in float32: left @ right is what is added to the weight. Raises ArtifactError on NaN."""
+        """Return (left, right) in float32: left @ right is added to the weight. Raise ArtifactError on NaN."""
         a_RI, b_OR = self.a.read().float(), self.b.read().float()
         for stored, values in ((self.a, a_RI), (self.b, b_OR)):
             if not torch.isfinite(values).all():
@@ -91,7 +92,10 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """PEFT's files, read as far as their names and shapes. `pairs` by module, `whole` by parameter, as in memory."""
+    """An adapter's files: names and shapes, no values.
+
+    `pairs` by module; `whole`: tensors that replace a parameter of the base, by its name in memory.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -104,13 +108,16 @@ class Adapter:
 
     @property
     def targets(self) -> str | list[str]:
-        """A pattern of module names, or the ends that they may have."""
+        """Return a pattern of module names, or the endings that they may have."""
         targets = self.config.get("target_modules") or []
         return targets if isinstance(targets, str) else sorted(targets)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises ArtifactError where a file is missing or damaged, ModelError for a kind that is not understood."""
+    """Read an adapter folder.
+
+    Raise ArtifactError where a file is missing or damaged, ModelError for a kind of adapter that is not supported.
+    """
     config = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -175,7 +182,7 @@ def _pair(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, A
 
 
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
-    """The rank itself stands in the tensors; only alpha must be looked up, by PEFT's own rule."""
+    """Return a module's alpha by PEFT's own rule. (Its rank is the tensors' shape.)"""
     pattern = config.get("alpha_pattern") or {}
     if not pattern:
         return float(config["lora_alpha"])
@@ -186,7 +193,7 @@ def _alpha(module: str, config: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PairStats:
-    """Figures of one pair: Frobenius norms, share of exact zeros in A and B together, what it adds to the weight."""
+    """Statistics of one pair: Frobenius norms of A, B and their product, and the share of exact zeros in A and B."""
 
     module: str
     rank: int
@@ -198,12 +205,12 @@ class PairStats:
 
     @property
     def untrained(self) -> bool:
-        """B is zero at the start, and one gradient moves all of it."""
+        """Tell whether B is still zero, as at the start: one gradient step changes all of it."""
         return self.finite and self.norm_b == 0
 
 
 def pair_stats(pair: LoraPair) -> PairStats:
-    """The norm of B A without the product: its square is the trace of (A A')(B' B), of rank x rank."""
+    """Measure a pair. The squared norm of B A is the trace of (A A')(B' B), rank x rank: no need of the product."""
     a_RI, b_OR = pair.a.read().double(), pair.b.read().double()
     finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
     finite = finite and (pair.magnitude is None or bool(torch.isfinite(pair.magnitude.read()).all()))

@@ -1,7 +1,7 @@
-"""Messages to token ids: the only caller of a chat template, so training and evaluation cannot differ in it.
+"""Render messages to token ids: the only caller of a chat template, so training and evaluation cannot differ in it.
 
-Nothing downstream sees the rendered text; the ids are the prompt. What a tokenizer must offer is checked here once,
-with the faults that make a model babble or never stop.
+Nothing downstream sees the rendered text; the ids are the prompt. What a tokenizer must have is checked here once,
+along with the faults that make a model babble or never stop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROBE_REPLY = "It is 4."
 
 
 def render(tokenizer: Any, prompt: Prompt) -> Rendered:
-    """The prompt's messages with the template's opening of the assistant's turn, tokenised once."""
+    """Tokenise the prompt's messages, with the template's opening of the assistant's turn."""
     # jinja2 comes with transformers; templates raise its error for roles they do not take.
     from jinja2 import TemplateError
 
@@ -39,7 +39,7 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Write options into the template itself, as its defaults.
 
     So whatever is saved with this tokenizer renders as training did (the adapter, a merged model, a served one), and
-    nobody has to remember them. Raises ModelError where the template does not know an option.
+    nobody has to remember them. Raise ModelError where the template does not know an option.
     """
     if not options:
         return
@@ -74,7 +74,7 @@ _GIVEN_VARIABLES = {
 
 
 def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:
-    """Raises ModelError where no prompt could be asked or no answer could end; returns what is merely odd."""
+    """Return warnings about a tokenizer; raise ModelError where no prompt can be rendered or no answer could end."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {_name_of(tokenizer)} has no chat template, so messages cannot become a prompt. Use the "
@@ -94,7 +94,7 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:
 
 
 def _opens_assistant_turn(tokenizer: Any) -> bool:
-    """True where the rendered prompt ends where the assistant's words begin."""
+    """Tell whether the rendered prompt ends where the assistant's words begin."""
     opening = render_text(tokenizer, [PROBE_QUESTION], opened=True)
     if opening != render_text(tokenizer, [PROBE_QUESTION]):
         return True
@@ -104,7 +104,7 @@ def _opens_assistant_turn(tokenizer: Any) -> bool:
 
 
 def _template_warnings(tokenizer: Any) -> list[str]:
-    """Faults that do not stop training but often explain a model that behaves strangely elsewhere."""
+    """Return faults that do not stop training but often explain why a model behaves strangely elsewhere."""
     found = []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = render(tokenizer, Prompt("template check", (PROBE_QUESTION,))).ids

@@ -1,4 +1,4 @@
-"""From a path to a model and its tokenizer: folders, Hub ids and the embedded model, with faults told as sentences."""
+"""Load a model and its tokenizer from a folder, a Hub id or the embedded model, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU."""
+    """Return the dtype of that name.
+
+    "auto": bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU.
+    """
     if name != "auto":
         if device.type == "cpu" and TORCH_DTYPES[name] != torch.float32:
             check_dtype_support(name)
@@ -57,8 +60,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @cache
 def check_dtype_support(dtype: str) -> None:
-    """Raises ModelError where 16-bit arithmetic would kill the process: some virtual machines announce matrix
-    instructions (AMX) that they then refuse. Only trying tells, so a child tries.
+    """Raise ModelError where 16-bit arithmetic would kill the process.
+
+    Some virtual machines announce matrix instructions (AMX) that they then refuse. Only trying tells, so a child
+    process tries.
     """
     if not hasattr(os, "fork"):
         return
@@ -77,7 +82,7 @@ def check_dtype_support(dtype: str) -> None:
 
 
 def resolve_model_path(path: str, seed: int, report: Report = no_report) -> str:
-    """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
+    """Return the folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
     if path.partition(":")[0] == "seedling":
         from minigrpo.models.embedded import seedling
 
@@ -96,10 +101,11 @@ def open_model(
     four_bit: bool = False,
     report: Report = no_report,
 ) -> LoadedModel:
-    """`template`: options of the chat template, which the tokenizer keeps from then on.
+    """Load a model and its tokenizer.
 
-    `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model unpacked.
-    Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
+    `template`: options of the chat template, which the tokenizer keeps from then on. `four_bit`: linear layers are
+    packed (quantize.py), one by one, so the device never holds the model unpacked. Raise ModelError where the model is
+    missing or broken, or its tokenizer cannot render a conversation.
     """
     source = resolve_model_path(path, seed, report)
     folder = Path(source).expanduser()
@@ -138,9 +144,9 @@ def _load(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, A
 
 
 def model_class(config: Any) -> Any:
-    """What of transformers makes a model that writes text from this config; some of them read pictures, too.
+    """Return transformers' auto class for a model that writes text from this config; some also read images.
 
-    Raises ModelError where the weights are in 8-bit floating point: they can be run, and not be trained.
+    Raise ModelError where the weights are in 8-bit floating point: they can be run, but not be trained.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -161,7 +167,7 @@ def model_class(config: Any) -> Any:
 
 
 def is_fp8(config: Any) -> bool:
-    """Whether config.json says so: by the method's name, or among compressed-tensors' formats."""
+    """Tell whether config.json declares FP8 weights: by the method's name, or as a format of compressed-tensors."""
     said = getattr(config, "quantization_config", None) or {}
     said = said if isinstance(said, dict) else said.to_dict()
     method = str(said.get("quant_method", ""))
@@ -169,7 +175,7 @@ def is_fp8(config: Any) -> bool:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base model that an adapter folder names, or None where the folder holds no adapter."""
+    """Return the base model that an adapter folder names, or None where the folder holds no adapter."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
@@ -183,7 +189,10 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
-    """Only tokens that are used count: some tokenizer classes add one of their own that no text contains."""
+    """Raise ModelError where the tokenizer has ids that the model lacks.
+
+    Only tokens that are used count: some tokenizer classes add one of their own that no text contains.
+    """
     rows = model.get_input_embeddings().num_embeddings
     used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (PROBE_QUESTION,))).ids]
     if max(used) >= rows:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from minigrpo.models.onednn import linear
 
 CHUNK_LOGITS = 8 << 20
-"""Logits held at a time: 32 MB in float32."""
+"""Logits that exist at a time: 32 MB in float32."""
 CACHED_LOGITS = 1 << 20
-"""Logits worked on at a time."""
+"""Logits computed at a time, so that they stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """An output head as arithmetic: logits = (hidden @ weight.T + bias) * scale, perhaps capped, / temperature."""
+    """An output head as a formula: logits = (hidden @ weight.T + bias) * scale, perhaps capped, / temperature."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -35,7 +35,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: Any, temperature: float) -> OutputHead:
-        """Read from a causal language model: Granite divides its logits, Cohere multiplies, Gemma caps them."""
+        """Read the head of a causal language model: Granite divides its logits, Cohere multiplies, Gemma caps them."""
         head, config = model.get_output_embeddings(), model.config
         assert isinstance(head, nn.Linear), f"an output head of kind {type(head).__name__} is not known"
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -44,20 +44,23 @@ class OutputHead:
 
     @property
     def is_frozen(self) -> bool:
-        """Nothing to learn, and no cap: d logp / d hidden is (W[label] - E[W]) * scale / temperature."""
+        """Tell whether nothing is trained and no cap applies.
+
+        Then d logp / d hidden is (W[label] - E[W]) * scale / temperature.
+        """
         trained = self.weight_VD.requires_grad or (self.bias_V is not None and self.bias_V.requires_grad)
         return self.cap is None and not trained
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V] at this temperature, in float32 at least."""
+        """Return logits [n, V] at this temperature, in float32 at least."""
         return self.scaled_logits(self.raw_logits(hidden_nD))
 
     def raw_logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V] in the weights' own type, before scale, cap and temperature."""
+        """Return logits [n, V] in the weights' own type, before scale, cap and temperature."""
         return linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 
     def scaled_logits(self, raw_nV: Tensor) -> Tensor:
-        """What `raw_logits` gave -> logits. The same tensor where nothing changes."""
+        """Apply scale, cap and temperature to raw logits. Returns the same tensor where nothing changes."""
         logits_nV = raw_nV.to(torch.promote_types(raw_nV.dtype, torch.float32))
         if self.cap is not None:
             return torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
@@ -65,7 +68,7 @@ class OutputHead:
         return logits_nV if factor == 1 else logits_nV * factor
 
     def hidden_grad(self, grad_nV: Tensor, hidden_nD: Tensor) -> Tensor:
-        """d / d logits -> d / d hidden, where there is no cap."""
+        """Turn a gradient of the logits into one of the hidden states, where there is no cap."""
         hidden_grad_nD = linear(grad_nV.to(self.weight_VD.dtype), self.weight_VD.T)
         return hidden_grad_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
 
@@ -75,7 +78,7 @@ class Float32Head(nn.Linear):
 
     @classmethod
     def of(cls, head: nn.Linear) -> Float32Head:
-        """A frozen copy: the head of a model with tied embeddings is its embedding, which stays as it is."""
+        """Make a frozen copy: the head of a model with tied embeddings is its embedding, which stays as it is."""
         copy = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         copy.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
         if head.bias is not None:
@@ -89,9 +92,9 @@ class Float32Head(nn.Linear):
 def score_tokens(
     hidden_ND: Tensor, labels_N: Tensor, head: OutputHead, *, entropy_learns: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
+    """Return logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
 
-    `entropy_learns`: the entropy is differentiable as well; it costs a second direction per token.
+    `entropy_learns`: the entropy is differentiable as well; it costs a second gradient per token.
     """
     size = max(1, CHUNK_LOGITS // head.weight_VD.shape[0])
     logprobs, entropies = [], []
@@ -108,13 +111,13 @@ def score_tokens(
 
 
 def logprob_grad(probs_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """d logp / d logits = onehot - softmax. `probs_nV` is used up."""
+    """Return d logp / d logits = onehot - softmax. Overwrites `probs_nV`."""
     grad_nV = probs_nV.neg_()
     return grad_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(grad_nV[:, :1]))
 
 
 def entropy_grad(logits_nV: Tensor, probs_nV: Tensor, entropy_n: Tensor) -> Tensor:
-    """d H / d logits = -p (log p + H)."""
+    """Return d H / d logits = -p (log p + H)."""
     normaliser_n = logits_nV.logsumexp(-1)
     return probs_nV * ((normaliser_n - entropy_n)[:, None] - logits_nV)
 
@@ -126,8 +129,8 @@ class _FrozenHeadChunk(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: OutputHead, entropy_learns: bool
     ) -> tuple[Tensor, Tensor]:
-        # Row by row the same; a few at a time, what is read again and again stays in the processor's cache. The
-        # gradients take the place of the logits that they were made of.
+        # A few rows at a time: the result is the same, and what is read repeatedly stays in the processor's cache. The
+        # gradients take the place of the logits that they were computed from.
         raw_nV, n = head.raw_logits(hidden_nD), len(labels_n)
         logit_grads = [raw_nV, *([torch.empty_like(raw_nV)] if entropy_learns else [])]
         step = max(1, CACHED_LOGITS // raw_nV.shape[1])
@@ -155,7 +158,7 @@ class _FrozenHeadChunk(torch.autograd.Function):
 
 
 def _score_logits(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs_n, entropy_n and the probabilities."""
+    """Return logprobs_n, entropy_n and the probabilities."""
     peak_n1 = logits_nV.amax(-1, True)
     probs_nV = (logits_nV - peak_n1).exp_()
     sum_n1 = probs_nV.sum(-1, True)
@@ -167,14 +170,14 @@ def _score_logits(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, 
 
 @dataclass(frozen=True, slots=True)
 class _TrainedHead:
-    """A head in training, and whether the entropy is part of what it learns from."""
+    """A head in training, and whether the entropy is part of the loss."""
 
     head: OutputHead
     entropy: bool
 
 
 class _TrainedHeadChunk(torch.autograd.Function):
-    """Keeps hidden states and labels; the backward pass makes the logits anew."""
+    """Keeps hidden states and labels; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(

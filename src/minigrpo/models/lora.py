@@ -1,6 +1,6 @@
-"""LoRA through PEFT, with a dropout whose masks have names.
+"""LoRA through PEFT, with dropout masks drawn from named seeds.
 
-PEFT writes and reads the adapter, so every other tool can, and which layers `all-linear` means is PEFT's word. Two
+PEFT writes and reads the adapter, so every other tool can, and PEFT decides which layers `all-linear` means. Two
 things are ours: the adapter stays in the decoder where a vision tower stands beside it, and dropout is drawn from
 (seed, step, token, module, channel), so that it is the same on recomputation, after a resume and in any micro-batch,
 and off wherever log-probabilities are compared.
@@ -30,7 +30,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
-    """The model under a fresh PEFT adapter (float32, B = 0) and the dropouts inside it."""
+    """Return the model under a fresh PEFT adapter (float32, B = 0), and the dropouts inside it."""
     mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
@@ -62,7 +62,7 @@ def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any
 
 
 def lora_targets(model: Any, targets: str) -> str | list[str]:
-    """`targets` as PEFT takes them: names of layers, or one pattern of whole names.
+    """Return `targets` as PEFT takes them: names of layers, or one pattern of whole names.
 
     A pattern where the model has linear layers beside its decoder and head: those of a vision tower bear the same
     names as the decoder's, and stay as they are.
@@ -81,16 +81,16 @@ def lora_targets(model: Any, targets: str) -> str | list[str]:
 
 
 def linear_layer_names(model: Any) -> list[str]:
-    """Last names of the decoder's linear layers."""
+    """Return the last parts of the names of the decoder's linear layers."""
     head = model.get_output_embeddings()
     layers = [name for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear) and m is not head]
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
-    """The model under a finished adapter, as PEFT reads it.
+    """Return the model under a finished adapter, as PEFT reads it.
 
-    Raises ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
+    Raise ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
     """
     mute_bitsandbytes()
     from peft import PeftModel
@@ -126,13 +126,13 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def mute_bitsandbytes() -> None:
-    """Where it is installed, PEFT imports it, and it complains of a faster kernel that it would have to download."""
+    """Silence bitsandbytes: PEFT imports it, and it warns about a faster kernel that it would have to download."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager
 def _without_peft_warning() -> Iterator[None]:
-    """peft 0.21 asks for an attribute that transformers 5 has renamed: nothing that a user could mend."""
+    """Hide a warning that users cannot act on: peft 0.21 reads an attribute that transformers 5 renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

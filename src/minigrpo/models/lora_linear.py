@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapter as one step of the graph: PEFT's arithmetic with a third of its calls.
+"""A linear layer and its LoRA adapter as one autograd operation: PEFT's arithmetic with a third of its calls.
 
 PEFT computes W x and s B A x as five recorded operations and keeps an input for each. Here the layer is one operation
 with a written-out gradient, and keeps x and A x alone. Two exact forms, chosen by what they cost:
@@ -31,7 +31,7 @@ from minigrpo.utils.rng import keep_mask, name_key
 class SeededDropout(nn.Module):
     """Inverted dropout: kept inputs are scaled by 1 / (1 - p). Off while `step` is None.
 
-    `token_keys` names the tokens that are about to pass: it must have the input's leading shape.
+    `token_keys` identifies the tokens of the next pass: it must have the input's leading shape.
     """
 
     def __init__(self, p: float, name: str) -> None:
@@ -42,7 +42,7 @@ class SeededDropout(nn.Module):
         self.token_keys: Tensor | None = None
 
     def keep(self, x: Tensor) -> Tensor | None:
-        """True where an entry of x is kept; None while nothing is dropped."""
+        """Return True where an entry of x is kept, or None while nothing is dropped."""
         if self.step is None:
             return None
         keys = self.token_keys
@@ -56,7 +56,7 @@ class SeededDropout(nn.Module):
 
 
 def fuse_lora_layers(model: nn.Module) -> None:
-    """Let every LoRA layer of a PEFT model over a plain or a 4-bit linear layer take the fused way in training."""
+    """Fuse every LoRA layer over a plain or 4-bit linear layer of a PEFT model, for training."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if hasattr(module, "lora_A") and (type(base) is nn.Linear or is_four_bit(base)):
@@ -65,12 +65,12 @@ def fuse_lora_layers(model: nn.Module) -> None:
 
 
 def is_four_bit(layer: Any) -> bool:
-    """Whether its weights lie in 4 bit."""
+    """Tell whether a layer's weights are in 4 bit."""
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
 def unpacked_weight(layer: Any) -> Tensor:
-    """[O, I]: the layer's weights; unpacked into new memory where they lie in 4 bit."""
+    """Return the layer's weights [O, I], unpacked into new memory where they are in 4 bit."""
     if not is_four_bit(layer):
         weight: Tensor = layer.weight
         return weight
@@ -82,14 +82,14 @@ def unpacked_weight(layer: Any) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _FixedLayer:
-    """What is fixed in a layer. `scale` is the adapter's; `gain` is what makes up for inputs that are dropped."""
+    """What a layer does not train. `scale`: the adapter's; `gain`: 1 / (1 - p), which makes up for dropped inputs."""
 
     base: nn.Linear
     scale: float
     gain: float = 1.0
 
     def factors(self, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both halves in the base's type. The gain goes into A, which is small, and not over every input."""
+        """Return A and B in the given type. The gain goes into A, which is small, and not over every input."""
         return (A_RI if self.gain == 1 else A_RI * self.gain).to(dtype), (B_OR * self.scale).to(dtype)
 
 

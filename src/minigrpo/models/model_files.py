@@ -1,6 +1,6 @@
-"""A base model as files: which tensor lies in which shard, what is tied, and all that must stand beside the weights.
+"""A base model's files: which tensor is in which shard, what is tied, and the files beside the weights.
 
-Nothing is loaded; tensors are named as on the disk. What a layer is called in memory is found again by `on_disk`.
+No weights are loaded; tensors are named as on the disk. `on_disk` maps a parameter's name in memory to that name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PREFIX_RENAMES = (
     ("model.", ""),
     ("", "model."),
 )
-"""Beginnings of names in memory and on the disk: models that also read pictures are saved as they once were called."""
+"""Name prefixes in memory and on the disk: models that also read images are saved under older names."""
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -50,7 +50,7 @@ format beside merged ones would be taken for theirs."""
 
 @dataclass(frozen=True, slots=True)
 class BaseFiles:
-    """`headers` by shard, in their order; `tensors` of all of them. `dtype`: of most weights."""
+    """A base model's folder: `headers` by shard, in order; `tensors` of all shards. `dtype`: of most weights."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -64,16 +64,16 @@ class BaseFiles:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding. The outer config counts: it is what transformers asks."""
+        """Tell whether the output head is the embedding. The outer config counts: it is what transformers asks."""
         inner = self.config.get("text_config") or {}
         return bool(self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
 
     def is_text(self, name: str) -> bool:
-        """Not of a vision tower or its projector."""
+        """Tell whether a tensor belongs to the text model, not to a vision tower or its projector."""
         return "text_config" not in self.config or "language_model." in name or "lm_head" in name
 
     def on_disk(self, name: str) -> str | None:
-        """What a parameter of the model in memory is called in the files; None where they have no such."""
+        """Return the name in the files of a parameter of the model in memory; None where they have none."""
         for here, there in PREFIX_RENAMES:
             renamed = there + name.removeprefix(here)
             if name.startswith(here) and renamed in self.tensors:
@@ -81,7 +81,7 @@ class BaseFiles:
         return None
 
     def fingerprint(self) -> str:
-        """Of config and weights: every byte is read."""
+        """Hash config and weights: every byte is read."""
         total = hashlib.sha256()
         for file in (self.folder / "config.json", *(self.folder / shard for shard in self.headers)):
             total.update(f"{file.name} {digest(file)}\n".encode())
@@ -89,7 +89,7 @@ class BaseFiles:
 
 
 def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseFiles:
-    """From a folder, a Hub id (downloaded if need be) or the embedded model's name. Raises ModelError."""
+    """Open a base from a folder, a Hub id (downloaded if needed) or the embedded model's name. Raise ModelError."""
     source = resolve_model_path(path, seed)
     folder = Path(source).expanduser()
     if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
@@ -100,7 +100,7 @@ def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseF
 
 
 def local_config(path: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a base that lies here or in the Hub client's cache; {} of any other. Nothing is downloaded."""
+    """Return config.json of a base in a folder or in the Hub client's cache, else {}. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     file = Path(path).expanduser() / "config.json"
@@ -126,7 +126,10 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def open_base(folder: Path) -> BaseFiles:
-    """Raises ModelError for what cannot be merged into, and ArtifactError where a shard is missing or damaged."""
+    """Open a base folder.
+
+    Raise ModelError for one that cannot be merged into, and ArtifactError where a shard is missing or damaged.
+    """
     config = _read_json(folder / "config.json", f"{folder} holds no config.json, so it is not a model folder.")
     _refuse_quantised(folder, config)
     headers = {name: read_header(folder / name) for name in _shard_names(folder)}
@@ -193,7 +196,7 @@ def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
 
 
 def write_companions(base: BaseFiles, trained: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything beside the weights. The tokenizer is the trained one's, whose chat template holds its options."""
+    """Write everything beside the weights. The tokenizer is the trained one: its chat template holds its options."""
     tokenizer = trained if (trained / "tokenizer_config.json").is_file() else base.folder
     for source, patterns in ((base.folder, COMPANION_FILES), (tokenizer, TOKENIZER_FILES)):
         for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
@@ -210,7 +213,7 @@ def write_companions(base: BaseFiles, trained: Path, folder: Path, dtype: torch.
 
 
 def compatible_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json in words that transformers 4 knows, too: of the class, and of further special tokens."""
+    """Return tokenizer_config.json with a class and extra special tokens that transformers 4 understands, too."""
     found = dict(config)
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -222,11 +225,11 @@ def compatible_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compatible_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config with its number type, and with the settings of the rotation where others look for them.
+    """Return the config with its dtype, and with the RoPE settings where other programs look for them.
 
-    transformers 4 takes a theta of 10000 unless `rope_theta` stands outside, and stretches nothing for long texts
-    unless `rope_scaling` says how; vLLM leaves out Ministral 3's scale of attention beyond the original context unless
-    `llama_4_scaling` stands there.
+    transformers 4 takes a theta of 10000 unless `rope_theta` is at the top level, and scales no positions for long
+    texts without `rope_scaling`; vLLM leaves out Ministral 3's attention scale beyond the original context without
+    `llama_4_scaling`.
     """
     inner = {"text_config": compatible_config(config["text_config"], dtype)} if config.get("text_config") else {}
     rope = config.get("rope_parameters") or {}
@@ -247,18 +250,18 @@ def compatible_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> d
 
 
 def without_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
+    """Return a merged model's config without vLLM's attention scale, which its base's config may have or lack."""
     inner = {"text_config": without_attention_scale(config["text_config"])} if config.get("text_config") else {}
     return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
 
 
 def _scales_attention(config: Mapping[str, Any]) -> bool:
-    """Whether it is a Ministral 3, which transformers 4 does not know."""
+    """Tell whether this is a Ministral 3, which transformers 4 does not know."""
     return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})
 
 
 def _write_config(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:
-    """Byte for byte what it was, where it says the same."""
+    """Write a config; where nothing changed, copy the original byte for byte."""
     if then != now:
         file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     elif original is not None:

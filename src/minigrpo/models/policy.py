@@ -1,7 +1,7 @@
-"""The policy: a base model and what training changes of it. The one stateful class.
+"""The policy: a base model and what training changes in it. The one stateful class.
 
-`logprobs(part)` scores the tokens of a Part under softmax(logits / temperature). Architectures whose attention can be
-told who looks at whom take the shared-prompt path (each prompt once, no padding); all others take the padded path,
+`logprobs(batch)` scores the tokens of a micro-batch under softmax(logits / temperature). Architectures whose attention
+mask we control take the shared-prompt path (each prompt once, no padding); all others take the padded path,
 one row per completion, with the same result.
 
 Shapes: N scored tokens, T tokens of a row, B completions, V vocabulary, D hidden width.
@@ -40,9 +40,9 @@ SHARED_PROMPT_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Of N tokens, in nats: log-probability (differentiable) and entropy of the distribution it was drawn from.
+    """Scores of N tokens in nats: log-probability (differentiable) and entropy of the distribution of each.
 
-    The entropy is differentiable only where that was asked for.
+    The entropy is differentiable only on request (`entropy_learns`).
     """
 
     logprobs_N: Tensor
@@ -50,7 +50,7 @@ class TokenScores:
 
 
 class Policy:
-    """Weights in training. Everything else about a run is frozen data."""
+    """A model in training, with its tokenizer. Everything else about a run is frozen data."""
 
     def __init__(
         self,
@@ -89,17 +89,17 @@ class Policy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def logprobs(self, batch: MicroBatch, *, step: int, entropy_learns: bool = False) -> TokenScores:
-        """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
+        """Score the micro-batch's N tokens, differentiably; the step seeds the dropout, if any."""
         for dropout in self.dropouts:
             dropout.step = step
         return self._score(self.model, batch, entropy_learns)
 
     @torch.no_grad()
     def reference(self, batch: MicroBatch) -> Tensor:
-        """logprobs_N under the model that training began with; dropout off.
+        """Return logprobs_N under the model that training began with; dropout off.
 
-        That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy that lies on
-        another device works there; the N numbers alone come back.
+        That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy on another
+        device computes there; only the N numbers are moved.
         """
         if self.frozen_copy is not None:
             return self._score(self.frozen_copy, batch).logprobs_N.to(self.device)
@@ -111,7 +111,7 @@ class Policy:
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The base model, inside the block."""
+        """Switch the adapter off inside the block."""
         if not self.is_lora:
             raise ModelError("this policy has no adapter to switch off: all its parameters are trained")
         with self.model.disable_adapter():
@@ -119,7 +119,7 @@ class Policy:
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
-        """The model as transformers' own generate expects it, inside the block: dropout off, plain attention."""
+        """Prepare the model for transformers' own generate inside the block: dropout off, plain attention."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -130,7 +130,7 @@ class Policy:
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
-        """One text a row, as transformers' own code expects it, inside the block; the adapter's dropout is off."""
+        """Use plain attention, one text a row, inside the block, with the adapter's dropout off."""
         if self.shares_prompts:
             self._set_attention(self.backend.plain)
         try:
@@ -141,14 +141,14 @@ class Policy:
                 self._set_attention(shared_prompt.SHARED_PROMPT_ATTENTION)
 
     def _set_attention(self, name: str) -> None:
-        """The decoder only: a vision tower beside it keeps its own way."""
+        """Set the decoder's attention implementation; a vision tower beside it keeps its own."""
         decoder_of(self.model).set_attn_implementation(name)  # type: ignore[operator]
 
     @contextmanager
     def _with_starting_adapter(self, start: list[Tensor]) -> Iterator[None]:
-        """The adapter that training began with, inside the block.
+        """Put back the adapter that training began with, inside the block.
 
-        Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still waits for
+        Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still needs
         its backward pass finds its own tensors.
         """
         now = [parameter.data for parameter in self.trainable]
@@ -162,7 +162,7 @@ class Policy:
 
     @contextmanager
     def _dropout_off(self) -> Iterator[None]:
-        """Only inside the block: a backward pass that recomputes activations is still to come, and drops as before."""
+        """Switch dropout off inside the block only: a later recomputing backward pass drops as before."""
         steps = [dropout.step for dropout in self.dropouts]
         for dropout in self.dropouts:
             dropout.step = None
@@ -180,7 +180,7 @@ class Policy:
         )
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """One row; its last N positions are the scored ones."""
+        """Return hidden states of the N scored positions, the last of one packed row."""
         ids, positions = batch.input_row()
         device = device_of(model)
         if self.dropouts:
@@ -195,7 +195,7 @@ class Policy:
         return hidden_1TD[0, batch.layout.shared_tokens :]
 
     def _padded_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """One row per completion, zeros behind; then the scored positions only."""
+        """Return hidden states of the N scored positions, from one row per completion, padded on the right."""
         pairs = [(group, i) for group in batch.groups for i in range(len(group.siblings))]
         starts = torch.tensor([len(group.prompt_ids) - 1 for group, _ in pairs])[:, None]
         stops = starts + torch.tensor([group.lengths[i] for group, i in pairs])[:, None]
@@ -218,19 +218,19 @@ class Policy:
         return hidden_BTD.flatten(0, 1).index_select(0, scored.to(device))
 
     def _name_tokens(self, names: Tensor) -> None:
-        """Give every adapter's dropout the names [..., 3] of the tokens that are about to pass."""
+        """Give every dropout the keys of the next pass's tokens, made from their names [..., 3]."""
         names = names.to(self.device)
         keys = mix(mix(mix(names[..., 0] + name_key(self.seed, "dropout")) + names[..., 1]) + names[..., 2])
         for dropout in self.dropouts:
             dropout.token_keys = keys
 
     def save(self, folder: Path) -> None:
-        """The adapter in PEFT's format, or the whole model where all of it is trained; exact, with the tokenizer."""
+        """Save the adapter in PEFT's format, or the whole model where all of it is trained, with the tokenizer."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def begin_with(self, folder: Path, *, keep_reference: bool) -> None:
-        """Take over a warm adapter as what training begins with; kept, it is the reference, whatever is restored later.
+        """Load a warm adapter to begin training with; `keep_reference`: it stays the reference, whatever is restored.
 
         A copy costs the memory of the adapter once more, so it is only kept where a KL term needs it.
         """
@@ -239,7 +239,7 @@ class Policy:
             self.starting_adapter = [parameter.detach().clone() for parameter in self.trainable]
 
     def restore(self, folder: Path) -> None:
-        """Take over what `save` left, bit for bit."""
+        """Load what `save` wrote, bit for bit."""
         if self.is_lora:
             load_adapter(self.model, folder)
             return
@@ -249,14 +249,14 @@ class Policy:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The part below the output head: hidden states in, no logits. Adapters inside it stay active."""
+    """Return the part below the output head: hidden states, no logits. Adapters inside it stay active."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     below_head: nn.Module = base.get_decoder()
     return below_head
 
 
 def make_all_trainable(model: Any) -> None:
-    """Train all that text passes through; a vision tower beside it stays as it is."""
+    """Make everything trainable that text passes through; a vision tower beside it stays frozen."""
     decoder_of(model).requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)
 
@@ -266,7 +266,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
-    """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
+    """Open the recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
     policy = _open_without_adapter(recipe.model.path, recipe, report)
     if recipe.train.full:
         _prepare_full_training(policy, recipe)
@@ -279,7 +279,7 @@ def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
 
 
 def open_trained(path: str, recipe: Recipe) -> Policy:
-    """A finished model to look at: a folder, a Hub id, or an adapter folder (its base is read from it)."""
+    """Open a finished model: a folder, a Hub id, or an adapter folder (its base is read from it)."""
     folder = Path(path).expanduser()
     base = adapter_base(folder)
     policy = _open_without_adapter(base or path, recipe)
@@ -289,7 +289,7 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
 
 
 def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
-    """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
+    """Open any model as a policy without an adapter, with the recipe's dtype, head and chat template."""
     device = pick_device(recipe.model.device)
     dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(
@@ -321,7 +321,7 @@ def _prepare_full_training(policy: Policy, recipe: Recipe) -> None:
 
 
 def _frozen_copy(policy: Policy, device: torch.device) -> nn.Module:
-    """Copied where it is to lie: a GPU without room for two never holds two."""
+    """Copy the model on the device where the copy stays: a GPU without room for two never holds two."""
     policy.model.to(device)
     frozen = copy.deepcopy(policy.model).requires_grad_(False)
     policy.model.to(policy.device)
@@ -329,7 +329,10 @@ def _frozen_copy(policy: Policy, device: torch.device) -> nn.Module:
 
 
 def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
-    """auto: beside the policy where gradients, Adam's two moments, the copy and as much again for a pass have room."""
+    """Return the device of the frozen copy.
+
+    "auto": the policy's, where gradients, Adam's two moments, the copy and as much again for a pass fit; else the CPU.
+    """
     cpu = torch.device("cpu")
     if config.reference != "auto" or policy.device.type != "cuda":
         return cpu if config.reference == "cpu" else policy.device
@@ -341,7 +344,7 @@ def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
 
 
 def recompute_activations(model: Any) -> None:
-    """Trade a third more time for activations of one layer at a time. transformers does it in training mode only."""
+    """Trade a third more time for activations of one layer at a time. transformers does so in training mode only."""
     # Its name until transformers 5.x, deprecated since.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""What bitsandbytes packs: frozen weights in 4 bit, and the moments of an optimizer in 8.
+"""Quantisation by bitsandbytes: frozen weights in 4 bit, and an optimizer's moments in 8 bit.
 
 Frozen linear layers in 4 bit: NF4 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314).
 
@@ -21,9 +21,9 @@ _INSTALL = "pip install 'minigrpo[qlora]'"
 
 
 def quantize_four_bit(model: Any, device: torch.device) -> Any:
-    """The model with every plain linear layer of its decoder packed, layer by layer, on `device`.
+    """Return the model with every plain linear layer of its decoder packed, layer by layer, on `device`.
 
-    The rest stays what and where it was: the output head, a vision tower. Raises ModelError where bitsandbytes is
+    The output head and a vision tower stay as and where they are. Raise ModelError where bitsandbytes is
     missing, or the weights are packed already.
     """
     _check_quantizable(model)
@@ -37,7 +37,7 @@ def quantize_four_bit(model: Any, device: torch.device) -> Any:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of all weights, with what unpacking the packed ones needs."""
+    """Count the bytes of all weights, with the constants that unpack the packed ones."""
     tensors: dict[int, torch.Tensor] = {}
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)
@@ -47,7 +47,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 MIN_PACKED_SIZE = 4096
-"""Numbers of a tensor from which on its moments are packed: below, nothing would be won."""
+"""Moments of tensors with fewer elements stay unpacked: packing would save nothing."""
 MOMENTS_PER_SCALE = 256
 """Moments that share a scale (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861)."""
 
@@ -55,7 +55,7 @@ MOMENTS_PER_SCALE = 256
 def eight_bit_adamw(
     parameters: Sequence[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW whose moments are kept in 8 bit, block by block. Raises ModelError where bitsandbytes is missing."""
+    """Make an AdamW whose moments are kept in 8 bit, block by block. Raise ModelError where bitsandbytes is missing."""
     _require_bitsandbytes("train.optimizer adamw8bit")
     from bitsandbytes.optim import AdamW8bit
 
@@ -66,7 +66,7 @@ def eight_bit_adamw(
 
 
 def moment_bytes(parameters: Sequence[nn.Parameter], optimizer: str) -> int:
-    """Of AdamW's two moments."""
+    """Count the bytes of AdamW's two moments."""
     if optimizer == "adamw":
         return 2 * sum(parameter.nbytes for parameter in parameters)
     small = [p.numel() for p in parameters if p.numel() < MIN_PACKED_SIZE]

@@ -1,4 +1,4 @@
-"""Safetensors files read and written in blocks of rows: what a shard holds never stands in memory all at once.
+"""Read and write safetensors files in blocks of rows: a shard is never in memory all at once.
 
 The format is a length, a JSON header and raw bytes, so a tensor's rows can be read from the disk, changed and written
 one block after the other. Every fault of a file is found in its header, before anything is made from it.
@@ -27,12 +27,12 @@ _TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 BLOCK_ELEMENTS = 1 << 20
-"""Elements of a block of rows: 4 MiB in float32, of which a merge holds some six at once."""
+"""Elements of a block of rows: 4 MiB in float32, of which a merge holds about six at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor on the disk: `start` and `stop` are bytes from the beginning of the file."""
+    """A tensor on the disk; `start` and `stop` are bytes from the beginning of the file."""
 
     name: str
     file: Path
@@ -51,11 +51,11 @@ class StoredTensor:
 
     @property
     def width(self) -> int:
-        """Elements of a row."""
+        """Count the elements of a row."""
         return math.prod(self.shape[1:])
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) as they are stored; a scalar is one row. Raises ArtifactError where the disk does."""
+        """Read rows [first, last) as stored; a scalar is one row. Raise ArtifactError where reading fails."""
         last = self.rows if last is None else last
         size = self.width * self.torch_dtype.itemsize
         shape = (last - first, *self.shape[1:])
@@ -73,7 +73,7 @@ class StoredTensor:
         return torch.frombuffer(data, dtype=self.torch_dtype).view(shape)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first, last) of blocks of rows that are small enough to hold."""
+        """Yield (first, last) of blocks of at most BLOCK_ELEMENTS elements, or of one row."""
         step = max(1, BLOCK_ELEMENTS // max(1, self.width))
         for first in range(0, self.rows, step):
             yield first, min(first + step, self.rows)
@@ -81,7 +81,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """Of one file: its own words, byte for byte, and the tensors in the order of their bytes."""
+    """A file's header: `raw`, byte for byte, and the tensors in the order of their bytes."""
 
     raw: bytes
     metadata: Mapping[str, str]
@@ -89,7 +89,7 @@ class SafetensorsHeader:
 
 
 def read_header(file: Path) -> SafetensorsHeader:
-    """Raises ArtifactError, naming the fault, where a file is missing, cut short, too long, or no safetensors file."""
+    """Read a file's header. Raise ArtifactError where it is missing, cut short, too long, or no safetensors file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -120,7 +120,7 @@ def read_header(file: Path) -> SafetensorsHeader:
 
 
 def _reason(fault: Exception) -> str:
-    """Our own words alone: a parser's are about characters that nobody has typed."""
+    """Return the reason of our own errors only: a parser's is about characters that nobody has typed."""
     return f" ({fault})" if isinstance(fault, ValueError) and not isinstance(fault, json.JSONDecodeError) else ""
 
 
@@ -138,7 +138,7 @@ def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor to be written: its blocks of rows are made one by one, when their turn has come."""
+    """A tensor to be written; its blocks of rows are made one by one, as they are written."""
 
     name: str
     dtype: str
@@ -147,9 +147,9 @@ class PlannedTensor:
 
 
 def write_safetensors(file: Path, planned: Iterable[PlannedTensor], header: SafetensorsHeader) -> int:
-    """Write a file like the one whose header that was; its very bytes where neither types nor names changed.
+    """Write a file like the one with that header; the header's bytes stay where no name, dtype or shape changed.
 
-    Returns how many bytes of tensors it holds.
+    Return how many bytes of tensors it holds.
     """
     # Wide types first, so that no tensor begins where its type may not.
     entries = sorted(planned, key=lambda entry: -_TORCH_DTYPES[entry.dtype].itemsize)

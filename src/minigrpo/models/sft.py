@@ -1,4 +1,4 @@
-"""Supervised learning of written answers: what the embedded model grew up with, and the warm start of any other.
+"""Supervised fine-tuning on written answers: it trains the embedded model, and warms up any other.
 
 Everything that is trainable learns: all parameters of a bare model, the adapter of a model under LoRA. The loss is the
 mean over all answer tokens of a step, so that how a step is cut into passes does not change its gradient.
@@ -24,7 +24,7 @@ from minigrpo.models.loss_scale import LossScale
 
 @dataclass(frozen=True, slots=True)
 class SftExample:
-    """What to say after a prompt. Only the answer is learned; it ends with the stop token, or stopping is not."""
+    """A prompt and its answer. Only the answer is learned; without a stop token at its end, stopping is not."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class SftSchedule:
 
 @dataclass(frozen=True, slots=True)
 class PassLimit:
-    """What fits into one pass, padding included: tokens of the rows, and positions that need logits."""
+    """The most that one pass may hold, padding included: tokens of the rows, and positions that need logits."""
 
     tokens: int
     logits: int
@@ -73,7 +73,7 @@ def train_sft(
     limit: PassLimit | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Teach any causal model the answers, in place. Returns the last loss, smoothed. No `limit`: a step is one pass."""
+    """Train any causal model on the answers, in place; return the smoothed loss. No `limit`: one pass a step."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = random.Random(seed)
@@ -100,7 +100,7 @@ def train_sft(
 def accumulate_scaled(
     model: Any, examples: Sequence[SftExample], limit: PassLimit | None, scale: LossScale
 ) -> tuple[float, LossScale]:
-    """`accumulate_sft` with a loss scale, which float16 needs: again with a smaller one where it overflowed."""
+    """Run `accumulate_sft` with a loss scale, which float16 needs; repeat with a smaller one after an overflow."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     while True:
         loss = accumulate_sft(model, examples, limit, scale)
@@ -113,7 +113,7 @@ def accumulate_scaled(
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
-    """What activations are computed in: an adapter may be finer than the weights that it adapts."""
+    """Return the dtype of activations: an adapter may have a wider one than the weights that it adapts."""
     weights = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     return torch.float16 if torch.float16 in weights else weights[0]
 
@@ -121,7 +121,7 @@ def _compute_dtype(model: Any) -> torch.dtype:
 def accumulate_sft(
     model: Any, examples: Sequence[SftExample], limit: PassLimit | None = None, scale: LossScale | None = None
 ) -> float:
-    """Add the gradient of the mean loss over all answer tokens, pass by pass, scaled; returns the loss, unscaled."""
+    """Add the gradient of the mean loss over all answer tokens, pass by pass, scaled; return the loss, unscaled."""
     tokens, total = _answer_tokens(examples), 0.0
     for micro_batch in split_passes(examples, limit):
         loss = _summed_loss(model, micro_batch) / tokens
@@ -132,13 +132,13 @@ def accumulate_sft(
 
 @torch.no_grad()
 def mean_sft_loss(model: Any, examples: Sequence[SftExample], limit: PassLimit | None = None) -> float:
-    """Nats per answer token, without a gradient."""
+    """Return the loss in nats per answer token, without a gradient."""
     total = sum(_summed_loss(model, micro_batch).item() for micro_batch in split_passes(examples, limit))
     return total / _answer_tokens(examples)
 
 
 def sft_loss(model: Any, examples: Sequence[SftExample]) -> Tensor:
-    """Mean negative log-probability of the answers' tokens, in one pass."""
+    """Return the mean negative log-probability of the answers' tokens, from one pass."""
     return _summed_loss(model, examples) / _answer_tokens(examples)
 
 
@@ -147,7 +147,7 @@ def _answer_tokens(examples: Sequence[SftExample]) -> int:
 
 
 def split_passes(examples: Sequence[SftExample], limit: PassLimit | None) -> Iterator[list[SftExample]]:
-    """The examples in as few passes as there is room for; one that has no room even alone is a pass of its own."""
+    """Yield the examples in as few passes as `limit` allows; one that exceeds it alone is a pass of its own."""
     if limit is None or limit.holds(examples):
         yield list(examples)
         return
@@ -162,7 +162,7 @@ def split_passes(examples: Sequence[SftExample], limit: PassLimit | None) -> Ite
 
 
 def _summed_loss(model: Any, examples: Sequence[SftExample]) -> Tensor:
-    """Negative log-probability of all answer tokens together."""
+    """Return the summed negative log-probability of all answer tokens."""
     rows = [(*example.prompt_ids, *example.answer_ids) for example in examples]
     longest = max(len(row) for row in rows)
     # Padded on the right, so a causal model needs no mask: nothing real comes after the padding.

@@ -1,4 +1,4 @@
-"""What vLLM must be told of a model, and which adapters it takes beside a base."""
+"""vLLM's limits: which LoRA ranks it takes, and what must be added to a model's config."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """The least --max-lora-rank that has room for an adapter of this rank; None where it is beyond all of them."""
+    """Return the smallest --max-lora-rank that fits an adapter of this rank; None where none does."""
     return next((room for room in VLLM_LORA_RANKS if room >= rank), None)
 
 
 def vllm_config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM's `hf_overrides` must say where the config is not ours to write; {} where it finds all it needs.
+    """Return vLLM's `hf_overrides` for a config that we do not write; {} where it lacks nothing.
 
     Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
     """
@@ -24,7 +24,7 @@ def vllm_config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ministral3_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Ministral 3's, beyond the original context, in the words in which vLLM asks for it; {} where it is said."""
+    """Return Ministral 3's attention scale beyond the original context, as vLLM reads it; {} if present."""
     rope = config.get("rope_parameters") or {}
     beta = rope.get("llama_4_scaling_beta")
     if beta is None or config.get("llama_4_scaling") is not None:

@@ -1,4 +1,4 @@
-"""Attention of a packed row on a CPU: segment by segment, by plain products.
+"""Attention over a packed row on a CPU, segment by segment, by plain matrix products.
 
 A segment is a prompt, which sees itself, or a completion, which sees its prompt and itself. Segments of like length
 lie side by side in a bucket, the keys of a completion's prompt before its own, and a bucket is two batched products
@@ -28,11 +28,11 @@ from torch import Tensor
 from minigrpo.algorithms.packing import PackedLayout
 
 SCORES_IN_CACHE = 1 << 19
-"""Scores worked on at a time."""
+"""Attention scores computed at a time, so that they stay in the cache."""
 MAX_KEPT_PROBS_BYTES = 1 << 23
-"""Bytes of a layer's probabilities up to which they are kept."""
+"""Probabilities of a layer are kept for the backward pass up to this many bytes."""
 CACHED_PLANS = 2
-"""Shapes of pass whose plan is remembered: that of the pass itself, and one before it."""
+"""Attention plans that are cached: of the current shape of pass, and of the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,9 @@ class AttentionHeads:
 
 @dataclass(frozen=True, slots=True)
 class SegmentBucket:
-    """`queries`, `keys`: its slots among all. `bias_b1cn`: -inf where a key is out of a query's sight.
+    """Segments of similar length, padded to the longest.
+
+    `queries`, `keys`: the bucket's slots among all. `bias_b1cn`: -inf where a query must not see a key.
     `owners_b`: which prompt each segment reads; None: none has a prompt.
     """
 
@@ -59,11 +61,11 @@ class SegmentBucket:
 
     @property
     def scores(self) -> int:
-        """Of one query head."""
+        """Count the attention scores of one query head."""
         return self.rows * self.longest * (self.prefix + self.longest)
 
     def chunks(self, heads: AttentionHeads) -> Iterator[slice]:
-        """The B in parts whose scores stay in the cache: whole segments, or single key heads of long ones."""
+        """Yield slices of B whose scores fit the cache: whole segments, or single key heads of long ones."""
         size = SCORES_IN_CACHE * self.rows // (self.scores * heads.repeats)
         size, end = size // heads.kv * heads.kv or 1, self.rows * heads.kv
         return (slice(start, min(start + size, end)) for start in range(0, end, size))
@@ -71,7 +73,7 @@ class SegmentBucket:
     def probs(
         self, query_BnD: Tensor, key_BnD: Tensor, chunk: slice, heads: AttentionHeads, out: Tensor | None = None
     ) -> Tensor:
-        """[B, R * c, P + c] of the chunk."""
+        """Return the chunk's attention probabilities, [B, R * c, P + c]."""
         scores = torch.baddbmm(_unread_input(query_BnD), query_BnD[chunk], key_BnD[chunk].mT, beta=0, alpha=heads.scale)
         K = heads.kv if len(scores) % heads.kv == 0 else 1
         bias = self.bias_b1cn[chunk.start // heads.kv : -(-chunk.stop // heads.kv)]
@@ -81,7 +83,9 @@ class SegmentBucket:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Which tokens stand where. `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
+    """Where each token of a row stands in the buckets.
+
+    `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
     `query_slot_T`, `key_slot_T`: the slots of a token as query and as key. `shared_P`: where prompts' tokens, the
     first of the T, stand in [prompts, longest].
     """
@@ -106,7 +110,7 @@ def segment_attention(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """[T, H, D]; differentiable."""
+    """Return the attention output, [T, H, D]; differentiable."""
     H, D, K = query_THD.shape[1], query_THD.shape[2], key_TKD.shape[1]
     longest = max(shared + own for shared, own_G in zip(layout.shared_M, layout.own_MG, strict=True) for own in own_G)
     window = None if window is None or window >= longest else window
@@ -170,7 +174,7 @@ class _SegmentAttention(torch.autograd.Function):
 def _gather_inputs(
     plan: AttentionPlan, heads: AttentionHeads, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each bucket: queries [B, R * c, D], keys and values [B, P + c, D]."""
+    """Return for each bucket the queries [B, R * c, D] and the keys and values [B, P + c, D]."""
     query_SE = query_THD.flatten(1).index_select(0, plan.query_S)
     keys_SE = torch.cat([key_TKD.flatten(1), value_TKD.flatten(1)], 1).index_select(0, plan.key_S)
     gathered = []
@@ -182,19 +186,19 @@ def _gather_inputs(
 
 
 def _split_heads(x_SE: Tensor, rows: int, parts: int, kv: int, repeats: int) -> Tensor:
-    """A bucket's slots -> [parts, B, repeats * n, D]."""
+    """Reshape a bucket's slots to [parts, B, repeats * n, D]."""
     x_bnpKRD = x_SE.view(rows, len(x_SE) // rows, parts, kv, repeats, -1)
     return x_bnpKRD.permute(2, 0, 3, 4, 1, 5).reshape(parts, rows * kv, -1, x_bnpKRD.shape[-1])
 
 
 def _merge_heads(to_SE: Tensor, x_pBnD: Tensor, rows: int, kv: int, repeats: int) -> None:
-    """The inverse of _give, written to a bucket's slots."""
+    """Write to a bucket's slots: the inverse of _split_heads."""
     x_pbKRnD = x_pBnD.view(-1, rows, kv, repeats, len(to_SE) // rows, x_pBnD.shape[-1])
     to_SE.view(rows, len(to_SE) // rows, -1, kv, repeats, x_pBnD.shape[-1]).copy_(x_pbKRnD.permute(1, 4, 0, 2, 3, 5))
 
 
 def _scatter_add_key_grads(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
-    """Gradients of key slots -> [T, 2 * K * D]: a token's own, and for a prompt's those of all who read it."""
+    """Sum the gradients of key slots by token, [T, 2 * K * D]: a prompt's token gets those of all its readers."""
     keys_TE = keys_SE.index_select(0, plan.key_slot_T)
     reading = [(bucket, bucket.owners_b) for bucket in plan.buckets if bucket.owners_b is not None]
     if not reading:
@@ -209,13 +213,13 @@ def _scatter_add_key_grads(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
 
 
 def _unread_input(x: Tensor) -> Tensor:
-    """For baddbmm, which is asked for its scale and adds nothing."""
+    """Return an input that baddbmm does not read at beta=0; it is called for its scale."""
     return x.new_empty(1, 1, 1)
 
 
 @lru_cache(maxsize=CACHED_PLANS)
 def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
-    """The layers of one pass share it."""
+    """Return the plan of a layout; cached, so the layers of one pass share it."""
     shared_M, own_B = layout.shared_M, layout.own_B
     lengths = torch.tensor([*shared_M, *own_B], device="cpu")
     starts, M = lengths.cumsum(0) - lengths, len(shared_M)
@@ -236,7 +240,7 @@ def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype,
 
 
 def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of segments of like length: in each list, the shortest has more than five sevenths of the longest."""
+    """Bucket segment indices by length: in each, the shortest has more than five sevenths of the longest."""
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     lists: list[list[int]] = []
     while left:
@@ -247,7 +251,7 @@ def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class _SlotBuilder:
-    """Slots of one bucket after the other, as they are counted out."""
+    """Collects the slots of one bucket after the other."""
 
     def __init__(self) -> None:
         self.query: list[Tensor] = []
@@ -257,7 +261,7 @@ class _SlotBuilder:
         self.queries = self.keys = 0
 
     def add(self, start_b1: Tensor, length_b1: Tensor, first_b1: Tensor, shared_b1: Tensor) -> tuple[slice, slice]:
-        """Segments that begin at `start`, behind prompts that begin at `first`: their slots as queries and keys."""
+        """Add segments that begin at `start`, with prompts that begin at `first`; return their query and key slots."""
         position_c = torch.arange(int(length_b1.max()), device="cpu")
         position_P = torch.arange(int(shared_b1.max()), device="cpu")
         own_bc = start_b1 + torch.minimum(position_c, length_b1 - 1)
@@ -291,13 +295,13 @@ class _SlotBuilder:
 
 
 def _slot_of_token(token_S: Tensor, chosen_S: Tensor) -> Tensor:
-    """[T]: the chosen slot of each token."""
+    """Return the chosen slot of each token, [T]."""
     slots = chosen_S.nonzero()[:, 0]
     return torch.empty_like(slots).index_copy_(0, token_S[slots], slots)
 
 
 def _attention_bias(longest: int, shared_b1: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[b, 1, c, P + c], or of one row where all are the same: 0 where a query sees a key, -inf where not."""
+    """Return [b, 1, c, P + c] (b = 1 where all segments have the same): 0 where a query sees a key, -inf where not."""
     if int(shared_b1.min()) == int(shared_b1.max()):
         shared_b1 = shared_b1[:1]
     own_bc = shared_b1 + torch.arange(longest, device="cpu")

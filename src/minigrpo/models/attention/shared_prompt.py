@@ -1,8 +1,8 @@
-"""Attention over a row that holds each prompt once: prompts see themselves, completions their prompt and themselves.
+"""Attention over a row that holds each prompt once: a prompt sees itself, a completion its prompt and itself.
 
-transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is NAME, and
-hands it the `layout` and the `backend` that were given to the model's forward. The result equals G padded rows, token
-for token. On a CPU cpu.py does the work; what follows here is for torch's fused kernels.
+transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is
+SHARED_PROMPT_ATTENTION, with the `layout` and the `backend` that were given to the model's forward. The result equals
+G padded rows, token for token. On a CPU cpu.py does the work; the rest of this module is for torch's fused kernels.
 
 Shapes: M groups, G siblings, B = M * G, H query heads, D head width, S shared prompt tokens, N completion tokens,
 T = S + N; P and C are the longest shared prompt and completion of the row. Padding exists only inside this function.
@@ -25,14 +25,14 @@ from minigrpo.models.attention import cpu
 SHARED_PROMPT_ATTENTION = "minigrpo_shared_prompt"
 
 CACHED_MASKS = 4
-"""Shapes of pass whose masks are remembered."""
+"""Shapes of pass whose masks are cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """What computes attention: a kernel with the signature of torch's own, and where cpu.py does it instead.
+    """What computes attention: a kernel with torch's signature, or cpu.py on the devices in `segments_on`.
 
-    On a CPU plain products over segments of like length are quickest; elsewhere torch's fused kernels are.
+    On a CPU plain products over segments of similar length are fastest; elsewhere torch's fused kernels are.
     `plain` is the implementation that transformers is to use where a row holds one text, by its registered name.
     """
 
@@ -45,7 +45,7 @@ TORCH_BACKEND = AttentionBackend()
 
 
 def register_shared_prompt_attention() -> None:
-    """Make NAME known to transformers.
+    """Register SHARED_PROMPT_ATTENTION with transformers.
 
     The name must stay out of AttentionMaskInterface: transformers then builds no mask, where its own would take the
     restarting positions for separate sequences and cut the prompt off.
@@ -68,7 +68,7 @@ def shared_prompt_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Output [1, T, H, D], and no attention weights. Keys and values may have fewer heads than queries (GQA)."""
+    """Return the output [1, T, H, D] and no weights. Keys and values may have fewer heads than queries (GQA)."""
     assert attention_mask is None, "a mask would be ignored here: lengths come from the layout"
     if query_1HTD.device.type in backend.segments_on:
         query_THD, key_TKD, value_TKD = (x_1HTD[0].transpose(0, 1) for x_1HTD in (query_1HTD, key_1HTD, value_1HTD))
@@ -104,20 +104,20 @@ def shared_prompt_attention(
 
 
 def _pad(x_THD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Consecutive segments of tokens -> [segments, H, longest, D], zeros behind."""
+    """Pad consecutive segments of tokens with zeros on the right: [segments, H, longest, D]."""
     slots = len(lengths) * max(lengths)
     x_SHD = x_THD if slots == len(x_THD) else _Scatter.apply(x_THD, _slot_of_token(lengths, x_THD.device), slots)
     return x_SHD.unflatten(0, (len(lengths), max(lengths))).transpose(1, 2)
 
 
 def _unpad(x_BHCD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The inverse of _padded: [T, H, D]."""
+    """Undo _pad: return [T, H, D]."""
     x_SHD = x_BHCD.transpose(1, 2).flatten(0, 1)
     return x_SHD if sum(lengths) == len(x_SHD) else _Gather.apply(x_SHD, _slot_of_token(lengths, x_SHD.device))
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows to their places among zeros. No place is named twice: both directions are copies, exact and repeatable."""
+    """Scatters rows to slots among zeros. No slot occurs twice: both directions are exact copies."""
 
     @staticmethod
     def forward(ctx: Any, x_THD: Tensor, slots_T: Tensor, slots: int) -> Tensor:
@@ -130,7 +130,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The rows at the given places: the inverse of _Spread."""
+    """Gathers the rows at the given slots: the inverse of _Scatter."""
 
     @staticmethod
     def forward(ctx: Any, x_SHD: Tensor, slots_T: Tensor) -> Tensor:
@@ -147,20 +147,23 @@ class _Gather(torch.autograd.Function):
 
 @lru_cache(maxsize=8)
 def _slot_of_token(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The T places, among segments * longest slots, that hold a token."""
+    """Return the T slots, among segments * longest, that hold a token."""
     slots = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return slots.flatten().nonzero().flatten().to(device)
 
 
 def _repeat_for_siblings(x_MHPD: Tensor, siblings: int) -> Tensor:
-    """[M * G, H, P, D]. Expanded, not indexed: the gradient is then a plain sum, the same in every run."""
+    """Repeat each prompt for its siblings, [M * G, H, P, D].
+
+    Expanded, not indexed: the gradient is then a plain sum, the same in every run.
+    """
     M, H, P, D = x_MHPD.shape
     return x_MHPD.unsqueeze(1).expand(M, siblings, H, P, D).reshape(M * siblings, H, P, D)
 
 
 @lru_cache(maxsize=CACHED_MASKS)
 def _shared_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Tensor | None:
-    """None where plain causality will do: padding stands behind, out of a causal prompt's sight."""
+    """Return the prompts' mask, or None where causal attention is enough: no token sees padding on the right."""
     longest = max(layout.shared_M)
     if window is None or longest <= window:
         return None
@@ -171,7 +174,7 @@ def _shared_mask(layout: PackedLayout, window: int | None, device: torch.device)
 
 @lru_cache(maxsize=CACHED_MASKS)
 def _own_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Tensor:
-    """[B, 1, C, P + C], True where a completion's token may look; the layers of one pass share it."""
+    """Return [B, 1, C, P + C], True where a completion's token sees a key; cached for the layers of one pass."""
     G, own_B = layout.siblings, layout.own_B
     P, C = max(layout.shared_M), max(own_B)
     shared_B1 = torch.tensor(layout.shared_M, device=device).repeat_interleave(G)[:, None]
