@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(slots=True)
 class ResultStore:
-    """What has been measured so far, and the file that it goes to; the picture lies beside it."""
+    """The measurements so far, and the file that they are written to; the plot goes beside it."""
 
     file: Path
     machine: Machine
@@ -92,7 +92,7 @@ class ResultStore:
         self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def save(self, unfinished: Result | along.Sweep | None = None) -> None:
-        """With the last one as far as it went, where it is not yet done."""
+        """Write all results, `unfinished` included."""
         results = [*self.results, *([unfinished] if isinstance(unfinished, Result) else [])]
         swept = [*self.sweeps, *([unfinished] if isinstance(unfinished, along.Sweep) else [])]
         write(self.file, self.machine, results, [sweep.as_json() for sweep in swept])
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refuse_reason(args: argparse.Namespace) -> str | None:
-    """Why this cannot be run, and what can; None where it can."""
+    """Return why this cannot be run, and what can; None where it can."""
     if not args.sweep and importlib.util.find_spec("trl") is None:
         return "The benchmark compares with TRL, which is not installed: pip install 'minigrpo[bench]'"
     for name in [] if args.sweep else args.workload:
@@ -149,7 +149,7 @@ def refuse_reason(args: argparse.Namespace) -> str | None:
 
 
 def _sixteen_bit() -> str | None:
-    """What is wrong with this machine's 16-bit products, if anything is."""
+    """Return what is wrong with this machine's 16-bit products, or None."""
     from minigrpo.errors import ModelError
     from minigrpo.models.loading import check_dtype_support
 
@@ -164,7 +164,7 @@ Job = Callable[[], None]
 
 
 def compared(args: argparse.Namespace, scratch: Path, store: ResultStore) -> list[Job]:
-    """One job a workload."""
+    """Return one job for each workload."""
 
     def job(setup: Setup) -> None:
         from benchmarks.harness import Plan, make_model, measure
@@ -180,7 +180,7 @@ def compared(args: argparse.Namespace, scratch: Path, store: ResultStore) -> lis
 
 
 def swept(args: argparse.Namespace, scratch: Path, store: ResultStore) -> list[Job]:
-    """One job an axis."""
+    """Return one job for each axis."""
 
     def job(axis: str) -> None:
         asked = along.Asked(

@@ -34,7 +34,7 @@ SHOWN = {
 
 
 def run(setup: Setup, gate: StepGate) -> None:
-    """Steps until there are no more turns."""
+    """Run minigrpo's steps until there are no more turns."""
     recipe = recipe_of(setup)
     torch.set_num_threads(setup.threads)
     policy = open_policy(recipe)
@@ -47,7 +47,7 @@ def run(setup: Setup, gate: StepGate) -> None:
 
 
 def time_methods(policy: Policy, engine: NativeEngine, timer: CallTimer) -> None:
-    """Clocks around the phases that the loop's own metrics do not tell apart."""
+    """Time the methods of the phases that the loop's own metrics do not separate."""
     algorithm = importlib.import_module("minigrpo.training.grpo")
     for name, owner, method in (
         ("prefill", engine.lean, "prefill"),
@@ -58,9 +58,9 @@ def time_methods(policy: Policy, engine: NativeEngine, timer: CallTimer) -> None
 
 
 def recipe_of(setup: Setup, **more: Any) -> Recipe:
-    """The workload's recipe, or the package's defaults with a LoRA of rank 64, but for what the comparison fixes.
+    """Return the workload's recipe, or the package's defaults with a LoRA of rank 64, with what the comparison fixes.
 
-    It never comes to a checkpoint. `more`: knobs for this one call, with "__" for the dot.
+    No checkpoint is ever due. `more`: options for this one call, with "__" for the dot.
     """
     workload, never = setup.workload, 10**6
     given = [("lora.rank", 64), ("lora.alpha", 128), ("lora.dropout", 0.0)] if workload.recipe is None else []
@@ -82,7 +82,7 @@ def recipe_of(setup: Setup, **more: Any) -> Recipe:
 
 
 def open_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
-    """The native engine, whose completions stop where the workload says, if it says anything."""
+    """Open the native engine; its completions stop where the workload says, if it forces lengths."""
     lengths_B = torch.tensor(setup.workload.lengths_B, device=setup.device)
     forced = setup.workload.stops != "natural"
     return NativeEngine(
@@ -99,7 +99,7 @@ def settings(recipe: Recipe) -> dict[str, str]:
 
 
 class RewardClock:
-    """A task whose grading time is counted."""
+    """A task whose grading is timed."""
 
     def __init__(self, task: Task) -> None:
         self._grade = task.grade
@@ -114,7 +114,7 @@ class RewardClock:
 
 
 class GatedLogger(RunLogger):
-    """Writes and shows what any run does; between two steps it waits."""
+    """A run logger that waits for its turn between two steps."""
 
     def __init__(self, run: RunDir, total_steps: int, *, gate: StepGate, clock: RewardClock, timer: CallTimer) -> None:
         super().__init__(run, total_steps, console=Console(file=io.StringIO()))
@@ -157,13 +157,13 @@ class GatedLogger(RunLogger):
 
 
 def lengths(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Of prompts (once per completion) and of completions."""
+    """Return the lengths of prompts (once per completion) and of completions."""
     prompts = [len(group.prompt_ids) for group in groups for _ in group.completions]
     return prompts, [len(completion.token_ids) for group in groups for completion in group.completions]
 
 
 def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
-    """Graded groups of the workload's first prompt alone, for the proof."""
+    """Return graded groups of the workload's first prompt alone, for the proof."""
     from minigrpo.rollouts.groups import rollout
     from minigrpo.types import Sampling
 

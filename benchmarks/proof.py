@@ -1,7 +1,7 @@
-"""The proof that both sides compute the same thing: one batch through both, the adapter's gradients compared.
+"""Prove that both sides compute the same: one batch through both, the adapter's gradients compared.
 
-In float32 whatever is timed: all completions of the workload's first prompt. The
-adapter is pushed off zero first, or half of its gradient would be zero on both sides.
+Always in float32, on all completions of the workload's first prompt. The adapter is moved away from zero first, or half
+of its gradient would be zero on both sides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Proof:
 
 
 def run(setup: Setup, gate: StepGate) -> None:
-    """A side that takes no step: the proof is all it has to tell."""
+    """Run as a side that takes no step: it only reports the proof."""
     gate.ready(asdict(prove(replace(setup, dtype="float32"))))
 
 
@@ -61,7 +61,7 @@ def prove(setup: Setup) -> Proof:
 
 
 def backward_with_trl(setup: Setup, model: Any, groups: list[Group]) -> None:
-    """TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
+    """Accumulate TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
     model.get_base_model().set_attn_implementation("sdpa")
     rows = [(group, completion) for group in groups for completion in group.completions]
     answers = {
@@ -78,5 +78,5 @@ def backward_with_trl(setup: Setup, model: Any, groups: list[Group]) -> None:
 
 
 def gradient(model: Any) -> Tensor:
-    """Of everything that is trained, in one row."""
+    """Return the gradient of all trainable parameters as one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, scratch: Path, console: Console) -> dict[str, list[Step]]:
-    """The timed steps of both recipes, taken in turns."""
+    """Return the timed steps of both recipes, taken in turns."""
     from benchmarks import ours
     from benchmarks.harness import make_model
 

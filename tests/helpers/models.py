@@ -46,7 +46,7 @@ def make_policy(
 
 
 def mistral3_config(*, text: str = "ministral3", tied: bool = True, **overrides: Any) -> Any:
-    """Return the config of a text model beside a vision tower with the same layer names; `tied` as its own config decides it."""
+    """Return the config of a text model beside a vision tower with the same layer names; `tied`: in the text config."""
     from transformers import Mistral3Config, PixtralVisionConfig
 
     tower = PixtralVisionConfig(

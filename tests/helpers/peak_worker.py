@@ -1,4 +1,6 @@
-"""Run in a process of its own: `python peak_worker.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
+"""Run in a process of its own.
+
+`python peak_worker.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
 
 MALLOC_MMAP_THRESHOLD_ gives every larger block a mapping of its own: what is freed leaves the process at once, so the
 high-water mark is what was asked for and not what the allocator kept back.

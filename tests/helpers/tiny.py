@@ -85,7 +85,10 @@ def yarn() -> dict[str, Any]:
 
 
 def build_model(arch: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
-    """Build a model of random weights that all matter: biases and norms are not neutral, attention and outputs are peaked."""
+    """Build a model of random weights that all matter.
+
+    Biases and norms are not neutral, attention and outputs are peaked.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -101,7 +104,10 @@ def build_model(arch: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
 
 
 def enliven(name: str, weight: Any) -> None:
-    """Fill a weight with random values. Library defaults hide mistakes: a zero bias can be dropped, and attention over tiny scores is a mean."""
+    """Fill a weight with random values.
+
+    Library defaults hide mistakes: a zero bias can be dropped, and attention over tiny scores is a mean.
+    """
     if weight.dim() == 1:
         weight.normal_(1.0, 0.3) if "norm" in name else weight.normal_(0.0, 0.5)
     elif "embed" in name:

@@ -26,7 +26,7 @@ def attended(
     dtype=torch.float64,
     backend=shared_prompt.TORCH_BACKEND,
 ) -> list[torch.Tensor]:
-    """Return the output of 4 heads, and the gradients of queries, keys and values, from inputs that bfloat16 can hold."""
+    """Return the output of 4 heads, and the gradients of queries, keys and values; inputs fit bfloat16."""
     stream = torch.Generator().manual_seed(0)
     tokens = layout.shared_tokens + sum(layout.own_B)
     given = [

@@ -64,7 +64,10 @@ def packed_layers(policy: Policy) -> dict[str, Any]:
 
 
 def frozen_bytes(policy: Policy) -> dict[str, bytes]:
-    """Return the bytes of all that is not trained: packed weights with their statistics, head, embeddings, norms, biases."""
+    """Return the bytes of all that is not trained.
+
+    Packed weights with their statistics, head, embeddings, norms, biases.
+    """
     found = {n: p.detach().view(torch.uint8) for n, p in policy.model.named_parameters() if not p.requires_grad}
     for name, layer in packed_layers(policy).items():
         state = layer.weight.quant_state
