@@ -38,3 +38,8 @@ class SandboxError(MinigrpoError):
 
 class DivergenceError(MinigrpoError):
     pass
+
+
+def install_hint(extra: str) -> str:
+    """Name the pip line that installs an optional part of the package."""
+    return f"pip install 'minigrpo[{extra}]'"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from minigrpo.config import load
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
+from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def show(run: Place, *, solved: bool | None = None, note: str | None = None, cou
     if not folder.groups.exists():
         raise ArtifactError(f"{folder.path} has no answers. Train first: train(recipe, {str(folder.path)!r})")
     texts: set[str] = set()
-    for step, answer in newest_answers(folder):
+    logged = read_groups(folder, newest_first=True)
+    for step, answer in ((group["step"], answer) for group in logged for answer in reversed(group["completions"])):
         fits = solved in (None, answer["solved"]) and (note is None or note in answer.get("notes", {}))
         if fits and len(texts) < count and answer["text"] not in texts:
             texts.add(answer["text"])
@@ -160,12 +161,6 @@ def show(run: Place, *, solved: bool | None = None, note: str | None = None, cou
             print(answer["text"], end="\n\n")
     if not texts:
         print("There is none among the answers of this training.")
-
-
-def newest_answers(run: RunDir) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(step, completion) of groups.jsonl, backwards; a line that is being written is passed over."""
-    for group in reversed(rows_of(run.groups, "completions")):
-        yield from ((group["step"], answer) for answer in reversed(group["completions"]))
 
 
 def at(run: Place) -> RunDir:
@@ -191,7 +186,7 @@ def need_extra() -> None:
     missing = [name for name in ("matplotlib", "IPython") if find_spec(name) is None]
     if missing:
         raise MinigrpoError(
-            f"A plot needs {' and '.join(missing)}: pip install 'minigrpo[notebook]'. "
+            f"A plot needs {' and '.join(missing)}: {install_hint('notebook')}. "
             "To train without one: train(..., live=False)"
         )
 
@@ -233,20 +228,7 @@ def watch(run: RunDir, steps: int) -> Iterator[None]:
 
 
 def steps_of(run: RunDir) -> list[dict[str, Any]]:
-    return rows_of(run.metrics, "step")
-
-
-def rows_of(path: Path, column: str) -> list[dict[str, Any]]:
-    """The lines of a file that have this column; one that is being written, or was cut short, is passed over."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and column in row:
-            rows.append(row)
-    return rows
+    return list(read_metrics(run))
 
 
 def picture(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = None) -> bytes:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,48 @@ def test_quickstart_as_the_readme_promises(tmp_path: Path, monkeypatch: pytest.M
     assert 0.15 <= before["accuracy"]["value"] <= 0.40
     assert after["accuracy"]["value"] > 0.80
     assert after["accuracy_formed"]["value"] >= before["accuracy_formed"]["value"] + 0.20
+
+
+HISTORY = ("LOG.md", "CHANGELOG.md")
+"""They tell of the past, deleted files included."""
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src" / "minigrpo").rglob("*.py")])
+PAGES = [page for page in PAGES if page.name not in HISTORY]
+OTHERS_FILES = {
+    "mine.py",
+    "letters.py",
+    "FILE.py",
+    "convert_hf_to_gguf.py",
+    "convert_lora_to_gguf.py",
+    "setup.py",
+    "conftest.py",
+}
+"""Files that users write, or that other projects have."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_page_names_a_module_that_is_not_there(page: Path) -> None:
+    """A module may be named by the last parts of its path: packing.py, algorithms/packing.py."""
+    tracked = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    named = set(re.findall(r"(?<![\w/.\-])(?:[A-Za-z_]\w*/)*[A-Za-z_]\w*\.py\b", page.read_text(encoding="utf-8")))
+    missing = {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in tracked)}
+    assert not missing - OTHERS_FILES
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_no_page_names_a_module_path_that_is_not_there(page: Path) -> None:
+    from importlib.util import find_spec
+
+    named = set(re.findall(r"\bminigrpo(?:\.[a-z_]\w*)+", page.read_text(encoding="utf-8")))
+    for name in sorted(named - {"minigrpo.git", "minigrpo.json"}):
+        parts = name.split(".")
+        found = next(n for n in range(len(parts), 0, -1) if importable(find_spec, ".".join(parts[:n])))
+        rest = parts[found:]
+        module = __import__(".".join(parts[:found]), fromlist=["_"])
+        assert not rest or hasattr(module, rest[0]), name
+
+
+def importable(find_spec: Any, name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -168,7 +168,8 @@ def test_the_parity_table_has_a_row_for_each_stage_and_leaves_out_what_was_rejec
 
 
 def test_nothing_that_a_user_wrote_breaks_the_page(run: RunDir) -> None:
-    row = {"messages": [{"role": "system", "content": NASTY}, {"role": "user", "content": "PRIVATE ROW"}]}
+    messages = [{"role": "system", "content": NASTY}, {"role": "user", "content": "PRIVATE ROW"}]
+    row = {"step": 1, "messages": messages, "completions": []}
     run.groups.write_text(json.dumps(row) + "\n")
     recipe = load_recipe(str(run.path)).model_copy(update={"about": NASTY})
     task = recipe.task.model_copy(update={"name": NASTY})

@@ -115,7 +115,7 @@ def test_texts_are_the_last_step_of_the_run_then_right_answers_then_the_models_o
     log_answers(young, "early", step=2)
     log_answers(young, "one", "two")
     tokenizer = build_tokenizer()
-    held = held_texts(young.groups, None, tokenizer, 260)
+    held = held_texts(young, None, tokenizer, 260)
     assert held is not None
     assert [tokenizer.decode(text.ids[text.start :]) for text in held.texts] == ["one<|im_end|>", "two<|im_end|>"]
     young.groups.unlink()
@@ -129,15 +129,15 @@ def test_texts_are_the_last_step_of_the_run_then_right_answers_then_the_models_o
 
 def test_texts_are_kept_within_bounds(young: RunDir) -> None:
     log_answers(young, *["x" * 1000] * 50)
-    held = held_texts(young.groups, None, build_tokenizer(), 260)
+    held = held_texts(young, None, build_tokenizer(), 260)
     assert held is not None
     assert sum(text.scored for text in held.texts) <= 512
-    few = held_texts(young.groups, None, build_tokenizer(), 1 << 24)
+    few = held_texts(young, None, build_tokenizer(), 1 << 24)
     assert few is not None
     assert sum(text.scored for text in few.texts) == 8
     young.groups.write_text("{broken\n")
     with pytest.raises(ArtifactError, match="damaged in its last line"):
-        held_texts(young.groups, None, build_tokenizer(), 260)
+        held_texts(young, None, build_tokenizer(), 260)
 
 
 def test_a_run_that_trained_every_parameter_is_merged_by_taking_them_over(tmp_path: Path) -> None:

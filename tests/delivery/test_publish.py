@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from minigrpo.delivery.artifacts.source import sums_of
 from minigrpo.delivery.hub import client
 from minigrpo.delivery.hub.publish import publish
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.runs.manifest import read_sealed, write_sealed
+from minigrpo.runs.manifest import hash_files, read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 from tests.helpers.hub_storage import READER, Repo, StandIn
 from tests.helpers.published import REPOS, add_gguf, command, hub_here, large, run_copy, send, whole_run  # noqa: F401
@@ -262,7 +261,7 @@ def test_the_licence_goes_wherever_the_weights_go(run: RunDir) -> None:
     (run.merged / "LICENSE").write_text("MIT License")
     seal = read_sealed(run.merged / "made.json")
     kept = {name: value for name, value in seal.items() if name not in ("format", "minigrpo")}
-    write_sealed(run.merged / "made.json", {**kept, "sha256": sums_of(run.merged)})
+    write_sealed(run.merged / "made.json", {**kept, "sha256": hash_files(run.merged)})
     assert all("LICENSE" in sent.files for sent in send(run, what=["merged", "adapter"], dry_run=True).sent)
 
 

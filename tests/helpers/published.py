@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from minigrpo.cli import main
-from minigrpo.delivery.artifacts.source import sums_of
 from minigrpo.delivery.hub import client
 from minigrpo.delivery.hub.publish import Published, publish
 from minigrpo.delivery.merge.merge import merge
-from minigrpo.runs.manifest import read_sealed, write_sealed
+from minigrpo.runs.manifest import hash_files, read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 from tests.helpers.delivered import adapted, make_run, save_base
 from tests.helpers.hub_server import standing
@@ -44,7 +43,7 @@ def add_gguf(run: RunDir, kind: str, size: int) -> Path:
     made = run.gguf / "made.json"
     then = read_sealed(made)["files"] if made.is_file() else {}
     proof = {"name": f"gguf {kind}", "mean_kl": 1e-5, "faults": []}
-    origin = {"model": sums_of(run.merged), "converter": "own"}
+    origin = {"model": hash_files(run.merged), "converter": "own"}
     entry = {"format": kind, "by": "own", "bits": 8.5, "types": {"F32": 3}, "proof": proof, "sha256": digest(file)}
     write_sealed(made, {"made": {"versions": {}}, "files": {**then, file.name: {**entry, "from": origin}}})
     return file

@@ -50,7 +50,7 @@ def test_the_gold_answer_of_a_task_can_be_scripted(echo_task, tokenizer):
 def test_a_grader_that_raises_is_named_with_prompt_and_answer(echo_task, tokenizer):
     broken = replace(echo_task, grade=lambda prompt, text: Grade(1 / 0))
     with pytest.raises(
-        TaskError, match=r"task echo raised ZeroDivisionError.*test_rollout.py:\d+.*train-0, answer 'hi'"
+        TaskError, match=r"task echo raised ZeroDivisionError.*test_groups.py:\d+.*train-0, answer 'hi'"
     ):
         roll(broken, ["hi"], tokenizer)
 

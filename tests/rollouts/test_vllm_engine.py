@@ -24,7 +24,8 @@ from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
-from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, checked_room, open_vllm
+from minigrpo.models.vllm_compat import vllm_max_lora_rank
+from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, open_vllm
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
 from tests.helpers.tiny import build_model
@@ -211,9 +212,13 @@ def test_without_vllm_the_ways_out_are_named() -> None:
 
 
 def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
-    assert [checked_room(rank) for rank in (1, 8, 9, 200, 512)] == [1, 8, 16, 256, 512]
-    with pytest.raises(ModelError, match="up to rank 512"):
-        checked_room(513)
+    assert [vllm_max_lora_rank(rank) for rank in (1, 8, 9, 200, 512, 513)] == [1, 8, 16, 256, 512, None]
+
+
+def test_a_rank_beyond_what_vllm_takes_is_refused_before_any_server_is_asked() -> None:
+    recipe = Recipe(rollout={"engine": "vllm", "server": "http://127.0.0.1:9"}, lora={"rank": 513})  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"up to rank 512, and lora\.rank is 513"):
+        open_vllm(make_policy("qwen2"), recipe, 8, STOPS)
 
 
 def test_its_samples_are_weighted_by_importance_unless_the_recipe_says_no() -> None:

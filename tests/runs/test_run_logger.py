@@ -17,7 +17,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Completion, Grade, Group, Prompt
-from minigrpo.ui.live import PlainLog, Snapshot, duration, printable, sparkline
+from minigrpo.ui.live import PlainLog, Snapshot, duration, printable, reward_curve, sparkline
 from minigrpo.ui.progress import stage
 
 
@@ -214,6 +214,12 @@ def test_the_curve_of_a_resumed_run_begins_where_the_run_began(tmp_path: Path) -
         assert resumed._pulse.rewards == (0.1, 0.2)
 
 
+def test_a_sparkline_goes_from_the_lowest_column_to_the_highest() -> None:
+    assert sparkline([float(i) for i in range(8)], 50) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], 2) == "▁█"
+    assert sparkline([1.0, 1.0], 50) == "▁▁"
+
+
 def test_remarks_are_shown_as_they_are(tmp_path: Path) -> None:
     console = watched()
     a_track(tmp_path, console=console).say("Resumed [after] step 3.")
@@ -244,14 +250,14 @@ def test_the_remaining_time_follows_the_latest_steps() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
 def test_the_plot_fits_its_width_and_reaches_its_height(count: int) -> None:
-    drawn = sparkline([i / count for i in range(count)], 40).plain.splitlines()
+    drawn = reward_curve([i / count for i in range(count)], 40).plain.splitlines()
     assert max(map(len, drawn)) <= 40 + 8
     assert len(drawn) == 6
     assert count == 1 or "█" in drawn[0]
 
 
 def test_a_plot_without_a_number_says_so() -> None:
-    assert sparkline([math.nan], 40).plain == "no reward yet"
+    assert reward_curve([math.nan], 40).plain == "no reward yet"
 
 
 def test_durations_and_texts_are_for_readers() -> None:

@@ -128,7 +128,7 @@ def test_a_function_that_raises_is_named_with_its_line():
     def falls(completion, answer):
         return 1 / (len(completion) - 1)
 
-    with pytest.raises(TaskError, match=r"falls raised ZeroDivisionError.*test_functions.py:\d+.*answer '0'"):
+    with pytest.raises(TaskError, match=r"falls raised ZeroDivisionError.*test_reward_functions.py:\d+.*answer '0'"):
         grades(falls)
     with pytest.raises(TaskError, match="raised SystemExit"):
         grades(lambda completion: exit(3))

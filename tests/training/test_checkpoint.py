@@ -15,7 +15,7 @@ from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError
-from minigrpo.runs.manifest import FORMAT, check_folder, create_run, read_sealed, seconds_of, write_sealed
+from minigrpo.runs.manifest import FORMAT, check_folder, create_run, hash_files, read_sealed, seconds_of, write_sealed
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from tests.helpers.saving import Small, begun, newest, restored, save, saved
@@ -103,6 +103,16 @@ def test_what_is_missing_added_or_foreign_is_named_and_the_checkpoint_before_it_
     assert len(complaints) == 1
     if how == "of another format":
         assert "9.8.7" in complaints[0]
+
+
+def test_every_file_is_hashed_but_made_json_and_what_is_hidden_at_any_depth(tmp_path: Path) -> None:
+    for name in ("b.txt", "made.json", ".DS_Store", "deep/a.txt", "deep/made.json", "deep/.nfs1", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    sums = hash_files(tmp_path)
+    assert list(sums) == ["b.txt", "deep/a.txt", "deep/made.json"]
+    assert set(sums.values()) == {"2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
+    assert not hash_files(tmp_path / "nowhere")
 
 
 def test_a_hidden_file_of_the_desktop_does_no_harm(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minigrpo.training.metrics import Clock
-from minigrpo.utils.memory import reset_peak
+from minigrpo.utils.memory import peak_bytes, reset_peak, resident_bytes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
 
@@ -64,5 +64,12 @@ def test_a_system_that_cannot_count_anew_tells_no_peaks(monkeypatch: pytest.Monk
     assert not [name for name in clock.metrics([]) if name.startswith("memory")]
 
 
-def refused(*_: object) -> None:
+def refused(*_: object, **__: object) -> None:
     raise OSError
+
+
+def test_where_the_system_tells_no_peak_of_its_own_the_largest_size_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < resident_bytes() <= peak_bytes()
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert resident_bytes() == 0
+    assert peak_bytes() > 0

@@ -40,7 +40,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 import minigrpo
 from minigrpo.models.attention import shared_prompt as attention
-from minigrpo.rollouts.engines.registry import lean
+from minigrpo.rollouts.engines import decoder
 
 libc = ctypes.CDLL(None)
 linux = sys.platform.startswith("linux")
@@ -74,7 +74,7 @@ def state():
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "signals": [repr(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
-        "functions": functions(torch, torch.nn.functional, attention, lean),
+        "functions": functions(torch, torch.nn.functional, attention, decoder),
         "bars": [logging.is_progress_bar_enabled(), are_progress_bars_disabled()],
     }
 

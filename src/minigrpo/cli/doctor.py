@@ -5,14 +5,12 @@ Everything is looked at, nothing is changed, and nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -20,8 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from minigrpo.cli.options import AsJson, print_json, result_alone
-
-Level = Literal["ok", "note", "bad"]
+from minigrpo.errors import install_hint
+from minigrpo.sandbox.doctor import Finding, Level
+from minigrpo.utils.cache_dir import cache_dir
+from minigrpo.versions import installed
 
 TESTED = {
     "torch": "2.13.0",
@@ -41,32 +41,17 @@ TESTED = {
 """The versions of constraints.txt, for those who installed from a package index; a test holds both equal."""
 
 OPTIONAL = {
-    "bitsandbytes": ("weights in 4 bit: model.quantize nf4", "pip install 'minigrpo[qlora]'"),
-    "trl": ("the benchmark against TRL; never needed to train", "pip install 'minigrpo[bench]'"),
+    "bitsandbytes": ("weights in 4 bit: model.quantize nf4", install_hint("qlora")),
+    "trl": ("the benchmark against TRL; never needed to train", install_hint("bench")),
 }
 """Import name -> what it is for, and how to get it."""
 
 GIB = 1024**3
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `bad` stops training; `note` is worth knowing."""
-
-    topic: str
-    name: str
-    value: str
-    level: Level = "ok"
-    advice: str = ""
-
-
 def examine() -> tuple[Finding, ...]:
     """Everything, in the order of the report. Imports torch."""
     return (*machine(), *devices(), *disks(), *versions(), *optional_parts())
-
-
-def to_dict(findings: tuple[Finding, ...]) -> dict[str, Any]:
-    return {"ok": all(f.level != "bad" for f in findings), "findings": [asdict(f) for f in findings]}
 
 
 def doctor_table(findings: Sequence[Finding]) -> RenderableType:
@@ -173,7 +158,7 @@ def cpu_number_types() -> str:
 
 def disks() -> list[Finding]:
     """Free space where runs go, and where models are cached."""
-    places = {"this folder": Path.cwd(), "Hub cache": hub_cache(), "own cache": own_cache()}
+    places = {"this folder": Path.cwd(), "Hub cache": hub_cache(), "own cache": cache_dir()}
     return [_disk(name, path) for name, path in places.items()]
 
 
@@ -182,11 +167,6 @@ def hub_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-
-
-def own_cache() -> Path:
-    """Where the embedded model is kept; said here again because the module that keeps it needs torch."""
-    return Path(os.environ.get("MINIGRPO_CACHE") or "~/.cache/minigrpo").expanduser()
 
 
 def _disk(name: str, path: Path) -> Finding:
@@ -217,14 +197,6 @@ def optional_parts() -> list[Finding]:
     return found
 
 
-def installed(package: str) -> str | None:
-    """The version of a distribution, by either spelling of its name."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GIB:.1f} GiB"
 
@@ -246,5 +218,5 @@ def sandbox(
     if as_json:
         print_json(report)
     else:
-        Console().print(doctor_table([Finding(**asdict(finding)) for finding in findings]))
+        Console().print(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)

@@ -274,7 +274,8 @@ def doctor(as_json: AsJson = False) -> None:
     Devices and their true number types, memory, disk, versions against the tested ones, optional parts. Exit code 1
     where something would stop a training.
     """
-    from minigrpo.cli.doctor import doctor_table, examine, to_dict
+    from minigrpo.cli.doctor import doctor_table, examine
+    from minigrpo.sandbox.doctor import to_dict
 
     findings = examine()
     report = to_dict(findings)

@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.artifacts.source import TrainedSource, alone, merged_of, source_of, sums_of
+from minigrpo.delivery.artifacts.source import TrainedSource, alone, merged_of, source_of
 from minigrpo.delivery.gguf.parity import RELATIVE, GgufReference, asked_of, prove_file
 from minigrpo.delivery.parity.compare import Reference, device_for, judged, of_merged, task_of, trained_truth
 from minigrpo.delivery.parity.kl import Divergence, compare
@@ -28,7 +28,7 @@ from minigrpo.delivery.parity.table import TITLE, parity_table
 from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.ui.progress import stage
 
@@ -110,7 +110,7 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
     except ArtifactError as fault:
         faults.append(str(fault))
         return
-    sums = sums_of(run.merged)
+    sums = hash_files(run.merged)
     seal = run.gguf / "made.json"
     known = read_sealed(seal)["files"] if seal.is_file() else {}
     for file in sorted(run.gguf.glob("*.gguf")):

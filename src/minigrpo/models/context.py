@@ -9,6 +9,10 @@ from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import render
 from minigrpo.types import Prompt, Rendered
 
+CAUSAL_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
+"""Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
+sliding window: tokens affect one another through attention alone. So siblings can share a row, and the native engine's
+decoder can run the model."""
 MULTIMODAL_WRAPPERS = frozenset({"mistral3"})
 """Models for text and images that pass text unchanged to the text model inside them."""
 

@@ -249,12 +249,6 @@ def compatible_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> d
     return {**config, **inner, **turned, **kinds}
 
 
-def without_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a merged model's config without vLLM's attention scale, which its base's config may have or lack."""
-    inner = {"text_config": without_attention_scale(config["text_config"])} if config.get("text_config") else {}
-    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
-
-
 def _scales_attention(config: Mapping[str, Any]) -> bool:
     """Tell whether this is a Ministral 3, which transformers 4 does not know."""
     return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})

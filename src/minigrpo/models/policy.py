@@ -23,7 +23,7 @@ from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
-from minigrpo.models.context import text_config
+from minigrpo.models.context import CAUSAL_DECODERS, text_config
 from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter
@@ -32,10 +32,6 @@ from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
-
-# Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
-# sliding window: what passes from token to token passes through attention alone, so siblings can share a row.
-SHARED_PROMPT_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class Policy:
         self.seed = seed
         self.device = device_of(self.model)
         self.dtype: torch.dtype = self.model.dtype
-        self.shares_prompts = text_config(self.model.config).model_type in SHARED_PROMPT_MODELS
+        self.shares_prompts = text_config(self.model.config).model_type in CAUSAL_DECODERS
         self.dropouts: list[SeededDropout] = []
         self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from minigrpo.errors import ModelError
+from minigrpo.errors import ModelError, install_hint
 from minigrpo.models.lora import mute_bitsandbytes
-
-_INSTALL = "pip install 'minigrpo[qlora]'"
 
 
 def quantize_four_bit(model: Any, device: torch.device) -> Any:
@@ -79,7 +77,7 @@ def _require_bitsandbytes(knob: str) -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ModelError(f"{knob} needs bitsandbytes, which is not installed: {_INSTALL}") from None
+        raise ModelError(f"{knob} needs bitsandbytes, which is not installed: {install_hint('qlora')}") from None
 
 
 def _check_quantizable(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's limits: which LoRA ranks it takes, and what must be added to a model's config."""
+"""vLLM's limits: which LoRA ranks it takes, and what must be added to a model's config. No torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def vllm_config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     inner = vllm_config_overrides(config["text_config"]) if config.get("text_config") else {}
     return {**ministral3_attention_scale(config), **({"text_config": inner} if inner else {})}
+
+
+def without_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a merged model's config without vLLM's attention scale, which its base's config may have or lack."""
+    inner = {"text_config": without_attention_scale(config["text_config"])} if config.get("text_config") else {}
+    return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
 
 
 def ministral3_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:

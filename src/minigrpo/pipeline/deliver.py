@@ -17,7 +17,7 @@ from rich.text import Text
 
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.hub.client import Hub, check_name, find_token, in_bytes
-from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
 from minigrpo.runs.manifest import existing_result, seconds_of, timed
 from minigrpo.runs.rundir import RunDir, writing
@@ -97,10 +97,10 @@ def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -
 
 
 def _no_library() -> str | None:
-    from minigrpo.delivery.gguf.llamacpp import INSTALL, library
+    from minigrpo.delivery.gguf.llamacpp import library
 
     if library() is None:
-        return f"No GGUF file will be made: xllamacpp is not installed. {INSTALL}"
+        return f"No GGUF file will be made: xllamacpp is not installed. {install_hint('gguf')}"
     return None
 
 

@@ -1,6 +1,6 @@
-"""The stages in order: preflight, warm-up, train, evaluate, then what ending.py makes of the result. Each leaves an
-artefact in the run's folder, stamped with what it was made from; a resumed run skips what is there and still fits, and
-makes the rest.
+"""The stages in order: preflight, warm-up, train, evaluate, then what pipeline/deliver.py makes of the result. Each
+leaves an artefact in the run's folder, stamped with what it was made from; a resumed run skips what is there and still
+fits, and makes the rest.
 """
 
 from __future__ import annotations

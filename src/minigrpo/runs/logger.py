@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,7 +44,7 @@ class RunLogger:
         self._prefixes = {path: Prefix(path) for path in (run.metrics, run.groups)}
 
     def __enter__(self) -> RunLogger:
-        self._pulse = Snapshot(rewards=tuple(_past_rewards(self.run.metrics)), since=time.monotonic())
+        self._pulse = Snapshot(rewards=tuple(_rewards(self.run)), since=time.monotonic())
         self._view.open(self._pulse)
         return self
 
@@ -129,6 +129,13 @@ class Prefix:
         return {"bytes": length, "sha256": self._hash.hexdigest()}
 
 
+def _rewards(run: RunDir) -> Iterator[float]:
+    """Yield the rewards so far: the curve of a resumed run begins where the run began."""
+    for row in read_metrics(run):
+        if isinstance(row.get("reward"), int | float):
+            yield float(row["reward"])
+
+
 def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[str, Any]:
     return {
         "step": step,
@@ -184,15 +191,67 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
 
 
-def _past_rewards(path: Path) -> Iterator[float]:
-    """The curve of a resumed run begins where the run began. A line that a crash cut short is passed over."""
-    if not path.exists():
+# Reading it back
+
+
+def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each step, in order; nothing where there is no log.
+
+    A line that holds no step (a crash cut it short, or it is just being written) is passed over; `strict` raises
+    ArtifactError for it.
+    """
+    return _rows(run.metrics, ("step",), _lines(run.metrics), strict)
+
+
+def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the logged groups, each with its completions; `newest_first` reads no more of the file than is taken.
+
+    Lines that hold none are treated as `read_metrics` does.
+    """
+    lines = _lines_backwards(run.groups) if newest_first else _lines(run.groups)
+    return _rows(run.groups, ("step", "completions"), lines, strict)
+
+
+def _rows(path: Path, columns: Sequence[str], lines: Iterable[bytes], strict: bool) -> Iterator[dict[str, Any]]:
+    for line in filter(bytes.strip, lines):
+        row = _row(line)
+        if row is not None and all(column in row for column in columns):
+            yield row
+        elif strict:
+            raise ArtifactError(
+                f"{path} is damaged in the line that begins with {line[:40].decode(errors='replace')!r}. Begin another "
+                "run: --run runs/NAME"
+            )
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.is_file():
+        with path.open("rb") as stream:
+            yield from stream
+
+
+def _lines_backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
+    """Yield the lines from the last to the first, without their ends."""
+    if not path.is_file():
         return
+    begun: list[bytes] = []  # the pieces of a line whose beginning is not yet read, the last piece first
     with path.open("rb") as stream:
-        for line in stream:
-            try:
-                reward = json.loads(line).get("reward")
-            except (ValueError, AttributeError):
-                continue
-            if isinstance(reward, int | float):
-                yield float(reward)
+        place = stream.seek(0, os.SEEK_END)
+        while place:
+            size = min(block, place)
+            place = stream.seek(place - size)
+            first, *others = stream.read(size).split(b"\n")
+            if others:
+                yield b"".join(reversed([*begun, others[-1]]))
+                yield from reversed(others[:-1])
+                begun = []
+            begun.append(first)
+    yield b"".join(reversed(begun))

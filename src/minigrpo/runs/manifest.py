@@ -164,6 +164,18 @@ def stamp(verb: str, recipe: Recipe, *sources: Path) -> dict[str, Any]:
     return {"verb": verb, "versions": versions, "from": made_from}
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """Take the SHA-256 of each of the `kept_files`, by name."""
+    return {name: digest(file) for name, file in kept_files(folder).items()}
+
+
+def kept_files(folder: Path) -> dict[str, Path]:
+    """List a folder's files by name: all but made.json and hidden ones, which desktops and file servers leave."""
+    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    shown = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return {name.as_posix(): file for name, file in shown.items() if name.as_posix() != "made.json"}
+
+
 def fits(file: Path, made: dict[str, Any]) -> bool:
     """Whether an artefact is there and was made from what is there now. Raises ArtifactError where it is damaged."""
     if not file.exists():

@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ DRAFT, RETIRED, REMOVED = ".draft", ".retired", ".removed"
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BARRED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP}
+REJECTED = ".rejected"
+"""Ends the name of what failed its proof and is kept for a look."""
+SPARE = 64 * 2**20
+"""Bytes that a stage leaves free on the disk: tokenizers and configs are among them."""
 REFUSALS = FULL | BARRED | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 """Why a disk does not take what it is given: the user's to mend. Any other OSError is a fault of ours."""
 
@@ -234,6 +238,20 @@ def writing(path: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{path} could not be written: {os.strerror(refusal)}. {_next_step(path, refusal)}"
         ) from fault
+
+
+@contextmanager
+def full_disk_told(words: Callable[[str], str]) -> Iterator[None]:
+    """Tell a disk that fills in the block in the stage's own words, which are given the system's."""
+    try:
+        yield
+    except ArtifactError as fault:
+        number = getattr(fault.__cause__, "errno", None)
+        if number not in FULL:
+            raise
+        with suppress(OSError):  # the words may ask the disk how much is left
+            raise ArtifactError(words(os.strerror(number))) from fault
+        raise
 
 
 def _refusal(fault: BaseException | None, folder: Path) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from minigrpo.errors import SandboxError
 from minigrpo.sandbox.pool import NECESSARY, Sandbox, missing, open_worker
@@ -26,18 +26,19 @@ ABOUT = {
 }
 """Every lock, the necessary ones first."""
 
+Level = Literal["ok", "note", "bad"]
 PROGRAM = "def answer(question):\n    return question"
 ROUNDS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line. `bad`: no program is run here; `note`: one lock less."""
+    """One line of a report. `bad` stops what it is about; `note` is worth knowing, as one lock less."""
 
     topic: str
     name: str
     value: str
-    level: str = "ok"
+    level: Level = "ok"
     advice: str = ""
 
 
@@ -71,7 +72,7 @@ def locks(worker: Worker) -> list[Finding]:
     found = []
     for name, about in ABOUT.items():
         reason = told.get(name, "not tried")
-        level = "ok" if not reason else "bad" if name in NECESSARY else "note"
+        level: Level = "ok" if not reason else "bad" if name in NECESSARY else "note"
         found.append(Finding("locks", name, about if not reason else f"open: {reason}", level, about if reason else ""))
     return found
 

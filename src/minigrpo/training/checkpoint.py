@@ -3,9 +3,10 @@
     checkpoints/000050/  adapter (or model) files  optimizer.pt  trainer.json  state.json  made.json
     checkpoints/000050.exploded/                   set aside by `discard_after`
 
-made.json holds the step and the SHA-256 of every other file, and is sealed itself (stamps.py): no bit can flip unseen.
+made.json holds the step and the SHA-256 of every other file, and is sealed itself (runs/manifest.py): no bit can flip
+unseen.
 
-Random numbers need no state here: every draw is named by seed, step and place (noise.py). What does shape the
+Random numbers need no state here: every draw is named by seed, step and place (utils/rng.py). What does shape the
 arithmetic besides the weights (threads, number types, tokens per pass, rows, versions) is the Machine, stored with
 the run and used again. What the trainer itself remembers from step to step is its `state`.
 """
@@ -27,11 +28,12 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.manifest import read_sealed, this_version, write_sealed
-from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, remove_folder, write_json, writing
+from minigrpo.runs.manifest import hash_files, kept_files, read_sealed, write_sealed
+from minigrpo.runs.rundir import RunDir, complete_folder, read_json, remove_folder, write_json, writing
+from minigrpo.versions import this_version
 
 Positions = Mapping[str, Mapping[str, Any]]
-"""Per log of the run: how long it is, in bytes, and the SHA-256 of that much (track.py)."""
+"""Per log of the run: how long it is, in bytes, and the SHA-256 of that much (runs/logger.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,8 @@ def save(
         (draft / "trainer.json").write_text(json.dumps(state or {}, separators=(",", ":")), encoding="utf-8")
         machine = asdict(_machine_of(run.machine, read_sealed(run.machine)))
         write_json(draft / "state.json", {"positions": positions, "machine": machine})
-        sums = {name: digest(file) for name, file in _files(draft).items()}
-        sizes = {name: file.stat().st_size for name, file in _files(draft).items()}
-        write_sealed(draft / "made.json", {"verb": "grpo", "step": step, "bytes": sizes, "sha256": sums})
+        made = {"verb": "grpo", "step": step, "bytes": _sizes(draft), "sha256": hash_files(draft)}
+        write_sealed(draft / "made.json", made)
 
 
 def prune(run: RunDir, keep: int, spare: Collection[int] = frozenset()) -> None:
@@ -218,13 +219,13 @@ def _verified(folder: Path) -> Checkpoint:
     made = read_sealed(folder / "made.json")
     if made["step"] != int(folder.name):
         raise ArtifactError(f"{folder} is of step {made['step']}, so it was renamed.")
-    there = _files(folder)
+    now = hash_files(folder)
     for name, expected in made["sha256"].items():
-        if name not in there:
+        if name not in now:
             raise ArtifactError(f"{folder / name} is missing.")
-        if digest(there[name]) != expected:
+        if now[name] != expected:
             raise ArtifactError(f"{folder / name} is damaged: its contents are not what was saved.")
-    if extra := sorted(there.keys() - made["sha256"].keys()):
+    if extra := sorted(now.keys() - made["sha256"].keys()):
         raise ArtifactError(f"{folder / extra[0]} is not of this checkpoint: nobody saved it there. Remove it.")
     state = read_json(folder / "state.json")
     machine = _machine_of(folder / "state.json", {**state["machine"], "minigrpo": made["minigrpo"]})
@@ -237,13 +238,11 @@ def _looks_whole(folder: Path) -> bool:
         made = read_sealed(folder / "made.json")
     except ArtifactError:
         return False
-    return made["bytes"] == {name: file.stat().st_size for name, file in _files(folder).items()}
+    return made["bytes"] == _sizes(folder)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """All but made.json and hidden ones, which desktops and file servers leave everywhere."""
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: file for name, file in files.items() if name != "made.json" and not file.name.startswith(".")}
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: file.stat().st_size for name, file in kept_files(folder).items()}
 
 
 def _folders(run: RunDir) -> list[Path]:

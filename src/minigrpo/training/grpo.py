@@ -3,7 +3,7 @@
 Where it departs from the paper, unless a recipe says otherwise: there is no KL term and so no reference model
 (kl = 0); one update per batch, so the ratio starts at 1 exactly and `old` needs no pass of its own; groups whose
 siblings all tie are left out of the passes (they count in the weights all the same); a group is one row of tokens
-with its prompt once (packing.py).
+with its prompt once (algorithms/packing.py).
 
 Shapes: P prompts, G siblings, N scored tokens of a micro-batch.
 """

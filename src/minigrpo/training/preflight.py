@@ -27,6 +27,7 @@ from minigrpo.training.memory.machine import Plan, plan_of_run, tokens_per_pass
 from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.memory import peak_bytes
 
 ENOUGH_GROUPS = 8
 """Groups looked at, at least: with 8, a task whose groups teach one time in three is seen to teach 24 times in 25."""
@@ -118,6 +119,7 @@ def figures_of(
     # Groups that tie skip their training pass, unless a KL term pulls on every token.
     trained = 1.0 if recipe.objective.kl or recipe.objective.entropy else informative
     step_seconds = rollout_seconds * rollouts_a_step(recipe, informative) + trained * pass_seconds * passes(recipe)
+    peak = peak_bytes("cuda") or peak_bytes()
     return Figures(
         groups=len(groups),
         completions=len(completions),
@@ -136,7 +138,7 @@ def figures_of(
         pass_seconds=pass_seconds,
         step_seconds=step_seconds,
         training_seconds=recipe.train.steps * step_seconds,
-        peak_memory_gb=peak_memory_gb(),
+        peak_memory_gb=peak / 1e9 if peak else None,
         planned_memory_gb=plan.peak / 1e9 if plan else None,
         short_of_memory=plan is not None and not plan.fits,
     )
@@ -187,21 +189,6 @@ def finish_queued(device: Any) -> None:
         import torch
 
         torch.cuda.synchronize(device)
-
-
-def peak_memory_gb() -> float | None:
-    """Largest memory held so far: the GPU's where there is one, else this process's; None where it cannot be told."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def evidence(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:

@@ -6,8 +6,7 @@ uninterrupted one.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -19,8 +18,7 @@ from minigrpo.algorithms.packing import Batch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
 from minigrpo.models.policy import Policy
-from minigrpo.runs.logger import RunLogger
-from minigrpo.runs.rundir import RunDir
+from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import free_memory, tokens_per_pass
@@ -72,7 +70,7 @@ class Supervisor:
         checkpoint.load(found, self.policy, self.optimizer)
         self.source.restore(found.state["source"])
         self.policy.loss_scale = self.policy.loss_scale.restored(found.state.get("loss_scale", {}))
-        for metrics in past_metrics(self.run):
+        for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
         self.track.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
         return found.step
@@ -168,10 +166,3 @@ class Supervisor:
         then = checkpoint.read_machine(self.run)
         assert then is not None, "the machine is written before the first step"
         checkpoint.write_machine(self.run, replace(then, tokens_per_pass=budget))
-
-
-def past_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
-    """The figures of the steps that the run's log holds."""
-    if run.metrics.is_file():
-        with run.metrics.open(encoding="ascii") as stream:
-            yield from (json.loads(line) for line in stream)

@@ -132,7 +132,7 @@ class LivePanel:
     def _render(self) -> RenderableType:
         pulse = self._pulse
         width = min(self._console.width, 100)
-        parts: list[RenderableType] = [sparkline(pulse.rewards, width - 14)] if pulse.rewards else []
+        parts: list[RenderableType] = [reward_curve(pulse.rewards, width - 14)] if pulse.rewards else []
         # A fact stays whole where the line breaks: its own spaces are hidden from the wrapping.
         facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in pulse.facts()), width - 4)
         words = "\n".join(facts).replace("\a", " ") or "sampling the first completions ..."
@@ -157,14 +157,12 @@ def panel_fits(console: Console) -> bool:
     )
 
 
-def sparkline(values: Sequence[float], width: int) -> Text:
+def reward_curve(values: Sequence[float], width: int) -> Text:
     """Columns of blocks over the whole run, each the mean of the steps it stands for; the scale is at the left."""
     finite = [value for value in values if value == value]
     if not finite:
         return Text("no reward yet")
-    count = max(1, min(len(finite), width))
-    edges = [i * len(finite) // count for i in range(count + 1)]
-    columns = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    columns = column_means(finite, width)
     low, high = min(0.0, *columns), max(columns)
     high = high if high > low else low + 1
     eighths = [round((value - low) / (high - low) * PLOT_HEIGHT * 8) for value in columns]
@@ -174,6 +172,21 @@ def sparkline(values: Sequence[float], width: int) -> Text:
         bars = "".join(BLOCKS[min(8, max(0, height - 8 * row))] for height in eighths)
         lines.append(Text.assemble((f"{mark:>7} ", "dim"), (bars, "green")))
     return Text("\n").join(lines)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Draw one line of blocks, from the lowest column to the highest."""
+    columns = column_means(values, width)
+    low, high = min(columns), max(columns)
+    scale = (len(BLOCKS) - 2) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[1 + round((value - low) * scale)] for value in columns)
+
+
+def column_means(values: Sequence[float], width: int) -> list[float]:
+    """Average the values in at most `width` columns, in order."""
+    count = max(1, min(len(values), width))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def duration(seconds: float) -> str:

@@ -34,18 +34,34 @@ def reset_peak(device: str = "cpu") -> bool:
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Since the last reset, or since the process began; 0 where it cannot be told.
-
-    Not ru_maxrss, which remembers what went before.
-    """
+    """Read the peak since the last reset, or since the process began; 0 where it cannot be told."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
+    return _status("VmHWM") or _largest()
+
+
+def resident_bytes() -> int:
+    """Read how much of main memory this process holds now; 0 where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+        found = re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
         return int(found[1]) * 1024 if found else 0
     return 0
+
+
+def _largest() -> int:
+    """Read ru_maxrss, which no reset makes forget: only for systems that have no other."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3

@@ -1,9 +1,9 @@
 """What a run sets for its whole process: CPU threads, repeatable arithmetic, what the heap keeps.
 
 Each is given back when the run ends, for a notebook and a test suite live on. All of it is given back exactly but the
-heap's rules, of which heap.py tells. Never taken back: the name under which transformers finds attention.py, since
-policies that are still held go on using it. Runs of one process follow or enclose one another: two at the same time, in
-two threads, would give back each other's settings.
+heap's rules, of which utils/memory.py tells. Never taken back: the name under which transformers finds
+attention/shared_prompt.py, since policies that are still held go on using it. Runs of one process follow or enclose one
+another: two at the same time, in two threads, would give back each other's settings.
 """
 
 from __future__ import annotations

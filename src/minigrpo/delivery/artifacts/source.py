@@ -24,7 +24,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
 from minigrpo.runs.lock import hold
-from minigrpo.runs.manifest import existing_result, read_sealed, stamp, write_sealed
+from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, tidy
 
 
@@ -81,13 +81,7 @@ def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
 
 def seal_folder(folder: Path, made: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Put made.json into a folder that is complete but for it."""
-    write_sealed(folder / "made.json", {"made": made, **facts, "sha256": sums_of(folder)})
-
-
-def sums_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but made.json and hidden ones, by name."""
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: digest(file) for name, file in files.items() if name != "made.json" and not name.startswith(".")}
+    write_sealed(folder / "made.json", {"made": made, **facts, "sha256": hash_files(folder)})
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
     if not (folder / "made.json").is_file():
         raise ArtifactError(f"{folder} holds no made.json, so nothing tells what it was made from.")
     sealed = read_sealed(folder / "made.json")
-    then, now = sealed["sha256"], sums_of(folder)
+    then, now = sealed["sha256"], hash_files(folder)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             what = "is missing" if name not in now else "was added" if name not in then else "was changed"

@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 from minigrpo.delivery.gguf import writer as ggufwriter
 from minigrpo.delivery.gguf.pretokenizer import kind_of
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.embedded.seedling import cache
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import complete_folder, digest
+from minigrpo.utils.cache_dir import cache_dir
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -105,7 +105,7 @@ def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Co
 
 def fetched() -> Path:
     """The converter in the cache, put there if need be. Raises ArtifactError where it cannot be had."""
-    place = cache() / f"llama.cpp-{SHA256[:12]}"
+    place = cache_dir() / f"llama.cpp-{SHA256[:12]}"
     if (place / SCRIPT).is_file():
         return place
     if any(os.environ.get(name, "") not in ("", "0") for name in OFFLINE):

@@ -1,6 +1,6 @@
 """Runs llama.cpp's own converter with its own gguf-py beside it. Started by path, so it imports nothing of the package.
 
-    python -P convertworker.py LLAMA_CPP PRE_TOKENIZER FOLDER OUTTYPE FILE NAME
+    python -P gguf/converter_worker.py LLAMA_CPP PRE_TOKENIZER FOLDER OUTTYPE FILE NAME
 
 It ends when its standard input does, so that a killed export leaves no converter that goes on writing.
 

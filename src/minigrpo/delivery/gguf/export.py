@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.artifacts.merged_weights import bytes_of
-from minigrpo.delivery.artifacts.source import alone, merged_of, sums_of
+from minigrpo.delivery.artifacts.source import alone, merged_of
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import modelfile
@@ -35,8 +35,8 @@ from minigrpo.delivery.parity.kl import record
 from minigrpo.delivery.parity.table import figure
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import BaseFiles, open_base
-from minigrpo.runs.manifest import read_sealed, slug, write_sealed
-from minigrpo.runs.rundir import DRAFT, FULL, RunDir, digest, sync, write_whole, writing
+from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
+from minigrpo.runs.rundir import DRAFT, REJECTED, SPARE, RunDir, digest, full_disk_told, sync, write_whole, writing
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
@@ -44,10 +44,8 @@ from minigrpo.versions import installed
 Verdict = Literal["proved", "measured", "rejected", "there already"]
 """measured: a type that rounds so much that no limit fits all models; what it is made from was proved."""
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-REJECTED = ".rejected"
 HIDDEN = ""
 """Stands among the formats for the float file that nobody asked for."""
-SPARE = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,11 @@ def export(
     done = {} if force else _done(order, kinds)
     missing = [kind for kind in kinds if kind not in done]
     truth = gguf_reference(order.model, order.run) if missing else None
-    with _disk(order), stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report:
+    with (
+        full_disk_told(partial(_disk_is_full, order)),
+        writing(order.folder / "made.json"),
+        stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
+    ):
         if truth:
             _make(order, missing, done, truth, report)
     files = tuple(done[kind] for kind in kinds)
@@ -170,7 +172,7 @@ def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None,
         raise ArtifactError(f"{run.path} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
     converter = find_converter(model, llama_cpp, writer)
     versions = {package: installed(package) for package in ("minigrpo", "gguf", "xllamacpp", "transformers")}
-    made = {"verb": "export", "versions": versions, "from": {"model": sums_of(model), "converter": converter.name}}
+    made = {"verb": "export", "versions": versions, "from": {"model": hash_files(model), "converter": converter.name}}
     return ExportJob(
         *(model, run if run.exists() else None, (out or folder).expanduser(), slug(name)),
         base=open_base(model),
@@ -287,23 +289,13 @@ def _place(
     return found
 
 
-@contextmanager
-def _disk(order: ExportJob) -> Iterator[None]:
-    """A disk that fills in the middle: what is whole stays, and the same command goes on from there."""
-    try:
-        with writing(order.folder / "made.json"):
-            yield
-    except ArtifactError as fault:
-        number = getattr(fault.__cause__, "errno", None)
-        if number not in FULL:
-            raise
-        with suppress(OSError):
-            free = shutil.disk_usage(order.folder).free / 1e9
-            raise ArtifactError(
-                f"{order.folder} could not be written: {os.strerror(int(number or 0))} ({free:.2f} GB left). Formats "
-                f"that are there are whole. Make room, then go on with the same command: {order.command}"
-            ) from fault
-        raise
+def _disk_is_full(order: ExportJob, reason: str) -> str:
+    """Say that what is whole stays, and that the same command goes on from there."""
+    free = shutil.disk_usage(order.folder).free / 1e9
+    return (
+        f"{order.folder} could not be written: {reason} ({free:.2f} GB left). Formats that are there are whole. Make "
+        f"room, then go on with the same command: {order.command}"
+    )
 
 
 def exported_table(found: Exported) -> RenderableType:

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.errors import ArtifactError, MinigrpoError
-
-INSTALL = "pip install 'minigrpo[gguf]'"
+from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,9 @@ def library() -> Path | None:
 def require_library() -> Path:
     found = library()
     if found is None:
-        raise MinigrpoError(f"A GGUF file is proved by llama.cpp itself, and xllamacpp is not installed. {INSTALL}")
+        raise MinigrpoError(
+            f"A GGUF file is proved by llama.cpp itself, and xllamacpp is not installed. {install_hint('gguf')}"
+        )
     return found
 
 

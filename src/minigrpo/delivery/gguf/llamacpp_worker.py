@@ -1,9 +1,9 @@
 """llama.cpp in a process of its own: a crash inside it is then a sentence here, and its words never mix with ours.
 
-Started by path (`python -P llamaworker.py`), so it imports nothing of the package. One request a line on stdin, as
-JSON; one answer a line on stdout, followed by as many raw bytes as it says. It calls the C functions of the library
-that xllamacpp brings. Structures that are passed by value are compared with what this file knows of them first: another
-version's would be read wrongly.
+Started by path (`python -P gguf/llamacpp_worker.py`), so it imports nothing of the package. One request a line on
+stdin, as JSON; one answer a line on stdout, followed by as many raw bytes as it says. It calls the C functions of the
+library that xllamacpp brings. Structures that are passed by value are compared with what this file knows of them first:
+another version's would be read wrongly.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigrpo.delivery.gguf.llamacpp import INSTALL, library
+from minigrpo.delivery.gguf.llamacpp import library
 from minigrpo.delivery.gguf.writer import full_disk_told
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 
 FLOATS = ("F32", "F16", "BF16")
 DEFAULTS = {
@@ -228,7 +228,7 @@ class Cruncher:
             raise MinigrpoError(f"xllamacpp's library fails its test: {kind} is off by {error:.0%}. {TESTED}")
 
 
-TESTED = f"Install the tested version: {INSTALL}"
+TESTED = f"Install the tested version: {install_hint('gguf')}"
 
 
 def _chunk_function() -> Any:
@@ -239,7 +239,8 @@ def _chunk_function() -> Any:
         function = ctypes.CDLL(str(file)).ggml_quantize_chunk
     except (OSError, AttributeError) as fault:
         raise MinigrpoError(
-            f"K-quants need the library of xllamacpp ({fault}) or llama-quantize. {INSTALL}, or --llama-cpp DIR"
+            f"K-quants need the library of xllamacpp ({fault}) or llama-quantize. {install_hint('gguf')}, or "
+            "--llama-cpp DIR"
         ) from None
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]

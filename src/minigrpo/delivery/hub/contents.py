@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from minigrpo.delivery.artifacts.source import merged_of, sums_of
+from minigrpo.delivery.artifacts.source import merged_of
 from minigrpo.delivery.hub.client import Item, item
 from minigrpo.delivery.hub.model_card import card, facts_of, hub_name
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import compatible_tokenizer_config
-from minigrpo.runs.manifest import read_sealed
+from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.versions import this_version
 
@@ -154,7 +154,7 @@ def _gguf(run: RunDir) -> tuple[Item, ...]:
     again = f"Export again: minigrpo export {run.path}"
     if not made.is_file():
         raise ArtifactError(f"{run.gguf} holds no proved files. Export first: minigrpo export {run.path}")
-    sums, items = sums_of(merged_of(run)), list[Item]()
+    sums, items = hash_files(merged_of(run)), list[Item]()
     for name, entry in read_sealed(made)["files"].items():
         file = run.gguf / name
         if not file.is_file():

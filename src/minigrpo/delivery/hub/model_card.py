@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import in_bytes
 from minigrpo.delivery.parity.table import read_parity
 from minigrpo.errors import ArtifactError
-from minigrpo.models.model_files import local_config, without_attention_scale
-from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
+from minigrpo.models.model_files import local_config
+from minigrpo.models.vllm_compat import (
+    VLLM_LORA_RANKS,
+    vllm_config_overrides,
+    vllm_max_lora_rank,
+    without_attention_scale,
+)
+from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
+from minigrpo.ui.live import column_means, sparkline
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
-BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 50
 LICENCES = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"\bMIT License\b", "gpl-3.0": r"GNU GENERAL PUBLIC"}
 DATASETS = {"gsm8k": "openai/gsm8k"}
@@ -79,7 +85,7 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
         datasets=(data,) if data else (),
         system=_system_of(run),
         repos=repos,
-        rewards=tuple(_rewards(run.metrics)),
+        rewards=tuple(_rewards(run)),
         comparisons=_comparisons(run),
         stages=[row for row in read_parity(run) if row.get("ok", True)],
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
@@ -175,23 +181,16 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
 
 def _system_of(run: RunDir) -> str:
     """The system message that it was trained with: without it the model is asked something else."""
-    if not run.groups.is_file():
+    try:
+        first = next(read_groups(run), {})["messages"][0]
+        return str(first["content"]) if first["role"] == "system" else ""
+    except (LookupError, TypeError):
         return ""
-    with run.groups.open(encoding="utf-8") as stream:
-        try:
-            first = json.loads(next(stream, "{}"))["messages"][0]
-            return str(first["content"]) if first["role"] == "system" else ""
-        except (ValueError, LookupError, TypeError):
-            return ""
 
 
-def _rewards(metrics: Path) -> Iterator[tuple[int, float]]:
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("reward"), int | float) and "step" in row:
+def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
+    for row in read_metrics(run):
+        if isinstance(row.get("reward"), int | float):
             yield int(row["step"]), float(row["reward"])
 
 
@@ -324,16 +323,11 @@ def _training(facts: Facts) -> str:
 
 def _curve(rewards: Sequence[tuple[int, float]]) -> str:
     """The mean reward over the steps, as a line of bars and as numbers."""
-    count = min(len(rewards), WIDTH)
-    edges = [i * len(rewards) // count for i in range(count + 1)]
-    means = [sum(value for _, value in rewards[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    bars = "".join(BARS[round((value - low) * scale)] for value in means)
+    means = column_means([value for _, value in rewards], WIDTH)
     marks = sorted({round(i * (len(rewards) - 1) / 5) for i in range(6)})
     steps = [str(rewards[i][0]) for i in marks]
     table = markdown_table(("step", *steps), [("mean reward", *(f"{rewards[i][1]:.3f}" for i in marks))])
-    return f"Mean reward, from {low:.3f} to {high:.3f}:\n\n```\n{bars}\n```\n\n{table}"
+    return f"Mean reward, from {min(means):.3f} to {max(means):.3f}:\n\n```\n{sparkline(means, WIDTH)}\n```\n\n{table}"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
@@ -392,9 +386,9 @@ def _kind(facts: Facts) -> str:
 
 def _served(facts: Facts, command: str, model: str) -> str:
     body: dict[str, Any] = {"model": model, "messages": _messages(facts), "temperature": 0}
-    text = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+    text = shlex.quote(json.dumps(body, ensure_ascii=False))
     url = "http://localhost:8000/v1/chat/completions"
-    return fenced(f"{command}\ncurl {url} -H 'Content-Type: application/json' -d '{text}'", "bash")
+    return fenced(f"{command}\ncurl {url} -H 'Content-Type: application/json' -d {text}", "bash")
 
 
 def _adapter(facts: Facts) -> str:
@@ -414,7 +408,7 @@ def _adapter(facts: Facts) -> str:
     name = repo.partition("/")[2]
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
     if facts.missing:  # of the base, whose config says it in words that vLLM does not read
-        serve += f" --hf-overrides {_quoted(json.dumps(facts.missing))}"
+        serve += f" --hf-overrides {shlex.quote(json.dumps(facts.missing))}"
     return f"{text}vLLM:\n\n{_served(facts, serve, name)}"
 
 
@@ -424,7 +418,7 @@ def _gguf(facts: Facts) -> str:
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     heat = facts.recipe["rollout"]["temperature"]
-    system = f" -sys {_quoted(facts.system)}" if facts.system else ""
+    system = f" -sys {shlex.quote(facts.system)}" if facts.system else ""
     llama = f"llama-cli -hf {repo}:{kind}{system}\nllama-server -hf {repo}:{kind}"
     recipe = file.removesuffix(".gguf")
     ollama = (
@@ -437,10 +431,6 @@ def _gguf(facts: Facts) -> str:
         f"llama.cpp:\n\n{fenced(llama, 'bash')}\n\nOllama:\n\n{fenced(ollama, 'bash')}\n\n"
         f"It was trained at temperature {heat:g}; while the repository is private, both need the right to read it."
     )
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
 
 
 RUN = {"merged": _merged, "adapter": _adapter, "gguf": _gguf}

@@ -1,6 +1,6 @@
 """A run's models to the Hugging Face Hub, resumable, each repository compared with what lies here.
 
-pack      only proved files, each repository with its card (parcels.py)
+pack      only proved files, each repository with its card (hub/contents.py)
 look      who am I, what is there: a repository with other content is refused before a byte is sent
 send      large files one by one, then one commit: after a cut the same command sends only what is missing
 compare   every file of the repository, size and hash; on request downloaded again, byte for byte

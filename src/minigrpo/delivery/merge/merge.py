@@ -1,6 +1,6 @@
 """Base + adapter -> a model folder that every other tool can read, and the proof that it is what was trained.
 
-    choose a number type   the base's own, unless rounding would lose what was learned (merging.py measures it)
+    choose a number type   the base's own, unless rounding would lose what was learned (merged_weights.py)
     write                  shard by shard, beside its name
     prove                  KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
     name it                only now; what fails the proof is kept as merged.rejected
@@ -10,12 +10,10 @@ A full-parameter run has no adapter: its tensors take the place of the base's, b
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +32,10 @@ from minigrpo.delivery.parity.table import TITLE, parity_table
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import BaseFiles, write_companions
 from minigrpo.runs.manifest import read_sealed
-from minigrpo.runs.rundir import FULL, RunDir, complete_folder
+from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, full_disk_told
 from minigrpo.ui.progress import stage
 
 Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
-
-REJECTED = ".rejected"
-SPARE = 64 * 2**20
-"""Bytes that a merge leaves free on the disk: tokenizers and configs are among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ def merge(
     chosen, measured, notes = choose(files, changes, dtype)
     truth = trained_truth(source, files) if proof else None
     _check_room(files, chosen, target)
-    with _disk(target, source), complete_folder(target) as draft:
+    with full_disk_told(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
         with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
             merged_weights.write_merged(files, changes, chosen, draft, report)
         write_companions(files, source.folder, draft, chosen)
@@ -199,19 +193,12 @@ def _check_room(base: BaseFiles, dtype: torch.dtype, target: Path) -> None:
         )
 
 
-@contextmanager
-def _disk(target: Path, source: TrainedSource) -> Iterator[None]:
-    """A disk that fills in the middle: in a merge's own words, for there is nothing to resume."""
-    try:
-        yield
-    except ArtifactError as fault:
-        number = getattr(fault.__cause__, "errno", None)
-        if number not in FULL:
-            raise
-        raise ArtifactError(
-            f"{target} could not be written: {os.strerror(number or errno.ENOSPC)}. Nothing half-written was left. "
-            f"Make room, then again: minigrpo merge {source.command}"
-        ) from fault
+def _disk_is_full(target: Path, source: TrainedSource, reason: str) -> str:
+    """Say that there is nothing to resume."""
+    return (
+        f"{target} could not be written: {reason}. Nothing half-written was left. Make room, then again: minigrpo "
+        f"merge {source.command}"
+    )
 
 
 def merged_table(merged: Merged) -> RenderableType:

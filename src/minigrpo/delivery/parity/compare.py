@@ -106,7 +106,7 @@ def what_is_said(
 ) -> tuple[HeldTexts, tuple[Tensor, ...]]:
     """The texts of a run, or else the model's own, and the model's distributions on them."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    held = held_texts(run.groups if run else None, task, tokenizer, vocabulary)
+    held = held_texts(run, task, tokenizer, vocabulary)
     held = held or sampled_texts(model, tokenizer, task, vocabulary)
     return held, tuple(distributions(model, held.texts))
 

@@ -8,10 +8,8 @@ Shapes: N scored positions of a text, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +18,14 @@ from torch import Tensor
 from minigrpo.errors import ArtifactError, TaskError
 from minigrpo.models.chat_template import PROBE_QUESTION, render
 from minigrpo.rollouts.groups import prompts_of
+from minigrpo.runs.logger import read_groups
+from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Prompt, Task
 
 TEXTS, TOKENS, LONGEST = 16, 512, 96
 """So many texts at most, scored positions in all, and in one text."""
 NUMBERS = 1 << 27
 """Log-probabilities that are kept at once: half a GiB."""
-TAIL = 1 << 24
-"""Bytes at the end of groups.jsonl in which its last step is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,9 @@ class HeldTexts:
     source: str
 
 
-def held_texts(groups: Path | None, task: Task | None, tokenizer: Any, vocabulary: int) -> HeldTexts | None:
+def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary: int) -> HeldTexts | None:
     """From the run's last step, or the task's right answers; None where neither is to be had."""
-    pairs = list(_last_answers(groups)) if groups and groups.is_file() else []
+    pairs = list(_last_answers(run)) if run else []
     source = "completions of the last training step"
     if not pairs and task is not None and task.gold is not None:
         try:
@@ -111,9 +109,9 @@ def _held(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> ScoredText:
     return ScoredText((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
 
 
-def _last_answers(file: Path) -> Iterator[tuple[Prompt, str, bool]]:
+def _last_answers(run: RunDir) -> Iterator[tuple[Prompt, str, bool]]:
     """(prompt, text, whether it ended by itself) of the log's last step: first siblings first."""
-    rows = _last_step(file)
+    rows = _last_step(run)
     longest = max((len(row["completions"]) for row in rows), default=0)
     for sibling in range(longest):
         for row in rows:
@@ -122,19 +120,17 @@ def _last_answers(file: Path) -> Iterator[tuple[Prompt, str, bool]]:
                 yield Prompt(str(row["prompt"]), tuple(row["messages"])), said["text"], said["finish"] == "stop"
 
 
-def _last_step(file: Path) -> list[dict[str, Any]]:
-    with file.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAIL))
-        lines = stream.read().splitlines()[1 if size > TAIL else 0 :]
+def _last_step(run: RunDir) -> list[dict[str, Any]]:
+    """Gather the groups of the log's last step, as far back as its lines can be read."""
     rows: list[dict[str, Any]] = []
     try:
-        for line in reversed(lines):
-            row = json.loads(line)
+        for row in read_groups(run, newest_first=True, strict=True):
             if rows and row["step"] != rows[0]["step"]:
                 break
             rows.append(row)
-    except (ValueError, KeyError, TypeError):
+    except ArtifactError:
         if not rows:
-            raise ArtifactError(f"{file} is damaged in its last line. Go on with the run: --resume mends it.") from None
+            raise ArtifactError(
+                f"{run.groups} is damaged in its last line. Go on with the run: --resume mends it."
+            ) from None
     return rows[::-1]

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import GgufHeader
-from minigrpo.errors import MinigrpoError
-from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_max_lora_rank
+from minigrpo.errors import MinigrpoError, install_hint
+from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
 EngineName = Literal["llama.cpp", "vllm"]
 LOCAL = "127.0.0.1"
@@ -32,7 +32,6 @@ ANYWHERE = ("0.0.0.0", "::", "")
 ROOM = 4096
 """Tokens of context where nothing else is asked for: of a long context the cache alone can be larger than the model."""
 IMAGE = "vllm/vllm-openai:latest"
-GGUF_EXTRA = "pip install 'minigrpo[gguf]'"
 IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
 VLLM_PYTHON = "MINIGRPO_VLLM"
 """Names the python of an environment that holds vLLM."""
@@ -131,7 +130,7 @@ def find_llama_server(tools: Path | None) -> Path | None:
         return None
     found = shutil.which("llama-server")
     if found is None:
-        raise MinigrpoError(f"A GGUF file is served by llama.cpp, which is not installed. {GGUF_EXTRA}")
+        raise MinigrpoError(f"A GGUF file is served by llama.cpp, which is not installed. {install_hint('gguf')}")
     return Path(found)
 
 
@@ -185,8 +184,6 @@ def vllm_options(
     beside: str | None = None,
 ) -> list[str]:
     """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
-    from minigrpo.models.vllm_compat import vllm_config_overrides
-
     config = model.settings()
     missing = vllm_config_overrides(config)
     served = f"{name}-base" if model.adapter else name
@@ -237,7 +234,7 @@ def _mounted_cache() -> tuple[Path, str]:
 
 
 def adapter_room(adapter: Path) -> int:
-    """The rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
+    """Give the rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
     from minigrpo.models.adapter import read_adapter_config
 
     config = read_adapter_config(adapter)

@@ -16,13 +16,13 @@ from typing import Literal
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.artifacts.merged_weights import changes_of
-from minigrpo.delivery.artifacts.source import TrainedSource, merged_of, refuse_changed, source_of, sums_of
+from minigrpo.delivery.artifacts.source import TrainedSource, merged_of, refuse_changed, source_of
 from minigrpo.delivery.gguf.header import read_head
 from minigrpo.delivery.hub.client import adapter_on_hub, settings_on_hub
 from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm
 from minigrpo.delivery.serve.server import SILENCE
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.runs.manifest import read_sealed, slug
+from minigrpo.runs.manifest import hash_files, read_sealed, slug
 from minigrpo.runs.rundir import RunDir, digest
 
 Choice = Literal["auto", "llama.cpp", "vllm"]
@@ -118,7 +118,7 @@ def gguf_of(run: RunDir, kind: str) -> Path:
     read_head(file)  # the plainest fault first
     if known is None or digest(file) != known["sha256"]:
         raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
-    if run.merged.is_dir() and known["from"]["model"] != sums_of(merged_of(run)):
+    if run.merged.is_dir() and known["from"]["model"] != hash_files(merged_of(run)):
         raise ArtifactError(f"{file} is stale: it was made from another {run.merged}. Export again: {make}")
     return file
 

@@ -3,8 +3,8 @@
     with serve_gguf(file) as server:
         server.chat([{"role": "user", "content": "What is 2 + 2?"}])
 
-It runs below a keeper (serveworker.py) that ends it when this process is gone, however it went. A server that ends or
-falls silent is a sentence here, with the last lines of its log.
+It runs below a keeper (serve/supervisor.py) that ends it when this process is gone, however it went. A server that ends
+or falls silent is a sentence here, with the last lines of its log.
 
 Shapes: N positions, V vocabulary.
 """

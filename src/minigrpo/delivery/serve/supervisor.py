@@ -1,7 +1,7 @@
 """Keeps one server, and ends it when whoever asked for it is gone: no server is ever left behind.
 
-    python -P serveworker.py watch PROGRAM ...     runs a program; its end is our end, with its code
-    python -P serveworker.py llama JSON            llama.cpp's server, as xllamacpp brings it
+    python -P serve/supervisor.py watch PROGRAM ...     runs a program; its end is our end, with its code
+    python -P serve/supervisor.py llama JSON            llama.cpp's server, as xllamacpp brings it
 
 The leash is stdin: nobody writes to it, and it closes when the other side lets go or dies, however it dies. Then the
 program is asked to end (SIGINT, then SIGTERM), and what is left of its group is killed. Ctrl-C in a terminal reaches a

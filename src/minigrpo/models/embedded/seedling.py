@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from minigrpo.tasks.builtin import sudoku, wordproblems
 from minigrpo.tasks.common import answers, code_task
 from minigrpo.types import Message, Prompt
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.cache_dir import cache_dir
 from minigrpo.utils.process import no_progress_bars
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "ministral3")
@@ -111,15 +111,11 @@ def sketch(path: str, seed: int) -> tuple[Any, Any]:
 
 
 def cached(blueprint: Blueprint, report: Report = no_report) -> Path:
-    folder = cache() / f"seedling-{blueprint.name}-{blueprint.seed}-{fingerprint(blueprint)}"
+    folder = cache_dir() / f"seedling-{blueprint.name}-{blueprint.seed}-{fingerprint(blueprint)}"
     if not folder.is_dir():
         with complete_folder(folder) as draft:
             build(blueprint, draft, report)
     return folder
-
-
-def cache() -> Path:
-    return Path(os.environ.get("MINIGRPO_CACHE") or "~/.cache/minigrpo").expanduser()
 
 
 def fingerprint(blueprint: Blueprint) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from minigrpo.models.context import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import read_prompts
-from minigrpo.rollouts.engines.sampling import draw
+from minigrpo.rollouts.engines.sampling import draw, waves
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -234,10 +234,9 @@ class SlotEngine:
     ) -> list[tuple[Completion, ...]]:
         """n completions of each prompt, in order; as many prompts at a time as `rows` admits."""
         check_room(prompts, sampling.max_tokens, self.context)
-        at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
-        for start in range(0, len(prompts), at_once):
-            answers += self._wave(prompts[start : start + at_once], n, sampling, start, ready)
+        for start, part in waves(prompts, n, self.rows):
+            answers += self._wave(part, n, sampling, start, ready)
         return answers
 
     def _wave(

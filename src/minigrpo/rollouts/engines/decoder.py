@@ -25,10 +25,9 @@ from torch.nn.functional import linear
 from minigrpo.models import onednn
 from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
-from minigrpo.models.context import text_config
+from minigrpo.models.context import CAUSAL_DECODERS, text_config
 from minigrpo.models.lora_linear import is_four_bit
 
-LEAN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -37,7 +36,7 @@ def is_lean(model: Any) -> bool:
     """Whether this module can run the model; tested for each architecture against the model's own forward."""
     config = text_config(model.config)
     rope = getattr(config, "rope_parameters", None) or {}
-    return config.model_type in LEAN_MODELS and rope.get("rope_type", "default") in FIXED_ROPE
+    return config.model_type in CAUSAL_DECODERS and rope.get("rope_type", "default") in FIXED_ROPE
 
 
 class Projection:

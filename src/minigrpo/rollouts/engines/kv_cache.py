@@ -46,7 +46,8 @@ def cache_class(
 ) -> type[SharedPrompts] | type[OwnPrompts]:
     """The quicker form for prompts of these lengths, each answered by `siblings` rows of up to `most` tokens.
 
-    Elsewhere than on a CPU prompts stay shared: there memory is dear, and a small model is recorded (slots.py).
+    Elsewhere than on a CPU prompts stay shared: there memory is dear, and a small model is recorded
+    (engines/cuda_graph.py).
     """
     longest = max(lengths_M)
     copies = 2 * lean.kv_heads * lean.width * lean.dtype.itemsize * longest * len(lengths_M) * siblings

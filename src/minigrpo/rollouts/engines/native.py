@@ -1,7 +1,7 @@
 """The native engine: rollouts in the trainer's process, from the policy's own weights.
 
 Each prompt passes through the model once, for all its G siblings. Rows that finish leave at once: the last active row
-moves into the gap, so what remains is always the front of the cache (caches.py).
+moves into the gap, so what remains is always the front of the cache (engines/kv_cache.py).
 
 Shapes: n active rows, B rows at first, M prompts, P longest shared prompt (without its last token), K key/value heads,
 D head width, L layers.
@@ -18,7 +18,7 @@ from torch import Tensor
 from minigrpo.models.context import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
-from minigrpo.rollouts.engines.sampling import draw
+from minigrpo.rollouts.engines.sampling import draw, waves
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -52,10 +52,9 @@ class NativeEngine:
     ) -> list[tuple[Completion, ...]]:
         """n completions of each prompt, in order; as many prompts at a time as `rows` admits."""
         check_room(prompts, sampling.max_tokens, self.context)
-        at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
-        for start in range(0, len(prompts), at_once):
-            wave = DecodeBatch(self.lean, prompts[start : start + at_once], n, sampling)
+        for start, part in waves(prompts, n, self.rows):
+            wave = DecodeBatch(self.lean, part, n, sampling)
             rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
             answers += self._answers(wave, rule, start, ready)
         return answers

@@ -1,12 +1,16 @@
-"""Drawing tokens: one uniform number a row, no sorting of the vocabulary.
+"""Drawing tokens: one uniform number a row, no sorting of the vocabulary; and which prompts are decoded together.
 
 Shapes: n rows, V vocabulary, S blocks of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+from minigrpo.types import Rendered
 
 BLOCK = 1024
 
@@ -61,3 +65,10 @@ def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
     return values_nV.gather(-1, tokens_n[:, None])[:, 0]
+
+
+def waves(prompts: Sequence[Rendered], n: int, rows: int) -> Iterator[tuple[int, Sequence[Rendered]]]:
+    """Yield the prompts in as few parts as `rows` rows of n completions admit, each with the place of its first."""
+    at_once = max(1, rows // n)
+    for start in range(0, len(prompts), at_once):
+        yield start, prompts[start : start + at_once]

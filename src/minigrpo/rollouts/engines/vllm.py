@@ -180,7 +180,7 @@ class RemoteVllm:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
-            f"--max-lora-rank {checked_room(self.rank)} --logprobs-mode processed_logprobs{told}. "
+            f"--max-lora-rank {vllm_max_lora_rank(self.rank)} --logprobs-mode processed_logprobs{told}. "
             "A run that was under way goes on with --resume"
         )
 
@@ -201,7 +201,7 @@ class LocalVllm:
             revision=recipe.model.revision,
             dtype="auto" if recipe.model.dtype == "auto" else recipe.model.dtype,
             enable_lora=True,
-            max_lora_rank=checked_room(rank),
+            max_lora_rank=vllm_max_lora_rank(rank),
             max_loras=1,
             max_num_seqs=rows,
             gpu_memory_utilization=recipe.rollout.share,
@@ -241,20 +241,14 @@ def _answer_of(output: Any) -> Answer:
     return ids, logprobs, str(output.finish_reason)
 
 
-def checked_room(rank: int) -> int:
-    """The least --max-lora-rank with room for the rank. Raises ModelError where it is beyond all of them."""
-    room = vllm_max_lora_rank(rank)
-    if room is None:
-        raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
-    return room
-
-
 def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -> VllmEngine:
     if not policy.is_lora:
         raise ModelError(
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
     model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
+    if vllm_max_lora_rank(rank) is None:
+        raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
     told = vllm_config_overrides(policy.model.config.to_dict())
     host = (
         RemoteVllm(server, model, rank, overrides=told)

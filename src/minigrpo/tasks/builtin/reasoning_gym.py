@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.errors import MinigrpoError, TaskError, install_hint
 from minigrpo.tasks.builtin.wordproblems import SYSTEM
 from minigrpo.tasks.common.answers import find_answer
 from minigrpo.tasks.common.rewards import Reward, finite, reweighted, weighted
@@ -63,7 +63,7 @@ def factory(name: str) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise TaskError(f"rg:{name} needs reasoning-gym: pip install 'minigrpo[reasoning-gym]'") from None
+        raise TaskError(f"rg:{name} needs reasoning-gym: {install_hint('reasoning-gym')}") from None
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"Did you mean rg:{near[0]}?" if near else f"There are {len(DATASETS)}, such as rg:leg_counting."

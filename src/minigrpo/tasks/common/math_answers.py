@@ -19,6 +19,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
+from minigrpo.errors import install_hint
 from minigrpo.tasks.common.answers import PLAIN, Reading, read_number
 
 LONGEST = 100  # characters
@@ -78,7 +79,7 @@ def parser() -> Any:
     except ImportError:
         warnings.warn(
             "math-verify is not installed, so answers in mathematical notation (\\frac{1}{2}, \\boxed{72}, 2^3) earn "
-            "nothing: pip install 'minigrpo[math]'",
+            f"nothing: {install_hint('math')}",
             stacklevel=2,
         )
         return None

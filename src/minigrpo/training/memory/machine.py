@@ -18,6 +18,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.training.memory.meta import UnplannableError, uniform_part
 from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Device, Plan, make_plan
+from minigrpo.utils.memory import resident_bytes
 
 PROBE_TOKENS = 64
 SHARE = 0.5
@@ -64,7 +65,7 @@ def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
 def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
     """This machine, and no more of it than train.memory."""
     limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
-    return Device(device.type, dtype, free_memory(device), limit, resident())
+    return Device(device.type, dtype, free_memory(device), limit, resident_bytes())
 
 
 def elsewhere(gigabytes: float, dtype: torch.dtype) -> Device:
@@ -115,15 +116,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_available(), _cgroup_room())
-
-
-def resident() -> int:
-    """Bytes of this process in main memory; 0 where the system does not tell."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS:"))
 
 
 def _available() -> int:
