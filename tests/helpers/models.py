@@ -46,7 +46,7 @@ def make_policy(
 
 
 def mistral3_config(*, text: str = "ministral3", tied: bool = True, **overrides: Any) -> Any:
-    """Return the config of a text model with a vision tower of the same layer names; `tied`: the head is the embedding."""
+    """Return the config of a text model beside a vision tower with the same layer names. `tied`: head and embedding."""
     from transformers import Mistral3Config, PixtralVisionConfig
 
     tower = PixtralVisionConfig(
