@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 @dataclass(slots=True)
-class Book:
-    """What has been measured so far, and the file that it goes to; the picture lies beside it."""
+class ResultStore:
+    """The measurements so far, and the file that they are written to; the plot goes beside it."""
 
     file: Path
     machine: Machine
@@ -92,7 +92,7 @@ class Book:
         self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def save(self, unfinished: Result | along.Sweep | None = None) -> None:
-        """With the last one as far as it went, where it is not yet done."""
+        """Write all results, `unfinished` included."""
         results = [*self.results, *([unfinished] if isinstance(unfinished, Result) else [])]
         swept = [*self.sweeps, *([unfinished] if isinstance(unfinished, along.Sweep) else [])]
         write(self.file, self.machine, results, [sweep.as_json() for sweep in swept])
@@ -107,17 +107,17 @@ class Book:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    if fault := refusal(given):
+    if fault := refuse_reason(args):
         console.print(fault, markup=False, soft_wrap=True)
         return 2
-    machine = describe(given.threads)
+    machine = describe(args.threads)
     console.print(str(machine), soft_wrap=True, highlight=False)
-    file = given.json or Path("bench-results") / f"{datetime.now(UTC):%Y%m%d-%H%M}.json"
-    book = Book(file, machine, console)
+    file = args.json or Path("bench-results") / f"{datetime.now(UTC):%Y%m%d-%H%M}.json"
+    store = ResultStore(file, machine, console)
     with tempfile.TemporaryDirectory(prefix="minigrpo-bench-") as scratch:
-        jobs = swept(given, Path(scratch), book) if given.sweep else compared(given, Path(scratch), book)
+        jobs = swept(args, Path(scratch), store) if args.sweep else compared(args, Path(scratch), store)
         try:
             for job in jobs:
                 job()
@@ -127,34 +127,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print(f"Stopped. What was measured is kept: {file}", markup=False)
             return 130
-    book.close()
+    store.close()
     return 0
 
 
-def refusal(given: argparse.Namespace) -> str | None:
-    """Why this cannot be run, and what can; None where it can."""
-    if not given.sweep and importlib.util.find_spec("trl") is None:
+def refuse_reason(args: argparse.Namespace) -> str | None:
+    """Return why this cannot be run, and what can; None where it can."""
+    if not args.sweep and importlib.util.find_spec("trl") is None:
         return "The benchmark compares with TRL, which is not installed: pip install 'minigrpo[bench]'"
-    for name in [] if given.sweep else given.workload:
-        if WORKLOADS[name].needs_gpu and given.device == "cpu":
+    for name in [] if args.sweep else args.workload:
+        if WORKLOADS[name].needs_gpu and args.device == "cpu":
             return f"Workload {name} has too many weights for a CPU: run it with --device cuda, or take --workload half"
-        if "natural" in given.stops and name != "tiny":
+        if "natural" in args.stops and name != "tiny":
             return f"Workload {name} has random weights, which end no completion: --stops natural is for tiny"
-    os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     import torch  # reads the environment above
 
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         return "This machine shows no CUDA GPU to torch: run without --device cuda"
-    return None if given.device == "cuda" else _sixteen_bit()
+    return None if args.device == "cuda" else _sixteen_bit()
 
 
 def _sixteen_bit() -> str | None:
-    """What is wrong with this machine's 16-bit products, if anything is."""
+    """Return what is wrong with this machine's 16-bit products, or None."""
     from minigrpo.errors import ModelError
-    from minigrpo.models.loading import check_instructions
+    from minigrpo.models.loading import check_dtype_support
 
     try:
-        check_instructions("bfloat16")
+        check_dtype_support("bfloat16")
     except ModelError as fault:
         return str(fault)
     return None
@@ -163,56 +163,56 @@ def _sixteen_bit() -> str | None:
 Job = Callable[[], None]
 
 
-def compared(given: argparse.Namespace, scratch: Path, book: Book) -> list[Job]:
-    """One job a workload."""
+def compared(args: argparse.Namespace, scratch: Path, store: ResultStore) -> list[Job]:
+    """Return one job for each workload."""
 
     def job(setup: Setup) -> None:
         from benchmarks.harness import Plan, make_model, measure
 
         make_model(setup, setup.folder)
-        repeats = given.repeats or setup.workload.repeats
-        plan = Plan(repeats, given.warmup, not given.no_proof, given.trl, book.say, book.save)
-        book.results.append(measure(setup, plan))
-        book.save()
-        show(book.results[-1], book.console)
+        repeats = args.repeats or setup.workload.repeats
+        plan = Plan(repeats, args.warmup, not args.no_proof, args.trl, store.say, store.save)
+        store.results.append(measure(setup, plan))
+        store.save()
+        show(store.results[-1], store.console)
 
-    return [lambda setup=setup: job(setup) for setup in setups(given, scratch)]  # type: ignore[misc]
+    return [lambda setup=setup: job(setup) for setup in setups(args, scratch)]  # type: ignore[misc]
 
 
-def swept(given: argparse.Namespace, scratch: Path, book: Book) -> list[Job]:
-    """One job an axis."""
+def swept(args: argparse.Namespace, scratch: Path, store: ResultStore) -> list[Job]:
+    """Return one job for each axis."""
 
     def job(axis: str) -> None:
         asked = along.Asked(
-            given.model, given.values or (), given.repeats or 3, given.threads, given.device, book.say, book.save
+            args.model, args.values or (), args.repeats or 3, args.threads, args.device, store.say, store.save
         )
-        book.sweeps.append(along.run(axis, asked, scratch))
-        book.save()
-        along.show(book.sweeps[-1], book.console)
+        store.sweeps.append(along.run(axis, asked, scratch))
+        store.save()
+        along.show(store.sweeps[-1], store.console)
 
-    return [lambda axis=axis: job(axis) for axis in given.sweep]  # type: ignore[misc]
+    return [lambda axis=axis: job(axis) for axis in args.sweep]  # type: ignore[misc]
 
 
-def setups(given: argparse.Namespace, scratch: Path) -> list[Setup]:
+def setups(args: argparse.Namespace, scratch: Path) -> list[Setup]:
     chosen = []
-    for name in given.workload:
-        for length in given.length:
-            for stops in given.stops:
-                workload = shaped(WORKLOADS[name], given, length, stops)
+    for name in args.workload:
+        for length in args.length:
+            for stops in args.stops:
+                workload = shaped(WORKLOADS[name], args, length, stops)
                 folder = scratch / (f"{name}-grown" if stops == "natural" else name)
                 runs = scratch / f"{name}-{stops}-{length}"
-                chosen.append(Setup(workload, folder, runs, given.threads, workload.dtype, 1, given.device))
+                chosen.append(Setup(workload, folder, runs, args.threads, workload.dtype, 1, args.device))
     return chosen
 
 
-def shaped(plain: Workload, given: argparse.Namespace, length: str, stops: Stops) -> Workload:
-    sized = plain.on_gpu() if given.device == "cuda" else plain
+def shaped(plain: Workload, args: argparse.Namespace, length: str, stops: Stops) -> Workload:
+    sized = plain.on_gpu() if args.device == "cuda" else plain
     return replace(
         sized,
         stops=stops,
         limit=sized.long if length == "long" else sized.limit,
-        dtype=given.dtype or sized.dtype,
-        trl_dtype=given.trl_dtype or sized.trl_dtype,
+        dtype=args.dtype or sized.dtype,
+        trl_dtype=args.trl_dtype or sized.trl_dtype,
     )
 
 

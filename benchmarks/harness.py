@@ -1,4 +1,4 @@
-"""One workload, measured: all sides started, warmed up, then stepped in turns; then the limit, on the same machine."""
+"""Measure one workload: start all sides, warm up, step them in turns; then time the limit, on the same machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`keep` is given what has been measured so far, after every repetition."""
+    """How a workload is measured. `keep` gets the result so far after every repetition."""
 
     repeats: int
     warmup: int
@@ -32,7 +32,7 @@ class Plan:
 
 
 def measure(setup: Setup, plan: Plan) -> Result:
-    """Raises BenchmarkError where a side fails, or does not do the same work as the other."""
+    """Measure a workload. Raise BenchmarkError where a side fails, or the sides do not do the same work."""
     workload = setup.workload
     proven = check(setup, plan.say) if plan.prove else None
     setup = replace(setup, steps=plan.warmup + plan.repeats)
@@ -42,10 +42,10 @@ def measure(setup: Setup, plan: Plan) -> Result:
         sides = open_sides(setup, plan, stack, absent)
         result = Result(workload, {}, proven, absent)
         began = time.monotonic()
-        for turn in range(plan.warmup + plan.repeats):
-            take_turns(sides if turn % 2 == 0 else sides[::-1], taken, workload.lengths_B)
-            plan.say(progress(workload.title, turn, plan, taken, time.monotonic() - began))
-            if turn >= plan.warmup:
+        for repetition in range(plan.warmup + plan.repeats):
+            take_turns(sides if repetition % 2 == 0 else sides[::-1], taken, workload.lengths_B)
+            plan.say(progress(workload.title, repetition, plan, taken, time.monotonic() - began))
+            if repetition >= plan.warmup:
                 timed = {s.name: Measured(s.facts, tuple(taken[s.name][plan.warmup :])) for s in sides}
                 result = replace(result, sides=timed)
                 plan.keep(result)
@@ -54,9 +54,9 @@ def measure(setup: Setup, plan: Plan) -> Result:
 
 
 def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str]) -> list[Side]:
-    """One after the other: a side must not load while another's memory is at its peak.
+    """Start the sides one after the other: none must load while another's memory is at its peak.
 
-    minigrpo and TRL at its best must start; another way to set TRL may be missing, with the reason in `absent`.
+    minigrpo and TRL at its best must start; other TRL variants may be missing, with the reason in `absent`.
     """
     workload = setup.workload
     opened = [stack.enter_context(Side(OURS, ours.run, replace(setup, dtype=workload.dtype)))]
@@ -84,10 +84,10 @@ def take_turns(sides: Sequence[Side], taken: dict[str, list[Step]], wanted: tupl
         same_work(wanted, taken[OURS][-1], steps[-1], name)
 
 
-def progress(title: str, turn: int, plan: Plan, taken: dict[str, list[Step]], spent: float) -> str:
-    word = "warm-up" if turn < plan.warmup else f"{turn - plan.warmup + 1}/{plan.repeats}"
+def progress(title: str, repetition: int, plan: Plan, taken: dict[str, list[Step]], spent: float) -> str:
+    word = "warm-up" if repetition < plan.warmup else f"{repetition - plan.warmup + 1}/{plan.repeats}"
     steps = ", ".join(f"{name} {steps[-1].seconds:.2f} s" for name, steps in taken.items())
-    left = spent / (turn + 1) * (plan.repeats + plan.warmup - turn - 1)
+    left = spent / (repetition + 1) * (plan.repeats + plan.warmup - repetition - 1)
     return f"{title} {word}: {steps}" + (f"; about {left:.0f} s to go" if left >= 1 else "")
 
 
@@ -117,7 +117,10 @@ def check(setup: Setup, say: Say) -> Proof:
 
 
 def same_work(wanted: tuple[int, ...], a: Step, b: Step, name: str = "the other side") -> None:
-    """`wanted` is empty where each side ends its completions itself: then only the prompts must be the same."""
+    """Raise BenchmarkError where two steps differ in their lengths.
+
+    `wanted` is empty where each side ends its completions itself: then only the prompts must be the same.
+    """
     if wanted and not (a.completion_lengths == b.completion_lengths == wanted):
         raise BenchmarkError(
             f"Completions differ in length: {a.completion_lengths}, and {b.completion_lengths} of {name}."
@@ -127,7 +130,7 @@ def same_work(wanted: tuple[int, ...], a: Step, b: Step, name: str = "the other 
 
 
 def make_model(setup: Setup, path: Path) -> None:
-    """The workload's model folder, unless it is there."""
+    """Write the workload's model folder, unless it exists."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,10 +1,10 @@
-"""The limit: what the step's own matrix products take as bare kernels, one by one, on this machine, now.
+"""Time the limit: the step's own matrix products as bare kernels, one by one, on this machine, now.
 
 Each product of `shapes` is timed at its own shape and number type with nothing around it, by the fastest of the ways
-torch has for it. Weights are as cold as in a real pass: calls go round distinct copies that fill as much memory as the
-model's weights (up to COLD bytes, beyond any cache). A product counts no less than its weight's bytes over the measured
-memory bandwidth. Attention has too many shapes to time each: it counts at the rate of the fastest batched product, or
-its keys and values over the bandwidth, whichever takes longer.
+torch has for it. Weights are as cold as in a real pass: calls cycle over distinct copies that fill as much memory as
+the model's weights (up to COLD bytes, beyond any cache). A product counts no less than its weight's bytes over the
+measured memory bandwidth. Attention has too many shapes to time each: it counts at the rate of the fastest batched
+product, or its keys and values over the bandwidth, whichever takes longer.
 
     fraction of the limit = the limit's time / the measured time
 
@@ -30,12 +30,12 @@ from benchmarks.shapes import Product, Work
 COLD = 256 << 20
 ROUNDS = 3
 SECONDS = 0.03
-"""How many rounds a measurement has, and how long one goes on where there are operands enough."""
+"""Rounds of a measurement, and how long each lasts where there are enough operands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Of one phase: `operations`, `bytes` of weights and cache, and the seconds of the two limits."""
+    """The limit of one phase: `operations`, `bytes` of weights and cache, and the seconds of the two limits."""
 
     operations: int
     bytes: int
@@ -45,7 +45,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of the machine: operations a second of the best large product, of batched ones, and bytes read a second."""
+    """The machine's rates.
+
+    Operations a second of the best large product and of batched ones, and bytes read a second.
+    """
 
     matrix: float
     batched: float
@@ -53,7 +56,7 @@ class Rates:
 
 
 class Kernels:
-    """Bare kernels, timed once per shape. `model_bytes`: what is read between two uses of a weight."""
+    """Bare kernels, timed once per shape. `model_bytes`: bytes read between two uses of a weight."""
 
     def __init__(self, dtype: torch.dtype, device: str, model_bytes: int) -> None:
         self.dtype, self.device = dtype, torch.device(device)
@@ -65,14 +68,14 @@ class Kernels:
 
     @torch.no_grad()
     def seconds(self, product: Product) -> float:
-        """The bare kernel's time, or its weight's bytes over the bandwidth where larger."""
+        """Return the bare kernel's time, or its weight's bytes over the bandwidth if that is longer."""
         if product not in self._known:
             measured = self._made(product) if product.way == "made" else self._weighted(product)
             self._known[product] = max(measured, self._read(product.weight_entries))
         return self._known[product]
 
     def price(self, work: Work) -> Limit:
-        """Of each choice the way that takes less time."""
+        """Compute the limit of a phase, with the faster way of each choice."""
         chosen = [work.products, *(min(pair, key=self._sum) for pair in work.choices)]
         every: Counter[Product] = sum(chosen, Counter())
         attention = work.attention
@@ -99,7 +102,7 @@ class Kernels:
         return entries * self.itemsize / self.rates.bandwidth
 
     def _weighted(self, product: Product) -> float:
-        """A product with a weight that is not in the cache, unless the whole model is."""
+        """Time a product with a weight that is not in the cache, unless the whole model fits."""
         entries = product.weight_entries
         copies = max(1, min(self.cold // (entries * self.itemsize), 4096))
         shape = (product.outer, product.inner) if product.way == "linear" else (product.inner, product.outer)
@@ -107,22 +110,21 @@ class Kernels:
             self.pool = self._filled(entries * copies)
         weights = [weight.view(shape) for weight in self.pool[: entries * copies].split(entries)]
         x = self._filled(product.rows, product.inner)
-        return min(self._round(way(x), weights) for way in WAYS[product.way])
+        return min(self._round(way(x), weights) for way in KERNELS_BY_WAY[product.way])
 
     def _made(self, product: Product) -> float:
-        """Both sides lie as the backward pass finds them: the left one is a transposed activation."""
+        """Time a product of activations, laid out as in the backward pass: the left one is transposed."""
         left, right = self._filled(product.inner, product.rows), self._filled(product.inner, product.outer)
         return self._round(lambda other: left.T @ other, [right])
 
     def _round(self, call: Callable[[Tensor], Any], operands: list[Tensor]) -> float:
-        """Seconds a call: the quickest of several rounds, each of which goes on round the operands where the last
-        one left them."""
+        """Return seconds a call: the fastest of several rounds, which cycle through the operands."""
         going = itertools.cycle(operands)
         calls = max(1, min(len(operands), round(SECONDS / max(self._calls(call, going, 2), 1e-6))))
         return min(self._calls(call, going, calls) for _ in range(ROUNDS))
 
     def _calls(self, call: Callable[[Tensor], Any], operands: Iterator[Tensor], count: int) -> float:
-        """Mean seconds of so many calls."""
+        """Return the mean seconds of `count` calls."""
         began = self._now()
         for operand in itertools.islice(operands, count):
             call(operand)
@@ -134,7 +136,7 @@ class Kernels:
         return time.perf_counter()
 
     def _filled(self, *shape: int) -> Tensor:
-        """Small numbers: a kernel may be slow at denormals, and must not overflow."""
+        """Return a tensor of small numbers: a kernel may be slow at denormals, and must not overflow."""
         return torch.empty(shape, dtype=self.dtype, device=self.device).uniform_(-0.1, 0.1)
 
     def _matrix_rate(self) -> float:
@@ -143,7 +145,7 @@ class Kernels:
         return max(2 * len(x) ** 3 / self._round(lambda other, x=x: x @ other, [x]) for x in squares)  # type: ignore[misc]
 
     def _batched_rate(self) -> float:
-        """Queries of 64 and 128 rows over heads of 64: the shape of attention at its best."""
+        """Measure batched products in the shape of attention at its best: 64 to 256 query rows, heads of 64."""
         rates = []
         for rows in (64, 128, 256):
             query, key = self._filled(32, rows, 64), self._filled(32, 64, 256)
@@ -151,7 +153,7 @@ class Kernels:
         return max(rates)
 
     def _bandwidth(self) -> float:
-        """Reading alone, and copying (read and write), whichever moves more."""
+        """Return bytes a second of reading, or of copying (read and write), whichever is more."""
         source = torch.ones(COLD // 4 * (4 if self.device.type == "cuda" else 1), device=self.device)
         goal = torch.empty_like(source)
         size = source.numel() * source.itemsize
@@ -164,18 +166,21 @@ class Kernels:
 Call = Callable[[Tensor], Any]
 
 
-def _plainly(x: Tensor) -> Call:
+def _as_linear(x: Tensor) -> Call:
     return lambda weight: linear(x, weight)
 
 
-def _turned(x: Tensor) -> Call:
-    """The transposed product: some libraries are quicker where the long side comes first."""
+def _transposed(x: Tensor) -> Call:
+    """Compute the transposed product: some libraries are faster where the long side comes first."""
     x_T = x.T
     return lambda weight: weight @ x_T
 
 
-def _against(x: Tensor) -> Call:
+def _as_matmul(x: Tensor) -> Call:
     return lambda weight: x @ weight
 
 
-WAYS: Mapping[str, tuple[Callable[[Tensor], Call], ...]] = {"linear": (_plainly, _turned), "input": (_against,)}
+KERNELS_BY_WAY: Mapping[str, tuple[Callable[[Tensor], Call], ...]] = {
+    "linear": (_as_linear, _transposed),
+    "input": (_as_matmul,),
+}

@@ -1,4 +1,4 @@
-"""Where the figures come from: the machine in words, and the peak memory of this process."""
+"""Describe the machine that the figures come from, and read its clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Machine:
 
 
 def describe(threads: int) -> Machine:
-    """`load`: processes that wanted a core in the last minute; above 0 at the start, others share the machine."""
+    """Describe this machine. `load`: processes that wanted a core in the last minute; above 0, others share it."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info)
     flags = set((re.search(r"flags\s*:\s*(.+)", info) or [""])[0].split())
@@ -56,7 +56,7 @@ def describe(threads: int) -> Machine:
 
 
 def now(device: str = "cpu") -> float:
-    """Seconds of a clock, once the device has done what it was given."""
+    """Return the clock in seconds, once the device has finished its work."""
     if device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""The models that are run: the embedded one, and random weights in the shape of others with one token a byte."""
+"""The benchmark's models: the embedded one, and random weights in the shape of others with one token a byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A decoder's. `dtype`: what its folder holds."""
+    """The sizes of a decoder. `dtype`: of the weights in its folder."""
 
     vocab: int
     hidden: int
@@ -42,7 +42,7 @@ SHAPES: Mapping[str, Sizes] = {
 
 
 def make_tiny(folder: Path) -> None:
-    """The embedded model before its warm start, which would change no figure where stop lengths are forced."""
+    """Write the embedded model before its warm start, which would change no figure where stop lengths are forced."""
     import torch
 
     from minigrpo.models.embedded import seedling
@@ -55,14 +55,14 @@ def make_tiny(folder: Path) -> None:
 
 
 def make_grown(folder: Path) -> None:
-    """The embedded model after its warm start, from the cache or built: about a minute."""
+    """Write the embedded model after its warm start, from the cache or built: about a minute."""
     from minigrpo.models.embedded import seedling
 
     shutil.copytree(seedling.build_cached(seedling.Blueprint()), folder, dirs_exist_ok=True)
 
 
 def make_shape(name: str, folder: Path) -> None:
-    """Random weights of a shape."""
+    """Write a model of random weights in a shape."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,7 +91,10 @@ def make_shape(name: str, folder: Path) -> None:
 
 
 def byte_tokenizer(size: int) -> Any:
-    """A real fast tokenizer that writes one token a byte, and reads `size`: what random weights say has a text too."""
+    """Build a fast tokenizer that writes one token a byte and decodes `size` tokens.
+
+    Random weights sample any of them.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""minigrpo's side: `grpo` itself, with its log, stopped after each step by a Track that waits for its turn."""
+"""minigrpo's side: `grpo` itself, with its log, stopped after each step by a logger that waits for its turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.sides import BenchmarkError, Laps, Setup, Turn
+from benchmarks.sides import BenchmarkError, CallTimer, Setup, StepGate
 from benchmarks.workloads import task_of
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
@@ -33,34 +33,34 @@ SHOWN = {
 }
 
 
-def run(setup: Setup, turn: Turn) -> None:
-    """Steps until there are no more turns."""
+def run(setup: Setup, gate: StepGate) -> None:
+    """Run minigrpo's steps until there are no more turns."""
     recipe = recipe_of(setup)
     torch.set_num_threads(setup.threads)
     policy = open_policy(recipe)
-    engine = forced_engine(setup, policy, recipe.rollout.rows)
-    clock, laps = RewardClock(task_of(setup.workload, setup.folder)), Laps(setup.device)
-    look_into(policy, engine, laps)
-    track = TurnTrack(RunDir(setup.scratch / "run"), recipe.train.steps, turn=turn, clock=clock, laps=laps)
-    turn.ready(settings(recipe))
-    grpo(recipe, clock.task, policy, engine, track)
+    engine = open_engine(setup, policy, recipe.rollout.rows)
+    clock, timer = RewardClock(task_of(setup.workload, setup.folder)), CallTimer(setup.device)
+    time_methods(policy, engine, timer)
+    logger = GatedLogger(RunDir(setup.scratch / "run"), recipe.train.steps, gate=gate, clock=clock, timer=timer)
+    gate.ready(settings(recipe))
+    grpo(recipe, clock.task, policy, engine, logger)
 
 
-def look_into(policy: Policy, engine: NativeEngine, laps: Laps) -> None:
-    """Clocks around the phases that the loop's own metrics do not tell apart."""
+def time_methods(policy: Policy, engine: NativeEngine, timer: CallTimer) -> None:
+    """Time the methods of the phases that the loop's own metrics do not separate."""
     algorithm = importlib.import_module("minigrpo.training.grpo")
     for name, owner, method in (
         ("prefill", engine.lean, "prefill"),
         ("scoring", policy, "logprobs"),
         ("optimizer", algorithm, "step_optimizer"),
     ):
-        setattr(owner, method, laps.timed(name, getattr(owner, method)))
+        setattr(owner, method, timer.timed(name, getattr(owner, method)))
 
 
 def recipe_of(setup: Setup, **more: Any) -> Recipe:
-    """The workload's recipe, or the package's defaults with a LoRA of rank 64, but for what the comparison fixes.
+    """Return the workload's recipe, or the package's defaults with a LoRA of rank 64, with what the comparison fixes.
 
-    It never comes to a checkpoint. `more`: knobs for this one call, with "__" for the dot.
+    No checkpoint is ever due. `more`: options for this one call, with "__" for the dot.
     """
     workload, never = setup.workload, 10**6
     given = [("lora.rank", 64), ("lora.alpha", 128), ("lora.dropout", 0.0)] if workload.recipe is None else []
@@ -81,8 +81,8 @@ def recipe_of(setup: Setup, **more: Any) -> Recipe:
     return load_recipe(workload.recipe, [*given, *fixed.items(), *changed.items()])
 
 
-def forced_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
-    """The native engine, whose completions stop where the workload says, if it says anything."""
+def open_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
+    """Open the native engine; its completions stop where the workload says, if it forces lengths."""
     lengths_B = torch.tensor(setup.workload.lengths_B, device=setup.device)
     forced = setup.workload.stops != "natural"
     return NativeEngine(
@@ -99,7 +99,7 @@ def settings(recipe: Recipe) -> dict[str, str]:
 
 
 class RewardClock:
-    """A task whose grading time is counted."""
+    """A task whose grading is timed."""
 
     def __init__(self, task: Task) -> None:
         self._grade = task.grade
@@ -113,17 +113,17 @@ class RewardClock:
         return grade
 
 
-class TurnTrack(RunLogger):
-    """Writes and shows what any run does; between two steps it waits."""
+class GatedLogger(RunLogger):
+    """A run logger that waits for its turn between two steps."""
 
-    def __init__(self, run: RunDir, total_steps: int, *, turn: Turn, clock: RewardClock, laps: Laps) -> None:
+    def __init__(self, run: RunDir, total_steps: int, *, gate: StepGate, clock: RewardClock, timer: CallTimer) -> None:
         super().__init__(run, total_steps, console=Console(file=io.StringIO()))
-        self._turn, self._clock, self._laps = turn, clock, laps
+        self._gate, self._clock, self._timer = gate, clock, timer
 
     def __enter__(self) -> RunLogger:
         entered = super().__enter__()
-        self._laps.take()
-        self._turn.begin()
+        self._timer.take()
+        self._gate.begin()
         return entered
 
     def record(
@@ -137,7 +137,7 @@ class TurnTrack(RunLogger):
         if metrics["informative_groups"] < 1:
             raise BenchmarkError("A group's rewards tie: minigrpo skipped its passes, which TRL did not.")
         reward, self._clock.seconds = self._clock.seconds, 0.0
-        inside = self._laps.take("prefill", "scoring", "optimizer")
+        inside = self._timer.take("prefill", "scoring", "optimizer")
         rollout, update, sync = (metrics[f"seconds/{name}"] for name in ("rollout", "update", "sync"))
         phases = {
             "rollout": rollout - reward,
@@ -152,23 +152,23 @@ class TurnTrack(RunLogger):
             "update": inside["optimizer"] + sync,
         }
         peak = max((metrics.get(f"memory_gb/{name}", 0.0) for name in ("rollout", "update")), default=0.0)
-        self._turn.end(phases, *lengths(groups), parts, int(peak * 1e9))
-        self._turn.begin()
+        self._gate.end(phases, *lengths(groups), parts, int(peak * 1e9))
+        self._gate.begin()
 
 
 def lengths(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """Of prompts (once per completion) and of completions."""
+    """Return the lengths of prompts (once per completion) and of completions."""
     prompts = [len(group.prompt_ids) for group in groups for _ in group.completions]
     return prompts, [len(completion.token_ids) for group in groups for completion in group.completions]
 
 
 def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
-    """Graded groups of the workload's first prompt alone, for the proof."""
+    """Return graded groups of the workload's first prompt alone, for the proof."""
     from minigrpo.rollouts.groups import rollout
     from minigrpo.types import Sampling
 
     task = task_of(setup.workload, setup.folder)
-    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    engine = open_engine(setup, policy, recipe.rollout.rows)
     sampling = Sampling(max_tokens=setup.workload.limit)
     prompts = task.prompts("train")[:1]
     return rollout(engine, task, prompts, n=setup.workload.completions, sampling=sampling, tokenizer=policy.tokenizer)

@@ -1,4 +1,4 @@
-"""The figures as a picture: phases of each side beside the limit, and cost along each sweep."""
+"""Plot the figures: phases of each side beside the limit, and cost along each sweep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = ("#1f6f8b", "#99a799", "#e8a87c", "#c0504d", "#bbbbbb")
 
 
 def draw(path: Path, title: str, results: Sequence[Result], sweeps: Sequence[Sweep]) -> str:
-    """Writes a PNG and says where; says what to install where there is nothing to draw with."""
+    """Write a PNG; return where it is, or what to install where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         return "No plot: matplotlib is not installed. pip install 'minigrpo[bench]'"
     import matplotlib
@@ -37,7 +37,7 @@ def draw(path: Path, title: str, results: Sequence[Result], sweeps: Sequence[Swe
 
 
 def _phases(axes: Any, result: Result) -> None:
-    """One bar a side: milliseconds for a completion token, phase on phase; the limit as a line."""
+    """Draw one bar a side: milliseconds for a completion token, phase on phase; the limit as a line."""
     names = list(result.sides)
     below = [0.0] * len(names)
     for phase, colour in zip(PHASES, COLOURS, strict=True):
@@ -54,7 +54,7 @@ def _phases(axes: Any, result: Result) -> None:
 
 
 def _growth(axes: Any, sweep: Sweep) -> None:
-    """Both axes logarithmic; dotted: what linear growth from the first point would be."""
+    """Draw a sweep on logarithmic axes; dotted: linear growth from the first point."""
     x = [point.x for point in sweep.points]
     axes.loglog(x, sweep.seconds, "o-", color=COLOURS[0], label=f"exponent {sweep.exponent:.2f}")
     axes.loglog(x, [sweep.seconds[0] * value / x[0] for value in x], ":", color="black", label="linear")

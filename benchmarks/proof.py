@@ -1,7 +1,7 @@
-"""The proof that both sides compute the same thing: one batch through both, the adapter's gradients compared.
+"""Prove that both sides compute the same: one batch through both, the adapter's gradients compared.
 
-In float32 whatever is timed: all completions of the workload's first prompt. The
-adapter is pushed off zero first, or half of its gradient would be zero on both sides.
+Always in float32, on all completions of the workload's first prompt. The adapter is moved away from zero first, or half
+of its gradient would be zero on both sides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours, trls
-from benchmarks.sides import Setup, Turn
+from benchmarks.sides import Setup, StepGate
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
 from minigrpo.models.policy import open_policy
@@ -37,9 +37,9 @@ class Proof:
         return self.gap <= TOLERANCE
 
 
-def run(setup: Setup, turn: Turn) -> None:
-    """A side that takes no step: the proof is all it has to tell."""
-    turn.ready(asdict(prove(replace(setup, dtype="float32"))))
+def run(setup: Setup, gate: StepGate) -> None:
+    """Run as a side that takes no step: it only reports the proof."""
+    gate.ready(asdict(prove(replace(setup, dtype="float32"))))
 
 
 def prove(setup: Setup) -> Proof:
@@ -54,14 +54,14 @@ def prove(setup: Setup) -> Proof:
     objective = open_objective(recipe, sixteen_bit=False)
     batch = pack(groups, objective, setup.workload.limit)
     accumulate_gradient(policy, objective, list(batch.split(10**6)), step=0)
-    differentiate(setup, theirs, groups)
+    backward_with_trl(setup, theirs, groups)
     mine, his = gradient(policy.model), gradient(theirs)
     gap = float((mine - his).norm() / his.norm())
     return Proof(gap, tokens=sum(len(c.token_ids) for group in groups for c in group.completions))
 
 
-def differentiate(setup: Setup, model: Any, groups: list[Group]) -> None:
-    """TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
+def backward_with_trl(setup: Setup, model: Any, groups: list[Group]) -> None:
+    """Accumulate TRL's gradient for these completions: it pads, rewards, compares and scores them itself."""
     model.get_base_model().set_attn_implementation("sdpa")
     rows = [(group, completion) for group in groups for completion in group.completions]
     answers = {
@@ -78,5 +78,5 @@ def differentiate(setup: Setup, model: Any, groups: list[Group]) -> None:
 
 
 def gradient(model: Any) -> Tensor:
-    """Of everything that is trained, in one row."""
+    """Return the gradient of all trainable parameters as one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

@@ -43,44 +43,46 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
+    args = parser().parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console() if sys.stdout.isatty() else Console(width=110)
-    machine = describe(given.threads)
+    machine = describe(args.threads)
     console.print(str(machine), soft_wrap=True, highlight=False)
     with tempfile.TemporaryDirectory(prefix="minigrpo-bench-") as scratch:
-        steps = measure(given, Path(scratch), console)
-    console.print(table(steps, given.limit))
-    console.print(verdict(steps), soft_wrap=True, highlight=False)
-    file = given.json or Path("bench-results") / f"recipes-{datetime.now(UTC):%Y%m%d-%H%M}.json"
+        steps = measure(args, Path(scratch), console)
+    console.print(table(steps, args.limit))
+    console.print(summarize(steps), soft_wrap=True, highlight=False)
+    file = args.json or Path("bench-results") / f"recipes-{datetime.now(UTC):%Y%m%d-%H%M}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     sides = {name: [asdict(step) for step in taken] for name, taken in steps.items()}
-    file.write_text(json.dumps({"machine": asdict(machine), "limit": given.limit, "sides": sides}, indent=2) + "\n")
+    file.write_text(json.dumps({"machine": asdict(machine), "limit": args.limit, "sides": sides}, indent=2) + "\n")
     console.print(f"Every step's figures: {file}", highlight=False)
     return 0
 
 
-def measure(given: argparse.Namespace, scratch: Path, console: Console) -> dict[str, list[Step]]:
-    """The timed steps of both recipes, taken in turns."""
+def measure(args: argparse.Namespace, scratch: Path, console: Console) -> dict[str, list[Step]]:
+    """Return the timed steps of both recipes, taken in turns."""
     from benchmarks import ours
     from benchmarks.harness import make_model
 
-    workloads = {name: workload_of(name, given.model, given.limit) for name in SHAPES}
+    workloads = {name: workload_of(name, args.model, args.limit) for name in SHAPES}
     setups = {
         # float32 for both: training all parameters needs it.
-        name: Setup(workload, scratch / "model", scratch / name, given.threads, "float32", steps=given.repeats + 1)
+        name: Setup(workload, scratch / "model", scratch / name, args.threads, "float32", steps=args.repeats + 1)
         for name, workload in workloads.items()
     }
     make_model(setups[FAST], scratch / "model")
     taken: dict[str, list[Step]] = {name: [] for name in setups}
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(name, ours.run, setup)) for name, setup in setups.items()]
-        for turn in range(given.repeats + 1):
-            for side in sides if turn % 2 == 0 else reversed(sides):
+        for repetition in range(args.repeats + 1):
+            for side in sides if repetition % 2 == 0 else reversed(sides):
                 step = side.step()
-                console.print(f"{turn}/{given.repeats} {side.name} {step.seconds:.2f} s", style="dim", highlight=False)
-                taken[side.name] += [step] if turn else []
+                console.print(
+                    f"{repetition}/{args.repeats} {side.name} {step.seconds:.2f} s", style="dim", highlight=False
+                )
+                taken[side.name] += [step] if repetition else []
     return taken
 
 
@@ -107,7 +109,7 @@ def table(steps: Mapping[str, Sequence[Step]], limit: int) -> Table:
     return grid
 
 
-def verdict(steps: Mapping[str, Sequence[Step]]) -> str:
+def summarize(steps: Mapping[str, Sequence[Step]]) -> str:
     ratios = [full.seconds / fast.seconds for fast, full in zip(steps[FAST], steps[FULL], strict=True)]
     memory = max(step.peak for step in steps[FULL]) / max(step.peak for step in steps[FAST])
     return (

@@ -1,4 +1,4 @@
-"""What was measured, as tables and as JSON: medians, ratios of steps taken side by side, spread, and the limit."""
+"""Report the measurements as tables and as JSON: medians, ratios of steps taken side by side, spread, and the limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class Side:
         return statistics.median(step.phases[name] for step in self.steps)
 
     def part(self, name: str) -> float | None:
-        """Seconds of a row of the limit: a part, or parts together. None where the side cannot be looked into."""
+        """Return the seconds of a row of the limit.
+
+        A part, or parts together; None where the side does not report it.
+        """
         if name == "step":
             return self.median("seconds")
         if name == "rollout":
@@ -66,7 +69,7 @@ class Result:
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def ratios(self, other: str = TRL) -> tuple[float, ...]:
-        """Our tokens per second over the other side's, repetition by repetition."""
+        """Return our tokens per second over the other side's, repetition by repetition."""
         pairs = zip(self.sides[OURS].steps, self.sides[other].steps, strict=True)
         return tuple(a.rate / b.rate for a, b in pairs)
 
@@ -78,7 +81,7 @@ class Result:
         return [name for name in self.sides if name != OURS]
 
     def limit(self, row: str) -> Limit:
-        """Of a part, or of parts together."""
+        """Return the limit of a part, or of parts together."""
         chosen = [self.limits[name] for name in COARSE.get(row, (row,))]
         return Limit(
             sum(limit.operations for limit in chosen),
@@ -88,7 +91,7 @@ class Result:
         )
 
     def reached(self, row: str, side: str = OURS) -> float | None:
-        """Fraction of the limit; None where it is not known, or where the side sampled lengths of its own."""
+        """Return the fraction of the limit; None where it is unknown, or where the side sampled lengths of its own."""
         if not self.limits or (side != OURS and self.workload.stops == "natural"):
             return None
         seconds = self.sides[side].part(row)
@@ -99,17 +102,17 @@ def show(result: Result, console: Console) -> None:
     workload = result.workload
     about = f"{workload.about}: {workload.prompts} prompts x {workload.completions} completions"
     console.print(f"\n{workload.title} ({about})", highlight=False, soft_wrap=True)
-    console.print(speeds(result))
+    console.print(speed_table(result))
     if result.limits:
-        console.print(reaches(result))
+        console.print(limit_table(result))
     for other in result.others:
-        console.print(verdict(result, other), soft_wrap=True, highlight=False)
+        console.print(summarize(result, other), soft_wrap=True, highlight=False)
     for name, why in result.absent.items():
         console.print(f"{name}: not measured. {why}", soft_wrap=True, highlight=False)
     console.print(settings(result))
 
 
-def speeds(result: Result) -> Table:
+def speed_table(result: Result) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("tokens/s", "step s", "from - to", *PHASES, "CPU s", "peak GiB"):
@@ -128,8 +131,11 @@ def speeds(result: Result) -> Table:
     return table
 
 
-def reaches(result: Result) -> Table:
-    """Each phase beside its limit: work, the bare kernels' time, the machine's, and each side's share of it."""
+def limit_table(result: Result) -> Table:
+    """Tabulate each phase beside its limit.
+
+    Work, the bare kernels' time, the machine's, and each side's share of it.
+    """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("the limit", no_wrap=True)
     for name in ("GFLOP", "GB", "kernels s", "machine s", f"{OURS} s", f"{OURS} %", *(f"{x} %" for x in result.others)):
@@ -147,7 +153,7 @@ def reaches(result: Result) -> Table:
     return table
 
 
-def verdict(result: Result, other: str) -> str:
+def summarize(result: Result, other: str) -> str:
     ratios, ours, theirs = result.ratios(other), result.sides[OURS].steps[0], result.sides[other].steps[0]
     proof = "not checked" if result.proof is None else f"{result.proof.gap:.0e} apart on {result.proof.tokens} tokens"
     equal = f"{ours.tokens} tokens in {len(ours.completion_lengths)} completions of equal lengths on both sides"
@@ -160,7 +166,7 @@ def verdict(result: Result, other: str) -> str:
 
 
 def settings(result: Result) -> Table:
-    """All sides' settings beside each other, as each side reads them back."""
+    """Tabulate all sides' settings, as each side reads them back."""
     grid = Table.grid(padding=(0, 3))
     for side in result.sides.values():
         grid.add_column(overflow="fold")
@@ -184,7 +190,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def write(path: Path, machine: Machine, results: Sequence[Result], sweeps: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Whole or not at all: a run that is stopped while it writes leaves the file of the last repetition."""
+    """Write the file as a whole: a run stopped while it writes leaves the file of the last repetition."""
     text = json.dumps(
         {"machine": asdict(machine), "results": [as_json(result) for result in results], "sweeps": list(sweeps)},
         indent=2,

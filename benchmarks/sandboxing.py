@@ -85,7 +85,7 @@ def echo() -> Referee[bool]:
 
 
 def game(seed: int) -> Referee[int]:
-    """Moves until the board is full and right: 40."""
+    """Return the moves until the board is full and right: 40."""
     draw = random.Random(seed)
     rows, digits = list(range(9)), draw.sample(range(1, 10), 9)
     board = [[digits[(3 * (r % 3) + r // 3 + c) % 9] for c in range(9)] for r in rows]
@@ -104,7 +104,7 @@ def game(seed: int) -> Referee[int]:
 
 
 def rate(work: Callable[[int], None], count: int, threads: int) -> float:
-    """Pieces of work a second. Each thread takes every so-manieth: a queue of them all would look like growth."""
+    """Return calls a second. Each thread takes every n-th: one queue of all would look like growth."""
 
     def share(first: int) -> None:
         for index in range(first, count, threads):
@@ -151,12 +151,11 @@ def measure(count: int, long: int, threads: int) -> Figures:
 
 
 LOOKS, APART = 10, 0.02
-"""Looks at what is there, and seconds between two."""
+"""Samples of the resources in use, and seconds between two."""
 
 
 def belongings() -> tuple[float, int, int]:
-    """The least of several looks: a child that is just being made ready shows what it is about to close, and what
-    has leaked is there at every look."""
+    """Return the least of several samples: a starting child shows what it is about to close, and a leak is in all."""
     looks = []
     for _ in range(LOOKS):
         looks.append(seen())
@@ -166,7 +165,7 @@ def belongings() -> tuple[float, int, int]:
 
 
 def seen() -> tuple[float, int, int]:
-    """MB in memory, open descriptors, processes: of this process and all below it, at this moment."""
+    """Return MB in memory, open descriptors and processes of this process and its descendants, now."""
     processes = below(os.getpid())
     resident, descriptors = 0.0, 0
     for pid in processes:

@@ -1,9 +1,9 @@
-"""The matrix products that a GRPO step must do, phase by phase, from the model's shape and the lengths alone.
+"""Count the matrix products that a GRPO step needs, phase by phase, from the model's shape and the lengths alone.
 
 What counts as necessary: every prompt read once for all its siblings; one row of each linear layer for every token
 that is fed, none for padding and none for rows that have ended; the output head at sampled or scored positions only;
 attention over the tokens that may be seen. LoRA beside the weights where they lie in 16 bit (a 16-bit sum of both would
-round training away); in float32 folded into them where that is cheaper. Norms, activations, rotations and the drawing
+round training away); in float32 folded into them where that is cheaper. Norms, activations, RoPE and the sampling
 of tokens are left out: in the limit they cost nothing. Layers that read the same input count as one product.
 
 A completion of c tokens is c decoding steps: the first is fed the prompt's last token, so a prompt of p tokens shares
@@ -32,12 +32,12 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """A multiplication and an addition count as two."""
+        """Count the operations: a multiplication and an addition are two."""
         return 2 * self.rows * self.inner * self.outer
 
     @property
     def weight_entries(self) -> int:
-        """What must come from memory whatever else is in the cache: the weight. Activations may be there already."""
+        """Count the entries that must be read from memory: the weight's. Activations may be in the cache already."""
         return 0 if self.way == "made" else self.inner * self.outer
 
 
@@ -54,7 +54,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a phase must do. `choices`: for each pair, the cheaper of two equal ways. `moved`: bytes of no product."""
+    """The work of a phase.
+
+    `choices`: pairs of equivalent ways, of which one is needed. `moved`: bytes of no product.
+    """
 
     products: Counter[Product]
     attention: Attention = Attention()
@@ -63,7 +66,7 @@ class Work:
 
     @property
     def operations(self) -> int:
-        """With the first of each choice."""
+        """Count the operations, with the first of each choice."""
         chosen = [self.products, *(first for first, _ in self.choices)]
         return self.attention.operations + sum(
             product.operations * times for products in chosen for product, times in products.items()
@@ -72,7 +75,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder of the Llama kind."""
+    """The shape of a Llama-like decoder."""
 
     vocab: int
     hidden: int
@@ -84,7 +87,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a transformers config, the text part of it where there are more."""
+        """Read the shape from a transformers config, or from its text part."""
         text = config.get_text_config()
         heads = text.num_attention_heads
         return cls(
@@ -99,7 +102,7 @@ class Shape:
 
     @property
     def readers(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(inputs, outputs of each layer that reads them): query, key and value; out; gate and up; down."""
+        """Return (inputs, outputs of each layer that reads them): query, key and value; out; gate and up; down."""
         query, key = self.heads * self.width, self.kv_heads * self.width
         return (
             (self.hidden, (query, key, key)),
@@ -110,33 +113,33 @@ class Shape:
 
     @property
     def entries(self) -> int:
-        """Weights that are read for every token: all linear layers and the head."""
+        """Count the weights that are read for every token: all linear layers and the head."""
         layer = sum(reads * sum(outs) for reads, outs in self.readers)
         return self.layers * layer + self.vocab * self.hidden
 
     def adapter_entries(self, rank: int) -> int:
-        """Of LoRA's two matrices on every linear layer."""
+        """Count the entries of LoRA's two matrices on every linear layer."""
         return self.layers * sum(rank * (reads + out) for reads, outs in self.readers for out in outs)
 
     def seen(self, pairs: int) -> int:
-        """Operations of attention in which a query meets `pairs` keys and their values, over all layers."""
+        """Count the operations of attention in which a query meets `pairs` keys and their values, over all layers."""
         return 4 * self.layers * self.heads * self.width * pairs
 
     def kept(self, tokens: int) -> int:
-        """Entries of the cache that `tokens` tokens fill."""
+        """Count the entries of the KV cache that `tokens` tokens fill."""
         return 2 * self.layers * self.kv_heads * self.width * tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of each prompt, and of its completions."""
+    """The tokens of each prompt, and of its completions."""
 
     prompts_P: tuple[int, ...]
     completions_PG: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, prompts_B: Sequence[int], completions_B: Sequence[int], siblings: int) -> Lengths:
-        """From lengths completion by completion, siblings side by side."""
+        """Make lengths from those of single completions, siblings side by side."""
         groups = range(0, len(completions_B), siblings)
         return cls(
             tuple(prompts_B[start] for start in groups),
@@ -152,7 +155,7 @@ class Lengths:
         return sum(map(sum, self.completions_PG))
 
     def pairs(self) -> int:
-        """(query, key) pairs of one causal pass in which siblings share their prompt."""
+        """Count the (query, key) pairs of one causal pass in which siblings share their prompt."""
         return sum(
             s * (s + 1) // 2 + sum(c * s + c * (c + 1) // 2 for c in own_G)
             for s, own_G in ((p - 1, own_G) for p, own_G in zip(self.prompts_P, self.completions_PG, strict=True))
@@ -160,14 +163,20 @@ class Lengths:
 
 
 def prefill(shape: Shape, lengths: Lengths, rank: int) -> Work:
-    """All shared prompts through the layers, none through the head. `rank`: of an adapter beside the weights, or 0."""
+    """Count the prefill: shared prompts through the layers, not the head.
+
+    `rank`: of an adapter beside the weights, or 0.
+    """
     pairs = sum((p - 1) * p // 2 for p in lengths.prompts_P)
     attention = Attention(shape.seen(pairs), shape.kept(lengths.shared))
     return Work(_forward(shape, lengths.shared, rank) if lengths.shared else Counter(), attention)
 
 
 def decode(shape: Shape, lengths: Lengths, rank: int) -> Work:
-    """Step by step: the rows that still go on, each with its own reach; a prompt's keys are read once for all."""
+    """Count decoding step by step.
+
+    Rows not yet ended, each with its own context; a prompt's keys are read once for all.
+    """
     products: Counter[Product] = Counter()
     attention = Attention()
     for step in range(max(map(max, lengths.completions_PG))):
@@ -181,7 +190,7 @@ def decode(shape: Shape, lengths: Lengths, rank: int) -> Work:
 
 
 def training(shape: Shape, lengths: Lengths, rank: int, *, may_fold: bool) -> Work:
-    """One forward and one backward pass over prompts once and completions; gradients of the adapter alone.
+    """Count one forward and one backward pass over prompts once and completions; gradients of the adapter alone.
 
     `may_fold`: weights of 32 bit, into which the adapter may be added before the product. The lowest layer passes no
     gradient on: embeddings are not trained.
@@ -205,9 +214,11 @@ def training(shape: Shape, lengths: Lengths, rank: int, *, may_fold: bool) -> Wo
 
 
 def update(shape: Shape, rank: int, *, folds: bool) -> Work:
-    """AdamW in float32: weight, gradient and two moments read, three written, after the gradient's norm was taken.
+    """Count AdamW in float32.
 
-    `folds`: the engine's copy of the weights is made anew with the adapter in it.
+    Weight, gradient and two moments read, three written, after the gradient's norm was taken.
+
+    `folds`: the engine's copy of the weights is rebuilt with the adapter in it.
     """
     products: Counter[Product] = Counter()
     if folds:
@@ -218,7 +229,7 @@ def update(shape: Shape, rank: int, *, folds: bool) -> Work:
 
 
 def phases(shape: Shape, lengths: Lengths, rank: int, *, wide: bool) -> dict[str, Work]:
-    """The whole step. `wide`: weights of 32 bit."""
+    """Return the work of the whole step by phase. `wide`: weights of 32 bit."""
     beside = 0 if wide else rank
     return {
         "prefill": prefill(shape, lengths, beside),
@@ -230,7 +241,7 @@ def phases(shape: Shape, lengths: Lengths, rank: int, *, wide: bool) -> dict[str
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How many layers there are, and how many pass a gradient on."""
+    """The number of layers, and of those that pass a gradient on."""
 
     layers: int
     passing: int
@@ -246,14 +257,14 @@ def _forward(shape: Shape, rows: int, rank: int) -> Counter[Product]:
 
 
 def _thin(rows: int, reads: int, outs: Sequence[int], rank: int) -> Iterator[Product]:
-    """Forward through the adapters of layers that read the same input."""
+    """Yield the forward products through the adapters of layers that read the same input."""
     if rank:
         yield Product(rows, reads, rank * len(outs))
         yield from (Product(rows, rank, out) for out in outs)
 
 
 def _narrow(tokens: int, reads: int, outs: Sequence[int], rank: int, times: Times) -> Counter[Product]:
-    """Forward and backward with the adapter as two thin products beside the wide one."""
+    """Count forward and backward with the adapter as two thin products beside the wide one."""
     products: Counter[Product] = Counter()
     for product in (Product(tokens, reads, sum(outs)), *_thin(tokens, reads, outs, rank)):
         products[product] += times.layers
@@ -267,7 +278,7 @@ def _narrow(tokens: int, reads: int, outs: Sequence[int], rank: int, times: Time
 
 
 def _folded(tokens: int, reads: int, outs: Sequence[int], rank: int, times: Times) -> Counter[Product]:
-    """The same with the adapter added into the weight: wide products only, and the gradient of the sum in between."""
+    """Count the same with the adapter added into the weight: wide products only, the sum's gradient in between."""
     products: Counter[Product] = Counter()
     products[Product(tokens, reads, sum(outs))] += times.layers
     products[Product(tokens, sum(outs), reads, "input")] += times.passing

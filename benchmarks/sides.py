@@ -1,6 +1,6 @@
-"""Two programs that take turns: each a child process that does one step when told to, then waits.
+"""Run programs in turns: each is a child process that does one step on request, then waits.
 
-Interleaved steps meet the same weather: what else the machine does hits both sides. Separate processes keep their
+Interleaved steps meet the same conditions: other load on the machine affects both sides. Separate processes keep their
 memory peaks apart, and what one library switches on (threads, deterministic kernels) out of the other.
 """
 
@@ -29,14 +29,14 @@ class BenchmarkError(Exception):
 
 
 class FinishedError(Exception):
-    """Raised in a child where it would wait for its next turn, and there is none."""
+    """Raised in a child that waits for its next turn when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What a side needs to begin: a model folder, a folder to write to, and how many steps it may be asked for.
 
-    `variant`: how TRL is set (trls.VARIANTS); minigrpo has but one way.
+    `variant`: how TRL is set (trls.VARIANTS); minigrpo has only one way.
     """
 
     workload: Workload
@@ -53,8 +53,8 @@ class Setup:
 class Step:
     """One step of one side. Phases in seconds; what they leave of `seconds` is `other`. Lengths prompt by prompt.
 
-    `parts`: the step cut as the limit is (prefill, decode, training, update), as far as a side can be looked into.
-    `cpu_seconds`: what all threads together were given. On one thread it hardly depends on who else is on the machine.
+    `parts`: the step cut as the limit is (prefill, decode, training, update), as far as a side reports it.
+    `cpu_seconds`: of all threads together. On one thread it hardly depends on other load on the machine.
     """
 
     seconds: float
@@ -75,15 +75,15 @@ class Step:
         return self.tokens / self.seconds
 
 
-class Turn:
-    """The child's end: `begin` waits until it may, `end` reports."""
+class StepGate:
+    """The child's end of a turn: `begin` waits for it, `end` reports the step."""
 
     def __init__(self, pipe: Connection, device: str = "cpu") -> None:
         self._pipe, self.device = pipe, device
         self._began = self._cpu_began = 0.0
 
     def ready(self, facts: Mapping[str, Any]) -> None:
-        """Everything is loaded; `facts` (settings, as a rule) are what is known before the first step."""
+        """Report that everything is loaded; `facts`: what is known before the first step, usually settings."""
         self._pipe.send(dict(facts))
 
     def begin(self) -> None:
@@ -100,7 +100,7 @@ class Turn:
         parts: Mapping[str, float] | None = None,
         peak: int = 0,
     ) -> None:
-        """`peak`: bytes, where the side itself has counted anew since the step began."""
+        """Report the step. `peak`: bytes, where the side has reset the counter itself since the step began."""
         seconds, cpu = now(self.device) - self._began, time.process_time() - self._cpu_began
         whole = {**phases, "other": seconds - sum(phases.values())}
         peak = max(peak, peak_bytes(self.device))
@@ -108,15 +108,15 @@ class Turn:
         self._pipe.send(Step(seconds, cpu, whole, *lengths, peak, dict(parts or {})))
 
 
-class Laps:
-    """Seconds spent inside some calls, by name, since they were last taken."""
+class CallTimer:
+    """Counts the seconds inside timed calls, by name, until they are taken."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._seconds: dict[str, float] = {}
 
     def timed(self, name: str, call: Callable[..., Any], after: Callable[[Any], None] | None = None) -> Any:
-        """The same call, counted; `after` is shown what it returns."""
+        """Return the same call, timed; `after` gets what it returns."""
 
         def counted(*given: Any, **named: Any) -> Any:
             began = now(self.device)
@@ -129,12 +129,12 @@ class Laps:
         return counted
 
     def take(self, *names: str) -> dict[str, float]:
-        """Seconds of the given names, 0 where there was no call; from here on, all count anew."""
+        """Return the seconds of the given names, 0 where there was no call; reset all."""
         taken, self._seconds = self._seconds, {}
         return {name: taken.get(name, 0.0) for name in names}
 
 
-Program = Callable[[Setup, Turn], None]
+Program = Callable[[Setup, StepGate], None]
 
 
 class Side:
@@ -188,7 +188,7 @@ def _serve(program: Program, setup: Setup, pipe: Connection) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(setup.threads)
     try:
-        program(setup, Turn(pipe, setup.device))
+        program(setup, StepGate(pipe, setup.device))
     except FinishedError:
         return
     except Exception:

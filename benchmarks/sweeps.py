@@ -1,4 +1,4 @@
-"""How the cost of minigrpo's step grows along one axis, all else equal: all values stepped in turns, one exponent.
+"""Measure how the cost of minigrpo's step grows along one axis, all else equal: values in turns, one exponent.
 
     python -m benchmarks --sweep group --model slim
 
@@ -33,7 +33,7 @@ RUNGS = ("size1", "size2", "size3", "size4")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One value of the axis. `x`: what cost is set against."""
+    """One value of the axis. `x`: what the cost is plotted against."""
 
     x: float
     label: str
@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """`values` where none are asked for; `point` turns one into a workload."""
+    """An axis of a sweep. `values`: its defaults; `point` turns a value into a workload."""
 
     about: str
     values: tuple[int, ...]
@@ -50,7 +50,10 @@ class Axis:
 
 
 def base(model: str) -> Workload:
-    """300-token prompts, eight completions of 100 tokens each; a large model takes one prompt, a small one four."""
+    """Return the base workload.
+
+    300-token prompts, eight completions of 100 tokens each; a large model takes one prompt, a small one four.
+    """
     dtype = models.SHAPES[model].dtype
     prompts = 1 if dtype == "bfloat16" else 4
     return Workload(model, "sweep", prompts, 8, 100, dtype, dtype, 3, "full", prompt_tokens=300)
@@ -113,7 +116,7 @@ class Sweep:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log(y) over log(x), least squares; NaN for a single point."""
+    """Return the slope of log(y) over log(x) by least squares; NaN for a single point."""
     if len(x) < 2:
         return math.nan
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
@@ -121,7 +124,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`values`: empty for the axis's own. `keep` is given what has been measured so far, after every repetition."""
+    """A requested sweep. `values`: empty for the axis's own. `keep` gets the sweep so far after every repetition."""
 
     model: str
     values: Sequence[int]
@@ -133,17 +136,17 @@ class Asked:
 
 
 def run(name: str, asked: Asked, scratch: Path) -> Sweep:
-    """All points in turns: one warm-up each, then the timed steps. Raises BenchmarkError where a point fails."""
+    """Step all points in turns: one warm-up each, then the timed steps. Raise BenchmarkError where a point fails."""
     axis = AXES[name]
     points = tuple(axis.point(base(asked.model), value) for value in asked.values or axis.values)
     sweep = Sweep(name, asked.model, points, ())
     with ExitStack() as stack:
         sides = [stack.enter_context(_side(point, asked, scratch / f"{name}{n}")) for n, point in enumerate(points)]
         taken: list[list[Step]] = [[] for _ in points]
-        for turn in range(1 + asked.repeats):
-            steps = {n: sides[n].step() for n in _order(len(points), turn)}
-            asked.say(f"sweep {name} {turn}/{asked.repeats}: " + _line(points, steps))
-            if turn:
+        for repetition in range(1 + asked.repeats):
+            steps = {n: sides[n].step() for n in _order(len(points), repetition)}
+            asked.say(f"sweep {name} {repetition}/{asked.repeats}: " + _line(points, steps))
+            if repetition:
                 for n, step in steps.items():
                     taken[n].append(step)
                 sweep = replace(sweep, steps=tuple(tuple(steps) for steps in taken))
@@ -159,9 +162,9 @@ def _side(point: Point, asked: Asked, scratch: Path) -> Side:
     return Side(point.label, ours.run, setup)
 
 
-def _order(count: int, turn: int) -> list[int]:
-    """There and back: a slow drift of the machine then leans on no end of the axis."""
-    return list(range(count)) if turn % 2 == 0 else list(reversed(range(count)))
+def _order(count: int, repetition: int) -> list[int]:
+    """Return the order of a repetition, there and back: a slow drift of the machine then favours no end of the axis."""
+    return list(range(count)) if repetition % 2 == 0 else list(reversed(range(count)))
 
 
 def _line(points: Sequence[Point], steps: Mapping[int, Step]) -> str:
@@ -189,10 +192,10 @@ def show(sweep: Sweep, console: Console) -> None:
             f"{seconds / sweep.seconds[0]:.2f}",
         )
     console.print(table)
-    console.print(verdict(sweep), soft_wrap=True, highlight=False)
+    console.print(summarize(sweep), soft_wrap=True, highlight=False)
 
 
-def verdict(sweep: Sweep) -> str:
+def summarize(sweep: Sweep) -> str:
     first, last = sweep.points[0], sweep.points[-1]
     grown, cost = last.x / first.x, sweep.seconds[-1] / sweep.seconds[0]
     words = (

@@ -1,8 +1,8 @@
-"""TRL's side: GRPOTrainer.train in several ways, stopped after each step by a callback that waits for its turn.
+"""TRL's side: GRPOTrainer.train in several variants, stopped after each step by a callback that waits for its turn.
 
 At its best means: no gradient checkpointing, the whole batch in one pass, sdpa, the faster dtype, no logging, no
 saving, no evaluation. One thing cannot be switched off: without a GPU its output head scores prompt positions too.
-Its defaults are what it does where nobody asks for anything but the problem itself: model, prompts, group size,
+Its defaults are what it does where only the problem itself is set: model, prompts, group size,
 objective, adapter, lengths, learning rate.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import now
 from benchmarks.ours import recipe_of
-from benchmarks.sides import Laps, Setup, Turn
+from benchmarks.sides import CallTimer, Setup, StepGate
 from benchmarks.workloads import Workload, task_of
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.training.prompt_sampler import PromptSampler
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to set TRL. `tuned`: the best settings known; `autocast`: bfloat16 products over other weights."""
+    """One way to configure TRL. `tuned`: the best settings known; `autocast`: bfloat16 products over other weights."""
 
     about: str
     tuned: bool = True
@@ -42,7 +42,7 @@ class Variant:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def missing(self, workload: Workload) -> str | None:
-        """Why it cannot be run here, or None."""
+        """Return why it cannot be run here, or None."""
         if not self.more.get("use_vllm"):
             return None
         if importlib.util.find_spec("vllm") is None:
@@ -81,19 +81,19 @@ SHOWN = (
 )
 
 
-def run(setup: Setup, turn: Turn) -> None:
-    """Steps until there are no more turns."""
+def run(setup: Setup, gate: StepGate) -> None:
+    """Run TRL's steps until there are no more turns."""
     trainer = open_trainer(setup, load(setup))
     clock = PhaseClock(trainer, setup.device)
     if setup.workload.stops != "natural":
         force_stops(trainer, setup.workload)
-    trainer.add_callback(turn_callback(turn, clock))
-    turn.ready(settings(trainer))
+    trainer.add_callback(gate_callback(gate, clock))
+    gate.ready(settings(trainer))
     trainer.train()
 
 
 def load(setup: Setup) -> Any:
-    """The model, or by default its folder: TRL then loads it as it thinks best."""
+    """Load the model, or return its folder for the defaults: TRL then loads it its own way."""
     from transformers import AutoModelForCausalLM
 
     if not VARIANTS[setup.variant].tuned:
@@ -103,7 +103,7 @@ def load(setup: Setup) -> Any:
 
 
 def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
-    """`model` is bare and gets the adapter, or has one already."""
+    """Open a GRPOTrainer. `model` is bare and gets the adapter, or has one already."""
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from transformers import AutoTokenizer
@@ -119,7 +119,7 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    config = GRPOConfig(**problem(setup), **manner(setup))
+    config = GRPOConfig(**problem_options(setup), **trainer_options(setup))
     by_id = {prompt.id: prompt for prompt in prompts}
 
     def reward(completions: Sequence[Any], id: Sequence[str], **_: Any) -> list[float]:
@@ -136,8 +136,8 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     )
 
 
-def problem(setup: Setup) -> dict[str, Any]:
-    """What both sides must do, whatever the manner."""
+def problem_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of the problem, which are the same for all variants."""
     workload, recipe = setup.workload, recipe_of(setup)
     objective = open_objective(recipe, sixteen_bit=False)
     return {
@@ -161,8 +161,8 @@ def problem(setup: Setup) -> dict[str, Any]:
     }
 
 
-def manner(setup: Setup) -> dict[str, Any]:
-    """How it does it. By default in passes of 8 completions, which add up to the same step."""
+def trainer_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of the variant. By default in passes of 8 completions, which add up to the same step."""
     workload, variant = setup.workload, VARIANTS[setup.variant]
     every = workload.prompts * workload.completions
     if not variant.tuned:
@@ -188,7 +188,7 @@ def row(prompt: Prompt) -> dict[str, Any]:
 
 
 def ordered(prompts: Sequence[Prompt], setup: Setup) -> list[Prompt]:
-    """The prompts of all steps, in the order in which minigrpo takes them."""
+    """Return the prompts of all steps, in the order in which minigrpo takes them."""
     sampler = PromptSampler(prompts, seed=0)
     return [prompt for _ in range(setup.steps + 1) for prompt in sampler.take(setup.workload.prompts)]
 
@@ -210,7 +210,10 @@ def force_stops(trainer: Any, workload: Workload) -> None:
 
 
 def stop_processor(lengths_B: Sequence[int], eos: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """One column written per token, and one row per completion that ends: nothing that a clock would see."""
+    """Return a processor that forces stop lengths.
+
+    It writes one column per token, and one row per completion that ends: too little to measure.
+    """
     due = {n: [row for row, length in enumerate(lengths_B) if length == n] for n in set(lengths_B)}
     token = 0
 
@@ -227,7 +230,10 @@ def stop_processor(lengths_B: Sequence[int], eos: int) -> Callable[[torch.Tensor
 
 
 def force_requests(trainer: Any, lengths_B: Sequence[int]) -> None:
-    """Continuous batching takes a length for each request; -1 is no token, so none ends before."""
+    """Force stop lengths under continuous batching.
+
+    It takes a length for each request; no token is -1, so none ends early.
+    """
     plain = trainer.model.generate_batch
     trainer.generation_config.eos_token_id = -1
 
@@ -247,10 +253,10 @@ def force_requests(trainer: Any, lengths_B: Sequence[int]) -> None:
 
 
 class PhaseClock:
-    """Seconds of the trainer's own phases, and the lengths of what it generated."""
+    """Times the trainer's own phases, and notes the lengths of what it generated."""
 
     def __init__(self, trainer: Any, device: str) -> None:
-        self.laps = Laps(device)
+        self.timer = CallTimer(device)
         self.prompt_lengths: list[int] = []
         self.completion_lengths: list[int] = []
         for name, method, after in (
@@ -258,7 +264,7 @@ class PhaseClock:
             ("reward", "_calculate_rewards", None),
             ("scoring", "_get_per_token_logps_and_entropies", None),
         ):
-            setattr(trainer, method, self.laps.timed(name, getattr(trainer, method), after))
+            setattr(trainer, method, self.timer.timed(name, getattr(trainer, method), after))
 
     def _note(self, answer: Any) -> None:
         prompt_ids, completion_ids, *_ = answer
@@ -266,7 +272,7 @@ class PhaseClock:
         self.completion_lengths = [len(ids) for ids in completion_ids]
 
 
-def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
+def gate_callback(gate: StepGate, clock: PhaseClock) -> Any:
     from transformers import TrainerCallback
 
     class Gate(TrainerCallback):
@@ -274,20 +280,20 @@ def turn_callback(turn: Turn, clock: PhaseClock) -> Any:
             self.began = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            turn.begin()
-            clock.laps.take()
-            self.began = now(turn.device)
+            gate.begin()
+            clock.timer.take()
+            self.began = now(gate.device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds = clock.laps.take("rollout", "reward", "scoring")
-            rest = now(turn.device) - self.began - sum(seconds.values())
-            turn.end({**seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
+            seconds = clock.timer.take("rollout", "reward", "scoring")
+            rest = now(gate.device) - self.began - sum(seconds.values())
+            gate.end({**seconds, "update": rest}, clock.prompt_lengths, clock.completion_lengths)
 
     return Gate()
 
 
 def settings(trainer: Any) -> dict[str, str]:
-    """Read from the trainer itself, not from what it was asked for."""
+    """Return the settings, read from the trainer itself, not from what it was given."""
     model = trainer.model
     found = {
         "weights": str(model.dtype).removeprefix("torch."),
@@ -297,7 +303,7 @@ def settings(trainer: Any) -> dict[str, str]:
 
 
 def weights_of(variant: str, dtype: str) -> str:
-    """The number type of a variant: without autocast, the products' own type is the weights' type."""
+    """Return the dtype of a variant's weights: without autocast, the products' own type is the weights' type."""
     if VARIANTS[variant].autocast or "+" not in dtype:
         return dtype
     return "float32" if dtype.startswith("float32") else "bfloat16"

@@ -1,4 +1,4 @@
-"""What is run on both sides: a model folder, prompts, a group size, and when each completion stops.
+"""The workloads of both sides: a model folder, prompts, a group size, and when each completion stops.
 
 Stop lengths are forced, because which tokens a model happens to sample is no property of a trainer. They are drawn
 once, and are the same in every step and on both sides: log-normal with median 0.3 of the limit and sigma 0.6, cut at
@@ -7,7 +7,7 @@ The third forces nothing: the model ends its completions itself, and each side s
 completion run to the limit.
 
 Rewards are the task's own plus a number that follows from the text, so that no group ties: a group without spread
-teaches nothing, and minigrpo would skip its passes.
+has no gradient, and minigrpo would skip its passes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MEDIAN, SIGMA, SEED = 0.3, 0.6, 0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`dtype`, `trl_dtype`: each side's fastest where it was measured.
+    """A workload. `dtype`, `trl_dtype`: each side's fastest where it was measured.
 
-    `limit`: longest completion; `long`: the same in the row with long completions. `recipe`: what both sides take LoRA,
-    objective and optimizer from; what the workload itself says goes before it. `needs_gpu`: a CPU would take hours.
+    `limit`: longest completion; `long`: the same in the row with long completions. `recipe`: both sides take LoRA,
+    objective and optimizer from it; the workload's own fields override it. `needs_gpu`: a CPU would take hours.
     """
 
     name: str
@@ -58,32 +58,38 @@ class Workload:
 
     @property
     def lengths_B(self) -> tuple[int, ...]:
-        """Tokens of each completion, prompt by prompt; none where the model ends them itself."""
+        """Return the tokens of each completion, prompt by prompt; empty where the model ends them itself."""
         if self.stops == "natural":
             return ()
         return stop_lengths(self.prompts * self.completions, self.limit, self.stops)
 
     @property
     def kind(self) -> Kind:
-        """Only a trained model can end a completion in a sensible place."""
+        """Return the kind of model: only a trained one ends completions in sensible places."""
         return KINDS["grown" if self.stops == "natural" else self.name]
 
     def on_gpu(self) -> Workload:
-        """Enough for a data-centre GPU: 32 prompts x 8 completions of up to 128 or 512 tokens, in bfloat16."""
+        """Return a size for a data-centre GPU: 32 prompts x 8 completions of up to 128 or 512 tokens, in bfloat16."""
         sizes = {"prompts": 32, "completions": 8, "limit": 128, "long": 512}
         return replace(self, **sizes, dtype="bfloat16", trl_dtype="bfloat16+autocast")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`make` leaves a model folder; `prompts` reads its tokenizer where a prompt must have a certain length."""
+    """A kind of model.
+
+    `make` writes its folder; `prompts` reads its tokenizer where a prompt needs a certain length.
+    """
 
     make: Callable[[Path], None]
     prompts: Callable[[Workload, Path], Sequence[Prompt]]
 
 
 def stop_lengths(count: int, limit: int, stops: Stops = "draw") -> tuple[int, ...]:
-    """The published draw. Python's own generator, so that it can be repeated anywhere without numpy or torch."""
+    """Draw stop lengths as published.
+
+    Python's own generator, so that it can be repeated anywhere without numpy or torch.
+    """
     rng = random.Random(SEED)
     drawn = [rng.lognormvariate(math.log(MEDIAN * limit), SIGMA) for _ in range(count)]
     lengths = tuple(min(limit, max(1, round(length))) for length in drawn)
@@ -93,13 +99,13 @@ def stop_lengths(count: int, limit: int, stops: Stops = "draw") -> tuple[int, ..
 
 
 def task_of(workload: Workload, folder: Path) -> Task:
-    """The workload's prompts; the reward spreads in every group."""
+    """Return the workload's task; rewards differ in every group."""
     prompts = workload.kind.prompts(workload, folder)[: workload.prompts]
     return Task(workload.name, lambda split: prompts, spread)
 
 
 def spread(prompt: Prompt, text: str) -> Grade:
-    """The task's grade where there is a task, plus a checksum of the text in [0, 1)."""
+    """Return the task's grade where there is a task, plus a checksum of the text in [0, 1)."""
     reward = zlib.crc32(text.encode()) / 2**32
     if not isinstance(prompt.target, Mapping):
         return Grade(reward)
@@ -119,7 +125,7 @@ def _word_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
 
 
 def _long_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
-    """Prompts of exactly so many tokens: one token a byte, so the text is cut to fit."""
+    """Return prompts of exactly `prompt_tokens` tokens: one token a byte, so the text is cut to fit."""
     from transformers import AutoTokenizer
 
     from minigrpo.models.chat_template import render

@@ -30,7 +30,7 @@ def test_it_never_exceeds_its_largest_weight_nor_falls_below_none() -> None:
     assert bonus.weight == pytest.approx(0.2)
     for _ in range(50):
         bonus = bonus.after(2.0)
-    assert bonus.rising == 0
+    assert bonus.adaptive_weight == 0
 
 
 def test_a_step_in_which_nothing_was_scored_changes_nothing() -> None:

@@ -11,12 +11,12 @@ from minigrpo.algorithms.objective import (
     OBJECTIVES,
     Importance,
     Objective,
-    k3,
-    near_policy,
+    kl_k3,
+    off_policy_mask,
     open_objective,
-    per_budget,
-    per_sequence,
-    per_token,
+    per_budget_weights,
+    per_sequence_weights,
+    per_token_weights,
     sequence_ratio,
 )
 from minigrpo.config.schema import ObjectiveConfig, Recipe
@@ -24,7 +24,7 @@ from minigrpo.config.schema import ObjectiveConfig, Recipe
 
 @dataclass(frozen=True)
 class Row:
-    """Completions of the given lengths; one token each unless said otherwise."""
+    """Completions of the given lengths, by default of one token each."""
 
     advantages_N: Tensor
     weights_N: Tensor
@@ -50,7 +50,7 @@ def row(advantages: list[float], **others: object) -> Row:
 
 
 def pull(objective: Objective, ratio: float, advantage: float) -> tuple[float, float]:
-    """(loss, its slope in the log-probability) of one token whose ratio is `ratio`."""
+    """Return (loss, its derivative in the log-probability) of one token with the given ratio."""
     logprobs_N = floats(math.log(ratio)).requires_grad_()
     loss = objective.loss(logprobs_N, row([advantage], old_N=floats(0.0))).total
     loss.backward()
@@ -60,22 +60,22 @@ def pull(objective: Objective, ratio: float, advantage: float) -> tuple[float, f
 
 def test_weights_sum_to_one_or_for_dr_grpo_to_the_mean_length_over_the_limit() -> None:
     lengths_B, kept_B = floats(1, 3, 4), floats(1, 1, 1)
-    for weights in (per_sequence, per_token):
+    for weights in (per_sequence_weights, per_token_weights):
         assert float((weights(lengths_B, kept_B, 10) * lengths_B).sum()) == pytest.approx(1)
-    assert float((per_budget(lengths_B, kept_B, 10) * lengths_B).sum()) == pytest.approx(8 / 3 / 10)
+    assert float((per_budget_weights(lengths_B, kept_B, 10) * lengths_B).sum()) == pytest.approx(8 / 3 / 10)
 
 
 def test_per_sequence_gives_every_completion_the_same_say_and_per_token_every_token() -> None:
     lengths_B, kept_B = floats(1, 4), floats(1, 1)
-    assert per_sequence(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0.125])
-    assert per_token(lengths_B, kept_B, 10).tolist() == pytest.approx([0.2, 0.2])
+    assert per_sequence_weights(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0.125])
+    assert per_token_weights(lengths_B, kept_B, 10).tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_a_masked_completion_weighs_nothing_and_its_tokens_are_not_counted() -> None:
     lengths_B, kept_B = floats(1, 4), floats(1, 0)
-    assert per_sequence(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0])
-    assert per_token(lengths_B, kept_B, 10).tolist() == pytest.approx([1.0, 0])
-    assert per_token(lengths_B, floats(0, 0), 10).tolist() == [0, 0]
+    assert per_sequence_weights(lengths_B, kept_B, 10).tolist() == pytest.approx([0.5, 0])
+    assert per_token_weights(lengths_B, kept_B, 10).tolist() == pytest.approx([1.0, 0])
+    assert per_token_weights(lengths_B, floats(0, 0), 10).tolist() == [0, 0]
 
 
 def test_on_policy_the_loss_is_minus_the_mean_advantage_and_its_gradient_is_the_policy_gradient() -> None:
@@ -116,7 +116,7 @@ def test_dapo_lets_rising_tokens_rise_further() -> None:
 def test_k3_is_zero_at_equality_and_positive_elsewhere() -> None:
     logprobs_N = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
     ref_N = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
-    assert k3(logprobs_N, ref_N).tolist() == pytest.approx([0, math.exp(-1), math.exp(0.5) - 1.5])
+    assert kl_k3(logprobs_N, ref_N).tolist() == pytest.approx([0, math.exp(-1), math.exp(0.5) - 1.5])
 
 
 def test_the_kl_term_joins_under_the_same_weights() -> None:
@@ -153,8 +153,8 @@ def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit_or_
     assert open_objective(off, sixteen_bit=True).importance is None
 
 
-def test_a_recipe_bends_only_what_it_names() -> None:
-    bent = OBJECTIVES["dapo"].with_knobs(ObjectiveConfig(clip_low=0.1, kl=0.04), inexact_sampler=False)
+def test_a_recipe_changes_only_the_options_it_names() -> None:
+    bent = OBJECTIVES["dapo"].with_config(ObjectiveConfig(clip_low=0.1, kl=0.04), inexact_sampler=False)
     assert (bent.clip_low, bent.clip_high, bent.kl) == (0.1, 0.28, 0.04)
     assert bent == replace(OBJECTIVES["dapo"], clip_low=0.1, kl=0.04)
 
@@ -199,7 +199,7 @@ def test_on_policy_every_objective_is_the_policy_gradient(name: str, advantage: 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("log_ratio", [-400.0, 400.0])
-def test_a_ratio_beyond_all_numbers_leaves_every_gradient_finite(name: str, log_ratio: float) -> None:
+def test_a_ratio_that_overflows_leaves_every_gradient_finite(name: str, log_ratio: float) -> None:
     logprobs_N = torch.tensor([log_ratio, 0.0]).requires_grad_()
     part = row([1.0, -1.0], old_N=torch.zeros(2))
     OBJECTIVES[name].loss(logprobs_N, part).total.backward()
@@ -222,7 +222,7 @@ def test_the_unbiased_kl_is_the_kl_times_the_ratio_and_its_gradient_goes_through
 
 def test_bad_answers_that_the_policy_has_left_are_dropped_and_good_ones_kept() -> None:
     drift_N = floats(0.9, 0.3, 0.9, 0.3, 0.1, 0.1)
-    kept_N = near_policy(drift_N, floats(-1, -1, 1, 1, -1, -1), [2, 2, 2], limit=0.5)
+    kept_N = off_policy_mask(drift_N, floats(-1, -1, 1, 1, -1, -1), [2, 2, 2], limit=0.5)
     assert kept_N.tolist() == [0, 0, 1, 1, 1, 1]
 
 

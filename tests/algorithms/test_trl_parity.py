@@ -23,7 +23,7 @@ pytest.importorskip("trl", reason="TRL is compared with where it is installed: p
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import ObjectiveConfig
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.policy import Policy
 from minigrpo.training.top_entropy import mark_top_entropy
 from minigrpo.types import Completion, Grade, Group, Prompt
@@ -42,7 +42,7 @@ PROMPT_LENGTHS_P = (9, 4)
 
 @dataclass(frozen=True)
 class Settings:
-    """One member of the family, in our words and in TRL's."""
+    """One objective, in our settings and in TRL's."""
 
     name: str
     beta: float = 0.0
@@ -53,7 +53,7 @@ class Settings:
     @property
     def objective(self) -> Objective:
         knobs = ObjectiveConfig(name=self.name, kl=self.beta, **{"importance": "off", **dict(self.knobs)})
-        objective = OBJECTIVES[self.name].with_knobs(knobs, inexact_sampler=False)
+        objective = OBJECTIVES[self.name].with_config(knobs, inexact_sampler=False)
         return objective if self.clip is None else replace(objective, clip_low=self.clip[0], clip_high=self.clip[1])
 
     @property
@@ -169,14 +169,14 @@ def graded(reward: float, second: float | None) -> Grade:
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Callable[..., Any], tiny_folder: Callable[..., Path], tokenizer: Any) -> Policy:
-    """All parameters trained, some way from its reference, the model that lies in the folder."""
+    """Return a policy with all parameters trained, at some distance from its reference, the model in the folder."""
     reference = tiny_model("qwen2").double()
     model = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.03 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-    policy = Policy(Loaded(model, tokenizer, str(tiny_folder("qwen2"))), temperature=TEMPERATURE, seed=0)
+    policy = Policy(LoadedModel(model, tokenizer, str(tiny_folder("qwen2"))), temperature=TEMPERATURE, seed=0)
     policy.frozen_copy = reference
     reference.set_attn_implementation(model.config._attn_implementation)
     return policy
@@ -216,7 +216,7 @@ def outcome(trainer: Any, inputs: dict[str, Any]) -> Outcome:
 
 
 def trl_trainer(policy: Policy, settings: Settings, groups: tuple[Group, ...], folder: Path) -> Any:
-    """A GRPOTrainer of the policy's weights, whose rollouts are the groups' completions."""
+    """Return a GRPOTrainer with the policy's weights, whose rollouts are the groups' completions."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -274,7 +274,7 @@ def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> MicroBatch:
-    """The whole batch in one micro-batch; `old` lies so far from the policy that many ratios are clipped."""
+    """Return the batch as one micro-batch; `old` is so far from the policy that many ratios are clipped."""
     (part,) = pack(groups, objective, LIMIT).split(10_000)
     with torch.no_grad():
         now_N = policy.logprobs(part, step=0).logprobs_N
@@ -283,7 +283,7 @@ def strayed(policy: Policy, groups: tuple[Group, ...], objective: Objective) -> 
 
 
 def sampled(policy: Policy, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The same completions, as a sampler reports them that is some way from the policy."""
+    """Return the same completions with the log-probabilities of a sampler that differs from the policy."""
     (part,) = pack(groups, OBJECTIVES["grpo"], LIMIT).split(10_000)
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():

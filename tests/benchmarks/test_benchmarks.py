@@ -1,4 +1,4 @@
-"""The harness that compares with TRL: it forces what it says it forces, and both sides do the same work."""
+"""The harness that compares with TRL: it forces the stop lengths that it promises, and both sides do the same work."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def test_minigrpo_stops_exactly_where_it_is_told(setup: Setup) -> None:
-    from benchmarks.ours import forced_engine
+    from benchmarks.ours import open_engine
     from minigrpo.models.policy import open_policy
     from minigrpo.rollouts.groups import rollout
     from minigrpo.types import Sampling
 
     recipe = recipe_of(setup)
     policy = open_policy(recipe)
-    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    engine = open_engine(setup, policy, recipe.rollout.rows)
     assert isinstance(engine, NativeEngine)
     task = task_of(setup.workload, setup.folder)
     asked = {"n": setup.workload.completions, "sampling": Sampling(max_tokens=setup.workload.limit)}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from benchmarks.limit import Kernels
-from benchmarks.ours import first_batch, forced_engine, recipe_of
+from benchmarks.ours import first_batch, open_engine, recipe_of
 from benchmarks.shapes import Attention, Lengths, Product, Shape, Work, decode, phases, prefill, training
 from benchmarks.sides import Setup
 from benchmarks.workloads import WORKLOADS
@@ -38,8 +38,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(autouse=True)
 def _counted_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's counter does not know oneDNN's own calls."""
-    monkeypatch.setattr(onednn, "by_onednn", lambda: False)
+    """Count without oneDNN, whose calls torch's counter does not know."""
+    monkeypatch.setattr(onednn, "uses_onednn", lambda: False)
 
 
 def counted(call: Any) -> tuple[int, int]:
@@ -71,7 +71,7 @@ def test_a_rollout_takes_as_many_operations_as_torch_counts(setup: Setup) -> Non
 
     recipe = recipe_of(setup, lora__rank=RANK)
     policy = open_policy(recipe)
-    engine = forced_engine(setup, policy, recipe.rollout.rows)
+    engine = open_engine(setup, policy, recipe.rollout.rows)
     shape, lengths = of_workload(setup, policy)
     prompts = [render(policy.tokenizer, prompt) for prompt in setup.workload.kind.prompts(setup.workload, setup.folder)]
     sampling = Sampling(max_tokens=setup.workload.limit)

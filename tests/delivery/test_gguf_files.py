@@ -25,7 +25,7 @@ from minigrpo.delivery.gguf.modelfile import conversations, modelfile, turns_of
 from minigrpo.delivery.gguf.pretokenizer import kind_of, token_faults
 from minigrpo.delivery.gguf.quantize import DEFAULTS, Cruncher, find_tool, quantise
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
-from minigrpo.models.chat_template import QUESTION, as_text, render
+from minigrpo.models.chat_template import PROBE_QUESTION, render, render_text
 from minigrpo.models.embedded import seedling
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
@@ -85,7 +85,7 @@ def test_the_embedded_models_tokenizer_is_kept_to_the_last_id(tmp_path: Path) ->
     prompts = prompts_of(task, "test", 200)
     with LlamaCpp(tmp_path / "x.gguf", context=512) as llama:
         for prompt in prompts:
-            text = as_text(tokenizer, prompt.messages, opened=True)
+            text = render_text(tokenizer, prompt.messages, opened=True)
             assert llama.tokenize(text, special=True) == render(tokenizer, prompt).ids
             gold = task.gold(prompt) if task.gold else ""
             assert llama.tokenize(gold) == tuple(tokenizer(gold, add_special_tokens=False)["input_ids"])
@@ -109,7 +109,7 @@ def test_a_tag_that_is_a_token_is_one_in_the_file_and_no_control_token(qwen: Any
 )
 def test_faults_of_tokens_and_template_are_named(qwen: Any, tokenizer: Any, told: str | None) -> None:
     with LlamaCpp(qwen[2], context=64) as llama:
-        faults = list(token_faults(llama, tokenizer, [[QUESTION]]))
+        faults = list(token_faults(llama, tokenizer, [[PROBE_QUESTION]]))
     assert bool(faults) is (told is not None)
     if told:
         assert any(re.search(told, fault) for fault in faults)
@@ -121,9 +121,9 @@ def test_a_second_beginning_of_text_is_named(qwen: Any, tmp_path: Path) -> None:
     writer.write(folder, tmp_path / "x.gguf", "F32", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
         assert llama.facts.adds_bos
-        faults = list(token_faults(llama, bpe_tokenizer(), [[QUESTION]]))
+        faults = list(token_faults(llama, bpe_tokenizer(), [[PROBE_QUESTION]]))
         begun = bpe_tokenizer(bos=True, template="{{ bos_token }}" + TEMPLATE)
-        assert not [fault for fault in token_faults(llama, begun, [[QUESTION]]) if "BOS" in fault]
+        assert not [fault for fault in token_faults(llama, begun, [[PROBE_QUESTION]]) if "BOS" in fault]
     assert [fault for fault in faults if fault.startswith("Double or foreign BOS")]
 
 
@@ -131,7 +131,7 @@ def test_an_end_that_llama_cpp_would_not_stop_at_is_named(qwen: Any, tmp_path: P
     other = bpe_tokenizer()
     other.eos_token = "<|pad|>"
     with LlamaCpp(qwen[2], context=64) as llama:
-        faults = " ".join(token_faults(llama, other, [[QUESTION]]))
+        faults = " ".join(token_faults(llama, other, [[PROBE_QUESTION]]))
     assert "end-of-text token is 3 in the file and 0 in the tokenizer" in faults
     assert "would not stop" in faults
 
@@ -182,7 +182,7 @@ def test_ollamas_template_says_what_the_chat_template_says(qwen: Any) -> None:
     turns = turns_of(tokenizer)
     assert turns is not None
     for messages in conversations():
-        assert turns.render(messages) == as_text(tokenizer, messages, opened=True)
+        assert turns.render(messages) == render_text(tokenizer, messages, opened=True)
     text = modelfile("x-Q8_0.gguf", qwen[0], tokenizer, 0.7)
     assert text.startswith("FROM ./x-Q8_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text

@@ -15,7 +15,7 @@ from minigrpo.delivery.artifacts.source import merged_of
 from minigrpo.delivery.merge.merge import Merged, merge
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.loading import model_class
-from minigrpo.models.model_files import find_base, for_other_readers, open_base
+from minigrpo.models.model_files import compatible_config, find_base, open_base
 from minigrpo.runs.rundir import RunDir, digest
 from tests.helpers.delivered import FAMILIES, VARIANTS, adapted, edit, edit_json, make_run, save_adapter, save_base
 from tests.helpers.tiny import build_tokenizer
@@ -193,16 +193,16 @@ def test_older_readers_find_the_rotation_and_newer_ones_the_same_as_before(
 
 def test_the_scale_of_attention_beyond_the_context_stands_where_vllm_looks_for_it() -> None:
     rope = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32}
-    config = for_other_readers({"text_config": {"rope_parameters": rope}}, None)
+    config = compatible_config({"text_config": {"rope_parameters": rope}}, None)
     wanted = {"beta": 0.1, "original_max_position_embeddings": 32}
     assert config["text_config"]["llama_4_scaling"] == wanted
-    assert for_other_readers(config, None) == config
+    assert compatible_config(config, None) == config
 
 
 def test_a_config_that_says_it_already_is_left_alone() -> None:
     config = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}, "torch_dtype": "bfloat16"}
-    assert for_other_readers(config, torch.bfloat16) == config
-    assert for_other_readers({"rope_parameters": {"full": {"rope_theta": 7.0}}}, None) == {
+    assert compatible_config(config, torch.bfloat16) == config
+    assert compatible_config({"rope_parameters": {"full": {"rope_theta": 7.0}}}, None) == {
         "rope_parameters": {"full": {"rope_theta": 7.0}}
     }
 

@@ -12,7 +12,7 @@ NAMES = (
 
 
 def rows(curve: str) -> list[dict[str, float | None]]:
-    """The lines of metrics.jsonl that a curve stands for."""
+    """Return the rows of metrics.jsonl that a curve stands for."""
     lines = [line.split() for line in curve.strip().splitlines()]
     return [
         {"step": step, **{name: None if text == "-" else float(text) for name, text in zip(NAMES, line, strict=True)}}

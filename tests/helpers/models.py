@@ -1,4 +1,4 @@
-"""What the tests of policy and engines share: a policy over a tiny model, groups with made-up rewards, float64."""
+"""Helpers of the tests of policy and engines: a policy over a tiny model, groups with made-up rewards, float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minigrpo.config.schema import AdapterConfig
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy
 from minigrpo.types import Completion, Grade, Group, Prompt, Rendered
@@ -29,9 +29,12 @@ OWN_WORDS = (
 def make_policy(
     arch: str = "qwen2", *, lora: float | None = 0.02, dropout: float = 0.0, double: bool = False, **config: Any
 ) -> Policy:
-    """`lora`: size of the entries of B (None: no adapter). `double`: everything in float64, norms too."""
+    """Build a policy over a tiny model.
+
+    `lora`: size of the entries of B (None: no adapter). `double`: everything in float64, norms too.
+    """
     model = build_mistral3(**config) if arch == "mistral3" else build_model(arch, **config)
-    policy = Policy(Loaded(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
+    policy = Policy(LoadedModel(model, build_tokenizer(), "tiny"), temperature=0.9, seed=1)
     if lora is not None:
         policy.model.requires_grad_(False)
         policy.model, policy.dropouts = add_lora(policy.model, AdapterConfig(rank=8, alpha=16, dropout=dropout), seed=1)
@@ -43,7 +46,7 @@ def make_policy(
 
 
 def mistral3_config(*, text: str = "ministral3", tied: bool = True, **overrides: Any) -> Any:
-    """A text model beside a vision tower whose layers bear the same names; `tied` as its own config decides it."""
+    """Return the config of a text model beside a vision tower with the same layer names. `tied`: head and embedding."""
     from transformers import Mistral3Config, PixtralVisionConfig
 
     tower = PixtralVisionConfig(
@@ -60,7 +63,7 @@ def mistral3_config(*, text: str = "ministral3", tied: bool = True, **overrides:
 
 
 def build_mistral3(seed: int = 0, **options: Any) -> Any:
-    """`build_model` for an architecture that reads pictures, too."""
+    """Build a tiny model of an architecture that also reads images."""
     from transformers import Mistral3ForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -88,7 +91,7 @@ def set_lora(policy: Policy, size: float, seed: int = 5) -> None:
 
 
 def norms_in_float64(model: torch.nn.Module) -> None:
-    """The library's RMSNorm casts to float32, which would hide differences below 1e-7."""
+    """Compute norms in float64: the library's RMSNorm casts to float32, which would hide differences below 1e-7."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -101,7 +104,7 @@ def norms_in_float64(model: torch.nn.Module) -> None:
 def made_up_groups(
     prompts: Sequence[int] = (9, 1, 40), lengths: Sequence[Sequence[int]] = ((5, 1, 12), (7, 60, 2), (3, 4, 30))
 ) -> list[Group]:
-    """Groups of random tokens with the given prompt and completion lengths; no two rewards tie."""
+    """Make groups of random tokens with the given prompt and completion lengths; no two rewards tie."""
     draw = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -127,7 +130,7 @@ def rendered(lengths: Sequence[int] = (1, 40, 23)) -> list[Rendered]:
 
 
 def gradients(policy: Policy) -> list[torch.Tensor]:
-    """Of all trainable parameters; they are cleared."""
+    """Return and clear the gradients of all trainable parameters."""
     found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.trainable]
     for parameter in policy.trainable:
         parameter.grad = None

@@ -1,4 +1,6 @@
-"""Run in a process of its own: `python peak.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
+"""Run in a process of its own.
+
+`python peak_worker.py update|rollout|slots '{...}'` prints planned and measured bytes as JSON.
 
 MALLOC_MMAP_THRESHOLD_ gives every larger block a mapping of its own: what is freed leaves the process at once, so the
 high-water mark is what was asked for and not what the allocator kept back.
@@ -17,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minigrpo.config.schema import Recipe
-from minigrpo.models.loading import Loaded
+from minigrpo.models.loading import LoadedModel
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
@@ -37,7 +39,7 @@ def main(kind: str, case: dict[str, Any]) -> None:
     recipe = Recipe(train={"full": full}, lora={"rank": case["rank"] or 1})  # type: ignore[arg-type]
     hollow = meta_policy(config, recipe, dtype, recompute=case["recompute"])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    policy = Policy(Loaded(model, build_tokenizer(), "random"), temperature=1.0, seed=0)
+    policy = Policy(LoadedModel(model, build_tokenizer(), "random"), temperature=1.0, seed=0)
     policy.model.requires_grad_(full)
     if not full:
         policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=0)
@@ -96,7 +98,7 @@ class Speechless:
 
 
 def from_here() -> int:
-    """Forget the high-water mark; what is resident now."""
+    """Reset the high-water mark; return the bytes resident now."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")

@@ -14,7 +14,7 @@ LLAMA_LIKE = ARCHITECTURES[:-1]
 
 
 def build_tokenizer(template: str | None = TEMPLATE, **specials: str | None) -> Any:
-    """One token a byte, so that every text survives the round trip; the specials come first."""
+    """Build a tokenizer of one token a byte, so that every text survives the round trip; the specials come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +69,7 @@ def tiny_config(arch: str, **overrides: Any) -> Any:
 
 
 def yarn() -> dict[str, Any]:
-    """Ministral3's rotation, stretched from a context so short that the tests' texts reach beyond it."""
+    """Return Ministral3's RoPE settings, scaled from a context so short that the tests' texts reach beyond it."""
     return {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -85,7 +85,10 @@ def yarn() -> dict[str, Any]:
 
 
 def build_model(arch: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
-    """Random weights that all matter: biases and norms are not neutral, attention and outputs are peaked."""
+    """Build a model of random weights that all matter.
+
+    Biases and norms are not neutral, attention and outputs are peaked.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -101,7 +104,10 @@ def build_model(arch: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
 
 
 def enliven(name: str, weight: Any) -> None:
-    """Library defaults hide mistakes: a zero bias can be dropped, and attention over tiny scores is a mean."""
+    """Fill a weight with random values.
+
+    Library defaults hide mistakes: a zero bias can be dropped, and attention over tiny scores is a mean.
+    """
     if weight.dim() == 1:
         weight.normal_(1.0, 0.3) if "norm" in name else weight.normal_(0.0, 0.5)
     elif "embed" in name:
@@ -112,5 +118,5 @@ def enliven(name: str, weight: Any) -> None:
 
 
 def final_norm(model: Any) -> Any:
-    """Scaling it scales the logits, with tied embeddings too."""
+    """Return the last norm: scaling it scales the logits, with tied embeddings too."""
     return getattr(model.model, "norm", None) or model.model.embedding_norm

@@ -1,4 +1,4 @@
-"""Adapters of other tools, in all forms that PEFT writes: judged beside their base as the merged model is."""
+"""Adapters of other tools, in all forms that PEFT writes, score over their base as the merged model does."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_an_adapter_gives_the_answers_of_the_model_that_is_merged_from_it(tmp_pa
     ],
     ids=["cut", "damaged", "names", "shapes"],
 )
-def test_an_adapter_that_does_not_fit_is_not_judged_as_if_it_did(tmp_path: Path, harm: Any, told: str) -> None:
-    """PEFT leaves what it cannot find as it began, and warns."""
+def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path: Path, harm: Any, told: str) -> None:
+    """PEFT leaves tensors that it cannot find at their initial values, and warns."""
     base = tmp_path / "base"
     adapter = save_adapter(tmp_path / "mine", adapted(save_base(base, "qwen2"), base))
     harm(adapter / "adapter_model.safetensors")

@@ -1,9 +1,9 @@
-"""The chat template: one road from messages to ids, and what a tokenizer must offer."""
+"""The chat template: messages become ids in one way, and a tokenizer must have certain tokens."""
 
 import pytest
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import check_tokenizer, render, set_options
+from minigrpo.models.chat_template import check_tokenizer, render, set_template_options
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))
@@ -68,7 +68,7 @@ def test_a_turn_that_eos_does_not_close_is_warned_of(make_tokenizer):
     assert "does not close the assistant's turn" in warning
 
 
-def test_a_role_that_the_template_refuses_is_told_with_the_prompt(make_tokenizer, template):
+def test_a_role_that_the_template_refuses_is_reported_with_the_prompt(make_tokenizer, template):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
     with pytest.raises(ModelError, match=r"prompt p \(no system role\).*system, user"):
         render(make_tokenizer(strict), PROMPT)
@@ -82,7 +82,7 @@ def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokeni
 
     tokenizer = make_tokenizer(template=THINKING + template)
     plain = render(tokenizer, PROMPT).ids
-    set_options(tokenizer, {"think": False})
+    set_template_options(tokenizer, {"think": False})
     quick = render(tokenizer, PROMPT).ids
     assert tokenizer.decode(quick) == "quick " + tokenizer.decode(plain)
     tokenizer.save_pretrained(tmp_path)
@@ -93,9 +93,9 @@ def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokeni
 
 def test_an_option_that_the_template_does_not_know_is_refused_with_those_that_it_knows(make_tokenizer, template):
     with pytest.raises(ModelError, match=r"names 'thinking'.*It knows: think\."):
-        set_options(make_tokenizer(template=THINKING + template), {"thinking": True})
+        set_template_options(make_tokenizer(template=THINKING + template), {"thinking": True})
 
 
 def test_options_without_a_template_are_refused(make_tokenizer):
     with pytest.raises(ModelError, match="has no chat template"):
-        set_options(make_tokenizer(template=None), {"think": True})
+        set_template_options(make_tokenizer(template=None), {"think": True})

@@ -1,4 +1,4 @@
-"""Attention stretch by stretch equals attention over padded rows: values and gradients, in float64."""
+"""Attention segment by segment equals attention over padded rows: values and gradients, in float64."""
 
 import random
 
@@ -20,9 +20,13 @@ LAYOUTS = {
 
 
 def attended(
-    layout: PackedLayout, kv_heads: int, window: int | None = None, dtype=torch.float64, backend=shared_prompt.TORCH
+    layout: PackedLayout,
+    kv_heads: int,
+    window: int | None = None,
+    dtype=torch.float64,
+    backend=shared_prompt.TORCH_BACKEND,
 ) -> list[torch.Tensor]:
-    """The output of 4 heads, and the gradients of queries, keys and values, of numbers that bfloat16 can hold."""
+    """Return the output of 4 heads, and the gradients of queries, keys and values; inputs fit bfloat16."""
     stream = torch.Generator().manual_seed(0)
     tokens = layout.shared_tokens + sum(layout.own_B)
     given = [
@@ -32,8 +36,8 @@ def attended(
     out, _ = shared_prompt.shared_prompt_attention(
         None, *given, None, layout=layout, backend=backend, sliding_window=window
     )
-    slope = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
-    return [out, *torch.autograd.grad(out, given, slope)]
+    grad_out = torch.randn(out.shape, generator=stream).bfloat16().to(dtype)
+    return [out, *torch.autograd.grad(out, given, grad_out)]
 
 
 def agree(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -44,15 +48,15 @@ def agree(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 @pytest.fixture(params=["kept", "made again"])
 def probabilities(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "made again":
-        monkeypatch.setattr(cpu, "KEPT", 0)
+        monkeypatch.setattr(cpu, "MAX_KEPT_PROBS_BYTES", 0)
 
 
 @pytest.mark.usefixtures("probabilities")
 @pytest.mark.parametrize("window", [None, 6, 1, 10**6])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_stretches_are_padded_rows(layout: PackedLayout, kv_heads: int, window: int | None) -> None:
-    fused = shared_prompt.AttentionBackend(stretches_on=frozenset())
+def test_segments_give_the_output_of_padded_rows(layout: PackedLayout, kv_heads: int, window: int | None) -> None:
+    fused = shared_prompt.AttentionBackend(segments_on=frozenset())
     agree(attended(layout, kv_heads, window), attended(layout, kv_heads, window, backend=fused))
 
 
@@ -60,7 +64,7 @@ def test_stretches_are_padded_rows(layout: PackedLayout, kv_heads: int, window: 
 @pytest.mark.parametrize("cached", [1, 200, 2_000])
 def test_how_many_scores_are_worked_on_at_a_time_does_not_matter(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attended(LAYOUTS["uneven"], 2, 30)
-    monkeypatch.setattr(cpu, "CACHED", cached)
+    monkeypatch.setattr(cpu, "SCORES_IN_CACHE", cached)
     agree(attended(LAYOUTS["uneven"], 2, 30), whole)
 
 
@@ -78,20 +82,20 @@ def test_sixteen_bit_is_off_by_its_own_rounding() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_spans_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_cover_every_score_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (bucket,) = cpu.attention_plan(LAYOUTS["no prompt at all"], None, torch.float32, torch.device("cpu")).buckets[:1]
-    heads = cpu.Heads(kv_heads, 2, 8, 1.0)
+    heads = cpu.AttentionHeads(kv_heads, 2, 8, 1.0)
     for cached in (1, 100, 3_000, 10**9):
-        monkeypatch.setattr(cpu, "CACHED", cached)
-        covered = [place for at in bucket.spans(heads) for place in range(at.start, at.stop)]
+        monkeypatch.setattr(cpu, "SCORES_IN_CACHE", cached)
+        covered = [place for at in bucket.chunks(heads) for place in range(at.start, at.stop)]
         assert covered == list(range(bucket.rows * kv_heads))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_token_asks_once_and_little_is_padding(layout: PackedLayout) -> None:
+def test_every_token_has_one_query_slot_and_one_key_slot_and_little_is_padding(layout: PackedLayout) -> None:
     plan = cpu.attention_plan(layout, None, torch.float32, torch.device("cpu"))
     tokens = layout.shared_tokens + sum(layout.own_B)
-    for slots_T, token_S in ((plan.asked_T, plan.query_S), (plan.told_T, plan.key_S)):
+    for slots_T, token_S in ((plan.query_slot_T, plan.query_S), (plan.key_slot_T, plan.key_S)):
         torch.testing.assert_close(token_S[slots_T], torch.arange(tokens))
     assert int(plan.real_S1.sum()) == tokens
     for bucket in plan.buckets:

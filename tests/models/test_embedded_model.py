@@ -15,12 +15,12 @@ from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import check_tokenizer, render
 from minigrpo.models.embedded import seedling
 from minigrpo.models.embedded.seedling import Blueprint
-from minigrpo.models.sft import Schedule
+from minigrpo.models.sft import SftSchedule
 from minigrpo.runs.rundir import digest
 from minigrpo.tasks.builtin import wordproblems
 from minigrpo.types import Prompt
 
-BRIEF = Schedule(steps=2, rows=2, lr=1e-3)
+BRIEF = SftSchedule(steps=2, rows=2, lr=1e-3)
 QUICK = Blueprint(school=BRIEF, imitation=BRIEF)
 
 BuildFolder = Callable[[Blueprint], Path]

@@ -10,7 +10,7 @@ import torch
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe
 from minigrpo.models import logprobs
 from minigrpo.models.chat_template import render
-from minigrpo.models.logprobs import Float32Head, Head, score
+from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.policy import open_policy
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.types import Prompt, Sampling
@@ -38,10 +38,10 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
     labels_N = torch.randint(0, 40, (23,), generator=draw)
     slopes_N = torch.randn(23, dtype=torch.float64, generator=draw)
     inputs = [x for x in (hidden_ND, weight_VD, bias_V) if x is not None and x.requires_grad]
-    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 40 * 5)
-    monkeypatch.setattr(logprobs, "CACHED_ENTRIES", 40 * 2)  # and within a chunk two rows at a time
-    head = Head(weight_VD, bias_V, scale=scale, cap=cap, temperature=heat)
-    logprobs_N, entropy_N = score(hidden_ND, labels_N, head, entropy_learns=entropy_learns)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 40 * 5)
+    monkeypatch.setattr(logprobs, "CACHED_LOGITS", 40 * 2)  # and within a chunk two rows at a time
+    head = OutputHead(weight_VD, bias_V, scale=scale, cap=cap, temperature=heat)
+    logprobs_N, entropy_N = score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns)
     assert entropy_N.requires_grad is entropy_learns
     own = float(entropy_learns)
     chunked = torch.autograd.grad((logprobs_N * slopes_N + own * entropy_N * slopes_N.flip(0)).sum(), inputs)
@@ -62,7 +62,7 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
 def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
     """Neither forward nor backward may hold N x V entries: here 2,048 x 50,000, twelve chunks' worth."""
     hidden_ND = torch.randn(2048, 4, requires_grad=True)
-    head = Head(torch.randn(50_000, 4, requires_grad=not frozen), None, 1.0, None, 1.0)
+    head = OutputHead(torch.randn(50_000, 4, requires_grad=not frozen), None, 1.0, None, 1.0)
     sizes: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -72,8 +72,8 @@ def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
             return out
 
     with Watch():
-        score(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
-    assert max(sizes) <= logprobs.CHUNK_ENTRIES
+        score_tokens(hidden_ND, torch.zeros(2048, dtype=torch.long), head)[0].sum().backward()
+    assert max(sizes) <= logprobs.CHUNK_LOGITS
 
 
 def test_a_float32_head_on_sixteen_bit_hidden_states_rounds_no_logit() -> None:
@@ -82,8 +82,8 @@ def test_a_float32_head_on_sixteen_bit_hidden_states_rounds_no_logit() -> None:
     hidden_ND = torch.randn(9, 16, generator=draw).bfloat16().requires_grad_()
     labels_N = torch.randint(0, 200, (9,), generator=draw)
     exact = (hidden_ND.float() @ head.weight.float().T).log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
-    call = Head(Float32Head.of(head).weight, None, 1.0, None, 1.0)
-    logprobs_N, _ = score(hidden_ND, labels_N, call)
+    call = OutputHead(Float32Head.of(head).weight, None, 1.0, None, 1.0)
+    logprobs_N, _ = score_tokens(hidden_ND, labels_N, call)
     torch.testing.assert_close(logprobs_N, exact, atol=1e-6, rtol=0)
     (ours,) = torch.autograd.grad(logprobs_N.sum(), hidden_ND)
     (theirs,) = torch.autograd.grad(exact.sum(), hidden_ND)

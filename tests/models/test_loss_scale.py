@@ -12,7 +12,7 @@ import torch
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
-from minigrpo.models.loss_scale import GOOD, HIGHEST, LOWEST, START, LossScale
+from minigrpo.models.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE, MIN_SCALE, LossScale
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
@@ -24,7 +24,7 @@ HALF = LossScale.of(torch.float16)
 
 
 def half(policy: Policy) -> Policy:
-    """The same weights in float16 under a float32 adapter."""
+    """Return the same weights in float16 under a float32 adapter."""
     for parameter in policy.model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.half()
@@ -33,7 +33,7 @@ def half(policy: Policy) -> Policy:
 
 
 def batch_of(weight: float) -> list[MicroBatch]:
-    """One micro-batch whose tokens weigh as little as those of a batch of 1 / weight tokens."""
+    """Return one micro-batch whose tokens weigh as little as those of a batch of 1 / weight tokens."""
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
     share = weight / float(part.weights_N.max())
     return [replace(part, weights_N=part.weights_N * share)]
@@ -41,12 +41,12 @@ def batch_of(weight: float) -> list[MicroBatch]:
 
 def gradient(policy: Policy, parts: list[MicroBatch]) -> list[torch.Tensor]:
     accumulate_gradient(policy, OBJECTIVES["grpo"], parts, step=3)
-    policy.loss_scale.down(policy.trainable)
+    policy.loss_scale.unscale(policy.trainable)
     return gradients(policy)
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of the expected values."""
     left, right = (torch.cat([g.flatten() for g in many]) for many in (found, expected))
     return float((left - right).norm() / right.norm())
 
@@ -65,21 +65,21 @@ def test_a_scaled_gradient_equals_float32s_to_the_accuracy_of_float16(weight: fl
 
 def test_the_scale_doubles_after_many_good_updates_and_halves_at_an_overflow() -> None:
     scale = HALF
-    for _ in range(GOOD - 1):
-        scale = scale.after_good()
-    assert scale.scale == START
-    assert scale.after_good() == LossScale(2 * START, 0, True)
-    assert scale.after_overflow() == LossScale(START / 2, 0, True)
-    assert LossScale(HIGHEST, GOOD - 1, True).after_good().scale == HIGHEST
-    assert LossScale(LOWEST, 0, True).after_overflow().scale == LOWEST
-    assert not LossScale(LOWEST, 0, True).can_fall
+    for _ in range(GROWTH_INTERVAL - 1):
+        scale = scale.after_success()
+    assert scale.scale == INITIAL_SCALE
+    assert scale.after_success() == LossScale(2 * INITIAL_SCALE, 0, True)
+    assert scale.after_overflow() == LossScale(INITIAL_SCALE / 2, 0, True)
+    assert LossScale(MAX_SCALE, GROWTH_INTERVAL - 1, True).after_success().scale == MAX_SCALE
+    assert LossScale(MIN_SCALE, 0, True).after_overflow().scale == MIN_SCALE
+    assert not LossScale(MIN_SCALE, 0, True).can_fall
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_number_types_have_a_scale_that_does_nothing(dtype: torch.dtype) -> None:
     scale, loss = LossScale.of(dtype), torch.tensor(0.3)
-    assert scale.after_good() == scale.after_overflow() == scale
-    assert scale.up(loss) is loss
+    assert scale.after_success() == scale.after_overflow() == scale
+    assert scale.scaled(loss) is loss
     assert not scale.can_fall
 
 
@@ -141,10 +141,10 @@ def test_a_model_in_float16_learns_under_a_float32_adapter(tiny_folder: Callable
 def test_a_resumed_run_goes_on_with_the_scale_that_it_had_reached(
     tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigrpo.models.loss_scale.GOOD", 3)
+    monkeypatch.setattr("minigrpo.models.loss_scale.GROWTH_INTERVAL", 3)
     whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
     expected = train(half_recipe(tiny_folder(), steps=4), whole)
     train(half_recipe(tiny_folder(), steps=2), cut)
     found = train(half_recipe(tiny_folder(), steps=4), cut)
-    assert found.loss_scale == expected.loss_scale == LossScale(2 * START, 1, True)
+    assert found.loss_scale == expected.loss_scale == LossScale(2 * INITIAL_SCALE, 1, True)
     assert all(torch.equal(a, b) for a, b in zip(expected.trainable, found.trainable, strict=True))

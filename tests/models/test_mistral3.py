@@ -15,11 +15,11 @@ from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.models.chat_template import render
-from minigrpo.models.context import context_of
-from minigrpo.models.loading import Loaded, open_model
+from minigrpo.models.context import context_length
+from minigrpo.models.loading import LoadedModel, open_model
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, open_policy, open_trained, recompute_activations
-from minigrpo.models.quantize import in_four_bit
+from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.rollouts.engines.decoder import is_lean
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
@@ -62,7 +62,7 @@ def opened(path: Path) -> Any:
 
 
 def other_weights(model: Any) -> dict[str, bytes]:
-    """Of all that is neither text model nor head."""
+    """Return the weights that belong neither to the text model nor to the head."""
     return {n: p.detach().numpy().tobytes() for n, p in model.named_parameters() if "vision" in n or "projector" in n}
 
 
@@ -77,7 +77,7 @@ def recipe_for(path: Path, steps: int = 4, **train: Any) -> Recipe:
 
 
 def letters() -> Task:
-    """Reward: the share of small letters. Even random weights can learn it."""
+    """Reward the share of lower-case letters. Even random weights can learn it."""
 
     def prompts(split: str) -> list[Prompt]:
         return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
@@ -102,7 +102,7 @@ def test_a_folder_opens_with_its_text_model_its_tower_and_its_tie(folder: Path, 
     pairs = zip(loaded.model.named_parameters(), made.named_parameters(), strict=True)
     assert all(mine == name and torch.equal(p, q) for (mine, p), (name, q) in pairs)
     assert (loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight) == tied
-    assert context_of(loaded.model) == 512
+    assert context_length(loaded.model) == 512
 
 
 def test_a_config_that_is_wrong_about_its_tie_yields_to_the_weights(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_head_and_the_projector_are_refused_as_targets(targets: str, told: s
 
 
 def theirs(policy: Policy, group: Group, sibling: int) -> torch.Tensor:
-    """log-probabilities by transformers' own forward pass over one text, head and all."""
+    """Return log-probabilities from transformers' own forward pass over one text, head included."""
     answer = group.completions[sibling].token_ids
     ids = torch.tensor([[*group.prompt_ids, *answer]])
     with policy.plain_attention(), torch.no_grad():
@@ -159,7 +159,7 @@ def theirs(policy: Policy, group: Group, sibling: int) -> torch.Tensor:
     return (logits_TV / policy.temperature).log_softmax(-1)[torch.arange(len(answer)), list(answer)]
 
 
-def one_part(groups: list[Group]) -> Any:
+def one_micro_batch(groups: list[Group]) -> Any:
     (part,) = pack(groups, OBJECTIVES["grpo"], 60).split(1 << 30)
     return part
 
@@ -169,15 +169,15 @@ def test_shared_prompts_score_as_transformers_own_forward_does(text: str, tied: 
     """In float64, with texts of up to 100 tokens where the original context is 32."""
     policy, groups = make_policy("mistral3", text=text, tied=tied, double=True), made_up_groups()
     assert policy.shares_prompts
-    part = one_part(groups)
+    part = one_micro_batch(groups)
     found_N = policy.logprobs(part, step=0).logprobs_N.detach()
-    wanted_N = torch.cat([theirs(policy, groups[b.group], s) for b in part.bundles for s in b.siblings])
+    wanted_N = torch.cat([theirs(policy, groups[packed.index], s) for packed in part.groups for s in packed.siblings])
     torch.testing.assert_close(found_N, wanted_N, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prompts_have_the_gradients_of_padded_rows(recompute: bool) -> None:
-    policy, part = make_policy("mistral3", double=True), one_part(made_up_groups())
+    policy, part = make_policy("mistral3", double=True), one_micro_batch(made_up_groups())
     accumulate_gradient(policy, OBJECTIVES["grpo"], [part], step=0)
     shared = gradients(policy)
     if recompute:
@@ -201,7 +201,7 @@ def test_the_native_engine_samples_from_the_text_model(lora: float | None, tied:
     assert max(len(p.ids) + len(c.token_ids) for p, own in zip(rendered(), answers, strict=True) for c in own) > 64
     grades = tuple(Grade(float(i)) for i in range(4))
     groups = [Group(p.prompt, p.ids, own, grades) for p, own in zip(rendered(), answers, strict=True)]
-    part = one_part(groups)
+    part = one_micro_batch(groups)
     gap_N = policy.logprobs(part, step=0).logprobs_N.detach() - part.engine_N
     assert float(gap_N.abs().max()) < 1e-4
     slow = TransformersEngine(policy, stop_ids=[3, 17, 50, 60], rows=256).generate(rendered(), 4, Sampling(0.9, 50, 7))
@@ -226,7 +226,7 @@ def test_long_texts_scale_queries_by_the_logarithm_of_their_octave() -> None:
 
 def test_a_wrapper_that_is_not_known_keeps_to_padded_rows_and_transformers() -> None:
     """Only architectures that were tested share prompts: the text model's name alone is no proof."""
-    loaded = Loaded(build_mistral3(), build_tokenizer(), "tiny")
+    loaded = LoadedModel(build_mistral3(), build_tokenizer(), "tiny")
     for kind, known in (("mistral3", True), ("llava", False)):
         loaded.model.config.model_type = kind
         assert is_lean(loaded.model) == known
@@ -267,7 +267,7 @@ def test_peft_alone_reads_the_adapter_on_the_same_base(folder: Path, tmp_path: P
         assert torch.equal(mine, plain(input_ids=ids).logits)
         assert not torch.allclose(mine, opened(folder).model(input_ids=ids).logits, atol=1e-2)
     again = open_trained(str(tmp_path / "adapter"), recipe_for(folder))
-    part = one_part(made_up_groups())
+    part = one_micro_batch(made_up_groups())
     torch.testing.assert_close(policy.logprobs(part, step=0).logprobs_N, again.logprobs(part, step=0).logprobs_N)
     fresh = open_policy(recipe_for(folder))
     fresh.restore(tmp_path / "adapter")
@@ -290,10 +290,10 @@ def test_where_all_is_trained_the_tower_is_not_and_a_checkpoint_holds_both(folde
 
 def test_four_bits_are_for_the_text_model() -> None:
     pytest.importorskip("bitsandbytes")
-    from minigrpo.models.lora_linear import is_packed
+    from minigrpo.models.lora_linear import is_four_bit
 
-    model = in_four_bit(build_mistral3(), CPU)
-    packed = {name for name, layer in model.named_modules() if is_packed(layer)}
+    model = quantize_four_bit(build_mistral3(), CPU)
+    packed = {name for name, layer in model.named_modules() if is_four_bit(layer)}
     assert len(packed) == 14
     assert all("language_model.layers" in name for name in packed)
     assert other_weights(model) == other_weights(build_mistral3())

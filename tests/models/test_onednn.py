@@ -1,4 +1,4 @@
-"""Both libraries' products are one product, whatever way their operands lie."""
+"""Both libraries give the same product, however their operands are laid out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from minigrpo.models import onednn
-from minigrpo.models.onednn import linear, outer
+from minigrpo.models.onednn import linear, weight_grad
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(onednn, "by_onednn", lambda: request.param)
+    monkeypatch.setattr(onednn, "uses_onednn", lambda: request.param)
 
 
 @pytest.mark.usefixtures("by")
@@ -33,7 +33,7 @@ def test_a_layer_is_its_product(rows: int) -> None:
 def test_the_gradient_of_a_weight_is_summed_over_the_rows(outputs: int, inputs: int) -> None:
     stream = torch.Generator().manual_seed(0)
     slope, x = torch.randn(100, outputs, generator=stream), torch.randn(100, inputs, generator=stream)
-    found = outer(slope, x)
+    found = weight_grad(slope, x)
     assert found.shape == (outputs, inputs)
     torch.testing.assert_close(found.double(), slope.double().T @ x.double(), rtol=0, atol=1e-4)
 
@@ -42,6 +42,6 @@ def test_other_types_and_few_rows_stay_with_torch(monkeypatch: pytest.MonkeyPatc
     def refuse() -> bool:
         raise AssertionError("not for this product")
 
-    monkeypatch.setattr(onednn, "by_onednn", refuse)
+    monkeypatch.setattr(onednn, "uses_onednn", refuse)
     for dtype, rows in ((torch.float64, 100), (torch.bfloat16, 100), (torch.float32, 31)):
         assert linear(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)).shape == (rows, 4)

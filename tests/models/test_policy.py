@@ -1,4 +1,4 @@
-"""One group, one sequence: the same numbers as one padded row per completion, and as the model's own forward."""
+"""A group in one row gives the same numbers as one padded row per completion, and as the model's own forward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def padded(policy: Policy) -> Iterator[None]:
     policy.model.set_attn_implementation("minigrpo_shared_prompt")
 
 
-def one_part(policy: Policy) -> MicroBatch:
+def one_micro_batch(policy: Policy) -> MicroBatch:
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(EVERYTHING)
     return part
 
@@ -54,7 +54,7 @@ def test_a_shared_row_scores_like_padded_rows_values_and_gradients_in_float64(
 ) -> None:
     policy = make_policy(arch, double=True, **config)
     assert policy.shares_prompts
-    part = one_part(policy)
+    part = one_micro_batch(policy)
     shared, shared_gradients = scores_and_gradients(policy, part)
     with padded(policy):
         plain, plain_gradients = scores_and_gradients(policy, part)
@@ -66,7 +66,7 @@ def test_a_shared_row_scores_like_padded_rows_values_and_gradients_in_float64(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_scores_are_those_of_the_models_own_forward_one_text_at_a_time(arch: str) -> None:
     policy = make_policy(arch)
-    logprobs_N = policy.logprobs(one_part(policy), step=0).logprobs_N.detach()
+    logprobs_N = policy.logprobs(one_micro_batch(policy), step=0).logprobs_N.detach()
     expected = []
     with policy.sampling_mode(), torch.no_grad():
         for group in made_up_groups():
@@ -101,7 +101,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(name: str, kl: float
 
 def test_dropout_is_named_by_token_so_both_paths_drop_the_same_and_other_steps_drop_others() -> None:
     policy = make_policy(double=True, dropout=0.3)
-    part = one_part(policy)
+    part = one_micro_batch(policy)
     shared = policy.logprobs(part, step=3).logprobs_N
     with padded(policy):
         plain = policy.logprobs(part, step=3).logprobs_N
@@ -118,7 +118,7 @@ def test_dropout_leaves_the_mean_of_what_it_passes() -> None:
 
 def test_the_reference_is_the_model_without_its_adapter_and_without_dropout() -> None:
     policy, base = make_policy(dropout=0.3), make_policy(lora=None)
-    part = one_part(policy)
+    part = one_micro_batch(policy)
     policy.logprobs(part, step=0)
     assert torch.equal(policy.reference(part), base.logprobs(part, step=0).logprobs_N.detach())
 
@@ -127,7 +127,7 @@ def test_checkpointed_activations_change_nothing() -> None:
     from minigrpo.models.policy import recompute_activations
 
     policy = make_policy(double=True, dropout=0.1)
-    part = one_part(policy)
+    part = one_micro_batch(policy)
     plain, plain_gradients = scores_and_gradients(policy, part)
     recompute_activations(policy.model)
     again, again_gradients = scores_and_gradients(policy, part)
@@ -152,10 +152,10 @@ def test_groups_that_tie_are_left_out_of_the_passes_but_count_in_the_weights() -
     tied = replace(groups[1], grades=tuple(replace(grade, reward=1.0) for grade in groups[1].grades))
     batch = pack([groups[0], tied, groups[2]], OBJECTIVES["dapo"], 60)
     (part,) = batch.split(EVERYTHING)
-    assert [bundle.group for bundle in part.bundles] == [0, 2]
+    assert [group.index for group in part.groups] == [0, 2]
     assert float(part.weights_N[0]) == pytest.approx(1 / sum(len(c.token_ids) for g in groups for c in g.completions))
     (whole,) = pack([groups[0], tied, groups[2]], replace(OBJECTIVES["dapo"], kl=0.1), 60).split(EVERYTHING)
-    assert len(whole.bundles) == 3
+    assert len(whole.groups) == 3
 
 
 def test_no_pass_exceeds_the_budget_unless_one_completion_alone_does() -> None:
@@ -178,13 +178,13 @@ def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_f
 
     policy = make_policy(arch, lora=None, double=True)
     policy.model.requires_grad_(False)
-    knobs = AdapterConfig(rank=rank, alpha=16, rslora=True, dropout=dropout)
-    policy.model, policy.dropouts = add_lora(policy.model, knobs, seed=1)
+    config = AdapterConfig(rank=rank, alpha=16, rslora=True, dropout=dropout)
+    policy.model, policy.dropouts = add_lora(policy.model, config, seed=1)
     policy.model.double()
     set_lora(policy, 0.05)
     if checkpointing:
         recompute_activations(policy.model)
-    part = one_part(policy)
+    part = one_micro_batch(policy)
     fused, fused_gradients = scores_and_gradients(policy, part)
     layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
     assert len(layers) == 14
@@ -199,13 +199,13 @@ def test_a_fused_adapter_layer_computes_what_peft_does_values_and_gradients_in_f
 
 def test_every_layer_with_dropout_is_one_step_of_the_graph() -> None:
     policy = make_policy(dropout=0.3)
-    logprobs_N = policy.logprobs(one_part(policy), step=3).logprobs_N
+    logprobs_N = policy.logprobs(one_micro_batch(policy), step=3).logprobs_N
     seen, waiting, steps = set(), [logprobs_N.grad_fn], 0
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            steps += node.name() == "_NarrowBackward"
+            steps += node.name() == "_NarrowLoraBackward"
             waiting += [parent for parent, _ in node.next_functions]
     assert steps == 14
 
@@ -236,7 +236,7 @@ def whole_recipe(folder: Path, **train: Any) -> Recipe:
 
 def test_the_frozen_copy_gives_the_same_values_wherever_it_lies(tiny_folder: Callable[..., Path]) -> None:
     policies = [open_policy(whole_recipe(tiny_folder(), reference=where)) for where in ("device", "cpu", "auto")]
-    part = one_part(policies[0])
+    part = one_micro_batch(policies[0])
     with torch.no_grad():
         for policy in policies:
             for parameter in policy.trainable:
@@ -253,9 +253,9 @@ def test_a_copy_on_another_device_is_asked_there_and_only_its_answer_moves(
 ) -> None:
     policy = open_policy(whole_recipe(tiny_folder(arch), reference="cpu"))
     policy.device = torch.device("meta")  # a device that cannot compute: ids sent there would fail
-    found = policy.reference(one_part(policy))
+    found = policy.reference(one_micro_batch(policy))
     assert found.device.type == "meta"
-    assert found.shape == one_part(policy).advantages_N.shape
+    assert found.shape == one_micro_batch(policy).advantages_N.shape
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_copy_goes_to_the_cpu_where_the_gpu_has_no_room_for_it_beside_what_tra
     policy.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(room * weights), 0))
     train = TrainConfig(full=True, memory=None if memory is None else memory * weights / 1e9)
-    assert _reference_device(policy, Recipe(train=train)).type == where
+    assert _reference_device(policy, train).type == where
 
 
 def test_training_everything_in_sixteen_bit_is_refused_with_both_ways_out(tiny_folder: Callable[..., Path]) -> None:

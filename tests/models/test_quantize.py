@@ -1,4 +1,4 @@
-"""QLoRA: the base in 4 bit is left alone, the adapter learns, and all who read weights agree on what they are."""
+"""QLoRA: the base in 4 bit is left alone, the adapter learns, and all readers of the weights agree on their values."""
 
 import json
 import sys
@@ -13,9 +13,9 @@ from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError
-from minigrpo.models.lora_linear import is_packed, weight_of
+from minigrpo.models.lora_linear import is_four_bit, unpacked_weight
 from minigrpo.models.policy import Policy, open_policy, open_trained
-from minigrpo.models.quantize import in_four_bit, weight_bytes
+from minigrpo.models.quantize import quantize_four_bit, weight_bytes
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
@@ -42,7 +42,7 @@ def recipe_for(folder: Path, steps: int = 4, **model: Any) -> Recipe:
 
 
 def letters() -> Task:
-    """Reward: the share of small letters. Even random weights can learn it."""
+    """Reward the share of lower-case letters. Even random weights can learn it."""
 
     def prompts(split: str) -> list[Prompt]:
         return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
@@ -60,11 +60,14 @@ def train(recipe: Recipe, run: RunDir) -> Policy:
 def packed_layers(policy: Policy) -> dict[str, Any]:
     """PEFT's wrappers show the weights of what they wrap; the layers themselves are asked for."""
     layers = policy.model.named_modules()
-    return {name: layer for name, layer in layers if is_packed(layer) and not hasattr(layer, "base_layer")}
+    return {name: layer for name, layer in layers if is_four_bit(layer) and not hasattr(layer, "base_layer")}
 
 
 def frozen_bytes(policy: Policy) -> dict[str, bytes]:
-    """Of all that is not trained: packed weights with their statistics, head, embeddings, norms, biases."""
+    """Return the bytes of all that is not trained.
+
+    Packed weights with their statistics, head, embeddings, norms, biases.
+    """
     found = {n: p.detach().view(torch.uint8) for n, p in policy.model.named_parameters() if not p.requires_grad}
     for name, layer in packed_layers(policy).items():
         state = layer.weight.quant_state
@@ -106,12 +109,12 @@ def test_packed_weights_take_a_quarter_of_sixteen_bit_ones() -> None:
     rest = {sixteen.get_input_embeddings().weight, sixteen.get_output_embeddings().weight}
     rest_bytes = sum(weight.nbytes for weight in rest)
     before = weight_bytes(sixteen) - rest_bytes
-    after = weight_bytes(in_four_bit(packed, CPU)) - rest_bytes
+    after = weight_bytes(quantize_four_bit(packed, CPU)) - rest_bytes
     assert 0.25 < after / before < 0.27
 
 
 def test_head_embeddings_and_norms_keep_their_type_and_what_is_tied_stays_tied() -> None:
-    model = in_four_bit(build_model("qwen2", tie_word_embeddings=True), CPU)
+    model = quantize_four_bit(build_model("qwen2", tie_word_embeddings=True), CPU)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     floating = [name for name, weight in model.named_parameters() if weight.dtype == torch.float32]
     assert {name.rsplit(".", 2)[-2] for name in floating if name.endswith("weight")} == {
@@ -120,10 +123,10 @@ def test_head_embeddings_and_norms_keep_their_type_and_what_is_tied_stays_tied()
 
 
 def dense_twin(policy: Policy) -> Policy:
-    """The same policy with its weights unpacked for good."""
+    """Return the same policy with its weights unpacked permanently."""
     for layer in packed_layers(policy).values():
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight, plain.bias = torch.nn.Parameter(weight_of(layer), requires_grad=False), layer.bias
+        plain.weight, plain.bias = torch.nn.Parameter(unpacked_weight(layer), requires_grad=False), layer.bias
         owner = next(m for m in policy.model.modules() if getattr(m, "base_layer", None) is layer)
         owner.base_layer = plain
     return policy
@@ -169,7 +172,7 @@ def test_engine_and_policy_agree_in_four_bit(arch: str, lora: float, tiny_folder
     assert float((policy.logprobs(part, step=0).logprobs_N.detach() - part.engine_N).abs().max()) < 1e-4
 
 
-def test_a_finished_adapter_is_looked_at_over_the_base_that_it_was_trained_on(
+def test_a_finished_adapter_is_opened_over_the_base_that_it_was_trained_on(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = recipe_for(tiny_folder())
@@ -188,7 +191,7 @@ def test_a_finished_adapter_is_looked_at_over_the_base_that_it_was_trained_on(
 
 def test_in_sixteen_bit_packed_layers_compute_in_sixteen_bit(tiny_folder: Callable[..., Path]) -> None:
     policy = open_policy(recipe_for(tiny_folder(), dtype="bfloat16"))
-    assert all(weight_of(layer).dtype == torch.bfloat16 for layer in packed_layers(policy).values())
+    assert all(unpacked_weight(layer).dtype == torch.bfloat16 for layer in packed_layers(policy).values())
     assert all(weight.dtype == torch.float32 for weight in policy.trainable)
     (part,) = pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(1 << 30)
     policy.logprobs(part, step=0).logprobs_N.sum().backward()
@@ -207,7 +210,7 @@ def test_weights_that_are_quantised_already_are_refused() -> None:
     model = build_model()
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(ModelError, match="quantised already"):
-        in_four_bit(model, CPU)
+        quantize_four_bit(model, CPU)
 
 
 def test_training_packed_weights_is_a_contradiction(tiny_folder: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Safetensors files, block by block: the library reads what is written here, and a broken file never passes."""
+"""Safetensors files, block by block: the library reads what we write, and a broken file is always refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigrpo.errors import ArtifactError
-from minigrpo.models.safetensors_io import NAMES, Planned, Stored, read_header, write_file
+from minigrpo.models.safetensors_io import DTYPE_NAMES, PlannedTensor, StoredTensor, read_header, write_safetensors
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),
@@ -34,18 +34,18 @@ def file(tmp_path: Path) -> Path:
 def copy(file: Path, cast: dict[str, torch.dtype]) -> Path:
     header = read_header(file)
 
-    def plan(stored: Stored) -> Planned:
+    def plan(stored: StoredTensor) -> PlannedTensor:
         dtype = cast.get(stored.name, stored.torch_dtype)
         blocks = (stored.read(*rows).to(dtype) for rows in stored.blocks())
-        return Planned(stored.name, NAMES[dtype], stored.shape, blocks)
+        return PlannedTensor(stored.name, DTYPE_NAMES[dtype], stored.shape, blocks)
 
     planned = [plan(stored) for stored in header.tensors.values()]
-    write_file(file.with_name("b.safetensors"), planned, header)
+    write_safetensors(file.with_name("b.safetensors"), planned, header)
     return file.with_name("b.safetensors")
 
 
 def test_what_is_read_is_what_the_library_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigrpo.models.safetensors_io.BLOCK", 4)
+    monkeypatch.setattr("minigrpo.models.safetensors_io.BLOCK_ELEMENTS", 4)
     for name, stored in read_header(file).tensors.items():
         assert stored.shape == TENSORS[name].shape
         parts = [stored.read(*rows) for rows in stored.blocks()]

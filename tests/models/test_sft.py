@@ -1,4 +1,4 @@
-"""Imitating written answers: the loss, its gradient whatever the passes, and who learns."""
+"""Fine-tuning on written answers: the loss, its gradient however it is split into passes, and which weights learn."""
 
 from __future__ import annotations
 
@@ -8,13 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo.models.sft import Lesson, Room, Schedule, accumulate, imitation_loss, mean_loss, passes, warm_start
+from minigrpo.models.sft import (
+    PassLimit,
+    SftExample,
+    SftSchedule,
+    accumulate_sft,
+    mean_sft_loss,
+    sft_loss,
+    split_passes,
+    train_sft,
+)
 from tests.helpers.models import gradients, make_policy
 from tests.helpers.tiny import build_model
 
 EOS = 3
-LESSONS = [Lesson((5, 6, 7), (8, 9, EOS)), Lesson((10,), (11, 12, 13, 14, 15, EOS)), Lesson((20,) * 30, (21, EOS))]
-SMALL = Room(tokens=20, logits=20)
+EXAMPLES = [
+    SftExample((5, 6, 7), (8, 9, EOS)),
+    SftExample((10,), (11, 12, 13, 14, 15, EOS)),
+    SftExample((20,) * 30, (21, EOS)),
+]
+SMALL = PassLimit(tokens=20, logits=20)
 
 
 @pytest.fixture
@@ -24,43 +37,43 @@ def model() -> Any:
 
 def test_the_loss_is_that_of_the_answers_alone_whatever_the_padding(model: Any) -> None:
     total = 0.0
-    for lesson in LESSONS:
+    for lesson in EXAMPLES:
         ids = (*lesson.prompt_ids, *lesson.answer_ids)
         logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(logprobs[place - 1, ids[place]].item() for place in range(len(lesson.prompt_ids), len(ids)))
-    assert imitation_loss(model, LESSONS).item() == pytest.approx(total / 11, abs=1e-5)
-    assert mean_loss(model, LESSONS, SMALL) == pytest.approx(total / 11, abs=1e-5)
+    assert sft_loss(model, EXAMPLES).item() == pytest.approx(total / 11, abs=1e-5)
+    assert mean_sft_loss(model, EXAMPLES, SMALL) == pytest.approx(total / 11, abs=1e-5)
 
 
 def test_the_gradient_does_not_depend_on_the_passes() -> None:
     policy = make_policy(double=True)
     with policy.plain_attention():
-        whole = accumulate(policy.model, LESSONS)
+        whole = accumulate_sft(policy.model, EXAMPLES)
         expected = gradients(policy)
-        assert accumulate(policy.model, LESSONS, SMALL) == pytest.approx(whole, abs=1e-12)
+        assert accumulate_sft(policy.model, EXAMPLES, SMALL) == pytest.approx(whole, abs=1e-12)
     for one, other in zip(expected, gradients(policy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
 
 
 def test_a_pass_holds_no_more_than_there_is_room_for() -> None:
-    lessons = [Lesson((1,) * n, (2,) * m) for n, m in ((3, 4), (9, 1), (1, 12), (2, 2), (40, 5), (6, 6))]
-    parts = list(passes(lessons, Room(tokens=24, logits=100)))
-    assert sorted(map(id, lessons)) == sorted(id(lesson) for part in parts for lesson in part)
+    examples = [SftExample((1,) * n, (2,) * m) for n, m in ((3, 4), (9, 1), (1, 12), (2, 2), (40, 5), (6, 6))]
+    parts = list(split_passes(examples, PassLimit(tokens=24, logits=100)))
+    assert sorted(map(id, examples)) == sorted(id(lesson) for part in parts for lesson in part)
     assert all(len(part) == 1 or len(part) * max(map(len, part)) <= 24 for part in parts)
-    assert len(parts) < len(lessons)
-    assert list(passes(lessons, Room(10**6, 10**6))) == [lessons]
+    assert len(parts) < len(examples)
+    assert list(split_passes(examples, PassLimit(10**6, 10**6))) == [examples]
 
 
 def test_logits_bound_a_pass_as_well() -> None:
-    lessons = [Lesson((1,) * 5, (2,) * 5)] * 4
-    assert [len(part) for part in passes(lessons, Room(tokens=1000, logits=12))] == [2, 2]
+    examples = [SftExample((1,) * 5, (2,) * 5)] * 4
+    assert [len(part) for part in split_passes(examples, PassLimit(tokens=1000, logits=12))] == [2, 2]
 
 
 def test_a_warm_start_teaches_what_it_shows(model: Any) -> None:
-    lessons = [Lesson((i, i + 1), (i + 2, EOS)) for i in range(30, 38)]
-    before = imitation_loss(model, lessons).item()
-    after = warm_start(model, lessons, Schedule(steps=60, rows=8, lr=3e-3, enough=0.05))
+    examples = [SftExample((i, i + 1), (i + 2, EOS)) for i in range(30, 38)]
+    before = sft_loss(model, examples).item()
+    after = train_sft(model, examples, SftSchedule(steps=60, rows=8, lr=3e-3, target_loss=0.05))
     assert after < 0.1 * before
     assert not model.training
 
@@ -69,7 +82,7 @@ def test_only_what_is_trainable_learns() -> None:
     policy = make_policy(lora=0.0)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     with policy.plain_attention():
-        warm_start(policy.model, LESSONS, Schedule(steps=2, rows=2, lr=1e-2))
+        train_sft(policy.model, EXAMPLES, SftSchedule(steps=2, rows=2, lr=1e-2))
     changed = {name for name, tensor in policy.model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -77,13 +90,15 @@ def test_only_what_is_trainable_learns() -> None:
 
 def test_a_warm_start_ends_early_once_it_is_enough(model: Any) -> None:
     steps: list[int] = []
-    lessons = [Lesson((30,), (31,))] * 4
-    warm_start(model, lessons, Schedule(50, 4, 1e-3, enough=100.0), report=lambda done, loss: steps.append(done))
+    examples = [SftExample((30,), (31,))] * 4
+    train_sft(
+        model, examples, SftSchedule(50, 4, 1e-3, target_loss=100.0), report=lambda done, loss: steps.append(done)
+    )
     assert steps == [1]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    schedule = Schedule(steps=100, rows=1, lr=1.0, warmup=10)
+    schedule = SftSchedule(steps=100, rows=1, lr=1.0, warmup=10)
     rates = [schedule.lr_at(step) for step in range(100)]
     assert rates.index(max(rates)) in (8, 9, 10)
     assert rates[0] < 0.2
@@ -91,17 +106,17 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_in_float16_the_loss_is_scaled_so_that_small_gradients_survive_and_overflow_is_repeated() -> None:
-    """Against float32: the same lessons, a two-layer model in both number types."""
+    """Against float32: the same examples, a two-layer model in both number types."""
     import copy
 
     from minigrpo.models.loss_scale import LossScale
-    from minigrpo.models.sft import scaled_gradient
+    from minigrpo.models.sft import accumulate_scaled
 
     exact = build_model("qwen2")
     half = copy.deepcopy(exact).half()
-    lessons = [Lesson((5, 6, 7), tuple(range(8, 40))) for _ in range(64)]
-    accumulate(exact, lessons)
-    loss, scale = scaled_gradient(half, lessons, None, LossScale(2.0**24, 0, True))
+    examples = [SftExample((5, 6, 7), tuple(range(8, 40))) for _ in range(64)]
+    accumulate_sft(exact, examples)
+    loss, scale = accumulate_scaled(half, examples, None, LossScale(2.0**24, 0, True))
     assert scale.scale < 2.0**24
     assert math.isfinite(loss)
     for fine, coarse in zip(exact.parameters(), half.parameters(), strict=True):

@@ -12,11 +12,11 @@ from minigrpo.config.schema import Recipe
 from minigrpo.models.chat_template import check_tokenizer, render
 from minigrpo.models.embedded import seedling, sudoku_demos
 from minigrpo.models.embedded.sudoku_programs import VARIABLE_NAMES, make_strategies
-from minigrpo.models.sft import Schedule
+from minigrpo.models.sft import SftSchedule
 from minigrpo.runs.rundir import digest
 from minigrpo.tasks.registry import open_task
 
-QUICK = replace(seedling.parse_blueprint("seedling:coder", seed=0), imitation=Schedule(steps=2, rows=2, lr=1e-3))
+QUICK = replace(seedling.parse_blueprint("seedling:coder", seed=0), imitation=SftSchedule(steps=2, rows=2, lr=1e-3))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigrpo.delivery.parity.compare import as_loaded
-from minigrpo.models.model_files import for_other_readers, tokens_for_other_readers
+from minigrpo.models.model_files import compatible_config, compatible_tokenizer_config
 from tests.helpers.exported import bpe_tokenizer, merged_run
 
 YARN = {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 8.0, "original_max_position_embeddings": 32}
@@ -70,7 +70,7 @@ def test_transformers_4_says_what_transformers_5_says(
     assert said["rendered"].tolist() == own["input_ids"]
 
 
-def test_further_special_tokens_stand_under_the_name_that_both_know(tmp_path: Path) -> None:
+def test_extra_special_tokens_have_the_name_that_both_know(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = bpe_tokenizer()
@@ -82,12 +82,12 @@ def test_further_special_tokens_stand_under_the_name_that_both_know(tmp_path: Pa
     assert merged.extra_special_tokens == tokenizer.extra_special_tokens
     assert merged.all_special_tokens == base.all_special_tokens
     named = {"extra_special_tokens": {"image_token": "[IMG]"}, "tokenizer_class": "Qwen2Tokenizer"}
-    assert tokens_for_other_readers(named) == named
-    assert tokens_for_other_readers({"extra_special_tokens": []}) == {}
+    assert compatible_tokenizer_config(named) == named
+    assert compatible_tokenizer_config({"extra_special_tokens": []}) == {}
 
 
 @pytest.mark.parametrize("rope", [YARN, LLAMA3])
-def test_a_rotation_that_is_stretched_stands_where_older_readers_look(tmp_path: Path, rope: dict[str, Any]) -> None:
+def test_scaled_rope_settings_are_where_older_readers_look(tmp_path: Path, rope: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     run = merged_run(tmp_path / "mine", "llama", rope_parameters=dict(rope))
@@ -95,5 +95,5 @@ def test_a_rotation_that_is_stretched_stands_where_older_readers_look(tmp_path: 
     assert {**written["rope_scaling"], "rope_theta": written["rope_theta"]} == written["rope_parameters"]
     base, merged = (AutoConfig.from_pretrained(path) for path in (f"{run.path}-base", run.merged))
     assert base.rope_parameters == merged.rope_parameters
-    assert for_other_readers(written, None) == written
-    assert "rope_scaling" not in for_other_readers({"rope_parameters": PLAIN}, None)
+    assert compatible_config(written, None) == written
+    assert "rope_scaling" not in compatible_config({"rope_parameters": PLAIN}, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minigrpo.models.policy import Policy, decoder
+from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.rollouts.engines import kv_cache
 from minigrpo.rollouts.engines.decoder import Decoder
 from minigrpo.rollouts.engines.kv_cache import OwnPrompts, SharedPrompts, cache_class
@@ -27,7 +27,7 @@ def said(policy: Policy, limit: int = LIMIT) -> list[Completion]:
 
 def lean_of(arch: str = "qwen2", **config: int) -> Decoder:
     policy = make_policy(arch, **config)
-    return Decoder(decoder(policy.model), policy.model.get_output_embeddings())
+    return Decoder(decoder_of(policy.model), policy.model.get_output_embeddings())
 
 
 @pytest.mark.parametrize("first_slots", [1, 3, 64])

@@ -24,7 +24,7 @@ from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
-from minigrpo.models.vllm_compat import lora_room
+from minigrpo.models.vllm_compat import vllm_max_lora_rank
 from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, open_vllm
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
@@ -212,7 +212,7 @@ def test_without_vllm_the_ways_out_are_named() -> None:
 
 
 def test_ranks_are_rounded_up_to_what_vllm_takes() -> None:
-    assert [lora_room(rank) for rank in (1, 8, 9, 200, 512, 513)] == [1, 8, 16, 256, 512, None]
+    assert [vllm_max_lora_rank(rank) for rank in (1, 8, 9, 200, 512, 513)] == [1, 8, 16, 256, 512, None]
 
 
 def test_a_rank_beyond_what_vllm_takes_is_refused_before_any_server_is_asked() -> None:

@@ -21,7 +21,7 @@ EVERYTHING = 10_000
 
 def bent(**knobs: Any) -> Objective:
     made = ObjectiveConfig(**knobs)
-    return OBJECTIVES[made.name].with_knobs(made, inexact_sampler=False)
+    return OBJECTIVES[made.name].with_config(made, inexact_sampler=False)
 
 
 def sampled_by(policy: Policy, groups: list[Group]) -> list[Group]:

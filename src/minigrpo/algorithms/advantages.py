@@ -1,6 +1,6 @@
-"""Rewards -> advantages: what each completion earned, compared with its siblings.
+"""Turn rewards into advantages: what each completion earned, compared with its siblings.
 
-Shapes: P prompts, G siblings, F reward functions. A reward of NaN could not be told: it takes no part in any mean, and
+Shapes: P prompts, G siblings, F reward functions. A reward of NaN is unknown: it takes no part in any mean, and
 its advantage is 0.
 """
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from minigrpo.types import Group
 
-TIE = 1e-6
+TIE_TOLERANCE = 1e-6
 """Rewards closer than this are the same reward: noise over a tiny deviation would pass for a huge advantage."""
 
-EPSILON = 1e-4
+STD_EPSILON = 1e-4
 """Added to a deviation before it divides. TRL's value; the papers leave it open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """`total_PG` is what was earned; `parts_FPG` each reward function, unweighted, NaN where it did not apply."""
+    """Rewards of a batch. `parts_FPG`: of each reward function, unweighted, NaN where it did not apply."""
 
     total_PG: Tensor
     parts_FPG: Tensor
@@ -42,43 +42,43 @@ class Rewards:
 
     @classmethod
     def only(cls, total_PG: Tensor) -> Rewards:
-        """One reward function, of weight 1."""
+        """Make the rewards of a single reward function, of weight 1."""
         return cls(total_PG, total_PG[None], torch.ones(1, dtype=total_PG.dtype))
 
 
-def centered(rewards: Rewards, tie: float = TIE) -> Tensor:
-    """R - mean of the group; exactly 0 where all siblings tie. Dr. GRPO, arXiv 2503.20783, section 3.2."""
-    return centered_in_groups(rewards.total_PG, tie)
+def centered(rewards: Rewards, tie: float = TIE_TOLERANCE) -> Tensor:
+    """Return R - mean of the group; exactly 0 where all siblings tie. Dr. GRPO, arXiv 2503.20783, section 3.2."""
+    return _center_groups(rewards.total_PG, tie)
 
 
-def standardized(rewards: Rewards, tie: float = TIE) -> Tensor:
-    """(R - mean) / (std + 1e-4) in each group, std over G - 1. GRPO, arXiv 2402.03300, section 4.1.2."""
-    return standardized_in_groups(rewards.total_PG, tie)
+def standardized(rewards: Rewards, tie: float = TIE_TOLERANCE) -> Tensor:
+    """Return (R - mean) / (std + 1e-4) in each group, std over G - 1. GRPO, arXiv 2402.03300, section 4.1.2."""
+    return _standardize_groups(rewards.total_PG, tie)
 
 
-def batch_standardized(rewards: Rewards, tie: float = TIE) -> Tensor:
-    """(R - mean of the group) / (std of the batch + 1e-4): an easy group and a hard one keep their own spreads.
+def batch_standardized(rewards: Rewards, tie: float = TIE_TOLERANCE) -> Tensor:
+    """Return (R - mean of the group) / (std of the batch + 1e-4).
 
-    "Lite PPO", arXiv 2508.08221, section 4.
+    An easy group and a hard one keep their own spreads. "Lite PPO", arXiv 2508.08221, section 4.
     """
-    return centered_in_groups(rewards.total_PG, tie) / (deviation(rewards.total_PG.flatten()[None]) + EPSILON)
+    return _center_groups(rewards.total_PG, tie) / (_sample_std(rewards.total_PG.flatten()[None]) + STD_EPSILON)
 
 
-def gdpo(rewards: Rewards, tie: float = TIE) -> Tensor:
-    """Each reward function in deviations of its own in the group; weighted sum; then standardised over the batch.
+def gdpo(rewards: Rewards, tie: float = TIE_TOLERANCE) -> Tensor:
+    """Standardise each reward function in its group, take the weighted sum, standardise that over the batch.
 
-    A tie in the sum is not a tie in the parts, so such groups still teach. The scale of a reward function is lost:
-    its weight alone says what it counts. GDPO, arXiv 2601.05242, equations 4 to 6.
+    A tie in the sum is not a tie in the parts, so such groups still have a gradient. The scale of a reward function
+    is lost: only its weight counts. GDPO, arXiv 2601.05242, equations 4 to 6.
     """
-    parts_FPG = torch.stack([standardized_in_groups(part_PG, tie) for part_PG in rewards.parts_FPG])
+    parts_FPG = torch.stack([_standardize_groups(part_PG, tie) for part_PG in rewards.parts_FPG])
     sum_PG = (rewards.weights_F[:, None, None] * parts_FPG).sum(0)
     sum_PG = sum_PG.masked_fill(rewards.total_PG.isnan(), torch.nan)
-    advantages_PG = (sum_PG - sum_PG.nanmean()) / (deviation(sum_PG.flatten()[None]) + EPSILON)
+    advantages_PG = (sum_PG - sum_PG.nanmean()) / (_sample_std(sum_PG.flatten()[None]) + STD_EPSILON)
     # Without this a group in which nothing differs would keep the rounding of the batch's mean.
     return torch.where((parts_FPG != 0).any(0).any(1, True), advantages_PG, 0.0).nan_to_num(0.0)
 
 
-def centered_in_groups(rewards_PG: Tensor, tie: float) -> Tensor:
+def _center_groups(rewards_PG: Tensor, tie: float) -> Tensor:
     known_PG = ~rewards_PG.isnan()
     highest_P1 = rewards_PG.nan_to_num(-torch.inf).amax(1, True)
     lowest_P1 = torch.where(known_PG, rewards_PG, torch.inf).amin(1, True)
@@ -86,12 +86,12 @@ def centered_in_groups(rewards_PG: Tensor, tie: float) -> Tensor:
     return torch.where(differs_PG, rewards_PG - rewards_PG.nanmean(1, True), 0.0)
 
 
-def standardized_in_groups(rewards_PG: Tensor, tie: float) -> Tensor:
-    return centered_in_groups(rewards_PG, tie) / (deviation(rewards_PG) + EPSILON)
+def _standardize_groups(rewards_PG: Tensor, tie: float) -> Tensor:
+    return _center_groups(rewards_PG, tie) / (_sample_std(rewards_PG) + STD_EPSILON)
 
 
-def deviation(values_PG: Tensor) -> Tensor:
-    """[P, 1] sample standard deviation (n - 1) of the known values of each row; 0 where there are fewer than two."""
+def _sample_std(values_PG: Tensor) -> Tensor:
+    """Return the [P, 1] sample standard deviation (n - 1) of each row's known values; 0 for fewer than two."""
     known_P1 = (~values_PG.isnan()).sum(1, True)
     squares_P1 = (values_PG - values_PG.nanmean(1, True)).square().nansum(1, True)
     return torch.where(known_P1 > 1, squares_P1 / (known_P1 - 1).clamp(min=1), 0.0).sqrt()

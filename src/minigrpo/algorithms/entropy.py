@@ -1,4 +1,4 @@
-"""Keeping a policy from becoming certain too early: how much the entropy bonus weighs, and which tokens are learned."""
+"""Keep a policy from becoming certain too early: the weight of the entropy bonus, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from minigrpo.config.schema import ObjectiveConfig
 
-STRIDES = 20
+BONUS_STRIDES = 20
 """Steps in which an adaptive bonus goes from nothing to its largest weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntropyBonus:
-    """The weight of the bonus from step to step.
+    """The weight of the entropy bonus from step to step.
 
     With a target it rises by a stride after every step whose entropy was at or below it, sinks after the others, and
     counts only while entropy is at or below it: c_{k+1} = c_k +- stride, alpha_k = c_k [e_k <= target]. Skywork-OR1,
@@ -26,31 +26,35 @@ class EntropyBonus:
 
     largest: float
     target: float | None
-    rising: float = 0.0
-    last: float = math.inf
+    adaptive_weight: float = 0.0
+    last_entropy: float = math.inf
 
     @classmethod
-    def of(cls, knobs: ObjectiveConfig) -> EntropyBonus:
-        return cls(knobs.entropy, knobs.entropy_target)
+    def of(cls, config: ObjectiveConfig) -> EntropyBonus:
+        return cls(config.entropy, config.entropy_target)
 
     @property
     def weight(self) -> float:
         if self.target is None:
             return self.largest
-        return self.rising if self.last <= self.target else 0.0
+        return self.adaptive_weight if self.last_entropy <= self.target else 0.0
 
     def after(self, entropy: float | None) -> EntropyBonus:
-        """The bonus of the next step; `entropy` is that of this one, in nats, or None where nothing was scored."""
+        """Return the bonus of the next step. `entropy`: of this step, in nats, or None where nothing was scored."""
         if self.target is None or entropy is None:
             return self
-        stride = self.largest / STRIDES * (1 if entropy <= self.target else -1)
-        return replace(self, rising=min(max(self.rising + stride, 0.0), self.largest), last=entropy)
+        stride = self.largest / BONUS_STRIDES * (1 if entropy <= self.target else -1)
+        return replace(
+            self, adaptive_weight=min(max(self.adaptive_weight + stride, 0.0), self.largest), last_entropy=entropy
+        )
 
 
 def chosen_tokens(entropies: Sequence[Tensor], counted: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Which tokens of each micro-batch belong to the `share` of highest entropy among the `counted` ones of the batch.
+    """Tell for each token whether it is in the `share` of highest entropy among the `counted` tokens of the batch.
 
-    The forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
+    One mask for each micro-batch.
+
+    These forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
     """
     pairs = list(zip(entropies, counted, strict=True))
     known_N = torch.cat([entropy_N[counted_N] for entropy_N, counted_N in pairs]) if pairs else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""What the length of a completion costs, as a part of its reward beside the task's own."""
+"""The length penalty: a part of a completion's reward beside the task's own parts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from minigrpo.types import Grade, Group
 
 
 def with_overlong_penalty(groups: Sequence[Group], cache: int, limit: int) -> list[Group]:
-    """Soft overlong punishment: 0 up to `limit - cache` tokens, then linearly down to -1 at `limit`.
+    """Add the soft overlong punishment to the grades, as the reward part "overlong".
 
-    DAPO, arXiv 2503.14476, equation 13. It is logged as the reward part "overlong".
+    It is 0 up to `limit - cache` tokens, then falls linearly to -1 at `limit`. DAPO, arXiv 2503.14476, equation 13.
     """
-    return [replace(group, grades=_shaped(group, cache, limit)) for group in groups] if cache else list(groups)
+    return (
+        [replace(group, grades=_penalized_grades(group, cache, limit)) for group in groups] if cache else list(groups)
+    )
 
 
-def _shaped(group: Group, cache: int, limit: int) -> tuple[Grade, ...]:
+def _penalized_grades(group: Group, cache: int, limit: int) -> tuple[Grade, ...]:
     pairs = zip(group.grades, group.completions, strict=True)
-    return tuple(_with_part(grade, penalty(len(one.token_ids), cache, limit)) for grade, one in pairs)
+    return tuple(
+        _with_part(grade, overlong_penalty(len(completion.token_ids), cache, limit)) for grade, completion in pairs
+    )
 
 
-def penalty(length: int, cache: int, limit: int) -> float:
+def overlong_penalty(length: int, cache: int, limit: int) -> float:
     return min(0.0, max(-1.0, (limit - cache - length) / cache))
 
 

@@ -1,4 +1,4 @@
-"""Groups -> one row of tokens in which every prompt stands once. The arithmetic of "one group, one sequence".
+"""Pack groups into one row of tokens in which every prompt stands once.
 
 The log-probability of a completion's token n depends on the prompt and on the tokens before n. So a completion is fed
 as [last prompt token, c0, ..., c(n-2)]: each position is scored, none is wasted, and what siblings share is the prompt
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from minigrpo.algorithms.advantages import Rewards
-from minigrpo.algorithms.objective import Objective, per_token
+from minigrpo.algorithms.objective import Objective, per_token_weights
 from minigrpo.types import Group
 
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """Some or all siblings of one group, as token ids. `group` and `siblings` are their places in the batch."""
+    """Some or all siblings of one group, as token ids. `index` and `siblings` are their positions in the batch."""
 
-    group: int
+    index: int
     prompt_ids: tuple[int, ...]
     siblings: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -38,13 +38,16 @@ class PackedGroup:
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the model."""
+        """Count the tokens that pass through the model."""
         return len(self.prompt_ids) - 1 + sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the tokens of a row belong: the lengths from which positions and attention follow."""
+    """The lengths in a packed row, from which positions and attention follow.
+
+    `shared_M`: shared prompt tokens of each group; `own_MG`: tokens of each completion.
+    """
 
     shared_M: tuple[int, ...]
     own_MG: tuple[tuple[int, ...], ...]
@@ -64,13 +67,13 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A micro-batch: bundles with equally many siblings each, and what the loss needs to know of their N tokens.
+    """Groups with equally many siblings each, and what the loss needs to know of their N tokens.
 
-    `shares_N`: what each token counts in a plain mean over the batch (the entropy bonus), 0 where it is left out.
+    `shares_N`: the weight of each token in a plain mean over the batch (the entropy bonus), 0 where it is left out.
     `chosen_N`: the tokens that the policy learns from, where those are not all.
     """
 
-    bundles: tuple[PackedGroup, ...]
+    groups: tuple[PackedGroup, ...]
     advantages_N: Tensor
     weights_N: Tensor
     shares_N: Tensor
@@ -81,49 +84,49 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        return sum(bundle.tokens for bundle in self.bundles)
+        return sum(group.tokens for group in self.groups)
 
     @property
     def lengths(self) -> list[int]:
-        """Of the completions, whose sum is N."""
-        return [n for bundle in self.bundles for n in bundle.lengths]
+        """Return the length of each completion; they sum to N."""
+        return [n for group in self.groups for n in group.lengths]
 
     @property
     def layout(self) -> PackedLayout:
         return PackedLayout(
-            tuple(len(bundle.prompt_ids) - 1 for bundle in self.bundles),
-            tuple(bundle.lengths for bundle in self.bundles),
+            tuple(len(group.prompt_ids) - 1 for group in self.groups),
+            tuple(group.lengths for group in self.groups),
         )
 
     @property
     def labels(self) -> list[int]:
-        """The N sampled tokens."""
-        return [token for bundle in self.bundles for completion in bundle.completions for token in completion]
+        """Return the N sampled tokens."""
+        return [token for group in self.groups for completion in group.completions for token in completion]
 
-    def row(self) -> tuple[list[int], list[int]]:
-        """T input ids and their positions; positions go on from the prompt for every completion."""
-        ids = [token for bundle in self.bundles for token in bundle.prompt_ids[:-1]]
-        positions = [place for bundle in self.bundles for place in range(len(bundle.prompt_ids) - 1)]
-        for bundle in self.bundles:
-            start = len(bundle.prompt_ids) - 1
-            for completion in bundle.completions:
-                ids += (bundle.prompt_ids[-1], *completion[:-1])
+    def input_row(self) -> tuple[list[int], list[int]]:
+        """Return T input ids and their positions; those of every completion continue its prompt's."""
+        ids = [token for group in self.groups for token in group.prompt_ids[:-1]]
+        positions = [n for group in self.groups for n in range(len(group.prompt_ids) - 1)]
+        for group in self.groups:
+            start = len(group.prompt_ids) - 1
+            for completion in group.completions:
+                ids += (group.prompt_ids[-1], *completion[:-1])
                 positions += range(start, start + len(completion))
         return ids, positions
 
-    def names(self) -> Tensor:
-        """[T, 3] (group, sibling or -1 for the shared prompt, position): a token has the same name in any row."""
-        names = [(b.group, -1, place) for b in self.bundles for place in range(len(b.prompt_ids) - 1)]
-        for bundle in self.bundles:
-            start = len(bundle.prompt_ids) - 1
-            for sibling, completion in zip(bundle.siblings, bundle.completions, strict=True):
-                names += [(bundle.group, sibling, start + n) for n in range(len(completion))]
+    def token_names(self) -> Tensor:
+        """Return [T, 3]: (group, sibling or -1 for the shared prompt, position), the same for a token in any row."""
+        names = [(group.index, -1, n) for group in self.groups for n in range(len(group.prompt_ids) - 1)]
+        for group in self.groups:
+            start = len(group.prompt_ids) - 1
+            for sibling, completion in zip(group.siblings, group.completions, strict=True):
+                names += [(group.index, sibling, start + n) for n in range(len(completion))]
         return torch.tensor(names).reshape(-1, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All groups of a step with their advantages and weights, which no later cut changes."""
+    """All groups of a step with their advantages and weights, which no later split changes."""
 
     groups: tuple[Group, ...]
     advantages_PG: Tensor
@@ -133,52 +136,52 @@ class Batch:
 
     @property
     def teaches_P(self) -> Tensor:
-        """Which groups pull the policy by their advantages."""
+        """Tell which groups have a gradient from their advantages."""
         return ((self.advantages_PG != 0) & (self.weights_PG != 0)).any(1)
 
     @property
     def teaches(self) -> bool:
-        """Whether siblings differ anywhere."""
+        """Tell whether any group has a gradient from its advantages."""
         return bool(self.teaches_P.any())
 
     @property
     def moves(self) -> bool:
-        """Whether any completion pulls the policy anywhere."""
+        """Tell whether the batch has any gradient at all, a KL term or an entropy bonus included."""
         return self.teaches or (self.needs_all and bool((self.weights_PG != 0).any()))
 
     def split(self, tokens_per_pass: int) -> Iterator[MicroBatch]:
-        """Micro-batches of at most `tokens_per_pass` tokens (a single completion may exceed it: it cannot be cut).
+        """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
 
         A group whose siblings all tie has zero gradient and is left out, unless a KL term or an entropy bonus
-        pulls on it.
+        applies to it.
         """
         waiting: list[PackedGroup] = []
-        for bundle in self._bundles():
-            if waiting and sum(b.tokens for b in waiting) + bundle.tokens > tokens_per_pass:
-                yield self._part(waiting)
+        for group in self._packed_groups():
+            if waiting and sum(other.tokens for other in waiting) + group.tokens > tokens_per_pass:
+                yield self._micro_batch(waiting)
                 waiting = []
-            if bundle.tokens > tokens_per_pass:
-                yield from (self._part([piece]) for piece in split_group(bundle, tokens_per_pass))
+            if group.tokens > tokens_per_pass:
+                yield from (self._micro_batch([part]) for part in split_group(group, tokens_per_pass))
             else:
-                waiting.append(bundle)
+                waiting.append(group)
         if waiting:
-            yield self._part(waiting)
+            yield self._micro_batch(waiting)
 
-    def _bundles(self) -> Iterator[PackedGroup]:
+    def _packed_groups(self) -> Iterator[PackedGroup]:
         for index, (group, teaches) in enumerate(zip(self.groups, self.teaches_P.tolist(), strict=True)):
             if teaches or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
                 yield PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids)
 
-    def _part(self, bundles: Sequence[PackedGroup]) -> MicroBatch:
-        places = [(b.group, sibling) for b in bundles for sibling in b.siblings]
-        lengths_B = torch.tensor([n for b in bundles for n in b.lengths])
+    def _micro_batch(self, groups: Sequence[PackedGroup]) -> MicroBatch:
+        places = [(group.index, sibling) for group in groups for sibling in group.siblings]
+        lengths_B = torch.tensor([n for group in groups for n in group.lengths])
         advantages_B = torch.stack([self.advantages_PG[place] for place in places])
         weights_B = torch.stack([self.weights_PG[place] for place in places])
         shares_B = torch.stack([self.shares_PG[place] for place in places])
         engine = [lp for group, sibling in places for lp in self.groups[group].completions[sibling].logprobs]
         return MicroBatch(
-            tuple(bundles),
+            tuple(groups),
             advantages_B.repeat_interleave(lengths_B),
             weights_B.repeat_interleave(lengths_B),
             shares_B.repeat_interleave(lengths_B),
@@ -187,7 +190,10 @@ class Batch:
 
 
 def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
-    """Rewards -> advantages, lengths -> weights, once over the whole batch. `longest`: the completion limit."""
+    """Compute advantages from rewards, and weights from lengths, once over the whole batch.
+
+    `longest`: the completion limit.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths_B = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     kept = [not (objective.mask_truncated and completion.finish == "length") for completion in completions]
@@ -197,18 +203,18 @@ def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
         tuple(groups),
         advantages_PG,
         objective.weights(lengths_B, kept_B, longest).view_as(advantages_PG),
-        per_token(lengths_B, kept_B, longest).view_as(advantages_PG),
+        per_token_weights(lengths_B, kept_B, longest).view_as(advantages_PG),
         needs_all=objective.needs_all,
     )
 
 
-def split_group(bundle: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
-    """A group too long for one pass, as pieces of its siblings; each piece pays for the prompt again."""
+def split_group(group: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGroup]:
+    """Split a group that is too long for one pass by its siblings; each part includes the prompt again."""
     start = 0
-    while start < len(bundle.siblings):
-        stop, room = start, tokens_per_pass - (len(bundle.prompt_ids) - 1)
-        while stop < len(bundle.siblings) and (stop == start or bundle.lengths[stop] <= room):
-            room -= bundle.lengths[stop]
+    while start < len(group.siblings):
+        stop, room = start, tokens_per_pass - (len(group.prompt_ids) - 1)
+        while stop < len(group.siblings) and (stop == start or group.lengths[stop] <= room):
+            room -= group.lengths[stop]
             stop += 1
-        yield PackedGroup(bundle.group, bundle.prompt_ids, bundle.siblings[start:stop], bundle.completions[start:stop])
+        yield PackedGroup(group.index, group.prompt_ids, group.siblings[start:stop], group.completions[start:stop])
         start = stop

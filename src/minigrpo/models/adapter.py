@@ -1,4 +1,4 @@
-"""An adapter as arithmetic: which low-rank pair stands beside a linear layer, in a model and in PEFT's files."""
+"""LoRA adapters as numbers: the low-rank pair of each linear layer, in a model and in PEFT's files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.safetensors_io import Stored, read_header
+from minigrpo.models.safetensors_io import StoredTensor, read_header
 
-PREFIX = "base_model.model."
-KEYS = {
+_PEFT_PREFIX = "base_model.model."
+_TENSOR_ENDINGS = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"},
     **{".lora_magnitude_vector.weight": "magnitude", ".lora_embedding_A": "A", ".lora_embedding_B": "B"},
 }
-"""How PEFT ends the names of a layer's parts."""
+"""Endings of tensor names in PEFT's files, and the part of the adapter that each stands for."""
 
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
-"""Ways to begin that take something away from the base's own weights: base + adapter is then not what was trained."""
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_base")
+"""Initialisations that change the base's own weights: base + adapter is then not what was trained."""
 
-ONLY_PLAIN = {
+_UNSUPPORTED_OPTIONS = {
     "target_parameters": "adapts parameters that are no layers",
     "trainable_token_indices": "trains single rows of the embedding",
     "layer_replication": "repeats layers of its base",
@@ -36,10 +36,10 @@ ONLY_PLAIN = {
 }
 
 
-def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, in], B [out, r], scale) of the active PEFT LoRA adapter on a layer; None for a bare or switched-off one.
+def active_lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Return (A [r, in], B [out, r], scale) of a layer's active PEFT LoRA adapter; None where there is none.
 
-    The layer computes x W' + scale * (x A') B'. Raises ModelError for adapters that are more than one such pair.
+    The layer computes x W' + scale * (x A') B'. Raise ModelError for adapters that are more than one such pair.
     """
     if not hasattr(module, "lora_A") or module.disable_adapters:
         return None
@@ -53,23 +53,24 @@ def low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """What stands beside one layer, on the disk. The weight becomes W + scale B A; with a magnitude m (DoRA), each
-    row of that is given the length that m says.
+class LoraPair:
+    """The adapter of one layer, as stored on the disk.
 
-    `flipped`: the weight is stored as [in, out], so what is added to it is the transposed product.
+    The weight becomes W + scale B A; with a magnitude m (DoRA), each row of that is rescaled to the norm in m.
+
+    `flipped`: the weight is stored as [in, out], so the transposed product is added to it.
     """
 
     module: str
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     scale: float
-    magnitude: Stored | None = None
+    magnitude: StoredTensor | None = None
     flipped: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it belongs to."""
+        """Return the shape of the weight that the pair is added to."""
         rows, columns = self.b.shape[0], self.a.shape[1]
         return (columns, rows) if self.flipped else (rows, columns)
 
@@ -78,7 +79,7 @@ class Pair:
         return self.a.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(left, right) in float32: left @ right is what is added to the weight. Raises ArtifactError on NaN."""
+        """Return (left, right) in float32: left @ right is added to the weight. Raise ArtifactError on NaN."""
         a_RI, b_OR = self.a.read().float(), self.b.read().float()
         for stored, values in ((self.a, a_RI), (self.b, b_OR)):
             if not torch.isfinite(values).all():
@@ -91,12 +92,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """PEFT's files, read as far as their names and shapes. `pairs` by module, `whole` by parameter, as in memory."""
+    """An adapter's files: names and shapes, no values.
+
+    `pairs` by module; `whole`: tensors that replace a parameter of the base, by its name in memory.
+    """
 
     folder: Path
     config: Mapping[str, Any]
-    pairs: Mapping[str, Pair]
-    whole: Mapping[str, Stored]
+    pairs: Mapping[str, LoraPair]
+    whole: Mapping[str, StoredTensor]
 
     @property
     def base(self) -> str | None:
@@ -104,24 +108,27 @@ class Adapter:
 
     @property
     def targets(self) -> str | list[str]:
-        """A pattern of module names, or the ends that they may have."""
+        """Return a pattern of module names, or the endings that they may have."""
         targets = self.config.get("target_modules") or []
         return targets if isinstance(targets, str) else sorted(targets)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises ArtifactError where a file is missing or damaged, ModelError for a kind that is not understood."""
-    config = adapter_config(folder)
+    """Read an adapter folder.
+
+    Raise ArtifactError where a file is missing or damaged, ModelError for a kind of adapter that is not supported.
+    """
+    config = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing. Copy or download the adapter again, or train it.")
-    parts: dict[str, dict[str, Stored]] = {}
-    whole: dict[str, Stored] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    whole: dict[str, StoredTensor] = {}
     for key, stored in read_header(file).tensors.items():
-        name = key.removeprefix(PREFIX)
-        end = next((end for end in KEYS if name.endswith(end)), None)
+        name = key.removeprefix(_PEFT_PREFIX)
+        end = next((end for end in _TENSOR_ENDINGS if name.endswith(end)), None)
         if end is not None:
-            parts.setdefault(name.removesuffix(end), {})[KEYS[end]] = stored
+            parts.setdefault(name.removesuffix(end), {})[_TENSOR_ENDINGS[end]] = stored
         elif ".lora_" in name or "trainable_tokens" in name:
             raise ModelError(f"{file} holds {key}, which is no part of a plain or DoRA adapter.")
         else:
@@ -134,7 +141,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, pairs, whole)
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -145,11 +152,11 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ModelError(f"{file} is of type {kind}; only LoRA and its variants DoRA and rsLoRA are understood.")
-    for name, what in ONLY_PLAIN.items():
+    for name, what in _UNSUPPORTED_OPTIONS.items():
         if config.get(name):
             raise ModelError(f"The adapter {folder} {what}, which cannot be read here. Merge it with PEFT.")
     begun = str(config.get("init_lora_weights", "")).lower()
-    if begun.startswith(CHANGES_THE_BASE):
+    if begun.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise ModelError(
             f"The adapter {folder} began as {begun}, which changes the base's own weights. Save it again with PEFT's "
             "path_initial_model_for_weight_conversion, which makes a plain adapter of it."
@@ -157,7 +164,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _pair(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], file: Path) -> Pair:
+def _pair(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any], file: Path) -> LoraPair:
     if missing := sorted({"A", "B"} - parts.keys()):
         raise ArtifactError(f"{file} has no lora_{missing[0]} for {module}: half of the adapter is missing.")
     a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
@@ -171,11 +178,11 @@ def _pair(module: str, parts: Mapping[str, Stored], config: Mapping[str, Any], f
     alpha = _alpha(module, config)
     rank = a.shape[0]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(module, a, b, scale, magnitude, flipped)
+    return LoraPair(module, a, b, scale, magnitude, flipped)
 
 
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
-    """The rank itself stands in the tensors; only alpha must be looked up, by PEFT's own rule."""
+    """Return a module's alpha by PEFT's own rule. (Its rank is the tensors' shape.)"""
     pattern = config.get("alpha_pattern") or {}
     if not pattern:
         return float(config["lora_alpha"])
@@ -185,8 +192,8 @@ def _alpha(module: str, config: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class PairFacts:
-    """Figures of one pair: Frobenius norms, share of exact zeros in A and B together, what it adds to the weight."""
+class PairStats:
+    """Statistics of one pair: Frobenius norms of A, B and their product, and the share of exact zeros in A and B."""
 
     module: str
     rank: int
@@ -198,12 +205,12 @@ class PairFacts:
 
     @property
     def untrained(self) -> bool:
-        """B is zero at the start, and one gradient moves all of it."""
+        """Tell whether B is still zero, as at the start: one gradient step changes all of it."""
         return self.finite and self.norm_b == 0
 
 
-def facts_of(pair: Pair) -> PairFacts:
-    """The norm of B A without the product: its square is the trace of (A A')(B' B), of rank x rank."""
+def pair_stats(pair: LoraPair) -> PairStats:
+    """Measure a pair. The squared norm of B A is the trace of (A A')(B' B), rank x rank: no need of the product."""
     a_RI, b_OR = pair.a.read().double(), pair.b.read().double()
     finite = bool(torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all())
     finite = finite and (pair.magnitude is None or bool(torch.isfinite(pair.magnitude.read()).all()))
@@ -211,4 +218,4 @@ def facts_of(pair: Pair) -> PairFacts:
     square = float(((a_RI @ a_RI.T) * (b_OR.T @ b_OR)).sum()) if finite else math.nan
     delta = pair.scale * math.sqrt(max(0.0, square)) if finite else math.nan
     norms = (float(a_RI.norm()), float(b_OR.norm())) if finite else (math.nan, math.nan)
-    return PairFacts(pair.module, pair.rank, *norms, delta, zeros, finite)
+    return PairStats(pair.module, pair.rank, *norms, delta, zeros, finite)

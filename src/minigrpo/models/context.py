@@ -1,4 +1,4 @@
-"""What a model's config says of text: its architecture, and whether a prompt leaves room for an answer. No torch."""
+"""Read a model's config: its text architecture, and whether a prompt leaves room for an answer. No torch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from minigrpo.models.chat_template import render
 from minigrpo.types import Prompt, Rendered
 
 CAUSAL_DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"})
-"""Every layer is plain causal attention through transformers' attention interface, with or without a sliding window:
-what passes from token to token passes through attention alone. So siblings can share a row, and `engines.lean` can run
-the model."""
-WRAPPERS = frozenset({"mistral3"})
-"""Models for text and pictures that hand text to the text model inside them unchanged."""
+"""Decoders whose every layer is plain causal attention through transformers' attention interface, with or without a
+sliding window: tokens affect one another through attention alone. So siblings can share a row, and the native engine's
+decoder can run the model."""
+MULTIMODAL_WRAPPERS = frozenset({"mistral3"})
+"""Models for text and images that pass text unchanged to the text model inside them."""
 
 
 def text_config(config: Any) -> Any:
-    """The config whose model_type says what happens to text: of a wrapper, that of the text model inside it."""
-    return config.get_text_config() if config.model_type in WRAPPERS else config
+    """Return the config of the text model: of a multimodal wrapper, that of the model inside it."""
+    return config.get_text_config() if config.model_type in MULTIMODAL_WRAPPERS else config
 
 
-def context_of(model: Any) -> int | None:
-    """Tokens that the model can read at once; None where its config does not say (a recurrent model may read any)."""
+def context_length(model: Any) -> int | None:
+    """Return how many tokens the model can read at once; None where its config does not say (a recurrent model)."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def check_room(prompts: Sequence[Rendered], max_tokens: int, context: int | None) -> None:
-    """Raises ModelError for the first prompt whose longest answer would not fit."""
+    """Raise ModelError for the first prompt whose longest answer would not fit the context."""
     for asked in prompts if context is not None else ():
         room = context - len(asked.ids)  # type: ignore[operator]
         if room < max_tokens:
@@ -42,10 +42,10 @@ def check_room(prompts: Sequence[Rendered], max_tokens: int, context: int | None
 
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: Any, max_tokens: int, model: Any) -> None:
-    """`check_room` before a run begins, for every prompt that it may ask."""
-    check_room([render(tokenizer, prompt) for prompt in prompts], max_tokens, context_of(model))
+    """Run `check_room` before a run begins, on every prompt that it may use."""
+    check_room([render(tokenizer, prompt) for prompt in prompts], max_tokens, context_length(model))
 
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: Any) -> int:
-    """Tokens."""
+    """Return the length of the longest prompt in tokens."""
     return max(len(render(tokenizer, prompt).ids) for prompt in prompts)

@@ -1,4 +1,4 @@
-"""From a path to a model and its tokenizer: folders, Hub ids and the embedded model, with faults told as sentences."""
+"""Load a model and its tokenizer from a folder, a Hub id or the embedded model, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import QUESTION, check_tokenizer, render, set_options
-from minigrpo.models.quantize import in_four_bit
+from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer, render, set_template_options
+from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """An ordinary transformers model with its tokenizer. `warnings`: what may go wrong with its chat template."""
 
     model: Any
@@ -45,27 +45,32 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU."""
+    """Return the dtype of that name.
+
+    "auto": bfloat16 where the GPU has it in hardware (a T4 only emulates it: float16 there), float32 on a CPU.
+    """
     if name != "auto":
-        if device.type == "cpu" and DTYPES[name] != torch.float32:
-            check_instructions(name)
-        return DTYPES[name]
+        if device.type == "cpu" and TORCH_DTYPES[name] != torch.float32:
+            check_dtype_support(name)
+        return TORCH_DTYPES[name]
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @cache
-def check_instructions(dtype: str) -> None:
-    """Raises ModelError where 16-bit arithmetic would kill the process: some virtual machines announce matrix
-    instructions (AMX) that they then refuse. Only trying tells, so a child tries.
+def check_dtype_support(dtype: str) -> None:
+    """Raise ModelError where 16-bit arithmetic would kill the process.
+
+    Some virtual machines announce matrix instructions (AMX) that they then refuse. Only trying tells, so a child
+    process tries.
     """
     if not hasattr(os, "fork"):
         return
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the pool of threads was not forked
-        ones = torch.ones(64, 64, dtype=DTYPES[dtype])
+        ones = torch.ones(64, 64, dtype=TORCH_DTYPES[dtype])
         ones @ ones
         os._exit(0)
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
@@ -76,8 +81,8 @@ def check_instructions(dtype: str) -> None:
         )
 
 
-def resolve(path: str, seed: int, report: Report = no_report) -> str:
-    """The folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
+def resolve_model_path(path: str, seed: int, report: Report = no_report) -> str:
+    """Return the folder or Hub id that a path stands for; `seedling` is built (once) and stands for its folder."""
     if path.partition(":")[0] == "seedling":
         from minigrpo.models.embedded import seedling
 
@@ -95,13 +100,14 @@ def open_model(
     template: Mapping[str, Any] | None = None,
     four_bit: bool = False,
     report: Report = no_report,
-) -> Loaded:
-    """`template`: options of the chat template, which the tokenizer keeps from then on.
+) -> LoadedModel:
+    """Load a model and its tokenizer.
 
-    `four_bit`: linear layers are packed (models/quantize.py), one by one, so the device never holds the model unpacked.
-    Raises ModelError where the model is missing or broken, or its tokenizer cannot hold a conversation.
+    `template`: options of the chat template, which the tokenizer keeps from then on. `four_bit`: linear layers are
+    packed (quantize.py), one by one, so the device never holds the model unpacked. Raise ModelError where the model is
+    missing or broken, or its tokenizer cannot render a conversation.
     """
-    source = resolve(path, seed, report)
+    source = resolve_model_path(path, seed, report)
     folder = Path(source).expanduser()
     if folder.exists():
         _check_folder(folder)
@@ -112,16 +118,16 @@ def open_model(
             "To try without a model of your own: --model.path seedling"
         )
     with no_progress_bars():
-        model, tokenizer = _read(source, revision, dtype)
-    set_options(tokenizer, template or {})
+        model, tokenizer = _load(source, revision, dtype)
+    set_template_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
     if four_bit:
-        model = in_four_bit(model, device)
-    return Loaded(model.to(device).eval(), tokenizer, source, warnings)
+        model = quantize_four_bit(model, device)
+    return LoadedModel(model.to(device).eval(), tokenizer, source, warnings)
 
 
-def _read(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -138,9 +144,9 @@ def _read(source: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, A
 
 
 def model_class(config: Any) -> Any:
-    """What of transformers makes a model that writes text from this config; some of them read pictures, too.
+    """Return transformers' auto class for a model that writes text from this config; some also read images.
 
-    Raises ModelError where the weights are in 8-bit floating point: they can be run, and not be trained.
+    Raise ModelError where the weights are in 8-bit floating point: they can be run, but not be trained.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -161,7 +167,7 @@ def model_class(config: Any) -> Any:
 
 
 def is_fp8(config: Any) -> bool:
-    """Whether config.json says so: by the method's name, or among compressed-tensors' formats."""
+    """Tell whether config.json declares FP8 weights: by the method's name, or as a format of compressed-tensors."""
     said = getattr(config, "quantization_config", None) or {}
     said = said if isinstance(said, dict) else said.to_dict()
     method = str(said.get("quant_method", ""))
@@ -169,7 +175,7 @@ def is_fp8(config: Any) -> bool:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base model that an adapter folder names, or None where the folder holds no adapter."""
+    """Return the base model that an adapter folder names, or None where the folder holds no adapter."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
@@ -183,9 +189,12 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
-    """Only tokens that are used count: some tokenizer classes add one of their own that no text contains."""
+    """Raise ModelError where the tokenizer has ids that the model lacks.
+
+    Only tokens that are used count: some tokenizer classes add one of their own that no text contains.
+    """
     rows = model.get_input_embeddings().num_embeddings
-    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (QUESTION,))).ids]
+    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (PROBE_QUESTION,))).ids]
     if max(used) >= rows:
         raise ModelError(
             f"the tokenizer at {source} has a token with id {max(used)}, but the model knows {rows} tokens. "

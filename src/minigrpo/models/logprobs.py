@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from minigrpo.models.onednn import linear
 
-CHUNK_ENTRIES = 8 << 20
-"""Logits held at a time: 32 MB in float32."""
-CACHED_ENTRIES = 1 << 20
-"""Logits worked on at a time."""
+CHUNK_LOGITS = 8 << 20
+"""Logits that exist at a time: 32 MB in float32."""
+CACHED_LOGITS = 1 << 20
+"""Logits computed at a time, so that they stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """An output head as arithmetic: logits = (hidden @ weight.T + bias) * scale, perhaps capped, / temperature."""
+class OutputHead:
+    """An output head as a formula: logits = (hidden @ weight.T + bias) * scale, perhaps capped, / temperature."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -34,8 +34,8 @@ class Head:
     temperature: float
 
     @classmethod
-    def of(cls, model: Any, temperature: float) -> Head:
-        """Read from a causal language model: Granite divides its logits, Cohere multiplies, Gemma caps them."""
+    def of(cls, model: Any, temperature: float) -> OutputHead:
+        """Read the head of a causal language model: Granite divides its logits, Cohere multiplies, Gemma caps them."""
         head, config = model.get_output_embeddings(), model.config
         assert isinstance(head, nn.Linear), f"an output head of kind {type(head).__name__} is not known"
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -44,30 +44,33 @@ class Head:
 
     @property
     def is_frozen(self) -> bool:
-        """Nothing to learn, and no cap: d logp / d hidden is (W[label] - E[W]) * scale / temperature."""
+        """Tell whether nothing is trained and no cap applies.
+
+        Then d logp / d hidden is (W[label] - E[W]) * scale / temperature.
+        """
         trained = self.weight_VD.requires_grad or (self.bias_V is not None and self.bias_V.requires_grad)
         return self.cap is None and not trained
 
     def logits(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V] at this temperature, in float32 at least."""
-        return self.finished(self.product(hidden_nD))
+        """Return logits [n, V] at this temperature, in float32 at least."""
+        return self.scaled_logits(self.raw_logits(hidden_nD))
 
-    def product(self, hidden_nD: Tensor) -> Tensor:
-        """[n, V] in the weights' own type, before scale, cap and temperature."""
+    def raw_logits(self, hidden_nD: Tensor) -> Tensor:
+        """Return logits [n, V] in the weights' own type, before scale, cap and temperature."""
         return linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 
-    def finished(self, product_nV: Tensor) -> Tensor:
-        """What `product` gave -> logits. The same tensor where nothing changes."""
-        logits_nV = product_nV.to(torch.promote_types(product_nV.dtype, torch.float32))
+    def scaled_logits(self, raw_nV: Tensor) -> Tensor:
+        """Apply scale, cap and temperature to raw logits. Returns the same tensor where nothing changes."""
+        logits_nV = raw_nV.to(torch.promote_types(raw_nV.dtype, torch.float32))
         if self.cap is not None:
             return torch.tanh(logits_nV * (self.scale / self.cap)) * (self.cap / self.temperature)
         factor = self.scale / self.temperature
         return logits_nV if factor == 1 else logits_nV * factor
 
-    def to_hidden(self, slope_nV: Tensor, hidden_nD: Tensor) -> Tensor:
-        """d / d logits -> d / d hidden, where there is no cap."""
-        direction_nD = linear(slope_nV.to(self.weight_VD.dtype), self.weight_VD.T)
-        return direction_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
+    def hidden_grad(self, grad_nV: Tensor, hidden_nD: Tensor) -> Tensor:
+        """Turn a gradient of the logits into one of the hidden states, where there is no cap."""
+        hidden_grad_nD = linear(grad_nV.to(self.weight_VD.dtype), self.weight_VD.T)
+        return hidden_grad_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
 
 
 class Float32Head(nn.Linear):
@@ -75,7 +78,7 @@ class Float32Head(nn.Linear):
 
     @classmethod
     def of(cls, head: nn.Linear) -> Float32Head:
-        """A frozen copy: the head of a model with tied embeddings is its embedding, which stays as it is."""
+        """Make a frozen copy: the head of a model with tied embeddings is its embedding, which stays as it is."""
         copy = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         copy.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
         if head.bias is not None:
@@ -86,19 +89,21 @@ class Float32Head(nn.Linear):
         return super().forward(hidden.float())
 
 
-def score(hidden_ND: Tensor, labels_N: Tensor, head: Head, *, entropy_learns: bool = False) -> tuple[Tensor, Tensor]:
-    """logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
+def score_tokens(
+    hidden_ND: Tensor, labels_N: Tensor, head: OutputHead, *, entropy_learns: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
 
-    `entropy_learns`: the entropy is differentiable as well; it costs a second direction per token.
+    `entropy_learns`: the entropy is differentiable as well; it costs a second gradient per token.
     """
-    size = max(1, CHUNK_ENTRIES // head.weight_VD.shape[0])
+    size = max(1, CHUNK_LOGITS // head.weight_VD.shape[0])
     logprobs, entropies = [], []
     for hidden_nD, labels_n in zip(hidden_ND.split(size), labels_N.split(size), strict=True):
         if head.is_frozen:
-            logprobs_n, entropy_n = _FrozenChunk.apply(hidden_nD, labels_n, head, entropy_learns)
+            logprobs_n, entropy_n = _FrozenHeadChunk.apply(hidden_nD, labels_n, head, entropy_learns)
         else:
-            logprobs_n, entropy_n = _Chunk.apply(
-                hidden_nD, head.weight_VD, head.bias_V, labels_n, Learned(head, entropy_learns)
+            logprobs_n, entropy_n = _TrainedHeadChunk.apply(
+                hidden_nD, head.weight_VD, head.bias_V, labels_n, _TrainedHead(head, entropy_learns)
             )
         logprobs.append(logprobs_n)
         entropies.append(entropy_n)
@@ -106,54 +111,54 @@ def score(hidden_ND: Tensor, labels_N: Tensor, head: Head, *, entropy_learns: bo
 
 
 def logprob_grad(probs_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """d logp / d logits = onehot - softmax. `probs_nV` is used up."""
-    slope_nV = probs_nV.neg_()
-    return slope_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(slope_nV[:, :1]))
+    """Return d logp / d logits = onehot - softmax. Overwrites `probs_nV`."""
+    grad_nV = probs_nV.neg_()
+    return grad_nV.scatter_add_(-1, labels_n[:, None], torch.ones_like(grad_nV[:, :1]))
 
 
 def entropy_grad(logits_nV: Tensor, probs_nV: Tensor, entropy_n: Tensor) -> Tensor:
-    """d H / d logits = -p (log p + H)."""
+    """Return d H / d logits = -p (log p + H)."""
     normaliser_n = logits_nV.logsumexp(-1)
     return probs_nV * ((normaliser_n - entropy_n)[:, None] - logits_nV)
 
 
-class _FrozenChunk(torch.autograd.Function):
+class _FrozenHeadChunk(torch.autograd.Function):
     """Keeps d logp / d hidden, [n, D]; the backward pass is one multiplication."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: Head, entropy_learns: bool
+        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: OutputHead, entropy_learns: bool
     ) -> tuple[Tensor, Tensor]:
-        # Row by row the same; a few at a time, what is read again and again stays in the processor's cache. The slopes
-        # take the place of the logits that they were made of.
-        product_nV, n = head.product(hidden_nD), len(labels_n)
-        slopes = [product_nV, *([torch.empty_like(product_nV)] if entropy_learns else [])]
-        few = max(1, CACHED_ENTRIES // product_nV.shape[1])
+        # A few rows at a time: the result is the same, and what is read repeatedly stays in the processor's cache. The
+        # gradients take the place of the logits that they were computed from.
+        raw_nV, n = head.raw_logits(hidden_nD), len(labels_n)
+        logit_grads = [raw_nV, *([torch.empty_like(raw_nV)] if entropy_learns else [])]
+        step = max(1, CACHED_LOGITS // raw_nV.shape[1])
         scored = []
-        for rows in (slice(start, start + few) for start in range(0, max(1, n), few)):
-            logits_rV = head.finished(product_nV[rows])
-            *figures, probs_rV = _scored(logits_rV, labels_n[rows])
+        for rows in (slice(start, start + step) for start in range(0, max(1, n), step)):
+            logits_rV = head.scaled_logits(raw_nV[rows])
+            *figures, probs_rV = _score_logits(logits_rV, labels_n[rows])
             scored.append(figures)
             if ctx.needs_input_grad[0]:
                 if entropy_learns:
-                    slopes[1][rows] = entropy_grad(logits_rV, probs_rV, figures[1])
-                slopes[0][rows] = logprob_grad(probs_rV, labels_n[rows])
+                    logit_grads[1][rows] = entropy_grad(logits_rV, probs_rV, figures[1])
+                logit_grads[0][rows] = logprob_grad(probs_rV, labels_n[rows])
         logprobs_n, entropy_n = (torch.cat(parts) for parts in zip(*scored, strict=True))
         if not entropy_learns:
             ctx.mark_non_differentiable(entropy_n)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*(head.to_hidden(slope_nV, hidden_nD) for slope_nV in slopes))
+            ctx.save_for_backward(*(head.hidden_grad(grad_nV, hidden_nD) for grad_nV in logit_grads))
         return logprobs_n, entropy_n
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         pairs = zip(ctx.saved_tensors, gradients, strict=False)
-        pulls = [(direction_nD * pull_n[:, None]).to(direction_nD.dtype) for direction_nD, pull_n in pairs]
-        return sum(pulls[1:], pulls[0]), None, None, None
+        hidden_grads = [(hidden_grad_nD * grad_n[:, None]).to(hidden_grad_nD.dtype) for hidden_grad_nD, grad_n in pairs]
+        return sum(hidden_grads[1:], hidden_grads[0]), None, None, None
 
 
-def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs_n, entropy_n and the probabilities."""
+def _score_logits(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logprobs_n, entropy_n and the probabilities."""
     peak_n1 = logits_nV.amax(-1, True)
     probs_nV = (logits_nV - peak_n1).exp_()
     sum_n1 = probs_nV.sum(-1, True)
@@ -164,48 +169,50 @@ def _scored(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
-    """A head in training, and whether the entropy is part of what it learns from."""
+class _TrainedHead:
+    """A head in training, and whether the entropy is part of the loss."""
 
-    head: Head
+    head: OutputHead
     entropy: bool
 
 
-class _Chunk(torch.autograd.Function):
-    """Keeps hidden states and labels; the backward pass makes the logits anew."""
+class _TrainedHeadChunk(torch.autograd.Function):
+    """Keeps hidden states and labels; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_n: Tensor, learned: Learned
+        ctx: Any, hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_n: Tensor, trained: _TrainedHead
     ) -> tuple[Tensor, Tensor]:
-        logprobs_n, entropy_n, _ = _scored(learned.head.logits(hidden_nD), labels_n)
+        logprobs_n, entropy_n, _ = _score_logits(trained.head.logits(hidden_nD), labels_n)
         # Weight and bias stay in `head`: they are the model's own and outlive the graph.
         ctx.save_for_backward(hidden_nD, labels_n)
-        ctx.learned = learned
-        if not learned.entropy:
+        ctx.trained = trained
+        if not trained.entropy:
             ctx.mark_non_differentiable(entropy_n)
         return logprobs_n, entropy_n
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_nD, labels_n = ctx.saved_tensors
-        head: Head = ctx.learned.head
+        head: OutputHead = ctx.trained.head
         needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         with torch.no_grad():
             logits_nV = head.logits(hidden_nD)
-            _, entropy_n, probs_nV = _scored(logits_nV, labels_n)
-            pull_nV = entropy_grad(logits_nV, probs_nV, entropy_n) * gradients[1][:, None] if ctx.learned.entropy else 0
-            slope_nV = logprob_grad(probs_nV, labels_n) * gradients[0][:, None] + pull_nV
+            _, entropy_n, probs_nV = _score_logits(logits_nV, labels_n)
+            entropy_grad_nV = (
+                entropy_grad(logits_nV, probs_nV, entropy_n) * gradients[1][:, None] if ctx.trained.entropy else 0
+            )
+            grad_nV = logprob_grad(probs_nV, labels_n) * gradients[0][:, None] + entropy_grad_nV
             if head.cap is None:
-                slope_nV *= head.scale / head.temperature
+                grad_nV *= head.scale / head.temperature
             else:
                 squashed_nV = logits_nV * (head.temperature / head.cap)
-                slope_nV *= (1 - squashed_nV.square()) * (head.scale / head.temperature)
-            slope_nV = slope_nV.to(head.weight_VD.dtype)
+                grad_nV *= (1 - squashed_nV.square()) * (head.scale / head.temperature)
+            grad_nV = grad_nV.to(head.weight_VD.dtype)
             return (
-                (slope_nV @ head.weight_VD).to(hidden_nD.dtype),
-                slope_nV.T @ hidden_nD.to(slope_nV.dtype) if needs_weight else None,
-                slope_nV.sum(0) if needs_bias else None,
+                (grad_nV @ head.weight_VD).to(hidden_nD.dtype),
+                grad_nV.T @ hidden_nD.to(grad_nV.dtype) if needs_weight else None,
+                grad_nV.sum(0) if needs_bias else None,
                 None,
                 None,
             )

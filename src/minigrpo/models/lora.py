@@ -1,6 +1,6 @@
-"""LoRA through PEFT, with a dropout whose masks have names.
+"""LoRA through PEFT, with dropout masks drawn from named seeds.
 
-PEFT writes and reads the adapter, so every other tool can, and which layers `all-linear` means is PEFT's word. Two
+PEFT writes and reads the adapter, so every other tool can, and PEFT decides which layers `all-linear` means. Two
 things are ours: the adapter stays in the decoder where a vision tower stands beside it, and dropout is drawn from
 (seed, step, token, module, channel), so that it is the same on recomputation, after a resume and in any micro-batch,
 and off wherever log-probabilities are compared.
@@ -26,78 +26,78 @@ from minigrpo.models.lora_linear import SeededDropout
 from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def add_lora(model: nn.Module, knobs: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
-    """The model under a fresh PEFT adapter (float32, B = 0) and the dropouts inside it."""
+def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
+    """Return the model under a fresh PEFT adapter (float32, B = 0), and the dropouts inside it."""
     mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
-    targets = adapted_layers(model, knobs.targets)
-    config = LoraConfig(
-        r=knobs.rank,
-        lora_alpha=knobs.alpha,
-        lora_dropout=knobs.dropout,
+    targets = lora_targets(model, config.targets)
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
         target_modules=targets,
-        use_rslora=knobs.rslora,
+        use_rslora=config.rslora,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(name_key(seed, "lora"))
     try:
-        with _quiet():
-            wrapped = get_peft_model(model, config).eval()
+        with _without_peft_warning():
+            wrapped = get_peft_model(model, lora_config).eval()
     except ValueError as fault:
         raise RecipeError(
-            f"lora.targets {knobs.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
-            f"Its linear layers: {', '.join(kinds(model))}; or all-linear"
+            f"lora.targets {config.targets!r} fits no layer of this model ({str(fault)[:80]}...). "
+            f"Its linear layers: {', '.join(linear_layer_names(model))}; or all-linear"
         ) from None
     if not isinstance(wrapped.get_output_embeddings(), nn.Linear):
         raise RecipeError(
-            f"lora.targets {knobs.targets!r} includes the output head, which is scored without an adapter here. "
+            f"lora.targets {config.targets!r} includes the output head, which is scored without an adapter here. "
             "Leave it out; all-linear does."
         )
-    lora_linear.install(wrapped)
-    return wrapped, _name_dropouts(wrapped) if knobs.dropout else []
+    lora_linear.fuse_lora_layers(wrapped)
+    return wrapped, _seed_dropouts(wrapped) if config.dropout else []
 
 
-def adapted_layers(model: Any, targets: str) -> str | list[str]:
-    """`targets` as PEFT takes them: names of layers, or one pattern of whole names.
+def lora_targets(model: Any, targets: str) -> str | list[str]:
+    """Return `targets` as PEFT takes them: names of layers, or one pattern of whole names.
 
     A pattern where the model has linear layers beside its decoder and head: those of a vision tower bear the same
     names as the decoder's, and stay as they are.
     """
     names = [target.strip() for target in targets.split(",")]
-    inside, head = model.get_decoder(), model.get_output_embeddings()
-    own = {id(module) for module in inside.modules()}
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    own = {id(module) for module in decoder.modules()}
     if all(id(m) in own or m is head for m in model.modules() if isinstance(m, nn.Linear)):
         return targets if targets == "all-linear" else names
-    names = kinds(model) if targets == "all-linear" else names
-    places = {id(module): name for name, module in model.named_modules()}
-    among = "|".join(re.escape(name) for name in names)
-    pattern = rf"{re.escape(places[id(inside)])}\.(.+\.)?({among})"
+    names = linear_layer_names(model) if targets == "all-linear" else names
+    names_by_id = {id(module): name for name, module in model.named_modules()}
+    alternatives = "|".join(re.escape(name) for name in names)
+    pattern = rf"{re.escape(names_by_id[id(decoder)])}\.(.+\.)?({alternatives})"
     # Named, the head must be met, so that it is refused and not passed over.
-    return rf"{pattern}|{re.escape(places[id(head)])}" if places[id(head)] in names else pattern
+    return rf"{pattern}|{re.escape(names_by_id[id(head)])}" if names_by_id[id(head)] in names else pattern
 
 
-def kinds(model: Any) -> list[str]:
-    """Last names of the decoder's linear layers."""
+def linear_layer_names(model: Any) -> list[str]:
+    """Return the last parts of the names of the decoder's linear layers."""
     head = model.get_output_embeddings()
     layers = [name for name, m in model.get_decoder().named_modules() if isinstance(m, nn.Linear) and m is not head]
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
-    """The model under a finished adapter, as PEFT reads it.
+    """Return the model under a finished adapter, as PEFT reads it.
 
-    Raises ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
+    Raise ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
     """
     mute_bitsandbytes()
     from peft import PeftModel
 
-    if (folder / ADAPTER).is_file():
-        read_header(folder / ADAPTER)
-    with _quiet():
+    if (folder / ADAPTER_FILE).is_file():
+        read_header(folder / ADAPTER_FILE)
+    with _without_peft_warning():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else the rest would stay as it began
         try:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -114,31 +114,31 @@ def load_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = folder / ADAPTER
+    file = folder / ADAPTER_FILE
     if not file.is_file():
         raise ArtifactError(f"{file} is missing. Train first: minigrpo train RECIPE --run {folder.parent}")
     read_header(file)
     outcome = set_peft_model_state_dict(model, load_file(file))
-    strangers = [key for key in outcome.unexpected_keys if "lora_" in key]
+    unexpected = [key for key in outcome.unexpected_keys if "lora_" in key]
     missing = [key for key in outcome.missing_keys if "lora_" in key]
-    if strangers or missing:
-        raise ArtifactError(f"{file} belongs to another model or another lora setting: {(strangers + missing)[0]}")
+    if unexpected or missing:
+        raise ArtifactError(f"{file} belongs to another model or another lora setting: {(unexpected + missing)[0]}")
 
 
 def mute_bitsandbytes() -> None:
-    """Where it is installed, PEFT imports it, and it complains of a faster kernel that it would have to download."""
+    """Silence bitsandbytes: PEFT imports it, and it warns about a faster kernel that it would have to download."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """peft 0.21 asks for an attribute that transformers 5 has renamed: nothing that a user could mend."""
+def _without_peft_warning() -> Iterator[None]:
+    """Hide a warning that users cannot act on: peft 0.21 reads an attribute that transformers 5 renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
 
 
-def _name_dropouts(model: nn.Module) -> list[SeededDropout]:
+def _seed_dropouts(model: nn.Module) -> list[SeededDropout]:
     dropouts = []
     for name, module in model.named_modules():
         for adapter, dropout in getattr(module, "lora_dropout", {}).items():

@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapter as one step of the graph: PEFT's arithmetic with a third of its calls.
+"""A linear layer and its LoRA adapter as one autograd operation: PEFT's arithmetic with a third of its calls.
 
 PEFT computes W x and s B A x as five recorded operations and keeps an input for each. Here the layer is one operation
 with a written-out gradient, and keeps x and A x alone. Two exact forms, chosen by what they cost:
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.models.onednn import linear, outer
+from minigrpo.models.onednn import linear, weight_grad
 from minigrpo.utils.rng import keep_mask, name_key
 
 
 class SeededDropout(nn.Module):
     """Inverted dropout: kept inputs are scaled by 1 / (1 - p). Off while `step` is None.
 
-    `token_keys` names the tokens that are about to pass: it must have the input's leading shape.
+    `token_keys` identifies the tokens of the next pass: it must have the input's leading shape.
     """
 
     def __init__(self, p: float, name: str) -> None:
@@ -42,7 +42,7 @@ class SeededDropout(nn.Module):
         self.token_keys: Tensor | None = None
 
     def keep(self, x: Tensor) -> Tensor | None:
-        """True where an entry of x is kept; None while nothing is dropped."""
+        """Return True where an entry of x is kept, or None while nothing is dropped."""
         if self.step is None:
             return None
         keys = self.token_keys
@@ -55,23 +55,23 @@ class SeededDropout(nn.Module):
         return x if keep is None else x * keep * (1 / (1 - self.p))
 
 
-def install(model: nn.Module) -> None:
-    """Let every LoRA layer of a PEFT model over a plain or a 4-bit linear layer take the fused way in training."""
+def fuse_lora_layers(model: nn.Module) -> None:
+    """Fuse every LoRA layer over a plain or 4-bit linear layer of a PEFT model, for training."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
-        if hasattr(module, "lora_A") and (type(base) is nn.Linear or is_packed(base)):
+        if hasattr(module, "lora_A") and (type(base) is nn.Linear or is_four_bit(base)):
             # A bound method, not a closure: it survives copy.deepcopy.
-            module.forward = types.MethodType(_forward, module)
+            module.forward = types.MethodType(_fused_forward, module)
 
 
-def is_packed(layer: Any) -> bool:
-    """Whether its weights lie in 4 bit."""
+def is_four_bit(layer: Any) -> bool:
+    """Tell whether a layer's weights are in 4 bit."""
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
-def weight_of(layer: Any) -> Tensor:
-    """[O, I]: the layer's weights; unpacked into new memory where they lie in 4 bit."""
-    if not is_packed(layer):
+def unpacked_weight(layer: Any) -> Tensor:
+    """Return the layer's weights [O, I], unpacked into new memory where they are in 4 bit."""
+    if not is_four_bit(layer):
         weight: Tensor = layer.weight
         return weight
     from bitsandbytes.functional import dequantize_4bit
@@ -81,41 +81,41 @@ def weight_of(layer: Any) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """What is fixed in a layer. `scale` is the adapter's; `gain` is what makes up for inputs that are dropped."""
+class _FixedLayer:
+    """What a layer does not train. `scale`: the adapter's; `gain`: 1 / (1 - p), which makes up for dropped inputs."""
 
     base: nn.Linear
     scale: float
     gain: float = 1.0
 
-    def thin(self, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both halves in the base's type. The gain goes into A, which is small, and not over every input."""
+    def factors(self, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A and B in the given type. The gain goes into A, which is small, and not over every input."""
         return (A_RI if self.gain == 1 else A_RI * self.gain).to(dtype), (B_OR * self.scale).to(dtype)
 
 
-def _forward(self: Any, x: Tensor, *args: Any, **others: Any) -> Tensor:
-    if not torch.is_grad_enabled() or not _is_plain(self):
-        output: Tensor = type(self).forward(self, x, *args, **others)
+def _fused_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not torch.is_grad_enabled() or not _is_plain_lora(self):
+        output: Tensor = type(self).forward(self, x, *args, **kwargs)
         return output
     base, name = self.base_layer, self.active_adapters[0]
     A, B, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
     dropout, x_NI = self.lora_dropout[name], x.flatten(0, -2)
     keep = dropout.keep(x) if isinstance(dropout, SeededDropout) else None
     if keep is not None:
-        y_NO = _Narrow.apply(x_NI, A, B, keep.flatten(0, -2), Beside(base, scale, 1 / (1 - dropout.p)))
-    elif _folds(base, len(A)):
-        y_NO = _Folded.apply(x_NI, A, B, Beside(base, scale))
+        y_NO = _NarrowLora.apply(x_NI, A, B, keep.flatten(0, -2), _FixedLayer(base, scale, 1 / (1 - dropout.p)))
+    elif _should_fold(base, len(A)):
+        y_NO = _FoldedLora.apply(x_NI, A, B, _FixedLayer(base, scale))
     else:
-        y_NO = _Narrow.apply(x_NI, A, B, None, Beside(base, scale))
+        y_NO = _NarrowLora.apply(x_NI, A, B, None, _FixedLayer(base, scale))
     return y_NO.unflatten(0, x.shape[:-1])
 
 
-def _folds(base: nn.Linear, rank: int) -> bool:
+def _should_fold(base: nn.Linear, rank: int) -> bool:
     wide = base.weight.dtype in (torch.float32, torch.float64)
     return wide and 3 * rank * (base.in_features + base.out_features) > base.in_features * base.out_features
 
 
-def _is_plain(module: Any) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     active = module.active_adapters
     if module.disable_adapters or module.merged or len(active) != 1 or active[0] not in module.lora_A:
         return False
@@ -128,48 +128,50 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-class _Folded(torch.autograd.Function):
+class _FoldedLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, beside: Beside) -> Tensor:
-        folded_OI = torch.addmm(beside.base.weight, B_OR, A_RI, alpha=beside.scale)
+    def forward(ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, fixed: _FixedLayer) -> Tensor:
+        folded_OI = torch.addmm(fixed.base.weight, B_OR, A_RI, alpha=fixed.scale)
         ctx.save_for_backward(x_NI, folded_OI, A_RI, B_OR)
-        ctx.scale = beside.scale
-        return linear(x_NI, folded_OI, beside.base.bias)
+        ctx.scale = fixed.scale
+        return linear(x_NI, folded_OI, fixed.base.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, folded_OI, A_RI, B_OR = ctx.saved_tensors
-        slope_NO = gradients[0]
-        slope_OI = outer(slope_NO, x_NI)
-        slope_NI = linear(slope_NO, folded_OI.T) if ctx.needs_input_grad[0] else None
-        return slope_NI, (B_OR.T @ slope_OI).mul_(ctx.scale), (slope_OI @ A_RI.T).mul_(ctx.scale), None
+        grad_NO = gradients[0]
+        grad_OI = weight_grad(grad_NO, x_NI)
+        grad_NI = linear(grad_NO, folded_OI.T) if ctx.needs_input_grad[0] else None
+        return grad_NI, (B_OR.T @ grad_OI).mul_(ctx.scale), (grad_OI @ A_RI.T).mul_(ctx.scale), None
 
 
-class _Narrow(torch.autograd.Function):
+class _NarrowLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, keep_NI: Tensor | None, beside: Beside) -> Tensor:
-        W_OI = weight_of(beside.base)
-        A, B = beside.thin(A_RI, B_OR, W_OI.dtype)
-        thin_NR = _dropped(x_NI, keep_NI) @ A.T
+    def forward(
+        ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, keep_NI: Tensor | None, fixed: _FixedLayer
+    ) -> Tensor:
+        W_OI = unpacked_weight(fixed.base)
+        A, B = fixed.factors(A_RI, B_OR, W_OI.dtype)
+        thin_NR = _apply_dropout(x_NI, keep_NI) @ A.T
         # The adapter's own tensors: A and B in another type or scale are soon made again, and would be held twice.
         ctx.save_for_backward(x_NI, thin_NR, keep_NI, A_RI, B_OR)
-        ctx.beside = beside
-        return torch.addmm(linear(x_NI, W_OI, beside.base.bias), thin_NR, B.T)
+        ctx.fixed = fixed
+        return torch.addmm(linear(x_NI, W_OI, fixed.base.bias), thin_NR, B.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, thin_NR, keep_NI, A_RI, B_OR = ctx.saved_tensors
-        beside, slope_NO = ctx.beside, gradients[0]
-        A, B = beside.thin(A_RI, B_OR, x_NI.dtype)
-        slope_NR = slope_NO @ B
-        slope_NI = None
+        fixed, grad_NO = ctx.fixed, gradients[0]
+        A, B = fixed.factors(A_RI, B_OR, x_NI.dtype)
+        grad_NR = grad_NO @ B
+        grad_NI = None
         if ctx.needs_input_grad[0]:
-            slope_NI = linear(slope_NO, weight_of(beside.base).T)
-            slope_NI = slope_NI.addmm_(slope_NR, A) if keep_NI is None else slope_NI.add_((slope_NR @ A).mul_(keep_NI))
-        slope_A = (slope_NR.T @ _dropped(x_NI, keep_NI)).to(A_RI.dtype)
-        slope_B = (slope_NO.T @ thin_NR).to(B_OR.dtype).mul_(beside.scale)
-        return slope_NI, slope_A if beside.gain == 1 else slope_A.mul_(beside.gain), slope_B, None, None
+            grad_NI = linear(grad_NO, unpacked_weight(fixed.base).T)
+            grad_NI = grad_NI.addmm_(grad_NR, A) if keep_NI is None else grad_NI.add_((grad_NR @ A).mul_(keep_NI))
+        grad_A = (grad_NR.T @ _apply_dropout(x_NI, keep_NI)).to(A_RI.dtype)
+        grad_B = (grad_NO.T @ thin_NR).to(B_OR.dtype).mul_(fixed.scale)
+        return grad_NI, grad_A if fixed.gain == 1 else grad_A.mul_(fixed.gain), grad_B, None, None
 
 
-def _dropped(x_NI: Tensor, keep_NI: Tensor | None) -> Tensor:
+def _apply_dropout(x_NI: Tensor, keep_NI: Tensor | None) -> Tensor:
     return x_NI if keep_NI is None else x_NI * keep_NI

@@ -1,6 +1,6 @@
-"""A base model as files: which tensor lies in which shard, what is tied, and all that must stand beside the weights.
+"""A base model's files: which tensor is in which shard, what is tied, and the files beside the weights.
 
-Nothing is loaded; tensors are named as on the disk. What a layer is called in memory is found again by `on_disk`.
+No weights are loaded; tensors are named as on the disk. `on_disk` maps a parameter's name in memory to that name.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models.loading import resolve
-from minigrpo.models.safetensors_io import FLOATS, Header, Stored, read_header
-from minigrpo.models.vllm_compat import attention_scale
+from minigrpo.models.loading import resolve_model_path
+from minigrpo.models.safetensors_io import FLOAT_DTYPES, SafetensorsHeader, StoredTensor, read_header
+from minigrpo.models.vllm_compat import ministral3_attention_scale
 from minigrpo.runs.rundir import digest
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-RENAMES = (
+PREFIX_RENAMES = (
     ("", ""),
     ("model.language_model.", "language_model.model."),
     ("model.", "language_model.model."),
@@ -33,7 +33,7 @@ RENAMES = (
     ("model.", ""),
     ("", "model."),
 )
-"""Beginnings of names in memory and on the disk: models that also read pictures are saved as they once were called."""
+"""Name prefixes in memory and on the disk: models that also read images are saved under older names."""
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -43,64 +43,64 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.*",
 )
-OTHER_FILES = ("generation_config.json", "*processor_config.json", "*.py", "LICENSE*", "NOTICE*")
+COMPANION_FILES = ("generation_config.json", "*processor_config.json", "*.py", "LICENSE*", "NOTICE*")
 """Not the likes of consolidated.safetensors, params.json and tekken.json: a base's weights and tokenizer in another
 format beside merged ones would be taken for theirs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """`headers` by shard, in their order; `tensors` of all of them. `dtype`: of most weights."""
+class BaseFiles:
+    """A base model's folder: `headers` by shard, in order; `tensors` of all shards. `dtype`: of most weights."""
 
     folder: Path
     config: Mapping[str, Any]
-    headers: Mapping[str, Header]
-    tensors: Mapping[str, Stored]
+    headers: Mapping[str, SafetensorsHeader]
+    tensors: Mapping[str, StoredTensor]
     dtype: torch.dtype
 
     @property
     def sharded(self) -> bool:
-        return not (self.folder / SINGLE).is_file()
+        return not (self.folder / WEIGHTS_FILE).is_file()
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding. The outer config counts: it is what transformers asks."""
+        """Tell whether the output head is the embedding. The outer config counts: it is what transformers asks."""
         inner = self.config.get("text_config") or {}
         return bool(self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
 
     def is_text(self, name: str) -> bool:
-        """Not of a vision tower or its projector."""
+        """Tell whether a tensor belongs to the text model, not to a vision tower or its projector."""
         return "text_config" not in self.config or "language_model." in name or "lm_head" in name
 
     def on_disk(self, name: str) -> str | None:
-        """What a parameter of the model in memory is called in the files; None where they have no such."""
-        for here, there in RENAMES:
+        """Return the name in the files of a parameter of the model in memory; None where they have none."""
+        for here, there in PREFIX_RENAMES:
             renamed = there + name.removeprefix(here)
             if name.startswith(here) and renamed in self.tensors:
                 return renamed
         return None
 
     def fingerprint(self) -> str:
-        """Of config and weights: every byte is read."""
+        """Hash config and weights: every byte is read."""
         total = hashlib.sha256()
         for file in (self.folder / "config.json", *(self.folder / shard for shard in self.headers)):
             total.update(f"{file.name} {digest(file)}\n".encode())
         return total.hexdigest()
 
 
-def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> Base:
-    """From a folder, a Hub id (downloaded if need be) or the embedded model's name. Raises ModelError."""
-    source = resolve(path, seed)
+def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseFiles:
+    """Open a base from a folder, a Hub id (downloaded if needed) or the embedded model's name. Raise ModelError."""
+    source = resolve_model_path(path, seed)
     folder = Path(source).expanduser()
     if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise ModelError(
             f"The base model {source} is not there: it was moved or deleted. Say where it is: --base FOLDER"
         )
-    return open_base(folder if folder.is_dir() else _downloaded(source, revision))
+    return open_base(folder if folder.is_dir() else _download(source, revision))
 
 
-def config_here(path: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a base that lies here or in the Hub client's cache; {} of any other. Nothing is downloaded."""
+def local_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """Return config.json of a base in a folder or in the Hub client's cache, else {}. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     file = Path(path).expanduser() / "config.json"
@@ -108,10 +108,10 @@ def config_here(path: str, revision: str | None = None) -> dict[str, Any]:
     if not file.is_file() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         cached = try_to_load_from_cache(path, "config.json", revision=revision)
     file = Path(cached) if isinstance(cached, str) else file
-    return _json(file, "") if file.is_file() else {}
+    return _read_json(file, "") if file.is_file() else {}
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     kinds = ["model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
@@ -125,60 +125,65 @@ def _downloaded(name: str, revision: str | None) -> Path:
         ) from fault
 
 
-def open_base(folder: Path) -> Base:
-    """Raises ModelError for what cannot be merged into, and ArtifactError where a shard is missing or damaged."""
-    config = _json(folder / "config.json", f"{folder} holds no config.json, so it is not a model folder.")
+def open_base(folder: Path) -> BaseFiles:
+    """Open a base folder.
+
+    Raise ModelError for one that cannot be merged into, and ArtifactError where a shard is missing or damaged.
+    """
+    config = _read_json(folder / "config.json", f"{folder} holds no config.json, so it is not a model folder.")
     _refuse_quantised(folder, config)
-    headers = {name: read_header(folder / name) for name in _shards(folder)}
+    headers = {name: read_header(folder / name) for name in _shard_names(folder)}
     tensors = {name: stored for header in headers.values() for name, stored in header.tensors.items()}
     sizes: Counter[str] = Counter()
     for stored in tensors.values():
         sizes[stored.dtype] += stored.stop - stored.start
     if packed := sorted(name for name in tensors if tensors[name].dtype.startswith("F8") or ".absmax" in name):
-        raise ModelError(f"{folder} holds quantised weights ({packed[0]}). {OTHER_BASE}")
-    floats = [name for name, _ in sizes.most_common() if name in FLOATS]
+        raise ModelError(f"{folder} holds quantised weights ({packed[0]}). {_OTHER_BASE}")
+    floats = [name for name, _ in sizes.most_common() if name in FLOAT_DTYPES]
     if not floats:
-        raise ModelError(f"{folder} holds no floating-point weights. {OTHER_BASE}")
+        raise ModelError(f"{folder} holds no floating-point weights. {_OTHER_BASE}")
     stored = next(tensor for tensor in tensors.values() if tensor.dtype == floats[0])
-    return Base(folder, config, headers, tensors, stored.torch_dtype)
+    return BaseFiles(folder, config, headers, tensors, stored.torch_dtype)
 
 
-OTHER_BASE = "Merge into its 16-bit original instead (often the same name with -BF16, or without -FP8): --base MODEL"
+_OTHER_BASE = "Merge into its 16-bit original instead (often the same name with -BF16, or without -FP8): --base MODEL"
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
     said = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if said:
         kind = said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised"
-        raise ModelError(f"The weights of {folder} are quantised ({kind}), so a change cannot be added. {OTHER_BASE}")
+        raise ModelError(f"The weights of {folder} are quantised ({kind}), so a change cannot be added. {_OTHER_BASE}")
 
 
-def _shards(folder: Path) -> list[str]:
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if not (folder / INDEX).is_file():
+def _shard_names(folder: Path) -> list[str]:
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
+    if not (folder / WEIGHTS_INDEX).is_file():
         others = "only *.bin files" if any(folder.glob("*.bin")) else "no weights"
         raise ModelError(
-            f"{folder} has neither {SINGLE} nor {INDEX}, and {others}. Save the model again with transformers: "
-            "model.save_pretrained(FOLDER)"
+            f"{folder} has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}, and {others}. Save the model again with "
+            "transformers: model.save_pretrained(FOLDER)"
         )
-    index = _json(folder / INDEX, "")
+    index = _read_json(folder / WEIGHTS_INDEX, "")
     try:
         shards = list(dict.fromkeys(index["weight_map"].values()))
         for name in shards:
             if Path(name).name != name:
                 raise ModelError(
-                    f"{folder / INDEX} names {name}, which is no file of its folder. Do not use this model."
+                    f"{folder / WEIGHTS_INDEX} names {name}, which is no file of its folder. Do not use this model."
                 )
             here = {tensor for tensor, shard in index["weight_map"].items() if shard == name}
             if missing := sorted(here - read_header(folder / name).tensors.keys()):
-                raise ModelError(f"{folder / name} lacks {missing[0]}, which {INDEX} promises. Download it again.")
+                raise ModelError(
+                    f"{folder / name} lacks {missing[0]}, which {WEIGHTS_INDEX} promises. Download it again."
+                )
     except (KeyError, AttributeError, TypeError):
-        raise ModelError(f"{folder / INDEX} is damaged. Download or save the model again.") from None
+        raise ModelError(f"{folder / WEIGHTS_INDEX} is damaged. Download or save the model again.") from None
     return shards
 
 
-def _json(file: Path, otherwise: str) -> dict[str, Any]:
+def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -190,23 +195,25 @@ def _json(file: Path, otherwise: str) -> dict[str, Any]:
     return found
 
 
-def write_companions(base: Base, trained: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything beside the weights. The tokenizer is the trained one's, whose chat template holds its options."""
+def write_companions(base: BaseFiles, trained: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write everything beside the weights. The tokenizer is the trained one: its chat template holds its options."""
     tokenizer = trained if (trained / "tokenizer_config.json").is_file() else base.folder
-    for source, patterns in ((base.folder, OTHER_FILES), (tokenizer, TOKENIZER_FILES)):
+    for source, patterns in ((base.folder, COMPANION_FILES), (tokenizer, TOKENIZER_FILES)):
         for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
             shutil.copyfile(file, folder / file.name)
     for file in sorted(base.folder.glob("tokenizer.model*")):  # other tools' converters read it; saving leaves it out
         shutil.copyfile(file, folder / file.name)
-    _write(folder / "config.json", base.config, for_other_readers(base.config, dtype), base.folder / "config.json")
+    _write_config(
+        folder / "config.json", base.config, compatible_config(base.config, dtype), base.folder / "config.json"
+    )
     tokens = folder / "tokenizer_config.json"
     if tokens.is_file():
-        config = _json(tokens, "")
-        _write(tokens, config, tokens_for_other_readers(config))
+        config = _read_json(tokens, "")
+        _write_config(tokens, config, compatible_tokenizer_config(config))
 
 
-def tokens_for_other_readers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json in words that transformers 4 knows, too: of the class, and of further special tokens."""
+def compatible_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json with a class and extra special tokens that transformers 4 understands, too."""
     found = dict(config)
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -217,34 +224,38 @@ def tokens_for_other_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def for_other_readers(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config with its number type, and with the settings of the rotation where others look for them.
+def compatible_config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return the config with its dtype, and with the RoPE settings where other programs look for them.
 
-    transformers 4 takes a theta of 10000 unless `rope_theta` stands outside, and stretches nothing for long texts
-    unless `rope_scaling` says how; vLLM leaves out Ministral 3's scale of attention beyond the original context unless
-    `llama_4_scaling` stands there.
+    transformers 4 takes a theta of 10000 unless `rope_theta` is at the top level, and scales no positions for long
+    texts without `rope_scaling`; vLLM leaves out Ministral 3's attention scale beyond the original context without
+    `llama_4_scaling`.
     """
-    inner = {"text_config": for_other_readers(config["text_config"], dtype)} if config.get("text_config") else {}
+    inner = {"text_config": compatible_config(config["text_config"], dtype)} if config.get("text_config") else {}
     rope = config.get("rope_parameters") or {}
     turned: dict[str, Any] = {}
     if "rope_theta" in rope and "rope_theta" not in config:
         turned["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling") and not _scaled(config):
+    if (
+        rope.get("rope_type", "default") != "default"
+        and not config.get("rope_scaling")
+        and not _scales_attention(config)
+    ):
         turned["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    turned |= attention_scale(config)
+    turned |= ministral3_attention_scale(config)
     said = [name for name in ("dtype", "torch_dtype") if name in config]
     outer = ["dtype"] if not said and "model_type" in config and "architectures" in config else said
     kinds = {name: str(dtype).removeprefix("torch.") for name in outer} if dtype else {}
     return {**config, **inner, **turned, **kinds}
 
 
-def _scaled(config: Mapping[str, Any]) -> bool:
-    """Whether it is a Ministral 3, which transformers 4 does not know."""
+def _scales_attention(config: Mapping[str, Any]) -> bool:
+    """Tell whether this is a Ministral 3, which transformers 4 does not know."""
     return "llama_4_scaling_beta" in (config.get("rope_parameters") or {})
 
 
-def _write(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:
-    """Byte for byte what it was, where it says the same."""
+def _write_config(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:
+    """Write a config; where nothing changed, copy the original byte for byte."""
     if then != now:
         file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
     elif original is not None:

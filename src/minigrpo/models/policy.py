@@ -1,7 +1,7 @@
-"""The policy: a base model and what training changes of it. The one stateful class.
+"""The policy: a base model and what training changes in it. The one stateful class.
 
-`logprobs(part)` scores the tokens of a Part under softmax(logits / temperature). Architectures whose attention can be
-told who looks at whom take the shared-prompt path (each prompt once, no padding); all others take the padded path,
+`logprobs(batch)` scores the tokens of a micro-batch under softmax(logits / temperature). Architectures whose attention
+mask we control take the shared-prompt path (each prompt once, no padding); all others take the padded path,
 one row per completion, with the same result.
 
 Shapes: N scored tokens, T tokens of a row, B completions, V vocabulary, D hidden width.
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from minigrpo.algorithms.packing import MicroBatch
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context import CAUSAL_DECODERS, text_config
-from minigrpo.models.loading import Loaded, adapter_base, open_model, pick_device, pick_dtype
-from minigrpo.models.logprobs import Float32Head, Head, score
+from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
@@ -35,10 +35,10 @@ from minigrpo.utils.rng import mix, name_key
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Of N tokens, in nats: log-probability (differentiable) and entropy of the distribution it was drawn from.
+class TokenScores:
+    """Scores of N tokens in nats: log-probability (differentiable) and entropy of the distribution of each.
 
-    The entropy is differentiable only where that was asked for.
+    The entropy is differentiable only on request (`entropy_learns`).
     """
 
     logprobs_N: Tensor
@@ -46,15 +46,15 @@ class Scores:
 
 
 class Policy:
-    """Weights in training. Everything else about a run is frozen data."""
+    """A model in training, with its tokenizer. Everything else about a run is frozen data."""
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         *,
         temperature: float,
         seed: int,
-        backend: shared_prompt.AttentionBackend = shared_prompt.TORCH,
+        backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND,
     ) -> None:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -69,12 +69,12 @@ class Policy:
         self.dropouts: list[SeededDropout] = []
         self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None
-        self.start: list[Tensor] | None = None
+        self.starting_adapter: list[Tensor] | None = None
         if self.shares_prompts:
-            shared_prompt.register()
-            self._attend_by(shared_prompt.NAME)
-        elif self.model.config._attn_implementation == shared_prompt.TORCH.plain != backend.plain:
-            self._attend_by(backend.plain)
+            shared_prompt.register_shared_prompt_attention()
+            self._set_attention(shared_prompt.SHARED_PROMPT_ATTENTION)
+        elif self.model.config._attn_implementation == shared_prompt.TORCH_BACKEND.plain != backend.plain:
+            self._set_attention(backend.plain)
 
     @property
     def is_lora(self) -> bool:
@@ -84,30 +84,30 @@ class Policy:
     def trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def logprobs(self, part: MicroBatch, *, step: int, entropy_learns: bool = False) -> Scores:
-        """Differentiable scores of the part's N tokens; dropout, if any, is named by the step."""
+    def logprobs(self, batch: MicroBatch, *, step: int, entropy_learns: bool = False) -> TokenScores:
+        """Score the micro-batch's N tokens, differentiably; the step seeds the dropout, if any."""
         for dropout in self.dropouts:
             dropout.step = step
-        return self._score(self.model, part, entropy_learns)
+        return self._score(self.model, batch, entropy_learns)
 
     @torch.no_grad()
-    def reference(self, part: MicroBatch) -> Tensor:
-        """logprobs_N under the model that training began with; dropout off.
+    def reference(self, batch: MicroBatch) -> Tensor:
+        """Return logprobs_N under the model that training began with; dropout off.
 
-        That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy that lies on
-        another device works there; the N numbers alone come back.
+        That is the frozen copy, the base under its warm adapter, or the base with its adapter off. A copy on another
+        device computes there; only the N numbers are moved.
         """
         if self.frozen_copy is not None:
-            return self._score(self.frozen_copy, part).logprobs_N.to(self.device)
-        if self.start is not None:
-            with self._dropout_off(), self._as_at_start(self.start):
-                return self._score(self.model, part).logprobs_N
+            return self._score(self.frozen_copy, batch).logprobs_N.to(self.device)
+        if self.starting_adapter is not None:
+            with self._dropout_off(), self._with_starting_adapter(self.starting_adapter):
+                return self._score(self.model, batch).logprobs_N
         with self._dropout_off(), self.adapter_off():
-            return self._score(self.model, part).logprobs_N
+            return self._score(self.model, batch).logprobs_N
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The base model, inside the block."""
+        """Switch the adapter off inside the block."""
         if not self.is_lora:
             raise ModelError("this policy has no adapter to switch off: all its parameters are trained")
         with self.model.disable_adapter():
@@ -115,7 +115,7 @@ class Policy:
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
-        """The model as transformers' own generate expects it, inside the block: dropout off, plain attention."""
+        """Prepare the model for transformers' own generate inside the block: dropout off, plain attention."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -126,25 +126,25 @@ class Policy:
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
-        """One text a row, as transformers' own code expects it, inside the block; the adapter's dropout is off."""
+        """Use plain attention, one text a row, inside the block, with the adapter's dropout off."""
         if self.shares_prompts:
-            self._attend_by(self.backend.plain)
+            self._set_attention(self.backend.plain)
         try:
             with self._dropout_off():
                 yield
         finally:
             if self.shares_prompts:
-                self._attend_by(shared_prompt.NAME)
+                self._set_attention(shared_prompt.SHARED_PROMPT_ATTENTION)
 
-    def _attend_by(self, name: str) -> None:
-        """The decoder only: a vision tower beside it keeps its own way."""
-        decoder(self.model).set_attn_implementation(name)  # type: ignore[operator]
+    def _set_attention(self, name: str) -> None:
+        """Set the decoder's attention implementation; a vision tower beside it keeps its own."""
+        decoder_of(self.model).set_attn_implementation(name)  # type: ignore[operator]
 
     @contextmanager
-    def _as_at_start(self, start: list[Tensor]) -> Iterator[None]:
-        """The adapter that training began with, inside the block.
+    def _with_starting_adapter(self, start: list[Tensor]) -> Iterator[None]:
+        """Put back the adapter that training began with, inside the block.
 
-        Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still waits for
+        Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still needs
         its backward pass finds its own tensors.
         """
         now = [parameter.data for parameter in self.trainable]
@@ -158,7 +158,7 @@ class Policy:
 
     @contextmanager
     def _dropout_off(self) -> Iterator[None]:
-        """Only inside the block: a backward pass that recomputes activations is still to come, and drops as before."""
+        """Switch dropout off inside the block only: a later recomputing backward pass drops as before."""
         steps = [dropout.step for dropout in self.dropouts]
         for dropout in self.dropouts:
             dropout.step = None
@@ -168,72 +168,74 @@ class Policy:
             for dropout, step in zip(self.dropouts, steps, strict=True):
                 dropout.step = step
 
-    def _score(self, model: nn.Module, part: MicroBatch, entropy_learns: bool = False) -> Scores:
-        labels_N = torch.tensor(part.labels, device=device_of(model))
-        hidden_ND = self._shared_hidden(model, part) if self.shares_prompts else self._padded_hidden(model, part)
-        return Scores(*score(hidden_ND, labels_N, Head.of(model, self.temperature), entropy_learns=entropy_learns))
+    def _score(self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False) -> TokenScores:
+        labels_N = torch.tensor(batch.labels, device=device_of(model))
+        hidden_ND = self._shared_hidden(model, batch) if self.shares_prompts else self._padded_hidden(model, batch)
+        return TokenScores(
+            *score_tokens(hidden_ND, labels_N, OutputHead.of(model, self.temperature), entropy_learns=entropy_learns)
+        )
 
-    def _shared_hidden(self, model: nn.Module, part: MicroBatch) -> Tensor:
-        """One row; its last N positions are the scored ones."""
-        ids, positions = part.row()
+    def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Return hidden states of the N scored positions, the last of one packed row."""
+        ids, positions = batch.input_row()
         device = device_of(model)
         if self.dropouts:
-            self._name_tokens(part.names()[None])
-        hidden_1TD = decoder(model)(
+            self._name_tokens(batch.token_names()[None])
+        hidden_1TD = decoder_of(model)(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            layout=part.layout,
+            layout=batch.layout,
             backend=self.backend,
         ).last_hidden_state
-        return hidden_1TD[0, part.layout.shared_tokens :]
+        return hidden_1TD[0, batch.layout.shared_tokens :]
 
-    def _padded_hidden(self, model: nn.Module, part: MicroBatch) -> Tensor:
-        """One row per completion, zeros behind; then the scored positions only."""
-        pairs = [(b, i) for b in part.bundles for i in range(len(b.siblings))]
-        starts = torch.tensor([len(b.prompt_ids) - 1 for b, _ in pairs])[:, None]
-        stops = starts + torch.tensor([b.lengths[i] for b, i in pairs])[:, None]
+    def _padded_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Return hidden states of the N scored positions, from one row per completion, padded on the right."""
+        pairs = [(group, i) for group in batch.groups for i in range(len(group.siblings))]
+        starts = torch.tensor([len(group.prompt_ids) - 1 for group, _ in pairs])[:, None]
+        stops = starts + torch.tensor([group.lengths[i] for group, i in pairs])[:, None]
         longest = int(stops.max())
-        place_T = torch.arange(longest)
-        rows = [b.prompt_ids + b.completions[i][:-1] for b, i in pairs]
+        position_T = torch.arange(longest)
+        rows = [group.prompt_ids + group.completions[i][:-1] for group, i in pairs]
         ids_BT = torch.tensor([(*row, *[0] * (longest - len(row))) for row in rows])
-        group_B1 = torch.tensor([b.group for b, _ in pairs])[:, None]
-        sibling_B1 = torch.tensor([b.siblings[i] for b, i in pairs])[:, None]
-        sibling_BT = torch.where(place_T < starts, -1, sibling_B1)
+        group_B1 = torch.tensor([group.index for group, _ in pairs])[:, None]
+        sibling_B1 = torch.tensor([group.siblings[i] for group, i in pairs])[:, None]
+        sibling_BT = torch.where(position_T < starts, -1, sibling_B1)
         if self.dropouts:
-            self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, place_T.expand_as(ids_BT)], -1))
+            self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, position_T.expand_as(ids_BT)], -1))
         device = device_of(model)
-        hidden_BTD = decoder(model)(
+        hidden_BTD = decoder_of(model)(
             input_ids=ids_BT.to(device),
-            attention_mask=(place_T < stops).long().to(device),
+            attention_mask=(position_T < stops).long().to(device),
             use_cache=False,
         ).last_hidden_state
-        scored = ((place_T >= starts) & (place_T < stops)).flatten().nonzero().flatten()
+        scored = ((position_T >= starts) & (position_T < stops)).flatten().nonzero().flatten()
         return hidden_BTD.flatten(0, 1).index_select(0, scored.to(device))
 
     def _name_tokens(self, names: Tensor) -> None:
-        """Give every adapter's dropout the names [..., 3] of the tokens that are about to pass."""
+        """Give every dropout the keys of the next pass's tokens, made from their names [..., 3]."""
         names = names.to(self.device)
         keys = mix(mix(mix(names[..., 0] + name_key(self.seed, "dropout")) + names[..., 1]) + names[..., 2])
         for dropout in self.dropouts:
             dropout.token_keys = keys
 
     def save(self, folder: Path) -> None:
-        """The adapter in PEFT's format, or the whole model where all of it is trained; exact, with the tokenizer."""
+        """Save the adapter in PEFT's format, or the whole model where all of it is trained, with the tokenizer."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def begin_with(self, folder: Path, *, keep_reference: bool) -> None:
-        """Take over a warm adapter as what training begins with; kept, it is the reference, whatever is restored later.
+        """Load a warm adapter to begin training with; `keep_reference`: it stays the reference, whatever is restored.
 
         A copy costs the memory of the adapter once more, so it is only kept where a KL term needs it.
         """
         self.restore(folder)
         if keep_reference:
-            self.start = [parameter.detach().clone() for parameter in self.trainable]
+            self.starting_adapter = [parameter.detach().clone() for parameter in self.trainable]
 
     def restore(self, folder: Path) -> None:
-        """Take over what `save` left, bit for bit."""
+        """Load what `save` wrote, bit for bit."""
         if self.is_lora:
             load_adapter(self.model, folder)
             return
@@ -242,16 +244,16 @@ class Policy:
         self.model.load_state_dict(saved.state_dict())
 
 
-def decoder(model: Any) -> nn.Module:
-    """The part below the output head: hidden states in, no logits. Adapters inside it stay active."""
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part below the output head: hidden states, no logits. Adapters inside it stay active."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     below_head: nn.Module = base.get_decoder()
     return below_head
 
 
-def learn_everything(model: Any) -> None:
-    """Train all that text passes through; a vision tower beside it stays as it is."""
-    decoder(model).requires_grad_(True)
+def make_all_trainable(model: Any) -> None:
+    """Make everything trainable that text passes through; a vision tower beside it stays frozen."""
+    decoder_of(model).requires_grad_(True)
     model.get_output_embeddings().requires_grad_(True)
 
 
@@ -260,10 +262,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
-    """The recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
-    policy = _opened(recipe.model.path, recipe, report)
+    """Open the recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
+    policy = _open_without_adapter(recipe.model.path, recipe, report)
     if recipe.train.full:
-        _train_everything(policy, recipe)
+        _prepare_full_training(policy, recipe)
     else:
         policy.model.requires_grad_(False)
         policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=recipe.seed)
@@ -273,17 +275,17 @@ def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
 
 
 def open_trained(path: str, recipe: Recipe) -> Policy:
-    """A finished model to look at: a folder, a Hub id, or an adapter folder (its base is read from it)."""
+    """Open a finished model: a folder, a Hub id, or an adapter folder (its base is read from it)."""
     folder = Path(path).expanduser()
     base = adapter_base(folder)
-    policy = _opened(base or path, recipe)
+    policy = _open_without_adapter(base or path, recipe)
     if base is not None:
         policy.model = attach_adapter(policy.model, folder)
     return policy
 
 
-def _opened(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
-    """Any model as a policy without an adapter, with the recipe's number type, head and chat template."""
+def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
+    """Open any model as a policy without an adapter, with the recipe's dtype, head and chat template."""
     device = pick_device(recipe.model.device)
     dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(
@@ -301,7 +303,7 @@ def _opened(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
     return Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
 
 
-def _train_everything(policy: Policy, recipe: Recipe) -> None:
+def _prepare_full_training(policy: Policy, recipe: Recipe) -> None:
     if policy.dtype != torch.float32:
         raise ModelError(
             f"train.full needs float32 weights, and model.dtype {recipe.model.dtype} gives {str(policy.dtype)[6:]} "
@@ -309,33 +311,36 @@ def _train_everything(policy: Policy, recipe: Recipe) -> None:
             "train an adapter: --train.full false"
         )
     if recipe.objective.kl > 0:
-        policy.frozen_copy = _frozen_copy(policy, _reference_device(policy, recipe))
+        policy.frozen_copy = _frozen_copy(policy, _reference_device(policy, recipe.train))
     policy.model.requires_grad_(False)
-    learn_everything(policy.model)
+    make_all_trainable(policy.model)
 
 
 def _frozen_copy(policy: Policy, device: torch.device) -> nn.Module:
-    """Copied where it is to lie: a GPU without room for two never holds two."""
+    """Copy the model on the device where the copy stays: a GPU without room for two never holds two."""
     policy.model.to(device)
     frozen = copy.deepcopy(policy.model).requires_grad_(False)
     policy.model.to(policy.device)
     return frozen
 
 
-def _reference_device(policy: Policy, recipe: Recipe) -> torch.device:
-    """auto: beside the policy where gradients, Adam's two moments, the copy and as much again for a pass have room."""
+def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
+    """Return the device of the frozen copy.
+
+    "auto": the policy's, where gradients, Adam's two moments, the copy and as much again for a pass fit; else the CPU.
+    """
     cpu = torch.device("cpu")
-    if recipe.train.reference != "auto" or policy.device.type != "cuda":
-        return cpu if recipe.train.reference == "cpu" else policy.device
+    if config.reference != "auto" or policy.device.type != "cuda":
+        return cpu if config.reference == "cpu" else policy.device
     free, _ = torch.cuda.mem_get_info(policy.device)
     weights = weight_bytes(policy.model)
-    if recipe.train.memory is not None:
-        free = min(free, int(recipe.train.memory * 1e9) - weights)
+    if config.memory is not None:
+        free = min(free, int(config.memory * 1e9) - weights)
     return policy.device if free >= 5 * weights else cpu
 
 
 def recompute_activations(model: Any) -> None:
-    """Trade a third more time for activations of one layer at a time. transformers does it in training mode only."""
+    """Trade a third more time for activations of one layer at a time. transformers does so in training mode only."""
     # Its name until transformers 5.x, deprecated since.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

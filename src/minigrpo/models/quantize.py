@@ -1,4 +1,4 @@
-"""What bitsandbytes packs: frozen weights in 4 bit, and the moments of an optimizer in 8.
+"""Quantisation by bitsandbytes: frozen weights in 4 bit, and an optimizer's moments in 8 bit.
 
 Frozen linear layers in 4 bit: NF4 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314).
 
@@ -18,24 +18,24 @@ from minigrpo.errors import ModelError, install_hint
 from minigrpo.models.lora import mute_bitsandbytes
 
 
-def in_four_bit(model: Any, device: torch.device) -> Any:
-    """The model with every plain linear layer of its decoder packed, layer by layer, on `device`.
+def quantize_four_bit(model: Any, device: torch.device) -> Any:
+    """Return the model with every plain linear layer of its decoder packed, layer by layer, on `device`.
 
-    The rest stays what and where it was: the output head, a vision tower. Raises ModelError where bitsandbytes is
+    The output head and a vision tower stay as and where they are. Raise ModelError where bitsandbytes is
     missing, or the weights are packed already.
     """
-    _check(model)
+    _check_quantizable(model)
     head = model.get_output_embeddings()
     for parent in list(model.get_decoder().modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear and layer is not head:
-                setattr(parent, name, _packed(layer, device))
+                setattr(parent, name, _packed_linear(layer, device))
     model.is_loaded_in_4bit = True  # what PEFT asks before it wraps a layer
     return model
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of all weights, with what unpacking the packed ones needs."""
+    """Count the bytes of all weights, with the constants that unpack the packed ones."""
     tensors: dict[int, torch.Tensor] = {}
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)
@@ -44,35 +44,35 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
-PACKED_FROM = 4096
-"""Numbers of a tensor from which on its moments are packed: below, nothing would be won."""
-BLOCK = 256
+MIN_PACKED_SIZE = 4096
+"""Moments of tensors with fewer elements stay unpacked: packing would save nothing."""
+MOMENTS_PER_SCALE = 256
 """Moments that share a scale (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861)."""
 
 
 def eight_bit_adamw(
     parameters: Sequence[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW whose moments are kept in 8 bit, block by block. Raises ModelError where bitsandbytes is missing."""
-    _require("train.optimizer adamw8bit")
+    """Make an AdamW whose moments are kept in 8 bit, block by block. Raise ModelError where bitsandbytes is missing."""
+    _require_bitsandbytes("train.optimizer adamw8bit")
     from bitsandbytes.optim import AdamW8bit
 
     found: torch.optim.Optimizer = AdamW8bit(
-        parameters, lr=lr, betas=betas, weight_decay=weight_decay, min_8bit_size=PACKED_FROM
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay, min_8bit_size=MIN_PACKED_SIZE
     )
     return found
 
 
 def moment_bytes(parameters: Sequence[nn.Parameter], optimizer: str) -> int:
-    """Of AdamW's two moments."""
+    """Count the bytes of AdamW's two moments."""
     if optimizer == "adamw":
         return 2 * sum(parameter.nbytes for parameter in parameters)
-    small = [p.numel() for p in parameters if p.numel() < PACKED_FROM]
-    packed = [p.numel() for p in parameters if p.numel() >= PACKED_FROM]
-    return 2 * (4 * sum(small) + sum(count + 4 * -(-count // BLOCK) for count in packed))
+    small = [p.numel() for p in parameters if p.numel() < MIN_PACKED_SIZE]
+    packed = [p.numel() for p in parameters if p.numel() >= MIN_PACKED_SIZE]
+    return 2 * (4 * sum(small) + sum(count + 4 * -(-count // MOMENTS_PER_SCALE) for count in packed))
 
 
-def _require(knob: str) -> None:
+def _require_bitsandbytes(knob: str) -> None:
     mute_bitsandbytes()
     try:
         import bitsandbytes  # noqa: F401
@@ -80,8 +80,8 @@ def _require(knob: str) -> None:
         raise ModelError(f"{knob} needs bitsandbytes, which is not installed: {install_hint('qlora')}") from None
 
 
-def _check(model: Any) -> None:
-    _require("model.quantize nf4")
+def _check_quantizable(model: Any) -> None:
+    _require_bitsandbytes("model.quantize nf4")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             "model.quantize nf4: the weights of this model are quantised already. Give its 16-bit original as "
@@ -89,7 +89,7 @@ def _check(model: Any) -> None:
         )
 
 
-def _packed(layer: nn.Linear, device: torch.device) -> nn.Module:
+def _packed_linear(layer: nn.Linear, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     dtype = layer.weight.dtype

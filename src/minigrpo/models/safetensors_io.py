@@ -1,4 +1,4 @@
-"""Safetensors files read and written in blocks of rows: what a shard holds never stands in memory all at once.
+"""Read and write safetensors files in blocks of rows: a shard is never in memory all at once.
 
 The format is a length, a JSON header and raw bytes, so a tensor's rows can be read from the disk, changed and written
 one block after the other. Every fault of a file is found in its header, before anything is made from it.
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from minigrpo.errors import ArtifactError
 
-DTYPES = {
+_TORCH_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = ("F64", "F32", "F16", "BF16")
-BLOCK = 1 << 20
-"""Elements of a block of rows: 4 MiB in float32, of which a merge holds some six at once."""
+DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+BLOCK_ELEMENTS = 1 << 20
+"""Elements of a block of rows: 4 MiB in float32, of which a merge holds about six at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor on the disk: `start` and `stop` are bytes from the beginning of the file."""
+class StoredTensor:
+    """A tensor on the disk; `start` and `stop` are bytes from the beginning of the file."""
 
     name: str
     file: Path
@@ -43,7 +43,7 @@ class Stored:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return _TORCH_DTYPES[self.dtype]
 
     @property
     def rows(self) -> int:
@@ -51,11 +51,11 @@ class Stored:
 
     @property
     def width(self) -> int:
-        """Elements of a row."""
+        """Count the elements of a row."""
         return math.prod(self.shape[1:])
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) as they are stored; a scalar is one row. Raises ArtifactError where the disk does."""
+        """Read rows [first, last) as stored; a scalar is one row. Raise ArtifactError where reading fails."""
         last = self.rows if last is None else last
         size = self.width * self.torch_dtype.itemsize
         shape = (last - first, *self.shape[1:])
@@ -73,23 +73,23 @@ class Stored:
         return torch.frombuffer(data, dtype=self.torch_dtype).view(shape)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first, last) of blocks of rows that are small enough to hold."""
-        step = max(1, BLOCK // max(1, self.width))
+        """Yield (first, last) of blocks of at most BLOCK_ELEMENTS elements, or of one row."""
+        step = max(1, BLOCK_ELEMENTS // max(1, self.width))
         for first in range(0, self.rows, step):
             yield first, min(first + step, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """Of one file: its own words, byte for byte, and the tensors in the order of their bytes."""
+class SafetensorsHeader:
+    """A file's header: `raw`, byte for byte, and the tensors in the order of their bytes."""
 
     raw: bytes
     metadata: Mapping[str, str]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
 
 
-def read_header(file: Path) -> Header:
-    """Raises ArtifactError, naming the fault, where a file is missing, cut short, too long, or no safetensors file."""
+def read_header(file: Path) -> SafetensorsHeader:
+    """Read a file's header. Raise ArtifactError where it is missing, cut short, too long, or no safetensors file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -102,43 +102,43 @@ def read_header(file: Path) -> Header:
     try:
         table = json.loads(raw if length <= size - 8 else b"")
         metadata = table.pop("__metadata__", {})
-        tensors = [_stored(name, entry, file, 8 + length) for name, entry in table.items()]
+        tensors = [_parse_entry(name, entry, file, 8 + length) for name, entry in table.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ArtifactError(
-            f"{file} is damaged: its first bytes are no safetensors header{_said(fault)}. Copy or download it again."
+            f"{file} is damaged: its first bytes are no safetensors header{_reason(fault)}. Copy or download it again."
         ) from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = 8 + length
     for tensor in tensors:
-        if tensor.start != end or tensor.stop - tensor.start != _bytes(tensor.dtype, tensor.shape):
+        if tensor.start != end or tensor.stop - tensor.start != _tensor_bytes(tensor.dtype, tensor.shape):
             raise ArtifactError(f"{file} is damaged: the place of {tensor.name} in it is wrong. Copy it again.")
         end = tensor.stop
     if size != end:
         what = "was cut short" if size < end else "has bytes that nothing names"
         raise ArtifactError(f"{file} {what}: {size} bytes, and its header counts {end}. Copy or download it again.")
-    return Header(raw, metadata, {tensor.name: tensor for tensor in tensors})
+    return SafetensorsHeader(raw, metadata, {tensor.name: tensor for tensor in tensors})
 
 
-def _said(fault: Exception) -> str:
-    """Our own words alone: a parser's are about characters that nobody has typed."""
+def _reason(fault: Exception) -> str:
+    """Return the reason of our own errors only: a parser's is about characters that nobody has typed."""
     return f" ({fault})" if isinstance(fault, ValueError) and not isinstance(fault, json.JSONDecodeError) else ""
 
 
-def _stored(name: str, entry: Any, file: Path, origin: int) -> Stored:
+def _parse_entry(name: str, entry: Any, file: Path, origin: int) -> StoredTensor:
     start, stop = map(int, entry["data_offsets"])
     shape = tuple(map(int, entry["shape"]))
-    if entry["dtype"] not in DTYPES or min(shape, default=0) < 0:
+    if entry["dtype"] not in _TORCH_DTYPES or min(shape, default=0) < 0:
         raise ValueError(f"{name} is of type {entry['dtype']} and shape {shape}, which cannot be read here")
-    return Stored(name, file, entry["dtype"], shape, origin + start, origin + stop)
+    return StoredTensor(name, file, entry["dtype"], shape, origin + start, origin + stop)
 
 
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * DTYPES[dtype].itemsize
+def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _TORCH_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A tensor to be written: its blocks of rows are made one by one, when their turn has come."""
+class PlannedTensor:
+    """A tensor to be written; its blocks of rows are made one by one, as they are written."""
 
     name: str
     dtype: str
@@ -146,13 +146,13 @@ class Planned:
     blocks: Iterable[Tensor]
 
 
-def write_file(file: Path, planned: Iterable[Planned], header: Header) -> int:
-    """Write a file like the one whose header that was; its very bytes where neither types nor names changed.
+def write_safetensors(file: Path, planned: Iterable[PlannedTensor], header: SafetensorsHeader) -> int:
+    """Write a file like the one with that header; the header's bytes stay where no name, dtype or shape changed.
 
-    Returns how many bytes of tensors it holds.
+    Return how many bytes of tensors it holds.
     """
     # Wide types first, so that no tensor begins where its type may not.
-    entries = sorted(planned, key=lambda entry: -DTYPES[entry.dtype].itemsize)
+    entries = sorted(planned, key=lambda entry: -_TORCH_DTYPES[entry.dtype].itemsize)
     then = {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
     if {entry.name: (entry.dtype, entry.shape) for entry in entries} == then:
         place = {name: i for i, name in enumerate(header.tensors)}
@@ -166,17 +166,17 @@ def write_file(file: Path, planned: Iterable[Planned], header: Header) -> int:
         for entry in entries:
             for block in entry.blocks:
                 stream.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
-            total += _bytes(entry.dtype, entry.shape)
+            total += _tensor_bytes(entry.dtype, entry.shape)
             if stream.tell() != 8 + len(raw) + total:
                 raise AssertionError(f"{entry.name}: its blocks are not of the planned size")
     return total
 
 
-def _raw_header(entries: Iterable[Planned], metadata: Mapping[str, str]) -> bytes:
+def _raw_header(entries: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for entry in entries:
-        start, end = end, end + _bytes(entry.dtype, entry.shape)
+        start, end = end, end + _tensor_bytes(entry.dtype, entry.shape)
         table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     raw = json.dumps(table, separators=(",", ":")).encode()
     return raw + b" " * (-len(raw) % 8)

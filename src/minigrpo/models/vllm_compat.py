@@ -1,36 +1,36 @@
-"""What vLLM asks for in its own words: room for an adapter, and settings that a config may lack. No torch."""
+"""vLLM's limits: which LoRA ranks it takes, and what must be added to a model's config. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Adapter ranks that vLLM can be told to make room for."""
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes as --max-lora-rank."""
 
 
-def lora_room(rank: int) -> int | None:
-    """Give the least --max-lora-rank that holds an adapter of this rank; None where it is beyond all of them."""
-    return next((room for room in LORA_RANKS if room >= rank), None)
+def vllm_max_lora_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank that fits an adapter of this rank; None where none does."""
+    return next((room for room in VLLM_LORA_RANKS if room >= rank), None)
 
 
-def missing_for_vllm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM's `hf_overrides` must say where the config is not ours to write; {} where it finds all it needs.
+def vllm_config_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return vLLM's `hf_overrides` for a config that we do not write; {} where it lacks nothing.
 
     Nested as the config is: vLLM goes into a text model's own config and changes nothing else there.
     """
-    inner = missing_for_vllm(config["text_config"]) if config.get("text_config") else {}
-    return {**attention_scale(config), **({"text_config": inner} if inner else {})}
+    inner = vllm_config_overrides(config["text_config"]) if config.get("text_config") else {}
+    return {**ministral3_attention_scale(config), **({"text_config": inner} if inner else {})}
 
 
-def without_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A merged model's config without what vLLM is told by it: of its base, the config may say that or not."""
-    inner = {"text_config": without_scale(config["text_config"])} if config.get("text_config") else {}
+def without_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a merged model's config without vLLM's attention scale, which its base's config may have or lack."""
+    inner = {"text_config": without_attention_scale(config["text_config"])} if config.get("text_config") else {}
     return {name: value for name, value in {**config, **inner}.items() if name != "llama_4_scaling"}
 
 
-def attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Ministral 3's, beyond the original context, in the words in which vLLM asks for it; {} where it is said."""
+def ministral3_attention_scale(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Ministral 3's attention scale beyond the original context, as vLLM reads it; {} if present."""
     rope = config.get("rope_parameters") or {}
     beta = rope.get("llama_4_scaling_beta")
     if beta is None or config.get("llama_4_scaling") is not None:

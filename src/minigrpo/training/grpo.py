@@ -133,7 +133,7 @@ def accumulate_gradient(
             micro_batch = replace(micro_batch, ref_N=policy.reference(micro_batch))
         scores = policy.logprobs(micro_batch, step=step, entropy_learns=objective.entropy > 0)
         loss = objective.loss(scores.logprobs_N, micro_batch, scores.entropy_N)
-        policy.loss_scale.up(loss.total).backward()
+        policy.loss_scale.scaled(loss.total).backward()
         for name, value in {**loss.figures, **sampler_gap(scores, micro_batch)}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
         if micro_batch.old_N is None:
@@ -145,7 +145,7 @@ def accumulate_gradient(
 def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, config: UpdateConfig) -> float:
     """Clip the accumulated gradient and take one step. Returns its norm; one that is not finite is thrown away."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    policy.loss_scale.down(trained)
+    policy.loss_scale.unscale(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:

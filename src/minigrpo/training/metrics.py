@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.algorithms.objective import TIE
+from minigrpo.algorithms.objective import TIE_TOLERANCE
 from minigrpo.algorithms.packing import Batch, MicroBatch
 from minigrpo.training.group_source import StepGroups
 from minigrpo.types import Group
@@ -57,7 +57,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     completions = [completion for group in groups for completion in group.completions]
     grades = [grade for group in groups for grade in group.grades]
     lengths = [len(completion.token_ids) for completion in completions]
-    tied = [group.spread <= TIE for group in groups]
+    tied = [group.spread <= TIE_TOLERANCE for group in groups]
     known = [[grade.reward for grade in group.grades if grade.scored] for group in groups]
     unscored = statistics.fmean(not grade.scored for grade in grades)
     parts = by_name([grade.parts for grade in grades])

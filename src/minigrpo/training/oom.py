@@ -90,13 +90,13 @@ def split_micro_batch(part: MicroBatch, tokens_per_pass: int) -> Iterator[MicroB
             name: None if (value := getattr(part, name)) is None else value[here]
             for name in ("advantages_N", "weights_N", "shares_N", "engine_N", "old_N", "ref_N", "chosen_N")
         }
-        yield replace(part, bundles=tuple(bundles), **known)
+        yield replace(part, groups=tuple(bundles), **known)
         start = stop
 
 
 def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGroup]]:
     waiting: list[PackedGroup] = []
-    for bundle in part.bundles:
+    for bundle in part.groups:
         for piece in split_group(bundle, tokens_per_pass):
             # Siblings are counted alike in all bundles of a row, so a piece of a group has a row of its own.
             alike = not waiting or len(waiting[0].siblings) == len(piece.siblings)

@@ -48,7 +48,7 @@ def update_with_retries(
         norm = step_optimizer() if done else 0.0
         finite = math.isfinite(norm)
         if finite and done:
-            policy.loss_scale = policy.loss_scale.after_good()
+            policy.loss_scale = policy.loss_scale.after_success()
         if not finite and policy.loss_scale.can_fall and math.isfinite(sums["loss"]):
             policy.loss_scale = policy.loss_scale.after_overflow()
             continue

@@ -23,7 +23,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy
-from minigrpo.models.sft import Lesson, Room, Schedule, mean_loss, warm_start
+from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
 from minigrpo.rollouts.grading import judge
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.training.memory.machine import tokens_per_pass
@@ -86,21 +86,21 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     taught, aside = answers_of(recipe, task)
     lessons, held_aside = lessons_of(taught, policy), lessons_of(aside, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
-    room = Room(tokens_per_pass(policy, recipe), max(1, LOGITS // vocabulary))
+    room = PassLimit(tokens_per_pass(policy, recipe), max(1, LOGITS // vocabulary))
 
     def measured() -> Measured:
         engine.update(policy)
         with policy.plain_attention():
-            losses = [mean_loss(policy.model, kind[:MEASURED_LESSONS], room) for kind in (lessons, held_aside)]
+            losses = [mean_sft_loss(policy.model, kind[:MEASURED_LESSONS], room) for kind in (lessons, held_aside)]
         return Measured(form_rate(recipe, task, policy, engine, aside), *losses)
 
     def learning(done: int, loss: float) -> None:
         report(done, knobs.steps, f"loss {loss:.2f}")
 
     before = measured()
-    schedule = Schedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
+    schedule = SftSchedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
     with policy.plain_attention():
-        last = warm_start(policy.model, lessons, schedule, seed=recipe.seed, room=room, report=learning)
+        last = train_sft(policy.model, lessons, schedule, seed=recipe.seed, limit=room, report=learning)
     if not math.isfinite(last):
         raise DivergenceError(
             f"The loss of the warm-up is {last}. Nothing was kept. Lower --warmup.lr, or set --model.dtype float32"
@@ -245,11 +245,11 @@ def asked(answer: Written) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in messages)
 
 
-def lessons_of(answers: Sequence[Written], policy: Policy) -> list[Lesson]:
+def lessons_of(answers: Sequence[Written], policy: Policy) -> list[SftExample]:
     """As tokens, each answer ending with the eos token. Raises TaskError where some do not fit into the context."""
     tokenizer = policy.tokenizer
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    lessons = [Lesson(render(tokenizer, a.prompt).ids, answer_ids(a.answer, tokenizer)) for a in answers]
+    lessons = [SftExample(render(tokenizer, a.prompt).ids, answer_ids(a.answer, tokenizer)) for a in answers]
     long = [(a, lesson) for a, lesson in zip(answers, lessons, strict=True) if context and len(lesson) > context]
     if long:
         places = ", ".join(answer.place for answer, _ in long[:5]) + (" ..." if len(long) > 5 else "")
@@ -276,7 +276,7 @@ def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside:
     return fmean(grade.formed for group in groups for grade in group.grades)
 
 
-def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[Lesson]) -> Iterator[str]:
+def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[SftExample]) -> Iterator[str]:
     """What is odd about the lessons themselves."""
     limit = recipe.rollout.max_tokens
     if long := sum(len(lesson.answer_ids) > limit for lesson in lessons):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.adapter import Adapter, Pair
-from minigrpo.models.model_files import INDEX, Base
-from minigrpo.models.safetensors_io import FLOATS, NAMES, Planned, Stored, write_file
+from minigrpo.models.adapter import Adapter, LoraPair
+from minigrpo.models.model_files import WEIGHTS_INDEX, BaseFiles
+from minigrpo.models.safetensors_io import DTYPE_NAMES, FLOAT_DTYPES, PlannedTensor, StoredTensor, write_safetensors
 from minigrpo.ui.progress import Report, no_report
 
 NOISE = 0.3
@@ -33,9 +33,9 @@ will find (measured, 0.3 billion random weights: noise 0.86 and 0.31, relative K
 class Change:
     """What becomes of one tensor of the base: something is added to it, or it is replaced."""
 
-    base: Stored
-    pair: Pair | None = None
-    whole: Stored | None = None
+    base: StoredTensor
+    pair: LoraPair | None = None
+    whole: StoredTensor | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(before, after) of blocks of rows, in float32. Raises ArtifactError where either is not finite."""
@@ -59,8 +59,8 @@ class Change:
             yield before_OI, after_OI
 
 
-def finite(stored: Stored, values: Tensor) -> Tensor:
-    if stored.dtype in FLOATS and not torch.isfinite(values).all():
+def finite(stored: StoredTensor, values: Tensor) -> Tensor:
+    if stored.dtype in FLOAT_DTYPES and not torch.isfinite(values).all():
         raise ArtifactError(
             f"{stored.file}: {stored.name} holds values that are not finite (NaN or infinity). Copy or download it "
             "again; if it is so at its source, no merge can mend it."
@@ -68,7 +68,7 @@ def finite(stored: Stored, values: Tensor) -> Tensor:
     return values
 
 
-def changes_of(base: Base, adapter: Adapter) -> dict[str, Change]:
+def changes_of(base: BaseFiles, adapter: Adapter) -> dict[str, Change]:
     """By tensor of the base. Raises ModelError where the adapter was made for another base, or breaks a tie."""
     found: dict[str, Change] = {}
     for module, pair in adapter.pairs.items():
@@ -89,7 +89,7 @@ def changes_of(base: Base, adapter: Adapter) -> dict[str, Change]:
     return found
 
 
-def _place(base: Base, adapter: Adapter, name: str) -> Stored:
+def _place(base: BaseFiles, adapter: Adapter, name: str) -> StoredTensor:
     place = base.on_disk(name)
     if place is None and base.tied and name.startswith("lm_head") and (place := _embedding(base)) is None:
         raise ModelError(f"{base.folder} has tied embeddings, but no embedding.")
@@ -98,7 +98,7 @@ def _place(base: Base, adapter: Adapter, name: str) -> Stored:
     return base.tensors[place]
 
 
-def _embedding(base: Base) -> str | None:
+def _embedding(base: BaseFiles) -> str | None:
     return next((name for name in base.tensors if name.endswith("embed_tokens.weight")), None)
 
 
@@ -106,12 +106,12 @@ def _is_end(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias"))
 
 
-def _other_base(base: Base, adapter: Adapter, what: str) -> str:
+def _other_base(base: BaseFiles, adapter: Adapter, what: str) -> str:
     named = f", which names {adapter.base}" if adapter.base else ""
     return f"{base.folder} is not the base of {adapter.folder}{named}: {what}. Give the right one: --base FOLDER"
 
 
-def _size(thing: Stored | Pair) -> str:
+def _size(thing: StoredTensor | LoraPair) -> str:
     return " x ".join(map(str, thing.shape))
 
 
@@ -159,7 +159,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def redundant(base: Base) -> set[str]:
+def redundant(base: BaseFiles) -> set[str]:
     """Output heads that are a second copy of the embedding. Raises ModelError where they only should be."""
     heads = [name for name in base.tensors if name.endswith("lm_head.weight")] if base.tied else []
     embedding = _embedding(base)
@@ -177,7 +177,7 @@ def redundant(base: Base) -> set[str]:
 
 
 def write_merged(
-    base: Base, changes: Mapping[str, Change], dtype: torch.dtype, folder: Path, report: Report = no_report
+    base: BaseFiles, changes: Mapping[str, Change], dtype: torch.dtype, folder: Path, report: Report = no_report
 ) -> None:
     """The weights in `folder`, under the names of the base's shards; weights of most, the base's own type become
     `dtype`, all others and what reads pictures keep theirs."""
@@ -190,15 +190,20 @@ def write_merged(
         if not kept:
             continue
         planned = [_planned(base, stored, changes.get(stored.name), dtype) for stored in kept]
-        total += write_file(folder / shard, planned, header)
+        total += write_safetensors(folder / shard, planned, header)
         places |= {stored.name: shard for stored in kept}
     if base.sharded:
         count = sum(math.prod(base.tensors[name].shape) for name in places)
-        _write_index(folder / INDEX, base.folder / INDEX, places, {"total_size": total, "total_parameters": count})
+        _write_index(
+            folder / WEIGHTS_INDEX,
+            base.folder / WEIGHTS_INDEX,
+            places,
+            {"total_size": total, "total_parameters": count},
+        )
     report(len(base.headers), len(base.headers), "")
 
 
-def bytes_of(base: Base, dtype: torch.dtype) -> int:
+def bytes_of(base: BaseFiles, dtype: torch.dtype) -> int:
     """What the weights will take on the disk, about."""
     return sum(math.prod(t.shape) * _type(base, t, dtype).itemsize for t in base.tensors.values())
 
@@ -213,16 +218,16 @@ def _write_index(file: Path, then: Path, places: Mapping[str, str], sizes: Mappi
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _type(base: Base, stored: Stored, dtype: torch.dtype) -> torch.dtype:
+def _type(base: BaseFiles, stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if stored.torch_dtype == base.dtype and base.is_text(stored.name) else stored.torch_dtype
 
 
-def _planned(base: Base, stored: Stored, change: Change | None, dtype: torch.dtype) -> Planned:
+def _planned(base: BaseFiles, stored: StoredTensor, change: Change | None, dtype: torch.dtype) -> PlannedTensor:
     target = _type(base, stored, dtype)
-    return Planned(stored.name, NAMES[target], stored.shape, _blocks(stored, change, target))
+    return PlannedTensor(stored.name, DTYPE_NAMES[target], stored.shape, _blocks(stored, change, target))
 
 
-def _blocks(stored: Stored, change: Change | None, target: torch.dtype) -> Iterator[Tensor]:
+def _blocks(stored: StoredTensor, change: Change | None, target: torch.dtype) -> Iterator[Tensor]:
     after = (pair[1] for pair in change.blocks()) if change else (
         finite(stored, stored.read(first, last)) for first, last in stored.blocks()
     )  # fmt: skip

@@ -21,8 +21,8 @@ from rich.text import Text
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
-from minigrpo.models.adapter import Adapter, adapter_config, read_adapter
-from minigrpo.models.model_files import Base, find_base, open_base
+from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
+from minigrpo.models.model_files import BaseFiles, find_base, open_base
 from minigrpo.runs.lock import hold
 from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, tidy
@@ -44,7 +44,7 @@ class TrainedSource:
         """What the user names it by."""
         return str(self.run.path if self.run else self.folder)
 
-    def open(self) -> tuple[Base, Adapter]:
+    def open(self) -> tuple[BaseFiles, Adapter]:
         """The base's files, and what is to be changed in them; of a full-parameter run that is every tensor."""
         adapter = None if self.full else read_adapter(self.folder)
         base = find_base(self.base, revision=self.revision, seed=self.recipe.seed)
@@ -53,7 +53,7 @@ class TrainedSource:
             return base, Adapter(self.folder, {}, {}, trained.tensors)
         return base, adapter
 
-    def made(self, verb: str, base: Base) -> dict[str, Any]:
+    def made(self, verb: str, base: BaseFiles) -> dict[str, Any]:
         made = stamp(verb, self.recipe, self.folder)
         made["from"]["base"] = base.fingerprint()
         return made
@@ -71,7 +71,7 @@ def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
         return TrainedSource(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
     if not run.path.is_dir():
         raise ArtifactError(f"{run.path} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
-    config = adapter_config(run.path)
+    config = read_adapter_config(run.path)
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise ArtifactError(f"{run.path / 'adapter_config.json'} names no base model. Say which: --base MODEL")

@@ -34,7 +34,7 @@ from minigrpo.delivery.gguf.quantize import FLOATS, FORMATS, Quantised, quantise
 from minigrpo.delivery.parity.kl import record
 from minigrpo.delivery.parity.table import figure
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.models.model_files import Base, open_base
+from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import DRAFT, REJECTED, SPARE, RunDir, digest, full_disk_told, sync, write_whole, writing
 from minigrpo.ui.progress import Report, stage
@@ -88,7 +88,7 @@ class ExportJob:
     run: RunDir | None
     folder: Path
     name: str
-    base: Base
+    base: BaseFiles
     converter: Converter
     tools: Path | None
     made: dict[str, Any]

@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minigrpo.models.chat_template import as_text
+from minigrpo.models.chat_template import render_text
 from minigrpo.types import Message
 
 SAID = ("sys-x", "ask-one", "say-one", "ask-two", "say-two")
@@ -53,9 +53,9 @@ def turns_of(tokenizer: Any) -> Turns | None:
     try:
         # llama.cpp and Ollama put the beginning-of-text token themselves where the file asks for it.
         bos = tokenizer.bos_token or ""
-        wanted = [as_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in conversations()]
-        whole = as_text(tokenizer, conversations()[1]).removeprefix(bos)
-        asked = as_text(tokenizer, conversations()[0]).removeprefix(bos)
+        wanted = [render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in conversations()]
+        whole = render_text(tokenizer, conversations()[1]).removeprefix(bos)
+        asked = render_text(tokenizer, conversations()[0]).removeprefix(bos)
     except TemplateError:
         return None
     for text in SAID[:4]:

@@ -18,7 +18,7 @@ from minigrpo.delivery.parity.compare import as_loaded, task_of, what_is_said
 from minigrpo.delivery.parity.kl import LIMIT, Divergence, compare
 from minigrpo.delivery.parity.texts import HeldTexts
 from minigrpo.errors import MinigrpoError
-from minigrpo.models.chat_template import QUESTION
+from minigrpo.models.chat_template import PROBE_QUESTION
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
@@ -89,7 +89,7 @@ def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
 def asked_of(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
     """Conversations whose rendered ids are compared one by one."""
     asked = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
-    return (*asked, (QUESTION,))
+    return (*asked, (PROBE_QUESTION,))
 
 
 def _base_kl(run: RunDir | None) -> float | None:

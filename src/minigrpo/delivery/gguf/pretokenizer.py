@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import REPLY, as_text
+from minigrpo.models.chat_template import PROBE_REPLY, render_text
 from minigrpo.types import Message
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ def token_faults(llama: LlamaCpp, tokenizer: Any, prompts: Sequence[Sequence[Mes
         yield "The file asks for an end-of-text token after every prompt, so the model would see its answer ended."
     bos = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else None
     for messages in prompts:
-        text, ids = as_text(tokenizer, messages, opened=True), _rendered(tokenizer, messages)
+        text, ids = render_text(tokenizer, messages, opened=True), _rendered(tokenizer, messages)
         stripped = text.removeprefix(bos) if bos and facts.adds_bos else text
         if fault := _difference(ids, llama.tokenize(stripped, special=True), facts.bos, "a rendered prompt"):
             yield fault
             break
-    for text in (*PROBES, REPLY):
+    for text in (*PROBES, PROBE_REPLY):
         if fault := _difference(_plain(tokenizer, text), llama.tokenize(text), facts.bos, f"the text {text!r}"):
             yield fault
             break

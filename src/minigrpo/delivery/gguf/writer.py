@@ -23,8 +23,8 @@ from torch import Tensor
 from minigrpo.delivery.artifacts.merged_weights import redundant
 from minigrpo.delivery.gguf.pretokenizer import kind_of
 from minigrpo.errors import ModelError
-from minigrpo.models.model_files import Base, open_base
-from minigrpo.models.safetensors_io import Stored
+from minigrpo.models.model_files import BaseFiles, open_base
+from minigrpo.models.safetensors_io import StoredTensor
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "ministral3": "mistral3"}
 """transformers' model_type of the text part -> llama.cpp's name."""
@@ -173,14 +173,16 @@ def _add_vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
     gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
 
 
-def _write_tensors(writer: Any, base: Base, arch: str, kind: str) -> None:
+def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
     """Headers of all first, then the values of one tensor at a time."""
     import gguf
     import numpy as np
 
     config = text_config(base.config)
     names = _names(base, arch, config["num_hidden_layers"])
-    made: list[tuple[Stored | Tensor, str, Any]] = [(base.tensors[name], new, None) for name, new in names.items()]
+    made: list[tuple[StoredTensor | Tensor, str, Any]] = [
+        (base.tensors[name], new, None) for name, new in names.items()
+    ]
     if (factors := _frequencies(rope_of(config), _head_dim(config))) is not None:
         made.insert(0, (factors, "rope_freqs.weight", None))
     for source, new, _ in made:
@@ -195,11 +197,11 @@ def _write_tensors(writer: Any, base: Base, arch: str, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for source, new, _ in made:
-        values = source.read() if isinstance(source, Stored) else source
+        values = source.read() if isinstance(source, StoredTensor) else source
         writer.write_tensor_data(_values(_permuted(values, new, arch, config), _kind(new, tuple(values.shape), kind)))
 
 
-def _names(base: Base, arch: str, layers: int) -> dict[str, str]:
+def _names(base: BaseFiles, arch: str, layers: int) -> dict[str, str]:
     """Of the text part: name on the disk -> name in the file. Raises ModelError for one that nobody knows."""
     import gguf
 

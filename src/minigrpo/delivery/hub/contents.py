@@ -21,7 +21,7 @@ from minigrpo.delivery.artifacts.source import merged_of
 from minigrpo.delivery.hub.client import Item, item
 from minigrpo.delivery.hub.model_card import card, facts_of, hub_name
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.models.model_files import tokens_for_other_readers
+from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.versions import this_version
@@ -138,7 +138,7 @@ def _public(file: Path) -> Path | bytes:
 def _readable(file: Path) -> Path | bytes:
     """The tokenizer's config so that transformers 4 reads it, too, as it does that of a merged model."""
     config = read_json(file)
-    found = tokens_for_other_readers(config)
+    found = compatible_tokenizer_config(config)
     return file if found == config else (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -20,8 +20,13 @@ from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import in_bytes
 from minigrpo.delivery.parity.table import read_parity
 from minigrpo.errors import ArtifactError
-from minigrpo.models.model_files import config_here
-from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm, without_scale
+from minigrpo.models.model_files import local_config
+from minigrpo.models.vllm_compat import (
+    VLLM_LORA_RANKS,
+    vllm_config_overrides,
+    vllm_max_lora_rank,
+    without_attention_scale,
+)
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
@@ -69,7 +74,7 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
     merged = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
     versions = {**made.get("made", {}).get("versions", {}), **merged.get("made", {}).get("versions", {})}
     whole = read_json(run.merged / "config.json") if (run.merged / "config.json").is_file() else {}
-    config = config_here(recipe.model.path, recipe.model.revision) or without_scale(whole)
+    config = local_config(recipe.model.path, recipe.model.revision) or without_attention_scale(whole)
     there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
     return Facts(
         name=run.path.absolute().name,
@@ -86,7 +91,7 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
         versions={name: version for name, version in versions.items() if version},
         vision="vision_config" in {**config, **whole},
-        missing=missing_for_vllm(config),
+        missing=vllm_config_overrides(config),
         remarks=remarks,
     )
 
@@ -397,9 +402,9 @@ def _adapter(facts: Facts) -> str:
         f'model = PeftModel.from_pretrained(base, "{repo}")\n' + _answer(facts)
     )
     text = f"{note}transformers and PEFT:\n\n{fenced(code, 'python')}\n\n"
-    room = lora_room(facts.recipe["lora"]["rank"])
+    room = vllm_max_lora_rank(facts.recipe["lora"]["rank"])
     if room is None:
-        return f"{text}vLLM serves ranks up to {LORA_RANKS[-1]} only: merge it first."
+        return f"{text}vLLM serves ranks up to {VLLM_LORA_RANKS[-1]} only: merge it first."
     name = repo.partition("/")[2]
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
     if facts.missing:  # of the base, whose config says it in words that vLLM does not read

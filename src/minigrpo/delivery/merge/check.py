@@ -23,8 +23,8 @@ from minigrpo.delivery.artifacts.source import TrainedSource, source_of
 from minigrpo.delivery.parity.compare import trained_truth
 from minigrpo.delivery.parity.kl import Divergence, known
 from minigrpo.errors import ArtifactError, MinigrpoError
-from minigrpo.models.adapter import Adapter, PairFacts, facts_of
-from minigrpo.models.model_files import RENAMES, Base
+from minigrpo.models.adapter import Adapter, PairStats, pair_stats
+from minigrpo.models.model_files import PREFIX_RENAMES, BaseFiles
 from minigrpo.runs.manifest import fits
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.ui.tables import plain_table, titled
@@ -50,7 +50,7 @@ class Checked:
 
     folder: Path
     faults: tuple[str, ...]
-    facts: tuple[PairFacts, ...] = ()
+    facts: tuple[PairStats, ...] = ()
     tensors: tuple[TensorFacts, ...] = ()
     effect: Divergence | None = None
     texts: str = ""
@@ -94,7 +94,7 @@ def sound_already(run: RunDir) -> bool:
 def _checked(source: TrainedSource, model: bool) -> tuple[Checked, dict[str, Any]]:
     files, adapter = source.open()
     changes = changes_of(files, adapter)
-    facts = tuple(facts_of(pair) for pair in adapter.pairs.values())
+    facts = tuple(pair_stats(pair) for pair in adapter.pairs.values())
     tensors = tuple(_tensor_facts(change) for change in changes.values() if change.whole)
     faults = [*_missing(files, adapter), *_faults(facts), *_tensor_faults(tensors, source.full)]
     found = Checked(source.folder, tuple(faults), facts, tensors)
@@ -106,7 +106,7 @@ def _checked(source: TrainedSource, model: bool) -> tuple[Checked, dict[str, Any
     return found, source.made("check", files)
 
 
-def _faults(facts: Sequence[PairFacts]) -> Iterator[str]:
+def _faults(facts: Sequence[PairStats]) -> Iterator[str]:
     broken = [fact.module for fact in facts if not fact.finite]
     if broken:
         yield (
@@ -132,7 +132,7 @@ def _some(names: Sequence[str], of: int) -> str:
     return f"{len(names)} of {of} layers (such as {names[0]})"
 
 
-def _missing(base: Base, adapter: Adapter) -> Iterator[str]:
+def _missing(base: BaseFiles, adapter: Adapter) -> Iterator[str]:
     """Layers that the adapter's own config names, that the base has, and that the adapter lacks."""
     have = {name for module in adapter.pairs if (name := base.on_disk(f"{module}.weight"))}
     wanted = expected(base, adapter, have)
@@ -144,7 +144,7 @@ def _missing(base: Base, adapter: Adapter) -> Iterator[str]:
         )
 
 
-def expected(base: Base, adapter: Adapter, have: Iterable[str]) -> set[str]:
+def expected(base: BaseFiles, adapter: Adapter, have: Iterable[str]) -> set[str]:
     """Weights of the base that target_modules mean, as PEFT reads it: a pattern of whole names, or ends of names.
 
     Ends count only where the adapter has anything at all: a vision tower may have layers of the same names.
@@ -164,9 +164,9 @@ def expected(base: Base, adapter: Adapter, have: Iterable[str]) -> set[str]:
     return found
 
 
-def _in_memory(base: Base, name: str) -> Iterator[str]:
+def _in_memory(base: BaseFiles, name: str) -> Iterator[str]:
     """What the layer of a stored weight may be called by a model."""
-    for here, there in RENAMES:
+    for here, there in PREFIX_RENAMES:
         module = here + name.removeprefix(there).removesuffix(".weight")
         if name.startswith(there) and base.on_disk(f"{module}.weight") == name:
             yield module
@@ -230,8 +230,8 @@ def checked_table(found: Checked) -> RenderableType:
     return Stack(*lines)
 
 
-def _kinds(facts: Sequence[PairFacts]) -> dict[str, list[PairFacts]]:
-    kinds: dict[str, list[PairFacts]] = {}
+def _kinds(facts: Sequence[PairStats]) -> dict[str, list[PairStats]]:
+    kinds: dict[str, list[PairStats]] = {}
     for fact in facts:
         kinds.setdefault(fact.module.rpartition(".")[2], []).append(fact)
     return kinds

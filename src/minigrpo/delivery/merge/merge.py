@@ -30,7 +30,7 @@ from minigrpo.delivery.parity.compare import packed_base, prove, trained_truth
 from minigrpo.delivery.parity.kl import Divergence, record
 from minigrpo.delivery.parity.table import TITLE, parity_table
 from minigrpo.errors import ArtifactError
-from minigrpo.models.model_files import Base, write_companions
+from minigrpo.models.model_files import BaseFiles, write_companions
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, full_disk_told
 from minigrpo.ui.progress import stage
@@ -109,7 +109,7 @@ def merge_alone(path: Path, **options: Any) -> Merged:
 
 
 def choose(
-    base: Base, changes: Mapping[str, Change], asked: DtypeName
+    base: BaseFiles, changes: Mapping[str, Change], asked: DtypeName
 ) -> tuple[torch.dtype, list[Rounding], list[str]]:
     """The number type, what was measured, and a sentence where the base's own would lose what was learned."""
     if asked != "auto":
@@ -183,7 +183,7 @@ def _remedy(measured: list[Rounding]) -> str:
     )
 
 
-def _check_room(base: Base, dtype: torch.dtype, target: Path) -> None:
+def _check_room(base: BaseFiles, dtype: torch.dtype, target: Path) -> None:
     there = next(folder for folder in target.absolute().parents if folder.is_dir())
     need, free = merged_weights.bytes_of(base, dtype) + SPARE, shutil.disk_usage(there).free
     if free < need:

@@ -24,7 +24,7 @@ from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, distributions,
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
-from minigrpo.models.model_files import Base
+from minigrpo.models.model_files import BaseFiles
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Task
 from minigrpo.utils.process import no_progress_bars
@@ -43,7 +43,7 @@ class Reference:
         return self.base.mean_kl <= NOTHING
 
 
-def device_for(source: TrainedSource, base: Base) -> torch.device:
+def device_for(source: TrainedSource, base: BaseFiles) -> torch.device:
     """The recipe's, if a model in float32 has room there, with a tenth for its passes; else the CPU."""
     device = pick_device(source.recipe.model.device)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * bytes_of(base, torch.float32):
@@ -51,7 +51,7 @@ def device_for(source: TrainedSource, base: Base) -> torch.device:
     return device
 
 
-def trained_truth(source: TrainedSource, base: Base) -> Reference:
+def trained_truth(source: TrainedSource, base: BaseFiles) -> Reference:
     """Opens the base with the adapter beside it; of a full-parameter run the model, and then its base."""
     device = device_for(source, base)
     if source.full:
@@ -74,14 +74,14 @@ def _of_full(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tu
 
 
 def _of_base(
-    base: Base, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
+    base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
 ) -> tuple[Tensor, ...]:
     with opened(base.folder, source, device) as (model, _):
         return tuple(distributions(model, texts))
 
 
 def _of_packed(
-    base: Base, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
+    base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
 ) -> tuple[Tensor, ...]:
     with opened(base.folder, source, device, four_bit=True) as (model, _):
         return tuple(distributions(attach_adapter(model, source.folder), texts))
@@ -122,12 +122,12 @@ def task_of(run: RunDir | None) -> Task | None:
         return None
 
 
-def prove(folder: Path, source: TrainedSource, base: Base, truth: Reference) -> list[Divergence]:
+def prove(folder: Path, source: TrainedSource, base: BaseFiles, truth: Reference) -> list[Divergence]:
     """The merged model against the trained policy; where the base was in 4 bit while it trained, against that, too."""
     return judged(of_merged(folder, device_for(source, base), truth.held.texts), source, base, truth)
 
 
-def judged(found: tuple[Tensor, ...], source: TrainedSource, base: Base, truth: Reference) -> list[Divergence]:
+def judged(found: tuple[Tensor, ...], source: TrainedSource, base: BaseFiles, truth: Reference) -> list[Divergence]:
     """The rows of a proof. `found`: what the merged model says."""
     device, texts = device_for(source, base), truth.held.texts
     against = {"base_kl": truth.base.mean_kl}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, TaskError
-from minigrpo.models.chat_template import QUESTION, render
+from minigrpo.models.chat_template import PROBE_QUESTION, render
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.logger import read_groups
 from minigrpo.runs.rundir import RunDir
@@ -65,7 +65,7 @@ def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary
 
 def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
     """What the model most likely says to a few prompts."""
-    found = prompts_of(task, "test", 4) if task is not None else [Prompt("question", (QUESTION,))]
+    found = prompts_of(task, "test", 4) if task is not None else [Prompt("question", (PROBE_QUESTION,))]
     texts = []
     for prompt in found:
         ids = render(tokenizer, prompt).ids

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import GgufHeader
 from minigrpo.errors import MinigrpoError, install_hint
-from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm
+from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
 EngineName = Literal["llama.cpp", "vllm"]
 LOCAL = "127.0.0.1"
@@ -185,7 +185,7 @@ def vllm_options(
 ) -> list[str]:
     """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
     config = model.settings()
-    missing = missing_for_vllm(config)
+    missing = vllm_config_overrides(config)
     served = f"{name}-base" if model.adapter else name
     line = ["--model", at or model.source, "--served-model-name", served]
     line += ["--max-model-len", str(context)] if context else []
@@ -235,17 +235,17 @@ def _mounted_cache() -> tuple[Path, str]:
 
 def adapter_room(adapter: Path) -> int:
     """Give the rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
-    from minigrpo.models.adapter import adapter_config
+    from minigrpo.models.adapter import read_adapter_config
 
-    config = adapter_config(adapter)
+    config = read_adapter_config(adapter)
     whole = f"Serve the merged model: leave --adapter out, after minigrpo merge {adapter}"
     for key, kind in {"use_dora": "is a DoRA adapter", "modules_to_save": "holds layers trained as a whole"}.items():
         if config.get(key):
             raise MinigrpoError(f"{adapter} {kind}, which vLLM cannot serve unmerged. {whole}")
     rank = max([int(config.get("r", 8)), *map(int, (config.get("rank_pattern") or {}).values())])
-    room = lora_room(rank)
+    room = vllm_max_lora_rank(rank)
     if room is None:
-        raise MinigrpoError(f"{adapter} has rank {rank}; vLLM serves up to {LORA_RANKS[-1]} unmerged. {whole}")
+        raise MinigrpoError(f"{adapter} has rank {rank}; vLLM serves up to {VLLM_LORA_RANKS[-1]} unmerged. {whole}")
     return room
 
 

@@ -33,7 +33,7 @@ from minigrpo.delivery.serve.commands import (
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
 from minigrpo.errors import MinigrpoError
-from minigrpo.models.chat_template import QUESTION
+from minigrpo.models.chat_template import PROBE_QUESTION
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
 from minigrpo.ui.progress import stage
@@ -129,7 +129,7 @@ def _asked(artefact: Servable, question: str | None) -> tuple[Task | None, Promp
         with suppress(MinigrpoError):  # its file or data may be gone: the plain question tells as well that it speaks
             task = open_task(artefact.recipe)
             return task, prompts_of(task, "test", 1)[0]
-    message: Message = QUESTION if question is None else {"role": "user", "content": question}
+    message: Message = PROBE_QUESTION if question is None else {"role": "user", "content": question}
     return None, Prompt("asked", (message,))
 
 

@@ -1,16 +1,17 @@
-"""Attention of a packed row on a CPU: stretch by stretch, by plain products.
+"""Attention over a packed row on a CPU, segment by segment, by plain matrix products.
 
-A stretch is a prompt, which sees itself, or a completion, which sees its prompt and itself. Stretches of like length
+A segment is a prompt, which sees itself, or a completion, which sees its prompt and itself. Segments of like length
 lie side by side in a bucket, the keys of a completion's prompt before its own, and a bucket is two batched products
-with a softmax between them. A few stretches are worked on at a time, so that their scores never leave the processor's
+with a softmax between them. A few segments are worked on at a time, so that their scores never leave the processor's
 cache; a fused kernel, which holds none, pays for it with many small products, one after the other. Small
 probabilities are kept for the backward pass, others are made again.
 
-Prompts' keys are copied for each sibling, so their slopes are summed over siblings, one after the other: the same sum
-in every run. Padding stands behind: a pad is a copy of some token, ahead of all that is real, and its slope is zero.
+Prompts' keys are copied for each sibling, so their gradients are summed over siblings, one after the other: the same
+sum in every run. Padding stands behind: a pad is a copy of some token, ahead of all that is real, and its gradient is
+zero.
 
 Shapes: T tokens, M groups, S slots (tokens and padding), E = H * D or 2 * K * D channels of a slot, H query heads,
-K key/value heads, R = H / K, D head width; b stretches of a bucket, c the longest, P the longest prompt before them,
+K key/value heads, R = H / K, D head width; b segments of a bucket, c the longest, P the longest prompt before them,
 n of either, B = b * K.
 """
 
@@ -26,16 +27,16 @@ from torch import Tensor
 
 from minigrpo.algorithms.packing import PackedLayout
 
-CACHED = 1 << 19
-"""Scores worked on at a time."""
-KEPT = 1 << 23
-"""Bytes of a layer's probabilities up to which they are kept."""
-PLANS = 2
-"""Shapes of pass whose plan is remembered: that of the pass itself, and one before it."""
+SCORES_IN_CACHE = 1 << 19
+"""Attention scores computed at a time, so that they stay in the cache."""
+MAX_KEPT_PROBS_BYTES = 1 << 23
+"""Probabilities of a layer are kept for the backward pass up to this many bytes."""
+CACHED_PLANS = 2
+"""Attention plans that are cached: of the current shape of pass, and of the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class AttentionHeads:
     kv: int
     repeats: int
     width: int
@@ -43,9 +44,11 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """`queries`, `keys`: its slots among all. `bias_b1cn`: -inf where a key is out of a query's sight.
-    `owners_b`: which prompt each stretch reads; None: none has a prompt.
+class SegmentBucket:
+    """Segments of similar length, padded to the longest.
+
+    `queries`, `keys`: the bucket's slots among all. `bias_b1cn`: -inf where a query must not see a key.
+    `owners_b`: which prompt each segment reads; None: none has a prompt.
     """
 
     rows: int
@@ -58,43 +61,47 @@ class Bucket:
 
     @property
     def scores(self) -> int:
-        """Of one query head."""
+        """Count the attention scores of one query head."""
         return self.rows * self.longest * (self.prefix + self.longest)
 
-    def spans(self, heads: Heads) -> Iterator[slice]:
-        """The B in parts whose scores stay in the cache: whole stretches, or single key heads of long ones."""
-        size = CACHED * self.rows // (self.scores * heads.repeats)
+    def chunks(self, heads: AttentionHeads) -> Iterator[slice]:
+        """Yield slices of B whose scores fit the cache: whole segments, or single key heads of long ones."""
+        size = SCORES_IN_CACHE * self.rows // (self.scores * heads.repeats)
         size, end = size // heads.kv * heads.kv or 1, self.rows * heads.kv
         return (slice(start, min(start + size, end)) for start in range(0, end, size))
 
-    def probs(self, query_BnD: Tensor, key_BnD: Tensor, at: slice, heads: Heads, out: Tensor | None = None) -> Tensor:
-        """[B, R * c, P + c] of the span `at`."""
-        scores = torch.baddbmm(_nothing(query_BnD), query_BnD[at], key_BnD[at].mT, beta=0, alpha=heads.scale)
+    def probs(
+        self, query_BnD: Tensor, key_BnD: Tensor, chunk: slice, heads: AttentionHeads, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the chunk's attention probabilities, [B, R * c, P + c]."""
+        scores = torch.baddbmm(_unread_input(query_BnD), query_BnD[chunk], key_BnD[chunk].mT, beta=0, alpha=heads.scale)
         K = heads.kv if len(scores) % heads.kv == 0 else 1
-        bias = self.bias_b1cn[at.start // heads.kv : -(-at.stop // heads.kv)]
+        bias = self.bias_b1cn[chunk.start // heads.kv : -(-chunk.stop // heads.kv)]
         scores.view(len(bias), K * heads.repeats, self.longest, -1).add_(bias)
         return torch.softmax(scores, -1) if out is None else torch.softmax(scores, -1, out=out)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Which tokens stand where. `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
-    `asked_T`, `told_T`: the slots of a token as query and as key. `shared_P`: where prompts' tokens, the first of the
-    T, stand in [prompts, longest].
+    """Where each token of a row stands in the buckets.
+
+    `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
+    `query_slot_T`, `key_slot_T`: the slots of a token as query and as key. `shared_P`: where prompts' tokens, the
+    first of the T, stand in [prompts, longest].
     """
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[SegmentBucket, ...]
     query_S: Tensor
     key_S: Tensor
     real_S1: Tensor
-    asked_T: Tensor
-    told_T: Tensor
+    query_slot_T: Tensor
+    key_slot_T: Tensor
     shared_P: Tensor
     prompts: int
     longest: int
 
 
-def attention(
+def segment_attention(
     query_THD: Tensor,
     key_TKD: Tensor,
     value_TKD: Tensor,
@@ -103,90 +110,96 @@ def attention(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """[T, H, D]; differentiable."""
+    """Return the attention output, [T, H, D]; differentiable."""
     H, D, K = query_THD.shape[1], query_THD.shape[2], key_TKD.shape[1]
     longest = max(shared + own for shared, own_G in zip(layout.shared_M, layout.own_MG, strict=True) for own in own_G)
     window = None if window is None or window >= longest else window
     plan = attention_plan(layout, window, query_THD.dtype, query_THD.device)
-    heads = Heads(K, H // K, D, D**-0.5 if scale is None else scale)
-    out_THD: Tensor = _Attention.apply(query_THD, key_TKD, value_TKD, plan, heads)
+    heads = AttentionHeads(K, H // K, D, D**-0.5 if scale is None else scale)
+    out_THD: Tensor = _SegmentAttention.apply(query_THD, key_TKD, value_TKD, plan, heads)
     return out_THD
 
 
-class _Attention(torch.autograd.Function):
+class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, plan: AttentionPlan, heads: Heads
+        ctx: Any, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, plan: AttentionPlan, heads: AttentionHeads
     ) -> Tensor:
-        given = _laid(plan, heads, query_THD, key_TKD, value_TKD)
-        held = heads.kv * heads.repeats * sum(bucket.scores for bucket in plan.buckets) * query_THD.dtype.itemsize
-        keeps = held <= KEPT and any(ctx.needs_input_grad)
+        inputs = _gather_inputs(plan, heads, query_THD, key_TKD, value_TKD)
+        probs_bytes = (
+            heads.kv * heads.repeats * sum(bucket.scores for bucket in plan.buckets) * query_THD.dtype.itemsize
+        )
+        keeps_probs = probs_bytes <= MAX_KEPT_PROBS_BYTES and any(ctx.needs_input_grad)
         out_SE, kept = query_THD.new_empty(len(plan.query_S), query_THD[0].numel()), []
-        for bucket, (query, key, value) in zip(plan.buckets, given, strict=True):
-            probs = query.new_empty(len(query), query.shape[1], key.shape[1]) if keeps else None
+        for bucket, (query, key, value) in zip(plan.buckets, inputs, strict=True):
+            probs = query.new_empty(len(query), query.shape[1], key.shape[1]) if keeps_probs else None
             out = torch.empty_like(query)
-            for at in bucket.spans(heads):
-                now = bucket.probs(query, key, at, heads, None if probs is None else probs[at])
-                torch.bmm(now, value[at], out=out[at])
-            _take(out_SE[bucket.queries], out, bucket.rows, heads.kv, heads.repeats)
+            for chunk in bucket.chunks(heads):
+                probs_chunk = bucket.probs(query, key, chunk, heads, None if probs is None else probs[chunk])
+                torch.bmm(probs_chunk, value[chunk], out=out[chunk])
+            _merge_heads(out_SE[bucket.queries], out, bucket.rows, heads.kv, heads.repeats)
             kept += [query, key, value, probs]
-        ctx.save_for_backward(*(kept if keeps else (query_THD, key_TKD, value_TKD)))
-        ctx.plan, ctx.heads, ctx.keeps = plan, heads, keeps
-        return out_SE.index_select(0, plan.asked_T).view_as(query_THD)
+        ctx.save_for_backward(*(kept if keeps_probs else (query_THD, key_TKD, value_TKD)))
+        ctx.plan, ctx.heads, ctx.keeps_probs = plan, heads, keeps_probs
+        return out_SE.index_select(0, plan.query_slot_T).view_as(query_THD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan, heads, saved = ctx.plan, ctx.heads, ctx.saved_tensors
-        slope_SE = gradients[0].flatten(1).index_select(0, plan.query_S).mul_(plan.real_S1)
-        query_SE = torch.empty_like(slope_SE)
-        keys_SE = slope_SE.new_empty(len(plan.key_S), 2 * heads.kv * heads.width)
-        kept = [saved[i : i + 4] for i in range(0, len(saved), 4)] if ctx.keeps else _laid(plan, heads, *saved)
+        grad_SE = gradients[0].flatten(1).index_select(0, plan.query_S).mul_(plan.real_S1)
+        query_SE = torch.empty_like(grad_SE)
+        keys_SE = grad_SE.new_empty(len(plan.key_S), 2 * heads.kv * heads.width)
+        kept = (
+            [saved[i : i + 4] for i in range(0, len(saved), 4)]
+            if ctx.keeps_probs
+            else _gather_inputs(plan, heads, *saved)
+        )
         for bucket, (query, key, value, *probs) in zip(plan.buckets, kept, strict=True):
-            (slope,) = _give(slope_SE[bucket.queries], bucket.rows, 1, heads.kv, heads.repeats)
-            slope_query, slope_keys = torch.empty_like(query), key.new_empty(2, *key.shape)
-            for at in bucket.spans(heads):
-                now = probs[0][at] if probs else bucket.probs(query, key, at, heads)
-                torch.bmm(now.mT, slope[at], out=slope_keys[1, at])
-                pull = torch.bmm(slope[at], value[at].mT)
-                pull = torch._softmax_backward_data(pull, now, -1, pull.dtype)
-                for out, left, right in ((slope_query, pull, key), (slope_keys[0], pull.mT, query)):
-                    torch.baddbmm(_nothing(left), left, right[at], beta=0, alpha=heads.scale, out=out[at])
-            _take(query_SE[bucket.queries], slope_query, bucket.rows, heads.kv, heads.repeats)
-            _take(keys_SE[bucket.keys], slope_keys, bucket.rows, heads.kv, 1)
-        slope_keys = _collected(plan, keys_SE).unflatten(1, (2, heads.kv, -1))
-        slope_query = query_SE.index_select(0, plan.asked_T).view_as(gradients[0])
-        return slope_query, slope_keys[:, 0], slope_keys[:, 1], None, None
+            (grad,) = _split_heads(grad_SE[bucket.queries], bucket.rows, 1, heads.kv, heads.repeats)
+            grad_query, grad_keys = torch.empty_like(query), key.new_empty(2, *key.shape)
+            for chunk in bucket.chunks(heads):
+                probs_chunk = probs[0][chunk] if probs else bucket.probs(query, key, chunk, heads)
+                torch.bmm(probs_chunk.mT, grad[chunk], out=grad_keys[1, chunk])
+                grad_scores = torch.bmm(grad[chunk], value[chunk].mT)
+                grad_scores = torch._softmax_backward_data(grad_scores, probs_chunk, -1, grad_scores.dtype)
+                for out, left, right in ((grad_query, grad_scores, key), (grad_keys[0], grad_scores.mT, query)):
+                    torch.baddbmm(_unread_input(left), left, right[chunk], beta=0, alpha=heads.scale, out=out[chunk])
+            _merge_heads(query_SE[bucket.queries], grad_query, bucket.rows, heads.kv, heads.repeats)
+            _merge_heads(keys_SE[bucket.keys], grad_keys, bucket.rows, heads.kv, 1)
+        grad_keys = _scatter_add_key_grads(plan, keys_SE).unflatten(1, (2, heads.kv, -1))
+        grad_query = query_SE.index_select(0, plan.query_slot_T).view_as(gradients[0])
+        return grad_query, grad_keys[:, 0], grad_keys[:, 1], None, None
 
 
-def _laid(
-    plan: AttentionPlan, heads: Heads, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor
+def _gather_inputs(
+    plan: AttentionPlan, heads: AttentionHeads, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each bucket: queries [B, R * c, D], keys and values [B, P + c, D]."""
+    """Return for each bucket the queries [B, R * c, D] and the keys and values [B, P + c, D]."""
     query_SE = query_THD.flatten(1).index_select(0, plan.query_S)
     keys_SE = torch.cat([key_TKD.flatten(1), value_TKD.flatten(1)], 1).index_select(0, plan.key_S)
-    laid = []
+    gathered = []
     for bucket in plan.buckets:
-        (query,) = _give(query_SE[bucket.queries], bucket.rows, 1, heads.kv, heads.repeats)
-        key, value = _give(keys_SE[bucket.keys], bucket.rows, 2, heads.kv, 1)
-        laid.append((query, key, value))
-    return laid
+        (query,) = _split_heads(query_SE[bucket.queries], bucket.rows, 1, heads.kv, heads.repeats)
+        key, value = _split_heads(keys_SE[bucket.keys], bucket.rows, 2, heads.kv, 1)
+        gathered.append((query, key, value))
+    return gathered
 
 
-def _give(x_SE: Tensor, rows: int, parts: int, kv: int, repeats: int) -> Tensor:
-    """A bucket's slots -> [parts, B, repeats * n, D]."""
+def _split_heads(x_SE: Tensor, rows: int, parts: int, kv: int, repeats: int) -> Tensor:
+    """Reshape a bucket's slots to [parts, B, repeats * n, D]."""
     x_bnpKRD = x_SE.view(rows, len(x_SE) // rows, parts, kv, repeats, -1)
     return x_bnpKRD.permute(2, 0, 3, 4, 1, 5).reshape(parts, rows * kv, -1, x_bnpKRD.shape[-1])
 
 
-def _take(to_SE: Tensor, x_pBnD: Tensor, rows: int, kv: int, repeats: int) -> None:
-    """The inverse of _give, written to a bucket's slots."""
+def _merge_heads(to_SE: Tensor, x_pBnD: Tensor, rows: int, kv: int, repeats: int) -> None:
+    """Write to a bucket's slots: the inverse of _split_heads."""
     x_pbKRnD = x_pBnD.view(-1, rows, kv, repeats, len(to_SE) // rows, x_pBnD.shape[-1])
     to_SE.view(rows, len(to_SE) // rows, -1, kv, repeats, x_pBnD.shape[-1]).copy_(x_pbKRnD.permute(1, 4, 0, 2, 3, 5))
 
 
-def _collected(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
-    """Slopes of key slots -> [T, 2 * K * D]: a token's own, and for a prompt's those of all who read it."""
-    keys_TE = keys_SE.index_select(0, plan.told_T)
+def _scatter_add_key_grads(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
+    """Sum the gradients of key slots by token, [T, 2 * K * D]: a prompt's token gets those of all its readers."""
+    keys_TE = keys_SE.index_select(0, plan.key_slot_T)
     reading = [(bucket, bucket.owners_b) for bucket in plan.buckets if bucket.owners_b is not None]
     if not reading:
         return keys_TE
@@ -199,21 +212,21 @@ def _collected(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
     return keys_TE
 
 
-def _nothing(x: Tensor) -> Tensor:
-    """For baddbmm, which is asked for its scale and adds nothing."""
+def _unread_input(x: Tensor) -> Tensor:
+    """Return an input that baddbmm does not read at beta=0; it is called for its scale."""
     return x.new_empty(1, 1, 1)
 
 
-@lru_cache(maxsize=PLANS)
+@lru_cache(maxsize=CACHED_PLANS)
 def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
-    """The layers of one pass share it."""
+    """Return the plan of a layout; cached, so the layers of one pass share it."""
     shared_M, own_B = layout.shared_M, layout.own_B
     lengths = torch.tensor([*shared_M, *own_B], device="cpu")
     starts, M = lengths.cumsum(0) - lengths, len(shared_M)
     prompts = [m for m in range(M) if shared_M[m]]
-    chosen = [[prompts[i] for i in each] for each in alike([shared_M[m] for m in prompts])]
-    chosen += [[M + i for i in each] for each in alike(own_B)]
-    buckets, slots = [], _Slots()
+    chosen = [[prompts[i] for i in each] for each in bucket_by_length([shared_M[m] for m in prompts])]
+    chosen += [[M + i for i in each] for each in bucket_by_length(own_B)]
+    buckets, slots = [], _SlotBuilder()
     for each in chosen:
         owners = [(i - M) // layout.siblings for i in each] if each[0] >= M else None
         shared_b1 = torch.tensor([shared_M[m] for m in owners] if owners else [0] * len(each), device="cpu")[:, None]
@@ -221,13 +234,13 @@ def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype,
         queries, keys = slots.add(starts[each][:, None], lengths[each][:, None], first_b1, shared_b1)
         c, P = max(lengths[each].tolist()), max(shared_b1.flatten().tolist())
         owners_b = torch.tensor(owners, device=device) if owners and P else None
-        bias = _bias(c, shared_b1, window, dtype).to(device).expand(len(each), -1, -1, -1)
-        buckets.append(Bucket(len(each), c, P, queries, keys, bias, owners_b))
+        bias = _attention_bias(c, shared_b1, window, dtype).to(device).expand(len(each), -1, -1, -1)
+        buckets.append(SegmentBucket(len(each), c, P, queries, keys, bias, owners_b))
     return slots.plan(tuple(buckets), torch.tensor(shared_M, device="cpu"), dtype, device)
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of stretches of like length: in each list, the shortest has more than five sevenths of the longest."""
+def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Bucket segment indices by length: in each, the shortest has more than five sevenths of the longest."""
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     lists: list[list[int]] = []
     while left:
@@ -237,65 +250,65 @@ def alike(lengths: Sequence[int]) -> list[list[int]]:
     return lists
 
 
-class _Slots:
-    """Slots of one bucket after the other, as they are counted out."""
+class _SlotBuilder:
+    """Collects the slots of one bucket after the other."""
 
     def __init__(self) -> None:
         self.query: list[Tensor] = []
         self.key: list[Tensor] = []
         self.real: list[Tensor] = []
         self.own: list[Tensor] = []
-        self.asked = self.told = 0
+        self.queries = self.keys = 0
 
     def add(self, start_b1: Tensor, length_b1: Tensor, first_b1: Tensor, shared_b1: Tensor) -> tuple[slice, slice]:
-        """Stretches that begin at `start`, behind prompts that begin at `first`: their slots as queries and keys."""
-        at_c = torch.arange(int(length_b1.max()), device="cpu")
-        at_P = torch.arange(int(shared_b1.max()), device="cpu")
-        own_bc = start_b1 + torch.minimum(at_c, length_b1 - 1)
-        prompt_bP = first_b1 + torch.minimum(at_P, (shared_b1 - 1).clamp(min=0))
-        real_bc = at_c < length_b1
+        """Add segments that begin at `start`, with prompts that begin at `first`; return their query and key slots."""
+        position_c = torch.arange(int(length_b1.max()), device="cpu")
+        position_P = torch.arange(int(shared_b1.max()), device="cpu")
+        own_bc = start_b1 + torch.minimum(position_c, length_b1 - 1)
+        prompt_bP = first_b1 + torch.minimum(position_P, (shared_b1 - 1).clamp(min=0))
+        real_bc = position_c < length_b1
         self.query.append(own_bc.flatten())
         self.key.append(torch.cat([prompt_bP, own_bc], 1).flatten())
         self.real.append(real_bc.flatten())
         self.own.append(torch.cat([torch.zeros_like(prompt_bP, dtype=torch.bool), real_bc], 1).flatten())
-        queries = slice(self.asked, self.asked + len(self.query[-1]))
-        keys = slice(self.told, self.told + len(self.key[-1]))
-        self.asked, self.told = queries.stop, keys.stop
+        queries = slice(self.queries, self.queries + len(self.query[-1]))
+        keys = slice(self.keys, self.keys + len(self.key[-1]))
+        self.queries, self.keys = queries.stop, keys.stop
         return queries, keys
 
     def plan(
-        self, buckets: tuple[Bucket, ...], shared_M: Tensor, dtype: torch.dtype, device: torch.device
+        self, buckets: tuple[SegmentBucket, ...], shared_M: Tensor, dtype: torch.dtype, device: torch.device
     ) -> AttentionPlan:
         query_S, key_S, real_S, own_S = (torch.cat(each) for each in (self.query, self.key, self.real, self.own))
-        at_P = torch.arange(int(shared_M.max()), device="cpu")
+        position_P = torch.arange(int(shared_M.max()), device="cpu")
         return AttentionPlan(
             buckets,
             query_S.to(device),
             key_S.to(device),
             real_S[:, None].to(device, dtype),
-            _places(query_S, real_S).to(device),
-            _places(key_S, own_S).to(device),
-            (at_P < shared_M[:, None]).flatten().nonzero()[:, 0].to(device),
+            _slot_of_token(query_S, real_S).to(device),
+            _slot_of_token(key_S, own_S).to(device),
+            (position_P < shared_M[:, None]).flatten().nonzero()[:, 0].to(device),
             len(shared_M),
-            len(at_P),
+            len(position_P),
         )
 
 
-def _places(token_S: Tensor, chosen_S: Tensor) -> Tensor:
-    """[T]: the chosen slot of each token."""
+def _slot_of_token(token_S: Tensor, chosen_S: Tensor) -> Tensor:
+    """Return the chosen slot of each token, [T]."""
     slots = chosen_S.nonzero()[:, 0]
     return torch.empty_like(slots).index_copy_(0, token_S[slots], slots)
 
 
-def _bias(longest: int, shared_b1: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[b, 1, c, P + c], or of one row where all are the same: 0 where a query sees a key, -inf where not."""
+def _attention_bias(longest: int, shared_b1: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return [b, 1, c, P + c] (b = 1 where all segments have the same): 0 where a query sees a key, -inf where not."""
     if int(shared_b1.min()) == int(shared_b1.max()):
         shared_b1 = shared_b1[:1]
     own_bc = shared_b1 + torch.arange(longest, device="cpu")
-    at_P = torch.arange(int(shared_b1.max()), device="cpu").expand(len(shared_b1), -1)
-    ahead_bcn = own_bc[:, :, None] - torch.cat([at_P, own_bc], 1)[:, None]
-    exists_bn = torch.cat([at_P < shared_b1, torch.ones_like(own_bc, dtype=torch.bool)], 1)
-    seen_bcn = exists_bn[:, None] & (ahead_bcn >= 0)
+    position_P = torch.arange(int(shared_b1.max()), device="cpu").expand(len(shared_b1), -1)
+    distance_bcn = own_bc[:, :, None] - torch.cat([position_P, own_bc], 1)[:, None]
+    exists_bn = torch.cat([position_P < shared_b1, torch.ones_like(own_bc, dtype=torch.bool)], 1)
+    seen_bcn = exists_bn[:, None] & (distance_bcn >= 0)
     if window is not None:
-        seen_bcn &= ahead_bcn < window
+        seen_bcn &= distance_bcn < window
     return torch.zeros(seen_bcn.shape, dtype=dtype, device="cpu").masked_fill_(~seen_bcn, -torch.inf)[:, None]

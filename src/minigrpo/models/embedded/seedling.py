@@ -23,7 +23,7 @@ from minigrpo.errors import ModelError
 from minigrpo.models import sft
 from minigrpo.models.chat_template import render
 from minigrpo.models.embedded import program_bugs, sudoku_demos, sudoku_programs, wordproblem_demos
-from minigrpo.models.sft import Lesson, Room, Schedule, warm_start
+from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, train_sft
 from minigrpo.runs.rundir import complete_folder
 from minigrpo.tasks.builtin import sudoku, wordproblems
 from minigrpo.tasks.common import answers, code_task
@@ -45,11 +45,13 @@ _CHAT_TEMPLATE = (
 )
 
 # Small batches and many steps: addition is learned suddenly, after a number of steps rather than an amount of data.
-_SCHOOL_SCHEDULE = Schedule(steps=1000, rows=16, lr=3e-3, enough=0.02)
-_IMITATION_SCHEDULE = Schedule(steps=450, rows=16, lr=1.5e-3)
-_PROGRAMS_SCHEDULE = Schedule(steps=400, rows=16, lr=3e-3)
+_SCHOOL_SCHEDULE = SftSchedule(steps=1000, rows=16, lr=3e-3, target_loss=0.02)
+_IMITATION_SCHEDULE = SftSchedule(steps=450, rows=16, lr=1.5e-3)
+_PROGRAMS_SCHEDULE = SftSchedule(steps=400, rows=16, lr=3e-3)
 _UNREADABLE_ONE_IN = 32  # one lesson in 32
-_PASS_LIMITS = Room(tokens=16 * 160, logits=16 * 160)  # a long lesson is a pass of its own, or it would pad the others
+_PASS_LIMITS = PassLimit(
+    tokens=16 * 160, logits=16 * 160
+)  # a long lesson is a pass of its own, or it would pad the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,8 @@ class Blueprint:
     kv_heads: int = 4
     inner: int = 384
     vocabulary: int = 512
-    school: Schedule = _SCHOOL_SCHEDULE
-    imitation: Schedule = _IMITATION_SCHEDULE
+    school: SftSchedule = _SCHOOL_SCHEDULE
+    imitation: SftSchedule = _IMITATION_SCHEDULE
     learns: Literal["word problems", "programs"] = "word problems"
 
     @property
@@ -104,7 +106,7 @@ def _make_coder_blueprint(seed: int) -> Blueprint:
     return Blueprint(
         seed=seed,
         vocabulary=768,
-        school=Schedule(steps=0, rows=1, lr=0.0),
+        school=SftSchedule(steps=0, rows=1, lr=0.0),
         imitation=_PROGRAMS_SCHEDULE,
         learns="programs",
     )
@@ -162,8 +164,8 @@ def build_seedling(blueprint: Blueprint, folder: Path, report: Report = no_repor
     with _fixed_randomness(blueprint.seed):
         model = init_model(blueprint, tokenizer)
         if school:
-            warm_start(model, school, blueprint.school, seed=blueprint.seed, report=report_school)
-        warm_start(model, shown, blueprint.imitation, seed=blueprint.seed, room=_PASS_LIMITS, report=report_imitation)
+            train_sft(model, school, blueprint.school, seed=blueprint.seed, report=report_school)
+        train_sft(model, shown, blueprint.imitation, seed=blueprint.seed, limit=_PASS_LIMITS, report=report_imitation)
     with no_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -237,7 +239,7 @@ def _demonstration_pairs(blueprint: Blueprint, size: int) -> list[tuple[tuple[Me
     return [(d.problem.messages, d.text) for d in wordproblem_demos.wordproblem_demonstrations(blueprint.seed, size)]
 
 
-def _school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+def _school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[SftExample]:
     shown = wordproblem_demos.schoolbook_texts(blueprint.seed, blueprint.school.steps * blueprint.school.rows)
     if not shown:
         return []
@@ -245,10 +247,10 @@ def _school_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
         tokenizer([f"{text}\n" for text in column], add_special_tokens=False)["input_ids"]
         for column in zip(*shown, strict=True)
     )
-    return [Lesson(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
+    return [SftExample(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked, worked, strict=True)]
 
 
-def _demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]:
+def _demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[SftExample]:
     size = blueprint.imitation.steps * blueprint.imitation.rows
     foreign = wordproblem_demos.unreadable_questions(
         blueprint.seed, 0 if blueprint.learns == "programs" else size // _UNREADABLE_ONE_IN
@@ -258,7 +260,7 @@ def _demonstration_lessons(tokenizer: Any, blueprint: Blueprint) -> list[Lesson]
         *((wordproblems.question_messages(question), answer) for question, answer in foreign),
     ]
     return [
-        Lesson(
+        SftExample(
             render(tokenizer, Prompt("", messages)).ids,
             (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
         )

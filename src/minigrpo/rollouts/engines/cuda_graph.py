@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_of
+from minigrpo.models.context import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import read_prompts
 from minigrpo.rollouts.engines.sampling import draw, waves
@@ -215,10 +215,10 @@ class SlotEngine:
     """Samples from the policy that it was made for, whose weights its graphs read in place."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
-        from minigrpo.models.policy import decoder
+        from minigrpo.models.policy import decoder_of
 
-        self.lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings())
-        self.tokenizer, self.context, self.rows = policy.tokenizer, context_of(policy.model), rows
+        self.lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings())
+        self.tokenizer, self.context, self.rows = policy.tokenizer, context_length(policy.model), rows
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.lean.device)
         self._made: CapturedStep | None = None
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from minigrpo.models import onednn
-from minigrpo.models.adapter import low_rank
+from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context import CAUSAL_DECODERS, text_config
-from minigrpo.models.lora_linear import is_packed
+from minigrpo.models.lora_linear import is_four_bit
 
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
 FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
@@ -59,7 +59,7 @@ class Projection:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights and the adapter as they are now."""
-        pairs = [low_rank(module) for module in self.modules]
+        pairs = [active_lora(module) for module in self.modules]
         if not self.folds:
             dtype = computes_in(self.bases[0])
             fresh = [pair and (pair[0].to(dtype, copy=True), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
@@ -106,7 +106,7 @@ def in_place(old: Tensor | None, new: Tensor) -> Tensor:
 
 def computes_in(layer: Any) -> torch.dtype:
     """What its products are taken in: of packed weights, what they unpack to."""
-    dtype: torch.dtype = layer.weight.quant_state.dtype if is_packed(layer) else layer.weight.dtype
+    dtype: torch.dtype = layer.weight.quant_state.dtype if is_four_bit(layer) else layer.weight.dtype
     return dtype
 
 
@@ -211,7 +211,7 @@ class Decoder:
     """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
 
     def __init__(
-        self, decoder: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH
+        self, decoder: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND
     ) -> None:
         config = decoder.config
         self.decoder, self.head, self.config = decoder, head, config

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_of
+from minigrpo.models.context import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
 from minigrpo.rollouts.engines.sampling import draw, waves
@@ -35,11 +35,11 @@ class NativeEngine:
     """Samples from the policy that it was made for; `update` takes over the policy's weights of that moment."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int, stop_rule: StopRule | None = None) -> None:
-        from minigrpo.models.policy import decoder
+        from minigrpo.models.policy import decoder_of
 
-        self.lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings())
+        self.lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings())
         self.tokenizer = policy.tokenizer
-        self.context = context_of(policy.model)
+        self.context = context_length(policy.model)
         self.rows = rows
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.lean.device)
         self.stop_rule = stop_rule or (lambda tokens_n, row_n, so_far: torch.isin(tokens_n, self.stop_ids_s))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_of
+from minigrpo.models.context import check_room, context_length
 from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
@@ -32,7 +32,7 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        check_room(prompts, sampling.max_tokens, context_of(self.policy.model))
+        check_room(prompts, sampling.max_tokens, context_length(self.policy.model))
         at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.models.context import check_room, context_of
-from minigrpo.models.vllm_compat import LORA_RANKS, lora_room, missing_for_vllm
+from minigrpo.models.context import check_room, context_length
+from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
@@ -70,7 +70,7 @@ class Host(Protocol):
 class VllmEngine:
     def __init__(self, policy: Any, host: Host, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
-        self.tokenizer, self.context = policy.tokenizer, context_of(policy.model)
+        self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
         self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
         self._count = 0
         self.adapter: str | None = None
@@ -180,7 +180,7 @@ class RemoteVllm:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
-            f"--max-lora-rank {lora_room(self.rank)} --logprobs-mode processed_logprobs{told}. "
+            f"--max-lora-rank {vllm_max_lora_rank(self.rank)} --logprobs-mode processed_logprobs{told}. "
             "A run that was under way goes on with --resume"
         )
 
@@ -201,7 +201,7 @@ class LocalVllm:
             revision=recipe.model.revision,
             dtype="auto" if recipe.model.dtype == "auto" else recipe.model.dtype,
             enable_lora=True,
-            max_lora_rank=lora_room(rank),
+            max_lora_rank=vllm_max_lora_rank(rank),
             max_loras=1,
             max_num_seqs=rows,
             gpu_memory_utilization=recipe.rollout.share,
@@ -247,9 +247,9 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
     model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
-    if lora_room(rank) is None:
-        raise ModelError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, and lora.rank is {rank}.")
-    told = missing_for_vllm(policy.model.config.to_dict())
+    if vllm_max_lora_rank(rank) is None:
+        raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
+    told = vllm_config_overrides(policy.model.config.to_dict())
     host = (
         RemoteVllm(server, model, rank, overrides=told)
         if server

@@ -10,9 +10,9 @@ import torch
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import set_options
+from minigrpo.models.chat_template import set_template_options
 from minigrpo.models.context import longest_prompt
-from minigrpo.models.loading import DTYPES, pick_device, pick_dtype
+from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.memory.machine import elsewhere, here
@@ -48,7 +48,7 @@ def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
 def _gpu(recipe: Recipe, gigabytes: float) -> Device:
     """Weights as they would be there: bfloat16 and float16 take the same."""
     auto = torch.float32 if recipe.train.full else torch.bfloat16
-    dtype = auto if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+    dtype = auto if recipe.model.dtype == "auto" else TORCH_DTYPES[recipe.model.dtype]
     return elsewhere(min(gigabytes, recipe.train.memory or gigabytes), dtype)
 
 
@@ -76,5 +76,5 @@ def sketch_of(recipe: Recipe) -> Sketch:
     except Exception as fault:  # transformers and the Hub client raise some twenty kinds between them
         reason = " ".join(str(fault).split())[:300]
         raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault
-    set_options(tokenizer, recipe.model.template)
+    set_template_options(tokenizer, recipe.model.template)
     return Sketch(config, tokenizer)

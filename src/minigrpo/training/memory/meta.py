@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 from minigrpo.algorithms.packing import MicroBatch, PackedGroup
 from minigrpo.config.schema import Recipe
 from minigrpo.models.attention import cpu, shared_prompt
-from minigrpo.models.attention.shared_prompt import TORCH, AttentionBackend
-from minigrpo.models.loading import Loaded, model_class
+from minigrpo.models.attention.shared_prompt import TORCH_BACKEND, AttentionBackend
+from minigrpo.models.loading import LoadedModel, model_class
 from minigrpo.models.logprobs import Float32Head
 from minigrpo.models.lora import add_lora
-from minigrpo.models.policy import Policy, decoder, learn_everything, recompute_activations
+from minigrpo.models.policy import Policy, decoder_of, make_all_trainable, recompute_activations
 
 META = torch.device("meta")
 CASTING: tuple[Any, ...] = (torch.ops.aten.cumsum.default,)
@@ -88,9 +88,11 @@ def backend_of(device: str) -> AttentionBackend:
 
     On meta tensors torch itself would choose the form that keeps all scores.
     """
-    on_cpu = device in TORCH.stretches_on
+    on_cpu = device in TORCH_BACKEND.segments_on
     kernel = _on_cpu if on_cpu else _on_gpu
-    return AttentionBackend(kernel, TORCH.stretches_on | ({"meta"} if on_cpu else set()), _registered(kernel, device))
+    return AttentionBackend(
+        kernel, TORCH_BACKEND.segments_on | ({"meta"} if on_cpu else set()), _registered(kernel, device)
+    )
 
 
 def _registered(kernel: Callable[..., Tensor], device: str) -> str:
@@ -198,14 +200,14 @@ def meta_policy(
         if recipe.model.head_float32 and dtype != torch.float32:
             model.set_output_embeddings(Float32Head.of(model.get_output_embeddings()))
         policy = Policy(
-            Loaded(model, None, "shadow"),
+            LoadedModel(model, None, "shadow"),
             temperature=recipe.rollout.temperature,
             seed=recipe.seed,
             backend=backend_of(device),
         )
         policy.model.requires_grad_(False)
         if recipe.train.full:
-            learn_everything(policy.model)
+            make_all_trainable(policy.model)
         else:
             policy.model, policy.dropouts = add_lora(policy.model, recipe.lora, seed=recipe.seed)
     if recompute:
@@ -260,7 +262,7 @@ def quantised_share(policy: Policy) -> tuple[int, int]:
     NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a weight, a byte for each 64 weights, and 4
     bytes for each 256 of those. Embeddings, head and norms stay as they are.
     """
-    layers = [m.base_layer if hasattr(m, "base_layer") else m for m in decoder(policy.model).modules()]
+    layers = [m.base_layer if hasattr(m, "base_layer") else m for m in decoder_of(policy.model).modules()]
     weights = {id(m): m.weight for m in layers if type(m) is nn.Linear and not m.weight.requires_grad}.values()
     spared = sum(w.nbytes - int(w.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256))) for w in weights)
     return spared, max((w.nbytes for w in weights), default=0)

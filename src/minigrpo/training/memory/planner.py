@@ -18,8 +18,8 @@ import torch
 
 from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe
-from minigrpo.models.attention.cpu import PLANS
-from minigrpo.models.attention.shared_prompt import MASKS
+from minigrpo.models.attention.cpu import CACHED_PLANS
+from minigrpo.models.attention.shared_prompt import CACHED_MASKS
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import moment_bytes
 from minigrpo.rollouts.engines.decoder import is_lean
@@ -267,7 +267,7 @@ class _Planner:
         gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
         # Masks of the last shapes are kept, of which the pass itself counts one.
         masks = len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
-        masks *= (PLANS - 1) * self.place.dtype.itemsize if self.place.device == "cpu" else MASKS - 1
+        masks *= (CACHED_PLANS - 1) * self.place.dtype.itemsize if self.place.device == "cpu" else CACHED_MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
         holes = int(HOLES * cost.peak) if self.place.device == "cpu" else 0
         return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minigrpo.models.policy import Policy, decoder
+from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.sampling import draw
@@ -52,7 +52,7 @@ def native_sampling(policy: Policy, wave: RolloutShape, temperature: float, devi
     """The native engine's own code over one wave in which no completion ends before its limit."""
     tally = MemoryCounter(held_by(policy), device)
     with torch.no_grad(), tally, META:
-        lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         turn = lean.turns(wave.prompt + wave.completion)
@@ -99,7 +99,7 @@ def slot_sampling(policy: Policy, wave: RolloutShape, temperature: float, device
     """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
     tally = MemoryCounter(held_by(policy), device)
     with torch.no_grad(), tally, META:
-        lean = Decoder(decoder(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = tally.now
         tally.peak = copies
         tally.phase = "reading prompts"
