@@ -14,6 +14,7 @@ from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import MinigrpoError
 from minigrpo.pipeline.evaluate import evaluate
 from tests.helpers.delivered import VARIANTS, adapted, edit, save_adapter, save_base
+from tests.helpers.models import make_policy
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,3 +55,12 @@ def answers_of(model: Path, folder: Path) -> list[Any]:
     evaluate(str(model), limit=4, out=folder / "found.json", quiet=True)
     found: list[Any] = json.loads((folder / "found.json").read_text())["scores"]["answers"]
     return found
+
+
+def test_the_targets_of_a_saved_adapter_stand_in_order_in_every_process(tmp_path: Path) -> None:
+    """PEFT keeps them in a set, whose order changes with PYTHONHASHSEED."""
+    policy = make_policy("qwen2")
+    policy.save(tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
+    assert len(targets) > 5

@@ -8,6 +8,7 @@ and off wherever log-probabilities are compared.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
@@ -107,6 +108,19 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
                 f"PEFT cannot put {folder} on its base: {reason}. Is that the model it was trained on? Look: minigrpo "
                 f"check {folder} --base MODEL"
             ) from None
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a PEFT adapter; the same adapter gives the same bytes in every process.
+
+    PEFT keeps the target names in a set, whose order changes with the process, so they are written again in order.
+    """
+    model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(model: Any, folder: Path) -> None:

@@ -26,7 +26,7 @@ from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context import CAUSAL_DECODERS, text_config
 from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
-from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter
+from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, save_adapter
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
@@ -222,7 +222,10 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Save the adapter in PEFT's format, or the whole model where all of it is trained, with the tokenizer."""
-        self.model.save_pretrained(folder)
+        if self.is_lora:
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def begin_with(self, folder: Path, *, keep_reference: bool) -> None:

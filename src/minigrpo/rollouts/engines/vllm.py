@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.context import check_room, context_length
+from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
@@ -84,7 +85,7 @@ class VllmEngine:
         self._count += 1
         name = f"policy-{self._count}"
         folder = Path(self._folder.name) / name
-        policy.model.save_pretrained(folder)
+        save_adapter(policy.model, folder)
         self.host.take(name, folder)
         self.adapter = name
 
