@@ -280,7 +280,7 @@ def test_evaluate_takes_the_recipe_of_the_run_that_made_the_model(minigrpo_says:
     evaluate = spy("evaluate", {})
     (tmp_path / "runs/old/adapter").mkdir(parents=True)
     (tmp_path / "runs/old/recipe.yaml").write_text("seed: 9\n")
-    for model in ("runs/old", "runs/old/adapter"):
+    for model in ("runs/old", "runs/old/adapter", "runs/old/warmup", "runs/old/gguf/old-Q8_0.gguf"):
         minigrpo_says("evaluate", model, "--n", "4", "--rollout.max_tokens", "99")
         assert evaluate.args[0] == model
         assert (evaluate.args[1].seed, evaluate.args[1].rollout.max_tokens) == (9, 99)

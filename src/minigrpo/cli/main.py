@@ -27,7 +27,7 @@ from minigrpo.cli.options import (
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError
-from minigrpo.runs.rundir import RunDir
+from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
 
 app = typer.Typer(
@@ -180,7 +180,8 @@ def evaluate(
     Accuracy with its interval, format, examples right and wrong; with --base both side by side, prompt by prompt.
     After a stop the same command goes on where it was. The knobs of the recipe are options too: minigrpo train --help.
     """
-    loaded = load_recipe(recipe or recipe_of(model), context.meta[OVERRIDES])
+    found = None if recipe else find_run(model)
+    loaded = load_recipe(str(found.run.path) if found else recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
     heat = temperature if temperature is not None else 0.0 if n == 1 else 1.0
@@ -319,12 +320,6 @@ def folder(recipe: str, run: Path | None) -> RunDir:
     if run is None:
         run = Path(recipe) if os.path.isdir(recipe) else Path("runs") / Path(recipe).stem
     return RunDir(run)
-
-
-def recipe_of(model: str) -> str | None:
-    """The run that made a model: its folder is the model itself, or holds it."""
-    path = Path(model).expanduser()
-    return next((str(run.path) for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
-from minigrpo.runs.rundir import RunDir, read_json, write_json
+from minigrpo.runs.rundir import RunDir, find_run, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 
@@ -50,7 +50,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade a model, and a base beside it on the same prompts; every answer goes to `out` as JSON.
 
-    `model`: a folder, a Hub id, an adapter, a GGUF file, or a run (or what it trained), whose own recipe holds where
+    `model`: a folder, a Hub id, an adapter, a GGUF file, or a run. Of what lies in a run, that one's recipe holds where
     none is given. Returns the figures without the answers, and `file`.
     """
     from minigrpo.evaluation.evaluate import compare, pick_examples
@@ -58,11 +58,11 @@ def evaluate(
     from minigrpo.utils.process import process_settings
 
     console = Console(quiet=quiet)
-    run = evaluated_run(model)
-    recipe = recipe or (load_recipe(str(run.path)) if run else Recipe())
+    found = find_run(model)
+    recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
     task = open_task(recipe)
     ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
-    folder = run.evals if run else Path("evals")
+    folder = found.run.evals if found else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.about}.json"
     with process_settings(recipe.train.threads):
         before = judge_model(base, ask, file) if base else None
@@ -181,12 +181,12 @@ def judge_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
 
-    run, path = evaluated_run(model), Path(model).expanduser()
-    if run and path.exists():
-        refuse_changed(path, run)
+    found, path = find_run(model), Path(model).expanduser()
+    if path.exists():
+        refuse_changed(path)
     if path.suffix == GGUF:
         return judge_gguf(path, ask, journal_beside(file, model))
-    source = str(existing_result(run)) if run and run.path == path else model
+    source = str(existing_result(found.run)) if found and found.artefact == "run" else model
     policy = open_trained(source, ask.recipe)
     sources = [Path(source).expanduser()] if Path(source).expanduser().exists() else []
     made = stamp("evaluate", ask.recipe, *sources)
@@ -209,25 +209,17 @@ def judge_gguf(path: Path, ask: EvalRequest, journal: Path) -> Evaluation:
 
 def name_of(model: str) -> str:
     """Short, and telling: a Hub id as it is, of a path its end, of what a run trained the run."""
-    run, path = evaluated_run(model), Path(model).expanduser()
+    found, path = find_run(model), Path(model).expanduser()
     if path.suffix == GGUF:
         return path.stem
-    return run.path.resolve().name if run else path.resolve().name if path.exists() else model
+    if found and found.artefact in ("run", "adapter", "model", "merged"):
+        return found.run.path.resolve().name
+    return path.resolve().name if path.exists() else model
 
 
 def journal_beside(file: Path, model: str) -> Path:
     """Where the answers of a model are kept until all are there."""
     return file.with_name(f".{file.stem}-{slug(model)}.jsonl")
-
-
-def evaluated_run(model: str) -> RunDir | None:
-    """The run that a path means: its folder, or what it trained."""
-    path = Path(model).expanduser()
-    for run in (RunDir(path), RunDir(path.parent)):
-        if run.exists() and path in (run.path, run.adapter, run.model, run.merged):
-            return run
-    above = RunDir(path.parent.parent)
-    return above if above.exists() and path.parent == above.gguf else None
 
 
 def kept(run: RunDir, side: EvalSide, ask: EvalRequest) -> Evaluation:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minigrpo.errors import ArtifactError
 
@@ -128,6 +128,53 @@ class RunDir:
 
     def exists(self) -> bool:
         return self.recipe.is_file()
+
+
+Artefact = Literal["run", "adapter", "model", "merged", "warmup", "gguf", "gguf file", "checkpoint", "other"]
+"""What a path can be to a run. gguf: the folder of the GGUF files. other: what lies in the run and is none of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """A run, and which of its artefacts a path names."""
+
+    run: RunDir
+    artefact: Artefact
+
+
+def find_run(place: str | Path | RunDir) -> FoundRun | None:
+    """Find the run that a path belongs to, by names alone: the artefact itself may be missing.
+
+    Looks at the folder itself, the one above, and the one above gguf/ and checkpoints/. The run's path is spelled as
+    the user spelled it.
+    """
+    path = place.path if isinstance(place, RunDir) else Path(place).expanduser()
+    names: list[str] = []
+    while not RunDir(path).exists():
+        if len(names) == 2:
+            return None
+        if path.name in ("", ".."):  # of ".", say, the folder above does not stand in the text
+            path = Path(os.path.abspath(path))
+        names.insert(0, path.name)
+        path = path.parent
+    artefact = _artefact(names)
+    return FoundRun(RunDir(path), artefact) if artefact else None
+
+
+def _artefact(names: list[str]) -> Artefact | None:
+    """Name the artefact at this place below a run's folder."""
+    match names:
+        case []:
+            return "run"
+        case [("adapter" | "model" | "merged" | "warmup" | "gguf") as folder]:
+            return folder
+        case [_]:
+            return "other"
+        case ["gguf", file]:
+            return "gguf file" if file.endswith(".gguf") else "other"
+        case ["checkpoints", step]:
+            return "checkpoint" if step.isdigit() else "other"
+    return None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
 from minigrpo.runs.lock import hold
 from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, stamp, write_sealed
-from minigrpo.runs.rundir import RunDir, digest, tidy
+from minigrpo.runs.rundir import RunDir, digest, find_run, tidy
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +61,22 @@ class TrainedSource:
 
 def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
     """`base`: another place than the one that was trained on. Raises ArtifactError where there is nothing trained."""
-    run = path if isinstance(path, RunDir) else RunDir(Path(path).expanduser())
-    if not run.exists() and run.path in (RunDir(run.path.parent).adapter, RunDir(run.path.parent).model):
-        run = RunDir(run.path.parent) if RunDir(run.path.parent).exists() else run
-    if run.exists():
-        recipe = load_recipe(str(run.path))
-        folder = existing_result(run)
+    found = find_run(path)
+    if found and found.artefact in ("run", "adapter", "model"):
+        run = found.run
+        recipe, folder = load_recipe(str(run.path)), existing_result(run)
         revision = None if base else recipe.model.revision
         return TrainedSource(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
-    if not run.path.is_dir():
-        raise ArtifactError(f"{run.path} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
-    config = read_adapter_config(run.path)
+    # A warm-up's or a checkpoint's adapter is none of the run's results: it is taken for itself.
+    folder = path.path if isinstance(path, RunDir) else Path(path).expanduser()
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
+    config = read_adapter_config(folder)
     named = base or config.get("base_model_name_or_path")
     if not named:
-        raise ArtifactError(f"{run.path / 'adapter_config.json'} names no base model. Say which: --base MODEL")
+        raise ArtifactError(f"{folder / 'adapter_config.json'} names no base model. Say which: --base MODEL")
     revision = None if base else config.get("revision")
-    return TrainedSource(run.path, Recipe(model={"path": named}), named, revision, False, None)  # type: ignore[arg-type]
+    return TrainedSource(folder, Recipe(model={"path": named}), named, revision, False, None)  # type: ignore[arg-type]
 
 
 def seal_folder(folder: Path, made: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -120,12 +120,15 @@ def merged_of(run: RunDir) -> Path:
     return run.merged
 
 
-def refuse_changed(path: Path, run: RunDir) -> None:
+def refuse_changed(path: Path) -> None:
     """Raises ArtifactError where a merged model or a GGUF file of a run is not what was proved. Others are not ours."""
-    if path == run.merged:
+    found = find_run(path)
+    if found is None:
+        return
+    run, made = found.run, found.run.gguf / "made.json"
+    if found.artefact == "merged":
         merged_of(run)
-    made = run.gguf / "made.json"
-    known = read_sealed(made)["files"].get(path.name) if path.parent == run.gguf and made.is_file() else None
+    known = read_sealed(made)["files"].get(path.name) if found.artefact == "gguf file" and made.is_file() else None
     if known is not None and digest(path) != known["sha256"]:
         raise ArtifactError(
             f"{path} was changed after it was proved. Export again: minigrpo export {run.path} --format "

@@ -36,7 +36,18 @@ from minigrpo.delivery.parity.table import figure
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
-from minigrpo.runs.rundir import DRAFT, REJECTED, SPARE, RunDir, digest, full_disk_told, sync, write_whole, writing
+from minigrpo.runs.rundir import (
+    DRAFT,
+    REJECTED,
+    SPARE,
+    RunDir,
+    digest,
+    find_run,
+    full_disk_told,
+    sync,
+    write_whole,
+    writing,
+)
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
@@ -119,7 +130,7 @@ def export(
     force: bool = False,
     quiet: bool = False,
 ) -> Exported:
-    """Export a run's merged model, or a model folder, into `out` (RUN/gguf, or beside the folder).
+    """Export a run's merged model, named by either, or a model folder, into `out` (RUN/gguf, or beside the folder).
 
     `llama_cpp`: sources of llama.cpp whose converter and tools are to be used; `writer`: auto, official or own.
     `force`: make again what is there. Raises MinigrpoError where nothing can be made; a file that fails its proof is
@@ -162,19 +173,21 @@ def chosen(formats: Sequence[str]) -> list[str]:
 
 
 def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> ExportJob:
-    run = path if isinstance(path, RunDir) else RunDir(Path(path))
-    here = run.path.absolute()
-    if run.exists():
-        model, folder, name = merged_of(run), run.gguf, here.name
+    found = find_run(path)
+    run = found.run if found and found.artefact in ("run", "merged") else None
+    given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
+    here = given.absolute()
+    if run:
+        model, folder, name = merged_of(run), run.gguf, run.path.absolute().name
     elif (here / "config.json").is_file():
         model, folder, name = here, here.with_name(f"{here.name}-gguf"), here.name
     else:
-        raise ArtifactError(f"{run.path} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
+        raise ArtifactError(f"{given} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
     converter = find_converter(model, llama_cpp, writer)
     versions = {package: installed(package) for package in ("minigrpo", "gguf", "xllamacpp", "transformers")}
     made = {"verb": "export", "versions": versions, "from": {"model": hash_files(model), "converter": converter.name}}
     return ExportJob(
-        *(model, run if run.exists() else None, (out or folder).expanduser(), slug(name)),
+        *(model, run, (out or folder).expanduser(), slug(name)),
         base=open_base(model),
         converter=converter,
         tools=llama_cpp,

@@ -23,7 +23,7 @@ from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm
 from minigrpo.delivery.serve.server import SILENCE
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.manifest import hash_files, read_sealed, slug
-from minigrpo.runs.rundir import RunDir, digest
+from minigrpo.runs.rundir import FoundRun, RunDir, digest, find_run
 
 Choice = Literal["auto", "llama.cpp", "vllm"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -73,11 +73,11 @@ class Servable:
 def resolve_servable(what: str, wanted: ServeOptions) -> Servable:
     """Raises ArtifactError where it is missing, stale, or nothing that the engine serves."""
     path = Path(what).expanduser()
-    run = next((run for run in (RunDir(path), RunDir(path.parent)) if run.exists()), None)
-    if run and path in (run.path, run.merged, run.gguf, run.adapter, run.model):
-        return _of_run(run, path, wanted)
+    place = find_run(path)
+    if place and place.artefact in ("run", "merged", "gguf", "adapter", "model"):
+        return _of_run(place, wanted)
     if path.suffix == ".gguf" or path.is_file():
-        return _of_file(path, wanted, run)
+        return _of_file(path, wanted)
     if path.is_dir():
         return _of_folder(path, wanted)
     if HUB_ID.fullmatch(what) and wanted.engine != "llama.cpp":
@@ -87,15 +87,15 @@ def resolve_servable(what: str, wanted: ServeOptions) -> Servable:
     )
 
 
-def _of_run(run: RunDir, path: Path, wanted: ServeOptions) -> Servable:
-    name = slug(run.path.absolute().name)
-    if wanted.adapter or path == run.adapter:
+def _of_run(place: FoundRun, wanted: ServeOptions) -> Servable:
+    run, name = place.run, slug(place.run.path.absolute().name)
+    if wanted.adapter or place.artefact == "adapter":
         _refuse_llama(wanted, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
         source = source_of(run, base=wanted.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
         return Servable(name, run, model=_beside(source))
-    if path != run.gguf and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
+    if place.artefact != "gguf" and (wanted.engine == "vllm" or (wanted.engine == "auto" and _vllm_fits(wanted))):
         return Servable(name, run, model=Model(str(merged_of(run))))
     return Servable(name, run, gguf=gguf_of(run, wanted.format))
 
@@ -123,15 +123,13 @@ def gguf_of(run: RunDir, kind: str) -> Path:
     return file
 
 
-def _of_file(path: Path, wanted: ServeOptions, run: RunDir | None) -> Servable:
+def _of_file(path: Path, wanted: ServeOptions) -> Servable:
     if wanted.engine == "vllm" or wanted.adapter:
         raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
     read_head(path)
-    above = RunDir(path.parent.parent)
-    owner = run or (above if above.exists() and path.parent == above.gguf else None)
-    if owner:
-        refuse_changed(path, owner)
-    return Servable(path.stem, owner, gguf=path)
+    refuse_changed(path)
+    place = find_run(path)
+    return Servable(path.stem, place.run if place else None, gguf=path)
 
 
 def _of_folder(path: Path, wanted: ServeOptions) -> Servable:
@@ -143,7 +141,7 @@ def _of_folder(path: Path, wanted: ServeOptions) -> Servable:
         return Servable(slug(path.absolute().name), None, model=Model(str(path)))
     files = sorted(path.glob(f"*{wanted.format.upper()}.gguf"))
     if len(files) == 1:
-        return _of_file(files[0], wanted, None)
+        return _of_file(files[0], wanted)
     raise ArtifactError(f"{path} is neither a run's folder, nor a model's or an adapter's. Name a .gguf file itself.")
 
 
