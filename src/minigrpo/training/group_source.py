@@ -1,8 +1,8 @@
-"""Groups that teach: siblings that all earn the same compare nothing, so others are found in their place.
+"""Find informative groups: siblings that all earn the same have no advantage, so other groups replace them.
 
-First further prompts are tried, up to a stated budget (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2); then
-groups of the last steps may stand in, each once. These were sampled by an older policy: their importance weights,
-p_policy / p_sampler, put that right.
+First further prompts are tried, up to a budget (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). Then groups of
+the last steps are replayed, each once. An older policy sampled those: importance weights, p_policy / p_sampler, correct
+for it.
 
 Shapes: P prompts of a step, G siblings.
 """
@@ -20,12 +20,14 @@ from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Group, Prompt
 
 LOWEST_RATE = 0.25
-"""However few groups taught so far, no more than four times as many prompts are tried at once as are missing."""
+"""Assume at least this share of informative groups: at most 4 prompts are tried at once for each missing group."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepGroups:
-    """`groups`: the P that the step learns from. `sampled`: all that were asked, the first P of them as drawn, the
+    """The groups of one step.
+
+    `groups`: the P that the step learns from. `sampled`: all that were rolled out; the first P of them, as drawn, are a
     fair sample of the task. `figures`: what the search cost and found.
     """
 
@@ -36,34 +38,37 @@ class StepGroups:
 
     @property
     def fair(self) -> tuple[Group, ...]:
-        """The groups that were not chosen for what they earned: the ones to judge progress by."""
+        """Return the groups that were not chosen by reward: the ones to measure progress with."""
         return self.sampled[: self.drawn]
 
     @property
     def others(self) -> tuple[Group, ...]:
-        """What was sampled and is not learned from."""
+        """Return the groups that were sampled but are not learned from."""
         kept = {id(group) for group in self.groups}
         return tuple(group for group in self.sampled if id(group) not in kept)
 
 
 class GroupSource:
-    """Asks for the groups of one step after another; remembers prompts and recent groups (`state`)."""
+    """Gathers the groups of one step after another; its `state` holds the prompt sampler and the replay pool."""
 
-    def __init__(self, sampler: PromptSampler, prompts: int, knobs: GroupsConfig) -> None:
+    def __init__(self, sampler: PromptSampler, prompts: int, config: GroupsConfig) -> None:
         self.sampler = sampler
         self.prompts = prompts
-        self.knobs = knobs
+        self.config = config
         self.pool: list[tuple[int, Group]] = []
 
     def gather(
         self, step: int, ask: Callable[[Sequence[Prompt]], list[Group]], teaches: Callable[[Group], bool]
     ) -> StepGroups:
-        """P groups for the step; `ask` samples prompts, `teaches` tells whether a group moves the policy."""
+        """Return P groups for the step.
+
+        `ask` rolls out and grades prompts; `teaches` tells whether a group changes the policy.
+        """
         groups = ask(self.sampler.take(self.prompts))
         sampled = list(groups)
         tied = [place for place, group in enumerate(groups) if not teaches(group)]
         figures = {"informative_groups": 1 - len(tied) / len(groups), "frac_reward_zero_std": len(tied) / len(groups)}
-        budget, tries = round(self.knobs.resample * self.prompts), 0
+        budget, tries = round(self.config.resample * self.prompts), 0
         while tied and tries < budget:
             rate = max(LOWEST_RATE, sum(map(teaches, sampled)) / len(sampled))
             fresh = ask(self.sampler.more(min(budget - tries, math.ceil(len(tied) / rate))))
@@ -76,15 +81,15 @@ class GroupSource:
                 groups[tied.pop(0)] = group
         if budget:
             figures |= {"resample/tried": tries, "resample/found": sum(map(teaches, sampled[self.prompts :]))}
-        if self.knobs.replay:
+        if self.config.replay:
             figures["replayed_groups"] = self._replay(step, groups, tied)
             self.pool += [(step, group) for group in sampled if teaches(group)]
         self.sampler.learn(sampled)
         return StepGroups(tuple(groups), tuple(sampled), len(groups), figures)
 
     def _replay(self, step: int, groups: list[Group], tied: list[int]) -> int:
-        """Let the newest groups of the pool stand in; each stands in once, and none that is too old."""
-        self.pool = [(then, group) for then, group in self.pool if step - then <= self.knobs.replay]
+        """Replace tied groups by the newest of the pool, each used once and none too old. Returns how many."""
+        self.pool = [(then, group) for then, group in self.pool if step - then <= self.config.replay]
         asked = {group.prompt.id for group in groups}
         count = 0
         for place in tied:
@@ -97,7 +102,7 @@ class GroupSource:
         return count
 
     def state(self) -> dict[str, Any]:
-        """All that later steps depend on, for JSON."""
+        """Return what later steps depend on, as JSON data."""
         pool = [{"step": step, **group_data(group)} for step, group in self.pool]
         return {"sampler": self.sampler.state(), "pool": pool}
 

@@ -1,4 +1,4 @@
-"""When memory runs out all the same: smaller passes, the same gradient.
+"""Go on when memory runs out: smaller passes, the same gradient.
 
 On a GPU, and where a CPU's allocator says no, the step is begun again with passes of half the size. A kernel that runs
 short kills the process instead, and says nothing: so while memory is tight an update leaves a note in the run's folder,
@@ -37,7 +37,7 @@ TIGHT = 1.5
 
 
 def ran_out(fault: BaseException) -> bool:
-    """Whether this is an allocator's way to say that there is no more."""
+    """Tell whether an allocator ran out of memory."""
     if isinstance(fault, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(fault)
@@ -47,7 +47,7 @@ def ran_out(fault: BaseException) -> bool:
 def retry_on_oom(
     work: Callable[[Sequence[MicroBatch]], Work], parts: Sequence[MicroBatch], budget: int, *, clear: Callable[[], None]
 ) -> tuple[Work, int]:
-    """What `work` makes of the micro-batches, and the tokens per pass with which it could.
+    """Return `work(micro_batches)` and the tokens per pass that memory had room for.
 
     Nothing that a failed try added may stay: `clear` throws its gradients away. Raises RecipeError where no cut is
     left.
@@ -81,7 +81,7 @@ def _halved(parts: Sequence[MicroBatch], budget: int, told: str) -> tuple[int, l
 
 
 def split_micro_batch(part: MicroBatch, tokens_per_pass: int) -> Iterator[MicroBatch]:
-    """The same tokens in smaller micro-batches, with all that is known of them."""
+    """Split a micro-batch into smaller ones, with the advantages, weights and log-probabilities of their tokens."""
     start = 0
     for bundles in _bundles(part, tokens_per_pass):
         stop = start + sum(n for bundle in bundles for n in bundle.lengths)
@@ -110,7 +110,7 @@ def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGrou
 
 @contextmanager
 def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
-    """A note beside the run while an update takes `needs` bytes and no more than `free` are there, if that is tight.
+    """Leave a note in the run's folder during an update, where `needs` bytes are tight for `free` ones.
 
     An exception takes it away as well: only a process that is killed leaves it.
     """
@@ -126,7 +126,7 @@ def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[
 
 
 def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
-    """The note of an update that never ended; it is taken away. A damaged one counts, for only an update writes it."""
+    """Remove and return the note of an update that was killed, or None. A damaged note counts: only an update writes it."""
     note = run.path / NOTE
     if not note.is_file():
         return None
@@ -171,6 +171,6 @@ def _forward_and_back(policy: Policy, objective: Objective, parts: Sequence[Micr
 
 
 def clear_gradients(policy: Policy) -> None:
-    """Throw away what a pass added."""
+    """Drop the gradients that a pass accumulated."""
     for parameter in policy.trainable:
         parameter.grad = None

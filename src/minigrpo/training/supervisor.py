@@ -141,7 +141,7 @@ class Supervisor:
         return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
 
     def _teaches(self, group: Group) -> bool:
-        """Whether the group's siblings differ in what the objective compares."""
+        """Tell whether the group's siblings differ in what the objective compares."""
         return pack([group], self.objective, self.recipe.rollout.max_tokens).teaches
 
     @contextmanager
@@ -208,7 +208,7 @@ class Supervisor:
             self._set_tokens_per_pass(tokens)
 
     def _record(self, step: int, metrics: Mapping[str, float], sampled: StepGroups, batch: Batch) -> None:
-        """Log step number `step`, and say what is alarming about it."""
+        """Log step number `step`, and print its alarms."""
         unused = [[0.0] * len(group.grades) for group in sampled.others]
         advantages = [*batch.advantages_PG.tolist(), *unused]
         self.logger.record(step, metrics, [*batch.groups, *sampled.others], advantages)
@@ -216,7 +216,7 @@ class Supervisor:
             self.logger.say(sentence)
 
     def _settle(self, step: int, *, last: bool) -> None:
-        """Save when it is time; stop, with a DivergenceError, when to go on no longer makes sense."""
+        """Save when it is due. Raises DivergenceError where the run has broken."""
         due = step % self.recipe.save.every == 0 or self.best_step == step
         # What looks like an explosion is not kept: the newest checkpoint stays one to go back to.
         if last or (due and not self.monitor.suspicious):
@@ -224,7 +224,7 @@ class Supervisor:
         self._stop_if_broken(step)
 
     def _take_best(self) -> None:
-        """The policy as it is to be delivered: as it ended, or as it was when it did best on held-out prompts."""
+        """Load the checkpoint that did best on held-out prompts, where the recipe asks for it."""
         if self.recipe.save.take == "best" and self.best_step is not None:
             checkpoint.load(checkpoint.at(self.run, self.best_step), self.policy, self.optimizer)
             self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
@@ -234,7 +234,7 @@ class Supervisor:
         return self.best[2] if self.best else None
 
     def _learn(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """Take the figures of a step to heart: the same from a log as from a step just done."""
+        """Update bonus, alarms and best step from the figures of a step, just done or read from the log."""
         self.bonus = self.bonus.after(metrics.get("entropy"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("skipped") else 0
         self.explosion = self.monitor.after(step, metrics)
@@ -262,7 +262,7 @@ class Supervisor:
             raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
 
     def _settle_machine(self, prompt: int, rows: int) -> None:
-        """Tokens per pass, threads: those that the run began with; says where the machine is another."""
+        """Set tokens per pass and threads to those that the run began with; say where the machine differs."""
         then = checkpoint.read_machine(self.run)
         threads = then.threads if then else self.recipe.train.threads
         if threads:
