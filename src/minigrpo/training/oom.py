@@ -126,7 +126,7 @@ def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[
 
 
 def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
-    """Remove and return the note of an update that was killed, or None. A damaged note counts: only an update writes it."""
+    """Remove and return the note of a killed update, or None. A damaged note counts: only an update writes it."""
     note = run.path / NOTE
     if not note.is_file():
         return None
