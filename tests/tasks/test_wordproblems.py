@@ -248,5 +248,5 @@ def test_prompts_are_checked_when_asked_for(own: Path) -> None:
 
 
 def test_weights_that_cannot_reach_a_finished_task_are_refused(own: Path) -> None:
-    with pytest.raises(TaskError, match=r"minigrpo\.rewards\.reweighted"):
+    with pytest.raises(TaskError, match=r"minigrpo\.tasks\.common\.rewards\.reweighted"):
         opened(name=f"{own}:finished", weights={"right": 2.0})
