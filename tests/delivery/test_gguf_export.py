@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from minigrpo.cli import main
 from minigrpo.delivery.gguf import llamacpp
 from minigrpo.delivery.gguf import writer as ggufwriter
-from minigrpo.delivery.gguf.export import chosen, export
+from minigrpo.delivery.gguf.export import export, parse_formats
 from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_file
-from minigrpo.delivery.gguf.quantize import type_of
+from minigrpo.delivery.gguf.quantize import choose_tensor_type
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, edit_json
@@ -109,7 +109,7 @@ def test_a_file_whose_weights_or_settings_are_another_models_fails(
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     fault(wrong)
     for source, fine in ((folder, True), (wrong, False)):
-        ggufwriter.write(source, tmp_path / "x.gguf", kind, "x")
+        ggufwriter.write_gguf(source, tmp_path / "x.gguf", kind, "x")
         assert prove_file(tmp_path / "x.gguf", kind, truth).ok is fine
 
 
@@ -119,7 +119,7 @@ def test_a_file_without_the_permutation_of_q_and_k_fails(
 ) -> None:
     folder, truth = truths[family]
     monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
-    ggufwriter.write(folder, tmp_path / "x.gguf", "F32", "x")
+    ggufwriter.write_gguf(folder, tmp_path / "x.gguf", "F32", "x")
     proof = prove_file(tmp_path / "x.gguf", "F32", truth)
     assert "written wrongly" in proof.faults[0]
 
@@ -138,7 +138,7 @@ def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
 def test_a_file_of_the_base_without_the_adapter_fails(qwen: RunDir, tmp_path: Path) -> None:
     truth = gguf_reference(qwen.merged, qwen)
     for kind in ("F32", "F16"):
-        ggufwriter.write(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
+        ggufwriter.write_gguf(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
         assert not prove_file(tmp_path / "x.gguf", kind, truth).ok
 
 
@@ -211,9 +211,9 @@ def test_a_tokenizer_that_cuts_in_a_way_of_its_own_is_refused(tmp_path: Path) ->
 
 
 def test_misspelled_formats_and_folders_without_a_model_are_told(tmp_path: Path) -> None:
-    assert chosen(["q8_0,F16", "Q8_0"]) == ["F16", "Q8_0"]
+    assert parse_formats(["q8_0,F16", "Q8_0"]) == ["F16", "Q8_0"]
     with pytest.raises(MinigrpoError, match=r"Q8 is not known. There are: F32"):
-        chosen(["Q8"])
+        parse_formats(["Q8"])
     with pytest.raises(ArtifactError, match="neither a run's folder nor a model's"):
         exported(tmp_path, "F16")
     model_folder(tmp_path / "m", "qwen2")
@@ -222,7 +222,7 @@ def test_misspelled_formats_and_folders_without_a_model_are_told(tmp_path: Path)
 
 
 def test_without_xllamacpp_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(llamacpp, "library", lambda: None)
+    monkeypatch.setattr(llamacpp, "find_library", lambda: None)
     with pytest.raises(MinigrpoError, match=r"pip install 'minigrpo\[gguf\]'"):
         exported(tmp_path, "F16")
 
@@ -251,7 +251,7 @@ WIDTH = 896
 def test_each_tensor_gets_the_type_that_llama_cpp_gives_it(
     name: str, shape: tuple[int, ...], kind: str, expected: str | None
 ) -> None:
-    assert type_of(name, shape, kind, layers=24, tied=True) == expected
+    assert choose_tensor_type(name, shape, kind, layers=24, tied=True) == expected
 
 
 def test_bits_a_weight_count_everything_in_the_file(qwen: RunDir, tmp_path: Path) -> None:

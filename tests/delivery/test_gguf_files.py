@@ -21,9 +21,9 @@ from minigrpo.config.schema import Recipe
 from minigrpo.delivery.gguf import converter, writer
 from minigrpo.delivery.gguf.export import export
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
-from minigrpo.delivery.gguf.modelfile import conversations, modelfile, turns_of
-from minigrpo.delivery.gguf.pretokenizer import kind_of, token_faults
-from minigrpo.delivery.gguf.quantize import DEFAULTS, Cruncher, find_tool, quantise
+from minigrpo.delivery.gguf.modelfile import find_template_parts, probe_conversations, render_modelfile
+from minigrpo.delivery.gguf.pretokenizer import pretokenizer_name, token_faults
+from minigrpo.delivery.gguf.quantize import BUILT_IN_FORMATS, BlockQuantizer, find_llama_quantize, quantise
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.chat_template import PROBE_QUESTION, render, render_text
 from minigrpo.models.embedded import seedling
@@ -43,7 +43,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
     """(folder, model, F32 file)."""
     folder = tmp_path_factory.mktemp("gguf") / "qwen"
     model = model_folder(folder, "qwen2")
-    writer.write(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
+    writer.write_gguf(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
     return folder, model, folder.with_name("qwen.gguf")
 
 
@@ -79,8 +79,8 @@ def test_the_embedded_models_tokenizer_is_kept_to_the_last_id(tmp_path: Path) ->
     tokenizer = seedling.train_tokenizer(blueprint)
     tokenizer.save_pretrained(tmp_path)
     seedling.init_model(blueprint, tokenizer).save_pretrained(tmp_path)
-    assert kind_of(tmp_path) == "smollm"
-    writer.write(tmp_path, tmp_path / "x.gguf", "F32", "x")
+    assert pretokenizer_name(tmp_path) == "smollm"
+    writer.write_gguf(tmp_path, tmp_path / "x.gguf", "F32", "x")
     task = open_task(Recipe())
     prompts = prompts_of(task, "test", 200)
     with LlamaCpp(tmp_path / "x.gguf", context=512) as llama:
@@ -118,7 +118,7 @@ def test_faults_of_tokens_and_template_are_named(qwen: Any, tokenizer: Any, told
 def test_a_second_beginning_of_text_is_named(qwen: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(qwen[0], tmp_path / "m")
     bpe_tokenizer(bos=True).save_pretrained(folder)
-    writer.write(folder, tmp_path / "x.gguf", "F32", "x")
+    writer.write_gguf(folder, tmp_path / "x.gguf", "F32", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
         assert llama.facts.adds_bos
         faults = list(token_faults(llama, bpe_tokenizer(), [[PROBE_QUESTION]]))
@@ -139,27 +139,27 @@ def test_an_end_that_llama_cpp_would_not_stop_at_is_named(qwen: Any, tmp_path: P
 def test_tokenizers_without_an_equal_in_llama_cpp_are_refused(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no byte-level BPE with merges"):
-        kind_of(tmp_path)
+        pretokenizer_name(tmp_path)
     bpe_tokenizer().save_pretrained(tmp_path)
-    assert kind_of(tmp_path) == "qwen2"
+    assert pretokenizer_name(tmp_path) == "qwen2"
     edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Lowercase"})
     with pytest.raises(ModelError, match="changes text first \\(Lowercase\\)"):
-        kind_of(tmp_path)
+        pretokenizer_name(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="missing or damaged"):
-        kind_of(tmp_path)
+        pretokenizer_name(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_the_library_that_packs_weights_is_tried_before_it_is_trusted(kind: str) -> None:
     import numpy as np
 
-    crunch = Cruncher({kind})
+    crunch = BlockQuantizer({kind})
     crunch._test(kind)
     crunch._chunk = lambda *args: args[2].value and gibberish(args[2].value, args[4] * args[5])
     with pytest.raises(MinigrpoError, match=r"made .* bytes|is off by"):
         crunch._test(kind)
-    assert np.isfinite(Cruncher(set())(np.ones((1, 32), np.float32), "Q8_0")).all()
+    assert np.isfinite(BlockQuantizer(set())(np.ones((1, 32), np.float32), "Q8_0")).all()
 
 
 def gibberish(place: int, numbers: int) -> int:
@@ -179,11 +179,11 @@ def test_formats_that_only_llama_cpps_tool_makes_are_told_so(qwen: Any, tmp_path
 
 def test_ollamas_template_says_what_the_chat_template_says(qwen: Any) -> None:
     tokenizer = bpe_tokenizer()
-    turns = turns_of(tokenizer)
+    turns = find_template_parts(tokenizer)
     assert turns is not None
-    for messages in conversations():
+    for messages in probe_conversations():
         assert turns.render(messages) == render_text(tokenizer, messages, opened=True)
-    text = modelfile("x-Q8_0.gguf", qwen[0], tokenizer, 0.7)
+    text = render_modelfile("x-Q8_0.gguf", qwen[0], tokenizer, 0.7)
     assert text.startswith("FROM ./x-Q8_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert text.endswith("PARAMETER temperature 0.7\n")
@@ -192,7 +192,7 @@ def test_ollamas_template_says_what_the_chat_template_says(qwen: Any) -> None:
 
 def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) -> None:
     tokenizer = bpe_tokenizer(template="{% if messages|length > 3 %}long{% endif %}" + OWN_WORDS)
-    text = modelfile("x.gguf", qwen[0], tokenizer, 1.0)
+    text = render_modelfile("x.gguf", qwen[0], tokenizer, 1.0)
     assert "TEMPLATE" not in text
     assert "cannot be said in Ollama's language" in text
 
@@ -200,7 +200,7 @@ def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) 
 def test_a_converter_is_only_what_its_hash_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
     with pytest.raises(ArtifactError, match="not in the cache, and this session is offline"):
-        converter.fetched()
+        converter.fetch_converter()
     folder = tmp_path / "m"
     model_folder(folder, "qwen2")
     assert "own writer" in converter.find_converter(folder, None).name
@@ -211,9 +211,9 @@ def test_a_converter_is_only_what_its_hash_says(tmp_path: Path, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def official() -> Path:
     """The cache of whoever runs the tests; fetched where there is a network."""
-    kept = {name: os.environ.pop(name, None) for name in converter.OFFLINE}
+    kept = {name: os.environ.pop(name, None) for name in converter.OFFLINE_VARIABLES}
     try:
-        return converter.fetched()
+        return converter.fetch_converter()
     except ArtifactError as fault:
         pytest.skip(str(fault))
     finally:
@@ -241,7 +241,7 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import gguf
 
     guessed = ("GGUF.", "general.size_label", "general.basename", "general.finetune", "general.version", "general.samp")
-    keys = {name: value for name, value in writer.described(file) if not name.startswith(guessed)}
+    keys = {name: value for name, value in writer.read_keys(file) if not name.startswith(guessed)}
     tensors = gguf.GGUFReader(file).tensors
     return keys, {
         t.name: (t.tensor_type.name, tuple(t.shape.tolist()), hashlib.sha256(t.data.tobytes()).hexdigest())
@@ -250,21 +250,21 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_tool(None) is None, reason="no llama-quantize on the PATH")
+@pytest.mark.skipif(find_llama_quantize(None) is None, reason="no llama-quantize on the PATH")
 @pytest.mark.parametrize("width", [256, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_quantiser_and_llama_quantize_make_the_same_file(
     tmp_path: Path, family: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine layers, so that llama.cpp's rules for the first, the last and every third all show."""
-    tool = find_tool(None)
+    tool = find_llama_quantize(None)
     assert tool is not None
     size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
     run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"), **size)
-    writer.write(run.merged, tmp_path / "x.gguf", "F32", "mine")
+    writer.write_gguf(run.merged, tmp_path / "x.gguf", "F32", "mine")
     monkeypatch.setenv("PATH", "")
     differing = []
-    for kind in DEFAULTS:
+    for kind in BUILT_IN_FORMATS:
         for name, tools in (("ours", None), ("theirs", tool.parent)):
             found = quantise(tmp_path / "x.gguf", tmp_path / f"{name}.gguf", kind, tools)
             assert found.by.startswith("llama-quantize") == (name == "theirs")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigrpo.delivery.parity.kl import LIMIT, NOTHING, compare, kl_of, record
+from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, ZERO_KL, compare_distributions, kl_divergence, record_parity
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import read_json, write_json
 
@@ -19,45 +19,49 @@ def logs(*rows: list[float]) -> torch.Tensor:
 
 def test_the_divergence_of_two_coins_is_the_textbooks() -> None:
     expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
-    assert kl_of(logs([0.9, 0.1]), logs([0.5, 0.5])).item() == pytest.approx(expected, rel=1e-6)
-    assert kl_of(logs([0.5, 0.5]), logs([0.5, 0.5])).item() == 0
+    assert kl_divergence(logs([0.9, 0.1]), logs([0.5, 0.5])).item() == pytest.approx(expected, rel=1e-6)
+    assert kl_divergence(logs([0.5, 0.5]), logs([0.5, 0.5])).item() == 0
 
 
 def test_tokens_without_weight_are_no_nan() -> None:
-    assert kl_of(logs([1.0, 0.0]), logs([0.5, 0.5])).item() == pytest.approx(math.log(2))
-    assert kl_of(logs([0.5, 0.5]), logs([1.0, 0.0])).item() == math.inf
-    assert kl_of(logs([1.0, 0.0]), logs([1.0, 0.0])).item() == 0
+    assert kl_divergence(logs([1.0, 0.0]), logs([0.5, 0.5])).item() == pytest.approx(math.log(2))
+    assert kl_divergence(logs([0.5, 0.5]), logs([1.0, 0.0])).item() == math.inf
+    assert kl_divergence(logs([1.0, 0.0]), logs([1.0, 0.0])).item() == 0
 
 
 def test_rounded_log_probabilities_do_not_hide_a_tiny_change() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 5000, generator=draw, dtype=torch.float64)
     moved = logits + 1e-4 * torch.randn(50, 5000, generator=draw, dtype=torch.float64)
-    exact = kl_of(moved.log_softmax(-1), logits.log_softmax(-1)).mean()
-    rounded = kl_of(moved.log_softmax(-1).float(), logits.log_softmax(-1).float()).mean()
-    assert NOTHING < exact < 1e-7
+    exact = kl_divergence(moved.log_softmax(-1), logits.log_softmax(-1)).mean()
+    rounded = kl_divergence(moved.log_softmax(-1).float(), logits.log_softmax(-1).float()).mean()
+    assert ZERO_KL < exact < 1e-7
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
 
 
 def test_a_stage_is_measured_by_what_training_did() -> None:
     truth = [logs([0.8, 0.2]), logs([0.1, 0.9], [0.4, 0.6])]
-    base = compare("base", [logs([0.5, 0.5]), logs([0.5, 0.5], [0.5, 0.5])], truth)
-    itself = compare("base again", [logs([0.5, 0.5]), logs([0.5, 0.5], [0.5, 0.5])], truth, base_kl=base.mean_kl)
+    base = compare_distributions("base", [logs([0.5, 0.5]), logs([0.5, 0.5], [0.5, 0.5])], truth)
+    itself = compare_distributions(
+        "base again", [logs([0.5, 0.5]), logs([0.5, 0.5], [0.5, 0.5])], truth, base_kl=base.mean_kl
+    )
     assert itself.relative_kl == 1
-    near = compare("near", truth, truth, base_kl=base.mean_kl, limit=LIMIT)
+    near = compare_distributions("near", truth, truth, base_kl=base.mean_kl, limit=MAX_RELATIVE_KL)
     assert (near.relative_kl, near.top1, near.greedy, near.greedy_of) == (0, 1, 1.5, 1.5)
     assert near.ok
-    far = compare("far", [truth[0], logs([0.9, 0.1], [0.4, 0.6])], truth, base_kl=base.mean_kl, limit=LIMIT)
+    far = compare_distributions(
+        "far", [truth[0], logs([0.9, 0.1], [0.4, 0.6])], truth, base_kl=base.mean_kl, limit=MAX_RELATIVE_KL
+    )
     assert (far.top1, far.greedy, far.tokens, far.texts) == (pytest.approx(2 / 3), 0.5, 3, 2)
     assert not far.ok
 
 
 def test_where_training_did_nothing_only_nothing_may_change() -> None:
     truth = [logs([0.8, 0.2])]
-    same = compare("same", truth, truth, base_kl=0.0, limit=LIMIT)
+    same = compare_distributions("same", truth, truth, base_kl=0.0, limit=MAX_RELATIVE_KL)
     assert same.relative_kl is None
     assert same.ok
-    assert not compare("other", [logs([0.7, 0.3])], truth, base_kl=0.0, limit=LIMIT).ok
+    assert not compare_distributions("other", [logs([0.7, 0.3])], truth, base_kl=0.0, limit=MAX_RELATIVE_KL).ok
 
 
 @pytest.mark.parametrize(
@@ -66,16 +70,22 @@ def test_where_training_did_nothing_only_nothing_may_change() -> None:
 )
 def test_what_cannot_be_compared_is_told(found: torch.Tensor, told: str) -> None:
     with pytest.raises(ArtifactError, match=told):
-        compare("server", [found], [logs([0.5, 0.5])])
+        compare_distributions("server", [found], [logs([0.5, 0.5])])
 
 
 def test_stages_are_recorded_beside_those_of_others(tmp_path: Path) -> None:
     file, truth = tmp_path / "parity.json", [logs([0.5, 0.5])]
-    record(file, [compare("merged", [logs([0.9, 0.1])], truth).to_dict(), compare("gguf", truth, truth).to_dict()])
-    record(file, [compare("merged", truth, truth).to_dict()], {"made": {"verb": "merge"}})
+    record_parity(
+        file,
+        [
+            compare_distributions("merged", [logs([0.9, 0.1])], truth).to_dict(),
+            compare_distributions("gguf", truth, truth).to_dict(),
+        ],
+    )
+    record_parity(file, [compare_distributions("merged", truth, truth).to_dict()], {"made": {"verb": "merge"}})
     written = read_json(file)
     assert [(row["name"], row["mean_kl"]) for row in written["stages"]] == [("merged", 0), ("gguf", 0)]
     assert written["made"] == {"verb": "merge"}
     write_json(file, [])
     with pytest.raises(ArtifactError, match="damaged"):
-        record(file, [])
+        record_parity(file, [])

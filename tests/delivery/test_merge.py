@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigrpo.delivery.artifacts.source import merged_of
+from minigrpo.delivery.artifacts.source import require_merged
 from minigrpo.delivery.merge.merge import Merged, merge
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.loading import model_class
@@ -290,13 +290,13 @@ def test_a_run_is_merged_once_and_again_only_where_something_changed(tmp_path: P
     run = make_run(tmp_path / "run", base, under)
     first = merge(run, quiet=True)
     assert (first.verdict, first.folder) == ("merged", run.merged)
-    assert merged_of(run) == run.merged
+    assert require_merged(run) == run.merged
     assert merge(run, quiet=True).verdict == "there already"
     save_adapter(run.adapter, adapted(save_base(tmp_path / "other", "qwen2"), base, seed=4))
     with pytest.raises(ArtifactError, match=r"merged is stale.*minigrpo merge"):
-        merged_of(run)
+        require_merged(run)
     assert merge(run, quiet=True).verdict == "merged"
-    assert merged_of(run) == run.merged
+    assert require_merged(run) == run.merged
 
 
 @pytest.mark.parametrize("act", ["change", "add", "remove"])
@@ -306,11 +306,11 @@ def test_a_merged_folder_that_was_edited_is_neither_used_nor_replaced(tmp_path: 
     file = run.merged / "generation_config.json"
     {"change": lambda: file.write_text("{}"), "remove": file.unlink, "add": (run.merged / "x").touch}[act]()
     name = "x was added" if act == "add" else f"generation_config.json {'is missing' if act == 'remove' else 'was ch'}"
-    for use in (merged_of, lambda run: merge(run, quiet=True, proof=False)):
+    for use in (require_merged, lambda run: merge(run, quiet=True, proof=False)):
         with pytest.raises(ArtifactError, match=f"{name}.*--force"):
             use(run)
     assert merge(run, quiet=True, proof=False, force=True).verdict == "not proved"
-    assert merged_of(run) == run.merged
+    assert require_merged(run) == run.merged
 
 
 def test_nothing_is_merged_before_something_is_trained(tmp_path: Path, base: Path) -> None:
@@ -319,7 +319,7 @@ def test_nothing_is_merged_before_something_is_trained(tmp_path: Path, base: Pat
     with pytest.raises(ArtifactError, match="trained nothing yet"):
         merge(run)
     with pytest.raises(ArtifactError, match="is missing"):
-        merged_of(run)
+        require_merged(run)
     with pytest.raises(ArtifactError, match="is not there"):
         merge(tmp_path / "nowhere")
 

@@ -17,13 +17,13 @@ import yaml
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.hub.model_card import (
-    QUESTION,
-    card,
-    facts_of,
-    front_matter,
+    SAMPLE_QUESTION,
+    card_facts,
+    find_licence,
     hub_name,
-    licence_of,
     parity_markdown,
+    read_front_matter,
+    render_card,
 )
 from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import ArtifactError
@@ -40,7 +40,7 @@ NASTY = "a | b `c` <script>x</script>\n---\nlicense: mit\n# \"d\" 'e' ```\n$(rm 
 
 
 def page(run: RunDir, what: str = "merged") -> str:
-    return card(facts_of(run, REPOS, online=False), what)
+    return render_card(card_facts(run, REPOS, online=False), what)
 
 
 def header(text: str) -> dict[str, Any]:
@@ -98,16 +98,18 @@ def test_no_path_of_this_machine_is_on_the_page(run: RunDir, tmp_path: Path) -> 
 
 
 def test_the_licence_is_the_one_that_the_base_gives(tmp_path: Path) -> None:
-    assert licence_of(str(tmp_path), None, False)[0] == {}
-    assert "could not be found" in licence_of(str(tmp_path), None, False)[1][0]
+    assert find_licence(str(tmp_path), None, False)[0] == {}
+    assert "could not be found" in find_licence(str(tmp_path), None, False)[1][0]
     (tmp_path / "LICENSE").write_text("                Apache License\n        Version 2.0, January 2004\n")
-    assert licence_of(str(tmp_path), None, False) == ({"license": "apache-2.0"}, ())
+    assert find_licence(str(tmp_path), None, False) == ({"license": "apache-2.0"}, ())
     (tmp_path / "LICENSE").write_text("Do what you like, on Tuesdays.")
-    assert licence_of(str(tmp_path), None, False)[0] == {"license": "other", "license_link": "LICENSE"}
+    assert find_licence(str(tmp_path), None, False)[0] == {"license": "other", "license_link": "LICENSE"}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: tuesday\nx: [1\n---\n")
-    assert licence_of(str(tmp_path), None, False)[0]["license"] == "other", "front matter that is no YAML says nothing"
+    assert find_licence(str(tmp_path), None, False)[0]["license"] == "other", (
+        "front matter that is no YAML says nothing"
+    )
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: tuesday\n---\ntext")
-    assert licence_of(str(tmp_path), None, False)[0] == {"license": "other", "license_name": "tuesday"}
+    assert find_licence(str(tmp_path), None, False)[0] == {"license": "other", "license_name": "tuesday"}
 
 
 def test_the_licence_stands_in_the_front_matter(run: RunDir) -> None:
@@ -212,7 +214,7 @@ def apart(text: str) -> tuple[str, list[tuple[str, str]]]:
 def test_the_code_for_transformers_runs_as_it_stands(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     retold(run, rollout={"max_tokens": 4})
     code = next(code for language, code in apart(page(run))[1] if language == "python")
-    assert QUESTION in code
+    assert SAMPLE_QUESTION in code
     exec(compile(code.replace('"me/tiny"', repr(str(run.merged))), "card", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")
 
@@ -272,4 +274,4 @@ def test_front_matter_of_other_pages_is_read_with_care(tmp_path: Path) -> None:
     file = tmp_path / "README.md"
     for text, found in (("no front", {}), ("---\n- 1\n---\n", {}), ("---\na: 1\n---", {"a": 1}), ("---\n", {})):
         file.write_text(text)
-        assert front_matter(file) == found
+        assert read_front_matter(file) == found

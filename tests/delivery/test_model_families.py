@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from minigrpo.delivery.gguf import writer
 from minigrpo.delivery.gguf.export import export
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
-from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, asked_of, gguf_reference, prove_file
+from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, comparison_prompts, gguf_reference, prove_file
 from minigrpo.delivery.gguf.pretokenizer import token_faults
 from minigrpo.delivery.gguf.quantize import quantise
 from minigrpo.delivery.merge.merge import merge
-from minigrpo.delivery.parity.compare import task_of
+from minigrpo.delivery.parity.compare import find_task
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, adapted, build, make_run
 from tests.helpers.exported import bpe_tokenizer, needs_llama
@@ -135,9 +135,9 @@ def inner(folder: Path) -> dict[str, Any]:
 
 
 def test_200_prompts_have_the_same_ids_in_tokenizer_and_file(case: Case, tmp_path: Path) -> None:
-    prompts = asked_of(task_of(case.run), 200)
+    prompts = comparison_prompts(find_task(case.run), 200)
     assert len(prompts) > 200
-    writer.write(case.run.merged, tmp_path / "x.gguf", "F16", "x")
+    writer.write_gguf(case.run.merged, tmp_path / "x.gguf", "F16", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
         assert list(token_faults(llama, case.truth.tokenizer, prompts)) == []
 
@@ -198,7 +198,7 @@ def test_every_fault_fails_every_formats_limit(case: Case, tmp_path: Path, monke
             if "permutation" in name:
                 patch.setattr(writer, "_permuted", lambda values, *others: values)
             for kind in ("F32", "F16"):
-                writer.write(wrong, tmp_path / f"{kind}.gguf", kind, "x")
+                writer.write_gguf(wrong, tmp_path / f"{kind}.gguf", kind, "x")
         quantise(tmp_path / "F16.gguf", tmp_path / "Q8_0.gguf", "Q8_0", None)
         for kind in KINDS:
             proof = prove_file(tmp_path / f"{kind}.gguf", kind, case.truth)

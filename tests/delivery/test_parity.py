@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigrpo.delivery.artifacts.merged_weights import rounding
+from minigrpo.delivery.artifacts.merged_weights import measure_rounding
 from minigrpo.delivery.artifacts.source import read_seal, source_of
 from minigrpo.delivery.merge.merge import merge, merge_alone
-from minigrpo.delivery.parity.compare import prove, trained_truth
-from minigrpo.delivery.parity.texts import LONGEST, held_texts
+from minigrpo.delivery.parity.compare import prove_merged, trained_reference
+from minigrpo.delivery.parity.texts import MAX_TEXT_TOKENS, held_texts
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import RunDir, read_json
@@ -51,8 +51,8 @@ def test_the_untouched_base_does_not_pass_and_a_good_merge_does(tmp_path: Path, 
     base = tmp_path / "base"
     run = make_run(tmp_path / "run", base, adapted(save_base(base, family), base))
     source = source_of(run)
-    truth = trained_truth(source, open_base(base))
-    assert [row.ok for row in prove(base, source, open_base(base), truth)] == [True, False]
+    truth = trained_reference(source, open_base(base))
+    assert [row.ok for row in prove_merged(base, source, open_base(base), truth)] == [True, False]
     found = merge(run, quiet=True)
     assert [row.name for row in found.stages] == ["base", "merged"]
     assert found.stages[1].relative_kl is not None
@@ -87,13 +87,13 @@ def test_auto_takes_the_first_type_that_holds_what_was_learned(tmp_path: Path, s
 
 
 def test_rounding_is_told_as_the_share_of_changes_that_vanish(tmp_path: Path) -> None:
-    from minigrpo.delivery.artifacts.merged_weights import changes_of
+    from minigrpo.delivery.artifacts.merged_weights import weight_changes
 
     base = tmp_path / "base"
     under = adapted(save_base(base, "llama", dtype=torch.bfloat16), base, size=1e-4)
     source = source_of(save_adapter(tmp_path / "adapter", under))
     files, adapter = source.open()
-    (found,) = rounding(changes_of(files, adapter), [torch.bfloat16])
+    (found,) = measure_rounding(weight_changes(files, adapter), [torch.bfloat16])
     changed = total = 0
     for name, after in under.merge_and_unload().state_dict().items():
         before = load_file(base / "model.safetensors")[name]
@@ -120,11 +120,11 @@ def test_texts_are_the_last_step_of_the_run_then_right_answers_then_the_models_o
     assert [tokenizer.decode(text.ids[text.start :]) for text in held.texts] == ["one<|im_end|>", "two<|im_end|>"]
     young.groups.unlink()
     source = source_of(young)
-    assert trained_truth(source, open_base(Path(source.base))).held.source == "right answers of the task"
+    assert trained_reference(source, open_base(Path(source.base))).held.source == "right answers of the task"
     alone = source_of(young.adapter.rename(young.path.with_name("alone")))
-    own = trained_truth(alone, open_base(Path(source.base))).held
+    own = trained_reference(alone, open_base(Path(source.base))).held
     assert own.source == "likeliest answers of the trained policy"
-    assert 0 < own.texts[0].scored <= LONGEST
+    assert 0 < own.texts[0].scored <= MAX_TEXT_TOKENS
 
 
 def test_texts_are_kept_within_bounds(young: RunDir) -> None:
@@ -177,7 +177,7 @@ def test_a_merge_whose_keys_do_not_fit_is_not_proved(young: RunDir) -> None:
     edit(young.merged / "model.safetensors", model__norm__weight=None)
     files = open_base(Path(source.base))
     with pytest.raises(ModelError, match="does not load as it should: missing keys"):
-        prove(young.merged, source, files, trained_truth(source, files))
+        prove_merged(young.merged, source, files, trained_reference(source, files))
 
 
 @contextmanager
@@ -221,12 +221,12 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from minigrpo.delivery.artifacts.source import source_of
-from minigrpo.delivery.artifacts.merged_weights import changes_of, write_merged
+from minigrpo.delivery.artifacts.merged_weights import weight_changes, write_merged
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 torch.set_num_threads(1)
 files, adapter = source_of(Path(sys.argv[1])).open()
-changes = changes_of(files, adapter)
+changes = weight_changes(files, adapter)
 out = Path(sys.argv[2]); out.mkdir()
 write_merged(files, changes, getattr(torch, sys.argv[3]), out)  # libraries are warm
 Path("/proc/self/clear_refs").write_text("5")

@@ -163,7 +163,7 @@ def test_a_hub_that_never_answers_is_given_up(run: RunDir, hub: StandIn, monkeyp
     from huggingface_hub import close_session
 
     close_session()
-    monkeypatch.setattr(client, "PATIENCE", 0.2)
+    monkeypatch.setattr(client, "READ_TIMEOUT_S", 0.2)
     hub.silent = "whoami"
     try:
         with pytest.raises(MinigrpoError, match="broke or never was"):

@@ -12,7 +12,7 @@ import pytest
 
 from minigrpo.cli.options import EXAMPLES
 from minigrpo.config.load import dump_recipe, load_recipe
-from minigrpo.delivery.hub.client import find_token, token_in
+from minigrpo.delivery.hub.client import find_token, read_dotenv_token
 from minigrpo.delivery.hub.publish import publish_folder
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
@@ -52,7 +52,7 @@ def test_the_token_is_that_of_the_environment_then_of_env_then_of_the_login(
 )
 def test_env_files_are_read_as_people_write_them(tmp_path: Path, line: str) -> None:
     (tmp_path / ".env").write_text(f"# HF_TOKEN=old\nMY_HF_TOKEN=other\n{line}\n")
-    assert token_in(tmp_path / ".env") == "hf_x"
+    assert read_dotenv_token(tmp_path / ".env") == "hf_x"
 
 
 @pytest.mark.parametrize("token", ["hf_a b", "hf_\u00e4", "hf_a\nX-Evil: 1"])

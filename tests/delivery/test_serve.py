@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from minigrpo.cli import main
-from minigrpo.delivery.gguf.header import read_head
-from minigrpo.delivery.serve.commands import Model, fitting, reserve, vllm_launch
+from minigrpo.delivery.gguf.header import read_header
+from minigrpo.delivery.serve.commands import VllmModel, fit_context, reserve_port, vllm_command
 from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
-from minigrpo.delivery.serve.serve import ask_once, planned
+from minigrpo.delivery.serve.serve import ask_once, plan_server
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import edit_json, save_base
@@ -83,19 +83,21 @@ def test_every_kind_of_artefact_is_found_by_its_name(run: RunDir, tmp_path: Path
     assert resolve_servable(str(run.path), llama).gguf == file_of(run)
     assert resolve_servable(str(run.path), ServeOptions(format="f32")).gguf == file_of(run, "F32")
     assert resolve_servable(str(file_of(run)), llama).run == run
-    assert resolve_servable(str(run.path), vllm).model == Model(str(run.merged))
+    assert resolve_servable(str(run.path), vllm).model == VllmModel(str(run.merged))
     base = Path(f"{run.path}-base")
-    assert resolve_servable(str(run.path), ServeOptions(engine="vllm", adapter=True)).model == Model(
+    assert resolve_servable(str(run.path), ServeOptions(engine="vllm", adapter=True)).model == VllmModel(
         str(base), run.adapter
     )
-    assert resolve_servable(str(base), vllm).model == Model(str(base))
+    assert resolve_servable(str(base), vllm).model == VllmModel(str(base))
     alone = Path(shutil.copytree(run.adapter, tmp_path / "alone"))
-    assert resolve_servable(str(alone), vllm).model == Model(str(base), alone)
+    assert resolve_servable(str(alone), vllm).model == VllmModel(str(base), alone)
 
 
 def test_vllm_is_told_the_temperature_of_the_training_and_the_rank_of_the_adapter(run: RunDir) -> None:
-    ready = planned(str(run.path), ServeOptions(engine="vllm", adapter=True, port=0, vllm=Path(sys.executable)), "hi")
-    line = shlex.join(ready.launch.program)
+    ready = plan_server(
+        str(run.path), ServeOptions(engine="vllm", adapter=True, port=0, vllm=Path(sys.executable)), "hi"
+    )
+    line = shlex.join(ready.command.program)
     assert "--generation-config vllm --override-generation-config '{\"temperature\": 1.0}'" in line
     assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={run.adapter}" in line
     assert "--config-format" not in line
@@ -144,8 +146,8 @@ def test_a_file_cut_anywhere_is_refused(run: RunDir, tmp_path: Path) -> None:
     for size in range(0, len(whole), 1013):
         cut.write_bytes(whole[:size])
         with pytest.raises(ArtifactError, match=r"cut short|no GGUF"):
-            read_head(cut)
-    assert read_head(file_of(run)).context == 512
+            read_header(cut)
+    assert read_header(file_of(run)).context == 512
 
 
 def test_a_stale_or_changed_file_is_refused_with_the_command_that_makes_it_again(run: RunDir, tmp_path: Path) -> None:
@@ -175,21 +177,21 @@ def test_a_port_that_is_taken_is_named_with_its_owner_and_a_free_one(run: RunDir
     assert f"Port {port} of 127.0.0.1 is taken" in err
     assert f"process {os.getpid()}" in err
     free = int(err.rpartition("--port ")[2])
-    assert reserve("127.0.0.1", free) == free
+    assert reserve_port("127.0.0.1", free) == free
 
 
 def test_a_place_where_nothing_can_listen_is_named() -> None:
     with pytest.raises(MinigrpoError, match=r"Nothing can listen at 203\.0\.113\.9 port 8000"):
-        reserve("203.0.113.9", 8000)
+        reserve_port("203.0.113.9", 8000)
     with pytest.raises(MinigrpoError, match=r"Nothing can listen at no\.such\.host\.invalid"):
-        reserve("no.such.host.invalid", 8000)
+        reserve_port("no.such.host.invalid", 8000)
 
 
 def test_more_context_than_the_model_was_made_for_is_refused(run: RunDir, capsys: Any) -> None:
     code, _, err = serve(capsys, str(run.path), "--port", "0", "--context", "513")
     assert code == 2
     assert "--context 513 is more than the 512 tokens" in err
-    assert fitting(None, 262144, "it") == 4096  # the cache of a long context can be larger than the model
+    assert fit_context(None, 262144, "it") == 4096  # the cache of a long context can be larger than the model
 
 
 def test_an_engine_that_is_not_there_is_told_with_what_to_install(
@@ -211,7 +213,7 @@ def test_an_adapter_that_vllm_cannot_serve_beside_its_base_is_refused_first(run:
     adapter = Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", use_dora=True)
     with pytest.raises(MinigrpoError, match="is a DoRA adapter, which vLLM cannot serve unmerged"):
-        vllm_launch(Model("base/model", adapter, {}), python=Path("python"), host="127.0.0.1", port=1, name="m")
+        vllm_command(VllmModel("base/model", adapter, {}), python=Path("python"), host="127.0.0.1", port=1, name="m")
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_starts(run: RunDir, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from minigrpo.cli import main
-from minigrpo.delivery.serve.commands import CONTAINER_CACHE, Model, adapter_room
+from minigrpo.delivery.serve.commands import CONTAINER_CACHE, VllmModel, adapter_max_rank
 from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
-from minigrpo.delivery.serve.serve import planned
+from minigrpo.delivery.serve.serve import plan_server
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import edit_json
@@ -37,7 +37,7 @@ def put(hub: StandIn, name: str, folder: Path) -> None:
         hub.objects |= {hashlib.sha256(data).hexdigest(): data} if large else {}
 
 
-def served(name: str, **wanted: Any) -> Model:
+def served(name: str, **wanted: Any) -> VllmModel:
     model = resolve_servable(name, ServeOptions(engine="vllm", **wanted)).model
     assert model is not None
     return model
@@ -55,7 +55,7 @@ def test_vllm_is_told_what_a_model_on_the_hub_lacks(tmp_path: Path, hub: StandIn
     wanted = {"ministral3": [SCALE], "mistral3": [{"text_config": SCALE}], "qwen2": []}[family]
     assert resolve_servable("me/base", VLLM).name == "base"
     assert told_of(served("me/base")) == wanted
-    assert told_of(Model("me/base")) == wanted
+    assert told_of(VllmModel("me/base")) == wanted
     assert told_of(served("me/merged")) == []
     assert not any(path.endswith(".safetensors") for _, path in hub.asked)  # vLLM loads the weights, not we
 
@@ -70,7 +70,7 @@ def test_an_adapter_on_the_hub_is_served_beside_its_base(tmp_path: Path, hub: St
     assert artefact.name == "adapter"
     assert model is not None
     assert model.adapter is not None
-    assert adapter_room(model.adapter) == 8
+    assert adapter_max_rank(model.adapter) == 8
     for folder, here in ((Path(model.source), base_of(run)), (model.adapter, run.adapter)):
         for name in ("model.safetensors", "adapter_model.safetensors"):
             if (here / name).is_file():
@@ -87,12 +87,12 @@ def test_the_container_finds_a_hub_model_in_the_cache_that_is_mounted(
     put(hub, "me/base", base_of(run))
     edit_json(run.adapter / "adapter_config.json", base_model_name_or_path="me/base")
     put(hub, "me/adapter", run.adapter)
-    line = shlex.split(planned("me/adapter", ServeOptions(engine="vllm", port=0)).docker or "")
+    line = shlex.split(plan_server("me/adapter", ServeOptions(engine="vllm", port=0)).docker or "")
     assert after("-v", line) == [f"{tmp_path / 'cache'}:{CONTAINER_CACHE}"]
     lora = after("--lora-modules", line)[0].removeprefix("adapter=")
     for inside, name in ((after("--model", line)[0], "config.json"), (lora, "adapter_config.json")):
         assert (tmp_path / "cache" / Path(inside).relative_to(CONTAINER_CACHE) / name).is_file()
-    line = shlex.split(planned("me/base", ServeOptions(engine="vllm", port=0)).docker or "")
+    line = shlex.split(plan_server("me/base", ServeOptions(engine="vllm", port=0)).docker or "")
     assert (after("-v", line), after("--model", line)) == ([f"{tmp_path / 'cache'}:{CONTAINER_CACHE}"], ["me/base"])
 
 

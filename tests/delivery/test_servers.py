@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
-from minigrpo.delivery.parity.compare import as_loaded
-from minigrpo.delivery.serve.commands import LOCAL, Model, find_vllm, reserve, vllm_launch
+from minigrpo.delivery.parity.compare import load_strictly
+from minigrpo.delivery.serve.commands import LOCALHOST, VllmModel, find_vllm, reserve_port, vllm_command
 from minigrpo.delivery.serve.gguf_engine import open_gguf
 from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerClient, ServerProcess, serve_gguf
@@ -79,7 +79,7 @@ def test_the_server_reads_text_and_messages_as_training_did(server: ServerClient
     text = "the 12's\n\n  in <answer>"
     assert server.tokenize(text) == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = tokenizer.apply_chat_template(list(ASKED), add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert server.rendered(ASKED) == tuple(ids["input_ids"])
+    assert server.render(ASKED) == tuple(ids["input_ids"])
 
 
 def test_the_same_seed_draws_the_same_answer_and_another_another(server: ServerClient) -> None:
@@ -104,22 +104,22 @@ def test_a_refusal_of_the_server_is_told_in_its_own_words(process: ServerProcess
 
 
 def test_a_server_that_dies_at_its_start_shows_its_last_words(tmp_path: Path) -> None:
-    launch = program(tmp_path, "import sys\nprint('the model is too large')\nsys.exit(7)")
+    command = program(tmp_path, "import sys\nprint('the model is too large')\nsys.exit(7)")
     with pytest.raises(MinigrpoError, match=r"(?s)ended while it started \(code 7\).*the model is too large"):
-        ServerProcess(launch)
+        ServerProcess(command)
 
 
 def test_a_server_that_is_silent_too_long_is_ended_and_told(tmp_path: Path) -> None:
-    launch = program(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
+    command = program(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
     with pytest.raises(MinigrpoError, match=r"said nothing for 0\.5 seconds .* --wait 1") as told:
-        ServerProcess(launch, silence=0.5)
+        ServerProcess(command, silence=0.5)
     assert gone([int(str(told.value).split()[-1])])
 
 
 def test_a_stranger_on_the_port_is_not_taken_for_the_server(tmp_path: Path, process: ServerProcess) -> None:
-    launch = program(tmp_path, "import time\ntime.sleep(600)", port=process.launch.port)
+    command = program(tmp_path, "import time\ntime.sleep(600)", port=process.command.port)
     with pytest.raises(MinigrpoError, match="does not answer"):
-        ServerProcess(launch, silence=0.5)
+        ServerProcess(command, silence=0.5)
 
 
 def test_a_server_that_dies_while_it_serves_is_told(run: RunDir) -> None:
@@ -135,8 +135,8 @@ def test_a_server_that_dies_while_it_serves_is_told(run: RunDir) -> None:
 def test_a_program_that_will_not_end_is_killed_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigrpo.delivery.serve.server.GRACE", 0.2)
-    launch = program(
+    monkeypatch.setattr("minigrpo.delivery.serve.server.SHUTDOWN_TIMEOUT_S", 0.2)
+    command = program(
         tmp_path,
         "import os, signal, subprocess, sys, time\n"
         "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
@@ -144,7 +144,7 @@ def test_a_program_that_will_not_end_is_killed_with_what_it_started(
         "print(os.getpid(), inner.pid, flush=True)\ntime.sleep(600)",
     )
     with pytest.raises(MinigrpoError) as told:
-        ServerProcess(launch, silence=1.0)
+        ServerProcess(command, silence=1.0)
     assert gone([int(word) for word in str(told.value).split()[-2:]])
 
 
@@ -153,8 +153,8 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
     run = merged_run(tmp_path / "mine", family)
     scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
     wanted = {"ministral3": [scale], "mistral3": [{"text_config": scale}], "qwen2": []}[family]
-    assert told_of(Model(f"{run.path}-base", run.adapter)) == told_of(Model(f"{run.path}-base")) == wanted
-    assert told_of(Model(str(run.merged))) == []  # ours to write, and it says so itself
+    assert told_of(VllmModel(f"{run.path}-base", run.adapter)) == told_of(VllmModel(f"{run.path}-base")) == wanted
+    assert told_of(VllmModel(str(run.merged))) == []  # ours to write, and it says so itself
 
 
 @pytest.mark.long
@@ -166,14 +166,16 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
     pictures = family == "mistral3"
     folder = tmp_path / "mine"
     run = pictured_run(folder, **WIDE[family]) if pictures else merged_run(folder, family, **WIDE[family])
-    model = Model(f"{run.path}-base", run.adapter) if adapter else Model(str(run.merged))
+    model = VllmModel(f"{run.path}-base", run.adapter) if adapter else VllmModel(str(run.merged))
     python = find_vllm(None)
     assert python is not None
-    launch = vllm_launch(model, python=python, host=LOCAL, port=reserve(LOCAL, 0), name="m", whole=True)
-    truth = as_loaded(run.merged).eval()
-    process = ServerProcess(launch)
+    command = vllm_command(
+        model, python=python, host=LOCALHOST, port=reserve_port(LOCALHOST, 0), name="m", all_logprobs=True
+    )
+    truth = load_strictly(run.merged).eval()
+    process = ServerProcess(command)
     with process as server, torch.no_grad():
-        ids = server.rendered(ASKED)
+        ids = server.render(ASKED)
         own = bpe_tokenizer(more=PICTURES if pictures else ()).apply_chat_template(
             list(ASKED), add_generation_prompt=True, return_dict=True
         )

@@ -71,7 +71,7 @@ def test_a_server_that_runs_elsewhere_is_asked_by_its_url(run: RunDir) -> None:
 
 
 def test_a_server_of_the_base_is_told_from_that_of_the_trained_model(run: RunDir, made: RunDir, tmp_path: Path) -> None:
-    writer.write(made.path.with_name("mine-base"), tmp_path / "base.gguf", "F16", "base")
+    writer.write_gguf(made.path.with_name("mine-base"), tmp_path / "base.gguf", "F16", "base")
     with serve_gguf(tmp_path / "base.gguf", context=512) as server:
         found = verify(run, served=server.url, quiet=True)
     assert not found.ok
@@ -104,7 +104,7 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
 ) -> None:
     """Whoever seals it: the numbers decide."""
     file = run.gguf / "mine-F16.gguf"
-    writer.write(made.path.with_name("mine-base"), file, "F16", "mine")
+    writer.write_gguf(made.path.with_name("mine-base"), file, "F16", "mine")
     seal = read_sealed(run.gguf / "made.json")
     seal["files"][file.name]["sha256"] = digest(file)
     write_sealed(run.gguf / "made.json", {name: seal[name] for name in ("made", "files")})

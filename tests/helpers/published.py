@@ -73,7 +73,7 @@ def hub_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setattr(client, "PAUSES", (0.0,))
+        monkeypatch.setattr(client, "RETRY_DELAYS_S", (0.0,))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.chdir(tmp_path)
         yield server

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.delivery.gguf.export import export
-from minigrpo.delivery.serve.commands import LOCAL, Model, ServerCommand, docker_line, reserve, vllm_launch
+from minigrpo.delivery.serve.commands import (
+    LOCALHOST,
+    ServerCommand,
+    VllmModel,
+    docker_command,
+    reserve_port,
+    vllm_command,
+)
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.exported import merged_run
 
@@ -34,15 +41,15 @@ def program(tmp_path: Path, text: str, port: int | None = None) -> ServerCommand
     """A server of our own making, for those faults that real ones show only on a bad day."""
     script = tmp_path / "server.py"
     script.write_text(text)
-    port = port or reserve("127.0.0.1", 0)
+    port = port or reserve_port("127.0.0.1", 0)
     return ServerCommand("llama.cpp", (sys.executable, str(script), str(port)), "127.0.0.1", port, "m", "a model", None)
 
 
-def told_of(model: Model) -> list[Any]:
-    """What the launch tells vLLM beside the config, and the container's line with it."""
-    launch = vllm_launch(model, python=Path("python"), host=LOCAL, port=1, name="m")
-    told = [json.loads(said) for said in after("--hf-overrides", launch.program)]
-    line = shlex.split(docker_line(launch, model, 1.0))
+def told_of(model: VllmModel) -> list[Any]:
+    """What the command tells vLLM beside the config, and the container's line with it."""
+    command = vllm_command(model, python=Path("python"), host=LOCALHOST, port=1, name="m")
+    told = [json.loads(said) for said in after("--hf-overrides", command.program)]
+    line = shlex.split(docker_command(command, model, 1.0))
     assert [json.loads(said) for said in after("--hf-overrides", line)] == told
     return told
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigrpo.delivery.parity.compare import as_loaded
+from minigrpo.delivery.parity.compare import load_strictly
 from minigrpo.models.model_files import compatible_config, compatible_tokenizer_config
 from tests.helpers.exported import bpe_tokenizer, merged_run
 
@@ -64,7 +64,7 @@ def test_transformers_4_says_what_transformers_5_says(
     assert json.loads(read.stdout.splitlines()[-1]) == [[], [], []]
     said = load_file(tmp_path / "said.safetensors")
     with torch.no_grad():
-        logits_NV = as_loaded(run.merged).eval()(torch.tensor([IDS])).logits[0]
+        logits_NV = load_strictly(run.merged).eval()(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(said["logits"], logits_NV, atol=1e-3, rtol=0)
     own = bpe_tokenizer().apply_chat_template(ASKED, add_generation_prompt=True, return_dict=True)
     assert said["rendered"].tolist() == own["input_ids"]

@@ -136,21 +136,21 @@ def serve(
     started.
     """
     from minigrpo.delivery.serve.resolve import ServeOptions
-    from minigrpo.delivery.serve.serve import Ready, planned, planned_lines, ready_lines, serve
+    from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
 
     wanted = ServeOptions(
         engine, host, port, kind, adapter, base=base, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp
     )
 
-    def tell(ready: Ready) -> None:
+    def tell(ready: ReadyServer) -> None:
         if as_json:
             print_json(ready.to_dict())
         else:
-            lines = planned_lines(ready) if dry_run else ready_lines(ready, stays=not once)
+            lines = plan_lines(ready) if dry_run else ready_lines(ready, stays=not once)
             Console().print(lines, soft_wrap=True)  # commands are to be copied
 
     if dry_run:
-        tell(planned(what, wanted, question))
+        tell(plan_server(what, wanted, question))
     else:
         serve(what, wanted, question=question, once=once, tell=tell)
 

@@ -1,10 +1,10 @@
-"""Everything that a run left, opened again and held to the policy that was trained: one row for each stage.
+"""Open everything that a run made again and compare it with the policy that was trained: one row for each stage.
 
     seals     every byte of the merged folder and of the GGUF files is as it was when it was proved
     tokens    rendered prompts, id by id: tokenizer, file, server
-    numbers   KL(stage || trained) / KL(base || trained) on held texts; within the limits of each type, the merged model
+    numbers   KL(stage || trained) / KL(base || trained) on held texts, within the limit of each type
 
-One model is open at a time. What is found replaces the rows of parity.json.
+One model is open at a time. The rows found replace those of parity.json.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.artifacts.source import TrainedSource, alone, merged_of, source_of
-from minigrpo.delivery.gguf.parity import RELATIVE, GgufReference, asked_of, prove_file
-from minigrpo.delivery.parity.compare import Reference, device_for, judged, of_merged, task_of, trained_truth
-from minigrpo.delivery.parity.kl import Divergence, compare
-from minigrpo.delivery.parity.table import TITLE, parity_table
+from minigrpo.delivery.artifacts.source import TrainedSource, alone, require_merged, source_of
+from minigrpo.delivery.gguf.parity import RELATIVE_LIMITS, GgufReference, comparison_prompts, prove_file
+from minigrpo.delivery.parity.compare import (
+    ParityReference,
+    compare_merged,
+    find_task,
+    merged_logprobs,
+    pick_proof_device,
+    trained_reference,
+)
+from minigrpo.delivery.parity.kl import Divergence, compare_distributions
+from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
 from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
@@ -32,17 +39,18 @@ from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.ui.progress import stage
 
-PROMPTS, ASKED = 200, 8
-"""Rendered prompts whose ids are compared: with a file, and with a server."""
-NUMBERS = 1 << 22
-"""Log-probabilities that a server is asked for: as JSON they are some thirty bytes each."""
-UNKNOWN = RELATIVE["Q8_0"]
-"""The share of what training did that a server may be away whose type nobody knows."""
+COMPARED_PROMPTS, SERVER_PROMPTS = 200, 8
+"""Number of rendered prompts whose ids are compared: with a file, and with a server."""
+MAX_SERVER_LOGPROBS = 1 << 22
+"""Log-probabilities requested from a server: as JSON each takes some thirty bytes."""
+UNKNOWN_TYPE_LIMIT = RELATIVE_LIMITS["Q8_0"]
+"""Limit of relative KL for a server whose quantization type is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """`rows`: as in parity.json. `faults`: what is wrong, and the next command, a sentence or two each."""
+    """The result of verify. `rows`: as in parity.json. `faults`: what is wrong and the next command, a sentence or two
+    each."""
 
     run: Path
     rows: tuple[dict[str, Any], ...]
@@ -58,10 +66,11 @@ class Verified:
 
 
 def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = None, quiet: bool = False) -> Verified:
-    """`serve`: start llama.cpp's server on the run's GGUF file and ask it, too; `served`: the URL of one that runs.
+    """Verify every stage of a run. `serve`: also start llama.cpp's server on the run's GGUF file and query it;
+    `served`: the URL of a server that already runs.
 
-    What is beyond its limit, changed or stale is told in the result. Raises MinigrpoError where nothing can be
-    measured: no run, no base, no memory for either.
+    Whatever is beyond its limit, changed or stale is reported in the result. Raises MinigrpoError where nothing can be
+    measured: no run, no base, not enough memory.
     """
     source = source_of(path)
     if source.run is None:
@@ -71,21 +80,21 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     files = list(_sealed_files(source, faults))
     with stage("verify", 2 + len(files), Console(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
-        truth = trained_truth(source, base)
-        rows: list[dict[str, Any]] = [truth.base.to_dict()]
+        reference = trained_reference(source, base)
+        rows: list[dict[str, Any]] = [reference.base.to_dict()]
         if run.merged.is_dir() and not faults:
             report(1, 2 + len(files), "merged")
-            found = of_merged(run.merged, device_for(source, base), truth.held.texts)
-            judgement = judged(found, source, base, truth)
+            found = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.texts)
+            judgement = compare_merged(found, source, base, reference)
             rows = [row.to_dict() for row in judgement]
-            faults += [_too_far(row, source) for row in judgement if not row.ok]
-            known = _reference(run, truth, found)
+            faults += [_distance_fault(row, source) for row in judgement if not row.ok]
+            gguf = _gguf_reference(run, reference, found)
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)
-                rows.append(_file_row(file, kind, known, faults))
-            rows += list(_served_rows(files, known, faults, serve=serve, served=served))
-    _keep(run, rows)
-    return Verified(run.path, tuple(rows), tuple(faults), truth.held.source)
+                rows.append(_file_row(file, kind, gguf, faults))
+            rows += list(_served_rows(files, gguf, faults, serve=serve, served=served))
+    _replace_rows(run, rows)
+    return Verified(run.path, tuple(rows), tuple(faults), reference.held.source)
 
 
 def verify_alone(path: Path, **options: Any) -> Verified:
@@ -98,7 +107,8 @@ def verify_alone(path: Path, **options: Any) -> Verified:
 
 
 def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Path, str]]:
-    """GGUF files that are as they were proved, from the merged model as it is now, and their types."""
+    """Yield GGUF files, with their types, that are unchanged since their proof and were made from the current merged
+    model; add a fault for each other file."""
     run = source.run
     assert run is not None
     if not run.merged.is_dir():
@@ -106,7 +116,7 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
             faults.append(f"{run.merged} is missing, and GGUF files are held to it. Merge: minigrpo merge {run.path}")
         return
     try:
-        merged_of(run)
+        require_merged(run)
     except ArtifactError as fault:
         faults.append(str(fault))
         return
@@ -124,65 +134,74 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
             yield file, entry["format"]
 
 
-def _too_far(row: Divergence, source: TrainedSource) -> str:
+def _distance_fault(row: Divergence, source: TrainedSource) -> str:
     return (
         f"The merged model is {row.mean_kl:.2g} nats a token from the trained policy, beyond {row.limit:g} of what "
         f"training did. Merge again, in more bits: minigrpo merge {source.command} --dtype float32 --force"
     )
 
 
-def _reference(run: RunDir, truth: Reference, merged: tuple[Any, ...]) -> GgufReference:
+def _gguf_reference(run: RunDir, reference: ParityReference, merged: tuple[Any, ...]) -> GgufReference:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     return GgufReference(
-        *(truth.held, merged, asked_of(task_of(run), PROMPTS), tokenizer, truth.base.mean_kl), trained=truth.trained
+        *(
+            reference.held,
+            merged,
+            comparison_prompts(find_task(run), COMPARED_PROMPTS),
+            tokenizer,
+            reference.base.mean_kl,
+        ),
+        trained=reference.trained,
     )
 
 
-def _file_row(file: Path, kind: str, known: GgufReference, faults: list[str]) -> dict[str, Any]:
-    proof = prove_file(file, kind, known)
+def _file_row(file: Path, kind: str, gguf: GgufReference, faults: list[str]) -> dict[str, Any]:
+    proof = prove_file(file, kind, gguf)
     faults += [f"{file}: {fault}" for fault in proof.faults]
     return proof.to_dict()
 
 
 def _served_rows(
-    files: list[tuple[Path, str]], known: GgufReference, faults: list[str], *, serve: bool, served: str | None
+    files: list[tuple[Path, str]], gguf: GgufReference, faults: list[str], *, serve: bool, served: str | None
 ) -> Iterator[dict[str, Any]]:
-    """Of a server of the run's own file, and of one that runs elsewhere."""
+    """Yield rows for a server of the run's own file, and for one that runs elsewhere."""
     if serve and not files:
         faults.append("There is no sound GGUF file to serve. Export one: minigrpo export RUN")
     elif serve:
         file, kind = next((each for each in files if each[1] == "Q8_0"), files[0])
-        with serve_gguf(file, context=known.longest + 64) as server:
-            yield _served_row(server, f"served {kind}", RELATIVE.get(kind, UNKNOWN), known, faults)
+        with serve_gguf(file, context=gguf.longest + 64) as server:
+            yield _served_row(server, f"served {kind}", RELATIVE_LIMITS.get(kind, UNKNOWN_TYPE_LIMIT), gguf, faults)
     if served:
-        yield _served_row(ServerClient.at(served), f"served {urlsplit(served).netloc}", UNKNOWN, known, faults)
+        yield _served_row(
+            ServerClient.at(served), f"served {urlsplit(served).netloc}", UNKNOWN_TYPE_LIMIT, gguf, faults
+        )
 
 
 def _served_row(
-    server: ServerClient, name: str, limit: float, known: GgufReference, faults: list[str]
+    server: ServerClient, name: str, limit: float, gguf: GgufReference, faults: list[str]
 ) -> dict[str, Any]:
-    """What comes back over HTTP against the trained policy, on as many positions as are bearable."""
-    truths = known.trained or known.merged
-    texts = list(_shorter(known.held.texts, max(8, NUMBERS // truths[0].shape[-1])))
+    """Compare a server's answers over HTTP with the trained policy, on up to MAX_SERVER_LOGPROBS log-probabilities."""
+    references = gguf.trained or gguf.merged
+    texts = list(_truncate_texts(gguf.held.texts, max(8, MAX_SERVER_LOGPROBS // references[0].shape[-1])))
     found = [server.logprobs(text.ids[:-1], text.start - 1) for text in texts]
-    fewer = [truth_NV[: text.scored] for text, truth_NV in zip(texts, truths, strict=False)]
-    row = compare(name, found, fewer, base_kl=known.base_kl, limit=limit)
+    fewer = [reference_NV[: text.scored] for text, reference_NV in zip(texts, references, strict=False)]
+    row = compare_distributions(name, found, fewer, base_kl=gguf.base_kl, limit=limit)
     if not row.ok:
         faults.append(
             f"{name} is {row.mean_kl:.2g} nats a token from the trained policy, beyond {limit:g} of what training did. "
             "Is it this run's model? If so, serve a finer type: minigrpo export RUN --format F16"
         )
-    for messages in known.prompts[:ASKED]:
-        whole = known.tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=True)
-        if server.rendered(messages) != tuple(whole["input_ids"]):
+    for messages in gguf.prompts[:SERVER_PROMPTS]:
+        whole = gguf.tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=True)
+        if server.render(messages) != tuple(whole["input_ids"]):
             faults.append(f"{name} renders a prompt as other tokens than training did: its chat template is another.")
             break
     return row.to_dict()
 
 
-def _shorter(texts: tuple[ScoredText, ...], room: int) -> Iterator[ScoredText]:
+def _truncate_texts(texts: tuple[ScoredText, ...], room: int) -> Iterator[ScoredText]:
     for text in texts:
         count = min(text.scored, room)
         if count:
@@ -190,8 +209,8 @@ def _shorter(texts: tuple[ScoredText, ...], room: int) -> Iterator[ScoredText]:
             room -= count
 
 
-def _keep(run: RunDir, rows: list[dict[str, Any]]) -> None:
-    """In the place of all rows that were there: what is gone since is no stage any more."""
+def _replace_rows(run: RunDir, rows: list[dict[str, Any]]) -> None:
+    """Replace all rows of parity.json: a stage that is gone loses its row."""
     then: Any = {}
     with suppress(ArtifactError):  # missing, or damaged and made anew
         then = read_json(run.parity)
@@ -199,10 +218,10 @@ def _keep(run: RunDir, rows: list[dict[str, Any]]) -> None:
 
 
 def verified_table(found: Verified) -> RenderableType:
-    """One line for each stage, what is wrong, and the verdict."""
+    """Show one line for each stage, then the faults and the result."""
     first = found.rows[0]
     lines: list[RenderableType] = [
-        parity_table(found.rows, f"{TITLE}: {first['tokens']} tokens of {first['texts']} {found.texts}")
+        parity_table(found.rows, f"{PARITY_TITLE}: {first['tokens']} tokens of {first['texts']} {found.texts}")
     ]
     lines += [Text(f"fault: {fault}", style="red") for fault in found.faults]
     style = "bold green" if found.ok else "bold red"

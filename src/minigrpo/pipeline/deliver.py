@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe
-from minigrpo.delivery.hub.client import Hub, check_name, find_token, in_bytes
+from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
 from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
 from minigrpo.runs.manifest import existing_result, seconds_of, timed
@@ -26,7 +26,7 @@ from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.delivery.gguf.export import Exported
-    from minigrpo.delivery.serve.serve import Answer
+    from minigrpo.delivery.serve.serve import ServedAnswer
     from minigrpo.evaluation.evaluate import Comparison
 
 WIDTH = 120
@@ -39,7 +39,7 @@ class Delivered:
 
     merged: bool
     exported: Exported | None = None
-    answer: Answer | None = None
+    answer: ServedAnswer | None = None
     missing: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,13 +57,13 @@ def look_ahead(recipe: Recipe, console: Console) -> None:
     Raises MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
     """
     if recipe.export.formats:
-        from minigrpo.delivery.gguf.export import chosen
+        from minigrpo.delivery.gguf.export import parse_formats
 
-        chosen([recipe.export.formats])
+        parse_formats([recipe.export.formats])
         if reason := _no_library():
             console.print(Text(f"note: {reason}", style="yellow"))
     if recipe.publish.repo:
-        check_name(recipe.publish.repo)
+        check_repo_name(recipe.publish.repo)
         Hub(*find_token(), command="the same command").whoami()
 
 
@@ -97,17 +97,17 @@ def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -
 
 
 def _no_library() -> str | None:
-    from minigrpo.delivery.gguf.llamacpp import library
+    from minigrpo.delivery.gguf.llamacpp import find_library
 
-    if library() is None:
+    if find_library() is None:
         return f"No GGUF file will be made: xllamacpp is not installed. {install_hint('gguf')}"
     return None
 
 
 def _checked(run: RunDir, console: Console) -> bool:
-    from minigrpo.delivery.merge.check import check, checked_table, sound_already
+    from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
-    if sound_already(run):
+    if has_passed_check(run):
         console.print(Text(f"{run.check} is there already."))
         return True
     with timed(run, "check"):
@@ -132,7 +132,7 @@ def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
     return exported
 
 
-def _answer(run: RunDir, exported: Exported) -> Answer:
+def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
     from minigrpo.delivery.serve.serve import ask_once
 
     with timed(run, "question"):
@@ -165,7 +165,7 @@ def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivere
     yield Text("Use it:\n" + "\n".join(f"  {line}" for line in _commands(run, delivered)))
 
 
-def _answer_panel(answer: Answer) -> RenderableType:
+def _answer_panel(answer: ServedAnswer) -> RenderableType:
     earned = "" if answer.reward is None else f"\nreward {answer.reward:g}"
     said = (
         (printable(answer.question).strip(), "dim"),
@@ -182,7 +182,7 @@ def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:
     made = [existing_result(run), *([run.merged] if delivered.merged else [])]
     made += [file.file for file in delivered.exported.files] if delivered.exported else []
     for path in made:
-        table.add_row(str(path), in_bytes(_size(path)), "" if path.exists() else "missing")
+        table.add_row(str(path), format_bytes(_size(path)), "" if path.exists() else "missing")
     return titled("what was made", table)
 
 

@@ -1,8 +1,8 @@
-"""Base + adapter, written shard by shard: in float32, out of place, in blocks of rows, so memory does not grow with
-the model. Names, shards and the order of bytes are the base's; with an adapter that changes nothing, so is every byte.
+"""Add an adapter to its base, shard by shard: in float32, out of place, in blocks of rows, so that memory does not grow
+with the model. Names, shards and byte order are the base's; an adapter that changes nothing leaves every byte as it is.
 
-A 16-bit weight has room for changes of a certain size only. How much of what was learned a number type would lose is
-measured before one is chosen (`rounding`), on the weights themselves.
+A 16-bit weight can only hold changes above a certain size. How much of what was learned a dtype would lose is measured
+on the weights themselves (`measure_rounding`) before a dtype is chosen.
 
 Shapes: O rows of a weight (its outputs), I columns.
 """
@@ -24,27 +24,28 @@ from minigrpo.models.model_files import WEIGHTS_INDEX, BaseFiles
 from minigrpo.models.safetensors_io import DTYPE_NAMES, FLOAT_DTYPES, PlannedTensor, StoredTensor, write_safetensors
 from minigrpo.ui.progress import Report, no_report
 
-NOISE = 0.3
-"""Of the size of the learned change: rounding noise up to which a number type is taken. Its square is what the proof
-will find (measured, 0.3 billion random weights: noise 0.86 and 0.31, relative KL 0.76 and 0.075); its limit is 0.1."""
+MAX_ROUNDING_NOISE = 0.3
+"""Largest rounding noise, relative to the size of the learned change, at which a dtype is accepted. Its square is about
+the relative KL that the proof will find (measured on 0.3 billion random weights: noise 0.86 and 0.31, relative KL 0.76
+and 0.075); the proof's limit is 0.1."""
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What becomes of one tensor of the base: something is added to it, or it is replaced."""
+class WeightChange:
+    """A change of one tensor of the base: a LoRA pair is added to it, or another tensor replaces it (`whole`)."""
 
     base: StoredTensor
     pair: LoraPair | None = None
     whole: StoredTensor | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(before, after) of blocks of rows, in float32. Raises ArtifactError where either is not finite."""
+        """Yield (before, after) for blocks of rows, in float32. Raises ArtifactError where either is not finite."""
         left, right = self.pair.factors() if self.pair else (None, None)
         length_O = self.pair.magnitude.read().float() if self.pair and self.pair.magnitude else None
         for first, last in self.base.blocks():
-            before_OI = finite(self.base, self.base.read(first, last)).float()
+            before_OI = _require_finite(self.base, self.base.read(first, last)).float()
             if self.whole is not None:
-                yield before_OI, finite(self.whole, self.whole.read(first, last)).float()
+                yield before_OI, _require_finite(self.whole, self.whole.read(first, last)).float()
                 continue
             assert left is not None
             assert right is not None
@@ -59,7 +60,8 @@ class Change:
             yield before_OI, after_OI
 
 
-def finite(stored: StoredTensor, values: Tensor) -> Tensor:
+def _require_finite(stored: StoredTensor, values: Tensor) -> Tensor:
+    """Return `values`. Raises ArtifactError where a value of a float dtype is NaN or infinite."""
     if stored.dtype in FLOAT_DTYPES and not torch.isfinite(values).all():
         raise ArtifactError(
             f"{stored.file}: {stored.name} holds values that are not finite (NaN or infinity). Copy or download it "
@@ -68,20 +70,29 @@ def finite(stored: StoredTensor, values: Tensor) -> Tensor:
     return values
 
 
-def changes_of(base: BaseFiles, adapter: Adapter) -> dict[str, Change]:
-    """By tensor of the base. Raises ModelError where the adapter was made for another base, or breaks a tie."""
-    found: dict[str, Change] = {}
+def weight_changes(base: BaseFiles, adapter: Adapter) -> dict[str, WeightChange]:
+    """Return the changes by the name of the base's tensor. Raises ModelError where the adapter was made for another
+    base, or changes one of two tied weights."""
+    found: dict[str, WeightChange] = {}
     for module, pair in adapter.pairs.items():
-        stored = _place(base, adapter, f"{module}.weight")
+        stored = _find_changed_tensor(base, adapter, f"{module}.weight")
         if pair.shape != stored.shape:
-            raise ModelError(_other_base(base, adapter, f"{module} is {_size(stored)} there and {_size(pair)} here"))
-        found[stored.name] = Change(stored, pair=pair)
+            raise ModelError(
+                _wrong_base_message(
+                    base, adapter, f"{module} is {_format_shape(stored)} there and {_format_shape(pair)} here"
+                )
+            )
+        found[stored.name] = WeightChange(stored, pair=pair)
     for name, whole in adapter.whole.items():
-        stored = _place(base, adapter, name)
+        stored = _find_changed_tensor(base, adapter, name)
         if whole.shape != stored.shape:
-            raise ModelError(_other_base(base, adapter, f"{name} is {_size(stored)} there and {_size(whole)} here"))
-        found[stored.name] = Change(stored, whole=whole)
-    if adapter.config and base.tied and (tied := sorted(name for name in found if _is_end(name))):
+            raise ModelError(
+                _wrong_base_message(
+                    base, adapter, f"{name} is {_format_shape(stored)} there and {_format_shape(whole)} here"
+                )
+            )
+        found[stored.name] = WeightChange(stored, whole=whole)
+    if adapter.config and base.tied and (tied := sorted(name for name in found if _is_embedding_or_head(name))):
         raise ModelError(
             f"The adapter changes {tied[0]}, but in {base.folder} embedding and output head are one and the same: the "
             "other one would change with it, and the model collapse. Train without lm_head and embed_tokens."
@@ -89,12 +100,13 @@ def changes_of(base: BaseFiles, adapter: Adapter) -> dict[str, Change]:
     return found
 
 
-def _place(base: BaseFiles, adapter: Adapter, name: str) -> StoredTensor:
+def _find_changed_tensor(base: BaseFiles, adapter: Adapter, name: str) -> StoredTensor:
+    """Find the base's tensor by its name in the adapter. Raises ModelError where the base has none."""
     place = base.on_disk(name)
     if place is None and base.tied and name.startswith("lm_head") and (place := _embedding(base)) is None:
         raise ModelError(f"{base.folder} has tied embeddings, but no embedding.")
     if place is None:
-        raise ModelError(_other_base(base, adapter, f"it has no {name}"))
+        raise ModelError(_wrong_base_message(base, adapter, f"it has no {name}"))
     return base.tensors[place]
 
 
@@ -102,23 +114,24 @@ def _embedding(base: BaseFiles) -> str | None:
     return next((name for name in base.tensors if name.endswith("embed_tokens.weight")), None)
 
 
-def _is_end(name: str) -> bool:
+def _is_embedding_or_head(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias"))
 
 
-def _other_base(base: BaseFiles, adapter: Adapter, what: str) -> str:
+def _wrong_base_message(base: BaseFiles, adapter: Adapter, what: str) -> str:
     named = f", which names {adapter.base}" if adapter.base else ""
     return f"{base.folder} is not the base of {adapter.folder}{named}: {what}. Give the right one: --base FOLDER"
 
 
-def _size(thing: StoredTensor | LoraPair) -> str:
+def _format_shape(thing: StoredTensor | LoraPair) -> str:
     return " x ".join(map(str, thing.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What a number type does to the learned change. `lost`: share of the changed weights that end where they would
-    without the change. `noise`: size of what rounding adds, over the size of the change."""
+    """What a dtype does to the learned change. `lost`: share of the changed weights that rounding puts back to the
+    base's value. `noise`: size of the rounding error over the size of the change. `fits`: whether all values stay
+    finite."""
 
     dtype: str
     lost: float
@@ -127,11 +140,11 @@ class Rounding:
 
     @property
     def holds(self) -> bool:
-        return self.fits and self.noise <= NOISE
+        return self.fits and self.noise <= MAX_ROUNDING_NOISE
 
 
-def rounding(changes: Mapping[str, Change], dtypes: Sequence[torch.dtype]) -> list[Rounding]:
-    """Measured on the first block of rows of every changed tensor."""
+def measure_rounding(changes: Mapping[str, WeightChange], dtypes: Sequence[torch.dtype]) -> list[Rounding]:
+    """Measure each dtype on the first block of rows of every changed tensor."""
     moved = signal = 0.0
     lost, noise = dict.fromkeys(dtypes, 0.0), dict.fromkeys(dtypes, 0.0)
     fits = dict.fromkeys(dtypes, True)
@@ -145,22 +158,23 @@ def rounding(changes: Mapping[str, Change], dtypes: Sequence[torch.dtype]) -> li
             noise[dtype] += float((stored.float() - after).double().square().sum())
             fits[dtype] = fits[dtype] and bool(torch.isfinite(stored).all())
     return [
-        Rounding(name_of(d), lost[d] / max(1.0, moved), math.sqrt(noise[d] / signal) if signal else 0.0, fits[d])
+        Rounding(dtype_name(d), lost[d] / max(1.0, moved), math.sqrt(noise[d] / signal) if signal else 0.0, fits[d])
         for d in dtypes
     ]
 
 
-def candidates(own: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The base's own type, and what could hold more."""
+def candidate_dtypes(own: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the base's own dtype, then those that can hold more."""
     return tuple(dict.fromkeys((own, torch.float16, torch.float32))) if own != torch.float32 else (own,)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def redundant(base: BaseFiles) -> set[str]:
-    """Output heads that are a second copy of the embedding. Raises ModelError where they only should be."""
+def duplicate_heads(base: BaseFiles) -> set[str]:
+    """Return the names of output heads that are a second copy of the embedding. Raises ModelError where the config says
+    so, but their values differ."""
     heads = [name for name in base.tensors if name.endswith("lm_head.weight")] if base.tied else []
     embedding = _embedding(base)
     for name in heads:
@@ -177,11 +191,11 @@ def redundant(base: BaseFiles) -> set[str]:
 
 
 def write_merged(
-    base: BaseFiles, changes: Mapping[str, Change], dtype: torch.dtype, folder: Path, report: Report = no_report
+    base: BaseFiles, changes: Mapping[str, WeightChange], dtype: torch.dtype, folder: Path, report: Report = no_report
 ) -> None:
-    """The weights in `folder`, under the names of the base's shards; weights of most, the base's own type become
-    `dtype`, all others and what reads pictures keep theirs."""
-    dropped = redundant(base)
+    """Write the weights into `folder`, under the names of the base's shards. Weights of the base's main dtype become
+    `dtype`; all others, and those of the vision tower, keep theirs."""
+    dropped = duplicate_heads(base)
     total = 0
     places: dict[str, str] = {}
     for done, (shard, header) in enumerate(base.headers.items()):
@@ -189,7 +203,7 @@ def write_merged(
         kept = [stored for stored in header.tensors.values() if stored.name not in dropped]
         if not kept:
             continue
-        planned = [_planned(base, stored, changes.get(stored.name), dtype) for stored in kept]
+        planned = [_plan_tensor(base, stored, changes.get(stored.name), dtype) for stored in kept]
         total += write_safetensors(folder / shard, planned, header)
         places |= {stored.name: shard for stored in kept}
     if base.sharded:
@@ -203,13 +217,13 @@ def write_merged(
     report(len(base.headers), len(base.headers), "")
 
 
-def bytes_of(base: BaseFiles, dtype: torch.dtype) -> int:
-    """What the weights will take on the disk, about."""
-    return sum(math.prod(t.shape) * _type(base, t, dtype).itemsize for t in base.tensors.values())
+def weight_bytes(base: BaseFiles, dtype: torch.dtype) -> int:
+    """Estimate how many bytes the weights will take on disk."""
+    return sum(math.prod(t.shape) * _target_dtype(base, t, dtype).itemsize for t in base.tensors.values())
 
 
 def _write_index(file: Path, then: Path, places: Mapping[str, str], sizes: Mapping[str, int]) -> None:
-    """As the base's, where that says the same."""
+    """Write the index of the shards, with the base's metadata where it is still true."""
     index = json.loads(then.read_text(encoding="utf-8"))
     told = index.get("metadata") or {}
     told = told | {name: size for name, size in sizes.items() if name in told or name == "total_size"}
@@ -218,18 +232,20 @@ def _write_index(file: Path, then: Path, places: Mapping[str, str], sizes: Mappi
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _type(base: BaseFiles, stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+def _target_dtype(base: BaseFiles, stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if stored.torch_dtype == base.dtype and base.is_text(stored.name) else stored.torch_dtype
 
 
-def _planned(base: BaseFiles, stored: StoredTensor, change: Change | None, dtype: torch.dtype) -> PlannedTensor:
-    target = _type(base, stored, dtype)
-    return PlannedTensor(stored.name, DTYPE_NAMES[target], stored.shape, _blocks(stored, change, target))
+def _plan_tensor(
+    base: BaseFiles, stored: StoredTensor, change: WeightChange | None, dtype: torch.dtype
+) -> PlannedTensor:
+    target = _target_dtype(base, stored, dtype)
+    return PlannedTensor(stored.name, DTYPE_NAMES[target], stored.shape, _cast_blocks(stored, change, target))
 
 
-def _blocks(stored: StoredTensor, change: Change | None, target: torch.dtype) -> Iterator[Tensor]:
+def _cast_blocks(stored: StoredTensor, change: WeightChange | None, target: torch.dtype) -> Iterator[Tensor]:
     after = (pair[1] for pair in change.blocks()) if change else (
-        finite(stored, stored.read(first, last)) for first, last in stored.blocks()
+        _require_finite(stored, stored.read(first, last)) for first, last in stored.blocks()
     )  # fmt: skip
     for block in after:
         cast = block.to(target)

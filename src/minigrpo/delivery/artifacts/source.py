@@ -1,10 +1,10 @@
-"""What was trained, where it lies and what it began from: the same answer for every stage of delivery.
+"""Find what was trained and the base that it began from: the same answer for every stage of delivery.
 
-    from a run's folder      adapter (or model), base, recipe, task and logged completions are all there
-    from a PEFT adapter      its own config names the base; texts to prove it with are its own answers
+    from a run's folder      adapter (or model), base, recipe, task and logged completions
+    from a PEFT adapter      its config names the base; the model's own answers serve as texts for the proof
 
-A merged folder carries the hashes of what it was made from and of its own files (made.json, sealed): `merged_of` gives
-it to later stages only while both still hold.
+A merged folder carries the hashes of what it was made from and of its own files (made.json, sealed): `require_merged`
+returns it to later stages only while both still match.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from minigrpo.runs.rundir import RunDir, digest, find_run, tidy
 
 @dataclass(frozen=True, slots=True)
 class TrainedSource:
-    """`folder`: the adapter, or the model where every parameter was trained (`full`). `run`: None outside of one."""
+    """What was trained. `folder`: the adapter, or the model where every parameter was trained (`full`). `run`: None for
+    an adapter outside of a run."""
 
     folder: Path
     recipe: Recipe
@@ -41,11 +42,11 @@ class TrainedSource:
 
     @property
     def command(self) -> str:
-        """What the user names it by."""
+        """Return the path by which the user names it on the command line."""
         return str(self.run.path if self.run else self.folder)
 
     def open(self) -> tuple[BaseFiles, Adapter]:
-        """The base's files, and what is to be changed in them; of a full-parameter run that is every tensor."""
+        """Return the base's files and the adapter. For a full-parameter run the adapter replaces every tensor."""
         adapter = None if self.full else read_adapter(self.folder)
         base = find_base(self.base, revision=self.revision, seed=self.recipe.seed)
         if adapter is None:
@@ -54,13 +55,17 @@ class TrainedSource:
         return base, adapter
 
     def made(self, verb: str, base: BaseFiles) -> dict[str, Any]:
+        """Return the entry for made.json: the command, its versions, and the hashes of what it started from."""
         made = stamp(verb, self.recipe, self.folder)
         made["from"]["base"] = base.fingerprint()
         return made
 
 
 def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
-    """`base`: another place than the one that was trained on. Raises ArtifactError where there is nothing trained."""
+    """Find what was trained in a run's folder or an adapter's. `base`: where the base lies now, if it was moved.
+
+    Raises ArtifactError where nothing was trained.
+    """
     found = find_run(path)
     if found and found.artefact in ("run", "adapter", "model"):
         run = found.run
@@ -80,12 +85,13 @@ def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
 
 
 def seal_folder(folder: Path, made: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Put made.json into a folder that is complete but for it."""
+    """Put made.json into a folder that is otherwise complete."""
     write_sealed(folder / "made.json", {"made": made, **facts, "sha256": hash_files(folder)})
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """made.json of a folder whose every file is as it was sealed. Raises ArtifactError, naming the file, if not."""
+    """Read made.json of a folder and compare every file with its hash. Raises ArtifactError, naming the file, where one
+    was changed, added or removed."""
     if not (folder / "made.json").is_file():
         raise ArtifactError(f"{folder} holds no made.json, so nothing tells what it was made from.")
     sealed = read_sealed(folder / "made.json")
@@ -105,8 +111,8 @@ def alone(run: RunDir) -> Iterator[None]:
         yield
 
 
-def merged_of(run: RunDir) -> Path:
-    """The run's merged model, for the stages after it. Raises ArtifactError where it is missing, changed or stale."""
+def require_merged(run: RunDir) -> Path:
+    """Return the run's merged model for later stages. Raises ArtifactError where it is missing, changed or stale."""
     again = f"Merge again: minigrpo merge {run.path}"
     if not run.merged.is_dir():
         raise ArtifactError(f"{run.merged} is missing. Merge first: minigrpo merge {run.path}")
@@ -121,13 +127,13 @@ def merged_of(run: RunDir) -> Path:
 
 
 def refuse_changed(path: Path) -> None:
-    """Raises ArtifactError where a merged model or a GGUF file of a run is not what was proved. Others are not ours."""
+    """Raise ArtifactError where a run's merged model or GGUF file differs from what was proved; other files pass."""
     found = find_run(path)
     if found is None:
         return
     run, made = found.run, found.run.gguf / "made.json"
     if found.artefact == "merged":
-        merged_of(run)
+        require_merged(run)
     known = read_sealed(made)["files"].get(path.name) if found.artefact == "gguf file" and made.is_file() else None
     if known is not None and digest(path) != known["sha256"]:
         raise ArtifactError(

@@ -1,10 +1,11 @@
-"""A model folder -> a GGUF file in floats: by llama.cpp's own converter where there is one, else by our small writer.
+"""Convert a model folder to a GGUF file in floats: with llama.cpp's own converter if there is one, else our small
+writer.
 
     --llama-cpp DIR or LLAMA_CPP_DIR   a checkout of llama.cpp
-    the cache                          the converter of one known version, fetched once and checked by its hash
-    ggufwriter                         without a network: for the architectures that it names, and no other
+    the cache                          the converter of one known version, downloaded once and checked by its hash
+    writer.py                          without a network: for the architectures that it names, and no other
 
-An unpinned llama.cpp is what breaks exports elsewhere, so what is fetched is always the same bytes.
+Exports elsewhere break because their llama.cpp is not pinned; what is downloaded here is always the same bytes.
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from minigrpo.delivery.gguf import writer as ggufwriter
-from minigrpo.delivery.gguf.pretokenizer import kind_of
+from minigrpo.delivery.gguf.pretokenizer import pretokenizer_name
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import complete_folder, digest
 from minigrpo.utils.cache_dir import cache_dir
 
-PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
-SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-INSIDE = PurePosixPath("vendor/llama.cpp")
-PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
-"""Of the source distribution: the converter, what it imports, and the licence that they come under."""
-SCRIPT = PARTS[0]
-FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
-"""What a converter without room ends with; the last is numpy's."""
-OFFLINE = ("HF_HUB_OFFLINE", "PIP_NO_INDEX")
+SDIST_PACKAGE, SDIST_VERSION = "llama-cpp-python", "0.3.36"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SDIST_FOLDER = PurePosixPath("vendor/llama.cpp")
+SDIST_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+"""What is taken from the source distribution: the converter, what it imports, and their licence."""
+CONVERTER_SCRIPT = SDIST_PARTS[0]
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
+"""How a converter's errors on a full disk read; the last is numpy's."""
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "PIP_NO_INDEX")
 
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """`root`: of llama.cpp; None for our own writer. `why`: of the latter, in a person's words."""
+    """A converter to GGUF. `root`: llama.cpp's folder; None for our own writer. `why`: the reason for our own
+    writer, in words for the user."""
 
     root: Path | None
     why: str = ""
@@ -49,13 +51,14 @@ class Converter:
         return f"llama.cpp's converter ({self.root})" if self.root else f"minigrpo's own writer ({self.why})"
 
     def convert(self, folder: Path, file: Path, kind: str, name: str) -> None:
-        """`kind`: F32, F16 or BF16. Raises ModelError where the model is not known to the converter."""
+        """Write the GGUF file. `kind`: F32, F16 or BF16. Raises ModelError where the converter does not know the
+        model."""
         if self.root is None:
-            ggufwriter.write(folder, file, kind, name)
+            ggufwriter.write_gguf(folder, file, kind, name)
             return
         command = [
             *(sys.executable, "-P", str(Path(__file__).with_name("converter_worker.py")), str(self.root)),
-            *(_kind_or_theirs(folder), str(folder), kind.lower(), str(file), name),
+            *(_pretokenizer_or_empty(folder), str(folder), kind.lower(), str(file), name),
         ]
         reads, writes = os.pipe()  # while this process lives, the other end is open: the worker ends with us
         try:
@@ -63,7 +66,7 @@ class Converter:
         finally:
             os.close(reads)
             os.close(writes)
-        if ended.returncode and FULL.search(ended.stderr):
+        if ended.returncode and DISK_FULL.search(ended.stderr):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if ended.returncode or not file.is_file():
             words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
@@ -72,18 +75,18 @@ class Converter:
                              "our own writer: --writer own")  # fmt: skip
 
 
-def _kind_or_theirs(folder: Path) -> str:
-    """Our name of the pre-tokenizer; empty where llama.cpp may know better: its own list then decides."""
+def _pretokenizer_or_empty(folder: Path) -> str:
+    """Return our name of the pre-tokenizer; empty where llama.cpp's own list has to decide."""
     try:
-        return kind_of(folder)
+        return pretokenizer_name(folder)
     except ModelError:
         return ""
 
 
 def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Converter:
-    """`writer`: auto, official or own. Raises ArtifactError for a folder without a converter, ModelError where only
-    the official one would do and it is not to be had."""
-    refusal = ggufwriter.refusal(open_base(folder).config)
+    """Choose the converter. `writer`: auto, official or own. Raises ArtifactError for a folder without a converter,
+    ModelError where only the official one would do and it cannot be had."""
+    refusal = ggufwriter.unsupported_reason(open_base(folder).config)
     if writer == "own":
         if refusal:
             raise ModelError(f"Our own writer does not know {folder}: {refusal}. Leave --writer own away.")
@@ -91,11 +94,13 @@ def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Co
     named = given or (Path(os.environ["LLAMA_CPP_DIR"]) if os.environ.get("LLAMA_CPP_DIR") else None)
     if named:
         root = named.expanduser()
-        if not (root / SCRIPT).is_file():
-            raise ArtifactError(f"{root} holds no {SCRIPT}. Give the folder of llama.cpp's sources: --llama-cpp DIR")
+        if not (root / CONVERTER_SCRIPT).is_file():
+            raise ArtifactError(
+                f"{root} holds no {CONVERTER_SCRIPT}. Give the folder of llama.cpp's sources: --llama-cpp DIR"
+            )
         return Converter(root.absolute())
     try:
-        return Converter(fetched())
+        return Converter(fetch_converter())
     except ArtifactError as fault:
         if refusal or writer == "official":
             what = f"{refusal} cannot be written without llama.cpp's converter. " if refusal else ""
@@ -103,12 +108,12 @@ def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Co
         return Converter(None, str(fault).rstrip("."))
 
 
-def fetched() -> Path:
-    """The converter in the cache, put there if need be. Raises ArtifactError where it cannot be had."""
-    place = cache_dir() / f"llama.cpp-{SHA256[:12]}"
-    if (place / SCRIPT).is_file():
+def fetch_converter() -> Path:
+    """Return the converter's folder in the cache, downloading it if need be. Raises ArtifactError where that fails."""
+    place = cache_dir() / f"llama.cpp-{SDIST_SHA256[:12]}"
+    if (place / CONVERTER_SCRIPT).is_file():
         return place
-    if any(os.environ.get(name, "") not in ("", "0") for name in OFFLINE):
+    if any(os.environ.get(name, "") not in ("", "0") for name in OFFLINE_VARIABLES):
         raise ArtifactError("llama.cpp's converter is not in the cache, and this session is offline")
     with tempfile.TemporaryDirectory() as folder:
         archive = _download(Path(folder))
@@ -118,27 +123,32 @@ def fetched() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", SDIST_PACKAGE]
     ended = subprocess.run(
-        [*command, "--dest", str(folder), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, errors="replace"
+        [*command, "--dest", str(folder), f"{SDIST_PACKAGE}=={SDIST_VERSION}"],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     found = next(folder.glob("*.tar.gz"), None)
     if ended.returncode or found is None:
         raise ArtifactError("llama.cpp's converter is not in the cache and could not be downloaded")
-    if digest(found) != SHA256:
-        raise ArtifactError(f"{PACKAGE} {VERSION} as downloaded is not the one that is known: its SHA-256 differs")
+    if digest(found) != SDIST_SHA256:
+        raise ArtifactError(
+            f"{SDIST_PACKAGE} {SDIST_VERSION} as downloaded is not the one that is known: its SHA-256 differs"
+        )
     return found
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The converter's parts, and nothing outside of `folder`."""
+    """Unpack the converter's parts, and nothing outside of `folder`."""
     with tarfile.open(archive) as tar:
         for member in tar:
             inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-            wanted = any(inside.is_relative_to(INSIDE / part) for part in PARTS)
+            wanted = any(inside.is_relative_to(SDIST_FOLDER / part) for part in SDIST_PARTS)
             stream = tar.extractfile(member) if wanted and member.isfile() else None
             if stream is None or ".." in inside.parts:
                 continue
-            target = folder / inside.relative_to(INSIDE)
+            target = folder / inside.relative_to(SDIST_FOLDER)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(stream.read())

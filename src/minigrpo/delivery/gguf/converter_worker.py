@@ -1,12 +1,12 @@
-"""Runs llama.cpp's own converter with its own gguf-py beside it. Started by path, so it imports nothing of the package.
+"""Run llama.cpp's own converter with its own gguf-py. Started by path, so this file imports nothing of the package.
 
     python -P gguf/converter_worker.py LLAMA_CPP PRE_TOKENIZER FOLDER OUTTYPE FILE NAME
 
 It ends when its standard input does, so that a killed export leaves no converter that goes on writing.
 
-Three things of it are replaced. It knows pre-tokenizers by a hash of what they make of one text, and so refuses every
-tokenizer that is not on its list, however plain; the name is found from the pattern itself before. It asks for
-sentencepiece even where there is no sentencepiece model. And it takes an architecture's own tokenizer class, which
+Three parts of the converter are replaced. It identifies pre-tokenizers by a hash of their output for one text, and so
+refuses every tokenizer that is not on its list, however plain; here the name was found from the pattern before. It asks
+for sentencepiece even where there is no sentencepiece model. And it uses an architecture's own tokenizer class, which
 may add tokens.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 
-def end_with_the_parent() -> None:
-    """Standard input is a pipe that the parent holds open, and nothing is ever written to it."""
+def exit_with_parent() -> None:
+    """Exit when standard input closes: a pipe that the parent holds open and never writes to."""
 
     def wait() -> None:
         os.read(0, 1)  # below the buffer, whose lock would be missed at the interpreter's own end
@@ -31,7 +31,7 @@ def end_with_the_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def main(root: str, kind: str, folder: str, *words: str) -> None:
+def _main(root: str, kind: str, folder: str, *words: str) -> None:
     sys.path[:0] = [root, f"{root}/gguf-py"]
     base: Any = importlib.import_module("conversion.base")
     if kind:
@@ -52,5 +52,5 @@ def main(root: str, kind: str, folder: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    end_with_the_parent()
-    main(*sys.argv[1:])
+    exit_with_parent()
+    _main(*sys.argv[1:])

@@ -1,11 +1,11 @@
-"""A merged model -> GGUF files, each proved in llama.cpp itself before it has its name.
+"""Export a merged model as GGUF files, each proved in llama.cpp itself before it gets its name.
 
     convert     to floats, by llama.cpp's converter or our own writer: tensor by tensor what was merged
     quantise    from the float type that loses nothing
     prove       ids of prompts one by one; distributions against the merged model's on held texts
-    name it     only now; what fails is kept under its name with .rejected
+    rename      only after the proof; a file that fails it is kept with .rejected in its name
 
-A format that is there already, from the same model, is not made again: an export that was stopped goes on.
+A format that was already made from the same model is not made again: an export that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
-from minigrpo.delivery.artifacts.merged_weights import bytes_of
-from minigrpo.delivery.artifacts.source import alone, merged_of
+from minigrpo.delivery.artifacts.merged_weights import weight_bytes
+from minigrpo.delivery.artifacts.source import alone, require_merged
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
-from minigrpo.delivery.gguf.modelfile import modelfile
-from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, gguf_reference, outline, prove_file
-from minigrpo.delivery.gguf.quantize import FLOATS, FORMATS, Quantised, quantise, weigh
-from minigrpo.delivery.parity.kl import record
-from minigrpo.delivery.parity.table import figure
+from minigrpo.delivery.gguf.modelfile import render_modelfile
+from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, describe_texts, gguf_reference, prove_file
+from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
+from minigrpo.delivery.parity.kl import record_parity
+from minigrpo.delivery.parity.table import format_kl
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
@@ -52,20 +52,21 @@ from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
 
-Verdict = Literal["proved", "measured", "rejected", "there already"]
-"""measured: a type that rounds so much that no limit fits all models; what it is made from was proved."""
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-HIDDEN = ""
-"""Stands among the formats for the float file that nobody asked for."""
+ExportVerdict = Literal["proved", "measured", "rejected", "there already"]
+"""measured: a type that rounds so much that no limit fits all models; the file that it was made from was proved."""
+GGUF_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+INTERMEDIATE = ""
+"""Key among the formats for a float file that nobody asked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """One exported file. `bits`: a weight. `types`: how many tensors of each. `by`: who wrote its numbers."""
+class ExportedFile:
+    """One exported file. `bits`: a weight. `types`: number of tensors of each type. `by`: the program that wrote the
+    numbers."""
 
     file: Path
     format: str
-    verdict: Verdict
+    verdict: ExportVerdict
     by: str
     bits: float
     types: dict[str, int]
@@ -79,7 +80,7 @@ class File:
 class Exported:
     folder: Path
     converter: str
-    files: tuple[File, ...]
+    files: tuple[ExportedFile, ...]
     texts: str = ""
 
     @property
@@ -93,7 +94,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """What is exported, and to where. `lossless`: the float type that holds the model's weights as they are."""
+    """What to export, and to where. `lossless`: the float type that holds the model's weights exactly."""
 
     model: Path
     run: RunDir | None
@@ -106,7 +107,7 @@ class ExportJob:
 
     @property
     def lossless(self) -> str:
-        return DTYPES.get(self.base.dtype, "F32")
+        return GGUF_DTYPES.get(self.base.dtype, "F32")
 
     @property
     def command(self) -> str:
@@ -132,25 +133,25 @@ def export(
 ) -> Exported:
     """Export a run's merged model, named by either, or a model folder, into `out` (RUN/gguf, or beside the folder).
 
-    `llama_cpp`: sources of llama.cpp whose converter and tools are to be used; `writer`: auto, official or own.
-    `force`: make again what is there. Raises MinigrpoError where nothing can be made; a file that fails its proof is
-    told in the result.
+    `llama_cpp`: sources of llama.cpp whose converter and tools are used; `writer`: auto, official or own. `force`: make
+    existing formats again. Raises MinigrpoError where nothing can be made; a file that fails its proof is reported in
+    the result.
     """
-    kinds = chosen(formats)
+    kinds = parse_formats(formats)
     require_library()
-    order = export_job(path, out=out, llama_cpp=llama_cpp, writer=writer)
-    done = {} if force else _done(order, kinds)
+    job = export_job(path, out=out, llama_cpp=llama_cpp, writer=writer)
+    done = {} if force else _finished_files(job, kinds)
     missing = [kind for kind in kinds if kind not in done]
-    truth = gguf_reference(order.model, order.run) if missing else None
+    reference = gguf_reference(job.model, job.run) if missing else None
     with (
-        full_disk_told(partial(_disk_is_full, order)),
-        writing(order.folder / "made.json"),
+        full_disk_told(partial(_disk_is_full, job)),
+        writing(job.folder / "made.json"),
         stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
     ):
-        if truth:
-            _make(order, missing, done, truth, report)
+        if reference:
+            _export_missing(job, missing, done, reference, report)
     files = tuple(done[kind] for kind in kinds)
-    return Exported(order.folder, order.converter.name, files, truth.held.source if truth else "")
+    return Exported(job.folder, job.converter.name, files, reference.held.source if reference else "")
 
 
 def export_alone(path: Path, formats: Sequence[str], **options: Any) -> Exported:
@@ -162,14 +163,15 @@ def export_alone(path: Path, formats: Sequence[str], **options: Any) -> Exported
         return export(run, formats, **options)
 
 
-def chosen(formats: Sequence[str]) -> list[str]:
-    """Names as llama.cpp writes them, floats first: what is quantised is made from one of them."""
+def parse_formats(formats: Sequence[str]) -> list[str]:
+    """Return format names as llama.cpp writes them, floats first: quantised files are made from one of them. Raises
+    MinigrpoError for unknown names."""
     names = list(dict.fromkeys(part.strip().upper() for text in formats for part in text.split(",") if part.strip()))
     if unknown := [name for name in names if name not in FORMATS]:
         raise MinigrpoError(f"--format {unknown[0]} is not known. There are: {', '.join(FORMATS)}")
     if not names:
         raise MinigrpoError("No format was named. For one: --format Q8_0")
-    return sorted(names, key=lambda name: name not in FLOATS)
+    return sorted(names, key=lambda name: name not in FLOAT_FORMATS)
 
 
 def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> ExportJob:
@@ -178,7 +180,7 @@ def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None,
     given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
     here = given.absolute()
     if run:
-        model, folder, name = merged_of(run), run.gguf, run.path.absolute().name
+        model, folder, name = require_merged(run), run.gguf, run.path.absolute().name
     elif (here / "config.json").is_file():
         model, folder, name = here, here.with_name(f"{here.name}-gguf"), here.name
     else:
@@ -195,128 +197,140 @@ def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None,
     )
 
 
-def _known(order: ExportJob) -> dict[str, Any]:
-    """What made.json says of each file; nothing where it was made from another model."""
-    file = order.folder / "made.json"
+def _sealed_entries(job: ExportJob) -> dict[str, Any]:
+    """Return the entries of made.json by file name; {} where there is none."""
+    file = job.folder / "made.json"
     return dict(read_sealed(file)["files"]) if file.is_file() else {}
 
 
-def _done(order: ExportJob, kinds: Sequence[str]) -> dict[str, File]:
-    """Formats that are there and proved, from this model. Raises ArtifactError for a file that is not ours."""
-    known, found = _known(order), {}
+def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedFile]:
+    """Return formats that exist and were proved, from this model. Raises ArtifactError for a file that is not ours."""
+    known, found = _sealed_entries(job), {}
     for kind in kinds:
-        file, then = order.file(kind), known.get(order.file(kind).name)
+        file, then = job.file(kind), known.get(job.file(kind).name)
         if not file.exists():
             continue
         if then is None or digest(file) != then["sha256"]:
             raise ArtifactError(
-                f"{file} was put there or changed by somebody. To put a fresh export in its place: {order.command} "
+                f"{file} was put there or changed by somebody. To put a fresh export in its place: {job.command} "
                 f"--format {kind} --force"
             )
-        if then["from"] == order.made["from"]:
-            found[kind] = File(
+        if then["from"] == job.made["from"]:
+            found[kind] = ExportedFile(
                 file, kind, "there already", **{name: then[name] for name in ("by", "bits", "types", "proof")}
             )
-            if order.run is not None:  # where parity.json was lost
-                record(order.run.parity, [then["proof"]], keep=True)
+            if job.run is not None:  # where parity.json was lost
+                record_parity(job.run.parity, [then["proof"]], keep=True)
     return found
 
 
-def _make(order: ExportJob, kinds: Sequence[str], done: dict[str, File], truth: GgufReference, report: Report) -> None:
-    """Puts each missing format into `done`. What is quantised is made from a proved file, asked for or not."""
-    order.folder.mkdir(parents=True, exist_ok=True)
-    own = order.draft(order.lossless)
+def _export_missing(
+    job: ExportJob, kinds: Sequence[str], done: dict[str, ExportedFile], reference: GgufReference, report: Report
+) -> None:
+    """Make each missing format and add it to `done`. Quantised files are made from a proved float file, requested or
+    not."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    own = job.draft(job.lossless)
     try:
         for count, kind in enumerate(kinds):
             report(count, len(kinds), kind)
-            source = done.get(order.lossless)
-            if kind not in FLOATS and source is None:
-                source = done.get(HIDDEN) or _hidden(order, own, truth)
-                done[HIDDEN] = source
+            source = done.get(job.lossless)
+            if kind not in FLOAT_FORMATS and source is None:
+                source = done.get(INTERMEDIATE) or _make_intermediate(job, own, reference)
+                done[INTERMEDIATE] = source
             if source is not None and source.verdict == "rejected":
                 done[kind] = replace(source, format=kind)  # what it would be made from is wrong itself
             else:
-                done[kind] = _one(order, kind, source.file if source else None, truth)
+                done[kind] = _make_file(job, kind, source.file if source else None, reference)
         report(len(kinds), len(kinds), "")
     finally:
         own.unlink(missing_ok=True)
 
 
-def _hidden(order: ExportJob, own: Path, truth: GgufReference) -> File:
-    """The float file that only the others are made from; it keeps a name only where it is wrong."""
-    _convert(order, order.lossless, own)
-    proof = prove_file(own, order.lossless, truth)
+def _make_intermediate(job: ExportJob, own: Path, reference: GgufReference) -> ExportedFile:
+    """Make the float file that quantised ones are made from; it keeps a name only where its proof fails."""
+    _convert(job, job.lossless, own)
+    proof = prove_file(own, job.lossless, reference)
     if proof.ok:
-        return File(own, order.lossless, "proved", order.converter.name, *weigh(own), proof.to_dict())
-    made = Quantised(order.converter.name, *weigh(own))
-    return _place(order, order.lossless, own, made=made, proof=proof, truth=truth)
+        return ExportedFile(own, job.lossless, "proved", job.converter.name, *measure_file(own), proof.to_dict())
+    made = Quantised(job.converter.name, *measure_file(own))
+    return _name_or_reject(job, job.lossless, own, made=made, proof=proof, reference=reference)
 
 
-def _one(order: ExportJob, kind: str, source: Path | None, truth: GgufReference) -> File:
-    draft = order.folder / f".{order.name}-{kind}.new.{os.getpid()}{DRAFT}"
+def _make_file(job: ExportJob, kind: str, source: Path | None, reference: GgufReference) -> ExportedFile:
+    draft = job.folder / f".{job.name}-{kind}.new.{os.getpid()}{DRAFT}"
     try:
-        if kind in FLOATS:
-            _convert(order, kind, draft)
-            made = Quantised(order.converter.name, *weigh(draft))
+        if kind in FLOAT_FORMATS:
+            _convert(job, kind, draft)
+            made = Quantised(job.converter.name, *measure_file(draft))
         else:
             assert source is not None
-            made = quantise(source, draft, kind, order.tools)
-        return _place(order, kind, draft, made=made, proof=prove_file(draft, kind, truth), truth=truth)
+            made = quantise(source, draft, kind, job.tools)
+        return _name_or_reject(
+            job, kind, draft, made=made, proof=prove_file(draft, kind, reference), reference=reference
+        )
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _convert(order: ExportJob, kind: str, file: Path) -> None:
-    need = bytes_of(order.base, torch.float32 if kind == "F32" else torch.float16) + SPARE
-    free = shutil.disk_usage(order.folder).free
+def _convert(job: ExportJob, kind: str, file: Path) -> None:
+    need = weight_bytes(job.base, torch.float32 if kind == "F32" else torch.float16) + SPARE
+    free = shutil.disk_usage(job.folder).free
     if free < need:
         raise ArtifactError(
-            f"{order.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, or name "
-            f"another place: {order.command} --out FOLDER"
+            f"{job.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, or name "
+            f"another place: {job.command} --out FOLDER"
         )
-    order.converter.convert(order.model, file, kind, order.name)
+    job.converter.convert(job.model, file, kind, job.name)
 
 
-def _place(
-    order: ExportJob, kind: str, draft: Path, *, made: Quantised, proof: GgufProof, truth: GgufReference
-) -> File:
-    """Give it its name, or that of a rejected one; what stood there before gives way to a proved one only."""
-    if order.run is not None:
-        record(order.run.parity, [proof.to_dict()])
-    target = order.file(kind)
+def _name_or_reject(
+    job: ExportJob, kind: str, draft: Path, *, made: Quantised, proof: GgufProof, reference: GgufReference
+) -> ExportedFile:
+    """Give the file its name, or that of a rejected one; only a proved file replaces an existing one."""
+    if job.run is not None:
+        record_parity(job.run.parity, [proof.to_dict()])
+    target = job.file(kind)
     rejected = target.with_name(target.name + REJECTED)
-    verdict: Verdict = "proved" if proof.judged else "measured"
-    found = File(target, kind, verdict, made.by, made.bits, made.types, proof.to_dict())
+    verdict: ExportVerdict = "proved" if proof.judged else "measured"
+    found = ExportedFile(target, kind, verdict, made.by, made.bits, made.types, proof.to_dict())
     if not proof.ok:
         draft.replace(rejected)
         return replace(found, file=rejected, verdict="rejected")
     facts = {"format": kind, "by": made.by, "bits": made.bits, "types": made.types, "proof": proof.to_dict()}
-    entry = {**facts, "sha256": digest(draft), "from": order.made["from"], "texts": outline(truth)}
+    entry = {**facts, "sha256": digest(draft), "from": job.made["from"], "texts": describe_texts(reference)}
     # Before the file has its name: an entry without its file is made again, a file without its entry is a stranger's.
-    write_sealed(order.folder / "made.json", {"made": order.made, "files": {**_known(order), target.name: entry}})
+    write_sealed(job.folder / "made.json", {"made": job.made, "files": {**_sealed_entries(job), target.name: entry}})
     sync(draft)
     draft.replace(target)
     rejected.unlink(missing_ok=True)
-    heat = load_recipe(str(order.run.path)).rollout.temperature if order.run else 1.0
-    write_whole(target.with_suffix(".Modelfile"), modelfile(target.name, order.model, truth.tokenizer, heat))
+    temperature = load_recipe(str(job.run.path)).rollout.temperature if job.run else 1.0
+    write_whole(
+        target.with_suffix(".Modelfile"), render_modelfile(target.name, job.model, reference.tokenizer, temperature)
+    )
     return found
 
 
-def _disk_is_full(order: ExportJob, reason: str) -> str:
+def _disk_is_full(job: ExportJob, reason: str) -> str:
     """Say that what is whole stays, and that the same command goes on from there."""
-    free = shutil.disk_usage(order.folder).free / 1e9
+    free = shutil.disk_usage(job.folder).free / 1e9
     return (
-        f"{order.folder} could not be written: {reason} ({free:.2f} GB left). Formats that are there are whole. Make "
-        f"room, then go on with the same command: {order.command}"
+        f"{job.folder} could not be written: {reason} ({free:.2f} GB left). Formats that are there are whole. Make "
+        f"room, then go on with the same command: {job.command}"
     )
 
 
 def exported_table(found: Exported) -> RenderableType:
-    """One line for each format, what is wrong with those that were rejected, and the verdict."""
+    """Show one line for each format, the faults of those that were rejected, and the result."""
     table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "")
     for file in found.files:
         row: Mapping[str, Any] = file.proof
-        figures = figure(row["mean_kl"]), figure(row["relative_kl"]), figure(row["max_kl"]), f"{row['top1']:.1%}"
+        figures = (
+            format_kl(row["mean_kl"]),
+            format_kl(row["relative_kl"]),
+            format_kl(row["max_kl"]),
+            f"{row['top1']:.1%}",
+        )
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
         table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)
     title = "distance from the merged model, nats a token, as llama.cpp reads the file"

@@ -1,7 +1,8 @@
-"""llama.cpp as the judge of GGUF files: next-token distributions of given ids, greedy continuations, its own tokenizer.
+"""llama.cpp as the reference reader of GGUF files: next-token distributions of given ids, greedy continuations,
+tokenizer.
 
-It computes on the CPU with a float32 cache, so what it says of a file is what the file holds. It answers nobody's
-prompts in training: for that it would need the weights as they change.
+It computes on the CPU with a float32 KV cache, so its output is what the file holds. It is not used in training, whose
+weights change.
 
 Shapes: N positions, V vocabulary.
 """
@@ -38,8 +39,8 @@ class GgufFacts:
     template: str | None
 
 
-def library() -> Path | None:
-    """The shared library of xllamacpp; None where it is not installed."""
+def find_library() -> Path | None:
+    """Return the shared library of xllamacpp; None where it is not installed."""
     spec = find_spec("xllamacpp")
     places = list(spec.submodule_search_locations or ()) if spec else []
     files = [file for place in places for kind in ("*.so", "*.pyd") for file in sorted(Path(place).glob(kind))]
@@ -47,7 +48,8 @@ def library() -> Path | None:
 
 
 def require_library() -> Path:
-    found = library()
+    """Return the shared library of xllamacpp. Raises MinigrpoError where it is not installed."""
+    found = find_library()
     if found is None:
         raise MinigrpoError(
             f"A GGUF file is proved by llama.cpp itself, and xllamacpp is not installed. {install_hint('gguf')}"
@@ -56,9 +58,9 @@ def require_library() -> Path:
 
 
 class LlamaCpp:
-    """One file, open in a process of its own until the block ends: `with LlamaCpp(file, context=512) as llama`.
+    """A GGUF file, open in a process of its own until the block ends: `with LlamaCpp(file, context=512) as llama`.
 
-    `context`: tokens of the longest text. Raises ArtifactError where llama.cpp refuses the file or ends on it.
+    `context`: tokens of the longest text. Raises ArtifactError where llama.cpp refuses the file or dies on it.
     """
 
     def __init__(self, file: Path, *, context: int, threads: int | None = None) -> None:
@@ -92,22 +94,23 @@ class LlamaCpp:
         self._process.wait()
 
     def logprobs(self, ids: Sequence[int], start: int) -> Tensor:
-        """[N, V] in float32: of what follows each token from `start` on."""
+        """Return log-probabilities [N, V] in float32 of the tokens that follow each position from `start` on."""
         answer, raw = self._ask("logits", ids=list(ids), start=start)
         logits_NV = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(answer["rows"], -1)
         return logits_NV.log_softmax(-1)
 
     def distributions(self, texts: Sequence[Any]) -> Iterator[Tensor]:
-        """As `held.distributions` gives them of a model in memory."""
+        """Yield the log-probabilities of each text, as `texts.text_logprobs` does for a model in memory."""
         for text in texts:
             yield self.logprobs(text.ids[:-1], text.start - 1)
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
-        """The likeliest continuation, up to `count` tokens or the end of the answer."""
+        """Return the greedy continuation, up to `count` tokens or the end of the answer."""
         return tuple(self._ask("greedy", ids=list(ids), count=count)[0]["ids"])
 
     def tokenize(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        """Token names in the text count as tokens. `special`: with the beginning and end that the file asks for."""
+        """Return token ids; names of special tokens in the text are parsed. `special`: add the beginning and end
+        that the file asks for."""
         return tuple(self._ask("tokenize", text=text, special=special)[0]["ids"])
 
     def _ask(self, do: str, **request: Any) -> tuple[dict[str, Any], bytes]:

@@ -1,9 +1,9 @@
-"""llama.cpp in a process of its own: a crash inside it is then a sentence here, and its words never mix with ours.
+"""llama.cpp in a process of its own: a crash inside it becomes one error message, and its output never mixes with ours.
 
-Started by path (`python -P gguf/llamacpp_worker.py`), so it imports nothing of the package. One request a line on
-stdin, as JSON; one answer a line on stdout, followed by as many raw bytes as it says. It calls the C functions of the
-library that xllamacpp brings. Structures that are passed by value are compared with what this file knows of them first:
-another version's would be read wrongly.
+Started by path (`python -P gguf/llamacpp_worker.py`), so this file imports nothing of the package. One request a line
+on stdin, as JSON; one answer a line on stdout, followed by as many raw bytes as it says. It calls the C functions of
+the library in xllamacpp. Structures passed by value are first compared with the defaults that this file knows: another
+version's would be read wrongly.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-F32 = 0
-"""ggml's number of float32, for the cache of keys and values: in float16 it alone would be off by 0.001."""
+_GGML_F32 = 0
+"""ggml's number of float32, for the KV cache: in float16 the cache alone would cause errors of 0.001."""
 
-CONTEXT = "<14I8f2Q2I"
+CONTEXT_LAYOUT = "<14I8f2Q2I"
 CONTEXT_DEFAULTS = (
     *(512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[2**32 - 1] * 4),
     *(0.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, -1.0),
@@ -28,20 +28,20 @@ CONTEXT_DEFAULTS = (
 """n_ctx, n_batch, n_ubatch, n_seq_max, n_rs_seq, n_outputs_max, n_outputs_max_per_seq, n_threads, n_threads_batch,
 ctx_type, rope_scaling, pooling, attention, flash_attn; rope and yarn; cb_eval, its data; type_k, type_v."""
 
-MODEL = "<2Qi"
+MODEL_LAYOUT = "<2Qi"
 MODEL_DEFAULTS = (0, 0, -1)
 """devices, buffer overrides, n_gpu_layers."""
-EXTRA_BUFFERS = 74
-"""Offset of use_extra_bufts: weights packed anew for matrix instructions, which some virtual machines only announce."""
+EXTRA_BUFFERS_OFFSET = 74
+"""Offset of use_extra_bufts: weights repacked for matrix instructions, which some virtual machines only announce."""
 
 
-class Blob(ctypes.Structure):
-    """A structure passed by value; larger than any version's, and so is what it is read from."""
+class OpaqueParams(ctypes.Structure):
+    """A structure passed by value; larger than any version's, as is the memory it is read from."""
 
     _fields_ = (("raw", ctypes.c_uint8 * 512),)
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
@@ -54,48 +54,48 @@ class Batch(ctypes.Structure):
 
 
 class RefusedError(Exception):
-    """What llama.cpp would not do, for the one who asked."""
+    """What llama.cpp would not do, to be reported to the parent."""
 
 
-POINTERS = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
-LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+POINTER_FUNCTIONS = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
 class Llama:
-    """One model file, its vocabulary, and a context as long as was asked for."""
+    """One model file, its vocabulary, and a context of the requested length."""
 
     def __init__(self, library: str) -> None:
         try:
             self.lib = lib = ctypes.CDLL(library)
-            for name in POINTERS:
+            for name in POINTER_FUNCTIONS:
                 getattr(lib, name).restype = ctypes.c_void_p
             for name in ("llama_model_default_params", "llama_context_default_params"):
-                getattr(lib, name).restype = Blob
-            lib.llama_batch_init.restype = Batch
+                getattr(lib, name).restype = OpaqueParams
+            lib.llama_batch_init.restype = LlamaBatch
             lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
             lib.llama_model_chat_template.restype = ctypes.c_char_p
         except (OSError, AttributeError) as fault:
             raise RefusedError(f"the library of xllamacpp cannot be used here ({fault})") from None
-        self.said: list[str] = []
-        self._log = LOG(lambda level, text, data: self.said.append(text.decode(errors="replace")))
+        self.log_lines: list[str] = []
+        self._log = LOG_CALLBACK(lambda level, text, data: self.log_lines.append(text.decode(errors="replace")))
         lib.llama_log_set(self._log, None)
         lib.llama_backend_init()
         self.vocab = self.model = self.context = ctypes.c_void_p()
         self.size = self.room = 0
 
     def open(self, path: str, room: int, threads: int) -> dict[str, Any]:
-        lib, options = self.lib, _known(self.lib.llama_model_default_params(), MODEL, MODEL_DEFAULTS)
-        struct.pack_into(MODEL, options.raw, 0, 0, 0, 0)
-        options.raw[EXTRA_BUFFERS] = 0
+        lib, options = self.lib, _require_defaults(self.lib.llama_model_default_params(), MODEL_LAYOUT, MODEL_DEFAULTS)
+        struct.pack_into(MODEL_LAYOUT, options.raw, 0, 0, 0, 0)
+        options.raw[EXTRA_BUFFERS_OFFSET] = 0
         self.model = ctypes.c_void_p(lib.llama_model_load_from_file(path.encode(), options))
         if not self.model:
-            raise RefusedError(self.last_words())
-        wanted = _known(lib.llama_context_default_params(), CONTEXT, CONTEXT_DEFAULTS)
+            raise RefusedError(self.last_log_lines())
+        wanted = _require_defaults(lib.llama_context_default_params(), CONTEXT_LAYOUT, CONTEXT_DEFAULTS)
         ours = (room, room, room, 1, 0, 0, 0, threads, threads, 0, *[2**32 - 1] * 3, 0)
-        struct.pack_into(CONTEXT, wanted.raw, 0, *ours, *CONTEXT_DEFAULTS[14:24], F32, F32)
+        struct.pack_into(CONTEXT_LAYOUT, wanted.raw, 0, *ours, *CONTEXT_DEFAULTS[14:24], _GGML_F32, _GGML_F32)
         self.context = ctypes.c_void_p(lib.llama_init_from_model(self.model, wanted))
         if not self.context:
-            raise RefusedError(self.last_words())
+            raise RefusedError(self.last_log_lines())
         self.vocab, self.room = ctypes.c_void_p(lib.llama_model_get_vocab(self.model)), room
         self.size = lib.llama_vocab_n_tokens(self.vocab)
         template = lib.llama_model_chat_template(self.model, None)
@@ -110,7 +110,7 @@ class Llama:
         }
 
     def tokenize(self, text: str, special: bool) -> dict[str, Any]:
-        """`special`: put the beginning and end that the file asks for around it."""
+        """Tokenize the text. `special`: add the beginning and end that the file asks for."""
         raw = text.encode()
         room = len(raw) + 16
         found = (ctypes.c_int32 * room)()
@@ -122,24 +122,24 @@ class Llama:
         return {"ids": list(found[:count])}
 
     def logits(self, ids: list[int], start: int) -> tuple[dict[str, Any], bytes]:
-        """Of what follows each token from `start` on."""
+        """Return logits [N, V] of the tokens that follow each position from `start` on, as raw float32."""
         rows = len(ids) - start
-        values = self._pass(ids, start, clear=True)
+        values = self._decode(ids, start, clear=True)
         return {"rows": rows, "bytes": 4 * rows * self.size}, ctypes.string_at(values, 4 * rows * self.size)
 
     def greedy(self, ids: list[int], count: int) -> dict[str, Any]:
-        """The likeliest continuation, up to `count` tokens or an end."""
+        """Return the greedy continuation, up to `count` tokens or an end token."""
         said: list[int] = []
-        values = self._pass(ids, len(ids) - 1, clear=True)
+        values = self._decode(ids, len(ids) - 1, clear=True)
         while len(said) < count:
             row = values[: self.size]
             said.append(row.index(max(row)))
             if self.lib.llama_vocab_is_eog(self.vocab, said[-1]) & 1 or len(ids) + len(said) >= self.room:
                 break
-            values = self._pass(said[-1:], 0, at=len(ids) + len(said) - 1)
+            values = self._decode(said[-1:], 0, at=len(ids) + len(said) - 1)
         return {"ids": said}
 
-    def _pass(self, ids: list[int], start: int, *, at: int = 0, clear: bool = False) -> Any:
+    def _decode(self, ids: list[int], start: int, *, at: int = 0, clear: bool = False) -> Any:
         if at + len(ids) > self.room:  # it would end the process
             raise RefusedError(f"it could not read {at + len(ids)} tokens: it was opened for {self.room}")
         if clear:
@@ -153,23 +153,23 @@ class Llama:
         code = self.lib.llama_decode(self.context, batch)
         self.lib.llama_batch_free(batch)
         if code:
-            raise RefusedError(f"it could not read {len(ids)} tokens (code {code}): {self.last_words()}")
+            raise RefusedError(f"it could not read {len(ids)} tokens (code {code}): {self.last_log_lines()}")
         return self.lib.llama_get_logits(self.context)
 
-    def last_words(self) -> str:
-        words = [line.strip() for line in "".join(self.said[-40:]).splitlines() if line.strip()]
+    def last_log_lines(self) -> str:
+        words = [line.strip() for line in "".join(self.log_lines[-40:]).splitlines() if line.strip()]
         errors = [line for line in words if "error" in line or "failed" in line]
         return " ".join((errors or words)[-3:])
 
 
-def _known(params: Blob, form: str, expected: tuple[Any, ...]) -> Blob:
-    """The defaults, if they lie where this file believes them to be."""
+def _require_defaults(params: OpaqueParams, form: str, expected: tuple[Any, ...]) -> OpaqueParams:
+    """Return the parameters, if their defaults lie where this file expects them. Raises RefusedError otherwise."""
     if struct.unpack_from(form, bytes(params.raw)) != expected:
         raise RefusedError("this version of xllamacpp is not known: its structures differ. Install the tested one")
     return params
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, library: str) -> None:
+def answer_requests(requests: BinaryIO, answers: BinaryIO, library: str) -> None:
     llama = None
     for line in requests:
         request = json.loads(line)
@@ -188,4 +188,4 @@ def serve(requests: BinaryIO, answers: BinaryIO, library: str) -> None:
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever the library prints would stand between our answers
-    serve(sys.stdin.buffer, out, str(Path(sys.argv[1])))
+    answer_requests(sys.stdin.buffer, out, str(Path(sys.argv[1])))

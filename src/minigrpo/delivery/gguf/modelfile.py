@@ -1,7 +1,8 @@
-"""Ollama's Modelfile for an exported file: its own template language, the tokens that end an answer, the temperature.
+"""Write Ollama's Modelfile for an exported file: its own template language, the tokens that end an answer, the
+temperature.
 
-Ollama does not run the chat template in the file. What stands around each message is found by rendering conversations,
-and the Modelfile gets a template only if that gives the very text of the chat template again.
+Ollama does not run the chat template in the file. The text around each message is found by rendering conversations, and
+the Modelfile gets a template only if it reproduces the chat template's text exactly.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from typing import Any
 from minigrpo.models.chat_template import render_text
 from minigrpo.types import Message
 
-SAID = ("sys-x", "ask-one", "say-one", "ask-two", "say-two")
+PROBE_WORDS = ("sys-x", "ask-one", "say-one", "ask-two", "say-two")
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """What stands before and after a message of each role, and what opens the answer."""
+class TemplateParts:
+    """The text before and after a message of each role, and the text that opens the answer."""
 
     around: dict[str, tuple[str, str]]
     opening: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation with its answer opened, as Ollama would."""
+        """Render a conversation with its answer opened, as Ollama would."""
         parts = [f"{self.around[m['role']][0]}{m['content']}{self.around[m['role']][1]}" for m in messages]
         return "".join(parts) + self.opening
 
     def template(self) -> str:
-        """In Go's template language."""
+        """Return the template in Go's template language."""
         branches = [
             f'{{{{ {"if" if i == 0 else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
             for i, (role, (before, after)) in enumerate(self.around.items())
@@ -40,71 +41,72 @@ class Turns:
         return f"{{{{- range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{self.opening}"
 
 
-def conversations() -> tuple[list[Message], ...]:
+def probe_conversations() -> tuple[list[Message], ...]:
     roles = ("system", "user", "assistant", "user", "assistant")
-    said: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, SAID, strict=True)]
+    said: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, PROBE_WORDS, strict=True)]
     return said[:2], said[:4], said[1:2], said[1:4]
 
 
-def turns_of(tokenizer: Any) -> Turns | None:
-    """None where the template does more than stand around its messages: default words, roles it does not take."""
+def find_template_parts(tokenizer: Any) -> TemplateParts | None:
+    """Find the text around messages; None where the template does more than that: default messages, roles it does
+    not take."""
     from jinja2 import TemplateError
 
     try:
         # llama.cpp and Ollama put the beginning-of-text token themselves where the file asks for it.
         bos = tokenizer.bos_token or ""
-        wanted = [render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in conversations()]
-        whole = render_text(tokenizer, conversations()[1]).removeprefix(bos)
-        asked = render_text(tokenizer, conversations()[0]).removeprefix(bos)
+        wanted = [render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in probe_conversations()]
+        whole = render_text(tokenizer, probe_conversations()[1]).removeprefix(bos)
+        asked = render_text(tokenizer, probe_conversations()[0]).removeprefix(bos)
     except TemplateError:
         return None
-    for text in SAID[:4]:
+    for text in PROBE_WORDS[:4]:
         if whole.count(text) != 1:
             return None
-    found = _found(whole, asked, wanted[0])
-    fits = [found.render(messages) == text for messages, text in zip(conversations(), wanted, strict=True)]
+    found = _split_template(whole, asked, wanted[0])
+    fits = [found.render(messages) == text for messages, text in zip(probe_conversations(), wanted, strict=True)]
     # A template with words of its own for conversations without a system message is still right with one.
     return found if all(fits[:2]) else None
 
 
-def _found(whole: str, asked: str, opened: str) -> Turns:
-    first, rest = whole.split(SAID[0])
-    to_user, rest = rest.split(SAID[1])
-    to_answer, rest = rest.split(SAID[2])
-    to_next, end = rest.split(SAID[3])
+def _split_template(whole: str, asked: str, opened: str) -> TemplateParts:
+    first, rest = whole.split(PROBE_WORDS[0])
+    to_user, rest = rest.split(PROBE_WORDS[1])
+    to_answer, rest = rest.split(PROBE_WORDS[2])
+    to_next, end = rest.split(PROBE_WORDS[3])
     after_user = end if asked.endswith(end) else ""
-    before_user = _common_end(to_user, to_next).removeprefix(after_user)
+    before_user = _common_suffix(to_user, to_next).removeprefix(after_user)
     around = {
         "system": (first, to_user.removesuffix(before_user)),
         "user": (before_user, after_user),
         "assistant": (to_answer.removeprefix(after_user), to_next.removesuffix(before_user)),
     }
-    return Turns(around, opened.removeprefix(asked))
+    return TemplateParts(around, opened.removeprefix(asked))
 
 
-def _common_end(one: str, other: str) -> str:
+def _common_suffix(one: str, other: str) -> str:
     same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False))
     return "".join(pair[0] for pair in same)[::-1]
 
 
-def ends_of(folder: Path, tokenizer: Any) -> list[str]:
-    """Texts of the tokens that end an answer: the model's own list, and the tokenizer's."""
+def end_tokens(folder: Path, tokenizer: Any) -> list[str]:
+    """Return the texts of tokens that end an answer: of the model's own list, and the tokenizer's."""
     file = folder / "generation_config.json"
     listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     ids = [*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id]
     return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(token for token in ids if token is not None)))
 
 
-def modelfile(gguf: str, folder: Path, tokenizer: Any, temperature: float) -> str:
-    """`folder`: of the merged model. `temperature`: the one that it was trained at."""
-    turns = turns_of(tokenizer)
+def render_modelfile(gguf: str, folder: Path, tokenizer: Any, temperature: float) -> str:
+    """Return the Modelfile's text. `folder`: of the merged model. `temperature`: of training."""
+    parts = find_template_parts(tokenizer)
     lines = [f"FROM ./{gguf}", ""]
-    if turns and '"""' not in turns.template():
-        lines += [f'TEMPLATE """{turns.template()}"""', ""]
+    if parts and '"""' not in parts.template():
+        lines += [f'TEMPLATE """{parts.template()}"""', ""]
     else:
         lines += [
             "# The chat template cannot be said in Ollama's language: it will take the nearest that it knows.",
             "",
         ]
-    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in ends_of(folder, tokenizer)]
+    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in end_tokens(folder, tokenizer)]
     return "\n".join([*lines, f"PARAMETER temperature {temperature:g}", ""])

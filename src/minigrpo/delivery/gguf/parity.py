@@ -1,4 +1,5 @@
-"""Whether llama.cpp, given an exported file, says what the merged model says: position by position, token by token.
+"""Prove an exported file: whether llama.cpp's output for it is the merged model's, position by position, token by
+token.
 
 Shapes: N scored positions of a text, V vocabulary.
 """
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.gguf.pretokenizer import token_faults
-from minigrpo.delivery.parity.compare import as_loaded, task_of, what_is_said
-from minigrpo.delivery.parity.kl import LIMIT, Divergence, compare
+from minigrpo.delivery.parity.compare import find_task, load_strictly, score_held_texts
+from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, Divergence, compare_distributions
 from minigrpo.delivery.parity.texts import HeldTexts
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import PROBE_QUESTION
@@ -23,25 +24,27 @@ from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
 
-GREATEST = {"F32": 1e-4}
-"""Of any log-probability, at any position: with the same arithmetic nothing but a wrong mapping is larger."""
-RELATIVE = {"F32": LIMIT, "F16": LIMIT, "BF16": LIMIT, "Q8_0": 0.25}
-"""Of what training did: a file that is further away has failed, however small that distance is."""
-UNMEASURED = {"F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-2}
-"""Nats a token, where nobody knows what training did. llama.cpp rounds what flows through a layer to the file's type,
-so even a lossless BF16 file differs. Chat models of some billions of weights lose about 0.001 in eight bits."""
-CEILING = 1e-2
-"""Nats a token, for every type with a limit: whatever training did, a right file is nearer."""
-LOSSLESS = {"BF16": UNMEASURED["BF16"]}
-"""Nats a token that are not held against what training did: such a file is the source of all others of a bfloat16
-model, with weights as they were merged, and only llama.cpp's own rounding on a CPU parts the two."""
+MAX_LOGPROB_ERROR = {"F32": 1e-4}
+"""Largest error of any log-probability, at any position: with the same arithmetic only a wrong mapping exceeds it."""
+RELATIVE_LIMITS = {"F32": MAX_RELATIVE_KL, "F16": MAX_RELATIVE_KL, "BF16": MAX_RELATIVE_KL, "Q8_0": 0.25}
+"""Largest relative KL of a type: a file beyond it has failed, however small the KL itself is."""
+ABSOLUTE_LIMITS = {"F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-2}
+"""Largest KL, in nats a token, where it is unknown what training did. llama.cpp rounds a layer's activations to the
+file's type, so even a lossless BF16 file differs. Chat models of some billions of weights lose about 0.001 in eight
+bits."""
+MAX_KL = 1e-2
+"""Largest KL, in nats a token, for every type with a limit, whatever training did."""
+LOSSLESS_LIMITS = {"BF16": ABSOLUTE_LIMITS["BF16"]}
+"""KL, in nats a token, up to which the relative limit is not applied: such a file is the source of all others of a
+bfloat16 model, with weights as they were merged, and differs only by llama.cpp's own rounding on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufReference:
-    """The merged model on the held texts. `base_kl`: what training did, in nats a token; None where it is unknown.
+    """The merged model on the held texts. `base_kl`: how far training moved the base, in nats a token; None where it is
+    unknown.
 
-    `trained`: the policy itself on the same texts, where it was opened; the merged model stands for it elsewhere.
+    `trained`: the policy itself on the same texts, where it was opened; elsewhere the merged model takes its place.
     """
 
     held: HeldTexts
@@ -58,9 +61,10 @@ class GgufReference:
 
 @dataclass(frozen=True, slots=True)
 class GgufProof:
-    """`row`: the distance. `greatest`: largest difference of a log-probability from the merged model's.
+    """The result of a proof. `row`: the distance. `greatest`: largest difference of a log-probability from the merged
+    model's.
 
-    `judged`: whether there is a limit for its type; else it is only told. `faults`: why the file is refused.
+    `judged`: whether its type has a limit; else it is only reported. `faults`: why the file is refused.
     """
 
     row: Divergence
@@ -78,59 +82,65 @@ class GgufProof:
 
 
 def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
-    """Opens the merged model in float32, asks it, and lets go of it."""
+    """Open the merged model in float32, score the held texts, and release it."""
     from transformers import AutoTokenizer
 
-    tokenizer, task = AutoTokenizer.from_pretrained(folder), task_of(run)
-    held, merged = what_is_said(as_loaded(folder).eval(), tokenizer, run, task)
-    return GgufReference(held, merged, asked_of(task), tokenizer, _base_kl(run))
+    tokenizer, task = AutoTokenizer.from_pretrained(folder), find_task(run)
+    held, merged = score_held_texts(load_strictly(folder).eval(), tokenizer, run, task)
+    return GgufReference(held, merged, comparison_prompts(task), tokenizer, _base_kl(run))
 
 
-def asked_of(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
-    """Conversations whose rendered ids are compared one by one."""
+def comparison_prompts(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
+    """Return conversations whose rendered ids are compared one by one."""
     asked = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
     return (*asked, (PROBE_QUESTION,))
 
 
 def _base_kl(run: RunDir | None) -> float | None:
-    """What the merge measured of base against trained policy."""
+    """Return the merge's measurement of base against trained policy; None where there is none."""
     stages = read_json(run.parity).get("stages", []) if run and run.parity.is_file() else []
     return next((row["mean_kl"] for row in stages if row["name"] == "base"), None)
 
 
-def prove_file(file: Path, kind: str, truth: GgufReference) -> GgufProof:
-    """Loads the file in llama.cpp. `kind`: F16, Q8_0 and the like."""
-    with LlamaCpp(file, context=truth.longest + 8) as llama:
-        if llama.facts.vocabulary != truth.merged[0].shape[-1]:
+def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
+    """Load the file in llama.cpp and compare it. `kind`: F16, Q8_0 and the like. Raises MinigrpoError for another
+    vocabulary."""
+    with LlamaCpp(file, context=reference.longest + 8) as llama:
+        if llama.facts.vocabulary != reference.merged[0].shape[-1]:
             raise MinigrpoError(
-                f"{file} knows {llama.facts.vocabulary} tokens and the model {truth.merged[0].shape[-1]}. It was made "
-                "from another model: export again with --force"
+                f"{file} knows {llama.facts.vocabulary} tokens and the model {reference.merged[0].shape[-1]}. It was "
+                "made from another model: export again with --force"
             )
-        found = list(llama.distributions(truth.held.texts))
-        tokens = tuple(token_faults(llama, truth.tokenizer, truth.prompts))
-    truths, limit = truth.trained or truth.merged, RELATIVE.get(kind) if truth.base_kl is not None else None
-    row = compare(f"gguf {kind}", found, truths, base_kl=truth.base_kl, limit=limit)
-    greatest = max(float((each - other).abs().max()) for each, other in zip(found, truth.merged, strict=True))
-    return GgufProof(row, greatest, kind in RELATIVE, (*tokens, *_too_far(row, greatest, kind)))
+        found = list(llama.distributions(reference.held.texts))
+        tokens = tuple(token_faults(llama, reference.tokenizer, reference.prompts))
+    references, limit = (
+        reference.trained or reference.merged,
+        RELATIVE_LIMITS.get(kind) if reference.base_kl is not None else None,
+    )
+    row = compare_distributions(f"gguf {kind}", found, references, base_kl=reference.base_kl, limit=limit)
+    greatest = max(float((each - other).abs().max()) for each, other in zip(found, reference.merged, strict=True))
+    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, (*tokens, *_distance_faults(row, greatest, kind)))
 
 
-def _too_far(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
-    if greatest > GREATEST.get(kind, greatest):
+def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
+    if greatest > MAX_LOGPROB_ERROR.get(kind, greatest):
         yield (
             f"In {kind} nothing is rounded, and yet a log-probability differs by {greatest:.2g} (limit "
-            f"{GREATEST[kind]:g}): tensors or settings were written wrongly. Report it with the model's name."
+            f"{MAX_LOGPROB_ERROR[kind]:g}): tensors or settings were written wrongly. Report it with the model's name."
         )
         return
-    share, ceiling = row.relative_kl, CEILING if kind in RELATIVE else None
-    limit = UNMEASURED.get(kind) if share is None else ceiling
+    share, ceiling = row.relative_kl, MAX_KL if kind in RELATIVE_LIMITS else None
+    limit = ABSOLUTE_LIMITS.get(kind) if share is None else ceiling
     if limit is not None and row.mean_kl > limit:
         yield (
             f"Its distance from the merged model is {row.mean_kl:.2g} nats a token (limit {limit:g}). {_remedy(kind)}"
         )
-    elif share is not None and row.mean_kl > LOSSLESS.get(kind, 0.0) and share > RELATIVE.get(kind, share):
+    elif (
+        share is not None and row.mean_kl > LOSSLESS_LIMITS.get(kind, 0.0) and share > RELATIVE_LIMITS.get(kind, share)
+    ):
         yield (
             f"Its distance is {row.mean_kl:.2g} nats a token, {share:.2g} of what training did (limit "
-            f"{RELATIVE[kind]:g}). {_remedy(kind)}"
+            f"{RELATIVE_LIMITS[kind]:g}). {_remedy(kind)}"
         )
 
 
@@ -140,7 +150,7 @@ def _remedy(kind: str) -> str:
     return "Export as F32: if that is refused, too, the model was written wrongly; if not, this type is too coarse."
 
 
-def outline(truth: GgufReference) -> dict[str, Any]:
-    """What every proof was made on."""
-    texts: Sequence[Any] = truth.held.texts
-    return {"texts": len(texts), "tokens": sum(text.scored for text in texts), "source": truth.held.source}
+def describe_texts(reference: GgufReference) -> dict[str, Any]:
+    """Return the number of texts and tokens that a proof was made on, and their source."""
+    texts: Sequence[Any] = reference.held.texts
+    return {"texts": len(texts), "tokens": sum(text.scored for text in texts), "source": reference.held.source}

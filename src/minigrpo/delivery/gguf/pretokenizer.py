@@ -1,7 +1,7 @@
-"""Which of llama.cpp's pre-tokenizers cuts text as a tokenizer.json does, and whether the two then agree in every id.
+"""Find llama.cpp's pre-tokenizer that splits text as a tokenizer.json does, and compare the ids of the two.
 
-A GGUF file does not hold the pattern by which a text is cut before its bytes are merged, only the name of one that
-llama.cpp knows. A wrong name changes ids here and there, and nobody notices; so patterns must be equal to the letter.
+A GGUF file does not hold the pattern by which text is split before its bytes are merged, only the name of one that
+llama.cpp knows. A wrong name changes ids here and there, and nobody notices; so patterns must be exactly equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _SLASHED = _ENDINGS.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 
-SPLITS = {
+SPLIT_PATTERNS = {
     _ENGLISH + _WORD + r"|\p{N}" + _ENDINGS: "qwen2",
     _ENGLISH + _WORD + r"|\p{N}{1,3}" + _ENDINGS: "llama-bpe",
     "|".join(_CASED) + r"|\p{N}" + _SLASHED: "tekken",
@@ -33,18 +33,18 @@ SPLITS = {
 }
 """The pattern of a Split, as published tokenizers have it -> llama.cpp's name."""
 
-PROBES = (
+PROBE_TEXTS = (
     "It's 3.14 or 2,718; we'LL see 1234567 things\n\n  in   the\tend.",
     "  leading, trailing  ",
     "def f(x):\n    return x ** 2  # twice?\r\n",
     "naïve Ünïcode — “quotes” … 数学 и математика 🙂 ½",
     "<think>1+1=2</think>\n<answer>2</answer>",
 )
-"""Texts on which neighbouring pre-tokenizers differ: digits, contractions, spaces, lines, other scripts."""
+"""Texts on which similar pre-tokenizers differ: digits, contractions, spaces, lines, other scripts."""
 
 
-def kind_of(folder: Path) -> str:
-    """llama.cpp's name for how the tokenizer in `folder` cuts text. Raises ModelError where it has none."""
+def pretokenizer_name(folder: Path) -> str:
+    """Return llama.cpp's name for how the tokenizer in `folder` splits text. Raises ModelError where it has none."""
     file = folder / "tokenizer.json"
     try:
         rules = json.loads(file.read_text(encoding="utf-8"))
@@ -53,21 +53,23 @@ def kind_of(folder: Path) -> str:
     except (OSError, ValueError, KeyError, AttributeError) as fault:
         raise ModelError(f"{file} is missing or damaged ({fault}), so a GGUF file would have no tokenizer.") from None
     if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges"):
-        raise ModelError(f"{file} is no byte-level BPE with merges. {OFFICIAL}")
+        raise ModelError(f"{file} is no byte-level BPE with merges. {USE_LLAMA_CPP_HINT}")
     normalizer = (rules.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):  # llama.cpp has no NFC either, but text as people type it is in it already
-        raise ModelError(f"{file} changes text first ({normalizer}), which llama.cpp would not. {OFFICIAL}")
-    found = _kind(steps)
+        raise ModelError(f"{file} changes text first ({normalizer}), which llama.cpp would not. {USE_LLAMA_CPP_HINT}")
+    found = _name_of_steps(steps)
     if found is None:
         told = json.dumps(cutting, ensure_ascii=False)[:300]
-        raise ModelError(f"llama.cpp has no pre-tokenizer that is known to cut as {file} does: {told}. {OFFICIAL}")
+        raise ModelError(
+            f"llama.cpp has no pre-tokenizer that is known to cut as {file} does: {told}. {USE_LLAMA_CPP_HINT}"
+        )
     return found
 
 
-OFFICIAL = "Give a newer llama.cpp that may know it (--llama-cpp DIR), or use a model with another tokenizer."
+USE_LLAMA_CPP_HINT = "Give a newer llama.cpp that may know it (--llama-cpp DIR), or use a model with another tokenizer."
 
 
-def _kind(steps: Sequence[Mapping[str, Any]]) -> str | None:
+def _name_of_steps(steps: Sequence[Mapping[str, Any]]) -> str | None:
     first, last = steps[0], steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
@@ -80,14 +82,14 @@ def _kind(steps: Sequence[Mapping[str, Any]]) -> str | None:
         return "smollm"
     plain = first.get("behavior") == "Isolated" and not first.get("invert") and not own_pattern
     pattern = first.get("pattern") or {}
-    return SPLITS.get(str(pattern.get("Regex"))) if first.get("type") == "Split" and plain else None
+    return SPLIT_PATTERNS.get(str(pattern.get("Regex"))) if first.get("type") == "Split" and plain else None
 
 
 def token_faults(llama: LlamaCpp, tokenizer: Any, prompts: Sequence[Sequence[Message]]) -> Iterator[str]:
-    """What llama.cpp would read differently: one sentence for each kind of fault.
+    """Yield one sentence for each kind of difference between llama.cpp's tokens and the tokenizer's.
 
-    `prompts`: messages. They are rendered as llama.cpp does it, which leaves the template's beginning-of-text token
-    away where the file asks for one by itself.
+    `prompts`: messages. They are rendered as llama.cpp does, which leaves the template's beginning-of-text token out
+    where the file asks for one by itself.
     """
     facts = llama.facts
     if facts.template != tokenizer.chat_template:
@@ -100,27 +102,29 @@ def token_faults(llama: LlamaCpp, tokenizer: Any, prompts: Sequence[Sequence[Mes
         yield "The file asks for an end-of-text token after every prompt, so the model would see its answer ended."
     bos = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else None
     for messages in prompts:
-        text, ids = render_text(tokenizer, messages, opened=True), _rendered(tokenizer, messages)
+        text, ids = render_text(tokenizer, messages, opened=True), _render_ids(tokenizer, messages)
         stripped = text.removeprefix(bos) if bos and facts.adds_bos else text
-        if fault := _difference(ids, llama.tokenize(stripped, special=True), facts.bos, "a rendered prompt"):
+        if fault := _describe_difference(ids, llama.tokenize(stripped, special=True), facts.bos, "a rendered prompt"):
             yield fault
             break
-    for text in (*PROBES, PROBE_REPLY):
-        if fault := _difference(_plain(tokenizer, text), llama.tokenize(text), facts.bos, f"the text {text!r}"):
+    for text in (*PROBE_TEXTS, PROBE_REPLY):
+        if fault := _describe_difference(
+            _tokenize_plain(tokenizer, text), llama.tokenize(text), facts.bos, f"the text {text!r}"
+        ):
             yield fault
             break
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+def _render_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     whole = tokenizer.apply_chat_template([*messages], add_generation_prompt=True, tokenize=True, return_dict=True)
     return tuple(whole["input_ids"])
 
 
-def _plain(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _tokenize_plain(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _difference(ours: tuple[int, ...], theirs: tuple[int, ...], bos: int, what: str) -> str | None:
+def _describe_difference(ours: tuple[int, ...], theirs: tuple[int, ...], bos: int, what: str) -> str | None:
     if ours == theirs:
         return None
     if theirs == (bos, *ours):

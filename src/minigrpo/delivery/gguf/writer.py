@@ -1,7 +1,8 @@
-"""A model folder written as GGUF by ourselves: for a few architectures, so that an export needs no network.
+"""Write a model folder as GGUF without llama.cpp: for a few architectures, so that an export needs no network.
 
-Names of tensors and keys come from the `gguf` package; a test holds the file against llama.cpp's own converter, tensor
-by tensor and key by key. Every other architecture is refused: who guesses makes files that load and babble.
+Names of tensors and keys come from the `gguf` package; a test compares the file with llama.cpp's own converter's,
+tensor by tensor and key by key. Every other architecture is refused: a guess would give files that load and produce
+nonsense.
 
 Shapes: O rows of a weight, I columns.
 """
@@ -20,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.delivery.artifacts.merged_weights import redundant
-from minigrpo.delivery.gguf.pretokenizer import kind_of
+from minigrpo.delivery.artifacts.merged_weights import duplicate_heads
+from minigrpo.delivery.gguf.pretokenizer import pretokenizer_name
 from minigrpo.errors import ModelError
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.models.safetensors_io import StoredTensor
 
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "ministral3": "mistral3"}
+GGUF_ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "ministral3": "mistral3"}
 """transformers' model_type of the text part -> llama.cpp's name."""
-PERMUTED = ("llama", "mistral3")
-"""llama.cpp turns neighbouring pairs of these, transformers the two halves: rows of q and k change places."""
-ROPES = {
+PERMUTED_ARCHITECTURES = ("llama", "mistral3")
+"""For these, RoPE rotates neighbouring pairs in llama.cpp and the two halves in transformers: rows of q and k are
+permuted."""
+ROPE_TYPES = {
     "qwen2": ("default", "yarn"),
     "qwen3": ("default", "yarn"),
     "llama": ("default", "llama3"),
@@ -39,10 +41,12 @@ ROPES = {
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the text part, with the whole model's values where it has none."""
     return {**config, **(config.get("text_config") or {})}
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings, from either of the two places where configs hold them."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "rope_theta" not in rope and config.get("rope_theta") is not None:
         rope["rope_theta"] = config["rope_theta"]
@@ -50,14 +54,14 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def refusal(config: Mapping[str, Any]) -> str | None:
-    """Why this writer does not write such a model; None where it does."""
+def unsupported_reason(config: Mapping[str, Any]) -> str | None:
+    """Return why this writer does not write such a model; None where it does."""
     config = text_config(config)
     kind = config.get("model_type")
-    arch = ARCHITECTURES.get(str(kind))
+    arch = GGUF_ARCHITECTURES.get(str(kind))
     if arch is None:
-        return f"the architecture {kind!r} is none of {', '.join(ARCHITECTURES)}"
-    if (rope := rope_of(config)["rope_type"]) not in ROPES[arch]:
+        return f"the architecture {kind!r} is none of {', '.join(GGUF_ARCHITECTURES)}"
+    if (rope := rope_config(config)["rope_type"]) not in ROPE_TYPES[arch]:
         return f"{kind} with a rotation of type {rope!r}"
     if config.get("use_sliding_window") or (arch == "mistral3" and config.get("sliding_window")):
         return f"{kind} with a sliding window"
@@ -66,21 +70,22 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write(folder: Path, file: Path, kind: str, name: str) -> None:
-    """`kind`: F32, F16 or BF16. Raises ModelError for what is not known here to be written rightly."""
+def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
+    """Write the file. `kind`: F32, F16 or BF16. Raises ModelError for a model that this writer does not know
+    exactly."""
     import gguf
 
     base = open_base(folder)
     config = text_config(base.config)
-    if reason := refusal(base.config):
+    if reason := unsupported_reason(base.config):
         raise ModelError(f"{folder}: {reason}, which cannot be written without llama.cpp's converter.")
-    arch = ARCHITECTURES[config["model_type"]]
+    arch = GGUF_ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, arch)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
         _add_shape(writer, arch, config)
-        _add_rope(writer, arch, rope_of(config))
+        _add_rope(writer, arch, rope_config(config))
         files = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
         writer.add_file_type(gguf.LlamaFileType[files[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -93,7 +98,7 @@ def write(folder: Path, file: Path, kind: str, name: str) -> None:
 
 @contextmanager
 def full_disk_told() -> Iterator[None]:
-    """numpy says how many bytes it could not write, and not why."""
+    """Turn numpy's error on a full disk, which only tells how many bytes it could not write, into ENOSPC."""
     try:
         yield
     except OSError as fault:
@@ -113,7 +118,7 @@ def _add_shape(writer: Any, arch: str, config: Mapping[str, Any]) -> None:
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if arch in PERMUTED:
+    if arch in PERMUTED_ARCHITECTURES:
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(_head_dim(config))
 
@@ -167,27 +172,27 @@ def _add_vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
         else:
             kinds.append(gguf.TokenType.USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(kind_of(folder))
+    writer.add_tokenizer_pre(pretokenizer_name(folder))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
 
 
 def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
-    """Headers of all first, then the values of one tensor at a time."""
+    """Write the headers of all tensors, then their values, one tensor at a time."""
     import gguf
     import numpy as np
 
     config = text_config(base.config)
-    names = _names(base, arch, config["num_hidden_layers"])
+    names = _gguf_names(base, arch, config["num_hidden_layers"])
     made: list[tuple[StoredTensor | Tensor, str, Any]] = [
         (base.tensors[name], new, None) for name, new in names.items()
     ]
-    if (factors := _frequencies(rope_of(config), _head_dim(config))) is not None:
+    if (factors := _rope_factors(rope_config(config), _head_dim(config))) is not None:
         made.insert(0, (factors, "rope_freqs.weight", None))
     for source, new, _ in made:
         shape = tuple(source.shape)
-        quant = gguf.GGMLQuantizationType[_kind(new, shape, kind)]
+        quant = gguf.GGMLQuantizationType[_stored_type(new, shape, kind)]
         stored = np.dtype(np.float16 if quant.name == "F16" else np.float32)
         size = math.prod(shape) * (2 if quant.name != "F32" else 4)
         as_bytes = quant.name == "BF16"
@@ -198,16 +203,18 @@ def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
     writer.write_ti_data_to_file()
     for source, new, _ in made:
         values = source.read() if isinstance(source, StoredTensor) else source
-        writer.write_tensor_data(_values(_permuted(values, new, arch, config), _kind(new, tuple(values.shape), kind)))
+        writer.write_tensor_data(
+            _to_numpy(_permuted(values, new, arch, config), _stored_type(new, tuple(values.shape), kind))
+        )
 
 
-def _names(base: BaseFiles, arch: str, layers: int) -> dict[str, str]:
-    """Of the text part: name on the disk -> name in the file. Raises ModelError for one that nobody knows."""
+def _gguf_names(base: BaseFiles, arch: str, layers: int) -> dict[str, str]:
+    """Map the text part's tensor names to the file's. Raises ModelError for an unknown name."""
     import gguf
 
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     table = gguf.get_tensor_name_map(number, layers)
-    dropped = redundant(base)
+    dropped = duplicate_heads(base)
     found = {}
     for name in base.tensors:
         if name in dropped or not base.is_text(name) or name.endswith(".rotary_emb.inv_freq"):
@@ -219,13 +226,14 @@ def _names(base: BaseFiles, arch: str, layers: int) -> dict[str, str]:
     return found
 
 
-def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Vectors and norms are small, and keep float32."""
+def _stored_type(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Return the type a tensor is stored in: vectors and norms are small, and keep float32."""
     return "F32" if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") else kind
 
 
 def _permuted(values: Tensor, name: str, arch: str, config: Mapping[str, Any]) -> Tensor:
-    if arch not in PERMUTED or not (".attn_q." in name or ".attn_k." in name):
+    """Return the rows of q and k in llama.cpp's order; other tensors unchanged."""
+    if arch not in PERMUTED_ARCHITECTURES or not (".attn_q." in name or ".attn_k." in name):
         return values
     heads = config["num_attention_heads"]
     if ".attn_k." in name:
@@ -234,7 +242,7 @@ def _permuted(values: Tensor, name: str, arch: str, config: Mapping[str, Any]) -
     return halves.transpose(1, 2).reshape(values.shape)
 
 
-def _values(values: Tensor, kind: str) -> Any:
+def _to_numpy(values: Tensor, kind: str) -> Any:
     if kind == "BF16":
         return values.bfloat16().contiguous().view(torch.uint8).numpy()
     if kind == "F16":
@@ -245,8 +253,8 @@ def _values(values: Tensor, kind: str) -> Any:
     return values.float().contiguous().numpy()
 
 
-def _frequencies(rope: Mapping[str, Any], width: int) -> Tensor | None:
-    """Llama 3's rotation: by how much each frequency is slowed down; long waves fully, short ones not at all."""
+def _rope_factors(rope: Mapping[str, Any], width: int) -> Tensor | None:
+    """Return the frequency factors of Llama 3's RoPE: long wavelengths are slowed down fully, short ones not at all."""
     if rope["rope_type"] != "llama3":
         return None
     old, factor = rope["original_max_position_embeddings"], rope["factor"]
@@ -259,8 +267,8 @@ def _frequencies(rope: Mapping[str, Any], width: int) -> Tensor | None:
     return torch.tensor(found, dtype=torch.float32)
 
 
-def described(file: Path) -> Iterator[tuple[str, Any]]:
-    """Every key of a GGUF file with its value, in plain Python."""
+def read_keys(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every key of a GGUF file with its value, in plain Python."""
     import gguf
 
     for name, field in gguf.GGUFReader(file).fields.items():

@@ -1,7 +1,9 @@
-"""The page of a published model: what it is, what it does, how it was proved, how to run it. Every value is of the run.
+"""The model card of a published model: what it is, what it does, how it was proved, how to run it. Every value is the
+run's.
 
-Facts are read once (`facts_of`), and each repository's page is a text made from them. What users wrote (task names,
-recipes, model ids) is escaped: in front matter by YAML, in tables and sentences by `plain`, in blocks by the fence.
+Facts are collected once (`card_facts`), and each repository's card is rendered from them. What users wrote (task names,
+recipes, model ids) is escaped: in front matter by YAML, in tables and sentences by `plain`, in code blocks by the
+fence.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import yaml
 
 from minigrpo.config.load import load_recipe
-from minigrpo.delivery.hub.client import in_bytes
+from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.parity.table import read_parity
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import local_config
@@ -33,17 +35,21 @@ from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.live import column_means, sparkline
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
-WIDTH = 50
-LICENCES = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"\bMIT License\b", "gpl-3.0": r"GNU GENERAL PUBLIC"}
-DATASETS = {"gsm8k": "openai/gsm8k"}
-"""Which data set of the Hub a task reads where the recipe names none; others generate their own."""
+CURVE_WIDTH = 50
+LICENCE_PATTERNS = {
+    "apache-2.0": r"Apache License\s+Version 2\.0",
+    "mit": r"\bMIT License\b",
+    "gpl-3.0": r"GNU GENERAL PUBLIC",
+}
+TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
+"""The Hub's dataset of a task where the recipe names none; other tasks generate their own data."""
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """`base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: of what is published
-    together, by kind. `rewards`: mean reward of each step. `gguf`: what is known of each exported file, by name.
-    `missing`: what vLLM must be told of the base beside its config."""
+class CardFacts:
+    """What a card says. `base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: all
+    that are published together, by kind. `rewards`: (step, mean reward). `gguf`: facts of each exported file, by
+    name. `missing`: settings that vLLM needs and the base's config lacks."""
 
     name: str
     base: str | None
@@ -63,27 +69,27 @@ class Facts:
     remarks: tuple[str, ...]
 
 
-def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
-    """Reads what is there; parts that a run has not made are left out of the page."""
+def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFacts:
+    """Collect the facts from the run's folder; what a run has not made is left out of the card."""
     recipe = load_recipe(str(run.path))
     base = hub_name(recipe.model.path)
-    licence, remarks = licence_of(recipe.model.path, recipe.model.revision, online)
-    knobs: dict[str, Any] = _shown(recipe.model_dump(mode="json"))
-    data = hub_name(recipe.task.data) if recipe.task.data else DATASETS.get(recipe.task.name)
+    licence, remarks = find_licence(recipe.model.path, recipe.model.revision, online)
+    shown: dict[str, Any] = _hide_paths(recipe.model_dump(mode="json"))
+    data = hub_name(recipe.task.data) if recipe.task.data else TASK_DATASETS.get(recipe.task.name)
     made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
     merged = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
     versions = {**made.get("made", {}).get("versions", {}), **merged.get("made", {}).get("versions", {})}
     whole = read_json(run.merged / "config.json") if (run.merged / "config.json").is_file() else {}
     config = local_config(recipe.model.path, recipe.model.revision) or without_attention_scale(whole)
     there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
-    return Facts(
+    return CardFacts(
         name=run.path.absolute().name,
         base=base,
         base_words=_base_words(recipe.model.path, base),
         licence=licence,
-        recipe=knobs,
+        recipe=shown,
         datasets=(data,) if data else (),
-        system=_system_of(run),
+        system=_system_message(run),
         repos=repos,
         rewards=tuple(_rewards(run)),
         comparisons=_comparisons(run),
@@ -97,7 +103,7 @@ def facts_of(run: RunDir, repos: Mapping[str, str], *, online: bool) -> Facts:
 
 
 def hub_name(path: str) -> str | None:
-    """USER/NAME where a path is one: neither a folder of this machine nor the embedded model."""
+    """Return USER/NAME where a path is one; None for a folder of this machine and for the embedded model."""
     name = path.partition(":")[0]
     if path.partition(":")[0] == "seedling" or Path(path).expanduser().exists() or path.startswith((".", "~", "/")):
         return None
@@ -113,23 +119,23 @@ def _base_words(path: str, base: str | None) -> str:
     return "a model that is not on the Hub"
 
 
-def licence_of(path: str, revision: str | None, online: bool) -> tuple[dict[str, str], tuple[str, ...]]:
-    """What the base's own page or LICENSE says, for the front matter; else nothing, and a remark."""
+def find_licence(path: str, revision: str | None, online: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the licence from the base's own card or LICENSE file, for the front matter; else nothing and a remark."""
     folder = Path(path).expanduser()
-    page = folder / "README.md" if folder.is_dir() else _page_of(path, revision, online)
-    said = front_matter(page) if page and page.is_file() else {}
+    page = folder / "README.md" if folder.is_dir() else _find_page(path, revision, online)
+    said = read_front_matter(page) if page and page.is_file() else {}
     if isinstance(said.get("license"), str):
         names = ("license", "license_name", "license_link")
         return {name: str(said[name]) for name in names if said.get(name)}, ()
     for file in sorted(folder.glob("LICENSE*")) if folder.is_dir() else ():
         text = file.read_text(encoding="utf-8", errors="replace")[:3000]
-        found = next((name for name, words in LICENCES.items() if re.search(words, text)), None)
+        found = next((name for name, words in LICENCE_PATTERNS.items() if re.search(words, text)), None)
         return ({"license": found} if found else {"license": "other", "license_link": file.name}), ()
     return {}, ("The base's licence could not be found, so the page names none: add `license:` to README.md by hand.",)
 
 
-def _page_of(path: str, revision: str | None, online: bool) -> Path | None:
-    """The base's README.md: out of the Hub client's cache, or downloaded."""
+def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
+    """Find the base's README.md in the Hub client's cache, or download it."""
     if not hub_name(path):
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -143,7 +149,7 @@ def _page_of(path: str, revision: str | None, online: bool) -> Path | None:
         return None
 
 
-def front_matter(page: Path) -> dict[str, Any]:
+def read_front_matter(page: Path) -> dict[str, Any]:
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         said = yaml.safe_load(found[1]) if found else {}
@@ -152,12 +158,12 @@ def front_matter(page: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _shown(value: Any) -> Any:
-    """A recipe's values without paths and addresses of the machine that it ran on: only their last part is told."""
+def _hide_paths(value: Any) -> Any:
+    """Return a recipe's values with paths cut to their last part and addresses removed: they are of this machine."""
     if isinstance(value, dict):
-        return {name: _shown(each) for name, each in value.items()}
+        return {name: _hide_paths(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_shown(each) for each in value]
+        return [_hide_paths(each) for each in value]
     if not isinstance(value, str):
         return value
     if "://" in value:
@@ -167,7 +173,8 @@ def _shown(value: Any) -> Any:
 
 
 def _comparisons(run: RunDir) -> dict[str, Any]:
-    """Before and after, by decoding, if the run came so far."""
+    """Read the evaluations before and after training, by decoding; {} if there are none. Raises ArtifactError if
+    damaged."""
     file = run.evals / "comparison.json"
     if not file.is_file():
         return {}
@@ -179,8 +186,8 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     return found
 
 
-def _system_of(run: RunDir) -> str:
-    """The system message that it was trained with: without it the model is asked something else."""
+def _system_message(run: RunDir) -> str:
+    """Return the system message used in training: without it the model is asked something else."""
     try:
         first = next(read_groups(run), {})["messages"][0]
         return str(first["content"]) if first["role"] == "system" else ""
@@ -197,10 +204,10 @@ def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
 # From here on: text
 
 
-def card(facts: Facts, what: str) -> str:
-    """The page of one repository: front matter, then what a reader asks, in that order."""
+def render_card(facts: CardFacts, what: str) -> str:
+    """Render one repository's card: front matter, then what a reader asks, in that order."""
     parts = [
-        f"---\n{yaml.safe_dump(header(facts, what), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(card_metadata(facts, what), sort_keys=False, allow_unicode=True)}---",
         f"# {plain(facts.repos[what].partition('/')[2])}",
         _opening(facts, what),
         _evaluation(facts.comparisons),
@@ -214,8 +221,8 @@ def card(facts: Facts, what: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def header(facts: Facts, what: str) -> dict[str, Any]:
-    """The front matter, by which the Hub finds and files a model."""
+def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
+    """Return the front matter, by which the Hub files a model."""
     relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}[what]
     base = facts.repos.get("merged", facts.base) if what == "gguf" else facts.base
     library = {"merged": {"library_name": "transformers"}, "adapter": {"library_name": "peft"}, "gguf": {}}[what]
@@ -231,7 +238,7 @@ def header(facts: Facts, what: str) -> dict[str, Any]:
     }
 
 
-def _opening(facts: Facts, what: str) -> str:
+def _opening(facts: CardFacts, what: str) -> str:
     kind = {"merged": "The whole model", "adapter": "The LoRA adapter", "gguf": "GGUF files for llama.cpp and Ollama"}
     others = [f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items() if name != what]
     text = (
@@ -272,7 +279,7 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
             f"`{name}`",
             entry["format"],
             f"{entry['bits']:.2f}",
-            in_bytes(entry["size"]),
+            format_bytes(entry["size"]),
             f"{entry['proof']['mean_kl']:.2g}",
         )
         for name, entry in files.items()
@@ -293,7 +300,7 @@ def _proof(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parity_markdown(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of parity.json as a table. `greedy`: tokens until the likeliest one differs, of how many."""
+    """Render rows of parity.json as a table. `greedy`: tokens before the likeliest one differs, of how many."""
     rows = [
         (
             plain(stage["name"]),
@@ -309,25 +316,26 @@ def parity_markdown(stages: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(("", "KL", "of training", "worst", "top-1", "greedy", "limit"), rows)
 
 
-def _training(facts: Facts) -> str:
-    knobs = facts.recipe
-    adapter = "every parameter" if knobs["train"]["full"] else f"LoRA of rank {knobs['lora']['rank']}"
+def _training(facts: CardFacts) -> str:
+    recipe = facts.recipe
+    adapter = "every parameter" if recipe["train"]["full"] else f"LoRA of rank {recipe['lora']['rank']}"
     text = (
-        f"## Training\n\n{knobs['train']['steps']} steps of {plain(knobs['objective']['name'])} at a learning rate of "
-        f"{knobs['train']['lr']:g} ({adapter}); each step {knobs['rollout']['prompts']} prompts with "
-        f"{knobs['rollout']['completions']} completions of at most {knobs['rollout']['max_tokens']} tokens, "
-        f"temperature {knobs['rollout']['temperature']:g}."
+        f"## Training\n\n{recipe['train']['steps']} steps of {plain(recipe['objective']['name'])} at a learning rate "
+        f"of {recipe['train']['lr']:g} ({adapter}); each step {recipe['rollout']['prompts']} prompts with "
+        f"{recipe['rollout']['completions']} completions of at most {recipe['rollout']['max_tokens']} tokens, "
+        f"temperature {recipe['rollout']['temperature']:g}."
     )
     return f"{text}\n\n{_curve(facts.rewards)}" if facts.rewards else text
 
 
 def _curve(rewards: Sequence[tuple[int, float]]) -> str:
-    """The mean reward over the steps, as a line of bars and as numbers."""
-    means = column_means([value for _, value in rewards], WIDTH)
+    """Render the mean reward over the steps, as a sparkline and as numbers."""
+    means = column_means([value for _, value in rewards], CURVE_WIDTH)
     marks = sorted({round(i * (len(rewards) - 1) / 5) for i in range(6)})
     steps = [str(rewards[i][0]) for i in marks]
     table = markdown_table(("step", *steps), [("mean reward", *(f"{rewards[i][1]:.3f}" for i in marks))])
-    return f"Mean reward, from {min(means):.3f} to {max(means):.3f}:\n\n```\n{sparkline(means, WIDTH)}\n```\n\n{table}"
+    curve = sparkline(means, CURVE_WIDTH)
+    return f"Mean reward, from {min(means):.3f} to {max(means):.3f}:\n\n```\n{curve}\n```\n\n{table}"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
@@ -339,24 +347,24 @@ def _versions(versions: Mapping[str, str]) -> str:
     return "Made with " + ", ".join(f"{plain(n)} {plain(v)}" for n, v in versions.items()) + "." if versions else ""
 
 
-QUESTION = "Your question"
+SAMPLE_QUESTION = "Your question"
 
 
-def how_to_run(facts: Facts, what: str) -> str:
-    """With the system message and the temperature of training."""
-    return f"## How to run it\n\n{RUN[what](facts)}"
+def how_to_run(facts: CardFacts, what: str) -> str:
+    """Render how to run the model, with the system message and temperature of training."""
+    return f"## How to run it\n\n{HOW_TO_RUN[what](facts)}"
 
 
-def _messages(facts: Facts) -> list[dict[str, str]]:
+def _messages(facts: CardFacts) -> list[dict[str, str]]:
     system = [{"role": "system", "content": facts.system}] if facts.system else []
-    return [*system, {"role": "user", "content": QUESTION}]
+    return [*system, {"role": "user", "content": SAMPLE_QUESTION}]
 
 
-def _answer(facts: Facts) -> str:
-    """How an answer is made, once `model` and `tokenizer` are there."""
+def _answer(facts: CardFacts) -> str:
+    """Render the code that generates an answer, given `model` and `tokenizer`."""
     length = facts.recipe["rollout"]["max_tokens"]
     return (
-        f"messages = {_python(_messages(facts))}\n"
+        f"messages = {_as_python(_messages(facts))}\n"
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
         ").to(model.device)\n"
@@ -365,40 +373,40 @@ def _answer(facts: Facts) -> str:
     )
 
 
-def _python(messages: list[dict[str, str]]) -> str:
-    """Strings as JSON writes them are strings of Python, too."""
+def _as_python(messages: list[dict[str, str]]) -> str:
+    """Render messages as Python: JSON's string literals are Python's, too."""
     return json.dumps(messages, indent=4, ensure_ascii=False).replace("}\n]", "},\n]")
 
 
-def _merged(facts: Facts) -> str:
-    repo, kind = facts.repos["merged"], _kind(facts)
+def _run_merged(facts: CardFacts) -> str:
+    repo, kind = facts.repos["merged"], _model_class(facts)
     code = (
         f"from transformers import {kind}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
         f'model = {kind}.from_pretrained("{repo}", dtype="auto", device_map="auto")\n' + _answer(facts)
     )
-    return f"transformers:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_served(facts, f'vllm serve {repo}', repo)}"
+    return f"transformers:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_serve_and_ask(facts, f'vllm serve {repo}', repo)}"
 
 
-def _kind(facts: Facts) -> str:
+def _model_class(facts: CardFacts) -> str:
     return "AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM"
 
 
-def _served(facts: Facts, command: str, model: str) -> str:
+def _serve_and_ask(facts: CardFacts, command: str, model: str) -> str:
     body: dict[str, Any] = {"model": model, "messages": _messages(facts), "temperature": 0}
     text = shlex.quote(json.dumps(body, ensure_ascii=False))
     url = "http://localhost:8000/v1/chat/completions"
     return fenced(f"{command}\ncurl {url} -H 'Content-Type: application/json' -d {text}", "bash")
 
 
-def _adapter(facts: Facts) -> str:
+def _run_adapter(facts: CardFacts) -> str:
     repo = facts.repos["adapter"]
     base = facts.base or "PATH-OF-THE-BASE"
     note = "" if facts.base else "The base is not on the Hub: put its folder where `PATH-OF-THE-BASE` stands.\n\n"
     code = (
-        f"from peft import PeftModel\nfrom transformers import {_kind(facts)}, AutoTokenizer\n\n"
+        f"from peft import PeftModel\nfrom transformers import {_model_class(facts)}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
-        f'base = {_kind(facts)}.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
+        f'base = {_model_class(facts)}.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
         f'model = PeftModel.from_pretrained(base, "{repo}")\n' + _answer(facts)
     )
     text = f"{note}transformers and PEFT:\n\n{fenced(code, 'python')}\n\n"
@@ -409,28 +417,29 @@ def _adapter(facts: Facts) -> str:
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
     if facts.missing:  # of the base, whose config says it in words that vLLM does not read
         serve += f" --hf-overrides {shlex.quote(json.dumps(facts.missing))}"
-    return f"{text}vLLM:\n\n{_served(facts, serve, name)}"
+    return f"{text}vLLM:\n\n{_serve_and_ask(facts, serve, name)}"
 
 
-def _gguf(facts: Facts) -> str:
+def _run_gguf(facts: CardFacts) -> str:
     repo = facts.repos["gguf"]
     formats = [entry["format"] for entry in facts.gguf.values()]
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
-    heat = facts.recipe["rollout"]["temperature"]
+    temperature = facts.recipe["rollout"]["temperature"]
     system = f" -sys {shlex.quote(facts.system)}" if facts.system else ""
     llama = f"llama-cli -hf {repo}:{kind}{system}\nllama-server -hf {repo}:{kind}"
-    recipe = file.removesuffix(".gguf")
+    stem = file.removesuffix(".gguf")
     ollama = (
         f"ollama run hf.co/{repo}:{kind}\n\n"
         "# or with the Modelfile beside it: its template, stop words and temperature\n"
-        f"hf download {repo} {file} {recipe}.Modelfile --local-dir .\n"
-        f"ollama create {recipe.lower()} -f {recipe}.Modelfile"
+        f"hf download {repo} {file} {stem}.Modelfile --local-dir .\n"
+        f"ollama create {stem.lower()} -f {stem}.Modelfile"
     )
     return (
         f"llama.cpp:\n\n{fenced(llama, 'bash')}\n\nOllama:\n\n{fenced(ollama, 'bash')}\n\n"
-        f"It was trained at temperature {heat:g}; while the repository is private, both need the right to read it."
+        f"It was trained at temperature {temperature:g}; while the repository is private, both need the right to "
+        "read it."
     )
 
 
-RUN = {"merged": _merged, "adapter": _adapter, "gguf": _gguf}
+HOW_TO_RUN = {"merged": _run_merged, "adapter": _run_adapter, "gguf": _run_gguf}

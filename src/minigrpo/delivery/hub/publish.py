@@ -1,8 +1,8 @@
-"""A run's models to the Hugging Face Hub, resumable, each repository compared with what lies here.
+"""Publish a run's models on the Hugging Face Hub: resumable, with each repository compared with the local files.
 
-pack      only proved files, each repository with its card (hub/contents.py)
-look      who am I, what is there: a repository with other content is refused before a byte is sent
-send      large files one by one, then one commit: after a cut the same command sends only what is missing
+collect   proved files only, each repository with its card (hub/contents.py)
+inspect   check the token and what exists: a repository with other content is refused before a byte is sent
+send      large files one by one, then one commit: after an interruption the same command sends only what is missing
 compare   every file of the repository, size and hash; on request downloaded again, byte for byte
 """
 
@@ -19,15 +19,24 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.hub.client import Hub, Item, Remote, Tell, Visit, check_name, find_token, in_bytes
+from minigrpo.delivery.hub.client import (
+    Hub,
+    RemoteFile,
+    RepoFile,
+    RepoState,
+    UploadReport,
+    check_repo_name,
+    find_token,
+    format_bytes,
+)
 from minigrpo.delivery.hub.contents import (
-    MARK,
-    SUFFIX,
+    MARK_FILE,
+    REPO_SUFFIX,
     RepoContents,
-    contents_of_folder,
-    contents_of_run,
-    mark_of,
+    folder_contents,
+    parse_mark,
     refuse_secrets,
+    run_contents,
 )
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import hold
@@ -35,18 +44,18 @@ from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
 from minigrpo.ui.tables import plain_table, titled
 
-Verdict = Literal["published", "there already", "would be published"]
-OF_THE_HUB = (".gitattributes",)
-"""What the Hub itself puts into a new repository."""
+PublishVerdict = Literal["published", "there already", "would be published"]
+HUB_OWN_FILES = (".gitattributes",)
+"""Files that the Hub itself puts into a new repository."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedRepo:
-    """One repository. `files`: sizes by name. `fetched`: where it was downloaded to, and is byte for byte the same."""
+    """One repository. `files`: sizes by name. `fetched`: the folder it was downloaded to and found identical in."""
 
     repo: str
     what: str
-    verdict: Verdict
+    verdict: PublishVerdict
     private: bool
     files: dict[str, int]
     address: str = ""
@@ -69,7 +78,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class PublishJob:
-    """How it is to be published. `command`: the one that begins again or goes on."""
+    """How to publish. `command`: what the user calls to begin again or go on."""
 
     command: str
     private: bool
@@ -92,23 +101,23 @@ def publish(
     message: str | None = None,
     quiet: bool = False,
 ) -> Published:
-    """Publish what a run has made: merged, adapter, gguf; all that is there where `what` is empty.
+    """Publish what a run has made: merged, adapter, gguf; everything that exists where `what` is empty.
 
     `fetch`: download it again into the Hub's cache and compare. `force`: replace what a repository holds. `dry_run`:
-    only say what would go where; no network. Raises MinigrpoError; then the same command goes on.
+    only report what would go where, without a network. Raises MinigrpoError; the same command then goes on.
     """
     run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
     command = _command([str(run.path), *(word for each in what for word in ("--what", each))], repo, private, force)
-    order = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
-    for kind in what or SUFFIX:
-        check_name(repo + SUFFIX.get(kind, ""))
+    job = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
+    for kind in what or REPO_SUFFIX:
+        check_repo_name(repo + REPO_SUFFIX.get(kind, ""))
 
-    def there(repo: str, origin: Mapping[str, str]) -> bool:
+    def is_published(repo: str, origin: Mapping[str, str]) -> bool:
         hub = Hub(*find_token(), command)
-        visit = hub.visit(repo)
-        return visit is not None and _mark(hub, repo, visit).get("origin") == origin
+        state = hub.repo_state(repo)
+        return state is not None and _read_mark(hub, repo, state).get("origin") == origin
 
-    return _publish(contents_of_run(run, repo, what, None if dry_run else there), order)
+    return _publish(run_contents(run, repo, what, None if dry_run else is_published), job)
 
 
 def publish_folder(
@@ -122,12 +131,12 @@ def publish_folder(
     message: str | None = None,
     quiet: bool = False,
 ) -> Published:
-    """Publish any folder as it is; the rest as in `publish`."""
+    """Publish any folder as it is; the options are those of `publish`."""
     folder = folder.expanduser()
     command = _command(["--folder", str(folder)], repo, private, force)
-    order = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
-    check_name(repo)
-    return _publish([contents_of_folder(folder, repo)], order)
+    job = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
+    check_repo_name(repo)
+    return _publish([folder_contents(folder, repo)], job)
 
 
 def publish_alone(path: Path, repo: str, **options: Any) -> Published:
@@ -144,141 +153,144 @@ def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str
     return shlex.join([*words, *([] if private else ["--public"]), *(["--force"] if force else [])])
 
 
-def _publish(parcels: Sequence[RepoContents], order: PublishJob) -> Published:
-    if order.dry_run:
-        return Published(tuple(_told(parcel, order, "would be published") for parcel in parcels))
-    hub = Hub(*find_token(), order.command)
-    for parcel in parcels:
-        refuse_secrets(parcel, hub.token)
+def _publish(repos: Sequence[RepoContents], job: PublishJob) -> Published:
+    if job.dry_run:
+        return Published(tuple(_describe_repo(contents, job, "would be published") for contents in repos))
+    hub = Hub(*find_token(), job.command)
+    for contents in repos:
+        refuse_secrets(contents, hub.token)
     hub.whoami()
-    visits = [hub.visit(parcel.repo) for parcel in parcels]
-    plans = [_admit(hub, *pair, order) for pair in zip(parcels, visits, strict=True)]
+    states = [hub.repo_state(contents.repo) for contents in repos]
+    plans = [_names_to_remove(hub, *pair, job) for pair in zip(repos, states, strict=True)]
     sent = []
-    for parcel, visit, removed in zip(parcels, visits, plans, strict=True):
-        sent.append(_send(hub, parcel, visit, removed=removed, order=order))
+    for contents, state, removed in zip(repos, states, plans, strict=True):
+        sent.append(_send(hub, contents, state, removed=removed, job=job))
     return Published(tuple(sent))
 
 
-def _told(parcel: RepoContents, order: PublishJob, verdict: Verdict, **facts: Any) -> PublishedRepo:
-    files = {each.name: each.size for each in parcel.items}
-    facts = {"remarks": parcel.remarks, "private": order.private, **facts}
-    return PublishedRepo(parcel.repo, parcel.what, verdict, files=files, **facts)
+def _describe_repo(contents: RepoContents, job: PublishJob, verdict: PublishVerdict, **facts: Any) -> PublishedRepo:
+    files = {each.name: each.size for each in contents.items}
+    facts = {"remarks": contents.remarks, "private": job.private, **facts}
+    return PublishedRepo(contents.repo, contents.what, verdict, files=files, **facts)
 
 
-def _admit(hub: Hub, parcel: RepoContents, visit: Visit | None, order: PublishJob) -> list[str]:
-    """Names to be removed. Raises MinigrpoError where the repository is somebody's own, or not as private as asked."""
-    there = {name: file for name, file in (visit.files if visit else {}).items() if name not in OF_THE_HUB}
-    if visit and order.private and not visit.private:
+def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, job: PublishJob) -> list[str]:
+    """Return the names of files to remove. Raises MinigrpoError where the repository holds something else, or is
+    less private than requested."""
+    there = {name: file for name, file in (state.files if state else {}).items() if name not in HUB_OWN_FILES}
+    if state and job.private and not state.private:
         raise MinigrpoError(
-            f"{parcel.repo} is there and public. Make it private at {hub.address(parcel.repo)}/settings, or publish "
-            f"for everybody: {order.command} --public"
+            f"{contents.repo} is there and public. Make it private at {hub.url(contents.repo)}/settings, or publish "
+            f"for everybody: {job.command} --public"
         )
-    ours = {each.name: each for each in parcel.items}
-    if not there or visit is None:
+    ours = {each.name: each for each in contents.items}
+    if not there or state is None:
         return []
-    mark = _mark(hub, parcel.repo, visit)
-    if parcel.what != "folder" and mark.get("origin") == parcel.origin:
+    mark = _read_mark(hub, contents.repo, state)
+    if contents.what != "folder" and mark.get("origin") == contents.origin:
         return sorted(name for name in mark["files"] if name in there and name not in ours)
-    changed = sorted(name for name in there if name in ours and not there[name].holds(ours[name]))
+    changed = sorted(name for name in there if name in ours and not there[name].matches(ours[name]))
     others = sorted(there.keys() - ours.keys())
-    if (changed or others) and not order.force:
-        parts = [f"{words} {_some(names)}" for words, names in (("replace", changed), ("remove", others)) if names]
+    if (changed or others) and not job.force:
+        parts = [
+            f"{words} {_first_names(names)}" for words, names in (("replace", changed), ("remove", others)) if names
+        ]
         raise MinigrpoError(
-            f"{parcel.repo} is there with other content, which was not published from here. To {' and '.join(parts)} "
-            f"(its history keeps them): {order.command} --force. Or take another name: --repo USER/NAME"
+            f"{contents.repo} is there with other content, which was not published from here. To {' and '.join(parts)} "
+            f"(its history keeps them): {job.command} --force. Or take another name: --repo USER/NAME"
         )
     return others
 
 
-def _mark(hub: Hub, repo: str, visit: Visit) -> dict[str, Any]:
-    """How a repository says that it was published from here; {} where it does not."""
-    return mark_of(hub.read(repo, MARK, visit.commit)) if MARK in visit.files else {}
+def _read_mark(hub: Hub, repo: str, state: RepoState) -> dict[str, Any]:
+    """Return the mark of a repository that was published from here; {} where it has none."""
+    return parse_mark(hub.read(repo, MARK_FILE, state.commit)) if MARK_FILE in state.files else {}
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
 
 
 def _send(
-    hub: Hub, parcel: RepoContents, visit: Visit | None, *, removed: Sequence[str], order: PublishJob
+    hub: Hub, contents: RepoContents, state: RepoState | None, *, removed: Sequence[str], job: PublishJob
 ) -> PublishedRepo:
-    remarks = list(parcel.remarks)
-    if visit is None:
-        hub.create(parcel.repo, private=order.private)
-    elif visit.private and not order.private:
-        remarks.append(f"It stays private, as it was. To open it: {hub.address(parcel.repo)}/settings")
-    missing = _differing(parcel.items, visit.files) if visit else [each.name for each in parcel.items]
-    verdict: Verdict = "published" if missing or removed else "there already"
-    commit = visit.commit if visit else ""
+    remarks = list(contents.remarks)
+    if state is None:
+        hub.create(contents.repo, private=job.private)
+    elif state.private and not job.private:
+        remarks.append(f"It stays private, as it was. To open it: {hub.url(contents.repo)}/settings")
+    missing = _differing(contents.items, state.files) if state else [each.name for each in contents.items]
+    verdict: PublishVerdict = "published" if missing or removed else "there already"
+    commit = state.commit if state else ""
     if verdict == "published":
-        with _progress(parcel, order) as tell:
-            commit = hub.upload(parcel.repo, parcel.items, removed=removed, message=order.message, tell=tell)
-    if wrong := _differing(parcel.items, hub.listed(parcel.repo, commit)):
+        with _progress(contents, job) as report:
+            commit = hub.upload(contents.repo, contents.items, removed=removed, message=job.message, report=report)
+    if wrong := _differing(contents.items, hub.list_files(contents.repo, commit)):
         raise MinigrpoError(
-            f"{parcel.repo} was committed, but {_some(wrong)} of {len(parcel.items)} files did not arrive or differ "
-            f"there (a .gitignore in it leaves files out). Send them again: {order.command}"
+            f"{contents.repo} was committed, but {_first_names(wrong)} of {len(contents.items)} files did not arrive "
+            f"or differ there (a .gitignore in it leaves files out). Send them again: {job.command}"
         )
-    fetched = _fetch(hub, parcel, order) if order.fetch else None
-    facts = {"address": hub.address(parcel.repo), "commit": commit, "fetched": fetched, "remarks": tuple(remarks)}
-    return _told(parcel, order, verdict, **facts, private=visit.private if visit else order.private)
+    fetched = _fetch(hub, contents, job) if job.fetch else None
+    facts = {"address": hub.url(contents.repo), "commit": commit, "fetched": fetched, "remarks": tuple(remarks)}
+    return _describe_repo(contents, job, verdict, **facts, private=state.private if state else job.private)
 
 
-def _differing(items: Sequence[Item], there: Any) -> list[str]:
-    files: dict[str, Remote] = dict(there)
-    return [each.name for each in items if each.name not in files or not files[each.name].holds(each)]
+def _differing(items: Sequence[RepoFile], there: Any) -> list[str]:
+    files: dict[str, RemoteFile] = dict(there)
+    return [each.name for each in items if each.name not in files or not files[each.name].matches(each)]
 
 
-def _fetch(hub: Hub, parcel: RepoContents, order: PublishJob) -> Path:
-    """Into the Hub's cache, compared byte for byte. Raises MinigrpoError for the first file that is not the same."""
-    with _progress(parcel, order, "download") as tell:
-        tell(0, parcel.repo)
-        folder = hub.download(parcel.repo)
-        tell(parcel.size, "comparing")
-        for each in parcel.items:
+def _fetch(hub: Hub, contents: RepoContents, job: PublishJob) -> Path:
+    """Download into the Hub's cache and compare byte for byte. Raises MinigrpoError for the first file that differs."""
+    with _progress(contents, job, "download") as report:
+        report(0, contents.repo)
+        folder = hub.download(contents.repo)
+        report(contents.size, "comparing")
+        for each in contents.items:
             copy = folder / each.name
             if not copy.is_file() or digest(copy) != each.sha256:
                 raise MinigrpoError(
                     f"{copy} is not what was published. Remove {folder.parents[1]} and download it again: "
-                    f"{order.command} --fetch"
+                    f"{job.command} --fetch"
                 )
     return folder
 
 
 @contextmanager
-def _progress(parcel: RepoContents, order: PublishJob, name: str = "upload") -> Iterator[Tell]:
-    """In a terminal one line for each large file, under which the Hub's client draws a bar of its bytes, with the time
-    left; elsewhere, lines of ours."""
+def _progress(contents: RepoContents, job: PublishJob, name: str = "upload") -> Iterator[UploadReport]:
+    """Report the progress of a transfer. In a terminal: one line for each large file, under which the Hub's client
+    draws a progress bar; elsewhere: our own progress lines."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    console = Console(stderr=True, quiet=order.quiet)
-    if console.is_terminal and not order.quiet:
+    console = Console(stderr=True, quiet=job.quiet)
+    if console.is_terminal and not job.quiet:
 
-        def tell(done: int, note: str) -> None:
-            place = f"{in_bytes(done)} of {in_bytes(parcel.size)}"
-            console.print(Text(f"{name} {parcel.repo}: {place}, {note}", style="dim"), soft_wrap=True)
+        def report(done: int, note: str) -> None:
+            place = f"{format_bytes(done)} of {format_bytes(contents.size)}"
+            console.print(Text(f"{name} {contents.repo}: {place}, {note}", style="dim"), soft_wrap=True)
 
-        yield tell
+        yield report
         return
     off = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        with stage(f"{name} {parcel.repo} (kB)", parcel.size // 1000, console) as report:
-            yield lambda done, note: report(done // 1000, parcel.size // 1000, note)
+        with stage(f"{name} {contents.repo} (kB)", contents.size // 1000, console) as progress:
+            yield lambda done, note: progress(done // 1000, contents.size // 1000, note)
     finally:
         if not off:
             enable_progress_bars()
 
 
 def published_table(found: Published) -> RenderableType:
-    """Repository by repository: which files, how large, where they are now."""
+    """Show each repository: which files, how large, and its address."""
     lines: list[RenderableType] = []
     for each in found.sent:
         table = plain_table("")
         for name, size in sorted(each.files.items(), key=lambda pair: -pair[1]):
-            table.add_row(Text(name), in_bytes(size))
+            table.add_row(Text(name), format_bytes(size))
         kind = "private" if each.private else "public"
-        title = f"{each.repo} ({each.what}, {kind}, {in_bytes(sum(each.files.values()))}): {each.verdict}"
+        title = f"{each.repo} ({each.what}, {kind}, {format_bytes(sum(each.files.values()))}): {each.verdict}"
         lines.append(titled(title, table))
         lines += [Text(f"downloaded again, byte for byte the same: {each.fetched}")] if each.fetched else []
         lines += [Text(each.address, style="bold green")] if each.address else []

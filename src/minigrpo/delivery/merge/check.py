@@ -1,7 +1,7 @@
-"""Whether what was trained can be trusted, before anything is made from it: complete, finite, and not without effect.
+"""Check a trained adapter before anything is made from it: complete, finite, and with an effect on the model.
 
-Everything that is wrong is one sentence; a folder that cannot be read at all is one, too. The figures of each layer go
-to check.json, a summary by kind of layer to the screen.
+Each fault is one sentence, and so is a folder that cannot be read at all. The figures of each layer go to check.json, a
+summary by kind of layer to the screen.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.delivery.artifacts.merged_weights import Change, changes_of
+from minigrpo.delivery.artifacts.merged_weights import WeightChange, weight_changes
 from minigrpo.delivery.artifacts.source import TrainedSource, source_of
-from minigrpo.delivery.parity.compare import trained_truth
-from minigrpo.delivery.parity.kl import Divergence, known
+from minigrpo.delivery.parity.compare import trained_reference
+from minigrpo.delivery.parity.kl import Divergence, json_safe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.adapter import Adapter, PairStats, pair_stats
 from minigrpo.models.model_files import PREFIX_RENAMES, BaseFiles
@@ -29,12 +29,13 @@ from minigrpo.runs.manifest import fits
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.ui.tables import plain_table, titled
 
-BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """A tensor that was trained as a whole: its norm, the norm of what training did, the share that it left alone."""
+    """Figures of a tensor that was trained as a whole: its norm, the norm of its change, and the share of values left
+    unchanged."""
 
     name: str
     norm: float
@@ -45,8 +46,8 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """`effect`: the base against what was trained, on `texts`; None where no model was asked. `facts`: layer by layer,
-    of an adapter's pairs; `tensors`: of what was trained as a whole."""
+    """The result of a check. `effect`: the base against the trained model on `texts`; None where the model was not
+    loaded. `facts`: of each LoRA pair; `tensors`: of each tensor that was trained as a whole."""
 
     folder: Path
     faults: tuple[str, ...]
@@ -60,7 +61,7 @@ class Checked:
         return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
-        facts = [{name: known(value) for name, value in asdict(fact).items()} for fact in self.facts]
+        facts = [{name: json_safe(value) for name, value in asdict(fact).items()} for fact in self.facts]
         effect = self.effect.to_dict() if self.effect else None
         told = {"folder": str(self.folder), "facts": facts, "effect": effect}
         return {"ok": self.ok} | asdict(self) | told
@@ -69,12 +70,12 @@ class Checked:
 def check(run: RunDir | Path, *, base: str | None = None, model: bool = True) -> Checked:
     """Check what a run trained, or a PEFT adapter's folder; a run keeps the result as check.json.
 
-    `model`: also load it, and measure what the adapter does to the base's distributions. `base`: where the base lies
-    now, if elsewhere. Raises ArtifactError only where there is nothing to check.
+    `model`: also load the model, and measure what the adapter does to the base's distributions. `base`: where the base
+    lies now, if it was moved. Raises ArtifactError only where there is nothing to check.
     """
     source = source_of(run, base=base)
     try:
-        found, made = _checked(source, model)
+        found, made = _run_checks(source, model)
     except MinigrpoError as fault:
         found, made = Checked(source.folder, (str(fault),)), None
     if source.run:
@@ -82,8 +83,8 @@ def check(run: RunDir | Path, *, base: str | None = None, model: bool = True) ->
     return found
 
 
-def sound_already(run: RunDir) -> bool:
-    """Whether check.json finds no fault in what is trained now, its effect included."""
+def has_passed_check(run: RunDir) -> bool:
+    """Tell whether check.json belongs to the current adapter, found no fault, and includes the measured effect."""
     source = source_of(run)
     if not fits(run.check, source.made("check", source.open()[0])):
         return False
@@ -91,63 +92,68 @@ def sound_already(run: RunDir) -> bool:
     return bool(found["ok"] and found["effect"])
 
 
-def _checked(source: TrainedSource, model: bool) -> tuple[Checked, dict[str, Any]]:
+def _run_checks(source: TrainedSource, model: bool) -> tuple[Checked, dict[str, Any]]:
     files, adapter = source.open()
-    changes = changes_of(files, adapter)
+    changes = weight_changes(files, adapter)
     facts = tuple(pair_stats(pair) for pair in adapter.pairs.values())
     tensors = tuple(_tensor_facts(change) for change in changes.values() if change.whole)
-    faults = [*_missing(files, adapter), *_faults(facts), *_tensor_faults(tensors, source.full)]
+    faults = [*_missing_layers(files, adapter), *_pair_faults(facts), *_tensor_faults(tensors, source.full)]
     found = Checked(source.folder, tuple(faults), facts, tensors)
     if model and not faults:
-        truth = trained_truth(source, files)
-        if truth.nothing_learned:
+        reference = trained_reference(source, files)
+        if reference.nothing_learned:
             faults = ["Nothing was learned: with and without it the model gives the same probabilities. Train longer."]
-        found = Checked(source.folder, tuple(faults), facts, tensors, truth.base, truth.held.source)
+        found = Checked(source.folder, tuple(faults), facts, tensors, reference.base, reference.held.source)
     return found, source.made("check", files)
 
 
-def _faults(facts: Sequence[PairStats]) -> Iterator[str]:
+def _pair_faults(facts: Sequence[PairStats]) -> Iterator[str]:
     broken = [fact.module for fact in facts if not fact.finite]
     if broken:
         yield (
-            f"{_some(broken, len(facts))} hold values that are not finite (NaN or infinity). Take an earlier "
+            f"{_summary(broken, len(facts))} hold values that are not finite (NaN or infinity). Take an earlier "
             "checkpoint, or train again at a lower train.lr."
         )
     idle = [fact.module for fact in facts if fact.untrained]
     if idle and len(idle) == len(facts):
         yield "Nothing was learned: every B of the adapter is zero, as it was at the start. Was it saved untrained?"
     elif idle:
-        yield f"{_some(idle, len(facts))} have a B of zeros: the others were trained, and no gradient reached these."
+        yield f"{_summary(idle, len(facts))} have a B of zeros: the others were trained, and no gradient reached these."
 
 
 def _tensor_faults(tensors: Sequence[TensorFacts], full: bool) -> Iterator[str]:
     broken = [fact.name for fact in tensors if not fact.finite]
     if broken:
-        yield f"{_some(broken, len(tensors))} hold values that are not finite (NaN or infinity). Train at a lower rate."
+        yield (
+            f"{_summary(broken, len(tensors))} hold values that are not finite (NaN or infinity). Train at a lower "
+            "rate."
+        )
     if full and not broken and all(fact.unchanged == 1 for fact in tensors):
         yield "Nothing was learned: every weight is the base's."
 
 
-def _some(names: Sequence[str], of: int) -> str:
+def _summary(names: Sequence[str], of: int) -> str:
     return f"{len(names)} of {of} layers (such as {names[0]})"
 
 
-def _missing(base: BaseFiles, adapter: Adapter) -> Iterator[str]:
-    """Layers that the adapter's own config names, that the base has, and that the adapter lacks."""
+def _missing_layers(base: BaseFiles, adapter: Adapter) -> Iterator[str]:
+    """Describe layers that target_modules names and the base has, but the adapter lacks."""
     have = {name for module in adapter.pairs if (name := base.on_disk(f"{module}.weight"))}
-    wanted = expected(base, adapter, have)
+    wanted = expected_weights(base, adapter, have)
     if missing := sorted(wanted - have):
         names = [name.removesuffix(".weight") for name in missing]
         yield (
-            f"{_some(names, len(wanted))} that its target_modules name are not in the adapter: it was cut short, or "
+            f"{_summary(names, len(wanted))} that its target_modules name are not in the adapter: it was cut short, or "
             "put together from parts. Save or copy it again."
         )
 
 
-def expected(base: BaseFiles, adapter: Adapter, have: Iterable[str]) -> set[str]:
-    """Weights of the base that target_modules mean, as PEFT reads it: a pattern of whole names, or ends of names.
+def expected_weights(base: BaseFiles, adapter: Adapter, have: Iterable[str]) -> set[str]:
+    """Return the base's weights that target_modules selects, as PEFT reads it: a regular expression for whole names, or
+    a list of name endings.
 
-    Ends count only where the adapter has anything at all: a vision tower may have layers of the same names.
+    Endings select only from the parts of the model in which the adapter has any layer: a vision tower may have layers
+    of the same names.
     """
     targets, config = adapter.targets, adapter.config
     towers = {_tower(name) for name in have}
@@ -155,42 +161,46 @@ def expected(base: BaseFiles, adapter: Adapter, have: Iterable[str]) -> set[str]
     for name, stored in base.tensors.items():
         if not name.endswith(".weight") or len(stored.shape) != 2:
             continue
-        modules = list(_in_memory(base, name))
-        meant = any(_names(targets, module) for module in modules)
+        modules = list(_module_names(base, name))
+        meant = any(_matches_target(targets, module) for module in modules)
         meant = meant and (isinstance(targets, str) or _tower(name) in towers)
         excluded = config.get("exclude_modules") or []
-        if meant and _in_layers(name, config) and not any(_names(excluded, module) for module in modules):
+        if (
+            meant
+            and _is_adapted_layer(name, config)
+            and not any(_matches_target(excluded, module) for module in modules)
+        ):
             found.add(name)
     return found
 
 
-def _in_memory(base: BaseFiles, name: str) -> Iterator[str]:
-    """What the layer of a stored weight may be called by a model."""
+def _module_names(base: BaseFiles, name: str) -> Iterator[str]:
+    """Yield the module names that a model may give to a stored weight."""
     for here, there in PREFIX_RENAMES:
         module = here + name.removeprefix(there).removesuffix(".weight")
         if name.startswith(there) and base.on_disk(f"{module}.weight") == name:
             yield module
 
 
-def _names(targets: str | Sequence[str], module: str) -> bool:
+def _matches_target(targets: str | Sequence[str], module: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _tower(name: str) -> str:
-    return BLOCK.split(name)[0]
+    return _LAYER_NUMBER.split(name)[0]
 
 
-def _in_layers(name: str, config: Any) -> bool:
+def _is_adapted_layer(name: str, config: Any) -> bool:
     only = config.get("layers_to_transform")
-    place = BLOCK.search(name)
+    place = _LAYER_NUMBER.search(name)
     if only is None or place is None:
         return only is None
     return int(place[1]) in ([only] if isinstance(only, int) else only)
 
 
-def _tensor_facts(change: Change) -> TensorFacts:
+def _tensor_facts(change: WeightChange) -> TensorFacts:
     norm = moved = same = 0.0
     try:
         for before, after in change.blocks():
@@ -204,13 +214,13 @@ def _tensor_facts(change: Change) -> TensorFacts:
 
 
 def checked_table(found: Checked) -> RenderableType:
-    """Kinds of layers with their figures, the effect, what is wrong, and the verdict."""
+    """Show each kind of layer with its figures, then the effect, the faults and the result."""
     lines: list[RenderableType] = []
     if found.facts:
         table = plain_table("layers", "rank", "A", "B", "change", "zeros")
-        for kind, facts in _kinds(found.facts).items():
+        for kind, facts in _group_by_kind(found.facts).items():
             ranks = "-".join(str(rank) for rank in sorted({fact.rank for fact in facts}))
-            norms = [_range([getattr(f, name) for f in facts]) for name in ("norm_a", "norm_b", "norm_delta")]
+            norms = [_min_median_max([getattr(f, name) for f in facts]) for name in ("norm_a", "norm_b", "norm_delta")]
             table.add_row(kind, str(len(facts)), ranks, *norms, f"{max(f.zeros for f in facts):.1%}")
         lines.append(titled(f"{found.folder}; norms: least, median, largest", table))
     if found.tensors:
@@ -230,12 +240,12 @@ def checked_table(found: Checked) -> RenderableType:
     return Stack(*lines)
 
 
-def _kinds(facts: Sequence[PairStats]) -> dict[str, list[PairStats]]:
+def _group_by_kind(facts: Sequence[PairStats]) -> dict[str, list[PairStats]]:
     kinds: dict[str, list[PairStats]] = {}
     for fact in facts:
         kinds.setdefault(fact.module.rpartition(".")[2], []).append(fact)
     return kinds
 
 
-def _range(values: Sequence[float]) -> str:
+def _min_median_max(values: Sequence[float]) -> str:
     return f"{min(values):.3g} {median(values):.3g} {max(values):.3g}"

@@ -1,11 +1,12 @@
-"""Base + adapter -> a model folder that every other tool can read, and the proof that it is what was trained.
+"""Merge an adapter into its base, giving a model folder that other tools can read, and prove that it is what was
+trained.
 
-    choose a number type   the base's own, unless rounding would lose what was learned (merged_weights.py)
-    write                  shard by shard, beside its name
-    prove                  KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
-    name it                only now; what fails the proof is kept as merged.rejected
+    choose a dtype    the base's own, unless rounding would lose what was learned (merged_weights.py)
+    write             shard by shard, into a draft folder
+    prove             KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
+    rename            only after the proof; a merge that fails it is kept as merged.rejected
 
-A full-parameter run has no adapter: its tensors take the place of the base's, by the same road.
+A full-parameter run has no adapter: its tensors replace the base's, by the same steps.
 """
 
 from __future__ import annotations
@@ -24,27 +25,28 @@ from rich.text import Text
 
 from minigrpo.config.schema import DtypeName
 from minigrpo.delivery.artifacts import merged_weights
-from minigrpo.delivery.artifacts.merged_weights import Change, Rounding
+from minigrpo.delivery.artifacts.merged_weights import Rounding, WeightChange
 from minigrpo.delivery.artifacts.source import TrainedSource, alone, read_seal, seal_folder, source_of
-from minigrpo.delivery.parity.compare import packed_base, prove, trained_truth
-from minigrpo.delivery.parity.kl import Divergence, record
-from minigrpo.delivery.parity.table import TITLE, parity_table
+from minigrpo.delivery.parity.compare import prove_merged, trained_in_4bit, trained_reference
+from minigrpo.delivery.parity.kl import Divergence, record_parity
+from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import BaseFiles, write_companions
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, full_disk_told
 from minigrpo.ui.progress import stage
 
-Verdict = Literal["merged", "nothing was learned", "not proved", "there already"]
+MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """`rounding`: what each number type that was looked at would do to the learned change. `stages`: the proof."""
+    """The result of a merge. `rounding`: what each candidate dtype would do to the learned change. `stages`: the
+    proof's rows."""
 
     folder: Path
     dtype: str
-    verdict: Verdict
+    verdict: MergeVerdict
     rounding: tuple[Rounding, ...] = ()
     stages: tuple[Divergence, ...] = ()
     texts: str = ""
@@ -67,36 +69,40 @@ def merge(
 ) -> Merged:
     """Merge what a run trained, or a PEFT adapter's folder, into `out` (RUN/merged, or beside the adapter).
 
-    `base`: where the base lies now, if elsewhere. `force`: replace a folder that was changed by hand. A merge that is
-    there and still fits is not made again. Raises ArtifactError where the proof fails, ModelError where the parts do
-    not belong together; then nothing has the folder's name that had it not before.
+    `base`: where the base lies now, if it was moved. `force`: replace a folder that was changed by hand. An existing
+    merge of the same parts is not made again. Raises ArtifactError where the proof fails, ModelError where base and
+    adapter do not belong together; the folder's name is then as it was before.
     """
     source = source_of(run, base=base)
     files, adapter = source.open()
-    changes = merged_weights.changes_of(files, adapter)
+    changes = merged_weights.weight_changes(files, adapter)
     target = out or (source.run.merged if source.run else source.folder.with_name(f"{source.folder.name}-merged"))
     made = source.made("merge", files)
     made["from"] |= {"asked": dtype, "proved": proof}
-    if found := _there(target, made, force, source):
+    if found := _existing_merge(target, made, force, source):
         return found
-    chosen, measured, notes = choose(files, changes, dtype)
-    truth = trained_truth(source, files) if proof else None
+    chosen, measured, notes = choose_dtype(files, changes, dtype)
+    reference = trained_reference(source, files) if proof else None
     _check_room(files, chosen, target)
     with full_disk_told(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
         with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
             merged_weights.write_merged(files, changes, chosen, draft, report)
         write_companions(files, source.folder, draft, chosen)
-        stages = prove(draft, source, files, truth) if truth else []
-        facts = {"dtype": merged_weights.name_of(chosen), "stages": [row.to_dict() for row in stages]}
+        stages = prove_merged(draft, source, files, reference) if reference else []
+        facts = {"dtype": merged_weights.dtype_name(chosen), "stages": [row.to_dict() for row in stages]}
         seal_folder(draft, made, facts)
-        _judge(source, draft, target, stages, measured)
-    if truth and packed_base(source) and len(stages) < 3:
+        _record_or_reject(source, draft, target, stages, measured)
+    if reference and trained_in_4bit(source) and len(stages) < 3:
         notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
-    if truth and truth.nothing_learned:
+    if reference and reference.nothing_learned:
         notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
-    verdict: Verdict = "not proved" if not truth else "nothing was learned" if truth.nothing_learned else "merged"
-    texts = truth.held.source if truth else ""
-    return Merged(target, merged_weights.name_of(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes))
+    verdict: MergeVerdict = (
+        "not proved" if not reference else "nothing was learned" if reference.nothing_learned else "merged"
+    )
+    texts = reference.held.source if reference else ""
+    return Merged(
+        target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes)
+    )
 
 
 def merge_alone(path: Path, **options: Any) -> Merged:
@@ -108,29 +114,30 @@ def merge_alone(path: Path, **options: Any) -> Merged:
         return merge(source.run, **options)
 
 
-def choose(
-    base: BaseFiles, changes: Mapping[str, Change], asked: DtypeName
+def choose_dtype(
+    base: BaseFiles, changes: Mapping[str, WeightChange], asked: DtypeName
 ) -> tuple[torch.dtype, list[Rounding], list[str]]:
-    """The number type, what was measured, and a sentence where the base's own would lose what was learned."""
+    """Return the dtype, the measurements, and a note where the base's own dtype would lose what was learned."""
     if asked != "auto":
         dtype = getattr(torch, asked)
-        return dtype, merged_weights.rounding(changes, [dtype]), []
-    tried = merged_weights.candidates(base.dtype)
-    measured = merged_weights.rounding(changes, tried)
+        return dtype, merged_weights.measure_rounding(changes, [dtype]), []
+    tried = merged_weights.candidate_dtypes(base.dtype)
+    measured = merged_weights.measure_rounding(changes, tried)
     fit = next((dtype for dtype, found in zip(tried, measured, strict=True) if found.holds), tried[-1])
     if fit == base.dtype:
         return fit, measured, []
     own = measured[0]
     note = (
         f"The base is {own.dtype}, which would leave {own.lost:.0%} of the changed weights as they were and blur the "
-        f"change by {own.noise:.0%} of its size; {merged_weights.name_of(fit)} holds it. "
+        f"change by {own.noise:.0%} of its size; {merged_weights.dtype_name(fit)} holds it. "
         "A longer training makes it larger."
     )
     return fit, measured, [note]
 
 
-def _there(target: Path, made: Mapping[str, Any], force: bool, source: TrainedSource) -> Merged | None:
-    """What is there, if it was made from the same and is whole. Raises ArtifactError for what somebody changed."""
+def _existing_merge(target: Path, made: Mapping[str, Any], force: bool, source: TrainedSource) -> Merged | None:
+    """Return the merge that exists, if it was made from the same parts and is unchanged. Raises ArtifactError where
+    somebody changed it."""
     if not target.exists() or force:
         return None
     if not target.is_dir():
@@ -144,16 +151,18 @@ def _there(target: Path, made: Mapping[str, Any], force: bool, source: TrainedSo
     if sealed["made"]["from"] != made["from"]:
         return None
     if source.run and target == source.run.merged and sealed["stages"]:  # where parity.json was lost
-        record(source.run.parity, sealed["stages"], {"made": sealed["made"]}, keep=True)
+        record_parity(source.run.parity, sealed["stages"], {"made": sealed["made"]}, keep=True)
     return Merged(target, sealed["dtype"], "there already")
 
 
-def _judge(
+def _record_or_reject(
     source: TrainedSource, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]
 ) -> None:
-    """Keep the figures; raise ArtifactError, and the folder under another name, where the proof fails."""
+    """Record the proof. Raises ArtifactError, and renames the folder to .rejected, where it fails."""
     if source.run and stages and target == source.run.merged:
-        record(source.run.parity, [row.to_dict() for row in stages], {"made": read_sealed(draft / "made.json")["made"]})
+        record_parity(
+            source.run.parity, [row.to_dict() for row in stages], {"made": read_sealed(draft / "made.json")["made"]}
+        )
     failed = next((row for row in stages if not row.ok), None)
     if failed is None:
         return
@@ -162,12 +171,12 @@ def _judge(
     draft.rename(rejected)
     rejected.chmod(0o755)
     raise ArtifactError(
-        f"The merged model is not what was trained: {_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)} "
-        f"What was made is kept for a look: {rejected}"
+        f"The merged model is not what was trained: {_describe_distance(failed)} (limit {failed.limit:g}). "
+        f"{_remedy(measured)} What was made is kept for a look: {rejected}"
     )
 
 
-def _distance(row: Divergence) -> str:
+def _describe_distance(row: Divergence) -> str:
     if row.relative_kl is None:
         return f"training changed nothing, and the merge is {row.mean_kl:.2g} nats a token away"
     return f"its distance from the trained policy is {row.relative_kl:.2f} of what training moved"
@@ -185,7 +194,7 @@ def _remedy(measured: list[Rounding]) -> str:
 
 def _check_room(base: BaseFiles, dtype: torch.dtype, target: Path) -> None:
     there = next(folder for folder in target.absolute().parents if folder.is_dir())
-    need, free = merged_weights.bytes_of(base, dtype) + SPARE, shutil.disk_usage(there).free
+    need, free = merged_weights.weight_bytes(base, dtype) + SPARE, shutil.disk_usage(there).free
     if free < need:
         raise ArtifactError(
             f"{target} needs {need / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB left. Make room, or name another "
@@ -202,11 +211,11 @@ def _disk_is_full(target: Path, source: TrainedSource, reason: str) -> str:
 
 
 def merged_table(merged: Merged) -> RenderableType:
-    """The proof, stage by stage, and the verdict."""
+    """Show the proof row by row, then the result."""
     lines: list[RenderableType] = []
     if merged.stages:
         first = merged.stages[0]
-        title = f"{TITLE}: {first.tokens} tokens of {first.texts} {merged.texts}"
+        title = f"{PARITY_TITLE}: {first.tokens} tokens of {first.texts} {merged.texts}"
         lines.append(parity_table([row.to_dict() for row in merged.stages], title))
     lines += [Text(f"note: {note}", style="yellow") for note in merged.notes]
     lines.append(Text(f"{merged.verdict}: {merged.folder} ({merged.dtype})", style="bold green"))

@@ -1,7 +1,7 @@
-"""Whether an artefact still is the policy that was trained: asked of the models themselves, in float32.
+"""Measure whether an artefact is still the policy that was trained: from the models' own distributions, in float32.
 
-The trained policy is what PEFT makes of base and adapter, so the merge is held against other code than its own. One
-model is open at a time; what is kept of each are its distributions on a few held texts.
+The trained policy is what PEFT makes of base and adapter, so the merge is compared with code other than its own. One
+model is open at a time; of each, only its distributions on a few held texts are kept.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.delivery.artifacts.merged_weights import bytes_of
+from minigrpo.delivery.artifacts.merged_weights import weight_bytes
 from minigrpo.delivery.artifacts.source import TrainedSource
-from minigrpo.delivery.parity.kl import LIMIT, NOTHING, Divergence, compare
-from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, distributions, held_texts, sampled_texts
+from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, ZERO_KL, Divergence, compare_distributions
+from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, held_texts, sampled_texts, text_logprobs
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
@@ -31,8 +31,9 @@ from minigrpo.utils.process import no_progress_bars
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """The trained policy on the held texts, and how far the base is from it: the measure of all that follows."""
+class ParityReference:
+    """The trained policy's distributions on the held texts, and how far the base is from it: what all later stages are
+    compared with."""
 
     held: HeldTexts
     trained: tuple[Tensor, ...]
@@ -40,79 +41,86 @@ class Reference:
 
     @property
     def nothing_learned(self) -> bool:
-        return self.base.mean_kl <= NOTHING
+        """Tell whether base and trained policy give the same distributions."""
+        return self.base.mean_kl <= ZERO_KL
 
 
-def device_for(source: TrainedSource, base: BaseFiles) -> torch.device:
-    """The recipe's, if a model in float32 has room there, with a tenth for its passes; else the CPU."""
+def pick_proof_device(source: TrainedSource, base: BaseFiles) -> torch.device:
+    """Return the recipe's device if a float32 model fits there, with a tenth to spare for its forward passes; else the
+    CPU."""
     device = pick_device(source.recipe.model.device)
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * bytes_of(base, torch.float32):
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * weight_bytes(base, torch.float32):
         return torch.device("cpu")
     return device
 
 
-def trained_truth(source: TrainedSource, base: BaseFiles) -> Reference:
-    """Opens the base with the adapter beside it; of a full-parameter run the model, and then its base."""
-    device = device_for(source, base)
+def trained_reference(source: TrainedSource, base: BaseFiles) -> ParityReference:
+    """Open the base with its adapter and compare the two; for a full-parameter run, open the trained model, then its
+    base."""
+    device = pick_proof_device(source, base)
     if source.full:
-        held, trained = _of_full(source, device)
-        found = _of_base(base, source, device, held.texts)
-        return Reference(held, trained, compare("base", found, trained))
-    with opened(base.folder, source, device) as (model, tokenizer):
+        held, trained = _full_model_logprobs(source, device)
+        found = _base_logprobs(base, source, device, held.texts)
+        return ParityReference(held, trained, compare_distributions("base", found, trained))
+    with open_in_float32(base.folder, source, device) as (model, tokenizer):
         model = attach_adapter(model, source.folder)
-        held, trained = _said(model, tokenizer, source)
+        held, trained = _score_trained(model, tokenizer, source)
         with model.disable_adapter():
-            return Reference(held, trained, compare("base", distributions(model, held.texts), trained))
+            return ParityReference(
+                held, trained, compare_distributions("base", text_logprobs(model, held.texts), trained)
+            )
 
 
 # Each of these ends before the next begins, and lets its model go: two may not fit side by side.
 
 
-def _of_full(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
-    with opened(source.folder, source, device) as (model, tokenizer):
-        return _said(model, tokenizer, source)
+def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+    with open_in_float32(source.folder, source, device) as (model, tokenizer):
+        return _score_trained(model, tokenizer, source)
 
 
-def _of_base(
+def _base_logprobs(
     base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
 ) -> tuple[Tensor, ...]:
-    with opened(base.folder, source, device) as (model, _):
-        return tuple(distributions(model, texts))
+    with open_in_float32(base.folder, source, device) as (model, _):
+        return tuple(text_logprobs(model, texts))
 
 
-def _of_packed(
+def _packed_policy_logprobs(
     base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
 ) -> tuple[Tensor, ...]:
-    with opened(base.folder, source, device, four_bit=True) as (model, _):
-        return tuple(distributions(attach_adapter(model, source.folder), texts))
+    with open_in_float32(base.folder, source, device, four_bit=True) as (model, _):
+        return tuple(text_logprobs(attach_adapter(model, source.folder), texts))
 
 
-def of_merged(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> tuple[Tensor, ...]:
-    """What a merged folder says, as transformers loads it. Raises ModelError where a weight is missing or too many."""
-    model = as_loaded(folder).to(device).eval()
-    return tuple(distributions(model, texts))
+def merged_logprobs(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> tuple[Tensor, ...]:
+    """Return a merged folder's distributions on the texts, loaded with transformers. Raises ModelError for missing or
+    unexpected weights."""
+    model = load_strictly(folder).to(device).eval()
+    return tuple(text_logprobs(model, texts))
 
 
-def packed_base(source: TrainedSource) -> bool:
+def trained_in_4bit(source: TrainedSource) -> bool:
+    """Tell whether the base was quantized to 4 bit during training."""
     return source.recipe.model.quantize == "nf4"
 
 
-def _said(model: Any, tokenizer: Any, source: TrainedSource) -> tuple[HeldTexts, tuple[Tensor, ...]]:
-    return what_is_said(model, tokenizer, source.run, task_of(source.run))
+def _score_trained(model: Any, tokenizer: Any, source: TrainedSource) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+    return score_held_texts(model, tokenizer, source.run, find_task(source.run))
 
 
-def what_is_said(
+def score_held_texts(
     model: Any, tokenizer: Any, run: RunDir | None, task: Task | None
 ) -> tuple[HeldTexts, tuple[Tensor, ...]]:
-    """The texts of a run, or else the model's own, and the model's distributions on them."""
+    """Return the run's texts, or else the model's own answers, and the model's distributions on them."""
     vocabulary = model.get_input_embeddings().num_embeddings
     held = held_texts(run, task, tokenizer, vocabulary)
     held = held or sampled_texts(model, tokenizer, task, vocabulary)
-    return held, tuple(distributions(model, held.texts))
+    return held, tuple(text_logprobs(model, held.texts))
 
 
-def task_of(run: RunDir | None) -> Task | None:
-    """The run's task; where its file or data are gone, other texts serve as well."""
+def find_task(run: RunDir | None) -> Task | None:
+    """Open the run's task; None where its file or data are gone (other texts then replace its own)."""
     from minigrpo.config.load import load_recipe
     from minigrpo.tasks.registry import open_task
 
@@ -122,27 +130,32 @@ def task_of(run: RunDir | None) -> Task | None:
         return None
 
 
-def prove(folder: Path, source: TrainedSource, base: BaseFiles, truth: Reference) -> list[Divergence]:
-    """The merged model against the trained policy; where the base was in 4 bit while it trained, against that, too."""
-    return judged(of_merged(folder, device_for(source, base), truth.held.texts), source, base, truth)
+def prove_merged(folder: Path, source: TrainedSource, base: BaseFiles, reference: ParityReference) -> list[Divergence]:
+    """Compare the merged model with the trained policy; if the base was in 4 bit during training, also with that
+    policy."""
+    return compare_merged(
+        merged_logprobs(folder, pick_proof_device(source, base), reference.held.texts), source, base, reference
+    )
 
 
-def judged(found: tuple[Tensor, ...], source: TrainedSource, base: BaseFiles, truth: Reference) -> list[Divergence]:
-    """The rows of a proof. `found`: what the merged model says."""
-    device, texts = device_for(source, base), truth.held.texts
-    against = {"base_kl": truth.base.mean_kl}
-    rows = [truth.base, compare("merged", found, truth.trained, **against, limit=LIMIT)]
-    if packed_base(source) and find_spec("bitsandbytes"):
-        packed = _of_packed(base, source, device, texts)
-        rows.append(compare("merged (4-bit policy)", found, packed, **against))
+def compare_merged(
+    found: tuple[Tensor, ...], source: TrainedSource, base: BaseFiles, reference: ParityReference
+) -> list[Divergence]:
+    """Return the rows of the proof. `found`: the merged model's distributions."""
+    device, texts = pick_proof_device(source, base), reference.held.texts
+    against = {"base_kl": reference.base.mean_kl}
+    rows = [reference.base, compare_distributions("merged", found, reference.trained, **against, limit=MAX_RELATIVE_KL)]
+    if trained_in_4bit(source) and find_spec("bitsandbytes"):
+        packed = _packed_policy_logprobs(base, source, device, texts)
+        rows.append(compare_distributions("merged (4-bit policy)", found, packed, **against))
     return rows
 
 
 @contextmanager
-def opened(
+def open_in_float32(
     folder: Path, source: TrainedSource, device: torch.device, *, four_bit: bool = False
 ) -> Iterator[tuple[Any, Any]]:
-    """(model, tokenizer), in float32, let go of at the end; the tokenizer is the one that training used."""
+    """Open (model, tokenizer) in float32 and release them at the end. The tokenizer is the one that training used."""
     from transformers import AutoTokenizer
 
     gc.collect()
@@ -164,8 +177,8 @@ def opened(
         gc.collect()
 
 
-def as_loaded(folder: Path) -> Any:
-    """As transformers loads it; raises ModelError where one weight is missing, or one too many."""
+def load_strictly(folder: Path) -> Any:
+    """Load a model with transformers. Raises ModelError for missing, unexpected or mismatched weights."""
     from transformers import AutoConfig
 
     gc.collect()

@@ -1,6 +1,6 @@
 """The table that travels with a model: how far each of its stages is from the policy that was trained.
 
-Merge, export and verify leave its rows in the run's parity.json; whoever shows them reads them from there.
+Merge, export and verify write its rows to the run's parity.json; all who show them read them from there.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
 
-ORDER = ("base", "merged", "gguf", "served")
-"""Along the road."""
-TITLE = "distance from the trained policy, nats a token"
+_STAGE_ORDER = ("base", "merged", "gguf", "served")
+"""From the base to the server."""
+PARITY_TITLE = "distance from the trained policy, nats a token"
 
 
 def read_parity(run: RunDir) -> list[dict[str, Any]]:
-    """The rows of parity.json along the road; none where nothing was measured. Raises ArtifactError if damaged."""
+    """Read the rows of parity.json in the order of the stages; an empty list where nothing was measured. Raises
+    ArtifactError if the file is damaged."""
     if not run.parity.is_file():
         return []
     content = read_json(run.parity)
     rows = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "mean_kl" in row for row in rows):
         raise ArtifactError(f"{run.parity} is damaged. Remove it, then measure again: minigrpo verify {run.path}")
-    return sorted(rows, key=lambda row: place(str(row["name"])))
+    return sorted(rows, key=lambda row: _stage_order(str(row["name"])))
 
 
-def place(name: str) -> int:
+def _stage_order(name: str) -> int:
     first = name.partition(" ")[0]
-    return ORDER.index(first) if first in ORDER else len(ORDER)
+    return _STAGE_ORDER.index(first) if first in _STAGE_ORDER else len(_STAGE_ORDER)
 
 
-def parity_table(stages: Sequence[Mapping[str, Any]], title: str = TITLE) -> RenderableType:
-    """`stages`: rows of parity.json. "of training": the distance over that of the base, which is what training did."""
+def parity_table(stages: Sequence[Mapping[str, Any]], title: str = PARITY_TITLE) -> RenderableType:
+    """Show rows of parity.json. "of training": the distance divided by that of the base, which is what training did."""
     table = plain_table("KL", "of training", "worst", "top-1", "same start", "")
     for row in stages:
         agrees = f"{row['greedy']:.1f}/{row['greedy_of']:.1f}"
-        share = "1" if row["name"] == "base" else figure(row["relative_kl"])
-        distances = figure(row["mean_kl"]), share, figure(row["max_kl"])
-        table.add_row(row["name"], *distances, f"{row['top1']:.1%}", agrees, verdict(row))
+        share = "1" if row["name"] == "base" else format_kl(row["relative_kl"])
+        distances = format_kl(row["mean_kl"]), share, format_kl(row["max_kl"])
+        table.add_row(row["name"], *distances, f"{row['top1']:.1%}", agrees, _verdict_text(row))
     return titled(title, table)
 
 
-def figure(value: float | None) -> str:
-    """Two digits; a distance that JSON cannot hold is infinite or none."""
+def format_kl(value: float | None) -> str:
+    """Format with two digits; "-" for None, which stands for a distance that is infinite or was not measured."""
     return "-" if value is None else f"{value:.2g}"
 
 
-def verdict(row: Mapping[str, Any]) -> Text:
+def _verdict_text(row: Mapping[str, Any]) -> Text:
     if row["name"] == "base":
         return Text("what training did", style="dim")
     if not row["ok"]:

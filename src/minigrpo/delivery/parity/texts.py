@@ -1,7 +1,7 @@
-"""Texts that a model is held to, and its next-token distributions on them: the material of every proof of parity.
+"""Held texts on which models are compared, and next-token distributions on them: the input of every proof of parity.
 
-The texts are what the policy said at the end of its training; else right answers of its task; else what it says now.
-They are tokens from here on: every stage is asked about the same ids.
+The texts are the policy's completions at the end of training; else right answers of its task; else what it answers now.
+They are kept as token ids, so that every stage is asked about the same ids.
 
 Shapes: N scored positions of a text, V vocabulary.
 """
@@ -22,15 +22,15 @@ from minigrpo.runs.logger import read_groups
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Prompt, Task
 
-TEXTS, TOKENS, LONGEST = 16, 512, 96
-"""So many texts at most, scored positions in all, and in one text."""
-NUMBERS = 1 << 27
-"""Log-probabilities that are kept at once: half a GiB."""
+MAX_TEXTS, MAX_SCORED_TOKENS, MAX_TEXT_TOKENS = 16, 512, 96
+"""Largest number of texts, of scored positions in all of them, and of scored positions in one."""
+MAX_LOGPROBS = 1 << 27
+"""Log-probabilities kept in memory at once: half a GiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredText:
-    """A prompt and a completion as ids; the tokens from `start` on are scored."""
+    """A prompt and a completion as token ids; tokens from `start` on are scored."""
 
     ids: tuple[int, ...]
     start: int
@@ -42,29 +42,29 @@ class ScoredText:
 
 @dataclass(frozen=True, slots=True)
 class HeldTexts:
-    """`source`: where they come from, in a person's words."""
+    """The texts of a proof. `source`: where they come from, in words for the user."""
 
     texts: tuple[ScoredText, ...]
     source: str
 
 
 def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary: int) -> HeldTexts | None:
-    """From the run's last step, or the task's right answers; None where neither is to be had."""
-    pairs = list(_last_answers(run)) if run else []
+    """Return texts of the run's last step, or the task's right answers; None where there are neither."""
+    pairs = list(_last_completions(run)) if run else []
     source = "completions of the last training step"
     if not pairs and task is not None and task.gold is not None:
         try:
-            prompts = prompts_of(task, "test", TEXTS)
+            prompts = prompts_of(task, "test", MAX_TEXTS)
         except TaskError:
             prompts = []
         pairs = [(prompt, task.gold(prompt), True) for prompt in prompts]
         source = "right answers of the task"
-    texts = [held for pair in pairs[:TEXTS] if (held := _held(*pair, tokenizer)).scored]
-    return HeldTexts(_within(texts, vocabulary), source) if texts else None
+    texts = [held for pair in pairs[:MAX_TEXTS] if (held := _tokenize_text(*pair, tokenizer)).scored]
+    return HeldTexts(_truncate_texts(texts, vocabulary), source) if texts else None
 
 
 def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
-    """What the model most likely says to a few prompts."""
+    """Return the model's greedy answers to a few prompts."""
     found = prompts_of(task, "test", 4) if task is not None else [Prompt("question", (PROBE_QUESTION,))]
     texts = []
     for prompt in found:
@@ -74,16 +74,16 @@ def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int
             said = model.generate(
                 input_ids=asked,
                 attention_mask=torch.ones_like(asked),
-                max_new_tokens=LONGEST,
+                max_new_tokens=MAX_TEXT_TOKENS,
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
         texts.append(ScoredText(tuple(said[0].tolist()), len(ids)))
-    return HeldTexts(_within(texts, vocabulary), "likeliest answers of the trained policy")
+    return HeldTexts(_truncate_texts(texts, vocabulary), "likeliest answers of the trained policy")
 
 
-def distributions(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
-    """Log-probabilities [N, V] of each text in float32, on the CPU."""
+def text_logprobs(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
+    """Yield log-probabilities [N, V] of each text in float32, on the CPU."""
     for held in texts:
         ids = torch.tensor([held.ids[:-1]], device=model.device)
         with torch.no_grad():
@@ -91,26 +91,27 @@ def distributions(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
         yield logits_NV.float().log_softmax(-1).cpu()
 
 
-def _within(texts: Sequence[ScoredText], vocabulary: int) -> tuple[ScoredText, ...]:
-    """The first texts, as many as there is room for; the last of them may be cut short."""
-    room = max(8, min(TOKENS, NUMBERS // vocabulary))
+def _truncate_texts(texts: Sequence[ScoredText], vocabulary: int) -> tuple[ScoredText, ...]:
+    """Return as many of the first texts as the limits allow; the last may be cut short."""
+    room = max(8, min(MAX_SCORED_TOKENS, MAX_LOGPROBS // vocabulary))
     kept: list[ScoredText] = []
-    for held in texts[:TEXTS]:
-        count = min(held.scored, LONGEST, room)
+    for held in texts[:MAX_TEXTS]:
+        count = min(held.scored, MAX_TEXT_TOKENS, room)
         if count:
             kept.append(ScoredText(held.ids[: held.start + count], held.start))
             room -= count
     return tuple(kept)
 
 
-def _held(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> ScoredText:
+def _tokenize_text(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> ScoredText:
     ids = render(tokenizer, prompt).ids
     said = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ScoredText((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
 
 
-def _last_answers(run: RunDir) -> Iterator[tuple[Prompt, str, bool]]:
-    """(prompt, text, whether it ended by itself) of the log's last step: first siblings first."""
+def _last_completions(run: RunDir) -> Iterator[tuple[Prompt, str, bool]]:
+    """Yield (prompt, text, whether it ended by itself) of the last logged step: the first sibling of each group, then
+    the second."""
     rows = _last_step(run)
     longest = max((len(row["completions"]) for row in rows), default=0)
     for sibling in range(longest):
@@ -121,7 +122,7 @@ def _last_answers(run: RunDir) -> Iterator[tuple[Prompt, str, bool]]:
 
 
 def _last_step(run: RunDir) -> list[dict[str, Any]]:
-    """Gather the groups of the log's last step, as far back as its lines can be read."""
+    """Read the groups of the last logged step, as far back as lines can be read. Raises ArtifactError if none can."""
     rows: list[dict[str, Any]] = []
     try:
         for row in read_groups(run, newest_first=True, strict=True):

@@ -1,8 +1,8 @@
-"""The command lines of servers: llama.cpp's, from xllamacpp or as a program, and vLLM's, here or in a container.
+"""Command lines of model servers: llama.cpp's, from xllamacpp or as a program, and vLLM's, here or in a container.
 
-Whatever a client does not ask for is neutral: the temperature of the training, and nothing cut off (llama.cpp would
-keep 40 tokens, and vLLM do what generation_config.json says, which of many models punishes repetition). So a served
-model samples as the policy did when it was rewarded.
+Sampling options that a client leaves out are neutral: the temperature of training, and no truncation (llama.cpp would
+keep 40 tokens, and vLLM follow generation_config.json, which in many models penalizes repetition). So a served model
+samples as the policy did during training.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from minigrpo.errors import MinigrpoError, install_hint
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
 EngineName = Literal["llama.cpp", "vllm"]
-LOCAL = "127.0.0.1"
-ANYWHERE = ("0.0.0.0", "::", "")
-ROOM = 4096
-"""Tokens of context where nothing else is asked for: of a long context the cache alone can be larger than the model."""
-IMAGE = "vllm/vllm-openai:latest"
-IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
+LOCALHOST = "127.0.0.1"
+ALL_INTERFACES = ("0.0.0.0", "::", "")
+DEFAULT_CONTEXT = 4096
+"""Context length in tokens if none is requested: for a long context the KV cache alone can be larger than the model."""
+VLLM_IMAGE = "vllm/vllm-openai:latest"
+PORT_IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
 VLLM_PYTHON = "MINIGRPO_VLLM"
-"""Names the python of an environment that holds vLLM."""
-ON_HUB = "Of a GGUF repository: hf download OWNER/NAME FILE.gguf --local-dir . and then minigrpo serve FILE.gguf"
+"""Environment variable that names the python of an environment with vLLM."""
+GGUF_ON_HUB_HINT = (
+    "Of a GGUF repository: hf download OWNER/NAME FILE.gguf --local-dir . and then minigrpo serve FILE.gguf"
+)
 CONTAINER_CACHE = "/root/.cache/huggingface/hub"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """What is started. `model`: the name that clients use. `what`: the artefact, as the user knows it."""
+    """A command that starts a server. `model`: the name that clients use. `what`: the artefact, as the user knows
+    it."""
 
     engine: EngineName
     program: tuple[str, ...]
@@ -53,14 +56,14 @@ class ServerCommand:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it."""
-        host = LOCAL if self.host in ANYWHERE else self.host
+        """Return the address for clients on this machine."""
+        host = LOCALHOST if self.host in ALL_INTERFACES else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """What vLLM serves: a folder or a Hub id, and an adapter that stays beside it.
+class VllmModel:
+    """What vLLM serves: a folder or a Hub id, and an adapter that stays unmerged.
 
     `config`: config.json of a Hub id, where it was read already.
     """
@@ -70,25 +73,27 @@ class Model:
     config: Mapping[str, Any] | None = None
 
     def settings(self) -> Mapping[str, Any]:
-        """config.json. Raises MinigrpoError where a Hub id has none that can be read."""
-        from minigrpo.delivery.hub.client import settings_on_hub
+        """Return config.json. Raises MinigrpoError where a Hub id has none that can be read."""
+        from minigrpo.delivery.hub.client import read_hub_json
         from minigrpo.runs.rundir import read_json
 
         folder = Path(self.source)
         if folder.is_dir():
             return dict(read_json(folder / "config.json"))
-        found = settings_on_hub(self.source, "config.json") if self.config is None else self.config
+        found = read_hub_json(self.source, "config.json") if self.config is None else self.config
         if found is None:
-            raise MinigrpoError(f"{self.source} holds no config.json, so it is no model that vLLM serves. {ON_HUB}")
+            raise MinigrpoError(
+                f"{self.source} holds no config.json, so it is no model that vLLM serves. {GGUF_ON_HUB_HINT}"
+            )
         return found
 
 
-def worker() -> Path:
-    """The file that keeps servers."""
+def supervisor_file() -> Path:
+    """Return the path of the script that supervises a server process."""
     return Path(__file__).with_name("supervisor.py")
 
 
-def llama_launch(
+def llama_command(
     head: GgufHeader,
     *,
     host: str,
@@ -99,11 +104,12 @@ def llama_launch(
     name: str | None = None,
     tools: Path | None = None,
 ) -> ServerCommand:
-    """`tools`: a folder with llama.cpp's programs, which then serve; else xllamacpp does, or a program on the PATH.
+    """Return the command of llama.cpp's server. `tools`: a folder with llama.cpp's programs; without it xllamacpp
+    serves, or a program on the PATH.
 
-    `exact`: keys and values in float32, and no flash attention: slower, and what the file says to the last digits.
+    `exact`: keys and values in float32 and no flash attention: slower, but exact to the last digits.
     """
-    context = fitting(context, head.context, str(head.file))
+    context = fit_context(context, head.context, str(head.file))
     model = name or head.file.stem
     program = find_llama_server(tools)
     if program is not None:
@@ -114,12 +120,12 @@ def llama_launch(
     else:
         options = {"file": str(head.file), "model": model, "host": host, "port": port, "context": context}
         options |= {"exact": exact, "temperature": temperature}
-        line = [sys.executable, "-P", str(worker()), "llama", json.dumps(options)]
+        line = [sys.executable, "-P", str(supervisor_file()), "llama", json.dumps(options)]
     return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context)
 
 
 def find_llama_server(tools: Path | None) -> Path | None:
-    """None where xllamacpp serves. Raises MinigrpoError where there is nothing that could."""
+    """Find the llama-server program; None where xllamacpp serves. Raises MinigrpoError where neither is installed."""
     named = tools or (Path(os.environ["LLAMA_CPP_DIR"]) if os.environ.get("LLAMA_CPP_DIR") else None)
     for folder in (named, named / "build" / "bin", named / "bin") if named else ():
         if found := shutil.which("llama-server", path=str(folder)):
@@ -134,8 +140,8 @@ def find_llama_server(tools: Path | None) -> Path | None:
     return Path(found)
 
 
-def vllm_launch(
-    model: Model,
+def vllm_command(
+    model: VllmModel,
     *,
     python: Path,
     host: str,
@@ -143,12 +149,13 @@ def vllm_launch(
     name: str,
     context: int | None = None,
     temperature: float = 1.0,
-    whole: bool = False,
+    all_logprobs: bool = False,
 ) -> ServerCommand:
-    """`python`: of the environment that holds vLLM. `whole`: let clients ask for the probability of every token."""
+    """Return the command of vLLM's server. `python`: of the environment that holds vLLM. `all_logprobs`: let clients
+    request the log-probability of every token."""
     config = model.settings()
     limit = config.get("text_config", config).get("max_position_embeddings")
-    context = fitting(context, limit, model.source) if context or limit else None
+    context = fit_context(context, limit, model.source) if context or limit else None
     line = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     line += [
         "--host",
@@ -157,14 +164,15 @@ def vllm_launch(
         str(port),
         *vllm_options(model=model, name=name, context=context, temperature=temperature),
     ]
-    share = memory_share()
+    share = memory_fraction()
     line += ["--gpu-memory-utilization", f"{share:.2f}"] if share else []
-    line += ["--max-logprobs", "-1"] if whole else []
+    line += ["--max-logprobs", "-1"] if all_logprobs else []
     return ServerCommand("vllm", tuple(line), host, port, name, str(model.adapter or model.source), context)
 
 
-def memory_share() -> float | None:
-    """Of a machine without a GPU: half of what is free now. vLLM would take nearly all of it, whoever else is there."""
+def memory_fraction() -> float | None:
+    """Return half of the share of memory that is free, for a machine without a GPU; else None. By default vLLM takes
+    nearly all memory, whatever else runs there."""
     import psutil
     import torch
 
@@ -175,66 +183,68 @@ def memory_share() -> float | None:
 
 
 def vllm_options(
-    model: Model,
+    model: VllmModel,
     name: str,
     context: int | None,
     temperature: float,
     *,
-    at: str | None = None,
-    beside: str | None = None,
+    model_path: str | None = None,
+    adapter_path: str | None = None,
 ) -> list[str]:
-    """`at`, `beside`: where the server finds model and adapter, if not where they lie here."""
+    """Return vLLM's options. `model_path`, `adapter_path`: where the server finds them, if not at their paths here."""
     config = model.settings()
     missing = vllm_config_overrides(config)
     served = f"{name}-base" if model.adapter else name
-    line = ["--model", at or model.source, "--served-model-name", served]
+    line = ["--model", model_path or model.source, "--served-model-name", served]
     line += ["--max-model-len", str(context)] if context else []
     line += ["--generation-config", "vllm", "--override-generation-config", json.dumps({"temperature": temperature})]
     if (config.get("dtype") or config.get("torch_dtype")) == "float32":
         line += ["--dtype", "float32"]  # it would round to 16 bit, which may be what the merge stayed away from
     line += ["--hf-overrides", json.dumps(missing)] if missing else []
     if model.adapter:
-        line += ["--enable-lora", "--max-lora-rank", str(adapter_room(model.adapter))]
-        line += ["--lora-modules", f"{name}={beside or model.adapter}"]
+        line += ["--enable-lora", "--max-lora-rank", str(adapter_max_rank(model.adapter))]
+        line += ["--lora-modules", f"{name}={adapter_path or model.adapter}"]
     return line
 
 
-def docker_line(launch: ServerCommand, model: Model, temperature: float) -> str:
-    """vLLM in its own container, on the machine's GPUs."""
+def docker_command(command: ServerCommand, model: VllmModel, temperature: float) -> str:
+    """Return the command that runs vLLM in its own container, on the machine's GPUs."""
     folder = Path(model.source)
     mounts = {}
-    at, (here, there) = _mounted(folder, "/model") if folder.is_dir() else (model.source, _mounted_cache())
+    model_path, (here, there) = _mount(folder, "/model") if folder.is_dir() else (model.source, _mount_cache())
     mounts[here] = there
-    beside = None
+    adapter_path = None
     if model.adapter:
-        beside, (here, there) = _mounted(model.adapter, "/adapter")
+        adapter_path, (here, there) = _mount(model.adapter, "/adapter")
         mounts[here] = there
-    line = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "-p", f"{launch.port}:8000"]
+    line = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "-p", f"{command.port}:8000"]
     for here, there in mounts.items():
         line += ["-v", f"{here}:{there}"]
-    told: dict[str, Any] = {"name": launch.model, "context": launch.context, "temperature": temperature}
-    return shlex.join([*line, IMAGE, *vllm_options(model=model, **told, at=at, beside=beside)])
+    told: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
+    return shlex.join(
+        [*line, VLLM_IMAGE, *vllm_options(model=model, **told, model_path=model_path, adapter_path=adapter_path)]
+    )
 
 
-def _mounted(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
-    """(where the container finds the folder, what is mounted where). The files of a folder in the Hub's cache are links
-    into its neighbours, so the whole cache goes with it."""
-    from minigrpo.delivery.hub.client import cache_of_hub
+def _mount(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
+    """Return (the folder's path in the container, (host folder, container folder) of the mount). Files of a folder
+    in the Hub's cache are links to its neighbours, so the whole cache is mounted."""
+    from minigrpo.delivery.hub.client import hub_cache
 
-    folder, cache = folder.expanduser().absolute(), cache_of_hub()
+    folder, cache = folder.expanduser().absolute(), hub_cache()
     if folder.is_relative_to(cache):
-        return f"{CONTAINER_CACHE}/{folder.relative_to(cache).as_posix()}", _mounted_cache()
+        return f"{CONTAINER_CACHE}/{folder.relative_to(cache).as_posix()}", _mount_cache()
     return there, (folder, there)
 
 
-def _mounted_cache() -> tuple[Path, str]:
-    from minigrpo.delivery.hub.client import cache_of_hub
+def _mount_cache() -> tuple[Path, str]:
+    from minigrpo.delivery.hub.client import hub_cache
 
-    return cache_of_hub(), CONTAINER_CACHE
+    return hub_cache(), CONTAINER_CACHE
 
 
-def adapter_room(adapter: Path) -> int:
-    """Give the rank to make room for. Raises MinigrpoError for what vLLM cannot serve beside its base."""
+def adapter_max_rank(adapter: Path) -> int:
+    """Return the rank to reserve memory for. Raises MinigrpoError for an adapter that vLLM cannot serve unmerged."""
     from minigrpo.models.adapter import read_adapter_config
 
     config = read_adapter_config(adapter)
@@ -250,7 +260,8 @@ def adapter_room(adapter: Path) -> int:
 
 
 def find_vllm(named: Path | None) -> Path | None:
-    """The python that holds vLLM: the one named, that of MINIGRPO_VLLM, or this one; None where it is not installed."""
+    """Find the python that holds vLLM: the one named, that of MINIGRPO_VLLM, or this one; None where vLLM is not
+    installed. Raises MinigrpoError where the one named cannot run it."""
     chosen = named or (Path(os.environ[VLLM_PYTHON]) if os.environ.get(VLLM_PYTHON) else None)
     if chosen is None:
         return Path(sys.executable) if find_spec("vllm") is not None else None
@@ -268,10 +279,10 @@ def find_vllm(named: Path | None) -> Path | None:
     return python
 
 
-def fitting(asked: int | None, limit: int | None, what: str) -> int:
-    """Tokens of context. Raises MinigrpoError for more than the model was made for."""
+def fit_context(asked: int | None, limit: int | None, what: str) -> int:
+    """Return the context length in tokens. Raises MinigrpoError for more than the model was made for."""
     if asked is None:
-        return min(ROOM, limit or ROOM)
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     if limit is not None and asked > limit:
         raise MinigrpoError(f"--context {asked} is more than the {limit} tokens that {what} was made for. Lower it.")
     return asked
@@ -280,24 +291,24 @@ def fitting(asked: int | None, limit: int | None, what: str) -> int:
 # Ports
 
 
-def reserve(host: str, port: int) -> int:
-    """The port itself where it is free, and any free one for 0. Raises MinigrpoError where it cannot be had."""
+def reserve_port(host: str, port: int) -> int:
+    """Return the port if it is free, and any free one for 0. Raises MinigrpoError where it cannot be bound."""
     try:
-        return _bound(host, port)
+        return _bind(host, port)
     except OSError as fault:
-        taken = _owner(port)
-        if taken is None and fault.errno not in IN_USE:
+        taken = _port_owner(port)
+        if taken is None and fault.errno not in PORT_IN_USE:
             raise MinigrpoError(
                 f"Nothing can listen at {host} port {port}: {fault.strerror or fault}. For this machine alone: --host "
-                f"{LOCAL}; ports below 1024 belong to the system."
+                f"{LOCALHOST}; ports below 1024 belong to the system."
             ) from None
     raise MinigrpoError(
-        f"Port {port} of {host} is taken{f' by {taken}' if taken else ''}. A free one: --port {_bound(host, 0)}"
+        f"Port {port} of {host} is taken{f' by {taken}' if taken else ''}. A free one: --port {_bind(host, 0)}"
     )
 
 
-def _bound(host: str, port: int) -> int:
-    family = socket.getaddrinfo(host or LOCAL, port, type=socket.SOCK_STREAM)[0]
+def _bind(host: str, port: int) -> int:
+    family = socket.getaddrinfo(host or LOCALHOST, port, type=socket.SOCK_STREAM)[0]
     with closing(socket.socket(family[0], socket.SOCK_STREAM)) as probe:
         if os.name != "nt":  # a port that was let go a moment ago is free; on Windows this would share a taken one
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -305,8 +316,8 @@ def _bound(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _owner(port: int) -> str | None:
-    """Who listens there, where the system tells."""
+def _port_owner(port: int) -> str | None:
+    """Describe the process that listens on the port, where the system tells."""
     try:
         import psutil
 

@@ -1,7 +1,7 @@
-"""An artefact behind OpenAI's protocol: found, served, asked one question of its task, ended for certain.
+"""Serve an artefact with an OpenAI-compatible server: find it, start the server, ask it one question, end it reliably.
 
-Clients get what was trained: the chat template is the model's own, the temperature that of the training, and nothing is
-cut off the distribution unless a client asks for it.
+Clients get what was trained: the model's own chat template, the temperature of training, and an untruncated
+distribution unless a client asks for less.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.gguf.header import read_head
+from minigrpo.delivery.gguf.header import read_header
 from minigrpo.delivery.serve.commands import (
-    Model,
     ServerCommand,
-    docker_line,
+    VllmModel,
+    docker_command,
     find_vllm,
-    llama_launch,
-    reserve,
-    vllm_launch,
+    llama_command,
+    reserve_port,
+    vllm_command,
 )
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """`reward` and `solved`: by the task, None where the question is none of its own. `seconds`: from start to end."""
+class ServedAnswer:
+    """A question and its answer. `reward` and `solved`: by the task, None for a question that is not the task's.
+    `seconds`: for the request."""
 
     question: str
     answer: str
@@ -57,77 +58,79 @@ class Answer:
         return asdict(self)
 
 
-def ask_once(run: RunDir, *, format: str = "Q8_0", quiet: bool = False) -> Answer:
+def ask_once(run: RunDir, *, format: str = "Q8_0", quiet: bool = False) -> ServedAnswer:
     """Serve the run's GGUF file with llama.cpp, ask one unseen problem of its task, and end the server."""
-    wanted = ServeOptions(engine="llama.cpp", port=0, format=format)
-    with serving(resolve_servable(str(run.path), wanted), wanted, quiet=quiet) as (server, artefact):
-        return ask(server, artefact)
+    options = ServeOptions(engine="llama.cpp", port=0, format=format)
+    with run_server(resolve_servable(str(run.path), options), options, quiet=quiet) as (server, servable):
+        return ask(server, servable)
 
 
 @contextmanager
-def serving(
-    artefact: Servable, wanted: ServeOptions, *, quiet: bool = False
+def run_server(
+    servable: Servable, options: ServeOptions, *, quiet: bool = False
 ) -> Iterator[tuple[ServerProcess, Servable]]:
-    """The server, up and well. Its log is RUN/serve.log."""
-    launch = launch_of(artefact, wanted)
-    log = artefact.run.path / "serve.log" if artefact.run else None
-    with stage(f"start {launch.engine}", 0, Console(stderr=True, quiet=quiet)) as report:
-        server = ServerProcess(launch, log=log, silence=wanted.wait, report=report)
+    """Start the server and yield it once it is healthy. Its log is RUN/serve.log."""
+    command = server_command(servable, options)
+    log = servable.run.path / "serve.log" if servable.run else None
+    with stage(f"start {command.engine}", 0, Console(stderr=True, quiet=quiet)) as report:
+        server = ServerProcess(command, log=log, silence=options.wait, report=report)
     with server:
-        yield server, artefact
+        yield server, servable
 
 
-def launch_of(artefact: Servable, wanted: ServeOptions) -> ServerCommand:
-    """The command line. Raises MinigrpoError where the engine is missing, the port taken, the context too long."""
-    common: dict[str, Any] = {"host": wanted.host, "name": artefact.name, "context": wanted.context}
-    common["temperature"] = artefact.temperature
-    if artefact.gguf:
-        head = read_head(artefact.gguf)
-        return llama_launch(head, **common, port=reserve(wanted.host, wanted.port), tools=wanted.llama_cpp)
-    assert artefact.model is not None
-    python = find_vllm(wanted.vllm)
+def server_command(servable: Servable, options: ServeOptions) -> ServerCommand:
+    """Return the command line. Raises MinigrpoError where the engine is missing, the port taken or the context too
+    long."""
+    common: dict[str, Any] = {"host": options.host, "name": servable.name, "context": options.context}
+    common["temperature"] = servable.temperature
+    if servable.gguf:
+        head = read_header(servable.gguf)
+        return llama_command(head, **common, port=reserve_port(options.host, options.port), tools=options.llama_cpp)
+    assert servable.model is not None
+    python = find_vllm(options.vllm)
     if python is None:
         raise MinigrpoError(
-            f"{artefact.model.source} is served by vLLM, which is not installed. Install it in an environment of its "
+            f"{servable.model.source} is served by vLLM, which is not installed. Install it in an environment of its "
             "own (pip install vllm), and name its python: --vllm ENV/bin/python. Or serve a GGUF file with llama.cpp: "
-            f"minigrpo export {artefact.run.path if artefact.run else artefact.model.source}"
+            f"minigrpo export {servable.run.path if servable.run else servable.model.source}"
         )
-    return vllm_launch(artefact.model, **common, port=reserve(wanted.host, wanted.port), python=python)
+    return vllm_command(servable.model, **common, port=reserve_port(options.host, options.port), python=python)
 
 
 # Asking
 
 
-def ask(server: ServerProcess, artefact: Servable, question: str | None = None) -> Answer:
-    """One question, greedily: the given one, else the first unseen one of the run's task, graded by it."""
+def ask(server: ServerProcess, servable: Servable, question: str | None = None) -> ServedAnswer:
+    """Ask one question, greedily: the given one, else the first unseen problem of the run's task, graded by the
+    task."""
     from minigrpo.rollouts.grading import judge
 
     began = time.perf_counter()
-    task, prompt = _asked(artefact, question)
-    answer = server.client.chat(prompt.messages, max_tokens=room(server.launch, artefact))
+    task, prompt = _choose_prompt(servable, question)
+    answer = server.client.chat(prompt.messages, max_tokens=answer_tokens(server.command, servable))
     grade: Grade | None = judge(task, prompt, answer) if task else None
-    return Answer(
+    return ServedAnswer(
         question=prompt.messages[-1]["content"],
         answer=answer,
         reward=grade.reward if grade and grade.scored else None,
         solved=grade.solved if grade else None,
-        engine=server.launch.engine,
+        engine=server.command.engine,
         seconds=time.perf_counter() - began,
     )
 
 
-def room(launch: ServerCommand, artefact: Servable) -> int:
-    """Tokens for an answer: as many as in training, if half of the context holds them."""
-    return min(artefact.tokens, launch.context // 2) if launch.context else artefact.tokens
+def answer_tokens(command: ServerCommand, servable: Servable) -> int:
+    """Return the length of an answer in tokens: as in training, if half of the context holds it."""
+    return min(servable.tokens, command.context // 2) if command.context else servable.tokens
 
 
-def _asked(artefact: Servable, question: str | None) -> tuple[Task | None, Prompt]:
+def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | None, Prompt]:
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.tasks.registry import open_task
 
-    if question is None and artefact.recipe:
+    if question is None and servable.recipe:
         with suppress(MinigrpoError):  # its file or data may be gone: the plain question tells as well that it speaks
-            task = open_task(artefact.recipe)
+            task = open_task(servable.recipe)
             return task, prompts_of(task, "test", 1)[0]
     message: Message = PROBE_QUESTION if question is None else {"role": "user", "content": question}
     return None, Prompt("asked", (message,))
@@ -136,86 +139,93 @@ def _asked(artefact: Servable, question: str | None) -> tuple[Task | None, Promp
 # Showing
 
 
-def body_of(launch: ServerCommand, messages: tuple[Message, ...] | list[Message]) -> dict[str, Any]:
-    return {"model": launch.model, "messages": [dict(message) for message in messages]}
+def _chat_body(command: ServerCommand, messages: tuple[Message, ...] | list[Message]) -> dict[str, Any]:
+    return {"model": command.model, "messages": [dict(message) for message in messages]}
 
 
-def curl_line(launch: ServerCommand, messages: tuple[Message, ...]) -> str:
-    """For a POSIX shell, whatever stands in the messages."""
-    body = json.dumps(body_of(launch, messages), ensure_ascii=False)
-    url = f"{launch.url}/v1/chat/completions"
+def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
+    """Return a curl command, quoted for a POSIX shell."""
+    body = json.dumps(_chat_body(command, messages), ensure_ascii=False)
+    url = f"{command.url}/v1/chat/completions"
     return shlex.join(["curl", url, "-H", "Content-Type: application/json", "-d", body])
 
 
-def python_lines(launch: ServerCommand, messages: tuple[Message, ...]) -> str:
-    asked = f"model={launch.model!r}, messages={[dict(message) for message in messages]!r}"
+def python_snippet(command: ServerCommand, messages: tuple[Message, ...]) -> str:
+    asked = f"model={command.model!r}, messages={[dict(message) for message in messages]!r}"
     return (
         "from openai import OpenAI\n"
-        f'client = OpenAI(base_url="{launch.url}/v1", api_key="none")\n'
+        f'client = OpenAI(base_url="{command.url}/v1", api_key="none")\n'
         f"print(client.chat.completions.create({asked}).choices[0].message.content)"
     )
 
 
-def container_line(launch: ServerCommand, artefact: Servable) -> str | None:
-    """vLLM's docker line, for what vLLM could serve: a run's merged model, too, when llama.cpp serves its file."""
-    run = artefact.run
-    model = artefact.model or (Model(str(run.merged)) if run and run.merged.is_dir() else None)
-    return docker_line(launch, model, artefact.temperature) if model else None
+def container_command(command: ServerCommand, servable: Servable) -> str | None:
+    """Return the docker command of vLLM for a model that vLLM can serve; for a run's merged model also when
+    llama.cpp serves its GGUF file. None for others."""
+    run = servable.run
+    model = servable.model or (VllmModel(str(run.merged)) if run and run.merged.is_dir() else None)
+    return docker_command(command, model, servable.temperature) if model else None
 
 
 # Serving
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A server that is up, or would be, and what to do with it. `answer`: None where nothing was asked."""
+class ReadyServer:
+    """A server that is up, or would be, and how to use it. `answer`: None where nothing was asked."""
 
-    launch: ServerCommand
+    command: ServerCommand
     curl: str
     python: str
     docker: str | None
     log: str | None = None
-    answer: Answer | None = None
+    answer: ServedAnswer | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        launch = {"engine": self.launch.engine, "url": self.launch.url, "model": self.launch.model}
-        lines = {"command": shlex.join(self.launch.program), "curl": self.curl, "docker": self.docker}
+        server = {"engine": self.command.engine, "url": self.command.url, "model": self.command.model}
+        lines = {"command": shlex.join(self.command.program), "curl": self.curl, "docker": self.docker}
         asked = {"log": self.log, "answer": self.answer.to_dict() if self.answer else None}
-        return {**launch, "context": self.launch.context, **lines, "python": self.python, **asked}
+        return {**server, "context": self.command.context, **lines, "python": self.python, **asked}
 
 
-def planned(what: str, wanted: ServeOptions, question: str | None = None) -> Ready:
-    """What `serve` would start, without starting it."""
-    artefact = resolve_servable(what, wanted)
-    return _ready(launch_of(artefact, wanted), artefact, question)
+def plan_server(what: str, options: ServeOptions, question: str | None = None) -> ReadyServer:
+    """Return what `serve` would start, without starting it."""
+    servable = resolve_servable(what, options)
+    return _describe_server(server_command(servable, options), servable, question)
 
 
 def serve(
-    what: str, wanted: ServeOptions, *, question: str | None = None, once: bool = False, tell: Callable[[Ready], None]
+    what: str,
+    options: ServeOptions,
+    *,
+    question: str | None = None,
+    once: bool = False,
+    tell: Callable[[ReadyServer], None],
 ) -> None:
-    """Serve until Ctrl-C, or with `once` until the question is answered; `tell` is called when it is up and has spoken.
+    """Serve until Ctrl-C, or with `once` until the question is answered; call `tell` once the server is up and has
+    answered.
 
-    Returns when it was stopped. Raises MinigrpoError where it does not come up or ends by itself, and KeyboardInterrupt
-    with Ctrl-C while it starts.
+    Returns when it was stopped. Raises MinigrpoError where the server does not start or ends by itself, and
+    KeyboardInterrupt for Ctrl-C while it starts.
     """
-    with terminated(), serving(resolve_servable(what, wanted), wanted) as (server, artefact):
-        answer = ask(server, artefact, question)
-        log = str(server.log) if artefact.run else None
+    with sigterm_as_interrupt(), run_server(resolve_servable(what, options), options) as (server, servable):
+        answer = ask(server, servable, question)
+        log = str(server.log) if servable.run else None
         with suppress(KeyboardInterrupt):  # from here on it is the way to end it
-            tell(replace(_ready(server.launch, artefact, question), log=log, answer=answer))
+            tell(replace(_describe_server(server.command, servable, question), log=log, answer=answer))
             if not once:
                 server.watch()
 
 
-def _ready(launch: ServerCommand, artefact: Servable, question: str | None) -> Ready:
-    messages = _asked(artefact, question)[1].messages
-    lines = curl_line(launch, messages), python_lines(launch, messages), container_line(launch, artefact)
-    return Ready(launch, *lines)
+def _describe_server(command: ServerCommand, servable: Servable, question: str | None) -> ReadyServer:
+    messages = _choose_prompt(servable, question)[1].messages
+    lines = curl_command(command, messages), python_snippet(command, messages), container_command(command, servable)
+    return ReadyServer(command, *lines)
 
 
 @contextmanager
-def terminated() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that its server is ended in order."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM within the block, so that the server is ended in order."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -230,25 +240,27 @@ def terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def amount(reward: float | None) -> str:
+def _format_reward(reward: float | None) -> str:
     return "no reward" if reward is None else f"reward {reward:g}"
 
 
-def ready_lines(ready: Ready, *, stays: bool = True) -> RenderableType:
-    """What a person reads when the server is up; `stays`: it can be asked more."""
-    parts = [Text(f"{ready.launch.engine} serves {ready.launch.what} as {ready.launch.model}", style="bold green")]
+def ready_lines(ready: ReadyServer, *, stays: bool = True) -> RenderableType:
+    """Show how to use the server; `stays`: it goes on running and can be asked more."""
+    parts = [Text(f"{ready.command.engine} serves {ready.command.what} as {ready.command.model}", style="bold green")]
     if ready.answer:
         said = ready.answer
-        verdict = "" if said.solved is None else f"({'right' if said.solved else 'wrong'}, {amount(said.reward)})"
+        verdict = (
+            "" if said.solved is None else f"({'right' if said.solved else 'wrong'}, {_format_reward(said.reward)})"
+        )
         parts += [Text(f"question: {said.question}"), Text(f"answer:   {said.answer}"), Text(verdict, style="dim")]
     told = {"Ask it:": ready.curl, "From Python:": ready.python} if stays else {}
     told |= {"vLLM in a container:": ready.docker} if ready.docker else {}
     for title, text in told.items():
         parts += [Text(f"\n{title}", style="dim"), Text(text)]
     if stays:
-        parts.append(Text(f"\n{ready.launch.url}  (Ctrl-C ends it)", style="bold"))
+        parts.append(Text(f"\n{ready.command.url}  (Ctrl-C ends it)", style="bold"))
     return Stack(*parts)
 
 
-def planned_lines(ready: Ready) -> RenderableType:
-    return Stack(*[Text(line) for line in (shlex.join(ready.launch.program), ready.docker) if line])
+def plan_lines(ready: ReadyServer) -> RenderableType:
+    return Stack(*[Text(line) for line in (shlex.join(ready.command.program), ready.docker) if line])

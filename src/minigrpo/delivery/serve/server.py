@@ -1,10 +1,10 @@
-"""Servers of a model that speak OpenAI's protocol: a client that asks, a process that is started and surely ended.
+"""OpenAI-compatible servers of a model: a client that queries one, and a process that is started and reliably ended.
 
     with serve_gguf(file) as server:
         server.chat([{"role": "user", "content": "What is 2 + 2?"}])
 
-It runs below a keeper (serve/supervisor.py) that ends it when this process is gone, however it went. A server that ends
-or falls silent is a sentence here, with the last lines of its log.
+A server runs below a supervisor (serve/supervisor.py), which ends it when this process is gone, for whatever reason. If
+a server ends or falls silent, the error shows the last lines of its log.
 
 Shapes: N positions, V vocabulary.
 """
@@ -26,8 +26,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from minigrpo.delivery.gguf.header import read_head
-from minigrpo.delivery.serve.commands import LOCAL, EngineName, ServerCommand, llama_launch, reserve, worker
+from minigrpo.delivery.gguf.header import read_header
+from minigrpo.delivery.serve.commands import (
+    LOCALHOST,
+    EngineName,
+    ServerCommand,
+    llama_command,
+    reserve_port,
+    supervisor_file,
+)
 from minigrpo.errors import MinigrpoError
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
@@ -36,33 +43,33 @@ from minigrpo.utils.http import StatusError, exchange
 if TYPE_CHECKING:
     from torch import Tensor
 
-SILENCE = 600.0
-"""Seconds that a server may say nothing while it starts."""
-GRACE = 25.0
-"""Seconds for the keeper to end it; the keeper itself gives up after two thirds of that."""
-LAST = 12
+STARTUP_SILENCE_S = 600.0
+"""Seconds that a server may write nothing while it starts."""
+SHUTDOWN_TIMEOUT_S = 25.0
+"""Seconds for the supervisor to end the server; the supervisor itself needs at most two thirds of that."""
+LOG_TAIL_LINES = 12
 """Lines of the log that are shown when a server ends by itself."""
-ERROR = re.compile(r"\b\w*Error: | E \w+")
-"""A line of a log that names a fault, as Python and as llama.cpp write it."""
-FARTHEST = -200.0
-"""Log-probability of what a server rounds to impossible."""
+LOG_ERROR = re.compile(r"\b\w*Error: | E \w+")
+"""A log line that reports an error, as Python and llama.cpp write it."""
+MIN_LOGPROB = -200.0
+"""Log-probability of tokens that a server rounds to impossible."""
 
 
 class ServerClient:
-    """Asks a server that runs, over HTTP. It knows an address and the name of a model, and owns no process.
+    """A client of a running server, over HTTP. It knows an address and a model's name, and owns no process.
 
-    `gone`: makes the error where nobody answers, from when that was; without it, the address is named.
+    `gone`: returns the error for a server that does not answer, given when that was; by default it names the address.
     """
 
     def __init__(
         self, url: str, engine: EngineName, model: str, *, gone: Callable[[str], MinigrpoError] | None = None
     ) -> None:
         self.url, self.engine, self.model = url, engine, model
-        self._gone = gone or self._absent
+        self._error_when_gone = gone or self._absent
 
     @classmethod
     def at(cls, address: str) -> ServerClient:
-        """Ask a server that somebody else started, and will end, what it is. Raises MinigrpoError without an answer."""
+        """Connect to a server that somebody else started and will end. Raises MinigrpoError where none answers."""
         parts = urlsplit(address if "//" in address else f"http://{address}")
         url = f"{parts.scheme}://{parts.netloc}"
         model = cls(url, "llama.cpp", "").ask("/v1/models")["data"][0]
@@ -72,7 +79,7 @@ class ServerClient:
     def chat(
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
     ) -> str:
-        """The answer's text, markup for thinking and all."""
+        """Return the answer's text, including any markup for thinking."""
         asked = {"model": self.model, "messages": [dict(message) for message in messages]}
         found = self.ask(
             "/v1/chat/completions", {**asked, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
@@ -88,7 +95,7 @@ class ServerClient:
         asked = {"model": self.model, "prompt": text, "add_special_tokens": special}
         return tuple(self.ask("/tokenize", asked)["tokens"])
 
-    def rendered(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation as the server's own chat template renders it, its answer opened, as token ids."""
         asked = {"model": self.model, "messages": [dict(message) for message in messages]}
         if self.engine == "llama.cpp":
@@ -96,7 +103,7 @@ class ServerClient:
         return tuple(self.ask("/tokenize", {**asked, "add_generation_prompt": True})["tokens"])
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
-        """The likeliest continuation, up to `count` tokens; the token that ends an answer may be left out."""
+        """Return the greedy continuation, up to `count` tokens; the token that ends an answer may be left out."""
         if self.engine == "llama.cpp":
             asked = {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True}
             return tuple(self.ask("/completion", {**asked, "cache_prompt": False})["tokens"])
@@ -104,9 +111,11 @@ class ServerClient:
         return tuple(self.ask("/v1/completions", {**asked, "return_token_ids": True})["choices"][0]["token_ids"])
 
     def logprobs(self, ids: Sequence[int], start: int) -> Tensor:
-        """[N, V] in float32: of what follows each token from `start` on, as the server answers over HTTP.
+        """Return log-probabilities [N, V] in float32 of the tokens that follow each position from `start` on, as the
+        server answers over HTTP.
 
-        llama.cpp is asked once a position. vLLM must have been started with `whole=True` (see `vllm_launch`).
+        llama.cpp is asked once for each position. vLLM must have been started with `all_logprobs=True` (see
+        `vllm_command`).
         """
         import torch
 
@@ -115,9 +124,9 @@ class ServerClient:
         else:
             pairs = [_vllm_row(row) for row in self._vllm_rows(ids, start)]
         size = 1 + max(token for row in pairs for token in row)
-        found_NV = torch.full((len(pairs), size), FARTHEST)
+        found_NV = torch.full((len(pairs), size), MIN_LOGPROB)
         for place, row in enumerate(pairs):
-            found_NV[place, list(row)] = torch.tensor([max(value, FARTHEST) for value in row.values()])
+            found_NV[place, list(row)] = torch.tensor([max(value, MIN_LOGPROB) for value in row.values()])
         return found_NV
 
     def _llama_rows(self, ids: Sequence[int], start: int) -> Iterator[list[dict[str, Any]]]:
@@ -130,24 +139,26 @@ class ServerClient:
             yield found["completion_probabilities"][0]["top_logprobs"]
 
     def _vllm_rows(self, ids: Sequence[int], start: int) -> Iterator[dict[str, Any]]:
-        """The prompt's own probabilities, with one token more, so that the last position has one, too."""
+        """Yield the prompt's own probabilities. One token is appended to the prompt, so that its last position has
+        one, too."""
         asked = {"model": self.model, "prompt": [*ids, ids[-1]], "max_tokens": 1, "temperature": 0}
         found = self.ask("/v1/completions", {**asked, "prompt_logprobs": -1})
         yield from found["choices"][0]["prompt_logprobs"][start + 1 :]
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Exchange JSON once. Raises MinigrpoError with the server's own words where it refuses, or is gone."""
+        """Send JSON and return the JSON answer. Raises MinigrpoError where the server refuses, with its own words,
+        or is gone."""
         try:
             raw = exchange(self.url + path, body, direct=True)
         except StatusError as fault:
-            words = _words(fault.raw)
+            words = _error_message(fault.raw)
             raise MinigrpoError(f"{self.engine} refuses what it is asked ({fault.code}): {words}") from None
         except OSError as fault:
-            raise self._gone(f"while it answered ({fault})") from None
+            raise self._error_when_gone(f"while it answered ({fault})") from None
         return json.loads(raw) if raw else {}
 
-    def is_well(self) -> bool:
-        """Tell whether it is healthy, with our model under its name: another server on that port is not it."""
+    def is_healthy(self) -> bool:
+        """Tell whether the server is healthy and serves our model: another server on that port does not."""
         try:
             exchange(f"{self.url}/health", timeout=5, direct=True)
             found = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
@@ -161,29 +172,34 @@ class ServerClient:
 
 
 class ServerProcess:
-    """Runs a server, up and well until the block ends: `with ServerProcess(launch) as client`. `client` asks it.
+    """A server that runs until the block ends: `with ServerProcess(command) as client`. `client` queries it.
 
-    `log`: where it writes; without one, into a file that is shown if need be. `silence`: seconds that it may say
-    nothing while it starts. Raises MinigrpoError where it does not come up.
+    `log`: its output; without one, a temporary file, shown only in errors. `silence`: seconds that it may write nothing
+    while it starts. Raises MinigrpoError where it does not start.
     """
 
     def __init__(
-        self, launch: ServerCommand, *, log: Path | None = None, silence: float = SILENCE, report: Report = no_report
+        self,
+        command: ServerCommand,
+        *,
+        log: Path | None = None,
+        silence: float = STARTUP_SILENCE_S,
+        report: Report = no_report,
     ) -> None:
-        self.launch = launch
-        self.client = ServerClient(launch.url, launch.engine, launch.model, gone=self._ended)
-        with _written(log) as stream:
+        self.command = command
+        self.client = ServerClient(command.url, command.engine, command.model, gone=self._ended)
+        with _open_log(log) as stream:
             self.log = Path(stream.name)
-            self._passing = log is None
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-P", str(worker()), "watch", *launch.program],
+            self._log_is_temporary = log is None
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-P", str(supervisor_file()), "watch", *command.program],
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         try:
-            self._wait(silence, report)
+            self._wait_until_healthy(silence, report)
         except BaseException:
             self.close()
             raise
@@ -196,45 +212,47 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of its keeper, which leads the group of all that belongs to it."""
-        return self._keeper.pid
+        """Return the supervisor's process id, which is also the id of the whole process group."""
+        return self._supervisor.pid
 
     @property
     def running(self) -> bool:
-        return self._keeper.poll() is None
+        return self._supervisor.poll() is None
 
     def close(self) -> None:
-        """Ends it and all that it started. May be called twice."""
-        if self._keeper.stdin:
-            self._keeper.stdin.close()
+        """End the server and all that it started. May be called twice."""
+        if self._supervisor.stdin:
+            self._supervisor.stdin.close()
         try:
-            self._keeper.wait(GRACE)
+            self._supervisor.wait(SHUTDOWN_TIMEOUT_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once, then
             self._kill()
-            self._keeper.wait()
+            self._supervisor.wait()
         self._kill()
-        if self._passing:
+        if self._log_is_temporary:
             self.log.unlink(missing_ok=True)
 
     def _kill(self) -> None:
-        """The keeper's whole group: also what outlived it."""
+        """Kill the supervisor's whole process group, including what outlived it."""
         with suppress(OSError):
             if os.name == "nt":
-                self._keeper.kill()
+                self._supervisor.kill()
             else:
-                os.killpg(self._keeper.pid, signal.SIGKILL)
+                os.killpg(self._supervisor.pid, signal.SIGKILL)
 
     def watch(self, every: float = 0.5) -> None:
-        """Returns never: raises MinigrpoError when it ends by itself, KeyboardInterrupt with Ctrl-C."""
+        """Wait for the end: raises MinigrpoError when the server ends by itself, KeyboardInterrupt for Ctrl-C. Never
+        returns."""
         while self.running:
             with suppress(subprocess.TimeoutExpired):
-                self._keeper.wait(every)
+                self._supervisor.wait(every)
         raise self._ended("while it served")
 
-    def _wait(self, silence: float, report: Report) -> None:
-        """Until it is well. Whatever it writes is a sign of life."""
+    def _wait_until_healthy(self, silence: float, report: Report) -> None:
+        """Wait until the server is healthy. Any output counts as a sign of life. Raises MinigrpoError if it ends or
+        falls silent."""
         heard, size, pause = time.monotonic(), -1, 0.01
-        while not (self.client.is_well() and self.running):
+        while not (self.client.is_healthy() and self.running):
             if not self.running:
                 raise self._ended("while it started")
             now = self.log.stat().st_size
@@ -242,8 +260,8 @@ class ServerProcess:
                 heard, size = time.monotonic(), now
             if time.monotonic() - heard > silence:
                 raise MinigrpoError(
-                    f"{self.launch.engine} has said nothing for {silence:g} seconds and does not answer at "
-                    f"{self.launch.url}, so it was ended. For more patience: --wait {2 * silence:g}{self._tail()}"
+                    f"{self.command.engine} has said nothing for {silence:g} seconds and does not answer at "
+                    f"{self.command.url}, so it was ended. For more patience: --wait {2 * silence:g}{self._tail()}"
                 )
             report(0, 0, last_line(self.log))
             time.sleep(pause)
@@ -251,23 +269,24 @@ class ServerProcess:
 
     def _ended(self, when: str) -> MinigrpoError:
         with suppress(subprocess.TimeoutExpired):
-            self._keeper.wait(2.0)
-        code = self._keeper.poll()
+            self._supervisor.wait(2.0)
+        code = self._supervisor.poll()
         how = "does not answer" if code is None else f"ended {when} (code {code})"
-        return MinigrpoError(f"The server of {self.launch.what} ({self.launch.engine}) {how}.{self._tail()}")
+        return MinigrpoError(f"The server of {self.command.what} ({self.command.engine}) {how}.{self._tail()}")
 
     def _tail(self) -> str:
-        """The end of the log, after the first error in it: what follows a fault is often only its echo."""
+        """Return the end of the log, after the first error in it: what follows an error is often only its
+        consequence."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
-        first = next((line for line in lines[:-LAST] if ERROR.search(line)), None)
-        shown = [*([first, "..."] if first else []), *lines[-LAST:]]
-        where = "" if self._passing else f" ({self.log})"
+        first = next((line for line in lines[:-LOG_TAIL_LINES] if LOG_ERROR.search(line)), None)
+        shown = [*([first, "..."] if first else []), *lines[-LOG_TAIL_LINES:]]
+        where = "" if self._log_is_temporary else f" ({self.log})"
         return f"\nIts last lines{where}:\n" + "\n".join(f"    {line[:600]}" for line in shown) if shown else ""
 
 
 @contextmanager
-def _written(log: Path | None) -> Iterator[Any]:
-    """A file that a child may write to."""
+def _open_log(log: Path | None) -> Iterator[Any]:
+    """Open a file that a child process may write to."""
     if log is None:
         with NamedTemporaryFile("w", prefix="minigrpo-serve-", suffix=".log", delete=False) as stream:
             yield stream
@@ -278,7 +297,7 @@ def _written(log: Path | None) -> Iterator[Any]:
 
 
 def last_line(log: Path) -> str:
-    """The last that a server wrote, for a progress line."""
+    """Return the last words that a server wrote, for a progress line."""
     with suppress(OSError), log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 2000))
         lines = stream.read().decode(errors="replace").split()
@@ -286,8 +305,8 @@ def last_line(log: Path) -> str:
     return ""
 
 
-def _words(raw: bytes) -> str:
-    """What a server says of a refusal, whichever way it puts it."""
+def _error_message(raw: bytes) -> str:
+    """Return a server's own words from a refusal, whichever way it puts them."""
     with suppress(ValueError, TypeError, KeyError):
         said = json.loads(raw)
         said = said.get("error", said)
@@ -304,14 +323,15 @@ def _vllm_row(row: dict[str, Any]) -> dict[int, float]:
 
 
 def serve_gguf(
-    file: Path, *, host: str = LOCAL, port: int = 0, context: int | None = None, exact: bool = True, **options: Any
+    file: Path, *, host: str = LOCALHOST, port: int = 0, context: int | None = None, exact: bool = True, **options: Any
 ) -> ServerProcess:
-    """Start llama.cpp's server of one file and wait until it is well: `with serve_gguf(file) as server` asks it.
+    """Start llama.cpp's server on one file and wait until it is healthy: `with serve_gguf(file) as server` queries it.
 
-    `port`: 0 takes a free one. `context`: None takes what the model was made for, up to 4096. `exact`: keys and values
-    in float32 and no flash attention, each of which alone moves log-probabilities by 0.005. `options`: ServerProcess's.
-    Raises ArtifactError where the file is missing or cut short, MinigrpoError where llama.cpp is missing or refuses.
+    `port`: 0 takes a free one. `context`: None takes what the model was made for, up to 4096 tokens. `exact`: keys and
+    values in float32 and no flash attention, each of which alone moves log-probabilities by 0.005. `options`: of
+    ServerProcess. Raises ArtifactError where the file is missing or truncated, MinigrpoError where llama.cpp is missing
+    or refuses.
     """
-    head = read_head(file)
-    launch = llama_launch(head, host=host, port=reserve(host, port), context=context, exact=exact)
-    return ServerProcess(launch, **options)
+    head = read_header(file)
+    command = llama_command(head, host=host, port=reserve_port(host, port), context=context, exact=exact)
+    return ServerProcess(command, **options)

@@ -1,11 +1,12 @@
-"""Keeps one server, and ends it when whoever asked for it is gone: no server is ever left behind.
+"""Supervise one server process and end it when the process that started it is gone: no server is left behind.
 
-    python -P serve/supervisor.py watch PROGRAM ...     runs a program; its end is our end, with its code
-    python -P serve/supervisor.py llama JSON            llama.cpp's server, as xllamacpp brings it
+    python -P serve/supervisor.py watch PROGRAM ...     run a program and exit with its code
+    python -P serve/supervisor.py llama JSON            run llama.cpp's server from xllamacpp
 
-The leash is stdin: nobody writes to it, and it closes when the other side lets go or dies, however it dies. Then the
-program is asked to end (SIGINT, then SIGTERM), and what is left of its group is killed. Ctrl-C in a terminal reaches a
-whole group of processes: that is why we lead one of our own. Started by path, so it imports nothing of the package.
+The parent holds our stdin open and never writes to it; the pipe closes when the parent lets go or dies, in whatever
+way. Then the program is asked to end (SIGINT, then SIGTERM), and what is left of its process group is killed. Ctrl-C in
+a terminal reaches a whole process group: that is why we lead one of our own. Started by path, so this file imports
+nothing of the package.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 10.0
+STOP_TIMEOUT_S = 10.0
 """Seconds for a program to end by itself after each signal."""
-F32 = 0
+_GGML_F32 = 0
 """ggml's number of float32."""
-SMALL = 1 << 26
-"""Bytes of a file whose layers are so small that threads would only wait for one another."""
-DIES_WITH_PARENT = 1
-"""Linux: PR_SET_PDEATHSIG of prctl."""
+SMALL_MODEL_BYTES = 1 << 26
+"""Size of a file below which one thread is used: its layers are so small that threads would only wait for one
+another."""
+PR_SET_PDEATHSIG = 1
+"""Linux: option of prctl by which the kernel kills a child when its parent dies."""
 
 
-def watch(program: list[str]) -> int:
-    child = subprocess.Popen(program, stdin=subprocess.DEVNULL, preexec_fn=_tied())
+def supervise(program: list[str]) -> int:
+    """Run the program until it ends or stdin closes; return its exit code."""
+    child = subprocess.Popen(program, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent())
     ending = threading.Event()
 
     def end(*_: object) -> None:
@@ -53,30 +56,31 @@ def watch(program: list[str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _tied() -> Callable[[], None] | None:
-    """For the child to run on its way: it dies with us even where nothing lets us say goodbye."""
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return a function for the child to run before exec: it then dies with us even if we are killed. None where the
+    system has no such option."""
     if not sys.platform.startswith("linux"):
         return None
     import ctypes
 
     libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _ask_to_end(child: subprocess.Popen[bytes]) -> None:
-    """Ask, ask again, and do not ask."""
+    """Send SIGINT, then SIGTERM, then kill."""
     ways = (child.terminate,) if os.name == "nt" else (lambda: child.send_signal(signal.SIGINT), child.terminate)
     for way in ways:
         with suppress(OSError):
             way()
         with suppress(subprocess.TimeoutExpired):
-            child.wait(PATIENCE)
+            child.wait(STOP_TIMEOUT_S)
             return
     child.kill()
 
 
-def llama(options: dict[str, Any]) -> int:
-    """Serves until it is killed. Clients get what the model says: nothing is cut off or reshaped by default."""
+def serve_llama(options: dict[str, Any]) -> int:
+    """Serve until killed. Sampling defaults are neutral: nothing is truncated or reweighted."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     import xllamacpp
 
@@ -88,9 +92,9 @@ def llama(options: dict[str, Any]) -> int:
     params.n_ctx = options["context"]
     params.ctx_shift = False
     if options["exact"]:
-        params.cache_type_k = params.cache_type_v = F32
+        params.cache_type_k = params.cache_type_v = _GGML_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if Path(options["file"]).stat().st_size < SMALL:
+    if Path(options["file"]).stat().st_size < SMALL_MODEL_BYTES:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     # Weights packed anew for matrix instructions, which some virtual machines only announce.
     params.no_extra_bufts = True
@@ -106,10 +110,10 @@ def llama(options: dict[str, Any]) -> int:
     return 0
 
 
-def main(arguments: list[str]) -> int:
+def _main(arguments: list[str]) -> int:
     do, *rest = arguments
-    return llama(json.loads(rest[0])) if do == "llama" else watch(rest)
+    return serve_llama(json.loads(rest[0])) if do == "llama" else supervise(rest)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_main(sys.argv[1:]))
