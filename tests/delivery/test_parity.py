@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigrpo.cli import main
 from minigrpo.delivery.artifacts.merged_weights import measure_rounding
 from minigrpo.delivery.artifacts.source import read_seal, source_of
-from minigrpo.delivery.merge.merge import merge, merge_alone
+from minigrpo.delivery.merge.merge import merge
 from minigrpo.delivery.parity.compare import prove_merged, trained_reference
 from minigrpo.delivery.parity.texts import MAX_TEXT_TOKENS, held_texts
 from minigrpo.errors import ArtifactError, ModelError
@@ -203,7 +204,8 @@ def test_what_a_killed_merge_left_is_gone_after_the_next(young: RunDir) -> None:
     draft = young.path / ".merged.abc.draft"
     draft.mkdir()
     (draft / "model.safetensors").write_bytes(b"half")
-    assert merge_alone(young.path, quiet=True, proof=False).folder == young.merged
+    main.app(["merge", str(young.path), "--no-proof"], standalone_mode=False)
+    assert young.merged.is_dir()
     assert not draft.exists()
     assert not young.lock.exists()
 

@@ -14,7 +14,7 @@ from minigrpo.delivery.gguf import writer
 from minigrpo.delivery.gguf.export import export
 from minigrpo.delivery.parity.table import parity_table, read_parity
 from minigrpo.delivery.serve.server import serve_gguf
-from minigrpo.delivery.verify import verified_table, verify, verify_alone
+from minigrpo.delivery.verify import verified_table, verify
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
@@ -121,7 +121,7 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
 def test_what_is_not_there_is_not_measured_and_what_is_no_run_is_refused(run: RunDir, tmp_path: Path) -> None:
     for file in run.gguf.iterdir():
         file.unlink()
-    assert [row["name"] for row in verify_alone(run.path, quiet=True).rows] == ["base", "merged"]
+    assert [row["name"] for row in verify(run.path, quiet=True).rows] == ["base", "merged"]
     with pytest.raises(ArtifactError, match="no run's folder"):
         verify(run.adapter.rename(tmp_path / "adapter"), quiet=True)
 

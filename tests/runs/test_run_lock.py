@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from minigrpo.cli import main
 from minigrpo.errors import ArtifactError
 from minigrpo.runs import lock
-from minigrpo.runs.lock import hold, holder
+from minigrpo.runs.lock import holder, run_lock
 from minigrpo.runs.rundir import RunDir
 
 HOLD = """
 import sys, time
-from minigrpo.runs.lock import hold
+from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import RunDir
-with hold(RunDir(sys.argv[1]), print):
+with run_lock(RunDir(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -55,37 +57,107 @@ def other(tmp_path: Path) -> Iterator[Other]:
         one.kill()
 
 
-def taken(run: RunDir) -> list[str]:
-    """Hold the run, and let it go: what was remarked."""
-    remarks: list[str] = []
-    with hold(run, remarks.append):
+def take(run: RunDir) -> None:
+    """Hold the run, and let it go."""
+    with run_lock(run):
         assert holder(run) is not None
-    return remarks
 
 
 def test_the_second_process_is_refused_and_told_of_the_first(other: Other, tmp_path: Path) -> None:
     told = rf"is in use: process {other.process.pid} on {socket.gethostname()}, since 20.*--run"
     with pytest.raises(ArtifactError, match=told):
-        taken(RunDir(tmp_path / "run"))
+        take(RunDir(tmp_path / "run"))
     other.end()
-    assert taken(RunDir(tmp_path / "run")) == []
+    take(RunDir(tmp_path / "run"))
 
 
-def test_on_the_command_line_the_second_ends_with_exit_code_two(
-    other: Other, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+WRITING: dict[str, tuple[str, ...]] = {
+    "preflight": ("preflight", "quickstart", "--run", "RUN"),
+    "warmup": ("warmup", "quickstart", "--warmup.steps", "1", "--run", "RUN"),
+    "train": ("train", "quickstart", "--run", "RUN"),
+    "train --resume": ("train", "RUN", "--resume"),
+    "run": ("run", "quickstart", "--run", "RUN"),
+    "quickstart": ("quickstart", "--run", "RUN"),
+    "check": ("check", "RUN"),
+    "check adapter": ("check", "RUN/adapter"),
+    "merge": ("merge", "RUN"),
+    "merge adapter": ("merge", "RUN/adapter"),
+    "merge model": ("merge", "RUN/model"),
+    "export": ("export", "RUN"),
+    "export merged": ("export", "RUN/merged"),
+    "verify": ("verify", "RUN"),
+    "verify adapter": ("verify", "RUN/adapter"),
+    "publish": ("publish", "RUN", "--repo", "me/mine"),
+    "publish --dry-run": ("publish", "RUN", "--repo", "me/mine", "--dry-run"),
+}
+"""Every command that makes or replaces something in a run, or sends what must not change meanwhile."""
+BESIDE: dict[str, tuple[str, ...]] = {
+    "evaluate": ("evaluate", "RUN"),  # adds a file of its own
+    "serve": ("serve", "RUN", "--once"),
+    "merge warmup": ("merge", "RUN/warmup"),  # to look at it while the run trains
+    "check checkpoint": ("check", "RUN/checkpoints/000001"),
+}
+WITHOUT_RUN = {"plan", "check-task", "doctor", "sandbox", "tasks", "recipes"}
+
+
+def refusal(arguments: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Start a command that is to be refused: what it says."""
     with pytest.raises(SystemExit) as ended:
-        main.main(["train", "quickstart", "--run", str(tmp_path / "run")])
-    assert ended.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"process {other.process.pid}" in told
-    assert "Traceback" not in told
+        main.main([argument.replace("RUN", str(run)) for argument in arguments])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert "Traceback" not in said.err
+    return " ".join(said.err.split())
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_command_that_writes_into_a_run_is_refused_while_another_holds_it(
+    other: Other, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    before = {file: file.read_bytes() for file in run.path.rglob("*")}
+    said = refusal(WRITING[command], run.path, capsys)
+    assert f"error: {run.path} is in use: process {other.process.pid} on {socket.gethostname()}, since 20" in said
+    assert said.endswith("Wait for it or stop it; or begin another run: --run runs/NAME")
+    assert {file: file.read_bytes() for file in run.path.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("other")
+@pytest.mark.parametrize("command", BESIDE)
+def test_a_command_that_replaces_nothing_in_a_run_works_beside_its_holder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """It is refused all the same, for what it misses in an empty run."""
+    run = RunDir(tmp_path / "run")
+    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    said = refusal(BESIDE[command], run.path, capsys)
+    assert "is in use" not in said
+    assert re.search("has trained nothing|is missing|is not there", said)
+
+
+def test_of_every_command_it_is_known_whether_it_takes_the_lock() -> None:
+    commands = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+    assert commands.keys() == {name.split()[0] for name in (*WRITING, *BESIDE, *WITHOUT_RUN)}
+
+
+def test_a_command_that_holds_a_run_removes_what_killed_processes_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    for command in ("check", "merge", "export", "verify", "publish"):
+        draft = run.path / ".merged.abc.draft"
+        draft.mkdir()
+        refusal(WRITING[command], run.path, capsys)
+        assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_holder_that_was_killed_is_in_nobodys_way(other: Other, tmp_path: Path) -> None:
     other.kill()
     assert (tmp_path / "run" / ".lock").exists()
-    assert taken(RunDir(tmp_path / "run")) == []
+    take(RunDir(tmp_path / "run"))
     assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == []
 
 
@@ -94,7 +166,7 @@ def test_a_child_of_a_killed_holder_does_not_keep_the_lock(tmp_path: Path) -> No
     ready, told = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with hold(run, print):
+        with run_lock(run):
             if os.fork() == 0:
                 os.close(ready)
                 os.write(told, str(os.getpid()).encode())
@@ -104,14 +176,14 @@ def test_a_child_of_a_killed_holder_does_not_keep_the_lock(tmp_path: Path) -> No
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     try:
-        assert taken(run) == []
+        take(run)
     finally:
         os.kill(child, signal.SIGKILL)
 
 
 def test_one_process_does_not_take_its_own_run_twice(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    with hold(run, print), pytest.raises(ArtifactError, match="is in use"), hold(run, print):
+    with run_lock(run), pytest.raises(ArtifactError, match="is in use"), run_lock(run):
         pass
 
 
@@ -125,13 +197,13 @@ def test_of_many_that_come_at_once_one_gets_the_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_which_nothing_was_put_goes_again(tmp_path: Path) -> None:
-    taken(RunDir(tmp_path / "runs" / "new"))
+    take(RunDir(tmp_path / "runs" / "new"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_used_stays_without_its_lock(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    with hold(run, print):
+    with run_lock(run):
         run.metrics.write_text("")
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
 
@@ -139,18 +211,18 @@ def test_a_folder_that_is_used_stays_without_its_lock(tmp_path: Path) -> None:
 def test_a_path_with_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"is a file.*--run"):
-        taken(RunDir(tmp_path / "file"))
+        take(RunDir(tmp_path / "file"))
     with pytest.raises(ArtifactError, match=r"Not a directory.*--run"):
-        taken(RunDir(tmp_path / "file" / "run"))
+        take(RunDir(tmp_path / "file" / "run"))
     with pytest.raises(ArtifactError, match=r"File name too long.*--run"):
-        taken(RunDir(tmp_path / ("x" * 300)))
+        take(RunDir(tmp_path / ("x" * 300)))
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which even root can make no file")
 @pytest.mark.parametrize("path", ["/proc/self", "/proc/self/run"])
 def test_a_folder_that_may_not_be_written_to_is_refused(path: str) -> None:
     with pytest.raises(ArtifactError, match=r"--run"):
-        taken(RunDir(Path(path)))
+        take(RunDir(Path(path)))
 
 
 @pytest.fixture
@@ -164,13 +236,18 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_locks")
-def test_where_no_locks_are_kept_that_is_said_and_the_dead_are_passed_over(tmp_path: Path) -> None:
+def test_where_no_locks_are_kept_that_is_said_and_the_dead_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunDir(tmp_path / "run")
     dead = Other(run.path)
     dead.kill()
-    remarks = taken(run)
-    assert len(remarks) == 1
-    assert "keeps no locks" in remarks[0]
+    take(run)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine.\n"
+    )
 
 
 @pytest.mark.usefixtures("without_locks")
@@ -182,4 +259,4 @@ def test_where_no_locks_are_kept_the_living_and_other_hosts_are_in_the_way(
     if host:
         run.lock.write_text(run.lock.read_text().replace(socket.gethostname(), host))
     with pytest.raises(ArtifactError, match=r"is in use.*remove .*\.lock"):
-        taken(run)
+        take(run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,8 @@ from rich.console import Console
 from minigrpo.cli.options import AsJson, Command, print_json, result_alone
 from minigrpo.config.schema import DtypeName
 from minigrpo.errors import MinigrpoError
+from minigrpo.runs.lock import run_lock
+from minigrpo.runs.rundir import find_run, tidy
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
@@ -18,6 +22,21 @@ ServerName = Literal["auto", "llama.cpp", "vllm"]
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now.", show_default="as it was trained")
 ]
+
+
+@contextmanager
+def lock_of(path: Path | None) -> Iterator[None]:
+    """Hold the run that a path stands for, rid of what killed processes left in it; elsewhere there is nothing to hold.
+
+    An adapter of its warm-up or of a checkpoint may be looked at and merged while the run trains.
+    """
+    found = find_run(path) if path else None
+    if found is None or found.artefact not in ("run", "adapter", "model", "merged"):
+        yield
+        return
+    with run_lock(found.run):
+        tidy(found.run)
+        yield
 
 
 def check(
@@ -34,7 +53,7 @@ def check(
     """
     from minigrpo.delivery.merge.check import check, checked_table
 
-    with result_alone(as_json):
+    with result_alone(as_json), lock_of(run):
         found = check(run, base=base, model=not no_model)
     if as_json:
         print_json(found.to_dict())
@@ -60,10 +79,10 @@ def merge(
     Written shard by shard, with tokenizer, chat template and all else that other tools need. Then its probabilities
     are compared with those of the policy that was trained: more than a tenth of what training did, and it is refused.
     """
-    from minigrpo.delivery.merge.merge import merge_alone, merged_table
+    from minigrpo.delivery.merge.merge import merge, merged_table
 
-    with result_alone(as_json):
-        found = merge_alone(run, base=base, dtype=dtype, out=out, proof=not no_proof, force=force)
+    with result_alone(as_json), lock_of(run):
+        found = merge(run, base=base, dtype=dtype, out=out, proof=not no_proof, force=force)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -97,10 +116,10 @@ def export(
     Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
     far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
     """
-    from minigrpo.delivery.gguf.export import export_alone, exported_table
+    from minigrpo.delivery.gguf.export import export, exported_table
 
-    with result_alone(as_json):
-        found = export_alone(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
+    with result_alone(as_json), lock_of(run):
+        found = export(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -169,10 +188,10 @@ def verify(
     Merged model, GGUF files, a server: bytes as they were sealed, the same tokens, probabilities within the limits.
     Rewrites parity.json. Exit code 0 where all is well, 1 where a stage is beyond its limit or was changed.
     """
-    from minigrpo.delivery.verify import verified_table, verify_alone
+    from minigrpo.delivery.verify import verified_table, verify
 
-    with result_alone(as_json):
-        found = verify_alone(run, serve=serve, served=served)
+    with result_alone(as_json), lock_of(run):
+        found = verify(run, serve=serve, served=served)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -208,18 +227,18 @@ def publish(
     the environment or of a file .env, or the login. After a cut the same command sends only what is missing; at the
     end every file there is compared with the one here.
     """
-    from minigrpo.delivery.hub.publish import publish_alone, publish_folder, published_table
+    from minigrpo.delivery.hub.publish import publish, publish_folder, published_table
 
     if (run is None) == (folder is None):
         raise MinigrpoError(
             "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
         )
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
-    with result_alone(as_json):
-        if folder is not None:
+    with result_alone(as_json), lock_of(run):
+        if run is None:
             found = publish_folder(folder, repo, **options)  # type: ignore[arg-type]
         else:
-            found = publish_alone(run, repo, what=what or (), **options)  # type: ignore[arg-type]
+            found = publish(run, repo, what=what or (), **options)  # type: ignore[arg-type]
     if as_json:
         print_json(found.to_dict())
     else:

@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from minigrpo.delivery.artifacts.source import TrainedSource, alone, require_merged, source_of
+from minigrpo.delivery.artifacts.source import TrainedSource, require_merged, source_of
 from minigrpo.delivery.gguf.parity import RELATIVE_LIMITS, GgufReference, comparison_prompts, prove_file
 from minigrpo.delivery.parity.compare import (
     ParityReference,
@@ -95,15 +95,6 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
             rows += list(_served_rows(files, gguf, faults, serve=serve, served=served))
     _replace_rows(run, rows)
     return Verified(run.path, tuple(rows), tuple(faults), reference.held.source)
-
-
-def verify_alone(path: Path, **options: Any) -> Verified:
-    """`verify`, with the run's folder for this process alone."""
-    run = RunDir(path.expanduser())
-    if not run.exists():
-        return verify(run.path, **options)
-    with alone(run):
-        return verify(run, **options)
 
 
 def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Path, str]]:

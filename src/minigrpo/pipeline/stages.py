@@ -6,7 +6,7 @@ fits, and makes the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
-from minigrpo.runs.lock import hold
+from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.manifest import check_folder, create_run, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
@@ -32,7 +32,7 @@ __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "w
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    with settings_of(recipe, run):
+    with run_lock(run) if run else nullcontext(), settings_of(recipe, run):
         return prepare.run_preflight(open_all(recipe, run), run, Console())
 
 
@@ -88,7 +88,7 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
     The process has the run's settings inside, and those that it had before afterwards.
     """
-    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
+    with run_lock(run):
         check_folder(recipe, run, resume)
         tidy(run)
         with settings_of(recipe, run):

@@ -3,6 +3,8 @@
 The lock is the kernel's, on RUN/.lock: when its holder dies, however it dies, it is free. What stands in the file
 (host, process, since when, command) is only for the message. Where a file system keeps no locks, that is said, and what
 stands in the file decides: a process that still lives on this host, or any of another host, is in the way.
+
+Commands, and the functions of pipeline/, take the lock before they write into a run; the stages that they call do not.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
 
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, alive, writing
@@ -43,17 +48,16 @@ class Holder:
 
 
 @contextmanager
-def hold(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
-    """The run's folder for this process alone; it is made where it is missing, and goes again if nothing is put in it.
+def run_lock(run: RunDir) -> Iterator[None]:
+    """Hold the run's folder for this process alone; made where it is missing, removed again if nothing is put in it.
 
     Raises ArtifactError where another process holds it, naming that one, and where the folder cannot be written to.
-    `say` takes a remark for the user.
     """
     with writing(run.path):
         if run.path.exists() and not run.path.is_dir():
             raise ArtifactError(f"{run.path} is a file, so no run can be kept there. Name a folder: --run runs/NAME")
         made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-        handle = _take(run, say)
+        handle = _take(run)
     try:
         with writing(run.lock):
             _introduce(handle)
@@ -73,7 +77,7 @@ def holder(run: RunDir) -> Holder | None:
         return None
 
 
-def _take(run: RunDir, say: Callable[[str], None]) -> int:
+def _take(run: RunDir) -> int:
     for _ in range(100):
         run.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -81,7 +85,7 @@ def _take(run: RunDir, say: Callable[[str], None]) -> int:
         except FileNotFoundError:
             continue  # its last holder has just taken the empty folder away
         try:
-            _claim(run, handle, say)
+            _claim(run, handle)
             if _is_file(run.lock, handle):
                 _held.add(handle)
                 return handle
@@ -92,7 +96,7 @@ def _take(run: RunDir, say: Callable[[str], None]) -> int:
     raise ArtifactError(f"{run.lock} comes and goes, so {run.path} cannot be held. Name another: --run runs/NAME")
 
 
-def _claim(run: RunDir, handle: int, say: Callable[[str], None]) -> None:
+def _claim(run: RunDir, handle: int) -> None:
     try:
         _lock(handle)
     except OSError as fault:
@@ -101,7 +105,14 @@ def _claim(run: RunDir, handle: int, say: Callable[[str], None]) -> None:
         found = holder(run)
         if found and (found.host != socket.gethostname() or (found.pid != os.getpid() and alive(found.pid))):
             raise ArtifactError(f"{_in_use(run)} If that process is gone, remove {run.lock}.") from None
-        say(f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine.")
+        remark = (
+            f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
+        )
+        Console(stderr=True).print(Text(remark), soft_wrap=True)
+
+
+def _remark(sentence: str) -> None:
+    Console(stderr=True).print(Text(sentence), soft_wrap=True)
 
 
 def _in_use(run: RunDir) -> ArtifactError:

@@ -250,7 +250,7 @@ def _settle(path: Path) -> None:
             if not path.with_name(old.name).exists():
                 old.rename(path.with_name(old.name))
     if path.suffix == DRAFT and path.is_file():
-        # Verbs that only add a file to a run, such as evaluate, hold no lock: theirs may be in the making.
+        # Evaluate, which only adds a file of its own to a run, holds no lock: that file may be in the making.
         pid = path.name.split(".")[-2]
         if not pid.isdigit() or int(pid) == os.getpid() or not alive(int(pid)):
             path.unlink(missing_ok=True)

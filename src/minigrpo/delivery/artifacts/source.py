@@ -9,23 +9,18 @@ returns it to later stages only while both still match.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
-from minigrpo.runs.lock import hold
 from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, stamp, write_sealed
-from minigrpo.runs.rundir import RunDir, digest, find_run, tidy
+from minigrpo.runs.rundir import RunDir, digest, find_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +96,6 @@ def read_seal(folder: Path) -> dict[str, Any]:
             what = "is missing" if name not in now else "was added" if name not in then else "was changed"
             raise ArtifactError(f"{folder / name} {what} after the folder was made, so nothing is proved about it.")
     return sealed
-
-
-@contextmanager
-def alone(run: RunDir) -> Iterator[None]:
-    """The run's folder for this process, rid of what killed processes left in it."""
-    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
-        tidy(run)
-        yield
 
 
 def require_merged(run: RunDir) -> Path:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
-from minigrpo.delivery.artifacts.source import alone, require_merged
+from minigrpo.delivery.artifacts.source import require_merged
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import render_modelfile
@@ -152,15 +152,6 @@ def export(
             _export_missing(job, missing, done, reference, report)
     files = tuple(done[kind] for kind in kinds)
     return Exported(job.folder, job.converter.name, files, reference.held.source if reference else "")
-
-
-def export_alone(path: Path, formats: Sequence[str], **options: Any) -> Exported:
-    """`export`, with the run's folder for this process alone, rid of what killed exports left."""
-    run = RunDir(path.expanduser())
-    if not run.exists():
-        return export(run.path, formats, **options)
-    with alone(run):
-        return export(run, formats, **options)
 
 
 def parse_formats(formats: Sequence[str]) -> list[str]:

@@ -39,7 +39,6 @@ from minigrpo.delivery.hub.contents import (
     run_contents,
 )
 from minigrpo.errors import MinigrpoError
-from minigrpo.runs.lock import hold
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
 from minigrpo.ui.tables import plain_table, titled
@@ -137,15 +136,6 @@ def publish_folder(
     job = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
     check_repo_name(repo)
     return _publish([folder_contents(folder, repo)], job)
-
-
-def publish_alone(path: Path, repo: str, **options: Any) -> Published:
-    """`publish`, with the run's folder for this process alone."""
-    run = RunDir(path.expanduser())
-    if not run.exists():
-        return publish(run, repo, **options)
-    with hold(run, lambda remark: Console(stderr=True).print(Text(remark), soft_wrap=True)):
-        return publish(run, repo, **options)
 
 
 def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str:

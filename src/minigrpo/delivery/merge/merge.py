@@ -26,7 +26,7 @@ from rich.text import Text
 from minigrpo.config.schema import DtypeName
 from minigrpo.delivery.artifacts import merged_weights
 from minigrpo.delivery.artifacts.merged_weights import Rounding, WeightChange
-from minigrpo.delivery.artifacts.source import TrainedSource, alone, read_seal, seal_folder, source_of
+from minigrpo.delivery.artifacts.source import TrainedSource, read_seal, seal_folder, source_of
 from minigrpo.delivery.parity.compare import prove_merged, trained_in_4bit, trained_reference
 from minigrpo.delivery.parity.kl import Divergence, record_parity
 from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
@@ -103,15 +103,6 @@ def merge(
     return Merged(
         target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes)
     )
-
-
-def merge_alone(path: Path, **options: Any) -> Merged:
-    """`merge`, with the run's folder for this process alone, rid of what killed merges left."""
-    source = source_of(path, base=options.get("base"))
-    if source.run is None:
-        return merge(path, **options)
-    with alone(source.run):
-        return merge(source.run, **options)
 
 
 def choose_dtype(
