@@ -34,7 +34,7 @@ def adapter_file(run: RunDir) -> Path:
 
 
 def change(run: RunDir, end: str, act: Any, *, only: str = "") -> None:
-    """Put something else in place of the tensors whose names hold these words."""
+    """Replace the tensors whose names end in `end` and contain `only`."""
     tensors = load_file(adapter_file(run))
     edit(adapter_file(run), **{n.replace(".", "__"): act(v) for n, v in tensors.items() if end in n and only in n})
 
@@ -121,8 +121,8 @@ def cut(file: Path, count: int) -> None:
     file.write_bytes(file.read_bytes()[: -min(count, file.stat().st_size)])
 
 
-def test_ends_of_names_mean_only_what_the_adapter_is_in(tmp_path: Path) -> None:
-    """The vision tower of Mistral3 has layers named q_proj, too; nobody meant them."""
+def test_target_modules_select_only_parts_of_the_model_that_the_adapter_changes(tmp_path: Path) -> None:
+    """The vision tower of Mistral3 has layers named q_proj, too; the adapter does not mean them."""
     base = tmp_path / "base"
     run = make_run(tmp_path / "run", base, adapted(save_base(base, "mistral3"), base))
     edit_json(run.adapter / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -158,7 +158,7 @@ def test_a_run_that_trained_every_parameter_is_checked_tensor_by_tensor(tmp_path
     assert "not finite" in check(run).faults[0]
 
 
-def test_where_nothing_was_trained_there_is_nothing_to_check(run: RunDir, tmp_path: Path) -> None:
+def test_checking_an_untrained_run_is_refused(run: RunDir, tmp_path: Path) -> None:
     shutil.rmtree(run.adapter)
     with pytest.raises(ArtifactError, match="trained nothing yet"):
         check(run)

@@ -1,4 +1,4 @@
-"""Export: what llama.cpp reads in the file is the merged model, or the file does not get its name."""
+"""Export: a file gets its name only if llama.cpp's output for it is the merged model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minigrpo.cli import main
 from minigrpo.delivery.gguf import llamacpp
-from minigrpo.delivery.gguf import writer as ggufwriter
+from minigrpo.delivery.gguf import writer as gguf_writer
 from minigrpo.delivery.gguf.export import export, parse_formats
 from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_file
 from minigrpo.delivery.gguf.quantize import choose_tensor_type
@@ -33,7 +33,7 @@ def exported(path: Any, *formats: str, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Read only, but for its gguf folder, which every test puts elsewhere."""
+    """Return a merged run. Read only; each test exports into another folder."""
     return merged_run(tmp_path_factory.mktemp("qwen") / "mine", "qwen2")
 
 
@@ -68,7 +68,7 @@ def test_a_bfloat16_model_is_exported_without_a_copy_in_floats_that_nobody_asked
     assert "Q4_K" not in found.types
 
 
-def swapped(folder: Path) -> None:
+def swap_layers(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     changed = {
         name: tensors[name.replace(".0.", ".x.").replace(".1.", ".0.").replace(".x.", ".1.")].clone()
@@ -77,19 +77,19 @@ def swapped(folder: Path) -> None:
     save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
 
-def faster(folder: Path) -> None:
+def change_rope_theta(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     rope = {**config["rope_parameters"], "rope_theta": 500.0}
     edit_json(folder / "config.json", rope_parameters=rope, rope_theta=500.0)
 
 
-def colder(folder: Path) -> None:
+def drop_attention_scale(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     edit_json(folder / "config.json", rope_parameters={**config["rope_parameters"], "llama_4_scaling_beta": 0.0})
 
 
 @pytest.fixture(scope="module")
-def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, GgufReference]]:
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, GgufReference]]:
     found = {}
     for family in ("llama", "ministral3"):
         folder = tmp_path_factory.mktemp("truth") / family
@@ -99,28 +99,34 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Gg
 
 
 @pytest.mark.parametrize(
-    ("family", "fault"), [("llama", swapped), ("llama", faster), ("ministral3", faster), ("ministral3", colder)]
+    ("family", "fault"),
+    [
+        ("llama", swap_layers),
+        ("llama", change_rope_theta),
+        ("ministral3", change_rope_theta),
+        ("ministral3", drop_attention_scale),
+    ],
 )
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
-def test_a_file_whose_weights_or_settings_are_another_models_fails(
-    tmp_path: Path, truths: Any, family: str, fault: Any, kind: str
+def test_a_file_with_other_weights_or_settings_fails(
+    tmp_path: Path, references: Any, family: str, fault: Any, kind: str
 ) -> None:
-    folder, truth = truths[family]
+    folder, reference = references[family]
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     fault(wrong)
     for source, fine in ((folder, True), (wrong, False)):
-        ggufwriter.write_gguf(source, tmp_path / "x.gguf", kind, "x")
-        assert prove_file(tmp_path / "x.gguf", kind, truth).ok is fine
+        gguf_writer.write_gguf(source, tmp_path / "x.gguf", kind, "x")
+        assert prove_file(tmp_path / "x.gguf", kind, reference).ok is fine
 
 
 @pytest.mark.parametrize("family", ["llama", "ministral3"])
 def test_a_file_without_the_permutation_of_q_and_k_fails(
-    tmp_path: Path, truths: Any, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, references: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, truth = truths[family]
-    monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
-    ggufwriter.write_gguf(folder, tmp_path / "x.gguf", "F32", "x")
-    proof = prove_file(tmp_path / "x.gguf", "F32", truth)
+    folder, reference = references[family]
+    monkeypatch.setattr(gguf_writer, "_permuted", lambda values, *others: values)
+    gguf_writer.write_gguf(folder, tmp_path / "x.gguf", "F32", "x")
+    proof = prove_file(tmp_path / "x.gguf", "F32", reference)
     assert "written wrongly" in proof.faults[0]
 
 
@@ -128,7 +134,7 @@ def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_folder(tmp_path / "m", "llama")
-    monkeypatch.setattr(ggufwriter, "_permuted", lambda values, *others: values)
+    monkeypatch.setattr(gguf_writer, "_permuted", lambda values, *others: values)
     found = exported(tmp_path / "m", "Q8_0", "Q4_K_M")
     assert {file.verdict for file in found.values()} == {"rejected"}
     assert all("written wrongly" in file.proof["faults"][0] for file in found.values())
@@ -136,10 +142,10 @@ def test_nothing_is_made_from_a_float_file_that_is_wrong_itself(
 
 
 def test_a_file_of_the_base_without_the_adapter_fails(qwen: RunDir, tmp_path: Path) -> None:
-    truth = gguf_reference(qwen.merged, qwen)
+    reference = gguf_reference(qwen.merged, qwen)
     for kind in ("F32", "F16"):
-        ggufwriter.write_gguf(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
-        assert not prove_file(tmp_path / "x.gguf", kind, truth).ok
+        gguf_writer.write_gguf(qwen.path.with_name("mine-base"), tmp_path / "x.gguf", kind, "x")
+        assert not prove_file(tmp_path / "x.gguf", kind, reference).ok
 
 
 def test_a_format_coarser_than_what_was_learned_is_kept_as_rejected(
@@ -177,7 +183,7 @@ def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "llama")
     assert exported(tmp_path / "m", "F16")["F16"].verdict == "proved"
     assert exported(tmp_path / "m", "F16")["F16"].verdict == "there already"
-    swapped(tmp_path / "m")
+    swap_layers(tmp_path / "m")
     assert exported(tmp_path / "m", "F16")["F16"].verdict == "proved"
 
 
@@ -202,7 +208,7 @@ def test_what_our_writer_does_not_know_is_refused_by_name(
     assert not (tmp_path / "m-gguf").exists()
 
 
-def test_a_tokenizer_that_cuts_in_a_way_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_an_unknown_split_pattern_is_refused(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "qwen2")
     bpe_tokenizer(r"\p{L}+|\p{N}+|.").save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError, match="no pre-tokenizer that is known to cut"):
@@ -210,7 +216,7 @@ def test_a_tokenizer_that_cuts_in_a_way_of_its_own_is_refused(tmp_path: Path) ->
     assert not list((tmp_path / "m-gguf").iterdir())
 
 
-def test_misspelled_formats_and_folders_without_a_model_are_told(tmp_path: Path) -> None:
+def test_misspelled_formats_and_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     assert parse_formats(["q8_0,F16", "Q8_0"]) == ["F16", "Q8_0"]
     with pytest.raises(MinigrpoError, match=r"Q8 is not known. There are: F32"):
         parse_formats(["Q8"])
@@ -228,7 +234,7 @@ def test_without_xllamacpp_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatch,
 
 
 WIDTH = 896
-"""Of Qwen2.5-0.5B: no multiple of 256."""
+"""Width of Qwen2.5-0.5B: no multiple of 256."""
 
 
 @pytest.mark.parametrize(
@@ -260,4 +266,4 @@ def test_bits_a_weight_count_everything_in_the_file(qwen: RunDir, tmp_path: Path
     found = exported(qwen, "Q4_K_M", out=tmp_path)["Q4_K_M"]
     tensors = gguf.GGUFReader(found.file).tensors
     assert math.isclose(found.bits, 8 * sum(t.data.nbytes for t in tensors) / sum(int(t.n_elements) for t in tensors))
-    assert found.bits > 6  # "four bits" would be a lie for a model this narrow
+    assert found.bits > 6  # a model this narrow falls back to larger types

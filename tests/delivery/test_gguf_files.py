@@ -1,4 +1,5 @@
-"""GGUF's parts: the tokenizer in the file, llama.cpp as a judge, the official converter, Ollama's Modelfile."""
+"""Parts of the GGUF export: the tokenizer in the file, llama.cpp as reference, the official converter, Ollama's
+Modelfile."""
 
 from __future__ import annotations
 
@@ -40,14 +41,14 @@ pytestmark = needs_llama
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Path]:
-    """(folder, model, F32 file)."""
+    """Return (folder, model, F32 file)."""
     folder = tmp_path_factory.mktemp("gguf") / "qwen"
     model = model_folder(folder, "qwen2")
     writer.write_gguf(folder, folder.with_name("qwen.gguf"), "F32", "qwen")
     return folder, model, folder.with_name("qwen.gguf")
 
 
-def test_the_judge_continues_as_transformers_does(qwen: Any) -> None:
+def test_llama_cpp_continues_as_transformers_does(qwen: Any) -> None:
     _, model, file = qwen
     ids = list(range(10, 50))
     with LlamaCpp(file, context=64) as llama:
@@ -59,7 +60,7 @@ def test_the_judge_continues_as_transformers_does(qwen: Any) -> None:
     assert tuple(found_NV.argmax(-1)[:-1].tolist()) == said
 
 
-def test_the_judge_tells_in_a_sentence_what_it_cannot_do(qwen: Any, tmp_path: Path) -> None:
+def test_llama_cpp_reports_in_a_sentence_what_it_cannot_do(qwen: Any, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(qwen[2].read_bytes()[:5000])
     for file in (tmp_path / "x.gguf", tmp_path / "nowhere.gguf"):
         with pytest.raises(ArtifactError, match=f"llama.cpp refuses .*{file.name}"):
@@ -67,9 +68,9 @@ def test_the_judge_tells_in_a_sentence_what_it_cannot_do(qwen: Any, tmp_path: Pa
     with LlamaCpp(qwen[2], context=64) as llama:
         with pytest.raises(ArtifactError, match="could not read 400 tokens"):
             llama.logprobs([5] * 400, 0)
-        assert llama.logprobs([5] * 4, 0).shape[0] == 4  # it goes on after that
+        assert llama.logprobs([5] * 4, 0).shape[0] == 4  # it still works after a refusal
         llama._process.kill()
-        llama._process.wait()  # so that its end of the pipe is closed for certain when it is asked
+        llama._process.wait()  # so that its end of the pipe is certainly closed
         with pytest.raises(ArtifactError, match=r"llama\.cpp ended with code -9"):
             llama.greedy([5], 1)
 
@@ -151,18 +152,18 @@ def test_tokenizers_without_an_equal_in_llama_cpp_are_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_the_library_that_packs_weights_is_tried_before_it_is_trusted(kind: str) -> None:
+def test_the_quantizing_library_is_tested_before_it_is_used(kind: str) -> None:
     import numpy as np
 
-    crunch = BlockQuantizer({kind})
-    crunch._test(kind)
-    crunch._chunk = lambda *args: args[2].value and gibberish(args[2].value, args[4] * args[5])
+    quantizer = BlockQuantizer({kind})
+    quantizer._test(kind)
+    quantizer._quantize_chunk = lambda *args: args[2].value and write_random_bytes(args[2].value, args[4] * args[5])
     with pytest.raises(MinigrpoError, match=r"made .* bytes|is off by"):
-        crunch._test(kind)
+        quantizer._test(kind)
     assert np.isfinite(BlockQuantizer(set())(np.ones((1, 32), np.float32), "Q8_0")).all()
 
 
-def gibberish(place: int, numbers: int) -> int:
+def write_random_bytes(place: int, numbers: int) -> int:
     return numbers
 
 
@@ -197,7 +198,7 @@ def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) 
     assert "cannot be said in Ollama's language" in text
 
 
-def test_a_converter_is_only_what_its_hash_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converter_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIGRPO_CACHE", str(tmp_path))
     with pytest.raises(ArtifactError, match="not in the cache, and this session is offline"):
         converter.fetch_converter()
@@ -210,7 +211,7 @@ def test_a_converter_is_only_what_its_hash_says(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def official() -> Path:
-    """The cache of whoever runs the tests; fetched where there is a network."""
+    """Return the official converter, from the cache of whoever runs the tests, or downloaded."""
     kept = {name: os.environ.pop(name, None) for name in converter.OFFLINE_VARIABLES}
     try:
         return converter.fetch_converter()
@@ -237,7 +238,8 @@ def test_our_writer_and_llama_cpps_converter_make_the_same_file(
 
 
 def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keys, tensors as type and hash). Left out: what the converter guesses about the model's family and author."""
+    """Return (keys, tensors as type and hash), without what the converter guesses about the model's family and
+    author."""
     import gguf
 
     guessed = ("GGUF.", "general.size_label", "general.basename", "general.finetune", "general.version", "general.samp")
@@ -256,7 +258,7 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_our_quantiser_and_llama_quantize_make_the_same_file(
     tmp_path: Path, family: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine layers, so that llama.cpp's rules for the first, the last and every third all show."""
+    """Use nine layers, so that llama.cpp's rules for the first, the last and every third all apply."""
     tool = find_llama_quantize(None)
     assert tool is not None
     size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9}
@@ -285,7 +287,7 @@ WRITES = "import pathlib, sys, time\npathlib.Path(sys.argv[5]).write_text(str(__
 
 
 def pretended(root: Path, script: str) -> Path:
-    """A converter of our own making, for faults that the real one shows only on a bad day."""
+    """Write a converter of our own, for faults that the real one rarely shows."""
     (root / "conversion").mkdir(parents=True)
     (root / "conversion" / "base.py").write_text("class TextModel: pass")
     (root / "convert_hf_to_gguf.py").write_text(script)
@@ -293,7 +295,7 @@ def pretended(root: Path, script: str) -> Path:
 
 
 def test_a_converter_ends_with_the_export_that_is_killed(tmp_path: Path) -> None:
-    """Else it would go on writing beside the next one."""
+    """Otherwise it would go on writing beside the next one."""
     root, file = pretended(tmp_path / "llama.cpp", WRITES + "time.sleep(600)"), tmp_path / "x.gguf"
     code = (
         "import sys; from pathlib import Path; from minigrpo.delivery.gguf.converter import Converter\n"

@@ -1,4 +1,4 @@
-"""Merging: equal to PEFT's own, whole or absent, and refused where it is not what was trained."""
+"""Merging: equal to PEFT's own, complete or absent, and refused where the result is not what was trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def loaded(folder: Path) -> Any:
-    """As transformers opens it; no key may be missing, and none too many."""
+    """Load with transformers; no weight may be missing or unexpected."""
     from transformers import AutoConfig
 
     opener = model_class(AutoConfig.from_pretrained(folder))
@@ -69,7 +69,7 @@ def test_a_16_bit_merge_is_the_exact_sum_rounded_once(tmp_path: Path, base: Path
     for name, value in weights(found.folder).items():
         assert value.dtype == dtype
         torch.testing.assert_close(value, exact[name].to(dtype), rtol=1e-2, atol=1e-7)
-        # A tie may fall either way where two sums differ in their last bit.
+        # A tie may be rounded either way where two sums differ in their last bit.
         assert (value != exact[name].to(dtype)).double().mean() < 1e-3
 
 
@@ -89,7 +89,7 @@ def test_an_adapter_of_zeros_gives_the_base_back_byte_for_byte(
     assert found.dtype == "bfloat16"
 
 
-def test_an_embedding_of_its_own_may_be_adapted(tmp_path: Path, base: Path) -> None:
+def test_an_untied_embedding_may_be_adapted(tmp_path: Path, base: Path) -> None:
     model = save_base(base, "llama")
     under = adapted(model, base, target_modules=["embed_tokens", "q_proj"])
     found = merge_files(save_adapter(tmp_path / "adapter", under))
@@ -100,7 +100,7 @@ def test_an_embedding_of_its_own_may_be_adapted(tmp_path: Path, base: Path) -> N
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_were_trained_are_taken_over(tmp_path: Path, base: Path, bias: str) -> None:
+def test_trained_biases_are_merged(tmp_path: Path, base: Path, bias: str) -> None:
     under = adapted(save_base(base, "qwen2"), base, bias=bias)
     with torch.no_grad():
         for name, weight in under.named_parameters():
@@ -113,7 +113,7 @@ def test_biases_that_were_trained_are_taken_over(tmp_path: Path, base: Path, bia
     assert all(torch.equal(ours[name], theirs[name]) for name in biases)
 
 
-def test_what_reads_pictures_stays_byte_for_byte_whatever_the_type(tmp_path: Path, base: Path) -> None:
+def test_the_vision_tower_stays_byte_for_byte_whatever_the_dtype(tmp_path: Path, base: Path) -> None:
     under = adapted(save_base(base, "mistral3", dtype=torch.bfloat16), base)
     before = weights(base)
     after = weights(merge_files(save_adapter(tmp_path / "adapter", under), dtype="float32").folder)
@@ -134,7 +134,7 @@ def test_tied_embeddings_stay_tied_and_a_second_copy_is_dropped(tmp_path: Path, 
     assert whole.lm_head.weight is whole.model.embed_tokens.weight
 
 
-def test_a_copy_of_the_head_that_is_none_is_named(tmp_path: Path, base: Path) -> None:
+def test_a_tied_head_that_differs_from_the_embedding_is_named(tmp_path: Path, base: Path) -> None:
     under = adapted(save_base(base, "qwen2", tied=True), base)
     edit(base / "model.safetensors", lm_head__weight=weights(base)["model.embed_tokens.weight"] + 1)
     with pytest.raises(ModelError, match="says that the embeddings are tied, but lm_head"):
@@ -176,7 +176,7 @@ def test_everything_that_later_stages_need_is_beside_the_weights(tmp_path: Path,
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral3"])
-def test_older_readers_find_the_rotation_and_newer_ones_the_same_as_before(
+def test_older_transformers_find_the_rope_settings_and_newer_ones_are_unaffected(
     tmp_path: Path, base: Path, family: str
 ) -> None:
     from transformers import AutoConfig
@@ -269,7 +269,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path, base: Path) -> None:
         merge_files(adapter)
 
 
-def test_a_base_may_lie_elsewhere(tmp_path: Path, base: Path) -> None:
+def test_a_base_may_have_moved(tmp_path: Path, base: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", adapted(save_base(base, "qwen2"), base))
     base.rename(tmp_path / "moved")
     assert merge_files(adapter, base=str(tmp_path / "moved")).folder.is_dir()

@@ -1,4 +1,4 @@
-"""The page of a published model: true, complete, and unharmed by whatever a user may have written."""
+"""The model card: true, complete, and unharmed by whatever a user may have written."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_front_matter_says_what_the_hub_asks_for(run: RunDir) -> None:
     assert {each["pipeline_tag"] for each in (merged, adapter, gguf)} == {"text-generation"}
 
 
-def test_a_model_that_reads_pictures_is_filed_as_one(run: RunDir) -> None:
+def test_a_vision_language_model_has_its_own_pipeline_tag(run: RunDir) -> None:
     write_json(run.merged / "config.json", {**read_json(run.merged / "config.json"), "vision_config": {}})
     assert header(page(run))["pipeline_tag"] == "image-text-to-text"
     assert "AutoModelForImageTextToText" in page(run)
@@ -169,7 +169,7 @@ def test_the_parity_table_has_a_row_for_each_stage_and_leaves_out_what_was_rejec
     assert "gguf F16" not in page(run)
 
 
-def test_nothing_that_a_user_wrote_breaks_the_page(run: RunDir) -> None:
+def test_nothing_that_a_user_wrote_breaks_the_card(run: RunDir) -> None:
     messages = [{"role": "system", "content": NASTY}, {"role": "user", "content": "PRIVATE ROW"}]
     row = {"step": 1, "messages": messages, "completions": []}
     run.groups.write_text(json.dumps(row) + "\n")
@@ -194,7 +194,7 @@ def test_nothing_that_a_user_wrote_breaks_the_page(run: RunDir) -> None:
 
 
 def apart(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Text outside of blocks, and (language, text) of each block: as a Markdown reader takes them apart."""
+    """Return the text outside of code blocks, and (language, text) of each block, as a Markdown reader splits them."""
     body, blocks, fence = list[str](), list[tuple[str, str]](), ""
     for line in text.splitlines():
         mark = re.fullmatch(r"(`{3,})(\w*)", line)
@@ -254,7 +254,7 @@ def test_an_adapters_page_tells_vllm_nothing_that_the_base_says_itself(run: RunD
     assert "--hf-overrides" not in page(run, "adapter")
 
 
-def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_are_distinguished_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     assert hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

@@ -1,7 +1,7 @@
-"""The whole road from an adapter to GGUF files, family by family, at the limits that the formats are stated for.
+"""From an adapter to GGUF files, for each model family, at the limits that the formats are documented with.
 
-The models are random, but not like noise: as in trained ones the residual stream outweighs what a layer adds, a
-likeliest token stands out (logits of standard deviation above 2, entropy of about one nat), and weights are in 16 bits.
+The models are random, but not like noise: as in trained ones the residual stream outweighs what a layer adds, one token
+is clearly likeliest (logits of standard deviation above 2, entropy of about one nat), and weights are in 16 bits.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from tests.helpers.tiny import yarn
 pytestmark = needs_llama
 KINDS = ("F32", "F16", "Q8_0")
 ORIGINAL = 32
-"""Tokens of Ministral3's original context here: every held text reaches beyond it."""
+"""Ministral3's original context length in these tests: every held text is longer."""
 WIDE, NARROW = ({"hidden_size": 256, "intermediate_size": 256}, {"hidden_size": 64, "intermediate_size": 128})
 FAST = [(family, True, False) for family in FAMILIES]
 REST = [(family, wide, tied) for family in FAMILIES for wide in (True, False) for tied in (False, True)]
 EACH = [*FAST, *(pytest.param(each, marks=pytest.mark.long) for each in REST if each not in FAST)]
-"""The fast core: wide and untied."""
+"""The cases of the quick test suite: wide and untied."""
 
 
 def peaked(model: Any) -> Any:
-    """What a layer adds is damped, and one token (the one before, moved by seven ids) stands out in every place."""
+    """Make the model's output peaked: damp what each layer adds, and make one token (the previous one, moved by
+    seven ids) likeliest everywhere."""
     core, words = model.get_decoder(), model.get_input_embeddings().weight
     width = words.shape[1]
     aligned = 6 / width**0.5
@@ -59,14 +60,14 @@ def peaked(model: Any) -> Any:
         ids_BT = torch.randint(4, words.shape[0], (8, 64), generator=draw)
         core.norm.weight.mul_(2.2 / model(input_ids=ids_BT).logits.std(-1).mean())
         for weight in model.parameters():
-            weight.copy_(weight.half())  # not model.half(): it would round the frequencies of the rotation, too
+            weight.copy_(weight.half())  # not model.half(): that would round RoPE's frequencies, too
     return model
 
 
 @dataclass(frozen=True)
 class Case:
     run: RunDir
-    truth: GgufReference
+    reference: GgufReference
 
     @property
     def base(self) -> Path:
@@ -74,10 +75,10 @@ class Case:
 
 
 def made(folder: Path, family: str, wide: bool, tied: bool) -> Case:
-    """A run that is trained and merged in float16."""
+    """Make a run that is trained and merged in float16."""
     tokenizer, size = bpe_tokenizer(), WIDE if wide else NARROW
-    turned = {"rope_parameters": {**yarn(), "llama_4_scaling_beta": 0.5}} if family.startswith("mi") else {}
-    model = peaked(build(family, vocab_size=len(tokenizer) + 1, tied=tied, **size, **turned))
+    rope = {"rope_parameters": {**yarn(), "llama_4_scaling_beta": 0.5}} if family.startswith("mi") else {}
+    model = peaked(build(family, vocab_size=len(tokenizer) + 1, tied=tied, **size, **rope))
     save(model, folder / "base", tokenizer)
     run = make_run(folder / "mine", folder / "base", adapted(model, folder / "base", size=0.05))
     tokenizer.save_pretrained(run.adapter)
@@ -86,7 +87,7 @@ def made(folder: Path, family: str, wide: bool, tied: bool) -> Case:
 
 
 def save(model: Any, folder: Path, tokenizer: Any) -> None:
-    """In float16; the model is left as it was."""
+    """Save in float16; the model itself stays as it was."""
     for weight in model.parameters():
         weight.data = weight.data.half()
     model.save_pretrained(folder)
@@ -106,16 +107,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def within(kind: str, proof: GgufProof) -> bool:
-    """The limit of a type alone, whatever training did: of the greatest difference, or of the mean distance."""
+    """Tell whether a proof is within its type's own limit, whatever training did: on the largest difference, or on
+    the mean KL."""
     if kind == "Q8_0":
         return proof.row.mean_kl <= 1e-4
     return proof.greatest <= {"F32": 1e-4, "F16": 1e-2}[kind]
 
 
 def test_every_format_keeps_its_limit(case: Case, record_property: Any) -> None:
-    truth = case.truth
-    assert max(float(each.std(-1).mean()) for each in truth.merged) >= 2
-    assert min(len(text.ids) for text in truth.held.texts) > ORIGINAL
+    reference = case.reference
+    assert max(float(each.std(-1).mean()) for each in reference.merged) >= 2
+    assert min(len(text.ids) for text in reference.held.texts) > ORIGINAL
     found = {file.format: file for file in export(case.run, [*KINDS, "Q4_K_M"], writer="own", quiet=True).files}
     assert [found[kind].verdict for kind in (*KINDS, "Q4_K_M")] == ["proved"] * 3 + ["measured"]
     figures = {kind: found[kind].proof for kind in found}
@@ -123,13 +125,13 @@ def test_every_format_keeps_its_limit(case: Case, record_property: Any) -> None:
     assert figures["F16"]["greatest"] <= 1e-2
     assert figures["Q8_0"]["mean_kl"] <= 1e-4
     assert figures["Q4_K_M"]["mean_kl"] < 0.05
-    assert ("Q4_K" in found["Q4_K_M"].types) == (inner(case.base)["hidden_size"] % 256 == 0)
+    assert ("Q4_K" in found["Q4_K_M"].types) == (text_config(case.base)["hidden_size"] % 256 == 0)
     for kind, row in figures.items():
         record_property(kind, f"{row['greatest']:.2g} {row['mean_kl']:.2g} {row['relative_kl']:.2g}")
 
 
-def inner(folder: Path) -> dict[str, Any]:
-    """The config of the text part."""
+def text_config(folder: Path) -> dict[str, Any]:
+    """Return the config of the text part."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return dict(config.get("text_config", config))
 
@@ -139,32 +141,32 @@ def test_200_prompts_have_the_same_ids_in_tokenizer_and_file(case: Case, tmp_pat
     assert len(prompts) > 200
     writer.write_gguf(case.run.merged, tmp_path / "x.gguf", "F16", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:
-        assert list(token_faults(llama, case.truth.tokenizer, prompts)) == []
+        assert list(token_faults(llama, case.reference.tokenizer, prompts)) == []
 
 
 def text_names(tensors: dict[str, Any]) -> list[str]:
     return [name for name in tensors if "vision" not in name and "projector" not in name]
 
 
-def swapped(folder: Path) -> None:
+def swap_layers(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    turn = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
+    swaps = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
     changed = dict(tensors)
     for name in text_names(tensors):
-        for one, other in turn.items():
+        for one, other in swaps.items():
             if one in name:
                 changed[name] = tensors[name.replace(one, other)].clone()
     save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
 
-def unbiased(folder: Path) -> None:
+def drop_biases(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     changed = {name: value * 0 if name.endswith("proj.bias") else value for name, value in tensors.items()}
     save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
 
-def turned(folder: Path, **changes: Any) -> None:
-    """Of the rotation's parameters, where the config has them."""
+def change_rope(folder: Path, **changes: Any) -> None:
+    """Change RoPE parameters, where the config has them."""
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
     text["rope_parameters"].update(changes)
@@ -174,13 +176,13 @@ def turned(folder: Path, **changes: Any) -> None:
 
 
 def mutants(case: Case, folder: Path) -> Any:
-    """(what is wrong, a folder of weights and settings that has it)."""
-    family = inner(case.run.merged)["model_type"]
-    edits = {"two layers swapped": swapped, "wrong rope theta": lambda path: turned(path, rope_theta=500.0)}
+    """Yield (what is wrong, a folder whose weights or settings have that fault)."""
+    family = text_config(case.run.merged)["model_type"]
+    edits = {"two layers swapped": swap_layers, "wrong rope theta": lambda path: change_rope(path, rope_theta=500.0)}
     if family == "ministral3":
-        edits["missing attention scale"] = lambda path: turned(path, llama_4_scaling_beta=0.0)
+        edits["missing attention scale"] = lambda path: change_rope(path, llama_4_scaling_beta=0.0)
     if family == "qwen2":
-        edits["dropped bias"] = unbiased
+        edits["dropped bias"] = drop_biases
     for name, edit in edits.items():
         wrong = shutil.copytree(case.run.merged, folder / name.replace(" ", "-"))
         edit(wrong)
@@ -191,7 +193,7 @@ def mutants(case: Case, folder: Path) -> Any:
 
 
 def test_every_fault_fails_every_formats_limit(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the proof that an export makes refuses each of them."""
+    """The proof that an export makes must refuse each of them, too."""
     passed = []
     for name, wrong in mutants(case, tmp_path):
         with monkeypatch.context() as patch:
@@ -201,7 +203,7 @@ def test_every_fault_fails_every_formats_limit(case: Case, tmp_path: Path, monke
                 writer.write_gguf(wrong, tmp_path / f"{kind}.gguf", kind, "x")
         quantise(tmp_path / "F16.gguf", tmp_path / "Q8_0.gguf", "Q8_0", None)
         for kind in KINDS:
-            proof = prove_file(tmp_path / f"{kind}.gguf", kind, case.truth)
+            proof = prove_file(tmp_path / f"{kind}.gguf", kind, case.reference)
             if within(kind, proof) or proof.ok:
                 passed.append((name, kind, proof.greatest, proof.row.mean_kl, proof.row.relative_kl))
     assert not passed

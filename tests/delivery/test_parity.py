@@ -1,4 +1,4 @@
-"""What a merge is proved by, and what it survives: rounding, a full disk, a model larger than its memory."""
+"""What proves a merge, and what a merge survives: rounding, a full disk, a model larger than memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.helpers.delivered import adapted, edit, make_run, save_adapter, save_
 from tests.helpers.tiny import build_tokenizer
 
 YOUNG = 2e-5
-"""Entries of B after two of Adam's steps at 1e-5."""
+"""Size of the entries of B after two steps of Adam at 1e-5."""
 
 
 @pytest.fixture
 def young(tmp_path: Path) -> RunDir:
-    """A bfloat16 base with an adapter that has hardly begun."""
+    """Return a run with a bfloat16 base and an adapter that has hardly begun to learn."""
     base = tmp_path / "base"
     under = adapted(save_base(base, "qwen2", dtype=torch.bfloat16), base, size=YOUNG)
     return make_run(tmp_path / "run", base, under)
@@ -52,8 +52,8 @@ def test_the_untouched_base_does_not_pass_and_a_good_merge_does(tmp_path: Path, 
     base = tmp_path / "base"
     run = make_run(tmp_path / "run", base, adapted(save_base(base, family), base))
     source = source_of(run)
-    truth = trained_reference(source, open_base(base))
-    assert [row.ok for row in prove_merged(base, source, open_base(base), truth)] == [True, False]
+    reference = trained_reference(source, open_base(base))
+    assert [row.ok for row in prove_merged(base, source, open_base(base), reference)] == [True, False]
     found = merge(run, quiet=True)
     assert [row.name for row in found.stages] == ["base", "merged"]
     assert found.stages[1].relative_kl is not None
@@ -87,7 +87,7 @@ def test_auto_takes_the_first_type_that_holds_what_was_learned(tmp_path: Path, s
     assert lost == sorted(lost, reverse=True)
 
 
-def test_rounding_is_told_as_the_share_of_changes_that_vanish(tmp_path: Path) -> None:
+def test_rounding_is_reported_as_the_share_of_changes_that_vanish(tmp_path: Path) -> None:
     from minigrpo.delivery.artifacts.merged_weights import weight_changes
 
     base = tmp_path / "base"
@@ -103,7 +103,7 @@ def test_rounding_is_told_as_the_share_of_changes_that_vanish(tmp_path: Path) ->
     assert found.lost == pytest.approx(1 - changed / total, abs=0.01)
 
 
-def test_an_adapter_that_learned_nothing_is_told_so(tmp_path: Path) -> None:
+def test_an_adapter_that_learned_nothing_is_reported(tmp_path: Path) -> None:
     base = tmp_path / "base"
     run = make_run(tmp_path / "run", base, adapted(save_base(base, "qwen2"), base, size=0.0))
     found = merge(run, quiet=True)
@@ -128,7 +128,7 @@ def test_texts_are_the_last_step_of_the_run_then_right_answers_then_the_models_o
     assert 0 < own.texts[0].scored <= MAX_TEXT_TOKENS
 
 
-def test_texts_are_kept_within_bounds(young: RunDir) -> None:
+def test_held_texts_stay_within_their_limits(young: RunDir) -> None:
     log_answers(young, *["x" * 1000] * 50)
     held = held_texts(young, None, build_tokenizer(), 260)
     assert held is not None
@@ -141,7 +141,7 @@ def test_texts_are_kept_within_bounds(young: RunDir) -> None:
         held_texts(young, None, build_tokenizer(), 260)
 
 
-def test_a_run_that_trained_every_parameter_is_merged_by_taking_them_over(tmp_path: Path) -> None:
+def test_a_full_parameter_run_is_merged_by_copying_its_weights(tmp_path: Path) -> None:
     base = tmp_path / "base"
     model = save_base(base, "qwen2", dtype=torch.bfloat16, shard="20KB")
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_run_that_trained_every_parameter_is_merged_by_taking_them_over(tmp_pa
 def test_a_4_bit_run_is_merged_into_the_16_bit_base_and_says_how_far_that_is(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
-    size = {"hidden_size": 64, "intermediate_size": 128}  # packed in blocks of 64
+    size = {"hidden_size": 64, "intermediate_size": 128}  # nf4 packs blocks of 64
     under = adapted(save_base(base, "qwen2", dtype=torch.bfloat16, **size), base, size=0.1)
     run = make_run(tmp_path / "run", base, under, quantize="nf4")
     found = merge(run, quiet=True)
@@ -210,7 +210,9 @@ def test_what_a_killed_merge_left_is_gone_after_the_next(young: RunDir) -> None:
     assert not young.lock.exists()
 
 
-def test_too_little_room_is_told_before_anything_is_written(young: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_reported_before_anything_is_written(
+    young: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from minigrpo.delivery.merge import merge as verb
 
     monkeypatch.setattr(verb, "SPARE", 1 << 60)
@@ -251,7 +253,7 @@ def test_memory_is_bounded_by_the_largest_shard_however_many_there_are(
     assert len(shards) >= 8
     assert sum(shards) > 6 * max(shards)
     command = [sys.executable, "-c", PEAK, str(tmp_path / "adapter"), str(tmp_path / "out"), dtype]
-    # Every larger block has a mapping of its own, so the high-water mark is what was asked for, not what was kept back.
+    # Each large block is mapped on its own, so peak memory is what was requested, not what the allocator kept.
     malloc = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=250, env=malloc)
     assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,4 @@
-"""Publishing, with the real client of the Hub against one on this machine: complete, resumable, compared."""
+"""Publishing, with the Hub's real client against a stand-in on this machine: complete, resumable, compared."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_a_cut_leaves_no_half_of_a_repository(run: RunDir, hub: StandIn) -> None
     assert hub.repos["me/tiny-GGUF"].files.keys() == {".gitattributes"}
 
 
-def test_a_second_time_sends_nothing(run: RunDir, hub: StandIn) -> None:
+def test_publishing_again_sends_nothing(run: RunDir, hub: StandIn) -> None:
     send(run)
     before, commits = hub.uploaded, [hub.repos[repo].head for repo in REPOS]
     assert [sent.verdict for sent in send(run).sent] == ["there already"] * 3
     assert (hub.uploaded, [hub.repos[repo].head for repo in REPOS]) == (before, commits)
 
 
-def test_pages_name_the_sisters_that_were_published_before(run: RunDir, hub: StandIn) -> None:
+def test_cards_link_to_repositories_that_were_published_before(run: RunDir, hub: StandIn) -> None:
     send(run)
     page = hub.repos["me/tiny-GGUF"].files["README.md"]
     assert send(run, what=["gguf"]).sent[0].verdict == "there already"
@@ -90,7 +90,7 @@ def test_repositories_are_private_unless_asked_otherwise(run: RunDir, hub: Stand
     assert not hub.repos["me/open-lora"].private
 
 
-def test_a_public_repository_is_not_filled_with_what_was_to_be_private(run: RunDir, hub: StandIn) -> None:
+def test_private_content_is_not_sent_to_a_public_repository(run: RunDir, hub: StandIn) -> None:
     hub.repos["me/tiny-lora"] = Repo(private=False)
     with pytest.raises(MinigrpoError, match=r"is there and public.*--public"):
         send(run, what=["adapter"])
@@ -107,7 +107,7 @@ def test_a_repository_with_other_content_is_refused_until_force(run: RunDir, hub
     assert "model.safetensors" not in hub.repos["me/tiny"].files
 
 
-def test_another_run_does_not_take_its_place(run: RunDir, hub: StandIn, tmp_path: Path) -> None:
+def test_another_run_does_not_replace_a_repository(run: RunDir, hub: StandIn, tmp_path: Path) -> None:
     send(run, what=["adapter"])
     other = RunDir(shutil.copytree(run.path, tmp_path / "other"))
     with pytest.raises(MinigrpoError, match="not published from here"):
@@ -145,13 +145,13 @@ def test_what_the_hub_refuses_is_one_sentence_with_the_next_command(
     assert command(str(run.path), "--repo", "me/tiny", "--what", "merged", capsys=capsys)[0] == 0
 
 
-def test_a_token_that_may_only_read_is_told(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_token_is_reported(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", READER)
     with pytest.raises(MinigrpoError, match=r"may not write to me/tiny \(403\).*--repo USER/NAME"):
         send(run)
 
 
-def test_no_hub_at_all_is_told(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -172,7 +172,7 @@ def test_a_hub_that_never_answers_is_given_up(run: RunDir, hub: StandIn, monkeyp
         close_session()
 
 
-def test_offline_mode_is_told(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(run: RunDir, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -180,7 +180,7 @@ def test_offline_mode_is_told(run: RunDir, hub: StandIn, monkeypatch: pytest.Mon
         send(run)
 
 
-def test_a_short_trouble_is_sat_out(run: RunDir, hub: StandIn) -> None:
+def test_a_temporary_server_error_is_retried(run: RunDir, hub: StandIn) -> None:
     class Once(list[Any]):
         def __iter__(self) -> Iterator[Any]:
             return iter([self.pop()] if len(self) else [])
@@ -249,7 +249,7 @@ def test_gguf_files_that_were_changed_or_are_of_another_model_are_refused(run: R
         send(run, what=["gguf"], dry_run=True)
 
 
-def test_rejected_and_strange_files_stay_here(run: RunDir) -> None:
+def test_rejected_and_foreign_files_are_not_published(run: RunDir) -> None:
     for name in ("tiny-Q4_K_M.gguf.rejected", "mine.gguf"):
         (run.gguf / name).write_bytes(b"GGUF")
     assert send(run, what=["gguf"], dry_run=True).sent[0].files.keys() == {

@@ -1,4 +1,4 @@
-"""Publishing discreetly: whose token it is, no secret anywhere, any folder as it is; and a process that is killed."""
+"""Publishing safely: which token is used, no secret anywhere, any folder as it is; and a process that is killed."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def test_any_folder_is_published_as_it_is(folder: Path, hub: StandIn) -> None:
 
 
 @pytest.mark.parametrize("name", [".env", "deep/token", ".netrc", "id_rsa", "key.pem", ".git-credentials"])
-def test_files_that_look_like_secrets_stop_it(folder: Path, hub: StandIn, name: str) -> None:
+def test_files_that_look_like_secrets_stop_publishing(folder: Path, hub: StandIn, name: str) -> None:
     (folder / name).write_text("x")
     with pytest.raises(MinigrpoError, match=r"looks like a secret\. Nothing was sent"):
         publish_folder(folder, "me/mine", quiet=True)
 
 
 @pytest.mark.parametrize("words", [TOKEN, "hf_" + "a1B2" * 9, "-----BEGIN RSA PRIVATE KEY-----"])
-def test_secrets_inside_files_stop_it(folder: Path, hub: StandIn, words: str) -> None:
+def test_secrets_inside_files_stop_publishing(folder: Path, hub: StandIn, words: str) -> None:
     (folder / "notes.txt").write_text(f"and then {words}")
     with pytest.raises(MinigrpoError, match=r"notes\.txt holds an access token or a private key") as fault:
         publish_folder(folder, "me/mine", quiet=True)
@@ -133,7 +133,7 @@ def test_secrets_inside_files_stop_it(folder: Path, hub: StandIn, words: str) ->
     assert not hub.asked
 
 
-def test_what_git_and_caches_keep_is_left_out_and_told(folder: Path, hub: StandIn) -> None:
+def test_folders_of_git_and_caches_are_left_out_and_reported(folder: Path, hub: StandIn) -> None:
     for name in (".git/config", "deep/.cache/huggingface/x"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("x")
@@ -149,7 +149,7 @@ def test_a_folder_that_changed_is_not_put_over_the_other_without_force(folder: P
     assert publish_folder(folder, "me/mine", force=True, quiet=True).sent[0].verdict == "published"
 
 
-def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is no folder"):
         publish_folder(tmp_path / "no", "me/mine", dry_run=True)
     with pytest.raises(ArtifactError, match="holds no files"):
@@ -165,7 +165,7 @@ def test_a_gitignore_that_hides_files_is_noticed(folder: Path, hub: StandIn) -> 
 # The command line
 
 
-def test_run_or_folder_is_asked_for(run: RunDir, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publish_requires_a_run_or_a_folder(run: RunDir, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in ((), (str(run.path), "--folder", str(folder))):
         code, printed = command(*words, "--repo", "me/x", capsys=capsys)
         assert (code, "Name a run's folder, or any folder" in printed) == (2, True)

@@ -1,4 +1,5 @@
-"""The command `serve`: every artefact by its name, every fault in a sentence, and nothing left running."""
+"""The command `serve`: every artefact is found by its name, every fault is one sentence, and nothing is left
+running."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def test_a_run_answers_a_problem_of_its_task_and_is_graded(run: RunDir) -> None:
     answer = ask_once(run, quiet=True)
     assert answer.question
     assert answer.engine == "llama.cpp"
-    assert answer.solved is False  # nobody taught it
+    assert answer.solved is False  # the model is untrained
     assert answer.reward is not None
     assert "listening on" in (run.path / "serve.log").read_text()
 
@@ -64,7 +65,7 @@ def test_a_question_of_ones_own_is_answered_and_the_server_stopped(run: RunDir, 
     told = json.loads(out)
     assert code == 0
     assert told["answer"]["question"] == "it's $5"
-    assert told["answer"]["reward"] is None  # no problem of the task
+    assert told["answer"]["reward"] is None  # the question is not the task's
     body = json.loads(shlex.split(told["curl"])[-1])
     assert body == {"model": "mine", "messages": [{"role": "user", "content": "it's $5"}]}
     assert children(os.getpid()) == before
@@ -106,8 +107,8 @@ def test_vllm_is_told_the_temperature_of_the_training_and_the_rank_of_the_adapte
 
 
 @pytest.fixture(autouse=True)
-def _vllm_is_taken_for_granted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where only the command line is looked at, any python stands for one that has vLLM."""
+def _any_python_counts_as_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept any python as one with vLLM, where only the command line is tested."""
     if "rank_of_the_adapter" in request.node.name:
         monkeypatch.setattr("minigrpo.delivery.serve.serve.find_vllm", lambda named: named)
 
@@ -180,7 +181,7 @@ def test_a_port_that_is_taken_is_named_with_its_owner_and_a_free_one(run: RunDir
     assert reserve_port("127.0.0.1", free) == free
 
 
-def test_a_place_where_nothing_can_listen_is_named() -> None:
+def test_a_host_where_nothing_can_listen_is_named() -> None:
     with pytest.raises(MinigrpoError, match=r"Nothing can listen at 203\.0\.113\.9 port 8000"):
         reserve_port("203.0.113.9", 8000)
     with pytest.raises(MinigrpoError, match=r"Nothing can listen at no\.such\.host\.invalid"):
@@ -194,7 +195,7 @@ def test_more_context_than_the_model_was_made_for_is_refused(run: RunDir, capsys
     assert fit_context(None, 262144, "it") == 4096  # the cache of a long context can be larger than the model
 
 
-def test_an_engine_that_is_not_there_is_told_with_what_to_install(
+def test_a_missing_engine_is_reported_with_what_to_install(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.delenv("MINIGRPO_VLLM", raising=False)
@@ -246,7 +247,7 @@ def test_nothing_is_left_running_however_the_command_ends(run: RunDir, number: s
 
 
 def test_ctrl_c_while_it_starts_ends_it(run: RunDir, tmp_path: Path) -> None:
-    """The real command, with a llama-server that never gets well."""
+    """Use the real command, with a llama-server that never becomes healthy."""
     slow = tmp_path / "llama-server"
     slow.write_text(f"#!{sys.executable}\nimport time\nprint('loading', flush=True)\ntime.sleep(600)\n")
     slow.chmod(0o755)

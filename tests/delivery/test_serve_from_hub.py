@@ -1,4 +1,4 @@
-"""What is served from the Hub: its settings are read there first, and what vLLM would miss in them is told."""
+"""Serving from the Hub: settings are read there first, and vLLM gets those that it would miss in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VLLM = ServeOptions(engine="vllm")
 
 
 def put(hub: StandIn, name: str, folder: Path) -> None:
-    """The folder as a repository."""
+    """Publish the folder as a repository."""
     hub.repos[name] = Repo(private=True)
     for file in folder.iterdir():
         data, large = file.read_bytes(), file.suffix == ".safetensors"
@@ -57,7 +57,7 @@ def test_vllm_is_told_what_a_model_on_the_hub_lacks(tmp_path: Path, hub: StandIn
     assert told_of(served("me/base")) == wanted
     assert told_of(VllmModel("me/base")) == wanted
     assert told_of(served("me/merged")) == []
-    assert not any(path.endswith(".safetensors") for _, path in hub.asked)  # vLLM loads the weights, not we
+    assert not any(path.endswith(".safetensors") for _, path in hub.asked)  # vLLM downloads the weights itself
 
 
 def test_an_adapter_on_the_hub_is_served_beside_its_base(tmp_path: Path, hub: StandIn) -> None:
@@ -81,7 +81,7 @@ def test_an_adapter_on_the_hub_is_served_beside_its_base(tmp_path: Path, hub: St
 def test_the_container_finds_a_hub_model_in_the_cache_that_is_mounted(
     tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files there are links to their neighbours, so a mount of one folder alone would be empty names."""
+    """Files there are links to their neighbours, so a mount of one folder alone would hold dangling links."""
     monkeypatch.setattr("minigrpo.delivery.serve.serve.find_vllm", lambda named: Path(sys.executable))
     run = merged_run(tmp_path / "mine", "qwen2")
     put(hub, "me/base", base_of(run))
@@ -118,7 +118,7 @@ def test_what_was_read_once_is_served_without_a_network(tmp_path: Path, hub: Sta
         served("me/other")
 
 
-def test_what_the_hub_does_not_give_is_told_in_a_sentence(
+def test_what_the_hub_refuses_is_reported_in_a_sentence(
     tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     hub.repos["me/files"] = Repo(private=True)
@@ -137,7 +137,7 @@ def test_what_the_hub_does_not_give_is_told_in_a_sentence(
 
 
 def refused(capsys: Any, name: str) -> str:
-    """What `serve` prints; an exit code of 2."""
+    """Return what `serve` prints, after an exit code of 2."""
     with pytest.raises(SystemExit) as ended:
         main.main(["serve", name, "--engine", "vllm", "--dry-run"])
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A server of one's own: what it answers is what the model says, and it ends for certain."""
+"""Servers that we start: their answers are the model's, and they end reliably."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_log_probabilities_over_http_are_those_of_the_file(run: RunDir, server: 
 def test_log_probabilities_over_http_are_those_of_the_merged_model(run: RunDir, server: ServerClient) -> None:
     model = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32).eval()
     with torch.no_grad():
-        truth_NV = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
-    torch.testing.assert_close(server.logprobs(IDS, 0), truth_NV, atol=1e-3, rtol=0)
+        reference_NV = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(server.logprobs(IDS, 0), reference_NV, atol=1e-3, rtol=0)
 
 
 def test_the_server_reads_text_and_messages_as_training_did(server: ServerClient) -> None:
@@ -116,13 +116,13 @@ def test_a_server_that_is_silent_too_long_is_ended_and_told(tmp_path: Path) -> N
     assert gone([int(str(told.value).split()[-1])])
 
 
-def test_a_stranger_on_the_port_is_not_taken_for_the_server(tmp_path: Path, process: ServerProcess) -> None:
+def test_another_server_on_the_port_is_not_mistaken_for_ours(tmp_path: Path, process: ServerProcess) -> None:
     command = program(tmp_path, "import time\ntime.sleep(600)", port=process.command.port)
     with pytest.raises(MinigrpoError, match="does not answer"):
         ServerProcess(command, silence=0.5)
 
 
-def test_a_server_that_dies_while_it_serves_is_told(run: RunDir) -> None:
+def test_a_server_that_dies_while_it_serves_is_reported(run: RunDir) -> None:
     process = serve_gguf(file_of(run))
     with process as server:
         os.kill(children(process.pid)[0], signal.SIGKILL)
@@ -154,7 +154,7 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
     scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
     wanted = {"ministral3": [scale], "mistral3": [{"text_config": scale}], "qwen2": []}[family]
     assert told_of(VllmModel(f"{run.path}-base", run.adapter)) == told_of(VllmModel(f"{run.path}-base")) == wanted
-    assert told_of(VllmModel(str(run.merged))) == []  # ours to write, and it says so itself
+    assert told_of(VllmModel(str(run.merged))) == []  # we write this config, with everything that vLLM needs
 
 
 @pytest.mark.long
@@ -162,7 +162,7 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", WIDE)
 def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool, record_property: Any) -> None:
-    # Heads of 8 numbers, as in other tests, are too small for its kernels.
+    # Heads of width 8, as in other tests, are too small for vLLM's kernels.
     pictures = family == "mistral3"
     folder = tmp_path / "mine"
     run = pictured_run(folder, **WIDE[family]) if pictures else merged_run(folder, family, **WIDE[family])
@@ -172,7 +172,7 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
     command = vllm_command(
         model, python=python, host=LOCALHOST, port=reserve_port(LOCALHOST, 0), name="m", all_logprobs=True
     )
-    truth = load_strictly(run.merged).eval()
+    reference = load_strictly(run.merged).eval()
     process = ServerProcess(command)
     with process as server, torch.no_grad():
         ids = server.render(ASKED)
@@ -180,16 +180,16 @@ def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapt
             list(ASKED), add_generation_prompt=True, return_dict=True
         )
         assert ids == tuple(own["input_ids"])
-        truth_NV = truth(torch.tensor([ids])).logits[0].log_softmax(-1)
+        reference_NV = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
         served_NV = server.logprobs(ids, 0)
-        record_property("greatest", float((served_NV - truth_NV).abs().max()))
-        torch.testing.assert_close(served_NV, truth_NV, atol=0.02, rtol=0)
-        said = truth.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+        record_property("greatest", float((served_NV - reference_NV).abs().max()))
+        torch.testing.assert_close(served_NV, reference_NV, atol=0.02, rtol=0)
+        said = reference.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert server.greedy(ids, 12) == tuple(said.tolist())
     assert not process.running
 
 
-def test_a_file_is_judged_by_the_answers_that_llama_cpp_gives(run: RunDir) -> None:
+def test_a_file_is_evaluated_by_llama_cpps_answers(run: RunDir) -> None:
     task = Task("echo", lambda split: [Prompt("a", ASKED), Prompt("b", ASKED)], lambda prompt, text: Grade(len(text)))
     with open_gguf(file_of(run, "F32"), max_tokens=12) as engine:
         groups = rollout(
@@ -201,7 +201,9 @@ def test_a_file_is_judged_by_the_answers_that_llama_cpp_gives(run: RunDir) -> No
     with LlamaCpp(file_of(run, "F32"), context=256) as llama:
         said = llama.greedy(groups[0].prompt_ids, 12)
     assert {completion.token_ids for group in groups for completion in group.completions} == {said}
-    assert len({completion.token_ids for own in drawn for completion in own}) > 1  # every sibling has its own stream
+    assert (
+        len({completion.token_ids for own in drawn for completion in own}) > 1
+    )  # every sibling has its own random stream
 
 
 def test_a_file_of_a_run_is_evaluated_on_the_task_of_the_run(run: RunDir, tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_file_of_a_run_is_evaluated_on_the_task_of_the_run(run: RunDir, tmp_pa
     assert len(json.loads((tmp_path / "found.json").read_text())["scores"]["answers"]) == 3
 
 
-def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: RunDir, tmp_path: Path) -> None:
+def test_what_was_changed_after_its_proof_is_neither_evaluated_nor_served(run: RunDir, tmp_path: Path) -> None:
     mine = RunDir(Path(shutil.copytree(run.path, tmp_path / "mine")))
     data = bytearray(file_of(mine).read_bytes())
     data[-50] ^= 1
@@ -226,7 +228,9 @@ def test_what_was_changed_after_it_was_proved_is_neither_judged_nor_served(run: 
         resolve_servable(str(tmp_path / "other"), ServeOptions(engine="llama.cpp"))
     mine = RunDir(tmp_path / "other")
     elsewhere = shutil.copy(mine.gguf / "mine-Q8_0.gguf", tmp_path / "own.gguf")
-    assert resolve_servable(str(elsewhere), ServeOptions()).run is None  # whose it is, its owner knows
+    assert (
+        resolve_servable(str(elsewhere), ServeOptions()).run is None
+    )  # outside of the run's folder it has no known owner
 
 
 def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Everything that a run left, opened again: what is sound passes, and what was changed, stale or too far is named."""
+"""Verify: a sound run passes, and what was changed, stale or too far from the trained policy is named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = needs_llama
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Read only."""
+    """Return an exported run. Read only."""
     run = merged_run(tmp_path_factory.mktemp("verify") / "mine", "qwen3")
     export(run, ["F16", "Q8_0"], writer="own", quiet=True)
     return run
@@ -51,7 +51,7 @@ def test_a_sound_run_is_verified_stage_by_stage_up_to_its_server(run: RunDir) ->
     assert (found.ok, found.faults) == (True, ())
     names = ["base", "merged", "gguf F16", "gguf Q8_0", "served Q8_0"]
     assert [row["name"] for row in found.rows] == names
-    assert [row["name"] for row in read_parity(run)] == names  # what is gone is no stage any more
+    assert [row["name"] for row in read_parity(run)] == names  # rows of stages that are gone are removed
     assert read_json(run.parity)["made"] == {"verb": "merge"}
     rows = {row["name"]: row for row in found.rows}
     assert rows["served Q8_0"]["mean_kl"] == pytest.approx(rows["gguf Q8_0"]["mean_kl"], rel=0.2)
@@ -70,7 +70,9 @@ def test_a_server_that_runs_elsewhere_is_asked_by_its_url(run: RunDir) -> None:
         verify(run, served=server.url, quiet=True)
 
 
-def test_a_server_of_the_base_is_told_from_that_of_the_trained_model(run: RunDir, made: RunDir, tmp_path: Path) -> None:
+def test_a_server_of_the_base_is_distinguished_from_that_of_the_trained_model(
+    run: RunDir, made: RunDir, tmp_path: Path
+) -> None:
     writer.write_gguf(made.path.with_name("mine-base"), tmp_path / "base.gguf", "F16", "base")
     with serve_gguf(tmp_path / "base.gguf", context=512) as server:
         found = verify(run, served=server.url, quiet=True)
@@ -89,7 +91,7 @@ def test_a_merged_folder_edited_by_hand_is_named_with_the_file(run: RunDir) -> N
     assert [row["name"] for row in found.rows] == ["base"]
 
 
-def test_a_gguf_file_that_is_another_is_named(run: RunDir) -> None:
+def test_a_changed_gguf_file_is_named(run: RunDir) -> None:
     file = run.gguf / "mine-F16.gguf"
     raw = file.read_bytes()
     file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -102,7 +104,7 @@ def test_a_gguf_file_that_is_another_is_named(run: RunDir) -> None:
 def test_a_sealed_file_of_the_untouched_base_does_not_pass(
     run: RunDir, made: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever seals it: the numbers decide."""
+    """The seal is valid, but the distributions decide."""
     file = run.gguf / "mine-F16.gguf"
     writer.write_gguf(made.path.with_name("mine-base"), file, "F16", "mine")
     seal = read_sealed(run.gguf / "made.json")
@@ -126,7 +128,7 @@ def test_what_is_not_there_is_not_measured_and_what_is_no_run_is_refused(run: Ru
         verify(run.adapter.rename(tmp_path / "adapter"), quiet=True)
 
 
-def test_damaged_parity_is_told_with_the_command_that_measures_again(tmp_path: Path) -> None:
+def test_a_damaged_parity_file_is_reported_with_the_command_that_measures_again(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert read_parity(run) == []
     write_json(run.parity, {"stages": ["?"]})
@@ -134,7 +136,7 @@ def test_damaged_parity_is_told_with_the_command_that_measures_again(tmp_path: P
         read_parity(run)
 
 
-def test_rows_stand_in_the_order_of_the_road_and_failures_are_marked(tmp_path: Path) -> None:
+def test_rows_are_in_the_order_of_the_stages_and_failures_are_marked(tmp_path: Path) -> None:
     figures = {"mean_kl": 0.1, "max_kl": None, "relative_kl": 0.5, "top1": 0.9, "greedy": 1.0, "greedy_of": 2.0}
     rows = [{"name": name, "limit": 0.1, "ok": name != "merged"} | figures for name in ("served", "gguf F16", "merged")]
     write_json(tmp_path / "parity.json", {"stages": [*rows, {"name": "base", "limit": None, "ok": True} | figures]})

@@ -1,4 +1,4 @@
-"""What the tests of delivery share: bases and adapters as the libraries save them, and a run around them."""
+"""Shared by the tests of delivery: bases and adapters as the libraries save them, and a run around them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(arch: str, *, tied: bool = False, **config: Any) -> Any:
 
 
 def save_base(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> Any:
-    """The model that was saved, in float32 again."""
+    """Save a base and return the model, in float32 again."""
     model = build(arch, **config).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     build_tokenizer().save_pretrained(folder)
@@ -41,13 +41,13 @@ def save_base(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32, sh
 
 
 def adapted(model: Any, base: Path, *, size: float = 0.02, seed: int = 3, **variant: Any) -> Any:
-    """The model under a PEFT adapter whose parts all matter; `size`: of the entries of B."""
+    """Return the model under a PEFT adapter in which every part matters; `size`: of the entries of B."""
     from peft import LoraConfig, get_peft_model
 
     layers = rf".*language_model\.(.+\.)?({'|'.join(LAYERS)})" if hasattr(model.model, "language_model") else LAYERS
     options = {"r": 4, "lora_alpha": 8, "target_modules": layers, "task_type": "CAUSAL_LM", **variant}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # PEFT draws A from the generator of everybody: it would depend on what ran before
+        torch.manual_seed(seed)  # PEFT draws A from the global generator, whose state depends on earlier tests
         under = get_peft_model(model, LoraConfig(**options)).eval()
     under.peft_config["default"].base_model_name_or_path = str(base)
     draw = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def save_adapter(folder: Path, under: Any) -> Path:
 
 
 def make_run(folder: Path, base: Path, under: Any = None, **model: Any) -> RunDir:
-    """A run that is trained: recipe and adapter."""
+    """Make a trained run: recipe and adapter."""
     run = RunDir(folder)
     run.path.mkdir(parents=True)
     recipe = Recipe(model={"path": str(base), **model}, train={"full": under is None})  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def make_run(folder: Path, base: Path, under: Any = None, **model: Any) -> RunDi
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """Change tensors of a safetensors file; None takes one away."""
+    """Change tensors of a safetensors file; None removes one."""
     tensors = {**load_file(file), **{name.replace("__", "."): value for name, value in changes.items()}}
     save_file({name: value for name, value in tensors.items() if value is not None}, file, {"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""What the tests of export share: a tokenizer with merges, model folders and merged runs that carry it."""
+"""Shared by the tests of export: a tokenizer with merges, model folders, and merged runs that use it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ TAG = "<answer>"
 
 
 def bpe_tokenizer(pattern: str = QWEN2, template: str = TEMPLATE, bos: bool = False, more: Sequence[str] = ()) -> Any:
-    """A few merges, so that how a text is cut matters; a tag that is a token, and not special.
+    """Return a tokenizer with a few merges, so that the way a text is split matters, and a tag that is a token, but not
+    special.
 
-    `bos`: plain text begins with the beginning-of-text token. `more`: special tokens of one's own.
+    `bos`: plain text begins with the beginning-of-text token. `more`: further special tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +60,7 @@ PICTURES = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
 
 def pictured_run(path: Path, **options: Any) -> RunDir:
-    """`merged_run` of a model that reads pictures, with all that a server wants beside it to read them."""
+    """Make a `merged_run` of a vision-language model, with all files that a server needs to read images."""
     base, tokenizer = path.with_name(f"{path.name}-base"), bpe_tokenizer(more=PICTURES)
     model = tempered(build("mistral3", vocab_size=len(tokenizer) + 1, **options))
     model.config.image_token_index = model.config.image_token_id = tokenizer.convert_tokens_to_ids(PICTURES[0])
@@ -77,9 +78,9 @@ def pictured_run(path: Path, **options: Any) -> RunDir:
 
 
 def model_folder(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """Leaves a model folder; returns the model in float32."""
+    """Write a model folder; return the model in float32."""
     tokenizer = bpe_tokenizer()
-    # One token more than there are words: rows of an embedding are often rounded up.
+    # One row more than there are tokens: vocabularies are often padded.
     model = tempered(build(arch, vocab_size=len(tokenizer) + 1, **options)).to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -87,7 +88,8 @@ def model_folder(folder: Path, arch: str, *, dtype: torch.dtype = torch.float32,
 
 
 def tempered(model: Any) -> Any:
-    """Peaked as the limits of the types are stated for: logits of standard deviation 2.1, attention scores of about 1.
+    """Make the output as peaked as the types' limits assume: logits of standard deviation 2.1, attention scores of
+    about 1.
 
     The other tests' models (3, and 3) make every rounding several times as large, whoever computes it: in float16
     llama.cpp is up to 0.06 from a log-probability there, of which the rounding of weights alone makes 0.05.
@@ -103,7 +105,7 @@ def tempered(model: Any) -> Any:
 
 
 def merged_run(path: Path, arch: str, *, size: float = 0.05, **options: Any) -> RunDir:
-    """A run that is trained and merged, its base beside it. `size`: of what was learned."""
+    """Make a run that is trained and merged, its base beside it. `size`: of what was learned."""
     base = path.with_name(f"{path.name}-base")
     run = make_run(path, base, adapted(model_folder(base, arch, **options), base, size=size))
     bpe_tokenizer().save_pretrained(run.adapter)

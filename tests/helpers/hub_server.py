@@ -1,11 +1,11 @@
-"""A Hub on this machine, for tests: it speaks to the real client as huggingface.co does, and remembers every byte.
+"""A stand-in for the Hub on this machine: it answers the real client as huggingface.co does, and remembers every byte.
 
 Two ports: the Hub itself, and the storage of large files (uploads, downloads), which must never see a token. Large
-files come in one piece or in parts; a commit is taken whole or not at all. Knobs:
+files come in one piece or in parts; a commit is taken whole or not at all. Settings:
 
     cut_after   bytes of uploads after which the connection breaks in the middle of a file, and stays broken
     refuse      [(method, pattern of the path, status, header or words)]: what to answer instead
-    forget      names that a commit loses without a word; spoil: names whose download has another byte
+    forget      names that a commit silently loses; spoil: names whose download has a changed byte
     full        the storage takes nothing more
 """
 
@@ -28,8 +28,8 @@ LARGE = (".safetensors", ".gguf", ".bin")
 
 
 @contextmanager
-def standing(**knobs: Any) -> Iterator[StandIn]:
-    hub = StandIn(**knobs)
+def standing(**settings: Any) -> Iterator[StandIn]:
+    hub = StandIn(**settings)
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (kind,), {"hub": hub})) for kind in (Api, Storage)]
     hub.endpoint = f"http://127.0.0.1:{servers[0].server_address[1]}"
     hub.storage = f"http://localhost:{servers[1].server_address[1]}"
@@ -60,7 +60,7 @@ class Api(Handler):
         return self.hub.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def barred(self, name: str = "", *, write: bool = False) -> bool:
-        """Whether the request was answered with a refusal."""
+        """Tell whether the request was answered with a refusal."""
         if self.user is None:
             self.answer({"error": "Invalid username or password."}, 401, X_Error_Message="Invalid credentials")
         elif write and self.user != name.partition("/")[0]:

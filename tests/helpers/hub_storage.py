@@ -1,4 +1,4 @@
-"""What a stand-in Hub remembers, and its storage of large files: the other half of hubserver.py."""
+"""What a stand-in Hub remembers, and its storage of large files: the other half of hub_server.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blob_of(data: bytes) -> str:
 
 @dataclass
 class Repo:
-    """`files`: (content, whether it is stored as a large file) by name."""
+    """A repository. `files`: (content, whether it is stored as a large file) by name."""
 
     private: bool
     files: dict[str, tuple[bytes, bool]] = field(
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(30)
 
     def note(self) -> None:
-        """All but the header that carries the token."""
+        """Remember the request, without the header that carries the token."""
         with self.hub.lock:
             self.hub.asked.append((self.command, self.path))
             headers = "\n".join(f"{k}: {v}" for k, v in self.headers.items() if k.lower() != "authorization")
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Storage(Handler):
-    """Where large files lie. Addresses are keys themselves, so no token has a place here."""
+    """The storage of large files. Its addresses are keys themselves, so it must never receive a token."""
 
     def route(self) -> None:
         if self.headers.get("Authorization"):

@@ -1,4 +1,4 @@
-"""What the tests of publishing share: a run with all that can be published, and a Hub to which the client is led."""
+"""Shared by the tests of publishing: a run with all that can be published, and a Hub for the client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ REPOS = ("me/tiny", "me/tiny-lora", "me/tiny-GGUF")
 
 @pytest.fixture(scope="session", name="whole")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run that is trained, merged and exported. No llama.cpp is asked: what is in the GGUF does not matter here."""
+    """Make a run that is trained, merged and exported. llama.cpp is not used: the content of the GGUF does not
+    matter here."""
     folder = tmp_path_factory.mktemp("publish")
     under = adapted(save_base(folder / "base", "qwen2", shard="60KB"), folder / "base")
     run = make_run(folder / "tiny", folder / "base", under)
@@ -57,7 +58,7 @@ def run_copy(whole: RunDir, tmp_path: Path) -> RunDir:
 
 @pytest.fixture(name="hub")
 def hub_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    """The client looks here, with a token, and waits for nothing."""
+    """Point the client at a stand-in Hub, with a token and without delays."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -84,7 +85,7 @@ def send(run: RunDir, **options: Any) -> Published:
 
 
 def command(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and all that was printed, as by the command line."""
+    """Return the exit code and everything printed by the command line."""
     with pytest.raises(SystemExit) as end:
         main.main(["publish", *words])
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a model as small as can be saved and restored, with a real optimizer."""
+"""Shared by the tests of checkpoints: a model as small as can be saved and restored, with a real optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minigrpo.training.checkpoint import Checkpoint
 
 
 class Small:
-    """A linear layer that steps: after `n` steps its weights tell n."""
+    """A linear layer with an optimizer: after `n` steps its weights show n."""
 
     device = torch.device("cpu")
 
@@ -44,7 +44,7 @@ class Small:
 
 
 def begun(folder: Path) -> RunDir:
-    """A run's folder as training leaves it before its first checkpoint."""
+    """Make a run's folder as training leaves it before its first checkpoint."""
     run = RunDir(folder)
     run.path.mkdir(parents=True, exist_ok=True)
     run.recipe.write_text("seed: 0\n")
@@ -73,7 +73,7 @@ def newest(run: RunDir) -> Checkpoint:
 
 
 def restored(found: Checkpoint) -> int:
-    """How many steps the checkpoint's weights, moments and state agree on."""
+    """Return the number of steps on which the checkpoint's weights, moments and state agree."""
     small = Small()
     checkpoint.load(found, small, small.optimizer)
     moments = {int(moment["step"]) for moment in small.optimizer.state.values()}

@@ -1,4 +1,4 @@
-"""What the tests of serving share: an exported run, its server, and whether anything is left running."""
+"""Shared by the tests of serving: an exported run, its server, and whether anything is left running."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKED = ({"role": "user", "content": "What is '12' + 7?"},)
 
 
 def exported_run(folder: Path) -> RunDir:
-    """To be read only, but for its log."""
+    """Make an exported run. Read only, except for its log."""
     run = merged_run(folder / "mine", "qwen2")
     assert export(run, ("F32", "Q8_0"), writer="own", quiet=True).ok
     return run
@@ -38,7 +38,7 @@ def file_of(run: RunDir, kind: str = "Q8_0") -> Path:
 
 
 def program(tmp_path: Path, text: str, port: int | None = None) -> ServerCommand:
-    """A server of our own making, for those faults that real ones show only on a bad day."""
+    """Return the command of a fake server, for faults that real ones rarely show."""
     script = tmp_path / "server.py"
     script.write_text(text)
     port = port or reserve_port("127.0.0.1", 0)
@@ -46,7 +46,7 @@ def program(tmp_path: Path, text: str, port: int | None = None) -> ServerCommand
 
 
 def told_of(model: VllmModel) -> list[Any]:
-    """What the command tells vLLM beside the config, and the container's line with it."""
+    """Return the overrides that the command line and the container's command give to vLLM."""
     command = vllm_command(model, python=Path("python"), host=LOCALHOST, port=1, name="m")
     told = [json.loads(said) for said in after("--hf-overrides", command.program)]
     line = shlex.split(docker_command(command, model, 1.0))
@@ -59,7 +59,7 @@ def after(option: str, line: Sequence[str]) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """All that a process started, and what those started."""
+    """Return the ids of all processes that a process started, directly or not."""
     import psutil
 
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]

@@ -203,7 +203,7 @@ def _truncate_texts(texts: tuple[ScoredText, ...], room: int) -> Iterator[Scored
 def _replace_rows(run: RunDir, rows: list[dict[str, Any]]) -> None:
     """Replace all rows of parity.json: a stage that is gone loses its row."""
     then: Any = {}
-    with suppress(ArtifactError):  # missing, or damaged and made anew
+    with suppress(ArtifactError):  # missing, or damaged: written anew
         then = read_json(run.parity)
     write_json(run.parity, {**(then if isinstance(then, dict) else {}), "stages": rows})
 

@@ -50,7 +50,7 @@ class WeightChange:
             assert left is not None
             assert right is not None
             delta_OI = left[first:last] @ right
-            # Adding zero would turn -0 into 0: where nothing was learned, nothing may change.
+            # Adding zero would turn -0 into 0; where nothing was learned, no byte may change.
             after_OI = torch.where(delta_OI == 0, before_OI, before_OI + delta_OI)
             if length_O is not None:
                 lengths_O1 = torch.linalg.vector_norm(after_OI, dim=1, keepdim=True)

@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from minigrpo.delivery.gguf import writer as ggufwriter
+from minigrpo.delivery.gguf import writer as gguf_writer
 from minigrpo.delivery.gguf.pretokenizer import pretokenizer_name
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
@@ -54,13 +54,13 @@ class Converter:
         """Write the GGUF file. `kind`: F32, F16 or BF16. Raises ModelError where the converter does not know the
         model."""
         if self.root is None:
-            ggufwriter.write_gguf(folder, file, kind, name)
+            gguf_writer.write_gguf(folder, file, kind, name)
             return
         command = [
             *(sys.executable, "-P", str(Path(__file__).with_name("converter_worker.py")), str(self.root)),
             *(_pretokenizer_or_empty(folder), str(folder), kind.lower(), str(file), name),
         ]
-        reads, writes = os.pipe()  # while this process lives, the other end is open: the worker ends with us
+        reads, writes = os.pipe()  # the write end stays open while we live: the worker ends with us
         try:
             ended = subprocess.run(command, stdin=reads, capture_output=True, text=True, errors="replace")
         finally:
@@ -86,7 +86,7 @@ def _pretokenizer_or_empty(folder: Path) -> str:
 def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Converter:
     """Choose the converter. `writer`: auto, official or own. Raises ArtifactError for a folder without a converter,
     ModelError where only the official one would do and it cannot be had."""
-    refusal = ggufwriter.unsupported_reason(open_base(folder).config)
+    refusal = gguf_writer.unsupported_reason(open_base(folder).config)
     if writer == "own":
         if refusal:
             raise ModelError(f"Our own writer does not know {folder}: {refusal}. Leave --writer own away.")

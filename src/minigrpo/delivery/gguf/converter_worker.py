@@ -25,7 +25,7 @@ def exit_with_parent() -> None:
     """Exit when standard input closes: a pipe that the parent holds open and never writes to."""
 
     def wait() -> None:
-        os.read(0, 1)  # below the buffer, whose lock would be missed at the interpreter's own end
+        os.read(0, 1)  # not through Python's stdin, whose lock would block the interpreter's exit
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -35,7 +35,7 @@ def _main(root: str, kind: str, folder: str, *words: str) -> None:
     sys.path[:0] = [root, f"{root}/gguf-py"]
     base: Any = importlib.import_module("conversion.base")
     if kind:
-        # The class that belongs to an architecture may add tokens of its own, beyond what the model knows.
+        # An architecture's own tokenizer class may add tokens beyond the model's vocabulary.
         transformers = importlib.import_module("transformers")
         setattr(transformers, "AutoTokenizer", transformers.PreTrainedTokenizerFast)  # noqa: B010 (a lazy module)
         base.TextModel.get_vocab_base_pre = lambda self, tokenizer: kind

@@ -78,6 +78,8 @@ class ExportedFile:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
+    """The result of an export. `converter`: what wrote the floats. `texts`: where the held texts come from."""
+
     folder: Path
     converter: str
     files: tuple[ExportedFile, ...]
@@ -166,6 +168,7 @@ def parse_formats(formats: Sequence[str]) -> list[str]:
 
 
 def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> ExportJob:
+    """Find the model and the converter. Raises ArtifactError where the path is neither a run's folder nor a model's."""
     found = find_run(path)
     run = found.run if found and found.artefact in ("run", "merged") else None
     given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
@@ -230,7 +233,7 @@ def _export_missing(
                 source = done.get(INTERMEDIATE) or _make_intermediate(job, own, reference)
                 done[INTERMEDIATE] = source
             if source is not None and source.verdict == "rejected":
-                done[kind] = replace(source, format=kind)  # what it would be made from is wrong itself
+                done[kind] = replace(source, format=kind)  # its source failed the proof
             else:
                 done[kind] = _make_file(job, kind, source.file if source else None, reference)
         report(len(kinds), len(kinds), "")
@@ -290,7 +293,7 @@ def _name_or_reject(
         return replace(found, file=rejected, verdict="rejected")
     facts = {"format": kind, "by": made.by, "bits": made.bits, "types": made.types, "proof": proof.to_dict()}
     entry = {**facts, "sha256": digest(draft), "from": job.made["from"], "texts": describe_texts(reference)}
-    # Before the file has its name: an entry without its file is made again, a file without its entry is a stranger's.
+    # Before the file is renamed: an entry without its file is made again; a file without its entry counts as foreign.
     write_sealed(job.folder / "made.json", {"made": job.made, "files": {**_sealed_entries(job), target.name: entry}})
     sync(draft)
     draft.replace(target)

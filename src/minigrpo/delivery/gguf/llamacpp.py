@@ -88,7 +88,7 @@ class LlamaCpp:
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
-                with suppress(BrokenPipeError):  # it ended before it had read all that it was asked
+                with suppress(BrokenPipeError):  # it ended before it had read all requests
                     stream.close()
         self._process.kill()  # it holds nothing that could be lost
         self._process.wait()

@@ -42,6 +42,8 @@ class OpaqueParams(ctypes.Structure):
 
 
 class LlamaBatch(ctypes.Structure):
+    """llama.cpp's llama_batch."""
+
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
@@ -140,7 +142,7 @@ class Llama:
         return {"ids": said}
 
     def _decode(self, ids: list[int], start: int, *, at: int = 0, clear: bool = False) -> Any:
-        if at + len(ids) > self.room:  # it would end the process
+        if at + len(ids) > self.room:  # llama.cpp would abort the process
             raise RefusedError(f"it could not read {at + len(ids)} tokens: it was opened for {self.room}")
         if clear:
             self.lib.llama_memory_clear(ctypes.c_void_p(self.lib.llama_get_memory(self.context)), ctypes.c_bool(True))
@@ -170,6 +172,7 @@ def _require_defaults(params: OpaqueParams, form: str, expected: tuple[Any, ...]
 
 
 def answer_requests(requests: BinaryIO, answers: BinaryIO, library: str) -> None:
+    """Answer requests until the input ends."""
     llama = None
     for line in requests:
         request = json.loads(line)
@@ -187,5 +190,5 @@ def answer_requests(requests: BinaryIO, answers: BinaryIO, library: str) -> None
 
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever the library prints would stand between our answers
+    os.dup2(2, 1)  # keeps whatever the library prints out of our answers
     answer_requests(sys.stdin.buffer, out, str(Path(sys.argv[1])))

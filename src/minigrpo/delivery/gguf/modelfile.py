@@ -53,7 +53,7 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     from jinja2 import TemplateError
 
     try:
-        # llama.cpp and Ollama put the beginning-of-text token themselves where the file asks for it.
+        # llama.cpp and Ollama add the beginning-of-text token themselves where the file asks for it.
         bos = tokenizer.bos_token or ""
         wanted = [render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in probe_conversations()]
         whole = render_text(tokenizer, probe_conversations()[1]).removeprefix(bos)
@@ -65,7 +65,7 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
             return None
     found = _split_template(whole, asked, wanted[0])
     fits = [found.render(messages) == text for messages, text in zip(probe_conversations(), wanted, strict=True)]
-    # A template with words of its own for conversations without a system message is still right with one.
+    # A template that adds a default system message is still right for conversations that have one.
     return found if all(fits[:2]) else None
 
 

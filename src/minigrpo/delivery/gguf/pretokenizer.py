@@ -55,7 +55,7 @@ def pretokenizer_name(folder: Path) -> str:
     if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges"):
         raise ModelError(f"{file} is no byte-level BPE with merges. {USE_LLAMA_CPP_HINT}")
     normalizer = (rules.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp has no NFC either, but text as people type it is in it already
+    if normalizer not in (None, "NFC"):  # llama.cpp does not apply NFC, but typed text is in NFC already
         raise ModelError(f"{file} changes text first ({normalizer}), which llama.cpp would not. {USE_LLAMA_CPP_HINT}")
     found = _name_of_steps(steps)
     if found is None:

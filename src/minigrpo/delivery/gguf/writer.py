@@ -145,7 +145,7 @@ def _add_rope(writer: Any, arch: str, rope: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if arch == "mistral3":
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
-        # Queries far out are scaled up; without this the file is right on short texts only.
+        # Scales up queries at far positions; without it the file is right for short texts only.
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
 

@@ -186,7 +186,7 @@ class Hub:
 
         adds = [CommitOperationAdd(each.name, each.content) for each in items]
         for add, each in zip(adds, items, strict=True):
-            add.upload_info.sha256 = bytes.fromhex(each.sha256)  # else the client would read each file once more
+            add.upload_info.sha256 = bytes.fromhex(each.sha256)  # saves the client from reading each file again
         sized = sorted(zip(adds, items, strict=True), key=lambda pair: pair[1].size)
         small = [add for add, each in sized if each.size < SMALL_FILE_BYTES]
         parts = (
@@ -241,7 +241,7 @@ class Hub:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 yield
-        except (OSError, RuntimeError, ValueError) as fault:  # the client wraps the faults of two HTTP libraries
+        except (OSError, RuntimeError, ValueError) as fault:  # the client raises errors of two HTTP libraries
             raise MinigrpoError(self._redact(self._describe_error(fault, repo))) from None
         except Exception as fault:
             if not is_network_error(fault):
@@ -302,6 +302,7 @@ def exception_chain(fault: BaseException | None) -> Iterator[BaseException]:
 
 
 def http_status(fault: BaseException) -> int | None:
+    """Return the HTTP status of an exception or one of its causes; None where there is none."""
     found = (getattr(getattr(each, "response", None), "status_code", None) for each in exception_chain(fault))
     return next((int(status) for status in found if status is not None), None)
 
@@ -348,7 +349,7 @@ def read_hub_json(repo: str, name: str) -> dict[str, Any] | None:
     try:
         file = Path(hf_hub_download(repo, name))
     except EntryNotFoundError as fault:
-        if isinstance(fault, LocalEntryNotFoundError):  # nobody answered, and the cache does not have it
+        if isinstance(fault, LocalEntryNotFoundError):  # the Hub did not answer, and the cache lacks the file
             raise _download_error(repo, fault) from None
         return None
     except (OSError, ValueError) as fault:

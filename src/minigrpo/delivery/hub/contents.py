@@ -103,7 +103,7 @@ def _available_kinds(run: RunDir) -> list[RepoKind]:
 
 
 def _merged_files(run: RunDir) -> tuple[RepoFile, ...]:
-    folder = require_merged(run)  # reads every byte
+    folder = require_merged(run)  # compares every byte
     sums = read_sealed(folder / "made.json")["sha256"]
     return tuple(RepoFile(name, folder / name, (folder / name).stat().st_size, sums[name]) for name in sorted(sums))
 
@@ -163,7 +163,7 @@ def _gguf_files(run: RunDir) -> tuple[RepoFile, ...]:
     for name, entry in read_sealed(made)["files"].items():
         file = run.gguf / name
         if not file.is_file():
-            continue  # taken away by its owner
+            continue  # removed by its owner
         if entry["from"]["model"] != sums:
             raise ArtifactError(f"{file} was made from another merged model. {again} --format {entry['format']}")
         items.append(repo_file(name, file))

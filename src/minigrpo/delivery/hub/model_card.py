@@ -145,11 +145,12 @@ def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
         return Path(cached) if isinstance(cached, str) else None
     try:
         return Path(hf_hub_download(path, "README.md", revision=revision))
-    except Exception:  # a page that cannot be had is told as a licence that was not found
+    except Exception:  # the caller then reports that no licence was found
         return None
 
 
 def read_front_matter(page: Path) -> dict[str, Any]:
+    """Return the YAML header of a model card; {} where there is none that is valid."""
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         said = yaml.safe_load(found[1]) if found else {}
@@ -201,7 +202,7 @@ def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
             yield int(row["step"]), float(row["reward"])
 
 
-# From here on: text
+# Rendering
 
 
 def render_card(facts: CardFacts, what: str) -> str:
@@ -415,7 +416,7 @@ def _run_adapter(facts: CardFacts) -> str:
         return f"{text}vLLM serves ranks up to {VLLM_LORA_RANKS[-1]} only: merge it first."
     name = repo.partition("/")[2]
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
-    if facts.missing:  # of the base, whose config says it in words that vLLM does not read
+    if facts.missing:  # the base's config says it under names that vLLM does not read
         serve += f" --hf-overrides {shlex.quote(json.dumps(facts.missing))}"
     return f"{text}vLLM:\n\n{_serve_and_ask(facts, serve, name)}"
 

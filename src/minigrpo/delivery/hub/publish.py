@@ -69,6 +69,8 @@ class PublishedRepo:
 
 @dataclass(frozen=True, slots=True)
 class Published:
+    """The result of publishing: one entry for each repository."""
+
     sent: tuple[PublishedRepo, ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def trained_reference(source: TrainedSource, base: BaseFiles) -> ParityReference
             )
 
 
-# Each of these ends before the next begins, and lets its model go: two may not fit side by side.
+# Each of these releases its model before the next opens one: two may not fit in memory together.
 
 
 def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:

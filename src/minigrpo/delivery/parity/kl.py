@@ -76,7 +76,7 @@ def kl_divergence(found_NV: Tensor, reference_NV: Tensor) -> Tensor:
     """
     found_NV, reference_NV = found_NV.double(), reference_NV.double()
     p_NV, q_NV = found_NV.exp(), reference_NV.exp()
-    # Where `found` has no weight, q - p - p log(q/p) is all of q.
+    # Where `found` gives no probability, q - p - p log(q/p) is q.
     gap_NV = torch.where(p_NV > 0, reference_NV - found_NV, 0.0)
     return (q_NV - p_NV - torch.where(p_NV > 0, p_NV * gap_NV, 0.0)).clamp_min(0).sum(-1)
 

@@ -58,6 +58,6 @@ def _verdict_text(row: Mapping[str, Any]) -> Text:
         return Text("what training did", style="dim")
     if not row["ok"]:
         return Text("failed", style="bold red")
-    # A stage without a limit is only told: a coarse type, say, for which no limit fits all models.
+    # A stage without a limit is only reported, such as a coarse type, for which no limit fits all models.
     judged = row.get("judged", row.get("limit") is not None)
     return Text("proved", style="green") if judged else Text("measured")

@@ -32,7 +32,7 @@ ALL_INTERFACES = ("0.0.0.0", "::", "")
 DEFAULT_CONTEXT = 4096
 """Context length in tokens if none is requested: for a long context the KV cache alone can be larger than the model."""
 VLLM_IMAGE = "vllm/vllm-openai:latest"
-PORT_IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows'
+PORT_IN_USE = (errno.EADDRINUSE, 10048)  # the second is Windows' code
 VLLM_PYTHON = "MINIGRPO_VLLM"
 """Environment variable that names the python of an environment with vLLM."""
 GGUF_ON_HUB_HINT = (
@@ -199,7 +199,7 @@ def vllm_options(
     line += ["--max-model-len", str(context)] if context else []
     line += ["--generation-config", "vllm", "--override-generation-config", json.dumps({"temperature": temperature})]
     if (config.get("dtype") or config.get("torch_dtype")) == "float32":
-        line += ["--dtype", "float32"]  # it would round to 16 bit, which may be what the merge stayed away from
+        line += ["--dtype", "float32"]  # by default vLLM would round to 16 bit, which may lose what was learned
     line += ["--hf-overrides", json.dumps(missing)] if missing else []
     if model.adapter:
         line += ["--enable-lora", "--max-lora-rank", str(adapter_max_rank(model.adapter))]
@@ -310,7 +310,7 @@ def reserve_port(host: str, port: int) -> int:
 def _bind(host: str, port: int) -> int:
     family = socket.getaddrinfo(host or LOCALHOST, port, type=socket.SOCK_STREAM)[0]
     with closing(socket.socket(family[0], socket.SOCK_STREAM)) as probe:
-        if os.name != "nt":  # a port that was let go a moment ago is free; on Windows this would share a taken one
+        if os.name != "nt":  # a port released a moment ago is free; on Windows this would share a taken one
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(family[4])
         return int(probe.getsockname()[1])
@@ -324,6 +324,6 @@ def _port_owner(port: int) -> str | None:
         for found in psutil.net_connections("tcp"):
             if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
                 return f"process {found.pid} ({psutil.Process(found.pid).name()})"
-    except Exception:  # whatever a system says in place of the answer, the port is taken all the same
+    except Exception:  # the owner is extra information: the port is taken either way
         return None
     return None

@@ -116,7 +116,7 @@ def require_gguf(run: RunDir, kind: str) -> Path:
         there = f" There are: {others} (--format)." if others else ""
         raise ArtifactError(f"{file} is missing.{there} Export first: {make}")
     known = entries.get(file.name)
-    read_header(file)  # the plainest fault first
+    read_header(file)  # a damaged file is reported as such, not as changed
     if known is None or digest(file) != known["sha256"]:
         raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
     if run.merged.is_dir() and known["from"]["model"] != hash_files(require_merged(run)):
@@ -159,7 +159,7 @@ def _from_hub(repo: str, options: ServeOptions) -> Servable:
     name, adapter, unread = slug(repo.rpartition("/")[2]), None, None
     try:
         adapter = read_hub_json(repo, "adapter_config.json")
-    except MinigrpoError as fault:  # where nobody answers, the cache may yet know it as a model
+    except MinigrpoError as fault:  # without a network, the cache may still hold it as a model
         unread = fault
     if adapter is not None:
         return replace(_from_folder(download_adapter(repo), options), name=name)

@@ -129,7 +129,9 @@ def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | Non
     from minigrpo.tasks.registry import open_task
 
     if question is None and servable.recipe:
-        with suppress(MinigrpoError):  # its file or data may be gone: the plain question tells as well that it speaks
+        with suppress(
+            MinigrpoError
+        ):  # its file or data may be gone: a plain question then shows that the model answers
             task = open_task(servable.recipe)
             return task, prompts_of(task, "test", 1)[0]
     message: Message = PROBE_QUESTION if question is None else {"role": "user", "content": question}
@@ -211,7 +213,7 @@ def serve(
     with sigterm_as_interrupt(), run_server(resolve_servable(what, options), options) as (server, servable):
         answer = ask(server, servable, question)
         log = str(server.log) if servable.run else None
-        with suppress(KeyboardInterrupt):  # from here on it is the way to end it
+        with suppress(KeyboardInterrupt):  # from here on Ctrl-C is the regular way to end it
             tell(replace(_describe_server(server.command, servable, question), log=log, answer=answer))
             if not once:
                 server.watch()

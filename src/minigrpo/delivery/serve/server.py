@@ -73,7 +73,7 @@ class ServerClient:
         parts = urlsplit(address if "//" in address else f"http://{address}")
         url = f"{parts.scheme}://{parts.netloc}"
         model = cls(url, "llama.cpp", "").ask("/v1/models")["data"][0]
-        # Only llama.cpp tells there how many tokens it knows.
+        # Only llama.cpp reports "meta" (its vocabulary size) there.
         return cls(url, "llama.cpp" if "meta" in model else "vllm", str(model["id"]))
 
     def chat(
@@ -87,7 +87,8 @@ class ServerClient:
         return str(found["choices"][0]["message"]["content"] or "")
 
     def tokenize(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        """Token names in the text count as tokens. `special`: with the beginning that the model asks for."""
+        """Return token ids; names of special tokens in the text are parsed. `special`: with the beginning that the
+        model asks for."""
         if self.engine == "llama.cpp":
             return tuple(
                 self.ask("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
@@ -96,7 +97,7 @@ class ServerClient:
         return tuple(self.ask("/tokenize", asked)["tokens"])
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """A conversation as the server's own chat template renders it, its answer opened, as token ids."""
+        """Return a conversation's token ids, rendered by the server's own chat template with its answer opened."""
         asked = {"model": self.model, "messages": [dict(message) for message in messages]}
         if self.engine == "llama.cpp":
             return self.tokenize(self.ask("/apply-template", asked)["prompt"], special=True)
@@ -131,7 +132,8 @@ class ServerClient:
 
     def _llama_rows(self, ids: Sequence[int], start: int) -> Iterator[list[dict[str, Any]]]:
         size = self.ask("/v1/models")["data"][0]["meta"]["n_vocab"]
-        # It tells nothing where the token taken ends the answer or is half a letter. Which one it is changes no row.
+        # llama.cpp returns no probabilities where the sampled token ends the answer or is part of a character, so a
+        # plain letter is forced. The probabilities do not depend on it.
         letter = [[self.tokenize("a")[0], 1e6]]
         fixed = {"n_predict": 1, "n_probs": size, "cache_prompt": False, "temperature": 0, "logit_bias": letter}
         for end in range(start + 1, len(ids) + 1):
@@ -225,7 +227,7 @@ class ServerProcess:
             self._supervisor.stdin.close()
         try:
             self._supervisor.wait(SHUTDOWN_TIMEOUT_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once, then
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: end it at once
             self._kill()
             self._supervisor.wait()
         self._kill()

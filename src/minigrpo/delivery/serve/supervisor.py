@@ -44,7 +44,7 @@ def supervise(program: list[str]) -> int:
             threading.Thread(target=_ask_to_end, args=(child,), daemon=True).start()
 
     def follow() -> None:
-        while os.read(0, 4096):  # not through Python's stdin, whose lock an exit would wait for
+        while os.read(0, 4096):  # not through Python's stdin, whose lock would block the exit
             pass
         end()
 
@@ -52,7 +52,7 @@ def supervise(program: list[str]) -> int:
     threading.Thread(target=follow, daemon=True).start()
     code = child.wait()
     if ending.is_set() and os.name != "nt":
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # what the program started and left, and ourselves
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # what the program left running, and ourselves
     return 128 - code if code < 0 else code
 
 
@@ -96,7 +96,7 @@ def serve_llama(options: dict[str, Any]) -> int:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if Path(options["file"]).stat().st_size < SMALL_MODEL_BYTES:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # Weights packed anew for matrix instructions, which some virtual machines only announce.
+    # No repacking of weights for matrix instructions, which some virtual machines announce but lack.
     params.no_extra_bufts = True
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.sampling.temp = options["temperature"]
