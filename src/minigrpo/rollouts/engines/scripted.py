@@ -27,11 +27,11 @@ class Scripted:
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
         answers = []
-        for place, rendered in enumerate(prompts):
+        for index, rendered in enumerate(prompts):
             own = tuple(self.say(self.line(rendered.prompt, sibling), sampling) for sibling in range(n))
             answers.append(own)
             if ready:
-                ready(place, own)
+                ready(index, own)
         return answers
 
     def update(self, policy: Any) -> None:
@@ -47,5 +47,5 @@ class Scripted:
         kept = tuple(ids[: sampling.max_tokens])
         if len(kept) == len(ids):
             return Completion(text, kept, (0.0,) * len(kept), "stop")
-        cut = str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        return Completion(cut, kept, (0.0,) * len(kept), "length")
+        truncated = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        return Completion(truncated, kept, (0.0,) * len(kept), "length")
