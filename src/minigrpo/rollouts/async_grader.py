@@ -1,4 +1,4 @@
-"""Grading beside generation: a group whose last sibling has ended is judged while others are still being sampled.
+"""Grading beside generation: a group is graded once its last sibling has ended, while others are sampled.
 
     with Grader(task, workers=4, seconds=60, say=track.say) as grader:
         groups = rollout(engine, task, prompts, ..., grader=grader)
@@ -29,12 +29,12 @@ from minigrpo.rollouts.grading import iter_grades
 from minigrpo.types import Completion, Grade, Prompt, Task
 
 MAX_HUNG_GROUPS = 3
-"""Groups in a row that hang before the run stops."""
+"""Groups in a row that may time out before the run stops."""
 
 
 @dataclass(slots=True)
 class GradingJob:
-    """One group on its way through a worker. `closed`: its time is up, and what the worker still says is not heard."""
+    """One group being graded. `closed`: it timed out, and later results of its worker are ignored."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -46,7 +46,7 @@ class GradingJob:
 
 
 class Grader:
-    """Judges groups in threads of its own. `say` is told, once each, what a person should know."""
+    """Grades groups in its own threads. `say` is called once with each message for the user."""
 
     def __init__(
         self, task: Task, *, workers: int = 1, seconds: float = 60.0, say: Callable[[str], None] | None = None
@@ -96,7 +96,7 @@ class Grader:
             self._judge(job)
             with self._lock:
                 if job.closed:
-                    return  # somebody else has this place now
+                    return  # another worker has replaced this one
                 self._running.remove(job)
                 self._hung = 0
                 job.ended.set()
@@ -117,7 +117,7 @@ class Grader:
             return not job.closed
 
     def wait(self, job: GradingJob) -> None:
-        """Until the job has ended, or was given up."""
+        """Wait until the job has ended or timed out."""
         while not job.ended.is_set():
             with self._lock:
                 soonest = min((running.began for running in self._running), default=math.inf) + self.seconds
@@ -126,7 +126,7 @@ class Grader:
             self.give_up_late_ones()
 
     def give_up_late_ones(self) -> None:
-        """Raises TaskError where it happens again and again."""
+        """Close jobs that timed out. Raises TaskError after MAX_HUNG_GROUPS in a row."""
         now = time.monotonic()
         with self._lock:
             late = [job for job in self._running if now - job.began > self.seconds]
@@ -148,20 +148,20 @@ class Grader:
 
 
 class PendingGrades:
-    """The groups of one rollout: handed over as they end, collected in the order of their prompts."""
+    """The groups of one rollout: submitted as they end, collected in the order of their prompts."""
 
     def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
         self.grader, self.prompts = grader, prompts
         self._jobs: dict[int, GradingJob] = {}
 
     def submit(self, index: int, completions: tuple[Completion, ...]) -> None:
-        """What an engine calls as `ready`."""
+        """Queue a finished group for grading: the engine's `ready` callback."""
         self._jobs[index] = job = GradingJob(self.prompts[index], completions)
         self.grader.submit(job)
         self.grader.give_up_late_ones()
 
     def collect(self, answers: Sequence[tuple[Completion, ...]]) -> list[tuple[Grade, ...]]:
-        """All grades, when the last is there. The first fault, by prompts, is raised as if there were no threads."""
+        """Wait for all grades and return them. Raises the first error in the order of the prompts."""
         for index, completions in enumerate(answers):
             if index not in self._jobs:  # an engine need not tell of every prompt
                 self.submit(index, completions)

@@ -19,7 +19,7 @@ def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
 
 
 def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
-    """Yield grades one by one, as far as the task judges so. Graders get a copy: the caller's prompt stays his."""
+    """Yield grades one by one, where the task grades one by one. Graders get a copy of the prompt and cannot change the caller's."""
     shown = copy_prompt(prompt)
     if task.grade_group is None:
         for completion in completions:

@@ -1,4 +1,4 @@
-"""Prompts to graded groups: the one way used by training, preflight and evaluation."""
+"""Roll out prompts into graded groups: the one function used by training, preflight and evaluation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rollout(
 
 
 def report_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) -> None:
-    """Say once what was left out; raise TaskError where functions gave None for everything."""
+    """Warn once of completions left unscored; raise TaskError where functions gave None for everything."""
     unscored = [(group, grade) for group in groups for grade in group.grades if not grade.scored]
     if not unscored:
         return
@@ -67,7 +67,7 @@ def report_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) 
 
 
 def prompts_of(task: Task, split: Split, limit: int | None = None) -> Sequence[Prompt]:
-    """The task's prompts, up to `limit`; raises TaskError where there is none."""
+    """Return the task's prompts, up to `limit`; raises TaskError where there is none."""
     prompts = task.prompts(split)
     if not len(prompts):
         raise TaskError(

@@ -1,12 +1,12 @@
 """The slot engine: the native engine's arithmetic at fixed shapes, so that a GPU can replay a token's kernels at once.
 
 A small model on a large GPU waits for Python: some hundred kernels a token, each launched alone. Here every tensor of a
-step stays where it is and keeps its shape, drawing and stopping included; so the kernels of a step are recorded once
-(a CUDA graph) and replayed for every further token, with no word between GPU and CPU but a look, every few tokens, at
-which rows have ended. A row that has ended is carried along until half of the prompts have none that goes on; then the
-others move together, into a graph of half the size.
+step keeps its address and its shape, sampling and stopping included; so the kernels of a step are captured once (a CUDA
+graph) and replayed for every further token. GPU and CPU synchronize only every few tokens, to see which rows have
+ended. An ended row stays in the batch until half of the prompts have no active row; then the others move together, into
+a graph of half the size.
 
-On a CPU the same step runs unrecorded: slower than the native engine, and the same tokens.
+On a CPU the same step runs without a graph: slower than the native engine, and the same tokens.
 
 Shapes: M prompts, G siblings, B = M * G rows, P shared prompt slots, C own slots, c of them in use, H query heads, K
 key/value heads, R = H / K, D head width, L layers, V vocabulary.
@@ -29,16 +29,16 @@ from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 CHECK_EVERY = 16
-"""Tokens between two looks at which rows have ended."""
+"""Tokens between two checks of which rows have ended."""
 MIN_OWN_SLOTS = 64
-"""Own slots that the first tokens attend over; then twice as many, and so on: a graph for each."""
+"""Own slots that the first tokens attend over; the number doubles as they fill, with one graph for each."""
 PROMPT_SLOT_STEP = 64
-"""Shared slots come in multiples of it, so that batches of like prompts find the graphs of earlier ones."""
+"""Shared slots are a multiple of it, so that batches of similar prompts reuse the graphs of earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All that a step reads and writes. Frozen: the tensors stay where they are, and only their contents change."""
+    """All that a step reads and writes. Frozen: tensors keep their addresses, and only their contents change."""
 
     shared: Tensor
     """[L, 2, M, K, P, D]: keys and values of the prompts without their last tokens."""
@@ -46,7 +46,7 @@ class State:
     """[L, 2, B, K, C, D]."""
     length_M: Tensor
     row_B: Tensor
-    """Which completion of the call a slot holds."""
+    """Index in the call of the completion that each slot holds."""
     stream_B: Tensor
     input_B: Tensor
     active_B: Tensor
@@ -76,14 +76,14 @@ class State:
         )
 
     def narrow(self, prompts: int, siblings: int) -> State:
-        """The first prompts alone, in the same memory. What was said stays addressed by `row_B`."""
+        """Return a view of the first prompts. Outputs stay whole, addressed by `row_B`."""
         B = prompts * siblings
         rows = {name: getattr(self, name)[:B] for name in ("row_B", "stream_B", "input_B", "active_B")}
         caches = {"shared": self.shared[:, :, :prompts], "own": self.own[:, :, :B]}
         return replace(self, **rows, **caches, length_M=self.length_M[:prompts])
 
     def move_up(self, prompt_indices: Tensor, siblings: int) -> None:
-        """Let these prompts, in order, be the first ones."""
+        """Move these prompts, in order, to the front."""
         rows = (prompt_indices[:, None] * siblings + torch.arange(siblings, device=prompt_indices.device)).flatten()
         for tensor, dim, index in (
             *((each, 0, rows) for each in (self.row_B, self.stream_B, self.input_B, self.active_B)),
@@ -92,13 +92,13 @@ class State:
             tensor.narrow(dim, 0, len(index)).copy_(tensor.index_select(dim, index))
 
     def changing_tensors(self) -> list[Tensor]:
-        """What a step changes, but for the caches, whose slot it would write again as it was."""
+        """Return the tensors that a step changes, without the caches: a repeated step writes the same there."""
         names = [field.name for field in fields(self) if field.name not in ("shared", "own")]
         return [getattr(self, name) for name in names]
 
 
 class Step:
-    """One token of every row, at fixed shapes: `c` own slots are attended over."""
+    """Decodes one token of every row at fixed shapes, attending over `c` own slots."""
 
     def __init__(
         self, decoder: Decoder, state: State, siblings: int, *, rope: Rope, stop_ids_s: Tensor, temperature: float
@@ -124,7 +124,7 @@ class Step:
         s.so_far.add_(1)
 
     def _masks(self, shared_B: Tensor, c: int) -> None:
-        """[B, 1, 1, P + c] for each kind of layer: 0 where a row may look, -inf where not."""
+        """Set a mask [B, 1, 1, P + c] for each window size: 0 where a row may attend, -inf elsewhere."""
         s, P = self.state, self.state.shared.shape[4]
         at = torch.arange(P + c, device=shared_B.device)
         seen_BS = torch.where(at < P, at < shared_B[:, None], at - P <= s.so_far)
@@ -138,7 +138,7 @@ class Step:
         self._c = c
 
     def _attend(self, index: int, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries [B, H, D] over the shared prompt and the row's own tokens: [B, H * D]."""
+        """Attend with queries [B, H, D] over the shared prompt and the row's own tokens: [B, H * D]."""
         s, P = self.state, self.state.shared.shape[4]
         here = s.so_far[None]
         for cache, fresh in zip(s.own[index], (key, value), strict=True):
@@ -152,7 +152,7 @@ class Step:
         return attended.flatten(1)
 
     def _to_grid(self, x_BKRE: Tensor) -> Tensor:
-        """Siblings side by side: [B, K, R, E] -> [M, K, G * R, E]."""
+        """Put siblings side by side: [B, K, R, E] -> [M, K, G * R, E]."""
         return x_BKRE.unflatten(0, (-1, self.siblings)).transpose(1, 2).flatten(2, 3)
 
     def _from_grid(self, x_MKgE: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Step:
 
 
 class CapturedStep:
-    """A step's kernels, recorded at its first call for each number of own slots and replayed from then on."""
+    """A step's kernels, captured at the first call for each number of own slots and replayed afterwards."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -172,7 +172,7 @@ class CapturedStep:
         self._graphs[c].replay()
 
     def _record(self, c: int) -> Any:
-        """Libraries set themselves up in a first call, which cannot be recorded: what it changed is put back."""
+        """Capture a graph. Libraries initialize in a first call, which cannot be captured: its changes are undone."""
         before = [tensor.clone() for tensor in self.step.state.changing_tensors()]
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -188,7 +188,7 @@ class CapturedStep:
 
 
 class GraphSet:
-    """A state and its steps, at all the sizes that are halves of halves of it. `kind`: siblings, own slots, heat."""
+    """A state and its steps at full, half, quarter ... size. `key`: siblings, own slots, temperature."""
 
     def __init__(
         self, key: tuple[int, int, float], full_state: State, make_step: Callable[[State], Callable[[int], None]]
@@ -201,7 +201,7 @@ class GraphSet:
         return self.key == key and prompts <= size[2] and shared <= size[4]
 
     def for_prompts(self, prompts: int) -> tuple[State, Callable[[int], None]]:
-        """The least size that holds so many prompts."""
+        """Return state and step of the smallest size that holds so many prompts."""
         size = len(self.full_state.length_M)
         while size > 1 and -(-size // 2) >= prompts:
             size = -(-size // 2)
@@ -212,7 +212,7 @@ class GraphSet:
 
 
 class SlotEngine:
-    """Samples from the policy that it was made for, whose weights its graphs read in place."""
+    """Samples from one policy; its graphs read the weights in place."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         from minigrpo.models.policy import decoder_of
@@ -223,7 +223,7 @@ class SlotEngine:
         self._graphs: GraphSet | None = None
 
     def update(self, policy: Any) -> None:
-        """Recorded steps see the new numbers in the old places; an adapter switched on or off changes the steps."""
+        """Copy the weights to the same addresses; discard the graphs where an adapter was switched on or off."""
         addresses = [tensor.data_ptr() for tensor in self.decoder.weight_copies()]
         self.decoder.refresh()
         if [tensor.data_ptr() for tensor in self.decoder.weight_copies()] != addresses:
@@ -232,7 +232,7 @@ class SlotEngine:
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order; as many prompts at a time as `rows` admits."""
+        """Return n completions of each prompt, in order; at most `rows` completions are decoded at once."""
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
         for start, chunk in split_prompts(prompts, n, self.rows):
@@ -265,22 +265,22 @@ class SlotEngine:
                 break
             if len(active) <= len(active_M) // 2:
                 narrower = graphs.for_prompts(len(active))
-                # All that go on, and as many of the others as fill the slots: no completion may have two.
+                # All active prompts, then ended ones to fill the slots: no completion may have two slots.
                 state.move_up(torch.argsort(~active_M, stable=True)[: len(narrower[0].length_M)], n)
                 state, step = narrower
         return [done[prompt_index] for prompt_index in range(len(prompts))]
 
     def _start_batch(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> GraphSet:
-        """State and steps, filled with these prompts: those of an earlier call where they fit, with their graphs."""
+        """Return state and steps filled with these prompts, reusing those of an earlier call where they fit."""
         M, P = len(prompts), max(len(prompt.ids) for prompt in prompts) - 1
         graphs, key = self._graphs, (n, sampling.max_tokens, sampling.temperature)
         if graphs is None or not graphs.fits(key, M, P):
-            self._graphs = graphs = None  # let go of the old one first
+            self._graphs = graphs = None  # free the old one first
             self._graphs = graphs = self._build_graphs(
                 key, M, -(-P // PROMPT_SLOT_STEP) * PROMPT_SLOT_STEP or PROMPT_SLOT_STEP
             )
         state = graphs.full_state
-        if P:  # what stands in the slots behind is never seen
+        if P:  # slots behind the prompt are masked
             prefill_prompts(self.decoder, prompts, self.decoder.rope_table(P), state.shared)
         rows = torch.arange(len(state.row_B))
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
@@ -316,7 +316,7 @@ class SlotEngine:
 
 
 def own_slots(so_far: int, max_tokens: int) -> int:
-    """Slots that a step attends over: the least of FIRST, twice as many ... that hold its token."""
+    """Return how many own slots a step attends over: MIN_OWN_SLOTS, doubled until they hold its token."""
     c = MIN_OWN_SLOTS
     while c <= so_far:
         c *= 2

@@ -33,16 +33,16 @@ FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 def decoder_supports(model: Any) -> bool:
-    """Whether this module can run the model; tested for each architecture against the model's own forward."""
+    """Return whether this module can run the model. Each architecture is tested against the model's own forward."""
     config = text_config(model.config)
     rope = getattr(config, "rope_parameters", None) or {}
     return config.model_type in CAUSAL_DECODERS and rope.get("rope_type", "default") in FIXED_ROPE_TYPES
 
 
 class Projection:
-    """Linear layers that read the same input, side by side: one product where the weights may be copied.
+    """Linear layers that read the same input, fused into one matrix product where their weights may be copied.
 
-    `norm`: what their input passes through first. Its weights lie in the copy, where there is one.
+    `norm`: applied to their input first. Its weights are folded into the fused copy, where there is one.
     """
 
     def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None) -> None:
@@ -58,7 +58,7 @@ class Projection:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights and the adapter as they are now."""
+        """Copy the current weights and adapter."""
         pairs = [active_lora(module) for module in self.modules]
         if not self.is_fused:
             dtype = compute_dtype(self.bases[0])
@@ -82,13 +82,13 @@ class Projection:
         self.fused_bias = copy_in_place(getattr(self, "fused_bias", None), torch.cat(filled_biases)) if biased else None
 
     def add_to(self, residual_nW: Tensor, x: Tensor) -> Tensor:
-        """to + self(x), in one call where it can be."""
+        """Return residual + self(x), in one call where possible."""
         if self.is_fused and self.fused_bias is None and x.ndim == 2:
             return torch.addmm(residual_nW, x, self.fused.T)
         return residual_nW + self(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., W] -> [..., sum of sizes]."""
+        """Map [..., W] to [..., sum of sizes]."""
         if self.is_fused:
             return onednn.linear(x if self.norm is None else self.norm.unit_rms(x), self.fused, self.fused_bias)
         x = x if self.norm is None else self.norm(x)
@@ -100,20 +100,20 @@ class Projection:
 
 
 def copy_in_place(old: Tensor | None, new: Tensor) -> Tensor:
-    """The old tensor with the new one's numbers where they fit: recorded steps read addresses."""
+    """Copy `new` into `old` where shape and type agree, and return it: captured CUDA graphs read fixed addresses."""
     if old is None or old.shape != new.shape or old.dtype != new.dtype:
         return new
     return old.copy_(new)
 
 
 def compute_dtype(layer: Any) -> torch.dtype:
-    """What its products are taken in: of packed weights, what they unpack to."""
+    """Return the dtype a layer computes in; for 4-bit weights, the dtype they unpack to."""
     dtype: torch.dtype = layer.weight.quant_state.dtype if is_four_bit(layer) else layer.weight.dtype
     return dtype
 
 
 class UnitRms:
-    """x over the root of its mean square, over the last dimension: six calls, where torch's own makes ten."""
+    """Divides x by the root of its mean square over the last dimension: six calls, where torch's own makes ten."""
 
     def __init__(self, eps: float, width: int, device: torch.device) -> None:
         self.eps = torch.full((1,), eps, device=device)
@@ -125,7 +125,7 @@ class UnitRms:
 
 
 class Norm:
-    """RMSNorm in float32 whatever the input, as the model's own."""
+    """RMSNorm, computed in float32 for any input type, as in the model's own layer."""
 
     def __init__(self, module: Any) -> None:
         self.weight = module.weight
@@ -138,7 +138,7 @@ class Norm:
 
 
 class HeadNorm:
-    """The RMSNorms of query and key heads (Qwen3) as one: [..., H + K, D]."""
+    """The RMSNorms of query and key heads (Qwen3), fused: [..., H + K, D]."""
 
     def __init__(self, attn: Any, heads: int, kv_heads: int) -> None:
         self.attn, self.heads, self.kv_heads = attn, heads, kv_heads
@@ -147,7 +147,7 @@ class HeadNorm:
         self.refresh()
 
     def refresh(self) -> None:
-        """Where all parameters are trained, these change too."""
+        """Copy the current weights, which change where all parameters are trained."""
         query, key = self.attn.q_norm.weight.detach(), self.attn.k_norm.weight.detach()
         both_HD = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
         self.weight_HD = copy_in_place(getattr(self, "weight_HD", None), both_HD)
@@ -195,9 +195,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None.
+    """Cosine and sine of the rotary angles of some positions, [..., 1, D]; the query scale of Ministral3, or None.
 
-    The sine carries the sign of the rotated half, so that turning needs no negation.
+    The sine carries the sign of the rotated half, so that the rotation needs no negation.
     """
 
     cos: Tensor
@@ -210,7 +210,7 @@ class Rope:
 
 
 class Decoder:
-    """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
+    """The decoder. `prefill` reads prompts, `decode` one token of each row; both write the cache they are given."""
 
     def __init__(
         self, model: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND
@@ -229,7 +229,7 @@ class Decoder:
             layer.refresh()
 
     def weight_copies(self) -> list[Tensor]:
-        """All tensors of its own: what `refresh` writes."""
+        """Return the decoder's own copies of weights: all tensors that `refresh` writes."""
         found: list[Tensor | None] = []
         for layer in self.layers:
             for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
@@ -242,7 +242,7 @@ class Decoder:
         return [tensor for tensor in found if tensor is not None]
 
     def rope_table(self, length: int) -> Rope:
-        """Angles of positions 0 .. length - 1, from the model's own rotary module."""
+        """Return the rotary angles of positions 0 .. length - 1, from the model's own rotary module."""
         positions = torch.arange(length, device=self.device)
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = (table[0].unsqueeze(1) for table in self.model.rotary_emb(probe, positions[None]))
@@ -250,7 +250,7 @@ class Decoder:
         return Rope(cos, torch.cat([-first, second], -1), self._query_scale(positions))
 
     def _query_scale(self, positions: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
+        """Return 1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         beta = rope.get("llama_4_scaling_beta")
         if beta is None or self.config.model_type != "ministral3":
@@ -259,7 +259,7 @@ class Decoder:
         return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
 
     def _project(self, layer: Layer, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
+        """Map hidden states [..., W] to queries [..., H, D], keys and values [..., K, D]; rotate queries and keys."""
         H, K = self.heads, self.kv_heads
         query_key, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
         if layer.qk_norm is not None:
@@ -275,7 +275,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, ids_MP: Tensor, rope: Rope, shared: Tensor) -> None:
-        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding behind, never seen)."""
+        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding at the end is masked)."""
         x_MPW = self.model.embed_tokens(ids_MP)
         P = ids_MP.shape[1]
         rope_P = rope.at(torch.arange(P, device=self.device))
@@ -295,7 +295,10 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, tokens_n: Tensor, rope_n: Rope, attend: Callable[..., Tensor]) -> Tensor:
-        """One token of every row: logits [n, V]. `attend(layer index, layer, query, key, value)` owns the cache."""
+        """Decode one token of every row and return logits [n, V].
+
+        `attend(layer index, layer, query, key, value)` reads and writes the cache.
+        """
         x_nW = self.model.embed_tokens(tokens_n)
         for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, x_nW, rope_n)

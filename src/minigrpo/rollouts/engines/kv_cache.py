@@ -1,11 +1,12 @@
-"""Keys and values of rows in flight, and how a token's queries meet them. Two forms of one attention:
+"""Keys and values of active rows, and attention over them, in two layouts:
 
     SharedPrompts  each prompt is held once. The queries of siblings stand side by side in a grid and meet its keys in
                    one product; a second one meets the row's own tokens. The least memory, and the least to read.
     OwnPrompts     each row holds its prompt and its own tokens in one piece: two products and no grid. Where all of
                    it is small, what a token costs is the number of calls.
 
-`cache_class` chooses. Rows that end leave: the last active rows take their places, so what remains is always the front.
+`cache_class` chooses. Rows that end are evicted: the last active rows move into their slots, so active rows
+are always the front.
 
 Shapes: n active rows, B rows at first, M prompts, G siblings, P longest shared prompt (without its last token), C own
 slots, t own tokens before this one, H query heads, K key/value heads, R = H / K, D head width, L layers.
@@ -29,24 +30,24 @@ MAX_COPIED_BYTES = 1 << 23
 
 class Cache(Protocol):
     def assign(self, row_n: Tensor) -> None:
-        """Which completions the active rows are. Said at the start, and again after every `drop`."""
+        """Assign completions `row_n` to the active rows. Called at the start and after every `evict`."""
 
     def grow(self, t: int) -> None:
-        """Make room for the next token of every row, its t-th."""
+        """Make room for the t-th token of every row."""
 
     def attend(self, index: int, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Keep one token's key and value [n, K, D]; its queries [n, H, D] over all it may see: [n, H * D]."""
+        """Store one token's key and value [n, K, D]; return the attention of its queries [n, H, D]: [n, H * D]."""
 
     def evict(self, gaps: Tensor, movers: Tensor, t: int) -> None:
-        """Rows `movers` take the places of rows `gaps`; t tokens are held so far."""
+        """Move rows `movers` into the slots of rows `gaps`; each holds t tokens of its own."""
 
 
 def cache_class(
     decoder: Decoder, lengths_M: Sequence[int], siblings: int, max_tokens: int, device: str
 ) -> type[SharedPrompts] | type[OwnPrompts]:
-    """The quicker form for prompts of these lengths, each answered by `siblings` rows of up to `most` tokens.
+    """Return the faster layout for prompts of these lengths, each with `siblings` rows of up to `max_tokens` tokens.
 
-    Elsewhere than on a CPU prompts stay shared: there memory is dear, and a small model is recorded
+    On a GPU prompts stay shared: memory is scarce there, and a small model runs in CUDA graphs
     (engines/cuda_graph.py).
     """
     longest = max(lengths_M)
@@ -56,9 +57,9 @@ def cache_class(
 
 
 class OwnPrompts:
-    """Keys [L, B * K, D, P + C], which lie as their product wants them, and values [L, B * K, P + C, D].
+    """Keys [L, B * K, D, P + C], transposed for their product, and values [L, B * K, P + C, D].
 
-    Own tokens begin behind the longest prompt; what lies between is never seen: `bias` [B * K, 1, P + C] is -inf there.
+    Own tokens begin behind the longest prompt; the gap between is masked: `bias` [B * K, 1, P + C] is -inf there.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class OwnPrompts:
 
 
 class SharedPrompts:
-    """Prompts [L, 2, M, K, P, D], those that some active row reads; own tokens [L, 2, B, K, C, D]."""
+    """Prompts [L, 2, M, K, P, D], only those that an active row reads; own tokens [L, 2, B, K, C, D]."""
 
     def __init__(
         self, decoder: Decoder, shared: Tensor, lengths_M: Sequence[int], siblings: int, max_tokens: int
@@ -128,7 +129,7 @@ class SharedPrompts:
         self.bias_nP = _mask_bias(self.at_P < self.lengths_n1)[:, None, None]
 
     def _evict_prompts(self, active_M: Tensor) -> None:
-        """Prompts that nobody reads any more leave by halves."""
+        """Evict prompts that no active row reads, once they are half of all."""
         if 2 * len(active_M) <= len(self.prompt_M):
             self.shared = self.shared[:, :, torch.searchsorted(self.prompt_M, active_M)]
             self.prompt_M = active_M
@@ -155,7 +156,7 @@ class SharedPrompts:
         return attended.flatten(1)
 
     def _window(self, window: int) -> Tensor:
-        """[n, 1, 1, P + t + 1]: -inf where a key is out of a narrow layer's sight; such layers share it."""
+        """Return a mask [n, 1, 1, P + t + 1], -inf where a key is outside the sliding window; layers share it."""
         if window not in self._windows:
             own_n1 = self.lengths_n1 + torch.arange(self.t + 1, device=self.at_P.device)
             position_nS = torch.cat([self.at_P.expand(self.n, -1), own_n1], 1)
@@ -163,13 +164,13 @@ class SharedPrompts:
         return self._windows[window]
 
     def _to_grid(self, x_nKRE: Tensor) -> Tensor:
-        """Rows beside their siblings: [n, K, R, E] -> [M, K, G * R, E], zeros where a sibling has ended."""
+        """Put rows beside their siblings: [n, K, R, E] -> [M, K, G * R, E], zeros where a sibling has ended."""
         M, G = len(self.prompt_M), self.siblings
         grid = x_nKRE.new_zeros(M * G, *x_nKRE.shape[1:]).index_copy_(0, self.grid_n, x_nKRE)
         return grid.unflatten(0, (M, G)).transpose(1, 2).flatten(2, 3)
 
     def _from_grid(self, grid_MKgE: Tensor) -> Tensor:
-        """The inverse of _to_grid."""
+        """Invert `_to_grid`."""
         spread = grid_MKgE.unflatten(2, (self.siblings, -1)).transpose(1, 2).flatten(0, 1)
         return spread.index_select(0, self.grid_n)
 
@@ -178,5 +179,5 @@ class SharedPrompts:
 
 
 def _mask_bias(visible: Tensor) -> Tensor:
-    """0 where seen, -inf where not."""
+    """Return 0 where visible, -inf elsewhere."""
     return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)

@@ -1,7 +1,7 @@
 """The native engine: rollouts in the trainer's process, from the policy's own weights.
 
-Each prompt passes through the model once, for all its G siblings. Rows that finish leave at once: the last active row
-moves into the gap, so what remains is always the front of the cache (engines/kv_cache.py).
+Each prompt passes through the model once, for all its G siblings. A row that ends is evicted at once: the last active row
+moves into its slot, so the active rows are always the front of the cache (engines/kv_cache.py).
 
 Shapes: n active rows, B rows at first, M prompts, P longest shared prompt (without its last token), K key/value heads,
 D head width, L layers.
@@ -23,16 +23,16 @@ from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
-"""(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
+"""(tokens_n, row_n, tokens so far) -> which rows end at this token. `row_n` counts completions of the call, prompt by prompt."""
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens that pass through the model at once."""
+"""Prompt tokens in one forward pass."""
 DRAWS_AHEAD = 64
-"""Positions whose random numbers are made at once."""
+"""Positions whose random numbers are generated at once."""
 
 
 class NativeEngine:
-    """Samples from the policy that it was made for; `update` takes over the policy's weights of that moment."""
+    """Samples from one policy; `update` copies the policy's current weights."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int, stop_rule: StopRule | None = None) -> None:
         from minigrpo.models.policy import decoder_of
@@ -50,7 +50,7 @@ class NativeEngine:
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order; as many prompts at a time as `rows` admits."""
+        """Return n completions of each prompt, in order; at most `rows` completions are decoded at once."""
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
         for start, chunk in split_prompts(prompts, n, self.rows):
@@ -62,7 +62,7 @@ class NativeEngine:
     def _decode_batch(
         self, batch: DecodeBatch, rule: StopRule, start: int, ready: Ready | None
     ) -> list[tuple[Completion, ...]]:
-        """What a wave says; `ready` is told of each prompt as its last row ends."""
+        """Return the completions of a batch; call `ready` for each prompt when its last row ends."""
         if ready is None:
             batch.run(rule)
             return self._completions(batch, 0, batch.prompts)
@@ -76,7 +76,7 @@ class NativeEngine:
         return [done[index] for index in range(batch.prompts)]
 
     def _completions(self, batch: DecodeBatch, first: int, end: int) -> list[tuple[Completion, ...]]:
-        """Of the prompts from `first` up to `end`, all of whose rows have ended."""
+        """Return the completions of prompts `first` .. `end` - 1, all of whose rows have ended."""
         n = batch.siblings
         rows = slice(first * n, end * n)
         lengths = batch.lengths_B[rows].tolist()
@@ -95,7 +95,7 @@ class NativeEngine:
 
 
 class DecodeBatch:
-    """Prompts decoded together, and everything that changes while they are."""
+    """Prompts decoded together, with all state that changes while they are."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> None:
         self.decoder, self.sampling, self.siblings = decoder, sampling, n
@@ -128,7 +128,7 @@ class DecodeBatch:
 
     @torch.no_grad()
     def run(self, stop_rule: StopRule, notify: Callable[[int], None] | None = None) -> None:
-        """Decode until every row has ended; `tell` hears of each prompt whose last row has."""
+        """Decode until every row has ended; call `notify` with each prompt whose last row has."""
         active_M = [self.siblings] * self.prompts
         for so_far in range(self.sampling.max_tokens):
             self.cache.grow(so_far)
@@ -152,21 +152,21 @@ class DecodeBatch:
             notify(index)  # type: ignore[misc]
 
     def _uniform(self, so_far: int) -> Tensor:
-        """One number in [0, 1) for each active row, named by its stream and the position."""
+        """Return one number in [0, 1) for each active row, determined by its stream and the position."""
         if so_far % DRAWS_AHEAD == 0:
             at_C1 = torch.arange(so_far, so_far + DRAWS_AHEAD, device=self.decoder.device)[:, None]
             self._uniform_CB = uniform(self.stream_B + at_C1)
         return self._uniform_CB[so_far % DRAWS_AHEAD].index_select(0, self.row_n)
 
     def _finished_prompts(self, ended: Tensor, active_M: list[int]) -> list[int]:
-        """Prompts that lost their last row just now; `open_M` counts rows that go on, by prompt."""
+        """Return the prompts whose last row has just ended; `active_M` counts active rows by prompt."""
         indices = [row // self.siblings for row in ended.tolist()]
         for index in indices:
             active_M[index] -= 1
         return sorted({index for index in indices if not active_M[index]})
 
     def _evict(self, ended_n: Tensor, so_far: int) -> None:
-        """Ended rows leave: the last active rows move into their slots."""
+        """Evict ended rows: the last active rows move into their slots."""
         n = int((~ended_n).sum())
         gaps, movers = ended_n[:n].nonzero()[:, 0], (~ended_n[n:]).nonzero()[:, 0] + n
         self.cache.evict(gaps, movers, so_far)
@@ -178,7 +178,7 @@ class DecodeBatch:
 
 
 def prefill_prompts(decoder: Decoder, prompts: Sequence[Rendered], rope: Rope, shared: Tensor) -> None:
-    """Fill `shared` [L, 2, M, K, P, D] with each prompt but for its last token; padding behind it is never seen."""
+    """Fill `shared` [L, 2, M, K, P, D] with each prompt without its last token; padding behind it is masked."""
     P = max(len(prompt.ids) for prompt in prompts) - 1
     padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
     ids_MP = torch.tensor(padded, device=decoder.device)

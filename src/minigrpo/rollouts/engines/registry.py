@@ -1,4 +1,4 @@
-"""Engines answer prompts. Each has `generate` and `update`; a recipe names one, or lets the architecture decide."""
+"""Open the rollout engine that the recipe names, or with `auto` the one that fits the architecture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from minigrpo.types import Engine
 
 
 def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
-    """The engine that the recipe names, sampling from the policy's weights as they are now.
+    """Open the engine that the recipe names, sampling from the policy's current weights.
 
-    `rows`: decoded side by side, where the recipe's are not to be.
+    `rows`: completions decoded side by side; None takes the recipe's number.
     """
     from minigrpo.rollouts.engines.decoder import decoder_supports
 
@@ -27,12 +27,12 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
 
 
 def _has_dora(model: Any) -> bool:
-    """Whether an adapter of another tool also sets the length of each row, which the lean engines do not compute."""
+    """Return whether an adapter is a DoRA, which also rescales each row: the native decoder does not compute that."""
     return any(any(dict(module.use_dora).values()) for module in model.modules() if hasattr(module, "use_dora"))
 
 
 def stop_ids(policy: Any) -> frozenset[int]:
-    """Every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
+    """Return every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
     generation = getattr(policy.model, "generation_config", None)
     listed = getattr(generation, "eos_token_id", None)
     named = [*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id]

@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """tokens_n and their log-probabilities (nats, float32) under softmax(logits / temperature).
+    """Return tokens_n and their log-probabilities (nats, float32) under softmax(logits / temperature).
 
     Temperature 0 takes the likeliest token and reports its log-probability at temperature 1. Otherwise the inverse of
     the cumulative distribution at `uniform_n` (float64 in [0, 1)): the block is found from block sums, then the token
@@ -34,21 +34,22 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
 
 
 def _draw_flat(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens, and the mass of all. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
+    """Return tokens and the total mass. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
     upto_nV = mass_nV.cumsum(-1, dtype=torch.float64)
     total_n = upto_nV[:, -1]
     return torch.searchsorted(upto_nV, (uniform_n * total_n)[:, None], right=True)[:, 0], total_n
 
 
 def _first_exceeding(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
-    """The first entry whose sum exceeds the goal; rounding may leave the goal a hair past the end, and then it is the
-    last entry with any mass."""
+    """Return the first entry whose sum exceeds the goal; the last entry with any mass where rounding puts the goal
+    past the end.
+    """
     last_n1 = torch.searchsorted(upto_nV, upto_nV[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(upto_nV, goal_n1, right=True), last_n1)
 
 
 def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a large vocabulary: first the block, by block sums, then the token within it."""
+    """Draw from a large vocabulary: first the block, by block sums, then the token within it."""
     padding = -mass_nV.shape[-1] % BLOCK
     if padding:
         mass_nV = torch.nn.functional.pad(mass_nV, (0, padding))
@@ -68,7 +69,7 @@ def _gather_tokens(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
 
 
 def split_prompts(prompts: Sequence[Rendered], n: int, rows: int) -> Iterator[tuple[int, Sequence[Rendered]]]:
-    """Yield the prompts in as few parts as `rows` rows of n completions admit, each with the place of its first."""
+    """Yield (index of the first prompt, prompts) of as few parts as `rows` rows of n completions allow."""
     at_once = max(1, rows // n)
     for start in range(0, len(prompts), at_once):
         yield start, prompts[start : start + at_once]

@@ -1,4 +1,4 @@
-"""An engine that says what it is told: the public fake, for trying a task without a model.
+"""An engine that returns scripted texts: the public fake, for trying a task without a model.
 
 engine = Scripted(["4", "5"], tokenizer)                       # sibling 0 says 4, sibling 1 says 5, then again
 engine = Scripted(lambda prompt, sibling: "...", tokenizer)    # an answer for each question
@@ -35,7 +35,7 @@ class Scripted:
         return answers
 
     def update(self, policy: Any) -> None:
-        """Nothing to take over."""
+        """Do nothing: there are no weights."""
 
     def line(self, prompt: Prompt, sibling: int) -> str:
         if callable(self.script):

@@ -19,7 +19,7 @@ from minigrpo.utils.rng import name_key, uniform
 
 
 class TransformersEngine:
-    """Samples from the live modules of the policy, so `update` has nothing to copy."""
+    """Samples from the policy's own modules, so `update` copies nothing."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         self.policy = policy
@@ -54,8 +54,8 @@ class TransformersEngine:
         mask_BP = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=policy.device)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
         processor = _DrawProcessor(torch.tensor(streams, device=policy.device), sampling.temperature)
-        # A fresh config: the base's own habits (top-k, repetition penalty) would make samples that scoring knows
-        # nothing of.
+        # A fresh config: the base's own settings (top-k, repetition penalty) would sample from another
+        # distribution than the one that is scored.
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
@@ -77,7 +77,7 @@ class TransformersEngine:
 
 
 class _DrawProcessor:
-    """A logits processor that draws: all other tokens become impossible."""
+    """A logits processor that draws the token and makes all others impossible."""
 
     def __init__(self, stream_B: Tensor, temperature: float) -> None:
         self.stream_B = stream_B

@@ -1,6 +1,6 @@
-"""The vLLM engine: rollouts by vLLM, in this process or by a server, for those who have it.
+"""The vLLM engine: rollouts by vLLM, in this process or by a server, where vLLM is installed.
 
-Only the adapter travels: it is saved in PEFT's format at every update and loaded under a new name. The base that vLLM
+Only the adapter is sent: it is saved in PEFT's format at every update and loaded under a new name. The base that vLLM
 holds is never merged into: a hundred merges in place move more than half of a 16-bit base's weights. vLLM rounds in its
 own way and in its own order, so what it samples is not quite the policy's: `objective.importance auto` corrects for it,
 and the distance is logged at every step (engine_gap).
@@ -32,12 +32,12 @@ from minigrpo.utils.rng import name_key
 
 SEED_RANGE = 2**31
 REQUEST_TIMEOUT_S = 3600.0
-"""Seconds that a server may take to answer one request: one prompt with all its siblings."""
+"""Seconds that a server may take for one request: one prompt with all its siblings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt as vLLM is asked it. `seed` names its streams; `adapter` is None for the base alone."""
+    """One prompt with its sampling settings. `seed` determines its random streams."""
 
     ids: tuple[int, ...]
     n: int
@@ -46,25 +46,25 @@ class Request:
     stop_ids: tuple[int, ...]
 
     def sampling_options(self) -> dict[str, Any]:
-        """Every knob that a model's own generation config could bend is named: the policy is plain softmax."""
+        """Return all sampling options, also those that a generation config could change: the policy is plain softmax."""
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         drawn = {"n": self.n, "temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
         return {**plain, **drawn, "seed": self.seed, "stop_token_ids": list(self.stop_ids), "logprobs": 0}
 
 
 VllmSample = tuple[tuple[int, ...], tuple[float, ...], str]
-"""Token ids, their log-probabilities, and why it ended."""
+"""Token ids, their log-probabilities, and the finish reason."""
 
 
 class VllmHost(Protocol):
     """Where vLLM runs."""
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter; the one before it may be forgotten."""
+        """Load an adapter; the previous one may be unloaded."""
         ...
 
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
-        """Calls place(i, answers) for each prompt, in any order."""
+        """Call deliver(i, samples) for each prompt, in any order. `adapter` None: the base alone."""
         ...
 
 
@@ -78,7 +78,7 @@ class VllmEngine:
         self.update(policy)
 
     def update(self, policy: Any) -> None:
-        """Hand the adapter over, as it is now; nothing at all where it is switched off."""
+        """Save the current adapter and have vLLM load it; load none where it is switched off."""
         self.adapter = None
         if _adapter_is_off(policy.model):
             return
@@ -92,7 +92,7 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
+        """Return n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
         check_room(prompts, sampling.max_tokens, self.context)
         seeds = [name_key(sampling.seed, prompt.prompt.id) % SEED_RANGE for prompt in prompts]
         requests = [
@@ -123,7 +123,7 @@ def _adapter_is_off(model: Any) -> bool:
 class RemoteVllm:
     """A vLLM server that runs already, on a machine that sees the same files.
 
-    `overrides`: what it must be told of the model's config.
+    `overrides`: changes to the model's config that vLLM needs.
     """
 
     def __init__(self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None) -> None:
@@ -175,7 +175,7 @@ class RemoteVllm:
         try:
             return json.loads(text)
         except ValueError:
-            return {}  # the adapter's doors answer in words
+            return {}  # the adapter endpoints answer in plain text
 
     def _start_advice(self) -> str:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
@@ -187,7 +187,7 @@ class RemoteVllm:
 
 
 class LocalVllm:
-    """vLLM in this process, on the policy's GPU; asleep but for `answer`."""
+    """vLLM in this process, on the policy's GPU; it sleeps except during `complete`."""
 
     def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int, overrides: dict[str, Any]) -> None:
         if find_spec("vllm") is None:
