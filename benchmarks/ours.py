@@ -50,7 +50,7 @@ def time_methods(policy: Policy, engine: NativeEngine, timer: CallTimer) -> None
     """Time the methods of the phases that the loop's own metrics do not separate."""
     algorithm = importlib.import_module("minigrpo.training.grpo")
     for name, owner, method in (
-        ("prefill", engine.lean, "prefill"),
+        ("prefill", engine.decoder, "prefill"),
         ("scoring", policy, "logprobs"),
         ("optimizer", algorithm, "step_optimizer"),
     ):

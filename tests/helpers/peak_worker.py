@@ -24,9 +24,9 @@ from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
-from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_part
-from minigrpo.training.memory.planner import LIBRARIES, PRODUCT, PRODUCTS
-from minigrpo.training.memory.rollout_cost import RolloutShape, native_sampling, slot_sampling
+from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
+from minigrpo.training.memory.planner import LIBRARIES, MAX_PRODUCTS, PRODUCT_BYTES
+from minigrpo.training.memory.rollout_cost import RolloutShape, native_rollout_cost, slot_rollout_cost
 from minigrpo.types import Prompt, Rendered, Sampling
 from tests.helpers.tiny import build_tokenizer, tiny_config
 
@@ -52,9 +52,9 @@ def main(kind: str, case: dict[str, Any]) -> None:
 def update(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, int]:
     vocabulary = case["size"]["vocab_size"]
     for _ in range(2):  # gradients exist, libraries are warm
-        policy.logprobs(uniform_part(8, 2, 8, vocabulary=vocabulary), step=0).logprobs_N.sum().backward()
+        policy.logprobs(uniform_micro_batch(8, 2, 8, vocabulary=vocabulary), step=0).logprobs_N.sum().backward()
     groups, completions, prompt, completion = case["shape"]
-    part = uniform_part(prompt, completions, completion, groups=groups, vocabulary=vocabulary)
+    part = uniform_micro_batch(prompt, completions, completion, groups=groups, vocabulary=vocabulary)
     planned = training_pass(hollow, part, "cpu").peak
     before = from_here()
     policy.logprobs(part, step=0).logprobs_N.sum().backward()
@@ -66,9 +66,9 @@ def rollout(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, 
     engine = NativeEngine(policy, stop_ids=[3], rows=1 << 20, stop_rule=lambda t, row, c: torch.zeros_like(t).bool())
     engine.tokenizer = Speechless()
     asked = made_up(groups, prompt)
-    planned = native_sampling(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
+    planned = native_rollout_cost(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     if policy.dtype != torch.float32:
-        planned += PRODUCT * min(PRODUCTS, 4 * completion)
+        planned += PRODUCT_BYTES * min(MAX_PRODUCTS, 4 * completion)
     engine.generate(asked[:1], 2, Sampling(1.0, 4, 1))
     before = from_here()
     engine.generate(asked, completions, Sampling(1.0, completion, 1))
@@ -79,7 +79,7 @@ def in_slots(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int,
     groups, completions, prompt, completion = case["shape"]
     engine = SlotEngine(policy, stop_ids=[-1], rows=1 << 20)  # no row ends
     engine.tokenizer = Speechless()
-    planned = slot_sampling(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
+    planned = slot_rollout_cost(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     engine.generate(made_up(1, prompt), 2, Sampling(1.0, 4, 1))
     engine.update(policy)
     engine._made = None

@@ -20,7 +20,7 @@ from minigrpo.models.loading import LoadedModel, open_model
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, open_policy, open_trained, recompute_activations
 from minigrpo.models.quantize import quantize_four_bit
-from minigrpo.rollouts.engines.decoder import is_lean
+from minigrpo.rollouts.engines.decoder import decoder_supports
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
@@ -215,7 +215,7 @@ def test_long_texts_scale_queries_by_the_logarithm_of_their_octave() -> None:
     policy = make_policy("mistral3", lora=None, double=True)
     engine = NativeEngine(policy, stop_ids=[3], rows=4)
     places = torch.arange(512)
-    scale = engine.lean.turns(512).query_scale
+    scale = engine.decoder.rope_table(512).query_scale
     assert scale is not None
     wanted = get_llama_4_attn_scale(places[None], 0.1, 32).flatten()
     assert torch.equal(scale.flatten(), wanted.double())
@@ -229,7 +229,7 @@ def test_a_wrapper_that_is_not_known_keeps_to_padded_rows_and_transformers() -> 
     loaded = LoadedModel(build_mistral3(), build_tokenizer(), "tiny")
     for kind, known in (("mistral3", True), ("llava", False)):
         loaded.model.config.model_type = kind
-        assert is_lean(loaded.model) == known
+        assert decoder_supports(loaded.model) == known
         assert Policy(loaded, temperature=1.0, seed=0).shares_prompts == known
 
 

@@ -118,7 +118,7 @@ def test_a_grader_that_hangs_keeps_no_process_from_ending():
         "from minigrpo.types import Completion, Prompt, Task\n"
         "task = Task('stuck', lambda split: [], lambda prompt, text: threading.Event().wait())\n"
         "with Grader(task, seconds=0.1) as grader:\n"
-        "    print(grader.begin([Prompt('p', ())]).collect([(Completion('x', (), (), 'stop'),)])[0][0].reward)\n"
+        "    print(grader.open_batch([Prompt('p', ())]).collect([(Completion('x', (), (), 'stop'),)])[0][0].reward)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert (ended.returncode, ended.stdout) == (0, "nan\n")

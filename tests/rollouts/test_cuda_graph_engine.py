@@ -48,7 +48,7 @@ def test_sliding_windows_reach_as_far(window: int) -> None:
 @pytest.mark.parametrize(("look", "first", "multiple"), [(1, 2, 3), (7, 16, 64), (100, 64, 1)])
 def test_no_shape_changes_a_token(monkeypatch: pytest.MonkeyPatch, look: int, first: int, multiple: int) -> None:
     native, fixed = both(make_policy(double=True))
-    for name, value in {"LOOK": look, "FIRST": first, "ROUND": multiple}.items():
+    for name, value in {"CHECK_EVERY": look, "MIN_OWN_SLOTS": first, "PROMPT_SLOT_STEP": multiple}.items():
         monkeypatch.setattr(cuda_graph, name, value)
     assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
 
@@ -59,19 +59,19 @@ def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() ->
     states = []
     for lengths, seed in calls:
         assert said(fixed, rendered(lengths), seed=seed) == said(native, rendered(lengths), seed=seed)
-        states.append(fixed._made)
+        states.append(fixed._graphs)
     assert states[0] is states[1] is states[2] is states[3]
     assert states[4] is not states[3]  # longer than the room of the first
     assert said(fixed, rendered(PROMPTS), heat=0.0, n=1) == said(native, rendered(PROMPTS), heat=0.0, n=1)
 
 
 def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "LOOK", 4)
+    monkeypatch.setattr(cuda_graph, "CHECK_EVERY", 4)
     native, fixed = both(make_policy(double=True))
     assert said(fixed, rendered(PROMPTS), n=1) == said(native, rendered(PROMPTS), n=1)
-    assert fixed._made is not None
-    assert max(fixed._made._sizes) == 5
-    assert min(fixed._made._sizes) < 5
+    assert fixed._graphs is not None
+    assert max(fixed._graphs._sizes) == 5
+    assert min(fixed._graphs._sizes) < 5
 
 
 def test_prompts_are_told_as_they_end_each_once() -> None:
@@ -89,18 +89,18 @@ def test_update_takes_over_the_weights_where_they_are(sixteen_bit: bool) -> None
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
     _, fixed = both(policy)
-    tensors = fixed.lean.copies()
+    tensors = fixed.decoder.weight_copies()
     before = [tensor.clone() for tensor in tensors]
     set_lora(policy, 0.2)
     fixed.update(policy)
-    now = fixed.lean.copies()
+    now = fixed.decoder.weight_copies()
     # A recorded step reads addresses: the same tensors must hold the new numbers.
     assert [tensor.data_ptr() for tensor in now] == [tensor.data_ptr() for tensor in tensors]
     assert any(not torch.equal(old, new) for old, new in zip(before, now, strict=True))
     said(fixed, rendered())
     with policy.adapter_off():
         fixed.update(policy)
-        assert (fixed._made is None) == sixteen_bit  # there the adapter is a pass of its own, which is gone
+        assert (fixed._graphs is None) == sixteen_bit  # there the adapter is a pass of its own, which is gone
         _, fresh = both(policy)
         assert said(fixed, rendered()) == said(fresh, rendered())
 

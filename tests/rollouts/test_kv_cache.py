@@ -25,7 +25,7 @@ def said(policy: Policy, limit: int = LIMIT) -> list[Completion]:
     return [completion for own in answers for completion in own]
 
 
-def lean_of(arch: str = "qwen2", **config: int) -> Decoder:
+def make_decoder(arch: str = "qwen2", **config: int) -> Decoder:
     policy = make_policy(arch, **config)
     return Decoder(decoder_of(policy.model), policy.model.get_output_embeddings())
 
@@ -36,7 +36,7 @@ def test_both_forms_say_the_same(arch: str, first_slots: int, monkeypatch: pytes
     policy = make_policy(arch)
     monkeypatch.setattr(kv_cache, "FIRST_SLOTS", first_slots)
     own = said(policy)
-    monkeypatch.setattr(kv_cache, "SMALL", 0)
+    monkeypatch.setattr(kv_cache, "MAX_COPIED_BYTES", 0)
     shared = said(policy)
     assert [c.token_ids for c in own] == [c.token_ids for c in shared]
     assert len({len(c.token_ids) for c in own}) > 3, "rows must leave at different times"
@@ -49,7 +49,7 @@ def test_in_sixteen_bit_both_forms_keep_to_the_policys_distribution(monkeypatch:
     policy.model.bfloat16()
     first = []
     for small in (kv_cache.SMALL, 0):
-        monkeypatch.setattr(kv_cache, "SMALL", small)
+        monkeypatch.setattr(kv_cache, "MAX_COPIED_BYTES", small)
         first.append([(c.token_ids, c.logprobs[0]) for c in said(policy, limit=1)])
     gaps = [abs(own[1] - shared[1]) for own, shared in zip(*first, strict=True) if own[0] == shared[0]]
     assert len(gaps) > 15, "rounding may turn a draw, but not many"
@@ -57,13 +57,13 @@ def test_in_sixteen_bit_both_forms_keep_to_the_policys_distribution(monkeypatch:
 
 
 def test_small_prompts_on_a_cpu_are_copied_and_all_others_shared() -> None:
-    lean = lean_of()
-    assert cache_class(lean, [40, 3], 4, LIMIT, "cpu") is OwnPrompts
-    assert cache_class(lean, [40, 3], 4, LIMIT, "cuda") is SharedPrompts
-    assert cache_class(lean, [0, 0], 4, LIMIT, "cpu") is SharedPrompts
-    assert cache_class(lean, [40_000, 3], 400, LIMIT, "cpu") is SharedPrompts
+    decoder = make_decoder()
+    assert cache_class(decoder, [40, 3], 4, LIMIT, "cpu") is OwnPrompts
+    assert cache_class(decoder, [40, 3], 4, LIMIT, "cuda") is SharedPrompts
+    assert cache_class(decoder, [0, 0], 4, LIMIT, "cpu") is SharedPrompts
+    assert cache_class(decoder, [40_000, 3], 400, LIMIT, "cpu") is SharedPrompts
 
 
 @pytest.mark.parametrize(("window", "form"), [(90, SharedPrompts), (91, OwnPrompts)])
 def test_a_window_that_some_row_outgrows_needs_shared_prompts(window: int, form: type) -> None:
-    assert cache_class(lean_of("mistral", sliding_window=window), [40], 4, LIMIT, "cpu") is form
+    assert cache_class(make_decoder("mistral", sliding_window=window), [40], 4, LIMIT, "cpu") is form

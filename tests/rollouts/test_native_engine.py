@@ -57,20 +57,20 @@ def test_sliding_windows_reach_as_far_as_the_policys(arch: str, window: int) -> 
 
 
 def wrong_theta(engine: NativeEngine, policy: Policy) -> None:
-    engine.lean.decoder = copy.deepcopy(engine.lean.decoder)
-    engine.lean.decoder.rotary_emb.inv_freq *= 1.05
+    engine.decoder.model = copy.deepcopy(engine.decoder.model)
+    engine.decoder.model.rotary_emb.inv_freq *= 1.05
 
 
 def swapped_layers(engine: NativeEngine, policy: Policy) -> None:
-    engine.lean.layers.reverse()
+    engine.decoder.layers.reverse()
 
 
 def no_query_scale(engine: NativeEngine, policy: Policy) -> None:
-    engine.lean._query_scale = lambda places: None  # type: ignore[method-assign, assignment]
+    engine.decoder._query_scale = lambda places: None  # type: ignore[method-assign, assignment]
 
 
 def no_bias(engine: NativeEngine, policy: Policy) -> None:
-    engine.lean.layers[0].qkv.fused_bias = None
+    engine.decoder.layers[0].qkv.fused_bias = None
 
 
 def no_adapter(engine: NativeEngine, policy: Policy) -> None:
@@ -79,13 +79,13 @@ def no_adapter(engine: NativeEngine, policy: Policy) -> None:
 
 
 def no_qk_norm(engine: NativeEngine, policy: Policy) -> None:
-    for layer in engine.lean.layers:
+    for layer in engine.decoder.layers:
         object.__setattr__(layer, "qk_norm", None)
 
 
 def turning_where_it_should_not(engine: NativeEngine, policy: Policy) -> None:
-    for layer in engine.lean.layers:
-        object.__setattr__(layer, "turns", True)
+    for layer in engine.decoder.layers:
+        object.__setattr__(layer, "uses_rope", True)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_in_sixteen_bit_the_adapter_is_a_pass_of_its_own_and_the_base_is_not_cop
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     engine = open_native(policy)
-    projection = engine.lean.layers[0].qkv
-    assert not projection.folds
+    projection = engine.decoder.layers[0].qkv
+    assert not projection.is_fused
     assert projection.weights[0].data_ptr() == base.model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
     x = torch.randn(3, 32).bfloat16()
     normed = base.model.layers[0].input_layernorm(x)
@@ -163,8 +163,8 @@ def test_in_sixteen_bit_the_adapter_is_a_pass_of_its_own_and_the_base_is_not_cop
 def test_the_norm_that_lies_in_the_weights_is_the_norm() -> None:
     policy = make_policy(lora=HUNDRED_STEPS)
     layer = policy.model.get_base_model().model.layers[0]
-    (projection, norm) = open_native(policy).lean.layers[0].gate_up, layer.post_attention_layernorm
-    assert projection.folds
+    (projection, norm) = open_native(policy).decoder.layers[0].gate_up, layer.post_attention_layernorm
+    assert projection.is_fused
     assert float((norm.weight - 1).abs().max()) > 0.01
     x = torch.randn(3, 32)
     whole = torch.cat([m(norm(x)) for m in projection.modules], -1)
@@ -210,7 +210,7 @@ def test_each_prompt_passes_once_and_finished_rows_never_again() -> None:
     policy = make_policy()
     engine = open_native(policy)
     seen: list[int] = []
-    engine.lean.decoder.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    engine.decoder.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     answers = sampled(engine, n=4)
     longest = max(len(prompt.ids) for prompt in rendered()) - 1
     assert seen[0] == 3 * longest  # prompts, padded to the longest, without their last tokens

@@ -162,7 +162,7 @@ def test_ids_are_the_sample_and_siblings_keep_their_order(server: StandIn) -> No
 
 
 def test_nothing_but_the_temperature_bends_the_draw() -> None:
-    settings = Request((1,), 4, Sampling(0.7, 9), 5, (3,)).settings()
+    settings = Request((1,), 4, Sampling(0.7, 9), 5, (3,)).sampling_options()
     assert settings["temperature"] == 0.7
     assert (settings["top_p"], settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (1, 0, 0, 1)
 

@@ -20,9 +20,14 @@ from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
-from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_part
+from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
 from minigrpo.training.memory.planner import Device, Plan, make_plan
-from minigrpo.training.memory.rollout_cost import RolloutShape, native_sampling, slot_sampling, transformers_sampling
+from minigrpo.training.memory.rollout_cost import (
+    RolloutShape,
+    native_rollout_cost,
+    slot_rollout_cost,
+    transformers_rollout_cost,
+)
 from minigrpo.training.oom import NOTE, left_by_a_kill, noted, retry_on_oom, split_micro_batch
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.helpers.tiny import tiny_config
@@ -165,9 +170,13 @@ def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recomput
     hollow = meta_policy(config, Recipe(), torch.float32, device=device, recompute=recompute)
     scores = config.num_attention_heads * length**2 * 4
     if (device, arch) != ("cpu", "qwen2"):
-        assert training_pass(hollow, uniform_part(length, 1, 8), device).peak < scores
+        assert training_pass(hollow, uniform_micro_batch(length, 1, 8), device).peak < scores
     wave = RolloutShape(1, 1, length, 8)
-    counts = [transformers_sampling] if arch == "lfm2" else [transformers_sampling, native_sampling, slot_sampling]
+    counts = (
+        [transformers_rollout_cost]
+        if arch == "lfm2"
+        else [transformers_rollout_cost, native_rollout_cost, slot_rollout_cost]
+    )
     if not recompute:
         assert max(count(hollow, wave, 1.0, device).peak for count in counts) < scores
 

@@ -23,7 +23,14 @@ from minigrpo.models.policy import Policy
 from minigrpo.pipeline import stages
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, read_json
-from minigrpo.training.sft_warmup import Measured, answers_of, by_heart, check, lessons_of, warmup
+from minigrpo.training.sft_warmup import (
+    WarmupMeasure,
+    check_warmup,
+    memorised_warnings,
+    prepare_answers,
+    tokenize_answers,
+    warmup,
+)
 from minigrpo.types import Task
 from tests.helpers.models import made_up_groups, make_policy, set_lora
 
@@ -201,7 +208,7 @@ def answers(make_recipe: Any, tmp_path: Path, echo_task: Task) -> Any:
         file = tmp_path / "answers.jsonl"
         file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
         recipe = make_recipe(warmup={"data": str(file)})
-        return answers_of(recipe, replace(echo_task, gold=None))
+        return prepare_answers(recipe, replace(echo_task, gold=None))
 
     return read
 
@@ -240,7 +247,7 @@ def test_a_line_that_cannot_be_used_is_named(answers: Any, line: Any, words: str
 
 def test_a_missing_file_and_too_few_prompts_are_refused(answers: Any, make_recipe: Any, echo_task: Task) -> None:
     with pytest.raises(TaskError, match=r"nowhere\.jsonl is missing"):
-        answers_of(make_recipe(warmup={"data": "nowhere.jsonl"}), echo_task)
+        prepare_answers(make_recipe(warmup={"data": "nowhere.jsonl"}), echo_task)
     with pytest.raises(TaskError, match="two different prompts"):
         answers(row("train-1"), row("train-1", "1"))
 
@@ -256,7 +263,7 @@ def test_prompts_kept_aside_for_evaluation_are_not_taught(make_recipe: Any, echo
 
     recipe = make_recipe(eval={"every": 1, "held_out": 5})
     held_out = {prompt.id for prompt in split_held_out(echo_task.prompts("train"), recipe)[1]}
-    taught, aside = answers_of(recipe, echo_task)
+    taught, aside = prepare_answers(recipe, echo_task)
     assert len(taught) + len(aside) == 15
     assert not held_out & {one.prompt.id for one in (*taught, *aside)}
 
@@ -265,20 +272,22 @@ def test_lessons_end_with_the_stop_token_once(answers: Any) -> None:
     policy = make_policy()
     taught, _ = answers(row("train-1", "yes"), row("train-2", "yes<|im_end|>"), row("train-3", "yes"))
     eos = policy.tokenizer.eos_token_id
-    assert {lesson.answer_ids for lesson in lessons_of(taught, policy)} == {(*policy.tokenizer.encode("yes"), eos)}
+    assert {lesson.answer_ids for lesson in tokenize_answers(taught, policy)} == {
+        (*policy.tokenizer.encode("yes"), eos)
+    }
 
 
 def test_a_lesson_longer_than_the_context_is_refused_by_line(make_recipe: Any, tmp_path: Path, echo_task: Task) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text("\n".join(json.dumps(row(f"train-{i}", "x" * (600 if i == 1 else 3))) for i in range(3)))
     with pytest.raises(TaskError, match=r"long\.jsonl, line 2: .*reads 512 at most"):
-        check(make_recipe(warmup={"data": str(file)}), echo_task, make_policy())
+        check_warmup(make_recipe(warmup={"data": str(file)}), echo_task, make_policy())
 
 
 def test_answers_learned_by_heart_are_noticed() -> None:
-    cold = Measured(0.0, 3.0, 3.0)
-    assert list(by_heart(cold, Measured(1.0, 0.5, 0.6))) == []
-    assert "by heart" in next(by_heart(cold, Measured(1.0, 0.1, 0.9)))
+    cold = WarmupMeasure(0.0, 3.0, 3.0)
+    assert list(memorised_warnings(cold, WarmupMeasure(1.0, 0.5, 0.6))) == []
+    assert "by heart" in next(memorised_warnings(cold, WarmupMeasure(1.0, 0.1, 0.9)))
 
 
 def part_of(policy: Policy) -> MicroBatch:

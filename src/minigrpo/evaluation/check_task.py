@@ -166,7 +166,7 @@ def _grade_twice(grader: Grader, task: Task, prompt: Prompt, asked: Sequence[Pro
     texts = _make_answers(task, prompt, asked)
     group = tuple(Completion(text, (), (), "stop") for text in texts.values())
     try:
-        first, second = grader.begin([prompt, prompt]).collect([group, group])
+        first, second = grader.open_batch([prompt, prompt]).collect([group, group])
     except TaskError as fault:
         return TaskFinding(str(fault), "Training would end here.")
     return [_Trial(prompt, *each) for each in zip(texts, texts.values(), first, second, strict=True)]

@@ -79,10 +79,10 @@ def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> Pr
 
 def check_lessons(opened: OpenedRun) -> None:
     """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
-    from minigrpo.training.sft_warmup import check
+    from minigrpo.training.sft_warmup import check_warmup
 
     if opened.recipe.warmup.steps:
-        check(opened.recipe, opened.task, opened.policy)
+        check_warmup(opened.recipe, opened.task, opened.policy)
 
 
 def warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minigrpo.evaluation.statistics import Scores
     from minigrpo.training.memory.planner import Plan
     from minigrpo.training.preflight import Figures, PreflightResult, PromptLengths
-    from minigrpo.training.sft_warmup import Warmed
+    from minigrpo.training.sft_warmup import WarmupResult
 
 LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
 
@@ -72,7 +72,7 @@ def longest_prompt(prompts: PromptLengths) -> str:
     return f"{prompts.longest} tokens{context}"
 
 
-def warmup_table(warmed: Warmed) -> RenderableType:
+def warmup_table(warmed: WarmupResult) -> RenderableType:
     """Before and after a supervised start."""
     table = plain_table("before", "after")
     before, after = warmed.before, warmed.after

@@ -1,4 +1,4 @@
-"""Grading beside generation: a group whose last sibling has ended is judged while others are still being sampled.
+"""Grading beside generation: a group is graded once its last sibling has ended, while others are sampled.
 
     with Grader(task, workers=4, seconds=60, say=track.say) as grader:
         groups = rollout(engine, task, prompts, ..., grader=grader)
@@ -25,16 +25,16 @@ from types import TracebackType
 
 from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
-from minigrpo.rollouts.grading import judgements
+from minigrpo.rollouts.grading import iter_grades
 from minigrpo.types import Completion, Grade, Prompt, Task
 
-PATIENCE = 3
-"""Groups in a row that hang before the run stops."""
+MAX_HUNG_GROUPS = 3
+"""Groups in a row that may time out before the run stops."""
 
 
 @dataclass(slots=True)
-class Job:
-    """One group on its way through a worker. `closed`: its time is up, and what the worker still says is not heard."""
+class GradingJob:
+    """One group being graded. `closed`: it timed out, and later results of its worker are ignored."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -46,7 +46,7 @@ class Job:
 
 
 class Grader:
-    """Judges groups in threads of its own. `say` is told, once each, what a person should know."""
+    """Grades groups in its own threads. `say` is called once with each message for the user."""
 
     def __init__(
         self, task: Task, *, workers: int = 1, seconds: float = 60.0, say: Callable[[str], None] | None = None
@@ -54,9 +54,9 @@ class Grader:
         self.task, self.workers, self.seconds = task, workers, seconds
         self._say = say or warnings.warn
         self._said: set[str] = set()
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[GradingJob | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._running: list[Job] = []
+        self._running: list[GradingJob] = []
         self._hung = 0
 
     @classmethod
@@ -65,7 +65,7 @@ class Grader:
 
     def __enter__(self) -> Grader:
         for _ in range(self.workers):
-            self._hire()
+            self._start_worker()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
@@ -74,7 +74,7 @@ class Grader:
         for _worker in range(self.workers):
             self._jobs.put(None)
 
-    def begin(self, prompts: Sequence[Prompt]) -> PendingGrades:
+    def open_batch(self, prompts: Sequence[Prompt]) -> PendingGrades:
         return PendingGrades(self, prompts)
 
     def say_once(self, kind: str, sentence: str) -> None:
@@ -82,10 +82,10 @@ class Grader:
             self._said.add(kind)
             self._say(sentence)
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         threading.Thread(target=self._work, name=f"grader of {self.task.name}", daemon=True).start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GradingJob) -> None:
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -96,28 +96,28 @@ class Grader:
             self._judge(job)
             with self._lock:
                 if job.closed:
-                    return  # somebody else has this place now
+                    return  # another worker has replaced this one
                 self._running.remove(job)
                 self._hung = 0
                 job.ended.set()
 
-    def _judge(self, job: Job) -> None:
+    def _judge(self, job: GradingJob) -> None:
         try:
-            for grade in judgements(self.task, job.prompt, job.completions):
-                if not self._kept(job, grade):
+            for grade in iter_grades(self.task, job.prompt, job.completions):
+                if not self._record(job, grade):
                     return
         except BaseException as fault:  # it belongs to whoever collects; here it would only end the thread
             with self._lock:
                 job.fault = None if job.closed else fault
 
-    def _kept(self, job: Job, grade: Grade) -> bool:
+    def _record(self, job: GradingJob, grade: Grade) -> bool:
         with self._lock:
             if not job.closed:
                 job.grades.append(grade)
             return not job.closed
 
-    def wait(self, job: Job) -> None:
-        """Until the job has ended, or was given up."""
+    def wait(self, job: GradingJob) -> None:
+        """Wait until the job has ended or timed out."""
         while not job.ended.is_set():
             with self._lock:
                 soonest = min((running.began for running in self._running), default=math.inf) + self.seconds
@@ -126,7 +126,7 @@ class Grader:
             self.give_up_late_ones()
 
     def give_up_late_ones(self) -> None:
-        """Raises TaskError where it happens again and again."""
+        """Close jobs that timed out. Raises TaskError after MAX_HUNG_GROUPS in a row."""
         now = time.monotonic()
         with self._lock:
             late = [job for job in self._running if now - job.began > self.seconds]
@@ -138,9 +138,9 @@ class Grader:
                 job.grades += [Grade(math.nan, formed=False, notes=note)] * missing
                 job.closed = True
                 job.ended.set()
-                self._hire()
+                self._start_worker()
             hung = self._hung
-        if late and hung >= PATIENCE:
+        if late and hung >= MAX_HUNG_GROUPS:
             raise TaskError(
                 f"The grader of task {self.task.name} took longer than {self.seconds:g} s on {hung} groups in a row, "
                 f"the last of them prompt {late[-1].prompt.id}. Mend what hangs, or raise --task.seconds."
@@ -148,26 +148,26 @@ class Grader:
 
 
 class PendingGrades:
-    """The groups of one rollout: handed over as they end, collected in the order of their prompts."""
+    """The groups of one rollout: submitted as they end, collected in the order of their prompts."""
 
     def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
         self.grader, self.prompts = grader, prompts
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, GradingJob] = {}
 
-    def hand_over(self, place: int, completions: tuple[Completion, ...]) -> None:
-        """What an engine calls as `ready`."""
-        self._jobs[place] = job = Job(self.prompts[place], completions)
+    def submit(self, index: int, completions: tuple[Completion, ...]) -> None:
+        """Queue a finished group for grading: the engine's `ready` callback."""
+        self._jobs[index] = job = GradingJob(self.prompts[index], completions)
         self.grader.submit(job)
         self.grader.give_up_late_ones()
 
     def collect(self, answers: Sequence[tuple[Completion, ...]]) -> list[tuple[Grade, ...]]:
-        """All grades, when the last is there. The first fault, by prompts, is raised as if there were no threads."""
-        for place, completions in enumerate(answers):
-            if place not in self._jobs:  # an engine need not tell of every prompt
-                self.hand_over(place, completions)
+        """Wait for all grades and return them. Raises the first error in the order of the prompts."""
+        for index, completions in enumerate(answers):
+            if index not in self._jobs:  # an engine need not tell of every prompt
+                self.submit(index, completions)
         graded = []
-        for place in range(len(answers)):
-            job = self._jobs[place]
+        for index in range(len(answers)):
+            job = self._jobs[index]
             self.grader.wait(job)
             if job.fault is not None:
                 raise job.fault

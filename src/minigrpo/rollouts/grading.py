@@ -15,12 +15,12 @@ from minigrpo.types import Completion, Grade, Prompt, Task
 
 def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Grade, ...]:
     """Grade all siblings; the grades are in their order."""
-    return tuple(judgements(task, prompt, completions))
+    return tuple(iter_grades(task, prompt, completions))
 
 
-def judgements(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
-    """Yield grades one by one, as far as the task judges so. Graders get a copy: the caller's prompt stays his."""
-    shown = copy_of(prompt)
+def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
+    """Yield grades one by one, where the task grades one by one. Graders get a copy of the prompt and cannot change the caller's."""
+    shown = copy_prompt(prompt)
     if task.grade_group is None:
         for completion in completions:
             yield judge(task, shown, completion.text)
@@ -31,7 +31,7 @@ def judgements(task: Task, prompt: Prompt, completions: Sequence[Completion]) ->
     except MinigrpoError:
         raise
     except (Exception, SystemExit) as fault:
-        raise failure(task, fault, where) from fault
+        raise grader_error(task, fault, where) from fault
     if not isinstance(grades, list | tuple) or len(grades) != len(completions):
         what = f"{len(grades)} grades" if isinstance(grades, list | tuple) else type(grades).__name__
         raise TaskError(
@@ -39,7 +39,7 @@ def judgements(task: Task, prompt: Prompt, completions: Sequence[Completion]) ->
             "Return a list with a minigrpo.Grade for each, in their order."
         )
     for grade, completion in zip(grades, completions, strict=True):
-        yield checked(task, grade, named(prompt, completion.text))
+        yield check_grade(task, grade, answer_label(prompt, completion.text))
 
 
 def judge(task: Task, prompt: Prompt, text: str) -> Grade:
@@ -49,11 +49,11 @@ def judge(task: Task, prompt: Prompt, text: str) -> Grade:
     except MinigrpoError:
         raise
     except (Exception, SystemExit) as fault:
-        raise failure(task, fault, named(prompt, text)) from fault
-    return checked(task, grade, named(prompt, text))
+        raise grader_error(task, fault, answer_label(prompt, text)) from fault
+    return check_grade(task, grade, answer_label(prompt, text))
 
 
-def failure(task: Task, fault: BaseException, where: str) -> TaskError:
+def grader_error(task: Task, fault: BaseException, where: str) -> TaskError:
     """Say which grader raised what, in which line, on which answer."""
     last = traceback.extract_tb(fault.__traceback__)[-1]
     return TaskError(
@@ -62,7 +62,7 @@ def failure(task: Task, fault: BaseException, where: str) -> TaskError:
     )
 
 
-def checked(task: Task, grade: Any, where: str) -> Grade:
+def check_grade(task: Task, grade: Any, where: str) -> Grade:
     """Return a Grade of finite numbers, or one that says in notes["grader"] why its reward is NaN.
 
     Raises TaskError for anything else.
@@ -85,12 +85,12 @@ def is_finite(amount: Any) -> bool:
     return not isinstance(amount, str) and hasattr(amount, "__float__") and math.isfinite(amount)
 
 
-def named(prompt: Prompt, text: str) -> str:
+def answer_label(prompt: Prompt, text: str) -> str:
     """Name an answer in an error, by its prompt and its first 80 characters."""
     return f"prompt {prompt.id}, answer {text[:80]!r}{' ...' if len(text) > 80 else ''}"
 
 
-def copy_of(prompt: Prompt) -> Prompt:
+def copy_prompt(prompt: Prompt) -> Prompt:
     """Copy a prompt; what cannot be copied (a lock, a handle) is handed out as it is."""
     try:
         messages = tuple(dict(message) for message in prompt.messages)

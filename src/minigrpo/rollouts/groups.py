@@ -1,4 +1,4 @@
-"""Prompts to graded groups: the one way used by training, preflight and evaluation."""
+"""Roll out prompts into graded groups: the one function used by training, preflight and evaluation."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def rollout(
     rendered = [render(tokenizer, prompt) for prompt in prompts]
     if grader is None:
         answers = engine.generate(rendered, n, sampling)
-        graded = [judge_group(task, asked.prompt, own) for asked, own in zip(rendered, answers, strict=True)]
+        graded = [judge_group(task, question.prompt, own) for question, own in zip(rendered, answers, strict=True)]
     else:
-        batch = grader.begin(prompts)
-        answers = engine.generate(rendered, n, sampling, batch.hand_over)
-        graded = batch.collect(answers)
+        pending = grader.open_batch(prompts)
+        answers = engine.generate(rendered, n, sampling, pending.submit)
+        graded = pending.collect(answers)
     groups = [
-        Group(asked.prompt, asked.ids, own, grades)
-        for asked, own, grades in zip(rendered, answers, graded, strict=True)
+        Group(question.prompt, question.ids, own, grades)
+        for question, own, grades in zip(rendered, answers, graded, strict=True)
     ]
-    look_for_unscored(task, groups, grader)
+    report_unscored(task, groups, grader)
     return groups
 
 
-def look_for_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) -> None:
-    """Say once what was left out; raise TaskError where functions gave None for everything."""
+def report_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) -> None:
+    """Warn once of completions left unscored; raise TaskError where functions gave None for everything."""
     unscored = [(group, grade) for group in groups for grade in group.grades if not grade.scored]
     if not unscored:
         return
@@ -67,7 +67,7 @@ def look_for_unscored(task: Task, groups: Sequence[Group], grader: Grader | None
 
 
 def prompts_of(task: Task, split: Split, limit: int | None = None) -> Sequence[Prompt]:
-    """The task's prompts, up to `limit`; raises TaskError where there is none."""
+    """Return the task's prompts, up to `limit`; raises TaskError where there is none."""
     prompts = task.prompts(split)
     if not len(prompts):
         raise TaskError(

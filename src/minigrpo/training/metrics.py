@@ -26,13 +26,13 @@ class Clock:
         self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
-        self._tells = reset_peak(device)
+        self._measures_memory = reset_peak(device)
 
     def lap(self, name: str) -> None:
         """The time since the last lap belongs to `name`."""
         now = time.perf_counter()
         self._laps[name] = now - self._last
-        if self._tells:
+        if self._measures_memory:
             self._peaks[name] = peak_bytes(self.device)
             reset_peak(self.device)
         self._last = now
@@ -60,12 +60,12 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     tied = [group.spread <= TIE_TOLERANCE for group in groups]
     known = [[grade.reward for grade in group.grades if grade.scored] for group in groups]
     unscored = statistics.fmean(not grade.scored for grade in grades)
-    parts = by_name([grade.parts for grade in grades])
+    parts = _values_by_name([grade.parts for grade in grades])
     return {
         # First, so that a name of ours stays ours.
-        **{name: statistics.fmean(values) for name, values in by_name([g.metrics for g in grades]).items()},
-        "reward": mean([reward for rewards in known for reward in rewards]),
-        "reward_std": mean([statistics.stdev(rewards) for rewards in known if len(rewards) > 1]),
+        **{name: statistics.fmean(values) for name, values in _values_by_name([g.metrics for g in grades]).items()},
+        "reward": _mean([reward for rewards in known for reward in rewards]),
+        "reward_std": _mean([statistics.stdev(rewards) for rewards in known if len(rewards) > 1]),
         "frac_reward_zero_std": statistics.fmean(tied),
         "informative_groups": 1 - statistics.fmean(tied),
         "accuracy": statistics.fmean(grade.solved for grade in grades),
@@ -81,7 +81,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def _values_by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for each in figures:
         for name, value in each.items():
@@ -89,7 +89,7 @@ def by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return found
 
 
-def mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     """NaN of nothing: it is written as null."""
     return statistics.fmean(values) if values else math.nan
 

@@ -58,26 +58,26 @@ class PreflightResult:
 
 def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: Report = no_report) -> PreflightResult:
     """Leaves the policy as it was."""
-    knobs = recipe.rollout
+    config = recipe.rollout
     asked = prompts_of(task, "train")
-    lengths = measured_prompts(asked, policy, knobs.max_tokens)
+    lengths = measure_prompts(asked, policy, config.max_tokens)
     plan = plan_of_run(policy, recipe, lengths.longest)
     sampler = PromptSampler(asked, recipe.seed)
     # Two rollouts at least: the first pays for warming up, so only the later ones are timed.
-    rollouts = max(2, -(-ENOUGH_GROUPS // knobs.prompts))
+    rollouts = max(2, -(-ENOUGH_GROUPS // config.prompts))
     groups: list[Group] = []
     seconds: list[float] = []
     with Grader.of(task, recipe.task) as grader:
-        ask = partial(rollout, engine, task, n=knobs.completions, tokenizer=policy.tokenizer, grader=grader)
+        sample_groups = partial(rollout, engine, task, n=config.completions, tokenizer=policy.tokenizer, grader=grader)
         for step in range(rollouts):
-            sampling = Sampling(knobs.temperature, knobs.max_tokens, seed=recipe.seed + step)
-            prompts = sampler.take(knobs.prompts)
+            sampling = Sampling(config.temperature, config.max_tokens, seed=recipe.seed + step)
+            prompts = sampler.take(config.prompts)
             start = time.perf_counter()
-            groups += ask(prompts, sampling=sampling)
+            groups += sample_groups(prompts, sampling=sampling)
             seconds.append(time.perf_counter() - start)
             report(step + 1, rollouts, f"{len(groups)} groups")
-    pass_seconds = seconds_per_pass(policy, groups[-knobs.prompts :], recipe)
-    figures = figures_of(
+    pass_seconds = seconds_per_pass(policy, groups[-config.prompts :], recipe)
+    figures = compute_figures(
         groups,
         recipe,
         rollout_seconds=fmean(seconds[1:]),
@@ -85,13 +85,13 @@ def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: R
         prompts=lengths,
         plan=plan,
     )
-    reasons = tuple(faults(figures, groups, recipe, task))
-    warnings = (*policy.warnings, *(str(finding) for finding in worries(figures, recipe, task)))
+    reasons = tuple(find_faults(figures, groups, recipe, task))
+    warnings = (*policy.warnings, *(str(finding) for finding in find_warnings(figures, recipe, task)))
     warms = bool(reasons) and all(reason.warms for reason in reasons)
-    return PreflightResult(not reasons, warms, reasons, warnings, figures, evidence(groups))
+    return PreflightResult(not reasons, warms, reasons, warnings, figures, pick_samples(groups))
 
 
-def measured_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:
+def measure_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:
     """How long the training prompts are, and how many of them leave no room for a completion of the longest kind."""
     every = max(1, len(prompts) // MEASURED_PROMPTS)
     lengths = [len(render(policy.tokenizer, prompt).ids) for prompt in prompts[::every]]
@@ -101,7 +101,7 @@ def measured_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) ->
     return PromptLengths(max(lengths), int(context), fmean(length + max_tokens > context for length in lengths))
 
 
-def figures_of(
+def compute_figures(
     groups: Sequence[Group],
     recipe: Recipe,
     *,
@@ -118,7 +118,9 @@ def figures_of(
     step_tokens = mean_tokens * recipe.rollout.prompts * recipe.rollout.completions
     # Groups that tie skip their training pass, unless a KL term pulls on every token.
     trained = 1.0 if recipe.objective.kl or recipe.objective.entropy else informative
-    step_seconds = rollout_seconds * rollouts_a_step(recipe, informative) + trained * pass_seconds * passes(recipe)
+    step_seconds = rollout_seconds * rollouts_per_step(recipe, informative) + trained * pass_seconds * passes_per_step(
+        recipe
+    )
     peak = peak_bytes("cuda") or peak_bytes()
     return Figures(
         groups=len(groups),
@@ -144,16 +146,16 @@ def figures_of(
     )
 
 
-def rollouts_a_step(recipe: Recipe, informative: float) -> float:
+def rollouts_per_step(recipe: Recipe, informative: float) -> float:
     """One, and what is tried in place of the groups that tie."""
     wanted = (1 - informative) / max(informative, LOWEST_RATE)
     return 1 + min(recipe.groups.resample, wanted)
 
 
-def passes(recipe: Recipe) -> float:
+def passes_per_step(recipe: Recipe) -> float:
     """Training passes of a step; one without a backward pass (the reference, a look at entropies) is a third of one."""
-    looks = (recipe.objective.kl > 0) + (recipe.objective.top_entropy < 1)
-    return recipe.train.inner_epochs + looks / 3
+    extra_passes = (recipe.objective.kl > 0) + (recipe.objective.top_entropy < 1)
+    return recipe.train.inner_epochs + extra_passes / 3
 
 
 def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> float:
@@ -163,27 +165,29 @@ def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> fl
     """
     objective = OBJECTIVES[recipe.objective.name]
     # As if a KL term pulled on every token: groups that tie would otherwise be left out.
-    batch = replace(pack([all_scored(group) for group in groups], objective, recipe.rollout.max_tokens), needs_all=True)
-    parts = sorted(batch.split(tokens_per_pass(policy, recipe)), key=lambda part: -part.tokens)
+    batch = replace(
+        pack([with_all_scored(group) for group in groups], objective, recipe.rollout.max_tokens), needs_all=True
+    )
+    parts = sorted(batch.split(tokens_per_pass(policy, recipe)), key=lambda micro_batch: -micro_batch.tokens)
     tokens, start = 0, time.perf_counter()
-    for part in parts:
-        objective.loss(policy.logprobs(part, step=0).logprobs_N, part).total.backward()
-        tokens += part.tokens
+    for micro_batch in parts:
+        objective.loss(policy.logprobs(micro_batch, step=0).logprobs_N, micro_batch).total.backward()
+        tokens += micro_batch.tokens
         if time.perf_counter() - start > MEASURED_SECONDS:
             break
-    finish_queued(policy.device)
+    synchronize_device(policy.device)
     elapsed = time.perf_counter() - start
     for parameter in policy.trainable:
         parameter.grad = None
-    return elapsed * sum(part.tokens for part in parts) / tokens
+    return elapsed * sum(micro_batch.tokens for micro_batch in parts) / tokens
 
 
-def all_scored(group: Group) -> Group:
+def with_all_scored(group: Group) -> Group:
     """A reward that could not be told counts as none: only the time of a pass is asked for."""
     return replace(group, grades=tuple(g if g.scored else replace(g, reward=0.0) for g in group.grades))
 
 
-def finish_queued(device: Any) -> None:
+def synchronize_device(device: Any) -> None:
     """A GPU works behind the program's back; times mean nothing before it is done."""
     if device.type == "cuda":
         import torch
@@ -191,7 +195,7 @@ def finish_queued(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def evidence(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:
+def pick_samples(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:
     """The best completion, the worst, and one that was cut off: read them before believing a verdict."""
     listed = [(g, c, r) for g in groups for c, r in zip(g.completions, g.grades, strict=True)]
     by_reward = sorted(listed, key=lambda each: each[2].reward if each[2].scored else -math.inf)
@@ -199,10 +203,10 @@ def evidence(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:
     for each in listed:
         if is_truncated(each[1]):
             chosen.setdefault("cut off", each)
-    return tuple(sample(name, *each) for name, each in chosen.items())
+    return tuple(sample_to_dict(name, *each) for name, each in chosen.items())
 
 
-def sample(name: str, group: Group, completion: Completion, grade: Grade) -> dict[str, Any]:
+def sample_to_dict(name: str, group: Group, completion: Completion, grade: Grade) -> dict[str, Any]:
     return {
         "which": name,
         "prompt": group.prompt.messages[-1]["content"],
@@ -286,13 +290,13 @@ def is_truncated(completion: Completion) -> bool:
     return completion.finish == "length"
 
 
-def faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
+def find_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """Why training could not work."""
-    rest = faults_of_answers(figures, groups, recipe, task)
+    rest = find_answer_faults(figures, groups, recipe, task)
     return [crowded(figures, recipe), *rest] if figures.prompts.crowded else rest
 
 
-def faults_of_answers(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
+def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """What keeps the sampled answers from teaching anything."""
     if figures.unscored == 1:
         return [
@@ -395,7 +399,7 @@ def at_the_top(groups: Sequence[Group], recipe: Recipe, task: Task) -> bool:
     return all(min(group.rewards) >= gold.reward - recipe.groups.min_spread for group, gold in pairs)
 
 
-def worries(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFinding]:
+def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """What will make training slow or lame, without keeping it from working."""
     found = []
     if 0 < figures.unscored < 1:
@@ -430,10 +434,10 @@ def worries(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFindi
                 "the system prompt.",
             )
         )
-    return found + lame(figures, recipe)
+    return found + find_slow_learning(figures, recipe)
 
 
-def lame(figures: Figures, recipe: Recipe) -> list[PreflightFinding]:
+def find_slow_learning(figures: Figures, recipe: Recipe) -> list[PreflightFinding]:
     """Little to compare, or little left to learn."""
     found = []
     if 0 < figures.informative < 0.25:

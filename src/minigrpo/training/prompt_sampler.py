@@ -23,7 +23,7 @@ UNKNOWN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SolveRecord:
     """How a prompt fared when it was last tried: the share of right completions, and the epoch."""
 
     solved: float
@@ -40,7 +40,7 @@ def split_held_out(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prom
             f"eval.held_out keeps {count} of the {len(prompts)} training prompts aside, which leaves none to train on. "
             "Lower it, or raise task.size."
         )
-    order = sorted(range(len(prompts)), key=lambda place: name_key(recipe.seed, "held out", prompts[place].id))
+    order = sorted(range(len(prompts)), key=lambda index: name_key(recipe.seed, "held out", prompts[index].id))
     aside = set(order[:count])
     return [p for i, p in enumerate(prompts) if i not in aside], [prompts[i] for i in sorted(aside)]
 
@@ -57,7 +57,7 @@ class PromptSampler:
         self.knobs = knobs or GroupsConfig()
         self.epoch = -1
         self.deck: list[int] = []
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, SolveRecord] = {}
         self.tried: set[int] = set()
         self.ids = {prompt.id for prompt in prompts}
 
@@ -84,7 +84,7 @@ class PromptSampler:
             share = fmean(grade.solved for grade in group.grades)
             name = group.prompt.id
             # A copy (see _repeated) tells of its original.
-            self.records[name if name in self.ids else name.rpartition("#")[0]] = Record(share, self.epoch)
+            self.records[name if name in self.ids else name.rpartition("#")[0]] = SolveRecord(share, self.epoch)
 
     def state(self) -> dict[str, Any]:
         """All that later draws depend on, for JSON."""
@@ -93,30 +93,30 @@ class PromptSampler:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the sampler whose state this is; raises ArtifactError where the prompts cannot be the same."""
-        if any(not 0 <= place < len(self.prompts) for place in state["deck"]):
+        if any(not 0 <= index < len(self.prompts) for index in state["deck"]):
             raise ArtifactError(
                 f"The checkpoint was made with more prompts than the {len(self.prompts)} that the task has now. "
                 "Put the task's data back as it was, or begin another run: --run runs/NAME"
             )
         self.epoch, self.deck = state["epoch"], list(state["deck"])
-        self.records = {name: Record(*record) for name, record in state["records"].items()}
+        self.records = {name: SolveRecord(*record) for name, record in state["records"].items()}
 
     def _draw(self, count: int) -> list[Prompt]:
-        drawn = [place for place in self.deck if place not in self.tried][:count]
+        drawn = [index for index in self.deck if index not in self.tried][:count]
         taken = set(drawn)
-        self.deck = [place for place in self.deck if place not in taken]
+        self.deck = [index for index in self.deck if index not in taken]
         self.tried |= taken
-        return [self.prompts[place] for place in drawn]
+        return [self.prompts[index] for index in drawn]
 
     def _deal(self, count: int) -> None:
         """A new epoch: the prompts that are awake, in a new order; all of them where too few are."""
         self.epoch += 1
-        awake = [place for place in self._order(str(self.epoch)) if self._is_awake(place)]
+        awake = [index for index in self._order(str(self.epoch)) if self._is_awake(index)]
         self.deck = awake if len(awake) >= count else self._order(str(self.epoch))
 
-    def _is_awake(self, place: int) -> bool:
+    def _is_awake(self, index: int) -> bool:
         """Mastered prompts rest for some epochs; the others come with a chance of their own (groups.focus)."""
-        name = self.prompts[place].id
+        name = self.prompts[index].id
         record = self.records.get(name)
         if record and self.knobs.rest is not None and record.solved >= self.knobs.rest:
             return self.epoch - record.epoch > self.knobs.rest_epochs
@@ -132,11 +132,11 @@ class PromptSampler:
         self.epoch += 1
         rounds = math.ceil(count / len(self.prompts))
         drawn = [
-            self.prompts[place]
-            if turn == 0
-            else replace(self.prompts[place], id=f"{self.prompts[place].id}#{turn + 1}")
-            for turn in range(rounds)
-            for place in self._order(f"{self.epoch}/{turn}")
+            self.prompts[index]
+            if round_index == 0
+            else replace(self.prompts[index], id=f"{self.prompts[index].id}#{round_index + 1}")
+            for round_index in range(rounds)
+            for index in self._order(f"{self.epoch}/{round_index}")
         ]
         return drawn[:count]
 

@@ -32,19 +32,19 @@ from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.rng import name_key
 
-ASIDE = 0.1
+HELD_ASIDE_SHARE = 0.1
 """Share of the prompts whose answers are not taught, to see whether the others are learned or learned by heart."""
 
-MEASURED_LESSONS = 64
-ASKED = 32
-ANSWERS = 64
+MEASURED_EXAMPLES = 64
+FORM_PROMPTS = 32
+FORM_ANSWERS = 64
 
-LOGITS = 128 << 20
+MAX_LOGITS = 128 << 20
 """Logits of one pass: 512 MB in float32, and three times that with what their gradient needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenAnswer:
     """A right answer to a prompt, and where it stands. `known`: it is a prompt of the task, which can judge answers."""
 
     prompt: Prompt
@@ -54,7 +54,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class WarmupMeasure:
     """`formed`: share of sampled answers that have the form. Losses are nats per token of the written answers."""
 
     formed: float
@@ -63,65 +63,69 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Warmed:
+class WarmupResult:
     """What a warm-up did: how many answers it taught, how many it held aside, and what changed."""
 
     lessons: int
     held_aside: int
-    before: Measured
-    after: Measured
+    before: WarmupMeasure
+    after: WarmupMeasure
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report = no_report) -> Warmed:
+def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: Report = no_report) -> WarmupResult:
     """Let the policy's adapter imitate written answers.
 
     Raises RecipeError where warmup.steps is 0, TaskError where there are no answers or one cannot be used, and
     DivergenceError where the loss is not finite.
     """
-    knobs = recipe.warmup
-    taught, aside = answers_of(recipe, task)
-    lessons, held_aside = lessons_of(taught, policy), lessons_of(aside, policy)
+    config = recipe.warmup
+    taught, aside = prepare_answers(recipe, task)
+    lessons, held_aside = tokenize_answers(taught, policy), tokenize_answers(aside, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
-    room = PassLimit(tokens_per_pass(policy, recipe), max(1, LOGITS // vocabulary))
+    limit = PassLimit(tokens_per_pass(policy, recipe), max(1, MAX_LOGITS // vocabulary))
 
-    def measured() -> Measured:
+    def measure() -> WarmupMeasure:
         engine.update(policy)
         with policy.plain_attention():
-            losses = [mean_sft_loss(policy.model, kind[:MEASURED_LESSONS], room) for kind in (lessons, held_aside)]
-        return Measured(form_rate(recipe, task, policy, engine, aside), *losses)
+            losses = [mean_sft_loss(policy.model, kind[:MEASURED_EXAMPLES], limit) for kind in (lessons, held_aside)]
+        return WarmupMeasure(form_rate(recipe, task, policy, engine, aside), *losses)
 
-    def learning(done: int, loss: float) -> None:
-        report(done, knobs.steps, f"loss {loss:.2f}")
+    def report_loss(done: int, loss: float) -> None:
+        report(done, config.steps, f"loss {loss:.2f}")
 
-    before = measured()
-    schedule = SftSchedule(knobs.steps, knobs.rows, knobs.lr, warmup=max(1, knobs.steps // 10))
+    before = measure()
+    schedule = SftSchedule(config.steps, config.rows, config.lr, warmup=max(1, config.steps // 10))
     with policy.plain_attention():
-        last = train_sft(policy.model, lessons, schedule, seed=recipe.seed, limit=room, report=learning)
+        last = train_sft(policy.model, lessons, schedule, seed=recipe.seed, limit=limit, report=report_loss)
     if not math.isfinite(last):
         raise DivergenceError(
             f"The loss of the warm-up is {last}. Nothing was kept. Lower --warmup.lr, or set --model.dtype float32"
         )
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()  # GRPO asks how much is free, and what is only cached does not count
-    after = measured()
-    warnings = (*doubts(recipe, task, taught, lessons), *by_heart(before, after), *too_short(recipe, after))
-    return Warmed(len(lessons), len(held_aside), before, after, warnings)
+    after = measure()
+    warnings = (
+        *answer_warnings(recipe, task, taught, lessons),
+        *memorised_warnings(before, after),
+        *too_short_warnings(recipe, after),
+    )
+    return WarmupResult(len(lessons), len(held_aside), before, after, warnings)
 
 
-def check(recipe: Recipe, task: Task, policy: Policy) -> None:
+def check_warmup(recipe: Recipe, task: Task, policy: Policy) -> None:
     """Raises what `warmup` would raise, before anything is done."""
-    for answers in answers_of(recipe, task):
-        lessons_of(answers, policy)
+    for answers in prepare_answers(recipe, task):
+        tokenize_answers(answers, policy)
 
 
-def answers_of(recipe: Recipe, task: Task) -> tuple[list[Written], list[Written]]:
+def prepare_answers(recipe: Recipe, task: Task) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
     """(to be taught, held aside)."""
     refuse_idle(recipe)
-    return split(written_answers(recipe, task))
+    return split_answers(written_answers(recipe, task))
 
 
 def refuse_idle(recipe: Recipe) -> None:
@@ -129,10 +133,10 @@ def refuse_idle(recipe: Recipe) -> None:
         raise RecipeError("warmup.steps is 0, so there is nothing to do. Say how long to warm up: --warmup.steps 60")
 
 
-def written_answers(recipe: Recipe, task: Task) -> list[Written]:
+def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
     """As many as the steps can use, in a random order: from the recipe's file, or the task's own right answers."""
     order = random.Random(f"warmup/{recipe.seed}")
-    most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - ASIDE)) + 1
+    most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - HELD_ASIDE_SHARE)) + 1
     training, judging = split_held_out(prompts_of(task, "train"), recipe)
     if recipe.warmup.data:
         unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
@@ -144,7 +148,7 @@ def written_answers(recipe: Recipe, task: Task) -> list[Written]:
             '{"prompt": ..., "completion": ...}, and name the file: --warmup.data FILE'
         )
     chosen = order.sample(training, min(most, len(training)))
-    return [Written(prompt, gold(task, prompt), f"prompt {prompt.id}", known=True) for prompt in chosen]
+    return [WrittenAnswer(prompt, gold(task, prompt), f"prompt {prompt.id}", known=True) for prompt in chosen]
 
 
 def gold(task: Task, prompt: Prompt) -> str:
@@ -162,7 +166,7 @@ def gold(task: Task, prompt: Prompt) -> str:
     return answer
 
 
-def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> Iterator[Written]:
+def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> Iterator[WrittenAnswer]:
     """The lines of a file. Raises TaskError, naming file and line, for the first that cannot be used.
 
     `unseen`: ids of prompts to be measured on, which must not be taught.
@@ -177,8 +181,8 @@ def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> It
     for number, line in enumerate(lines, 1):
         place = f"{path}, line {number}"
         if line.strip():
-            prompt, answer = fields(line, place)
-            yield written(prompt, answer, place, known=known, unseen=unseen)
+            prompt, answer = parse_answer(line, place)
+            yield make_written_answer(prompt, answer, place, known=known, unseen=unseen)
 
 
 def test_prompts(task: Task) -> Sequence[Prompt]:
@@ -188,7 +192,7 @@ def test_prompts(task: Task) -> Sequence[Prompt]:
         return ()
 
 
-def fields(line: str, place: str) -> tuple[Any, str]:
+def parse_answer(line: str, place: str) -> tuple[Any, str]:
     """The prompt, whatever it is, and the answer."""
     try:
         row = json.loads(line)
@@ -202,10 +206,12 @@ def fields(line: str, place: str) -> tuple[Any, str]:
     return row["prompt"], row["completion"]
 
 
-def written(prompt: Any, answer: str, place: str, *, known: dict[str, Prompt], unseen: set[str]) -> Written:
+def make_written_answer(
+    prompt: Any, answer: str, place: str, *, known: dict[str, Prompt], unseen: set[str]
+) -> WrittenAnswer:
     """`prompt`: an id of the task, a question, or messages."""
     if isinstance(prompt, str) and prompt in known:
-        return Written(known[prompt], answer, place, known=True)
+        return WrittenAnswer(known[prompt], answer, place, known=True)
     if isinstance(prompt, str) and prompt in unseen:
         raise TaskError(
             f"{place}: {prompt!r} is a prompt to be measured on. Leave it out, or the figures mean nothing."
@@ -216,7 +222,7 @@ def written(prompt: Any, answer: str, place: str, *, known: dict[str, Prompt], u
             f'{place}: "prompt" must be a prompt id of the task, a question, or messages [{{"role", "content"}}, ...] '
             "of which the last is not the assistant's."
         )
-    return Written(Prompt(place, tuple(messages)), answer, place, known=False)
+    return WrittenAnswer(Prompt(place, tuple(messages)), answer, place, known=False)
 
 
 def is_conversation(messages: Any) -> bool:
@@ -228,24 +234,26 @@ def is_conversation(messages: Any) -> bool:
     return whole and messages[-1]["role"] != "assistant"
 
 
-def split(answers: Sequence[Written]) -> tuple[list[Written], list[Written]]:
+def split_answers(answers: Sequence[WrittenAnswer]) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
     """(to be taught, held aside). All answers to a prompt are on one side, or nothing would be held aside."""
-    questions = list(dict.fromkeys(asked(answer) for answer in answers))
+    questions = list(dict.fromkeys(conversation_key(answer) for answer in answers))
     if len(questions) < 2:
         raise TaskError(
             f"A warm-up needs answers to two different prompts at least, of which one is held aside; here: "
             f"{len(questions)}. Raise task.size, or add lines to warmup.data."
         )
-    aside = set(questions[: max(1, round(ASIDE * len(questions)))])
-    return [a for a in answers if asked(a) not in aside], [a for a in answers if asked(a) in aside]
+    aside = set(questions[: max(1, round(HELD_ASIDE_SHARE * len(questions)))])
+    return [a for a in answers if conversation_key(a) not in aside], [
+        a for a in answers if conversation_key(a) in aside
+    ]
 
 
-def asked(answer: Written) -> tuple[tuple[str, str], ...]:
+def conversation_key(answer: WrittenAnswer) -> tuple[tuple[str, str], ...]:
     messages: Sequence[Message] = answer.prompt.messages
     return tuple((message["role"], message["content"]) for message in messages)
 
 
-def lessons_of(answers: Sequence[Written], policy: Policy) -> list[SftExample]:
+def tokenize_answers(answers: Sequence[WrittenAnswer], policy: Policy) -> list[SftExample]:
     """As tokens, each answer ending with the eos token. Raises TaskError where some do not fit into the context."""
     tokenizer = policy.tokenizer
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
@@ -266,17 +274,19 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids) if ids[-1:] == [end] else (*ids, end)
 
 
-def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[Written]) -> float:
+def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer]) -> float:
     """Share of answers, sampled as in training, that have the form: to prompts held aside, or else to training ones."""
-    prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:ASKED]
-    prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe)[0][:ASKED])
+    prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:FORM_PROMPTS]
+    prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe)[0][:FORM_PROMPTS])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
-    n = max(1, ANSWERS // len(prompts))
+    n = max(1, FORM_ANSWERS // len(prompts))
     groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
     return fmean(grade.formed for group in groups for grade in group.grades)
 
 
-def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Sequence[SftExample]) -> Iterator[str]:
+def answer_warnings(
+    recipe: Recipe, task: Task, taught: Sequence[WrittenAnswer], lessons: Sequence[SftExample]
+) -> Iterator[str]:
     """What is odd about the lessons themselves."""
     limit = recipe.rollout.max_tokens
     if long := sum(len(lesson.answer_ids) > limit for lesson in lessons):
@@ -284,7 +294,7 @@ def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Seque
             f"{long} of {len(lessons)} written answers are longer than rollout.max_tokens {limit}: what imitates them "
             "will be cut off."
         )
-    judged = [answer for answer in taught if answer.known][:ASKED]
+    judged = [answer for answer in taught if answer.known][:FORM_PROMPTS]
     try:
         broken = [a for a in judged if not judge(task, a.prompt, a.answer).formed]
     except MinigrpoError as fault:
@@ -296,14 +306,14 @@ def doubts(recipe: Recipe, task: Task, taught: Sequence[Written], lessons: Seque
             f"with {broken[0].place}."
         )
     tests = {tuple((m["role"], m["content"]) for m in prompt.messages) for prompt in test_prompts(task)}
-    if leaked := [answer for answer in taught if asked(answer) in tests]:
+    if leaked := [answer for answer in taught if conversation_key(answer) in tests]:
         yield (
             f"{len(leaked)} lessons answer a test prompt, beginning with {leaked[0].place}: what is measured on it "
             "means nothing."
         )
 
 
-def by_heart(before: Measured, after: Measured) -> Iterator[str]:
+def memorised_warnings(before: WarmupMeasure, after: WarmupMeasure) -> Iterator[str]:
     if after.held_aside > 1.5 * after.loss + 0.1 or after.held_aside > before.held_aside:
         yield (
             f"The answers were learned by heart: the loss on them is {after.loss:.3f}, on those held aside "
@@ -311,7 +321,7 @@ def by_heart(before: Measured, after: Measured) -> Iterator[str]:
         )
 
 
-def too_short(recipe: Recipe, after: Measured) -> Iterator[str]:
+def too_short_warnings(recipe: Recipe, after: WarmupMeasure) -> Iterator[str]:
     if after.formed < 0.5:
         yield (
             f"Only {after.formed:.0%} of the answers have the form after the warm-up. Longer: --warmup.steps "

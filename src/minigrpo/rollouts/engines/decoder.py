@@ -29,20 +29,20 @@ from minigrpo.models.context import CAUSAL_DECODERS, text_config
 from minigrpo.models.lora_linear import is_four_bit
 
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
-FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
-def is_lean(model: Any) -> bool:
-    """Whether this module can run the model; tested for each architecture against the model's own forward."""
+def decoder_supports(model: Any) -> bool:
+    """Return whether this module can run the model. Each architecture is tested against the model's own forward."""
     config = text_config(model.config)
     rope = getattr(config, "rope_parameters", None) or {}
-    return config.model_type in CAUSAL_DECODERS and rope.get("rope_type", "default") in FIXED_ROPE
+    return config.model_type in CAUSAL_DECODERS and rope.get("rope_type", "default") in FIXED_ROPE_TYPES
 
 
 class Projection:
-    """Linear layers that read the same input, side by side: one product where the weights may be copied.
+    """Linear layers that read the same input, fused into one matrix product where their weights may be copied.
 
-    `norm`: what their input passes through first. Its weights lie in the copy, where there is one.
+    `norm`: applied to their input first. Its weights are folded into the fused copy, where there is one.
     """
 
     def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None) -> None:
@@ -51,22 +51,22 @@ class Projection:
         self.weights: list[Tensor] = [base.weight for base in self.bases]
         self.biases: list[Tensor | None] = [base.bias for base in self.bases]
         self.sizes = [base.out_features for base in self.bases]
-        self.folds = all(base.weight.dtype == torch.float32 for base in self.bases)
-        if self.folds:
+        self.is_fused = all(base.weight.dtype == torch.float32 for base in self.bases)
+        if self.is_fused:
             self.fused = torch.cat([weight.detach() for weight in self.weights])
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights and the adapter as they are now."""
+        """Copy the current weights and adapter."""
         pairs = [active_lora(module) for module in self.modules]
-        if not self.folds:
-            dtype = computes_in(self.bases[0])
-            fresh = [pair and (pair[0].to(dtype, copy=True), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
-            before = getattr(self, "pairs", [None] * len(fresh))
+        if not self.is_fused:
+            dtype = compute_dtype(self.bases[0])
+            new_pairs = [pair and (pair[0].to(dtype, copy=True), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
+            old_pairs = getattr(self, "pairs", [None] * len(new_pairs))
             self.pairs = [
-                new and (in_place(old and old[0], new[0]), in_place(old and old[1], new[1]))
-                for old, new in zip(before, fresh, strict=True)
+                new and (copy_in_place(old and old[0], new[0]), copy_in_place(old and old[1], new[1]))
+                for old, new in zip(old_pairs, new_pairs, strict=True)
             ]
             return
         for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
@@ -75,20 +75,22 @@ class Projection:
                 fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
         if self.norm is not None:
             self.fused.mul_(self.norm.weight)
-        given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)]
+        filled_biases = [
+            w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)
+        ]
         biased = any(bias is not None for bias in self.biases)
-        self.fused_bias = in_place(getattr(self, "fused_bias", None), torch.cat(given)) if biased else None
+        self.fused_bias = copy_in_place(getattr(self, "fused_bias", None), torch.cat(filled_biases)) if biased else None
 
-    def added(self, to_nW: Tensor, x: Tensor) -> Tensor:
-        """to + self(x), in one call where it can be."""
-        if self.folds and self.fused_bias is None and x.ndim == 2:
-            return torch.addmm(to_nW, x, self.fused.T)
-        return to_nW + self(x)
+    def add_to(self, residual_nW: Tensor, x: Tensor) -> Tensor:
+        """Return residual + self(x), in one call where possible."""
+        if self.is_fused and self.fused_bias is None and x.ndim == 2:
+            return torch.addmm(residual_nW, x, self.fused.T)
+        return residual_nW + self(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., W] -> [..., sum of sizes]."""
-        if self.folds:
-            return onednn.linear(x if self.norm is None else self.norm.even(x), self.fused, self.fused_bias)
+        """Map [..., W] to [..., sum of sizes]."""
+        if self.is_fused:
+            return onednn.linear(x if self.norm is None else self.norm.unit_rms(x), self.fused, self.fused_bias)
         x = x if self.norm is None else self.norm(x)
         outputs = []
         for base, pair in zip(self.bases, self.pairs, strict=True):
@@ -97,61 +99,61 @@ class Projection:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def in_place(old: Tensor | None, new: Tensor) -> Tensor:
-    """The old tensor with the new one's numbers where they fit: recorded steps read addresses."""
+def copy_in_place(old: Tensor | None, new: Tensor) -> Tensor:
+    """Copy `new` into `old` where shape and type agree, and return it: captured CUDA graphs read fixed addresses."""
     if old is None or old.shape != new.shape or old.dtype != new.dtype:
         return new
     return old.copy_(new)
 
 
-def computes_in(layer: Any) -> torch.dtype:
-    """What its products are taken in: of packed weights, what they unpack to."""
+def compute_dtype(layer: Any) -> torch.dtype:
+    """Return the dtype a layer computes in; for 4-bit weights, the dtype they unpack to."""
     dtype: torch.dtype = layer.weight.quant_state.dtype if is_four_bit(layer) else layer.weight.dtype
     return dtype
 
 
-class Even:
-    """x over the root of its mean square, over the last dimension: six calls, where torch's own makes ten."""
+class UnitRms:
+    """Divides x by the root of its mean square over the last dimension: six calls, where torch's own makes ten."""
 
     def __init__(self, eps: float, width: int, device: torch.device) -> None:
         self.eps = torch.full((1,), eps, device=device)
-        self.share_D = torch.full((width,), 1 / width, device=device)
+        self.inverse_width_D = torch.full((width,), 1 / width, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        mean = torch.addmv(self.eps, (x * x).view(-1, len(self.share_D)), self.share_D)
+        mean = torch.addmv(self.eps, (x * x).view(-1, len(self.inverse_width_D)), self.inverse_width_D)
         return x * mean.rsqrt_().view(*x.shape[:-1], 1)
 
 
 class Norm:
-    """RMSNorm in float32 whatever the input, as the model's own."""
+    """RMSNorm, computed in float32 for any input type, as in the model's own layer."""
 
     def __init__(self, module: Any) -> None:
         self.weight = module.weight
-        self.even = Even(module.variance_epsilon, len(module.weight), module.weight.device)
+        self.unit_rms = UnitRms(module.variance_epsilon, len(module.weight), module.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
-            return self.even(x) * self.weight
-        return self.weight * self.even(x.float()).to(x.dtype)
+            return self.unit_rms(x) * self.weight
+        return self.weight * self.unit_rms(x.float()).to(x.dtype)
 
 
 class HeadNorm:
-    """The RMSNorms of query and key heads (Qwen3) as one: [..., H + K, D]."""
+    """The RMSNorms of query and key heads (Qwen3), fused: [..., H + K, D]."""
 
     def __init__(self, attn: Any, heads: int, kv_heads: int) -> None:
         self.attn, self.heads, self.kv_heads = attn, heads, kv_heads
         weight = attn.q_norm.weight
-        self.even = Even(attn.q_norm.variance_epsilon, len(weight), weight.device)
+        self.unit_rms = UnitRms(attn.q_norm.variance_epsilon, len(weight), weight.device)
         self.refresh()
 
     def refresh(self) -> None:
-        """Where all parameters are trained, these change too."""
+        """Copy the current weights, which change where all parameters are trained."""
         query, key = self.attn.q_norm.weight.detach(), self.attn.k_norm.weight.detach()
         both_HD = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
-        self.weight_HD = in_place(getattr(self, "weight_HD", None), both_HD)
+        self.weight_HD = copy_in_place(getattr(self, "weight_HD", None), both_HD)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight_HD * self.even(x.float()).to(x.dtype)
+        return self.weight_HD * self.unit_rms(x.float()).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +164,12 @@ class Layer:
     gate_up: Projection
     act: Callable[[Tensor], Tensor]
     down: Projection
-    turns: bool
+    uses_rope: bool
     window: int | None
     scaling: float
 
     @classmethod
-    def of(cls, module: Any, heads: int, kv_heads: int) -> Layer:
+    def from_module(cls, module: Any, heads: int, kv_heads: int) -> Layer:
         attn, mlp = module.self_attn, module.mlp
         own_window = getattr(attn, "sliding_window", None)
         # Mistral and Ministral3 keep the window in the config alone; Qwen and SmolLM3 decide per layer.
@@ -179,7 +181,7 @@ class Layer:
             gate_up=Projection([mlp.gate_proj, mlp.up_proj], Norm(module.post_attention_layernorm)),
             act=mlp.act_fn,
             down=Projection([mlp.down_proj]),
-            turns=bool(getattr(attn, "use_rope", True)),
+            uses_rope=bool(getattr(attn, "use_rope", True)),
             window=window,
             scaling=attn.scaling,
         )
@@ -193,92 +195,92 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary angles of some positions, [..., 1, D], and the query scale that long texts get (Ministral3), or None.
+    """Cosine and sine of the rotary angles of some positions, [..., 1, D]; the query scale of Ministral3, or None.
 
-    The sine carries the sign of the rotated half, so that turning needs no negation.
+    The sine carries the sign of the rotated half, so that the rotation needs no negation.
     """
 
     cos: Tensor
     signed_sin: Tensor
     query_scale: Tensor | None
 
-    def at(self, places: Tensor) -> Rope:
-        scale = None if self.query_scale is None else self.query_scale[places]
-        return Rope(self.cos.index_select(0, places), self.signed_sin.index_select(0, places), scale)
+    def at(self, positions: Tensor) -> Rope:
+        scale = None if self.query_scale is None else self.query_scale[positions]
+        return Rope(self.cos.index_select(0, positions), self.signed_sin.index_select(0, positions), scale)
 
 
 class Decoder:
-    """The decoder. `prefill` and `decode` are its two ways through the layers; both write the cache that is given."""
+    """The decoder. `prefill` reads prompts, `decode` one token of each row; both write the cache they are given."""
 
     def __init__(
-        self, decoder: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND
+        self, model: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND
     ) -> None:
-        config = decoder.config
-        self.decoder, self.head, self.config = decoder, head, config
+        config = model.config
+        self.model, self.head, self.config = model, head, config
         self.kernel = backend.kernel
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.width = decoder.layers[0].self_attn.head_dim
-        self.layers = [Layer.of(module, self.heads, self.kv_heads) for module in decoder.layers]
-        self.norm = Norm(decoder.norm)
-        self.dtype, self.device = decoder.dtype, head.weight.device
+        self.width = model.layers[0].self_attn.head_dim
+        self.layers = [Layer.from_module(module, self.heads, self.kv_heads) for module in model.layers]
+        self.norm = Norm(model.norm)
+        self.dtype, self.device = model.dtype, head.weight.device
 
     def refresh(self) -> None:
         for layer in self.layers:
             layer.refresh()
 
-    def copies(self) -> list[Tensor]:
-        """All tensors of its own: what `refresh` writes."""
+    def weight_copies(self) -> list[Tensor]:
+        """Return the decoder's own copies of weights: all tensors that `refresh` writes."""
         found: list[Tensor | None] = []
         for layer in self.layers:
-            for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 found += (
-                    [part.fused, part.fused_bias]
-                    if part.folds
-                    else [each for pair in part.pairs for each in pair or ()]
+                    [projection.fused, projection.fused_bias]
+                    if projection.is_fused
+                    else [each for pair in projection.pairs for each in pair or ()]
                 )
             found += [layer.qk_norm.weight_HD] if layer.qk_norm else []
         return [tensor for tensor in found if tensor is not None]
 
-    def turns(self, length: int) -> Rope:
-        """Angles of positions 0 .. length - 1, from the model's own rotary module."""
-        places = torch.arange(length, device=self.device)
+    def rope_table(self, length: int) -> Rope:
+        """Return the rotary angles of positions 0 .. length - 1, from the model's own rotary module."""
+        positions = torch.arange(length, device=self.device)
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
-        cos, sin = (table[0].unsqueeze(1) for table in self.decoder.rotary_emb(probe, places[None]))
+        cos, sin = (table[0].unsqueeze(1) for table in self.model.rotary_emb(probe, positions[None]))
         first, second = sin.chunk(2, -1)
-        return Rope(cos, torch.cat([-first, second], -1), self._query_scale(places))
+        return Rope(cos, torch.cat([-first, second], -1), self._query_scale(positions))
 
-    def _query_scale(self, places: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
+    def _query_scale(self, positions: Tensor) -> Tensor | None:
+        """Return 1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         beta = rope.get("llama_4_scaling_beta")
         if beta is None or self.config.model_type != "ministral3":
             return None
-        octave = torch.floor(places / rope["original_max_position_embeddings"])
+        octave = torch.floor(positions / rope["original_max_position_embeddings"])
         return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
 
-    def _project(self, layer: Layer, x: Tensor, turn: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [..., W] -> queries [..., H, D], keys and values [..., K, D], turned to their places."""
+    def _project(self, layer: Layer, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Map hidden states [..., W] to queries [..., H, D], keys and values [..., K, D]; rotate queries and keys."""
         H, K = self.heads, self.kv_heads
-        both, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
+        query_key, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
         if layer.qk_norm is not None:
-            both = layer.qk_norm(both)
-        if layer.turns:
-            both = torch.addcmul(both * turn.cos, both.roll(self.width // 2, -1), turn.signed_sin)
-        query, key = both.split([H, K], -2)
-        return query if turn.query_scale is None else query * turn.query_scale, key, value
+            query_key = layer.qk_norm(query_key)
+        if layer.uses_rope:
+            query_key = torch.addcmul(query_key * rope.cos, query_key.roll(self.width // 2, -1), rope.signed_sin)
+        query, key = query_key.split([H, K], -2)
+        return query if rope.query_scale is None else query * rope.query_scale, key, value
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         gate, up = layer.gate_up(x).chunk(2, -1)
-        return layer.down.added(x, layer.act(gate) * up)
+        return layer.down.add_to(x, layer.act(gate) * up)
 
     @torch.no_grad()
-    def prefill(self, ids_MP: Tensor, turn: Rope, shared: Tensor) -> None:
-        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding behind, never seen)."""
-        x_MPW = self.decoder.embed_tokens(ids_MP)
+    def prefill(self, ids_MP: Tensor, rope: Rope, shared: Tensor) -> None:
+        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding at the end is masked)."""
+        x_MPW = self.model.embed_tokens(ids_MP)
         P = ids_MP.shape[1]
-        here = turn.at(torch.arange(P, device=self.device))
+        rope_P = rope.at(torch.arange(P, device=self.device))
         for layer, cache in zip(self.layers, shared, strict=True):
-            query, key, value = self._project(layer, x_MPW, here)
+            query, key, value = self._project(layer, x_MPW, rope_P)
             cache[0], cache[1] = key.transpose(1, 2), value.transpose(1, 2)
             repeats = self.heads // self.kv_heads
             attended = self.kernel(
@@ -292,12 +294,15 @@ class Decoder:
             x_MPW = self._mlp(layer, x_MPW + layer.out(attended.transpose(1, 2).flatten(-2)))
 
     @torch.no_grad()
-    def decode(self, tokens_n: Tensor, here: Rope, attend: Callable[..., Tensor]) -> Tensor:
-        """One token of every row: logits [n, V]. `attend(layer index, layer, query, key, value)` owns the cache."""
-        x_nW = self.decoder.embed_tokens(tokens_n)
+    def decode(self, tokens_n: Tensor, rope_n: Rope, attend: Callable[..., Tensor]) -> Tensor:
+        """Decode one token of every row and return logits [n, V].
+
+        `attend(layer index, layer, query, key, value)` reads and writes the cache.
+        """
+        x_nW = self.model.embed_tokens(tokens_n)
         for index, layer in enumerate(self.layers):
-            query, key, value = self._project(layer, x_nW, here)
-            x_nW = self._mlp(layer, layer.out.added(x_nW, attend(index, layer, query, key, value)))
+            query, key, value = self._project(layer, x_nW, rope_n)
+            x_nW = self._mlp(layer, layer.out.add_to(x_nW, attend(index, layer, query, key, value)))
         return self._logits(self.norm(x_nW))
 
     def _logits(self, x_nW: Tensor) -> Tensor:

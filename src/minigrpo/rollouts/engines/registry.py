@@ -1,4 +1,4 @@
-"""Engines answer prompts. Each has `generate` and `update`; a recipe names one, or lets the architecture decide."""
+"""Open the rollout engine that the recipe names, or with `auto` the one that fits the architecture."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from minigrpo.types import Engine
 
 
 def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
-    """The engine that the recipe names, sampling from the policy's weights as they are now.
+    """Open the engine that the recipe names, sampling from the policy's current weights.
 
-    `rows`: decoded side by side, where the recipe's are not to be.
+    `rows`: completions decoded side by side; None takes the recipe's number.
     """
-    from minigrpo.rollouts.engines.decoder import is_lean
+    from minigrpo.rollouts.engines.decoder import decoder_supports
 
     name = recipe.rollout.engine
     if name == "auto":
-        name = "native" if is_lean(policy.model) and not _is_dora(policy.model) else "transformers"
-    elif name in ("native", "slots") and not is_lean(policy.model):
+        name = "native" if decoder_supports(policy.model) and not _has_dora(policy.model) else "transformers"
+    elif name in ("native", "slots") and not decoder_supports(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
     return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
 
 
-def _is_dora(model: Any) -> bool:
-    """Whether an adapter of another tool also sets the length of each row, which the lean engines do not compute."""
+def _has_dora(model: Any) -> bool:
+    """Return whether an adapter is a DoRA, which also rescales each row: the native decoder does not compute that."""
     return any(any(dict(module.use_dora).values()) for module in model.modules() if hasattr(module, "use_dora"))
 
 
 def stop_ids(policy: Any) -> frozenset[int]:
-    """Every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
+    """Return every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
     generation = getattr(policy.model, "generation_config", None)
     listed = getattr(generation, "eos_token_id", None)
     named = [*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id]
@@ -42,33 +42,33 @@ def stop_ids(policy: Any) -> frozenset[int]:
     return ids
 
 
-def _native(policy: Any, recipe: Recipe, rows: int) -> Engine:
+def _open_native(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.rollouts.engines.native import NativeEngine
 
     return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
-def _slots(policy: Any, recipe: Recipe, rows: int) -> Engine:
+def _open_slots(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 
     return SlotEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
-def _transformers(policy: Any, recipe: Recipe, rows: int) -> Engine:
+def _open_transformers(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.rollouts.engines.transformers import TransformersEngine
 
     return TransformersEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
 
 
-def _vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
+def _open_vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
     from minigrpo.rollouts.engines.vllm import open_vllm
 
     return open_vllm(policy, recipe, rows, sorted(stop_ids(policy)))
 
 
 ENGINES: Mapping[str, Callable[[Any, Recipe, int], Engine]] = {
-    "native": _native,
-    "slots": _slots,
-    "transformers": _transformers,
-    "vllm": _vllm,
+    "native": _open_native,
+    "slots": _open_slots,
+    "transformers": _open_transformers,
+    "vllm": _open_vllm,
 }

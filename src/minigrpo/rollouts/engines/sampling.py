@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """tokens_n and their log-probabilities (nats, float32) under softmax(logits / temperature).
+    """Return tokens_n and their log-probabilities (nats, float32) under softmax(logits / temperature).
 
     Temperature 0 takes the likeliest token and reports its log-probability at temperature 1. Otherwise the inverse of
     the cumulative distribution at `uniform_n` (float64 in [0, 1)): the block is found from block sums, then the token
@@ -25,33 +25,34 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     logits_nV = logits_nV.float()
     if temperature == 0:
         tokens_n = logits_nV.argmax(-1)
-        return tokens_n, _at(logits_nV, tokens_n) - logits_nV.logsumexp(-1)
+        return tokens_n, _gather_tokens(logits_nV, tokens_n) - logits_nV.logsumexp(-1)
     scaled_nV = logits_nV if temperature == 1 else logits_nV / temperature
     peak_n1 = scaled_nV.amax(-1, True)
     mass_nV = torch.exp(scaled_nV - peak_n1)
     tokens_n, total_n = (_draw_flat if mass_nV.shape[1] <= BLOCK else _draw_blocked)(mass_nV, uniform_n)
-    return tokens_n, _at(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
+    return tokens_n, _gather_tokens(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
 
 
 def _draw_flat(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens, and the mass of all. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
+    """Return tokens and the total mass. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
     upto_nV = mass_nV.cumsum(-1, dtype=torch.float64)
     total_n = upto_nV[:, -1]
     return torch.searchsorted(upto_nV, (uniform_n * total_n)[:, None], right=True)[:, 0], total_n
 
 
-def _where(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
-    """The first entry whose sum exceeds the goal; rounding may leave the goal a hair past the end, and then it is the
-    last entry with any mass."""
+def _first_exceeding(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
+    """Return the first entry whose sum exceeds the goal; the last entry with any mass where rounding puts the goal
+    past the end.
+    """
     last_n1 = torch.searchsorted(upto_nV, upto_nV[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(upto_nV, goal_n1, right=True), last_n1)
 
 
 def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a large vocabulary: first the block, by block sums, then the token within it."""
-    spare = -mass_nV.shape[-1] % BLOCK
-    if spare:
-        mass_nV = torch.nn.functional.pad(mass_nV, (0, spare))
+    """Draw from a large vocabulary: first the block, by block sums, then the token within it."""
+    padding = -mass_nV.shape[-1] % BLOCK
+    if padding:
+        mass_nV = torch.nn.functional.pad(mass_nV, (0, padding))
     blocks_nSb = mass_nV.unflatten(-1, (-1, BLOCK))
     upto_nS = blocks_nSb.sum(-1, dtype=torch.float64).cumsum(-1)
     total_n = upto_nS[:, -1]
@@ -59,16 +60,16 @@ def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     block_n1 = torch.searchsorted(upto_nS, goal_n1, right=True).clamp(max=upto_nS.shape[1] - 1)
     before_n1 = upto_nS.gather(1, (block_n1 - 1).clamp(min=0)) * (block_n1 > 0)
     chosen_nb = blocks_nSb.gather(1, block_n1[..., None].expand(-1, 1, BLOCK))[:, 0]
-    inside_n1 = _where(chosen_nb.cumsum(-1, dtype=torch.float64), goal_n1 - before_n1)
+    inside_n1 = _first_exceeding(chosen_nb.cumsum(-1, dtype=torch.float64), goal_n1 - before_n1)
     return (block_n1 * BLOCK + inside_n1)[:, 0], total_n
 
 
-def _at(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
+def _gather_tokens(values_nV: Tensor, tokens_n: Tensor) -> Tensor:
     return values_nV.gather(-1, tokens_n[:, None])[:, 0]
 
 
-def waves(prompts: Sequence[Rendered], n: int, rows: int) -> Iterator[tuple[int, Sequence[Rendered]]]:
-    """Yield the prompts in as few parts as `rows` rows of n completions admit, each with the place of its first."""
+def split_prompts(prompts: Sequence[Rendered], n: int, rows: int) -> Iterator[tuple[int, Sequence[Rendered]]]:
+    """Yield (index of the first prompt, prompts) of as few parts as `rows` rows of n completions allow."""
     at_once = max(1, rows // n)
     for start in range(0, len(prompts), at_once):
         yield start, prompts[start : start + at_once]

@@ -1,4 +1,4 @@
-"""An engine that says what it is told: the public fake, for trying a task without a model.
+"""An engine that returns scripted texts: the public fake, for trying a task without a model.
 
 engine = Scripted(["4", "5"], tokenizer)                       # sibling 0 says 4, sibling 1 says 5, then again
 engine = Scripted(lambda prompt, sibling: "...", tokenizer)    # an answer for each question
@@ -27,15 +27,15 @@ class Scripted:
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
         answers = []
-        for place, rendered in enumerate(prompts):
+        for index, rendered in enumerate(prompts):
             own = tuple(self.say(self.line(rendered.prompt, sibling), sampling) for sibling in range(n))
             answers.append(own)
             if ready:
-                ready(place, own)
+                ready(index, own)
         return answers
 
     def update(self, policy: Any) -> None:
-        """Nothing to take over."""
+        """Do nothing: there are no weights."""
 
     def line(self, prompt: Prompt, sibling: int) -> str:
         if callable(self.script):
@@ -47,5 +47,5 @@ class Scripted:
         kept = tuple(ids[: sampling.max_tokens])
         if len(kept) == len(ids):
             return Completion(text, kept, (0.0,) * len(kept), "stop")
-        cut = str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        return Completion(cut, kept, (0.0,) * len(kept), "length")
+        truncated = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        return Completion(truncated, kept, (0.0,) * len(kept), "length")

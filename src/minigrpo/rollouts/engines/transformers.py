@@ -19,7 +19,7 @@ from minigrpo.utils.rng import name_key, uniform
 
 
 class TransformersEngine:
-    """Samples from the live modules of the policy, so `update` has nothing to copy."""
+    """Samples from the policy's own modules, so `update` copies nothing."""
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         self.policy = policy
@@ -36,15 +36,15 @@ class TransformersEngine:
         at_once = max(1, self.rows // n)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):
-            flat = self._wave(prompts[start : start + at_once], n, sampling)
+            flat = self._generate_batch(prompts[start : start + at_once], n, sampling)
             own = [tuple(flat[first : first + n]) for first in range(0, len(flat), n)]
-            for place, siblings in enumerate(own) if ready else ():
-                ready(start + place, siblings)  # type: ignore[misc]
+            for index, siblings in enumerate(own) if ready else ():
+                ready(start + index, siblings)  # type: ignore[misc]
             answers += own
         return answers
 
     @torch.no_grad()
-    def _wave(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[Completion]:
+    def _generate_batch(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[Completion]:
         from transformers import GenerationConfig
 
         policy = self.policy
@@ -53,9 +53,9 @@ class TransformersEngine:
         ids_BP = torch.tensor([(*[0] * (longest - len(row)), *row) for row in rows], device=policy.device)
         mask_BP = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=policy.device)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
-        choose = _Choose(torch.tensor(streams, device=policy.device), sampling.temperature)
-        # A fresh config: the base's own habits (top-k, repetition penalty) would make samples that scoring knows
-        # nothing of.
+        processor = _DrawProcessor(torch.tensor(streams, device=policy.device), sampling.temperature)
+        # A fresh config: the base's own settings (top-k, repetition penalty) would sample from another
+        # distribution than the one that is scored.
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
@@ -64,20 +64,20 @@ class TransformersEngine:
         )
         with policy.sampling_mode():
             out = policy.model.generate(
-                input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[choose], generation_config=config
+                input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[processor], generation_config=config
             )
-        logprobs_BC = torch.stack(choose.logprobs, 1).tolist()
+        logprobs_BC = torch.stack(processor.logprobs, 1).tolist()
         return [self._completion(row, lps) for row, lps in zip(out[:, longest:].tolist(), logprobs_BC, strict=True)]
 
     def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
-        end = next((place + 1 for place, token in enumerate(ids) if token in self.stop_ids), None)
+        end = next((index + 1 for index, token in enumerate(ids) if token in self.stop_ids), None)
         kept = tuple(ids[:end])
         text = self.policy.tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(text, kept, tuple(logprobs[: len(kept)]), "length" if end is None else "stop")
 
 
-class _Choose:
-    """A logits processor that draws: all other tokens become impossible."""
+class _DrawProcessor:
+    """A logits processor that draws the token and makes all others impossible."""
 
     def __init__(self, stream_B: Tensor, temperature: float) -> None:
         self.stream_B = stream_B

@@ -1,6 +1,6 @@
-"""The vLLM engine: rollouts by vLLM, in this process or by a server, for those who have it.
+"""The vLLM engine: rollouts by vLLM, in this process or by a server, where vLLM is installed.
 
-Only the adapter travels: it is saved in PEFT's format at every update and loaded under a new name. The base that vLLM
+Only the adapter is sent: it is saved in PEFT's format at every update and loaded under a new name. The base that vLLM
 holds is never merged into: a hundred merges in place move more than half of a 16-bit base's weights. vLLM rounds in its
 own way and in its own order, so what it samples is not quite the policy's: `objective.importance auto` corrects for it,
 and the distance is logged at every step (engine_gap).
@@ -30,14 +30,14 @@ from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
 
-SEEDS = 2**31
-PATIENCE = 3600.0
-"""Seconds that a server may take to answer one request: one prompt with all its siblings."""
+SEED_RANGE = 2**31
+REQUEST_TIMEOUT_S = 3600.0
+"""Seconds that a server may take for one request: one prompt with all its siblings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt as vLLM is asked it. `seed` names its streams; `adapter` is None for the base alone."""
+    """One prompt with its sampling settings. `seed` determines its random streams."""
 
     ids: tuple[int, ...]
     n: int
@@ -45,31 +45,31 @@ class Request:
     seed: int
     stop_ids: tuple[int, ...]
 
-    def settings(self) -> dict[str, Any]:
-        """Every knob that a model's own generation config could bend is named: the policy is plain softmax."""
+    def sampling_options(self) -> dict[str, Any]:
+        """Return all sampling options, also those that a generation config could change: the policy is plain softmax."""
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         drawn = {"n": self.n, "temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
         return {**plain, **drawn, "seed": self.seed, "stop_token_ids": list(self.stop_ids), "logprobs": 0}
 
 
-Answer = tuple[tuple[int, ...], tuple[float, ...], str]
-"""Token ids, their log-probabilities, and why it ended."""
+VllmSample = tuple[tuple[int, ...], tuple[float, ...], str]
+"""Token ids, their log-probabilities, and the finish reason."""
 
 
-class Host(Protocol):
+class VllmHost(Protocol):
     """Where vLLM runs."""
 
-    def take(self, name: str, folder: Path) -> None:
-        """Load an adapter; the one before it may be forgotten."""
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter; the previous one may be unloaded."""
         ...
 
-    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
-        """Calls place(i, answers) for each prompt, in any order."""
+    def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
+        """Call deliver(i, samples) for each prompt, in any order. `adapter` None: the base alone."""
         ...
 
 
 class VllmEngine:
-    def __init__(self, policy: Any, host: Host, *, stop_ids: Sequence[int]) -> None:
+    def __init__(self, policy: Any, host: VllmHost, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
         self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
         self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
@@ -78,78 +78,78 @@ class VllmEngine:
         self.update(policy)
 
     def update(self, policy: Any) -> None:
-        """Hand the adapter over, as it is now; nothing at all where it is switched off."""
+        """Save the current adapter and have vLLM load it; load none where it is switched off."""
         self.adapter = None
-        if _is_off(policy.model):
+        if _adapter_is_off(policy.model):
             return
         self._count += 1
         name = f"policy-{self._count}"
         folder = Path(self._folder.name) / name
         save_adapter(policy.model, folder)
-        self.host.take(name, folder)
+        self.host.load_adapter(name, folder)
         self.adapter = name
 
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
+        """Return n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
         check_room(prompts, sampling.max_tokens, self.context)
-        seeds = [name_key(sampling.seed, prompt.prompt.id) % SEEDS for prompt in prompts]
-        asked = [
+        seeds = [name_key(sampling.seed, prompt.prompt.id) % SEED_RANGE for prompt in prompts]
+        requests = [
             Request(prompt.ids, n, sampling, seed, self.stop_ids) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         done: dict[int, tuple[Completion, ...]] = {}
 
-        def place(index: int, answers: Sequence[Answer]) -> None:
-            done[index] = self._completions(answers)
+        def deliver(index: int, samples: Sequence[VllmSample]) -> None:
+            done[index] = self._completions(samples)
             if ready:
                 ready(index, done[index])
 
-        self.host.answer(asked, self.adapter, place)
+        self.host.complete(requests, self.adapter, deliver)
         return [done[index] for index in range(len(prompts))]
 
-    def _completions(self, answers: Sequence[Answer]) -> tuple[Completion, ...]:
-        texts = self.tokenizer.batch_decode([ids for ids, _, _ in answers], skip_special_tokens=True)
+    def _completions(self, samples: Sequence[VllmSample]) -> tuple[Completion, ...]:
+        texts = self.tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
         return tuple(
             Completion(text, ids, logprobs, "stop" if finish == "stop" else "length")
-            for text, (ids, logprobs, finish) in zip(texts, answers, strict=True)
+            for text, (ids, logprobs, finish) in zip(texts, samples, strict=True)
         )
 
 
-def _is_off(model: Any) -> bool:
+def _adapter_is_off(model: Any) -> bool:
     return any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
 
 
 class RemoteVllm:
     """A vLLM server that runs already, on a machine that sees the same files.
 
-    `overrides`: what it must be told of the model's config.
+    `overrides`: changes to the model's config that vLLM needs.
     """
 
     def __init__(self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None) -> None:
         self.url, self.model, self.rank, self.overrides = url.rstrip("/"), model, rank, overrides
         self._loaded: str | None = None
-        self.base = str(self._ask("/v1/models")["data"][0]["id"])
+        self.base = str(self._call("/v1/models")["data"][0]["id"])
 
-    def take(self, name: str, folder: Path) -> None:
-        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         if self._loaded:
-            self._ask("/v1/unload_lora_adapter", {"lora_name": self._loaded})
+            self._call("/v1/unload_lora_adapter", {"lora_name": self._loaded})
         self._loaded = name
 
-    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
+    def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
         with ThreadPoolExecutor(max_workers=64) as threads:
-            answers = [threads.submit(self._one, each, adapter or self.base) for each in asked]
+            samples = [threads.submit(self._complete, each, adapter or self.base) for each in requests]
             try:
-                for index, found in enumerate(answers):
-                    place(index, found.result())
+                for index, found in enumerate(samples):
+                    deliver(index, found.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _one(self, asked: Request, model: str) -> list[Answer]:
-        own = {"model": model, "prompt": list(asked.ids), "return_token_ids": True, "add_special_tokens": False}
-        choices = self._ask("/v1/completions", {**own, **asked.settings()})["choices"]
+    def _complete(self, request: Request, model: str) -> list[VllmSample]:
+        own = {"model": model, "prompt": list(request.ids), "return_token_ids": True, "add_special_tokens": False}
+        choices = self._call("/v1/completions", {**own, **request.sampling_options()})["choices"]
         found = []
         for choice in sorted(choices, key=lambda choice: choice["index"]):
             ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
@@ -161,23 +161,23 @@ class RemoteVllm:
             found.append((tuple(ids), tuple(logprobs), str(choice["finish_reason"])))
         return found
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
-            text = exchange(self.url + path, body, timeout=PATIENCE)
+            text = exchange(self.url + path, body, timeout=REQUEST_TIMEOUT_S)
         except StatusError as fault:
             told = " ".join(fault.raw.decode(errors="replace").split())[:300]
             raise MinigrpoError(
-                f"The vLLM server at {self.url} refused {path} ({fault.code}): {told}. {self._how()}"
+                f"The vLLM server at {self.url} refused {path} ({fault.code}): {told}. {self._start_advice()}"
             ) from None
         except (OSError, ValueError) as fault:
             reason = getattr(fault, "reason", fault)
-            raise MinigrpoError(f"No vLLM server answers at {self.url} ({reason}). {self._how()}") from None
+            raise MinigrpoError(f"No vLLM server answers at {self.url} ({reason}). {self._start_advice()}") from None
         try:
             return json.loads(text)
         except ValueError:
-            return {}  # the adapter's doors answer in words
+            return {}  # the adapter endpoints answer in plain text
 
-    def _how(self) -> str:
+    def _start_advice(self) -> str:
         told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
@@ -187,7 +187,7 @@ class RemoteVllm:
 
 
 class LocalVllm:
-    """vLLM in this process, on the policy's GPU; asleep but for `answer`."""
+    """vLLM in this process, on the policy's GPU; it sleeps except during `complete`."""
 
     def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int, overrides: dict[str, Any]) -> None:
         if find_spec("vllm") is None:
@@ -214,10 +214,10 @@ class LocalVllm:
         self._loaded: tuple[str, int, Path] | None = None
         self.llm.sleep(level=1)
 
-    def take(self, name: str, folder: Path) -> None:
+    def load_adapter(self, name: str, folder: Path) -> None:
         self._loaded = name, int(name.rpartition("-")[2]), folder
 
-    def answer(self, asked: Sequence[Request], adapter: str | None, place: Any) -> None:
+    def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -225,18 +225,18 @@ class LocalVllm:
         if adapter and self._loaded:
             name, number, folder = self._loaded
             request = LoRARequest(name, number, str(folder))
-        settings = [SamplingParams(**each.settings(), detokenize=False) for each in asked]
+        sampling_options = [SamplingParams(**each.sampling_options(), detokenize=False) for each in requests]
         self.llm.wake_up()
         try:
-            prompts = [{"prompt_token_ids": list(each.ids)} for each in asked]
-            found = self.llm.generate(prompts, settings, lora_request=request, use_tqdm=False)
+            prompts = [{"prompt_token_ids": list(each.ids)} for each in requests]
+            found = self.llm.generate(prompts, sampling_options, lora_request=request, use_tqdm=False)
         finally:
             self.llm.sleep(level=1)
         for index, output in enumerate(found):
-            place(index, [_answer_of(one) for one in output.outputs])
+            deliver(index, [_answer_of(one) for one in output.outputs])
 
 
-def _answer_of(output: Any) -> Answer:
+def _answer_of(output: Any) -> VllmSample:
     ids = tuple(output.token_ids)
     logprobs = tuple(float(at[token].logprob) for at, token in zip(output.logprobs, ids, strict=True))
     return ids, logprobs, str(output.finish_reason)

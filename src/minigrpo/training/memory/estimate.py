@@ -15,13 +15,13 @@ from minigrpo.models.context import longest_prompt
 from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
-from minigrpo.training.memory.machine import elsewhere, here
+from minigrpo.training.memory.machine import gpu_of_size, this_device
 from minigrpo.training.memory.meta import UnplannableError
 from minigrpo.training.memory.planner import Device, Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class ModelSketch:
     """What is known of a model without its weights."""
 
     config: Any
@@ -33,11 +33,11 @@ def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
 
     Raises ModelError where the model's config or tokenizer cannot be read, or its memory depends on its weights.
     """
-    place = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe)
-    sketch = sketch_of(recipe)
+    device = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe)
+    sketch = read_sketch(recipe)
     prompt = longest_prompt(prompts_of(open_task(recipe), "train"), sketch.tokenizer)
     try:
-        return make_plan(sketch.config, recipe, place, prompt)
+        return make_plan(sketch.config, recipe, device, prompt)
     except UnplannableError as fault:
         raise ModelError(
             f"the memory of {recipe.model.path} cannot be told from its config: its shapes depend on values ({fault}). "
@@ -49,23 +49,23 @@ def _gpu(recipe: Recipe, gigabytes: float) -> Device:
     """Weights as they would be there: bfloat16 and float16 take the same."""
     auto = torch.float32 if recipe.train.full else torch.bfloat16
     dtype = auto if recipe.model.dtype == "auto" else TORCH_DTYPES[recipe.model.dtype]
-    return elsewhere(min(gigabytes, recipe.train.memory or gigabytes), dtype)
+    return gpu_of_size(min(gigabytes, recipe.train.memory or gigabytes), dtype)
 
 
 def _this_machine(recipe: Recipe) -> Device:
     import peft  # noqa: F401  (what a run imports must count in what the program takes)
 
     device = pick_device(recipe.model.device)
-    return here(recipe, device, pick_dtype(recipe.model.dtype, device))
+    return this_device(recipe, device, pick_dtype(recipe.model.dtype, device))
 
 
-def sketch_of(recipe: Recipe) -> Sketch:
+def read_sketch(recipe: Recipe) -> ModelSketch:
     """Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
     from minigrpo.models.embedded import seedling
 
     path, revision = recipe.model.path, recipe.model.revision
     if seedling.is_seedling(path):
-        return Sketch(*seedling.make_config_and_tokenizer(path, recipe.seed))
+        return ModelSketch(*seedling.make_config_and_tokenizer(path, recipe.seed))
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(path).expanduser()
@@ -77,4 +77,4 @@ def sketch_of(recipe: Recipe) -> Sketch:
         reason = " ".join(str(fault).split())[:300]
         raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault
     set_template_options(tokenizer, recipe.model.template)
-    return Sketch(config, tokenizer)
+    return ModelSketch(config, tokenizer)

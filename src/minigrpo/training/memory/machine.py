@@ -16,12 +16,12 @@ from torch import Tensor
 from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, recompute_activations
-from minigrpo.training.memory.meta import UnplannableError, uniform_part
+from minigrpo.training.memory.meta import UnplannableError, uniform_micro_batch
 from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Device, Plan, make_plan
 from minigrpo.utils.memory import resident_bytes
 
 PROBE_TOKENS = 64
-SHARE = 0.5
+PROBE_SHARE = 0.5
 
 
 def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) -> int:
@@ -31,7 +31,7 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
     try:
         plan = plan_of(policy, recipe, prompt)
     except UnplannableError:
-        return recipe.train.tokens_per_pass or measured_tokens(policy)
+        return recipe.train.tokens_per_pass or measure_tokens(policy)
     if plan.recompute and not recomputes(policy):
         recompute_activations(policy.model)
     return plan.tokens_per_pass
@@ -39,36 +39,38 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
 
 def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True) -> Plan:
     """The plan of the updates of a policy that is open already. `engine`: whether its engine is, too."""
-    place = here(recipe, policy.device, policy.dtype)
+    opened_device = this_device(recipe, policy.device, policy.dtype)
     opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
-    return make_plan(policy.model.config, recipe, replace(place, opened=opened), prompt, rollout=not engine)
+    return make_plan(policy.model.config, recipe, replace(opened_device, opened=opened), prompt, rollout=not engine)
 
 
 def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
     """Rollouts and updates of a policy whose engine is open, too; None where a model cannot be counted."""
-    place = here(recipe, policy.device, policy.dtype)
+    opened_device = this_device(recipe, policy.device, policy.dtype)
     try:
-        return make_plan(policy.model.config, recipe, replace(place, opened=(*OPEN_POLICY, OPEN_ENGINE)), prompt)
+        return make_plan(
+            policy.model.config, recipe, replace(opened_device, opened=(*OPEN_POLICY, OPEN_ENGINE)), prompt
+        )
     except UnplannableError:
         return None
 
 
 def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
     """Completions decoded side by side: as many as the recipe asks for, or fewer, as memory admits."""
-    policy_alone = replace(here(recipe, policy.device, policy.dtype), opened=OPEN_POLICY)
+    policy_alone = replace(this_device(recipe, policy.device, policy.dtype), opened=OPEN_POLICY)
     try:
         return make_plan(policy.model.config, recipe, policy_alone, prompt).rows
     except UnplannableError:
         return recipe.rollout.rows
 
 
-def here(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
+def this_device(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
     """This machine, and no more of it than train.memory."""
     limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
     return Device(device.type, dtype, free_memory(device), limit, resident_bytes())
 
 
-def elsewhere(gigabytes: float, dtype: torch.dtype) -> Device:
+def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:
     """A GPU that need not be here."""
     return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
 
@@ -79,36 +81,36 @@ def recomputes(policy: Any) -> bool:
     return bool(next((getattr(policy.model, name) for name in names if hasattr(policy.model, name)), False))
 
 
-def measured_tokens(policy: Policy) -> int:
+def measure_tokens(policy: Policy) -> int:
     """For a model whose shapes depend on values."""
-    fits = SHARE * free_memory(policy.device) / bytes_per_token(policy)
+    fits = PROBE_SHARE * free_memory(policy.device) / bytes_per_token(policy)
     budget = LEAST
     while budget * 2 <= min(fits, MOST):
         budget *= 2
     return budget
 
 
-def probe_part(policy: Policy, prompt: int, completions: int, length: int) -> MicroBatch:
+def probe_micro_batch(policy: Policy, prompt: int, completions: int, length: int) -> MicroBatch:
     """A micro-batch of one group of the given shape, its tokens taken from the vocabulary in turn."""
     vocabulary = policy.model.config.get_text_config().vocab_size
-    return uniform_part(prompt, completions, length, vocabulary=vocabulary)
+    return uniform_micro_batch(prompt, completions, length, vocabulary=vocabulary)
 
 
 def bytes_per_token(policy: Policy) -> float:
     """What a forward pass keeps for its backward pass, weights aside, per token of the row."""
-    part = probe_part(policy, PROBE_TOKENS // 2, 2, PROBE_TOKENS // 4)
+    micro_batch = probe_micro_batch(policy, PROBE_TOKENS // 2, 2, PROBE_TOKENS // 4)
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record_storage(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        policy.logprobs(part, step=0)
-    return max(1.0, sum(kept.values()) / part.tokens)
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
+        policy.logprobs(micro_batch, step=0)
+    return max(1.0, sum(kept.values()) / micro_batch.tokens)
 
 
 def free_memory(device: torch.device) -> int:

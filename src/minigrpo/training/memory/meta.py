@@ -53,8 +53,8 @@ class MemoryCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
-                self._note(leaf.untyped_storage())
-        self._rise(self.now + self._borrowed(func, args, kwargs or {}))
+                self._count(leaf.untyped_storage())
+        self._raise_peak(self.now + self._borrowed(func, args, kwargs or {}))
         return out
 
     def _borrowed(self, func: Any, args: Any, kwargs: Any) -> int:
@@ -65,16 +65,16 @@ class MemoryCounter(TorchDispatchMode):
             return 0
         return int(args[0].numel()) * int(wide.itemsize)
 
-    def _note(self, storage: Any) -> None:
+    def _count(self, storage: Any) -> None:
         key = storage._cdata
         if key in self._seen:
             return
         self._seen[key] = storage.nbytes()
         self.now += storage.nbytes()
-        self._rise(self.now)
+        self._raise_peak(self.now)
         weakref.finalize(storage, self._forget, key)
 
-    def _rise(self, height: int) -> None:
+    def _raise_peak(self, height: int) -> None:
         if height > self.peak:
             self.peak, self.peak_phase = height, self.phase
 
@@ -83,7 +83,7 @@ class MemoryCounter(TorchDispatchMode):
 
 
 @cache
-def backend_of(device: str) -> AttentionBackend:
+def meta_backend(device: str) -> AttentionBackend:
     """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
 
     On meta tensors torch itself would choose the form that keeps all scores.
@@ -103,7 +103,7 @@ def _registered(kernel: Callable[..., Tensor], device: str) -> str:
 
     def attend(*args: Any, **options: Any) -> Any:
         # Around each call, not around a pass: autograd recomputes activations in a thread of its own.
-        with _Instead(kernel):
+        with _KernelOverride(kernel):
             return sdpa_attention_forward(*args, **options)
 
     name = f"minigrpo_sdpa_on_{device}"
@@ -112,7 +112,7 @@ def _registered(kernel: Callable[..., Tensor], device: str) -> str:
     return name
 
 
-class _Instead(TorchFunctionMode):
+class _KernelOverride(TorchFunctionMode):
     """Calls a kernel wherever torch's own is called, inside the block and in this thread."""
 
     def __init__(self, kernel: Callable[..., Tensor]) -> None:
@@ -173,7 +173,7 @@ class UnplannableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PassCost:
     """Bytes of one micro-batch: `kept` for the backward pass at the end of the forward one, `passing` what comes on
     top at the highest moment, which is in `phase`.
     """
@@ -203,7 +203,7 @@ def meta_policy(
             LoadedModel(model, None, "shadow"),
             temperature=recipe.rollout.temperature,
             seed=recipe.seed,
-            backend=backend_of(device),
+            backend=meta_backend(device),
         )
         policy.model.requires_grad_(False)
         if recipe.train.full:
@@ -217,43 +217,45 @@ def meta_policy(
     return policy
 
 
-def held_by(policy: Policy) -> list[Tensor]:
+def policy_tensors(policy: Policy) -> list[Tensor]:
     """What the policy's own lines account for."""
     gradients = [parameter.grad for parameter in policy.trainable if parameter.grad is not None]
     return [*policy.model.parameters(), *policy.model.buffers(), *gradients]
 
 
-def uniform_part(prompt: int, completions: int, length: int, *, groups: int = 1, vocabulary: int = 2) -> MicroBatch:
+def uniform_micro_batch(
+    prompt: int, completions: int, length: int, *, groups: int = 1, vocabulary: int = 2
+) -> MicroBatch:
     """A micro-batch whose groups all have that shape, its tokens taken from the vocabulary in turn."""
 
     def ids(start: int, n: int) -> tuple[int, ...]:
         return tuple((start + at) % vocabulary for at in range(n))
 
     answers = tuple(ids(g, length) for g in range(completions))
-    bundles = tuple(
+    packed = tuple(
         PackedGroup(place, ids(place, prompt), tuple(range(completions)), answers) for place in range(groups)
     )
     tokens = groups * completions * length
     equal_N = torch.full((tokens,), 1 / tokens)
-    return MicroBatch(bundles, torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
+    return MicroBatch(packed, torch.ones(tokens), equal_N, equal_N, torch.zeros(tokens))
 
 
-def training_pass(policy: Policy, part: MicroBatch, device: str, *, entropy_learns: bool = False) -> Pass:
+def training_pass(policy: Policy, micro_batch: MicroBatch, device: str, *, entropy_learns: bool = False) -> PassCost:
     """One micro-batch, forward and backward, on `device` (cpu or cuda)."""
-    for held in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.attention_plan):
-        held.cache_clear()  # what is still there from another count would cost nothing
-    tally = MemoryCounter(held_by(policy), device)
-    with tally:
+    for cached in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.attention_plan):
+        cached.cache_clear()  # what is still there from another count would cost nothing
+    counter = MemoryCounter(policy_tensors(policy), device)
+    with counter:
         try:
-            tally.phase = "forward pass"
-            scores = policy.logprobs(part, step=0, entropy_learns=entropy_learns)
+            counter.phase = "forward pass"
+            scores = policy.logprobs(micro_batch, step=0, entropy_learns=entropy_learns)
             loss = scores.logprobs_N.sum() + (scores.entropy_N.sum() if entropy_learns else 0.0)
-            kept = tally.now
-            tally.phase = "backward pass"
+            kept = counter.now
+            counter.phase = "backward pass"
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         except (NotImplementedError, RuntimeError) as fault:
             raise UnplannableError(str(fault).splitlines()[0]) from fault
-    return Pass(part.tokens, kept, tally.peak - kept, tally.peak_phase)
+    return PassCost(micro_batch.tokens, kept, counter.peak - kept, counter.peak_phase)
 
 
 def quantised_share(policy: Policy) -> tuple[int, int]:

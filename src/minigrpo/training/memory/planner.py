@@ -22,32 +22,32 @@ from minigrpo.models.attention.cpu import CACHED_PLANS
 from minigrpo.models.attention.shared_prompt import CACHED_MASKS
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import moment_bytes
-from minigrpo.rollouts.engines.decoder import is_lean
+from minigrpo.rollouts.engines.decoder import decoder_supports
 from minigrpo.training.memory.meta import (
-    Pass,
+    PassCost,
     UnplannableError,
     meta_policy,
     quantised_share,
     training_pass,
-    uniform_part,
+    uniform_micro_batch,
 )
 from minigrpo.training.memory.rollout_cost import (
     RolloutCost,
     RolloutShape,
-    native_sampling,
-    slot_sampling,
-    transformers_sampling,
+    native_rollout_cost,
+    slot_rollout_cost,
+    transformers_rollout_cost,
 )
 
 When = Literal["always", "rollout", "update"]
 
-SHARE = 0.9
+BUDGET_SHARE = 0.9
 """Of the budget: an allocator cannot hand out every hole between two blocks, and other programs breathe."""
 
 MOST, LEAST = 32768, 256
 """Tokens per pass. Beyond MOST a longer row makes matrix products no faster, and only takes memory."""
 
-ENOUGH = 1024
+ENOUGH_PASS_TOKENS = 1024
 """Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
 
 LIBRARIES = 16 << 20
@@ -56,7 +56,7 @@ LIBRARIES = 16 << 20
 HOLES = 0.25
 """Of what a pass takes, so much more lies idle in a CPU's heap, between blocks that are held: measured, 0.2 to 0.4."""
 
-PRODUCTS, PRODUCT = 1024, 330_000
+MAX_PRODUCTS, PRODUCT_BYTES = 1024, 330_000
 """oneDNN compiles 16-bit products of a CPU for their shapes, and keeps the last 1024 of them, so many bytes each
 (measured). A rollout meets four new shapes with every token.
 """
@@ -128,19 +128,19 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= SHARE * self.budget
+        return self.peak <= BUDGET_SHARE * self.budget
 
     def to_dict(self) -> dict[str, Any]:
         own = {"fits": self.fits, "peak": self.peak, "rollout": self.at("rollout"), "update": self.at("update")}
         return asdict(self) | own
 
 
-def make_plan(config: Any, recipe: Recipe, place: Device, prompt: int, *, rollout: bool = True) -> Plan:
+def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool = True) -> Plan:
     """`config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False leaves its lines out.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
     """
-    return _Planner(config, recipe, place, max(1, prompt), rollout=rollout).plan()
+    return _Planner(config, recipe, device, max(1, prompt), rollout=rollout).plan()
 
 
 def batch_tokens(recipe: Recipe, prompt: int) -> int:
@@ -154,27 +154,27 @@ def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: 
     own = prompt - 1 + knobs.completions * knobs.max_tokens
     if own <= tokens_per_pass:
         groups = min(knobs.prompts, tokens_per_pass // own)
-        return uniform_part(prompt, knobs.completions, knobs.max_tokens, groups=groups, vocabulary=vocabulary)
+        return uniform_micro_batch(prompt, knobs.completions, knobs.max_tokens, groups=groups, vocabulary=vocabulary)
     siblings = max(1, (tokens_per_pass - (prompt - 1)) // knobs.max_tokens)
-    return uniform_part(prompt, min(siblings, knobs.completions), knobs.max_tokens, vocabulary=vocabulary)
+    return uniform_micro_batch(prompt, min(siblings, knobs.completions), knobs.max_tokens, vocabulary=vocabulary)
 
 
 class _Planner:
     """Counts what has to be counted once, and tries choices until one fits."""
 
-    def __init__(self, config: Any, recipe: Recipe, place: Device, prompt: int, *, rollout: bool) -> None:
+    def __init__(self, config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool) -> None:
         self.rollout = rollout
-        self.config, self.recipe, self.place, self.prompt = config, recipe, place, prompt
-        self.bare = self._shadow(recompute=False)
-        self.passes: dict[tuple[bool, int], Pass] = {}
+        self.config, self.recipe, self.device, self.prompt = config, recipe, device, prompt
+        self.bare = self._meta_policy(recompute=False)
+        self.passes: dict[tuple[bool, int], PassCost] = {}
 
     def plan(self) -> Plan:
         """The first choice that fits; where none does, the smallest, and what could be turned."""
-        knob = self.recipe.model.checkpointing
-        plan = self._longest(recompute=knob == "on")
-        enough = min(ENOUGH, batch_tokens(self.recipe, self.prompt))
+        mode = self.recipe.model.checkpointing
+        plan = self._longest(recompute=mode == "on")
+        enough = min(ENOUGH_PASS_TOKENS, batch_tokens(self.recipe, self.prompt))
         settled = plan.fits and (self.recipe.train.tokens_per_pass > 0 or plan.pass_tokens >= enough)
-        if knob == "auto" and not settled:
+        if mode == "auto" and not settled:
             again = self._longest(recompute=True)
             if not plan.fits or (again.fits and again.pass_tokens > plan.pass_tokens):
                 plan = again
@@ -196,33 +196,33 @@ class _Planner:
         return self._with(recompute, best)
 
     def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
-        part = largest_part(self.recipe, self.prompt, tokens_per_pass)
-        key = (recompute, part.tokens)
+        micro_batch = largest_part(self.recipe, self.prompt, tokens_per_pass)
+        key = (recompute, micro_batch.tokens)
         if key not in self.passes:
             self.passes[key] = training_pass(
-                self._shadow(recompute=True) if recompute else self.bare,
-                part,
-                self.place.device,
+                self._meta_policy(recompute=True) if recompute else self.bare,
+                micro_batch,
+                self.device.device,
                 entropy_learns=self.recipe.objective.entropy > 0,
             )
         rows, sampling = self.sampling
-        lines = (*self.held, *self._update_lines(part, self.passes[key]), *self._rollout_lines(rows, sampling))
+        lines = (*self.held, *self._update_lines(micro_batch, self.passes[key]), *self._rollout_lines(rows, sampling))
         return Plan(
-            device=self.place.device,
-            dtype=str(self.place.dtype).removeprefix("torch."),
+            device=self.device.device,
+            dtype=str(self.device.dtype).removeprefix("torch."),
             budget=self._budget(self.held),
             prompt=self.prompt,
             completion=self.recipe.rollout.max_tokens,
             tokens_per_pass=tokens_per_pass,
-            pass_tokens=part.tokens,
+            pass_tokens=micro_batch.tokens,
             recompute=recompute,
             rows=rows,
             lines=tuple(line for line in lines if line.bytes),
         )
 
-    def _shadow(self, *, recompute: bool) -> Policy:
-        place = self.place
-        return meta_policy(self.config, self.recipe, place.dtype, device=place.device, recompute=recompute)
+    def _meta_policy(self, *, recompute: bool) -> Policy:
+        device = self.device
+        return meta_policy(self.config, self.recipe, device.dtype, device=device.device, recompute=recompute)
 
     @cached_property
     def held(self) -> tuple[PlanLine, ...]:
@@ -237,7 +237,7 @@ class _Planner:
         saved = quantised_share(policy)[0] if recipe.model.quantize == "nf4" else 0
         kl = recipe.objective.kl > 0
         copy = every if kl and recipe.train.full and recipe.train.reference != "cpu" else 0
-        kind = "4 bit" if saved else str(self.place.dtype).removeprefix("torch.")
+        kind = "4 bit" if saved else str(self.device.dtype).removeprefix("torch.")
         loaded = (
             PlanLine("weights", every - adapter - saved, "always", f"the model, {kind}"),
             PlanLine("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
@@ -250,29 +250,29 @@ class _Planner:
         return (self._program(loaded), *loaded, moments)
 
     def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
-        if self.place.device != "cpu":
+        if self.device.device != "cpu":
             return PlanLine("program", CONTEXT, "always", "CUDA and its libraries")
-        own = max(0, self.place.resident - self._opened(loaded))
+        own = max(0, self.device.resident - self._opened(loaded))
         return PlanLine("program", own + LIBRARIES, "always", "Python and its libraries")
 
     def _opened(self, lines: tuple[PlanLine, ...]) -> int:
-        return sum(line.bytes for line in lines if line.name in self.place.opened)
+        return sum(line.bytes for line in lines if line.name in self.device.opened)
 
     def _budget(self, lines: tuple[PlanLine, ...]) -> int:
         """What the whole run may take: what is free, and what it holds already."""
-        own = self.place.resident if self.place.device == "cpu" else CONTEXT + self._opened(lines)
-        return min(self.place.free + own, self.place.limit or self.place.free + own)
+        own = self.device.resident if self.device.device == "cpu" else CONTEXT + self._opened(lines)
+        return min(self.device.free + own, self.device.limit or self.device.free + own)
 
-    def _update_lines(self, part: MicroBatch, cost: Pass) -> tuple[PlanLine, ...]:
+    def _update_lines(self, micro_batch: MicroBatch, cost: PassCost) -> tuple[PlanLine, ...]:
         gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
         # Masks of the last shapes are kept, of which the pass itself counts one.
-        masks = len(part.lengths) * max(part.lengths) * (self.prompt - 1 + max(part.lengths))
-        masks *= (CACHED_PLANS - 1) * self.place.dtype.itemsize if self.place.device == "cpu" else CACHED_MASKS - 1
+        masks = len(micro_batch.lengths) * max(micro_batch.lengths) * (self.prompt - 1 + max(micro_batch.lengths))
+        masks *= (CACHED_PLANS - 1) * self.device.dtype.itemsize if self.device.device == "cpu" else CACHED_MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
-        holes = int(HOLES * cost.peak) if self.place.device == "cpu" else 0
+        holes = int(HOLES * cost.peak) if self.device.device == "cpu" else 0
         return (
             PlanLine("gradients", gradients, "update", "of what is trained"),
-            PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {part.tokens} tokens"),
+            PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {micro_batch.tokens} tokens"),
             PlanLine("update, passing", cost.passing, "update", f"highest in the {cost.phase}"),
             PlanLine("holes", holes, "update", "in the heap, between what is held"),
             PlanLine("attention masks", masks if self.bare.shares_prompts else 0, "update", "of earlier passes"),
@@ -282,8 +282,8 @@ class _Planner:
     def _rollout_lines(self, rows: int, cost: RolloutCost) -> tuple[PlanLine, ...]:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
-        compiles = self.rollout and self.place.device == "cpu" and self.place.dtype != torch.float32
-        products = PRODUCT * min(PRODUCTS, 4 * tokens) if compiles else 0
+        compiles = self.rollout and self.device.device == "cpu" and self.device.dtype != torch.float32
+        products = PRODUCT_BYTES * min(MAX_PRODUCTS, 4 * tokens) if compiles else 0
         return (
             PlanLine("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
             PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
@@ -297,14 +297,14 @@ class _Planner:
         if not self.rollout:
             return rows, RolloutCost(0, 0, 0, "")
         while True:
-            cost = max((self._sampled(wave) for wave in self._waves(rows)), key=lambda cost: cost.peak)
+            cost = max((self._sampled(shape) for shape in self._rollout_shapes(rows)), key=lambda cost: cost.peak)
             held = self._held(cost.copies)
-            room = SHARE * self._budget(held) - sum(line.bytes for line in held)
+            room = BUDGET_SHARE * self._budget(held) - sum(line.bytes for line in held)
             if cost.peak <= room or rows <= self.recipe.rollout.completions:
-                return min(rows, max(wave.rows for wave in self._waves(rows))), cost
+                return min(rows, max(shape.rows for shape in self._rollout_shapes(rows))), cost
             rows = max(rows // 2, self.recipe.rollout.completions)
 
-    def _waves(self, rows: int) -> tuple[RolloutShape, ...]:
+    def _rollout_shapes(self, rows: int) -> tuple[RolloutShape, ...]:
         """Training's, and evaluation's: one completion each of many prompts, none of which share one."""
         knobs = self.recipe.rollout
         at_once = max(1, min(rows // knobs.completions, knobs.prompts))
@@ -312,15 +312,15 @@ class _Planner:
         lengths = (self.prompt, knobs.max_tokens)
         return RolloutShape(at_once, knobs.completions, *lengths), RolloutShape(asked, 1, *lengths)
 
-    def _sampled(self, wave: RolloutShape) -> RolloutCost:
+    def _sampled(self, shape: RolloutShape) -> RolloutCost:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
-            return RolloutCost(0, 0, int(share * self.place.free), "vLLM")
-        engine, lean = self.recipe.rollout.engine, is_lean(self.bare.model)
-        ours = slot_sampling if engine == "slots" else native_sampling
-        count = ours if engine != "transformers" and lean else transformers_sampling
+            return RolloutCost(0, 0, int(share * self.device.free), "vLLM")
+        engine, supported = self.recipe.rollout.engine, decoder_supports(self.bare.model)
+        ours = slot_rollout_cost if engine == "slots" else native_rollout_cost
+        count = ours if engine != "transformers" and supported else transformers_rollout_cost
         try:
-            return count(self.bare, wave, self.recipe.rollout.temperature, self.place.device)
+            return count(self.bare, shape, self.recipe.rollout.temperature, self.device.device)
         except (NotImplementedError, RuntimeError) as fault:
             raise UnplannableError(str(fault).splitlines()[0]) from fault
 

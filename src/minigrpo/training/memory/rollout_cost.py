@@ -15,7 +15,7 @@ from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.sampling import draw
-from minigrpo.training.memory.meta import META, MemoryCounter, held_by
+from minigrpo.training.memory.meta import META, MemoryCounter, policy_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +48,35 @@ class RolloutCost:
         return self.cache + self.passing
 
 
-def native_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
+def native_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """The native engine's own code over one wave in which no completion ends before its limit."""
-    tally = MemoryCounter(held_by(policy), device)
-    with torch.no_grad(), tally, META:
-        lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
-        copies = tally.now
-        tally.peak = copies
-        turn = lean.turns(wave.prompt + wave.completion)
-        tally.phase = "reading prompts"
-        cache = _read(lean, wave, turn, device)
-        tally.phase = "growing the cache"
-        for t in _doublings(wave.completion):
-            cache.look(t)
-        held = tally.now - copies
-        tally.phase = "drawing a token"
-        _decode(lean, wave, turn, cache, temperature)
-    return RolloutCost(copies, held, tally.peak - copies - held, tally.peak_phase)
+    counter = MemoryCounter(policy_tensors(policy), device)
+    with torch.no_grad(), counter, META:
+        decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        copies = counter.now
+        counter.peak = copies
+        rope = decoder.rope_table(shape.prompt + shape.completion)
+        counter.phase = "reading prompts"
+        cache = _prefill(decoder, shape, rope, device)
+        counter.phase = "growing the cache"
+        for t in _doublings(shape.completion):
+            cache.grow(t)
+        held = counter.now - copies
+        counter.phase = "drawing a token"
+        _decode(decoder, shape, rope, cache, temperature)
+    return RolloutCost(copies, held, counter.peak - copies - held, counter.peak_phase)
 
 
-def _read(lean: Decoder, wave: RolloutShape, turn: Rope, device: str) -> kv_cache.Cache:
-    P = wave.prompt - 1
-    shared = torch.zeros(len(lean.layers), 2, wave.prompts, lean.kv_heads, P, lean.width, dtype=lean.dtype)
+def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> kv_cache.Cache:
+    P = shape.prompt - 1
+    shared = torch.zeros(len(decoder.layers), 2, shape.prompts, decoder.kv_heads, P, decoder.width, dtype=decoder.dtype)
     if P:
-        at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
-        lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, shared[:, :, :at_once])
-    lengths_M = [P] * wave.prompts
-    form = kv_cache.cache_class(lean, lengths_M, wave.completions, wave.completion, device)
-    cache = form(lean, shared, lengths_M, wave.completions, wave.completion)
-    cache.seat(torch.arange(wave.rows))
+        at_once = min(shape.prompts, max(1, native.PREFILL_TOKENS // P))
+        decoder.prefill(torch.zeros(at_once, P, dtype=torch.long), rope, shared[:, :, :at_once])
+    lengths_M = [P] * shape.prompts
+    cache_type = kv_cache.cache_class(decoder, lengths_M, shape.completions, shape.completion, device)
+    cache = cache_type(decoder, shared, lengths_M, shape.completions, shape.completion)
+    cache.assign(torch.arange(shape.rows))
     return cache
 
 
@@ -86,53 +86,56 @@ def _doublings(completion: int) -> list[int]:
     return [*(kv_cache.FIRST_SLOTS << time for time in times), completion - 1]
 
 
-def _decode(lean: Decoder, wave: RolloutShape, turn: Rope, cache: kv_cache.Cache, temperature: float) -> None:
+def _decode(decoder: Decoder, shape: RolloutShape, rope: Rope, cache: kv_cache.Cache, temperature: float) -> None:
     """Two tokens: while the second is decoded, the logits of the first are still held."""
-    place_n = torch.zeros(wave.rows, dtype=torch.long)
-    feed_n = torch.zeros(wave.rows, dtype=torch.long)
+    position_n = torch.zeros(shape.rows, dtype=torch.long)
+    input_n = torch.zeros(shape.rows, dtype=torch.long)
     for _ in range(2):
-        logits_nV = lean.decode(feed_n, turn.at(place_n), cache.attend)
-        feed_n, _ = draw(logits_nV, torch.zeros(wave.rows, dtype=torch.float64), temperature)
+        logits_nV = decoder.decode(input_n, rope.at(position_n), cache.attend)
+        input_n, _ = draw(logits_nV, torch.zeros(shape.rows, dtype=torch.float64), temperature)
 
 
-def slot_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
+def slot_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
-    tally = MemoryCounter(held_by(policy), device)
-    with torch.no_grad(), tally, META:
-        lean = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
-        copies = tally.now
-        tally.peak = copies
-        tally.phase = "reading prompts"
-        P = -(-(wave.prompt - 1) // cuda_graph.ROUND) * cuda_graph.ROUND or cuda_graph.ROUND
-        state = cuda_graph.State.empty(lean, wave.prompts, wave.completions, shared=P, own=wave.completion)
-        cache = tally.now - copies
-        turn = lean.turns(P + wave.completion)
-        at_once = min(wave.prompts, max(1, native.PREFILL_TOKENS // P))
-        lean.prefill(torch.zeros(at_once, P, dtype=torch.long), turn, state.shared[:, :, :at_once])
-        tally.phase = "drawing a token"
+    counter = MemoryCounter(policy_tensors(policy), device)
+    with torch.no_grad(), counter, META:
+        decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
+        copies = counter.now
+        counter.peak = copies
+        counter.phase = "reading prompts"
+        P = (
+            -(-(shape.prompt - 1) // cuda_graph.PROMPT_SLOT_STEP) * cuda_graph.PROMPT_SLOT_STEP
+            or cuda_graph.PROMPT_SLOT_STEP
+        )
+        state = cuda_graph.State.empty(decoder, shape.prompts, shape.completions, shared=P, own=shape.completion)
+        cache = counter.now - copies
+        rope = decoder.rope_table(P + shape.completion)
+        at_once = min(shape.prompts, max(1, native.PREFILL_TOKENS // P))
+        decoder.prefill(torch.zeros(at_once, P, dtype=torch.long), rope, state.shared[:, :, :at_once])
+        counter.phase = "drawing a token"
         stops = torch.zeros(1, dtype=torch.long)
-        step = cuda_graph.Step(lean, state, wave.completions, turn=turn, stop_ids_s=stops, heat=temperature)
+        step = cuda_graph.Step(decoder, state, shape.completions, rope=rope, stop_ids_s=stops, temperature=temperature)
         for _ in range(2):
-            step(wave.completion)
-    return RolloutCost(copies, cache, tally.peak - copies - cache, tally.peak_phase)
+            step(shape.completion)
+    return RolloutCost(copies, cache, counter.peak - copies - cache, counter.peak_phase)
 
 
-def transformers_sampling(policy: Policy, wave: RolloutShape, temperature: float, device: str) -> RolloutCost:
+def transformers_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
     """transformers' generate: every row reads its prompt for itself, and the cache of a layer is copied as it grows."""
-    B = wave.rows
-    tally = MemoryCounter(held_by(policy), device)
-    with torch.no_grad(), tally, policy.plain_attention(), META:
-        tally.phase = "reading prompts"
-        ids_BP = torch.zeros(B, wave.prompt, dtype=torch.long)
+    B = shape.rows
+    counter = MemoryCounter(policy_tensors(policy), device)
+    with torch.no_grad(), counter, policy.plain_attention(), META:
+        counter.phase = "reading prompts"
+        ids_BP = torch.zeros(B, shape.prompt, dtype=torch.long)
         out = policy.model(input_ids=ids_BP, use_cache=True, logits_to_keep=1)
         logits_BV = out.logits[:, -1].float()
-        tally.phase = "drawing a token"
-        reading = tally.now
+        counter.phase = "drawing a token"
+        reading = counter.now
         draw(logits_BV, torch.zeros(B, dtype=torch.float64), temperature)
         torch.full_like(logits_BV, -torch.inf)
-        grows = (wave.prompt + wave.completion) / wave.prompt
+        grows = (shape.prompt + shape.completion) / shape.prompt
         cache = int((reading - 2 * logits_BV.untyped_storage().nbytes()) * grows)
     layers = max(1, policy.model.config.get_text_config().num_hidden_layers)
-    drawn = tally.peak - reading if tally.peak_phase == "drawing a token" else 0
-    passing = max(tally.peak - cache, drawn + cache // layers)
-    return RolloutCost(0, cache, passing, tally.peak_phase)
+    drawn = counter.peak - reading if counter.peak_phase == "drawing a token" else 0
+    passing = max(counter.peak - cache, drawn + cache // layers)
+    return RolloutCost(0, cache, passing, counter.peak_phase)

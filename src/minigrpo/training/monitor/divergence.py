@@ -21,7 +21,7 @@ from minigrpo.training.monitor.alarms import is_known
 
 RECENT = 20
 """Healthy steps whose median is the usual."""
-FIRST = 5
+FIRST_STEPS = 5
 """As many make a median; before that, the largest value yet stands in for it. Their own median stays a lower bound:
 a gradient that has become small because the task is solved may grow back to where it began."""
 EARLY = 10
@@ -29,7 +29,7 @@ EARLY = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class WatchedFigure:
     """A figure that may leap. `floor`: what is usual anyway; `share` of watch.explosion is the factor allowed."""
 
     name: str
@@ -40,14 +40,14 @@ class Figure:
 
 FIGURES = (
     # Near 0 by construction, advantages being sums of about 1: a few tenths are not unusual with several updates.
-    Figure("loss", "|loss|", floor=0.1),
-    Figure("grad_norm", "the gradient's norm", floor=1e-6),
+    WatchedFigure("loss", "|loss|", floor=0.1),
+    WatchedFigure("grad_norm", "the gradient's norm", floor=1e-6),
     # 0 in the first step, by definition; one nat a token is another model.
-    Figure("kl", "the KL to the reference", floor=0.05),
+    WatchedFigure("kl", "the KL to the reference", floor=0.05),
     # Bounded by ln V, so a factor as large as the others' could never be reached.
-    Figure("entropy", "the entropy", floor=0.4, share=0.25),
+    WatchedFigure("entropy", "the entropy", floor=0.4, share=0.25),
 )
-ANSWERS = ("reward", "format", "completions/clipped_ratio", "completions/mean_length")
+ANSWER_FIGURES = ("reward", "format", "completions/clipped_ratio", "completions/mean_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,76 +66,80 @@ class Explosion:
 class DivergenceMonitor:
     """Fed with every step's metrics in order, from the first."""
 
-    def __init__(self, knobs: WatchConfig) -> None:
-        self._knobs = knobs
+    def __init__(self, config: WatchConfig) -> None:
+        self._config = config
         self._healthy: dict[str, list[float]] = {}
         self._update: tuple[int, float | None] = (1, None)
-        self._row: list[Explosion] = []
+        self._suspects: list[Explosion] = []
 
     @classmethod
-    def replayed(cls, knobs: WatchConfig, rows: Iterable[Mapping[str, Any]]) -> DivergenceMonitor:
+    def replayed(cls, config: WatchConfig, rows: Iterable[Mapping[str, Any]]) -> DivergenceMonitor:
         """As it stood after these lines of metrics.jsonl."""
-        watch = cls(knobs)
+        monitor = cls(config)
         for row in rows:
-            watch.after(int(row["step"]), row)
-        return watch
+            monitor.after(int(row["step"]), row)
+        return monitor
 
     @property
     def suspicious(self) -> bool:
         """Whether the newest step looks like an explosion: its weights should not become a checkpoint."""
-        return bool(self._row)
+        return bool(self._suspects)
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> Explosion | None:
         """The explosion, once it has lasted watch.patience steps in a row. A skipped step changes nothing here."""
         now = {name: value for name, value in metrics.items() if is_known(value)}
-        if not self._knobs.explosion or now.get("skipped"):
+        if not self._config.explosion or now.get("skipped"):
             return None
         what = self._leap(now) or self._collapse(now)
         if what is None:
-            self._row = []
+            self._suspects = []
             self._remember(now)
         else:
             # Answers are sampled before the update of their step: what shows now was done by the update before.
-            self._row.append(Explosion(step, self._update[0], what, self._update[1]))
+            self._suspects.append(Explosion(step, self._update[0], what, self._update[1]))
         if now.get("grad_norm"):
             self._update = (step, now.get("learning_rate"))
-        return self._row[0] if len(self._row) >= max(1, self._knobs.patience) else None
+        return self._suspects[0] if len(self._suspects) >= max(1, self._config.patience) else None
 
     def _leap(self, now: Mapping[str, float]) -> str | None:
         for figure in FIGURES:
             usual, value = self._usual(figure), abs(now.get(figure.name, 0.0))
-            if usual is not None and value > self._knobs.explosion * figure.share * usual:
+            if usual is not None and value > self._config.explosion * figure.share * usual:
                 return f"{figure.words} rose to {value:.3g}, {value / usual:.0f} times what is usual"
         return None
 
-    def _usual(self, figure: Figure) -> float | None:
+    def _usual(self, figure: WatchedFigure) -> float | None:
         values = self._healthy.get(figure.name, [])
         if not values:
             return None
-        if len(values) < FIRST:
+        if len(values) < FIRST_STEPS:
             return max(figure.floor, *values)
-        return max(figure.floor, statistics.median(values[:FIRST]), statistics.median(values[-RECENT:]))
+        return max(figure.floor, statistics.median(values[:FIRST_STEPS]), statistics.median(values[-RECENT:]))
 
     def _collapse(self, now: Mapping[str, float]) -> str | None:
-        then = {name: statistics.median(self._healthy[name][-RECENT:]) for name in ANSWERS if name in self._healthy}
+        then = {
+            name: statistics.median(self._healthy[name][-RECENT:]) for name in ANSWER_FIGURES if name in self._healthy
+        }
         if now.get("informative_groups", 1.0) > 0.1 or not then or not then.keys() <= now.keys():
             return None
         if "reward" not in then or now["reward"] >= then["reward"]:
             return None
-        ruin = _ruin(then, now)
+        ruin = _describe_ruin(then, now)
         return ruin and f"the reward fell from {then['reward']:.3g} to {now['reward']:.3g}, and {ruin}"
 
     def _remember(self, now: Mapping[str, float]) -> None:
         # Where nothing is compared there is neither a gradient nor a proof of health.
         if now.get("informative_groups", 1.0) > 0:
-            for name in (*(figure.name for figure in FIGURES), *ANSWERS):
+            for name in (*(figure.name for figure in FIGURES), *ANSWER_FIGURES):
                 if name in now:
-                    self._healthy.setdefault(name, []).append(abs(now[name]) if name not in ANSWERS else now[name])
+                    self._healthy.setdefault(name, []).append(
+                        abs(now[name]) if name not in ANSWER_FIGURES else now[name]
+                    )
 
 
-def _ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+def _describe_ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str | None:
     """What became of the answers, where it is more than a worse reward."""
-    form, cut, length = ANSWERS[1:]
+    form, cut, length = ANSWER_FIGURES[1:]
     if then.get(form, 0.0) >= 0.2 and now[form] <= 0.1 * then[form]:
         return f"{now[form]:.0%} of the answers have the asked-for form, {then[form]:.0%} had"
     if cut in then and now[cut] >= then[cut] + 0.5:
