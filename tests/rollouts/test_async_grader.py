@@ -31,7 +31,7 @@ class Patient(Scripted):
 
 
 class Silent(Scripted):
-    """An engine that tells of nothing before its end."""
+    """An engine that never calls `ready`."""
 
     def generate(self, prompts, n, sampling, ready=None):
         return super().generate(prompts, n, sampling)

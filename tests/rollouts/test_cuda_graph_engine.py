@@ -24,7 +24,7 @@ PROMPTS = (1, 40, 23, 7, 12)
 
 
 def both(policy: Policy, rows: int = 256) -> tuple[NativeEngine, SlotEngine]:
-    """In float64: the two sum in different order, and among some thousand draws rounding in float32 may turn one."""
+    """In float64: the two sum in different order, and among thousands of draws rounding in float32 may change one."""
     return NativeEngine(policy, stop_ids=STOPS, rows=rows), SlotEngine(policy, stop_ids=STOPS, rows=rows)
 
 

@@ -48,7 +48,7 @@ def test_in_sixteen_bit_both_forms_keep_to_the_policys_distribution(monkeypatch:
     policy = make_policy(lora=None)
     policy.model.bfloat16()
     first = []
-    for small in (kv_cache.SMALL, 0):
+    for small in (kv_cache.MAX_COPIED_BYTES, 0):
         monkeypatch.setattr(kv_cache, "MAX_COPIED_BYTES", small)
         first.append([(c.token_ids, c.logprobs[0]) for c in said(policy, limit=1)])
     gaps = [abs(own[1] - shared[1]) for own, shared in zip(*first, strict=True) if own[0] == shared[0]]

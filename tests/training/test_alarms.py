@@ -23,7 +23,7 @@ UNFORMED = ZERO | {"format": 0.0}
 
 
 def heard(steps: list[dict[str, Any]], **knobs: Any) -> list[tuple[int, str]]:
-    """(step, sentence) of all that is said."""
+    """Return (step, message) of every alarm raised."""
     alarms = Alarms(Recipe.model_validate(knobs))
     return [(step, text) for step, row in enumerate(steps, start=1) for text in alarms.after(step, row)]
 

@@ -18,7 +18,7 @@ GONE = {"reward": 0.0, "informative_groups": 0.0, "format": 0.0, "grad_norm": 0.
 
 
 def watched(steps: list[dict[str, Any]], **knobs: Any) -> tuple[int, Explosion] | None:
-    """(the step at which it was told, the explosion)."""
+    """Return (the step at which the explosion was reported, the explosion)."""
     watch = DivergenceMonitor(WatchConfig(**knobs))
     for step, metrics in enumerate(steps, start=1):
         if explosion := watch.after(step, metrics):

@@ -25,7 +25,7 @@ def bent(**knobs: Any) -> Objective:
 
 
 def sampled_by(policy: Policy, groups: list[Group]) -> list[Group]:
-    """The groups as a sampler near the policy reports them; the longest completion was cut off."""
+    """Return the groups with log-probabilities of a sampler near the policy; the longest completion was cut off."""
     (part,) = pack(groups, OBJECTIVES["grpo"], 60).split(EVERYTHING)
     with torch.no_grad():
         now_N = policy.logprobs(part, step=0).logprobs_N

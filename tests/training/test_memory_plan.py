@@ -47,7 +47,7 @@ def size(hidden: int, layers: int, heads: int, kv: int, vocabulary: int) -> dict
 def case(
     arch: str, size: dict[str, int], rank: int, shape: tuple[int, ...], *, again: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """`rank` 0: all is trained. `shape`: groups, completions, prompt, completion."""
+    """Return one case. `rank` 0: all weights are trained. `shape`: groups, completions, prompt, completion."""
     return {"arch": arch, "size": size, "rank": rank, "shape": shape, "recompute": again, "dtype": dtype}
 
 
@@ -161,7 +161,7 @@ def test_a_padded_architecture_has_a_plan_too() -> None:
 @pytest.mark.parametrize("arch", ["lfm2", "qwen2"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_count_holds_the_scores_of_attention(device: str, arch: str, recompute: bool) -> None:
-    """As torch's own kernels do not: ours, the lean engine's, and those that transformers asks for, recomputed too.
+    """As torch's own kernels do not: ours, the native decoder's, and those that transformers asks for, recomputed too.
 
     On a CPU attention/cpu.py does the training of qwen2, and holds them for a while.
     """

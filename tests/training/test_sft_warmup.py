@@ -202,7 +202,7 @@ def test_a_task_without_right_answers_says_what_to_give(make_recipe: Any, tmp_pa
 
 @pytest.fixture
 def answers(make_recipe: Any, tmp_path: Path, echo_task: Task) -> Any:
-    """(taught, held aside) of a file with the given lines, for a task that cannot write answers itself."""
+    """Return (taught, held aside) of a file with the given lines, for a task that cannot write answers itself."""
 
     def read(*lines: Any) -> Any:
         file = tmp_path / "answers.jsonl"

@@ -19,7 +19,7 @@ def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
 
 
 def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> Iterator[Grade]:
-    """Yield grades one by one, where the task grades one by one. Graders get a copy of the prompt and cannot change the caller's."""
+    """Yield grades, one by one where the task grades so. Graders get a copy of the prompt, never the caller's."""
     shown = copy_prompt(prompt)
     if task.grade_group is None:
         for completion in completions:

@@ -1,10 +1,10 @@
-"""Checkpoints: everything that the next step depends on, whole or absent, verified before it is believed.
+"""Checkpoints: everything that the next step depends on, written completely or not at all, verified on reading.
 
     checkpoints/000050/  adapter (or model) files  optimizer.pt  trainer.json  state.json  made.json
     checkpoints/000050.exploded/                   set aside by `discard_after`
 
-made.json holds the step and the SHA-256 of every other file, and is sealed itself (runs/manifest.py): no bit can flip
-unseen.
+made.json holds the step and the SHA-256 of every other file, and is sealed itself (runs/manifest.py), so any
+change is detected.
 
 Random numbers need no state here: every draw is named by seed, step and place (utils/rng.py). What does shape the
 arithmetic besides the weights (threads, number types, tokens per pass, rows, versions) is the Machine, stored with
@@ -33,12 +33,12 @@ from minigrpo.runs.rundir import RunDir, complete_folder, read_json, remove_fold
 from minigrpo.versions import this_version
 
 Positions = Mapping[str, Mapping[str, Any]]
-"""Per log of the run: how long it is, in bytes, and the SHA-256 of that much (runs/logger.py)."""
+"""For each log of the run: its length in bytes and the SHA-256 of those bytes (runs/logger.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the last bits of a step depend on. Two runs agree bit for bit where these agree (CPU)."""
+    """What the exact result of a step depends on: on a CPU, runs agree bit for bit where these agree."""
 
     tokens_per_pass: int
     rows: int
@@ -51,13 +51,13 @@ class Machine:
     peft: str
 
     def differences(self, then: Machine) -> list[str]:
-        """In words: what is different now from then."""
+        """Return a sentence for each field that differs from `then`."""
         pairs = [(f.name, getattr(then, f.name), getattr(self, f.name)) for f in fields(self)]
         return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
 def this_machine(tokens_per_pass: int, rows: int, device: torch.device, dtype: torch.dtype) -> Machine:
-    """`rows`: completions decoded side by side, 0 where the engine has no such thing."""
+    """Describe this machine. `rows`: completions decoded side by side, 0 where the engine has no such number."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
     return Machine(tokens_per_pass, rows, torch.get_num_threads(), str(device), str(dtype), processor, **libraries)
@@ -65,7 +65,7 @@ def this_machine(tokens_per_pass: int, rows: int, device: torch.device, dtype: t
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified folder: `step` steps are done; `positions` says where the run's logs were at that moment."""
+    """A verified folder after `step` finished steps; `positions` are those of the run's logs at that moment."""
 
     folder: Path
     step: int
@@ -85,7 +85,7 @@ def save(
 ) -> None:
     """Write the checkpoint of `step` finished steps; it appears under its name only when it is complete.
 
-    `state`: what the trainer remembers, as JSON has it (names are text, sequences are lists); some MB at most. Raises
+    `state`: the trainer's own state as JSON (names are text, sequences are lists); some MB at most. Raises
     ArtifactError where the disk is full or does not let us write.
     """
     with complete_folder(run.checkpoint(step)) as draft:
@@ -103,7 +103,7 @@ def save(
 def prune(run: RunDir, keep: int, spare: Collection[int] = frozenset()) -> None:
     """Remove all but the newest `keep` checkpoints, those of the steps in `spare`, and what was set aside.
 
-    What is not whole counts for nothing, so the last whole one always stays.
+    Incomplete ones do not count, so the last complete one always stays.
     """
     whole = [folder for folder in _folders(run) if _looks_whole(folder)]
     kept = {*whole[-max(keep, 1) :], *(folder for folder in whole if int(folder.name) in spare)}
@@ -114,7 +114,7 @@ def prune(run: RunDir, keep: int, spare: Collection[int] = frozenset()) -> None:
 
 
 def discard_after(run: RunDir, step: int, why: str = "exploded") -> None:
-    """Set aside the checkpoints later than `step`, as 000050.exploded: kept for a look until `prune` is called next."""
+    """Set aside the checkpoints later than `step`, as 000050.exploded: kept for inspection until the next `prune`."""
     for folder in _folders(run):
         if int(folder.name) > step:
             aside = folder.with_name(f"{folder.name}.{why}")
@@ -124,9 +124,9 @@ def discard_after(run: RunDir, step: int, why: str = "exploded") -> None:
 
 
 def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each newer one that is not; None before the first.
+    """Return the newest intact checkpoint (None before the first) and a sentence for each newer damaged one.
 
-    Raises ArtifactError where there are some, and none is whole: to begin again in silence would lose the run.
+    Raises ArtifactError where there are checkpoints and none is intact: starting over silently would lose the run.
     """
     complaints: list[str] = []
     for folder in reversed(_folders(run)):
@@ -144,7 +144,7 @@ def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
 
 
 def at(run: RunDir, step: int) -> Checkpoint:
-    """The checkpoint of that step, verified. Raises ArtifactError where it is missing or not whole."""
+    """Return the verified checkpoint of that step. Raises ArtifactError where it is missing or not whole."""
     if not run.checkpoint(step).is_dir():
         there = ", ".join(str(int(folder.name)) for folder in _folders(run)) or "none"
         raise ArtifactError(f"{run.path} has no checkpoint of step {step}. There are: {there}.")
@@ -152,7 +152,7 @@ def at(run: RunDir, step: int) -> Checkpoint:
 
 
 def before(run: RunDir, step: int) -> int | None:
-    """The step of the newest whole checkpoint earlier than `step`, if there is one."""
+    """Return the step of the newest intact checkpoint before `step`, or None."""
     for folder in reversed(_folders(run)):
         if int(folder.name) < step:
             with suppress(ArtifactError):
@@ -161,11 +161,11 @@ def before(run: RunDir, step: int) -> int | None:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
-"""What AdamW calls its two moments, in torch and in bitsandbytes: each as large as its parameter."""
+"""Names of AdamW's two moments in torch and bitsandbytes; each has its parameter's shape."""
 
 
 def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer back, bit for bit. Raises ArtifactError where they are of another model or recipe."""
+    """Restore weights and optimizer exactly. Raises ArtifactError where they belong to another model or recipe."""
     try:
         policy.restore(checkpoint.folder)
         state = torch.load(checkpoint.folder / "optimizer.pt", map_location=policy.device, weights_only=True)
@@ -183,9 +183,9 @@ def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) 
 
 
 def read_machine(run: RunDir) -> Machine | None:
-    """The Machine that the run began on, or None for a run that has not begun.
+    """Return the Machine that the run began on, or None for a run that has not begun.
 
-    Where its file is gone, the newest checkpoint tells. Raises ArtifactError where it is damaged.
+    Where its file is missing, read it from the newest checkpoint. Raises ArtifactError where it is damaged.
     """
     if not run.machine.is_file():
         found, _ = latest(run)
@@ -215,7 +215,7 @@ def _machine_of(file: Path, data: Mapping[str, Any]) -> Machine:
 
 
 def _verified(folder: Path) -> Checkpoint:
-    """Raises ArtifactError, naming the file, where anything differs from what was saved."""
+    """Read and verify a checkpoint. Raises ArtifactError naming the file that differs from what was saved."""
     made = read_sealed(folder / "made.json")
     if made["step"] != int(folder.name):
         raise ArtifactError(f"{folder} is of step {made['step']}, so it was renamed.")
@@ -233,7 +233,10 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _looks_whole(folder: Path) -> bool:
-    """As far as can be told without reading weights: `prune` follows every save."""
+    """Return whether a checkpoint is complete by its file sizes, without reading weights.
+
+    `prune` follows every save.
+    """
     try:
         made = read_sealed(folder / "made.json")
     except ArtifactError:
@@ -246,7 +249,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _folders(run: RunDir) -> list[Path]:
-    """In the order of their steps."""
+    """Return the checkpoint folders in the order of their steps."""
     if not run.checkpoints.is_dir():
         return []
     found = [p for p in run.checkpoints.iterdir() if re.fullmatch("[0-9]{6,}", p.name) and p.is_dir()]
@@ -258,7 +261,10 @@ def _set_aside(run: RunDir) -> list[Path]:
 
 
 def _processor() -> str:
-    """The model name where Linux tells it; platform.processor() is often empty or just an architecture."""
+    """Return the processor's model name where Linux tells it.
+
+    Platform.processor() is often empty or just an architecture.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""The figures of one step, under the names that TRL's users know (reward, frac_reward_zero_std, completions/...)."""
+"""Metrics of one step, under TRL's names (reward, frac_reward_zero_std, completions/...)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minigrpo.utils.memory import peak_bytes, reset_peak
 
 
 class Clock:
-    """Of each phase of a step, by name: its seconds, and the most memory that was held in it."""
+    """Measures each phase of a step by name: seconds, and peak memory in bytes."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -29,7 +29,7 @@ class Clock:
         self._measures_memory = reset_peak(device)
 
     def lap(self, name: str) -> None:
-        """The time since the last lap belongs to `name`."""
+        """Book the time since the last lap under `name`."""
         now = time.perf_counter()
         self._laps[name] = now - self._last
         if self._measures_memory:
@@ -38,7 +38,10 @@ class Clock:
         self._last = now
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """`tokens_per_second`: completion tokens over the whole step. `memory_gb/...`: 10^9 bytes."""
+        """Return the measurements. `tokens_per_second`: completion tokens over the whole step. `memory_gb/...`.
+
+        10^9 bytes.
+        """
         total = sum(self._laps.values())
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         return {
@@ -50,7 +53,7 @@ class Clock:
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What was sampled and what it earned. `reward_std`: mean over groups of the deviation among siblings.
+    """Return metrics of completions and their rewards. `reward_std`: mean over groups of the deviation among siblings.
 
     Rewards are those of the completions that could be scored; a part counts only where its function applied.
     """
@@ -62,7 +65,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     unscored = statistics.fmean(not grade.scored for grade in grades)
     parts = _values_by_name([grade.parts for grade in grades])
     return {
-        # First, so that a name of ours stays ours.
+        # First, so that the names below win.
         **{name: statistics.fmean(values) for name, values in _values_by_name([g.metrics for g in grades]).items()},
         "reward": _mean([reward for rewards in known for reward in rewards]),
         "reward_std": _mean([statistics.stdev(rewards) for rewards in known if len(rewards) > 1]),
@@ -90,12 +93,12 @@ def _values_by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[fl
 
 
 def _mean(values: Sequence[float]) -> float:
-    """NaN of nothing: it is written as null."""
+    """Return the mean, or NaN of no values: it is written as null."""
     return statistics.fmean(values) if values else math.nan
 
 
 def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures of the loss; sums over tokens become means. `engine_gap`: mean |engine - policy| in nats."""
+    """Return the metrics of the loss; sums over tokens become means. `engine_gap`: mean |engine - policy| in nats."""
     tokens = figures.get("scored_tokens", 0.0)
     means = (
         {}
@@ -119,7 +122,7 @@ def step_metrics(sampled: StepGroups, batch: Batch, figures: Mapping[str, float]
 
 
 def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return how the likeliest answers to prompts that are never trained on fare."""
+    """Return accuracy, reward and format of greedy answers to held-out prompts."""
     figures = group_metrics(groups)
     return {f"eval/{name}": figures[name] for name in ("accuracy", "reward", "format")}
 
@@ -128,7 +131,7 @@ SAMPLER_FIGURES = ("gap_sum", "entropy_sum", "scored_tokens")
 
 
 def sampler_gap(scores: Any, micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """Sum over tokens how far engine and policy disagree on what was sampled, and the policy's entropy, in nats."""
+    """Sum |engine - policy| log-probabilities of sampled tokens, and the policy's entropy, in nats."""
     gap_N = (scores.logprobs_N.detach() - micro_batch.engine_N.to(scores.logprobs_N)).abs()
     count = torch.tensor(float(len(gap_N)))
     return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}

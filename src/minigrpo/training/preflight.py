@@ -1,4 +1,4 @@
-"""Before any hour is spent: sample the real task with the real settings, and say whether training could work.
+"""Sample the task with the real settings before training, and say whether training could work.
 
 A group teaches only where its siblings earn different rewards. What makes all of them earn the same shows in a few
 groups; `findings` says what mends it.
@@ -57,7 +57,7 @@ class PreflightResult:
 
 
 def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: Report = no_report) -> PreflightResult:
-    """Leaves the policy as it was."""
+    """Sample, judge and time a few groups. The policy is left unchanged."""
     config = recipe.rollout
     asked = prompts_of(task, "train")
     lengths = measure_prompts(asked, policy, config.max_tokens)
@@ -92,7 +92,7 @@ def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: R
 
 
 def measure_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:
-    """How long the training prompts are, and how many of them leave no room for a completion of the longest kind."""
+    """Measure prompt lengths, and the share that leaves no room for a completion of maximal length."""
     every = max(1, len(prompts) // MEASURED_PROMPTS)
     lengths = [len(render(policy.tokenizer, prompt).ids) for prompt in prompts[::every]]
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
@@ -147,19 +147,22 @@ def compute_figures(
 
 
 def rollouts_per_step(recipe: Recipe, informative: float) -> float:
-    """One, and what is tried in place of the groups that tie."""
+    """Return the rollouts of a step: one, and those that resample tied groups."""
     wanted = (1 - informative) / max(informative, LOWEST_RATE)
     return 1 + min(recipe.groups.resample, wanted)
 
 
 def passes_per_step(recipe: Recipe) -> float:
-    """Training passes of a step; one without a backward pass (the reference, a look at entropies) is a third of one."""
+    """Return the training passes of a step.
+
+    One without a backward pass (the reference, a look at entropies) is a third of one.
+    """
     extra_passes = (recipe.objective.kl > 0) + (recipe.objective.top_entropy < 1)
     return recipe.train.inner_epochs + extra_passes / 3
 
 
 def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> float:
-    """Time of forward and backward over one step's groups. Longest part first: memory runs out here, not later.
+    """Time forward and backward over one step's groups. Longest micro-batch first: memory runs out here, not later.
 
     Gradients are dropped, and nothing else of the policy changes.
     """
@@ -183,12 +186,12 @@ def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> fl
 
 
 def with_all_scored(group: Group) -> Group:
-    """A reward that could not be told counts as none: only the time of a pass is asked for."""
+    """Give unscored completions the reward 0: only the time of a pass is measured."""
     return replace(group, grades=tuple(g if g.scored else replace(g, reward=0.0) for g in group.grades))
 
 
 def synchronize_device(device: Any) -> None:
-    """A GPU works behind the program's back; times mean nothing before it is done."""
+    """Wait for a GPU's queued kernels, without which timings mean nothing."""
     if device.type == "cuda":
         import torch
 
@@ -196,7 +199,7 @@ def synchronize_device(device: Any) -> None:
 
 
 def pick_samples(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:
-    """The best completion, the worst, and one that was cut off: read them before believing a verdict."""
+    """Return the best completion, the worst, and a truncated one, for the user to read."""
     listed = [(g, c, r) for g in groups for c, r in zip(g.completions, g.grades, strict=True)]
     by_reward = sorted(listed, key=lambda each: each[2].reward if each[2].scored else -math.inf)
     chosen = {"best": by_reward[-1], "worst": by_reward[0]}
@@ -291,13 +294,13 @@ def is_truncated(completion: Completion) -> bool:
 
 
 def find_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
-    """Why training could not work."""
+    """Return the reasons why training could not work."""
     rest = find_answer_faults(figures, groups, recipe, task)
     return [crowded(figures, recipe), *rest] if figures.prompts.crowded else rest
 
 
 def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
-    """What keeps the sampled answers from teaching anything."""
+    """Return why the sampled answers teach nothing."""
     if figures.unscored == 1:
         return [
             PreflightFinding(
@@ -331,12 +334,15 @@ def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe
 
 
 def always_cut(figures: Figures) -> bool:
-    """A task may pay for unfinished answers; then being cut off is no reason to stop."""
+    """Return whether nearly all completions are cut off and none solves: a task may pay for unfinished answers.
+
+    Then being cut off is no reason to stop.
+    """
     return figures.truncated > 0.95 and figures.solved == 0
 
 
 def warm_up(recipe: Recipe, task: Task) -> str:
-    """How to give this model a supervised start on this task, as a command."""
+    """Return advice with the command for a supervised warm-up of this model on this task."""
     steps = recipe.warmup.steps
     if steps:
         return (
@@ -392,7 +398,7 @@ def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) 
 
 
 def at_the_top(groups: Sequence[Group], recipe: Recipe, task: Task) -> bool:
-    """Whether no completion earned less than a right answer to its prompt; False where nobody can tell."""
+    """Return whether no completion earned less than a right answer to its prompt; False where nobody can tell."""
     if task.gold is None:
         return False
     pairs = [(group, task.grade(group.prompt, task.gold(group.prompt))) for group in groups]
@@ -400,7 +406,7 @@ def at_the_top(groups: Sequence[Group], recipe: Recipe, task: Task) -> bool:
 
 
 def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFinding]:
-    """What will make training slow or lame, without keeping it from working."""
+    """Return what makes training slow or weak without keeping it from working."""
     found = []
     if 0 < figures.unscored < 1:
         found.append(
@@ -438,7 +444,7 @@ def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[Prefligh
 
 
 def find_slow_learning(figures: Figures, recipe: Recipe) -> list[PreflightFinding]:
-    """Little to compare, or little left to learn."""
+    """Return warnings that few groups differ, or that little is left to learn."""
     found = []
     if 0 < figures.informative < 0.25:
         found.append(

@@ -1,6 +1,6 @@
-"""Which prompts a step asks: shuffled epochs, in which mastered prompts rest and half-solved ones come more often.
+"""Choose each step's prompts: shuffled epochs in which solved prompts rest and half-solved ones come more often.
 
-What is drawn follows from the seed and from what was learned of each prompt; both stand in `state`, so a resumed run
+What is drawn depends on the seed and on the results recorded for each prompt, which are in `state`: a resumed run
 draws what the uninterrupted one would have drawn.
 """
 
@@ -19,19 +19,19 @@ from minigrpo.types import Group, Prompt
 from minigrpo.utils.rng import name_key
 
 UNKNOWN = 0.5
-"""A prompt never tried counts as half solved: nobody knows that it would teach less."""
+"""Solved share assumed for an untried prompt: half, as nothing says that it would teach less."""
 
 
 @dataclass(frozen=True, slots=True)
 class SolveRecord:
-    """How a prompt fared when it was last tried: the share of right completions, and the epoch."""
+    """Share of right completions when a prompt was last tried, and the epoch of that try."""
 
     solved: float
     epoch: int
 
 
 def split_held_out(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts to train on, prompts kept aside to judge by during training). Raises RecipeError where too few are."""
+    """Return (training prompts, held-out prompts). Raises RecipeError where none would be left to train on."""
     if not recipe.eval.every:
         return list(prompts), []
     count = recipe.eval.held_out
@@ -46,9 +46,9 @@ def split_held_out(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prom
 
 
 class PromptSampler:
-    """Draws without replacement within an epoch; what is left over at its end waits for the next, shuffled anew.
+    """Draws without replacement within an epoch; what is left at its end is shuffled into the next.
 
-    So no step holds a prompt twice, unless a step takes more than there are.
+    No step holds a prompt twice, unless a step takes more than there are.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, knobs: GroupsConfig | None = None) -> None:
@@ -62,7 +62,7 @@ class PromptSampler:
         self.ids = {prompt.id for prompt in prompts}
 
     def take(self, count: int) -> list[Prompt]:
-        """The prompts of a new step."""
+        """Return the prompts of a new step."""
         self.tried = set()
         if count > len(self.prompts):
             return self._repeated(count)
@@ -71,28 +71,31 @@ class PromptSampler:
         return self._draw(count)
 
     def more(self, count: int) -> list[Prompt]:
-        """Further prompts for the same step, none that it has had; perhaps fewer than asked for, perhaps none."""
+        """Return further prompts for the same step, none of them repeated.
+
+        Fewer than `count`, or none, where they run out.
+        """
         if count > len(self.deck):
             self._deal(count)
         return self._draw(count)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Remember how prompts fared, as far as the choice of later ones depends on it."""
+        """Record the solved share of each prompt where later draws depend on it."""
         if self.knobs.rest is None and not self.knobs.focus:
             return
         for group in groups:
             share = fmean(grade.solved for grade in group.grades)
             name = group.prompt.id
-            # A copy (see _repeated) tells of its original.
+            # A copy (see _repeated) counts for its original.
             self.records[name if name in self.ids else name.rpartition("#")[0]] = SolveRecord(share, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """All that later draws depend on, for JSON."""
+        """Return all that later draws depend on, for JSON."""
         records = {name: [record.solved, record.epoch] for name, record in self.records.items()}
         return {"epoch": self.epoch, "deck": self.deck, "records": records}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the sampler whose state this is; raises ArtifactError where the prompts cannot be the same."""
+        """Restore the state; raises ArtifactError where the prompts cannot be the same."""
         if any(not 0 <= index < len(self.prompts) for index in state["deck"]):
             raise ArtifactError(
                 f"The checkpoint was made with more prompts than the {len(self.prompts)} that the task has now. "
@@ -109,13 +112,13 @@ class PromptSampler:
         return [self.prompts[index] for index in drawn]
 
     def _deal(self, count: int) -> None:
-        """A new epoch: the prompts that are awake, in a new order; all of them where too few are."""
+        """Start a new epoch of the prompts that do not rest, shuffled; of all prompts where too few are left."""
         self.epoch += 1
         awake = [index for index in self._order(str(self.epoch)) if self._is_awake(index)]
         self.deck = awake if len(awake) >= count else self._order(str(self.epoch))
 
     def _is_awake(self, index: int) -> bool:
-        """Mastered prompts rest for some epochs; the others come with a chance of their own (groups.focus)."""
+        """Return whether a prompt is in this epoch: solved ones rest, others come by chance (groups.focus)."""
         name = self.prompts[index].id
         record = self.records.get(name)
         if record and self.knobs.rest is not None and record.solved >= self.knobs.rest:
@@ -128,7 +131,10 @@ class PromptSampler:
         return random.Random(f"focus/{self.seed}/{self.epoch}/{name}").random() < chance
 
     def _repeated(self, count: int) -> list[Prompt]:
-        """More than there are. Copies get names of their own, because a name is also a random stream (Sampling)."""
+        """Return more prompts than there are.
+
+        Copies get names of their own, because a name is also a random stream (Sampling).
+        """
         self.epoch += 1
         rounds = math.ceil(count / len(self.prompts))
         drawn = [

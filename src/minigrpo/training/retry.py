@@ -1,4 +1,4 @@
-"""An update that is done again where memory ran out (smaller passes) or float16 overflowed (smaller loss scale)."""
+"""Retry an update where memory ran out (smaller passes) or float16 overflowed (smaller loss scale)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ StepOptimizer = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One update as it was done: in which micro-batches, of at most how many tokens, with which figures.
+    """One finished update: its micro-batches, their largest size in tokens, and its metrics.
 
     `skipped`: whether the gradient was not finite, so that no weight changed.
     """

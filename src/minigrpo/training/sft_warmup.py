@@ -1,4 +1,4 @@
-"""A supervised start, for a model that never shows the form that the task asks for.
+"""Supervised warm-up for a model that never shows the form that the task asks for.
 
 GRPO strengthens what a model does sometimes. What it never does can be shown to it: right answers, written by the task
 itself or by a person, are imitated for a few steps. Only the adapter learns, by the same code as the embedded model.
@@ -45,7 +45,10 @@ MAX_LOGITS = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class WrittenAnswer:
-    """A right answer to a prompt, and where it stands. `known`: it is a prompt of the task, which can judge answers."""
+    """A right answer to a prompt, and its source (`place`). `known`.
+
+    It is a prompt of the task, which can judge answers.
+    """
 
     prompt: Prompt
     answer: str
@@ -117,13 +120,13 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
 
 
 def check_warmup(recipe: Recipe, task: Task, policy: Policy) -> None:
-    """Raises what `warmup` would raise, before anything is done."""
+    """Raise what `warmup` would raise about the answers, before anything is done."""
     for answers in prepare_answers(recipe, task):
         tokenize_answers(answers, policy)
 
 
 def prepare_answers(recipe: Recipe, task: Task) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
-    """(to be taught, held aside)."""
+    """Return (answers to teach, answers held aside)."""
     refuse_idle(recipe)
     return split_answers(written_answers(recipe, task))
 
@@ -134,7 +137,10 @@ def refuse_idle(recipe: Recipe) -> None:
 
 
 def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
-    """As many as the steps can use, in a random order: from the recipe's file, or the task's own right answers."""
+    """Return as many answers as the steps can use, in random order.
+
+    From the recipe's file, or the task's own right answers.
+    """
     order = random.Random(f"warmup/{recipe.seed}")
     most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - HELD_ASIDE_SHARE)) + 1
     training, judging = split_held_out(prompts_of(task, "train"), recipe)
@@ -167,7 +173,7 @@ def gold(task: Task, prompt: Prompt) -> str:
 
 
 def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> Iterator[WrittenAnswer]:
-    """The lines of a file. Raises TaskError, naming file and line, for the first that cannot be used.
+    """Yield the answers in a file. Raises TaskError, naming file and line, for the first that cannot be used.
 
     `unseen`: ids of prompts to be measured on, which must not be taught.
     """
@@ -193,7 +199,7 @@ def test_prompts(task: Task) -> Sequence[Prompt]:
 
 
 def parse_answer(line: str, place: str) -> tuple[Any, str]:
-    """The prompt, whatever it is, and the answer."""
+    """Return the prompt, of any type, and the answer."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as fault:
@@ -209,7 +215,7 @@ def parse_answer(line: str, place: str) -> tuple[Any, str]:
 def make_written_answer(
     prompt: Any, answer: str, place: str, *, known: dict[str, Prompt], unseen: set[str]
 ) -> WrittenAnswer:
-    """`prompt`: an id of the task, a question, or messages."""
+    """Return the answer with its Prompt. `prompt`: an id of the task, a question, or messages."""
     if isinstance(prompt, str) and prompt in known:
         return WrittenAnswer(known[prompt], answer, place, known=True)
     if isinstance(prompt, str) and prompt in unseen:
@@ -235,7 +241,10 @@ def is_conversation(messages: Any) -> bool:
 
 
 def split_answers(answers: Sequence[WrittenAnswer]) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
-    """(to be taught, held aside). All answers to a prompt are on one side, or nothing would be held aside."""
+    """Return (answers to teach, answers held aside).
+
+    All answers to a prompt are on one side, or nothing would be held aside.
+    """
     questions = list(dict.fromkeys(conversation_key(answer) for answer in answers))
     if len(questions) < 2:
         raise TaskError(
@@ -254,7 +263,7 @@ def conversation_key(answer: WrittenAnswer) -> tuple[tuple[str, str], ...]:
 
 
 def tokenize_answers(answers: Sequence[WrittenAnswer], policy: Policy) -> list[SftExample]:
-    """As tokens, each answer ending with the eos token. Raises TaskError where some do not fit into the context."""
+    """Tokenize answers, each ending with the eos token. Raises TaskError where some do not fit into the context."""
     tokenizer = policy.tokenizer
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     lessons = [SftExample(render(tokenizer, a.prompt).ids, answer_ids(a.answer, tokenizer)) for a in answers]
@@ -275,7 +284,7 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer]) -> float:
-    """Share of answers, sampled as in training, that have the form: to prompts held aside, or else to training ones."""
+    """Return the share of sampled answers that have the form: to prompts held aside, or else to training ones."""
     prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:FORM_PROMPTS]
     prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe)[0][:FORM_PROMPTS])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
@@ -287,7 +296,7 @@ def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside:
 def answer_warnings(
     recipe: Recipe, task: Task, taught: Sequence[WrittenAnswer], lessons: Sequence[SftExample]
 ) -> Iterator[str]:
-    """What is odd about the lessons themselves."""
+    """Yield warnings about the written answers themselves."""
     limit = recipe.rollout.max_tokens
     if long := sum(len(lesson.answer_ids) > limit for lesson in lessons):
         yield (

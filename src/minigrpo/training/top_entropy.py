@@ -1,4 +1,4 @@
-"""Learning from the tokens of highest entropy alone ("Beyond the 80/20 Rule", arXiv 2506.01939).
+"""Train on the tokens of highest entropy alone ("Beyond the 80/20 Rule", arXiv 2506.01939).
 
 Shapes: N scored tokens of a micro-batch.
 """
@@ -21,7 +21,7 @@ from minigrpo.training.oom import clear_gradients, retry_on_oom
 def select_top_entropy(
     policy: Policy, objective: Objective, micro_batches: Sequence[MicroBatch], tokens_per_pass: int, *, step: int
 ) -> tuple[list[MicroBatch], int]:
-    """Mark the tokens to learn from, in smaller passes where memory runs out. Returns the tokens per pass as well."""
+    """Mark the tokens to learn from, in smaller passes where memory runs out. Return them and the tokens per pass."""
     mark = partial(mark_top_entropy, policy, objective, step=step)
     return retry_on_oom(mark, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
 

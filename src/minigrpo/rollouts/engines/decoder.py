@@ -250,7 +250,10 @@ class Decoder:
         return Rope(cos, torch.cat([-first, second], -1), self._query_scale(positions))
 
     def _query_scale(self, positions: Tensor) -> Tensor | None:
-        """Return 1 + beta ln(1 + floor(position / original context)): Ministral3, after Llama 4's temperature tuning."""
+        """Return 1 + beta ln(1 + floor(position / original context)).
+
+        Ministral3, after Llama 4's temperature tuning.
+        """
         rope = getattr(self.config, "rope_parameters", None) or {}
         beta = rope.get("llama_4_scaling_beta")
         if beta is None or self.config.model_type != "ministral3":
@@ -259,7 +262,7 @@ class Decoder:
         return (1 + beta * torch.log(1 + octave)).to(self.dtype)[:, None, None]
 
     def _project(self, layer: Layer, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Map hidden states [..., W] to queries [..., H, D], keys and values [..., K, D]; rotate queries and keys."""
+        """Map hidden states [..., W] to queries [..., H, D], keys and values [..., K, D]; apply RoPE."""
         H, K = self.heads, self.kv_heads
         query_key, value = layer.qkv(x).unflatten(-1, (H + 2 * K, self.width)).split([H + K, K], -2)
         if layer.qk_norm is not None:

@@ -1,7 +1,7 @@
 """The native engine: rollouts in the trainer's process, from the policy's own weights.
 
-Each prompt passes through the model once, for all its G siblings. A row that ends is evicted at once: the last active row
-moves into its slot, so the active rows are always the front of the cache (engines/kv_cache.py).
+Each prompt passes through the model once, for all its G siblings. A row that ends is evicted at once: the last active
+row moves into its slot, so the active rows are always the front of the cache (engines/kv_cache.py).
 
 Shapes: n active rows, B rows at first, M prompts, P longest shared prompt (without its last token), K key/value heads,
 D head width, L layers.
@@ -23,7 +23,7 @@ from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
-"""(tokens_n, row_n, tokens so far) -> which rows end at this token. `row_n` counts completions of the call, prompt by prompt."""
+"""(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
 
 PREFILL_TOKENS = 8192
 """Prompt tokens in one forward pass."""

@@ -27,12 +27,15 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
 
 
 def _has_dora(model: Any) -> bool:
-    """Return whether an adapter is a DoRA, which also rescales each row: the native decoder does not compute that."""
+    """Return whether an adapter is a DoRA, whose rescaling of rows the native decoder does not compute."""
     return any(any(dict(module.use_dora).values()) for module in model.modules() if hasattr(module, "use_dora"))
 
 
 def stop_ids(policy: Any) -> frozenset[int]:
-    """Return every token that ends an answer: the model's own list (chat models have several) and the tokenizer's eos."""
+    """Return every token that ends an answer.
+
+    The model's own list (chat models have several) and the tokenizer's eos.
+    """
     generation = getattr(policy.model, "generation_config", None)
     listed = getattr(generation, "eos_token_id", None)
     named = [*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id]

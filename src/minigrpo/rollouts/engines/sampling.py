@@ -34,15 +34,18 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
 
 
 def _draw_flat(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Return tokens and the total mass. No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum."""
+    """Return tokens and the total mass.
+
+    No number is nearer to 1 than 1 - 2^-53, so the goal is less than the last sum.
+    """
     upto_nV = mass_nV.cumsum(-1, dtype=torch.float64)
     total_n = upto_nV[:, -1]
     return torch.searchsorted(upto_nV, (uniform_n * total_n)[:, None], right=True)[:, 0], total_n
 
 
 def _first_exceeding(upto_nV: Tensor, goal_n1: Tensor) -> Tensor:
-    """Return the first entry whose sum exceeds the goal; the last entry with any mass where rounding puts the goal
-    past the end.
+    """Return the first entry whose sum exceeds the goal, or the last with any mass where rounding puts the goal past
+    the end.
     """
     last_n1 = torch.searchsorted(upto_nV, upto_nV[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(upto_nV, goal_n1, right=True), last_n1)

@@ -46,7 +46,7 @@ class Request:
     stop_ids: tuple[int, ...]
 
     def sampling_options(self) -> dict[str, Any]:
-        """Return all sampling options, also those that a generation config could change: the policy is plain softmax."""
+        """Return all sampling options, also those a generation config could change: the policy is plain softmax."""
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         drawn = {"n": self.n, "temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
         return {**plain, **drawn, "seed": self.seed, "stop_token_ids": list(self.stop_ids), "logprobs": 0}

@@ -1,4 +1,4 @@
-"""A plan before anything is loaded: the model's config and its tokenizer are enough, and no GPU need be here."""
+"""Plan memory from the model's config and tokenizer alone, before weights are loaded and without a GPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from minigrpo.training.memory.planner import Device, Plan, make_plan
 
 @dataclass(frozen=True, slots=True)
 class ModelSketch:
-    """What is known of a model without its weights."""
+    """A model's config and tokenizer, without its weights."""
 
     config: Any
     tokenizer: Any
 
 
 def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
-    """The plan of a whole run: on a GPU of so many GB, or on this machine.
+    """Return the plan of a whole run on a GPU of `gpu_memory` GB, or on this machine.
 
     Raises ModelError where the model's config or tokenizer cannot be read, or its memory depends on its weights.
     """
@@ -46,7 +46,7 @@ def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
 
 
 def _gpu(recipe: Recipe, gigabytes: float) -> Device:
-    """Weights as they would be there: bfloat16 and float16 take the same."""
+    """Return a GPU of that size. Weights are counted as on a GPU: bfloat16 and float16 take the same."""
     auto = torch.float32 if recipe.train.full else torch.bfloat16
     dtype = auto if recipe.model.dtype == "auto" else TORCH_DTYPES[recipe.model.dtype]
     return gpu_of_size(min(gigabytes, recipe.train.memory or gigabytes), dtype)
@@ -60,7 +60,7 @@ def _this_machine(recipe: Recipe) -> Device:
 
 
 def read_sketch(recipe: Recipe) -> ModelSketch:
-    """Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
+    """Read config and tokenizer. Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
     from minigrpo.models.embedded import seedling
 
     path, revision = recipe.model.path, recipe.model.revision

@@ -1,6 +1,6 @@
-"""How much of the plan a machine has room for: what is free, what is held, and how many tokens a pass may have.
+"""Fit the memory plan to a device: free and held memory, and how many tokens a forward pass may have.
 
-`budget` counts what a run takes; here it meets the device. Where a model cannot be counted without running it, a
+`planner` counts what a run takes. Where a model cannot be counted without running it, a
 forward pass over a short row is measured instead, and half of the free memory is spent on what it keeps.
 """
 
@@ -25,8 +25,9 @@ PROBE_SHARE = 0.5
 
 
 def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) -> int:
-    """What the recipe says or the plan has room for; a power of two, so that a little more or less free memory gives
-    the same. From then on the policy recomputes its activations, if the plan needs that. `prompt`: longest, in tokens.
+    """Return the recipe's or the plan's tokens per pass; turn on recomputed activations if the plan needs them.
+
+    The plan's is a power of two, so that small changes of free memory give the same. `prompt`: longest, in tokens.
     """
     try:
         plan = plan_of(policy, recipe, prompt)
@@ -38,14 +39,14 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
 
 
 def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True) -> Plan:
-    """The plan of the updates of a policy that is open already. `engine`: whether its engine is, too."""
+    """Return the plan of the updates of a loaded policy. `engine`: whether its engine is loaded, too."""
     opened_device = this_device(recipe, policy.device, policy.dtype)
     opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
     return make_plan(policy.model.config, recipe, replace(opened_device, opened=opened), prompt, rollout=not engine)
 
 
 def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
-    """Rollouts and updates of a policy whose engine is open, too; None where a model cannot be counted."""
+    """Return the plan of rollouts and updates with policy and engine loaded; None where a model cannot be counted."""
     opened_device = this_device(recipe, policy.device, policy.dtype)
     try:
         return make_plan(
@@ -56,7 +57,10 @@ def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
 
 
 def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
-    """Completions decoded side by side: as many as the recipe asks for, or fewer, as memory admits."""
+    """Return how many completions to decode side by side.
+
+    As many as the recipe asks for, or fewer, as memory admits.
+    """
     policy_alone = replace(this_device(recipe, policy.device, policy.dtype), opened=OPEN_POLICY)
     try:
         return make_plan(policy.model.config, recipe, policy_alone, prompt).rows
@@ -65,24 +69,24 @@ def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
 
 
 def this_device(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
-    """This machine, and no more of it than train.memory."""
+    """Return this machine as a Device, limited to train.memory."""
     limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
     return Device(device.type, dtype, free_memory(device), limit, resident_bytes())
 
 
 def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:
-    """A GPU that need not be here."""
+    """Return a Device for a GPU of that size, which need not be present."""
     return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
 
 
 def recomputes(policy: Any) -> bool:
-    """The name of the flag differs between the versions of transformers that are admitted."""
+    """Return whether activations are recomputed; the flag's name differs between versions of transformers."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return bool(next((getattr(policy.model, name) for name in names if hasattr(policy.model, name)), False))
 
 
 def measure_tokens(policy: Policy) -> int:
-    """For a model whose shapes depend on values."""
+    """Return tokens per pass by measurement, for a model whose shapes depend on values."""
     fits = PROBE_SHARE * free_memory(policy.device) / bytes_per_token(policy)
     budget = LEAST
     while budget * 2 <= min(fits, MOST):
@@ -91,13 +95,13 @@ def measure_tokens(policy: Policy) -> int:
 
 
 def probe_micro_batch(policy: Policy, prompt: int, completions: int, length: int) -> MicroBatch:
-    """A micro-batch of one group of the given shape, its tokens taken from the vocabulary in turn."""
+    """Return a micro-batch of one group of the given shape, with tokens from the vocabulary in turn."""
     vocabulary = policy.model.config.get_text_config().vocab_size
     return uniform_micro_batch(prompt, completions, length, vocabulary=vocabulary)
 
 
 def bytes_per_token(policy: Policy) -> float:
-    """What a forward pass keeps for its backward pass, weights aside, per token of the row."""
+    """Return the bytes per token that a forward pass keeps for its backward pass, without weights."""
     micro_batch = probe_micro_batch(policy, PROBE_TOKENS // 2, 2, PROBE_TOKENS // 4)
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     kept: dict[int, int] = {}
@@ -114,7 +118,7 @@ def bytes_per_token(policy: Policy) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or what the system could hand to one more process (in a container, its limit)."""
+    """Return free bytes of the GPU, or of main memory (within the container's limit)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_available(), _cgroup_room())

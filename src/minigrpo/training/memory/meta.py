@@ -1,4 +1,4 @@
-"""A policy without weights, made from a config alone, and what its training and its engine would take.
+"""Count memory on a policy without weights, made from a config alone (meta tensors).
 
 It is the policy's own code on tensors without contents, so no formula has to follow when a layer changes. What cannot
 be run like this, because its shapes depend on values (a mixture of experts), raises UnplannableError.
@@ -37,7 +37,7 @@ CASTING_ON_CPU: tuple[Any, ...] = (torch.ops.aten.sum.default, torch.ops.aten.su
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Bytes that live `now`, and most so far, `peak`, with the `phase` at that moment. `known` counts as nothing."""
+    """Counts live bytes (`now`), their maximum (`peak`) and its `phase`. Tensors in `known` are not counted."""
 
     def __init__(self, known: Iterable[Tensor], device: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class MemoryCounter(TorchDispatchMode):
         return out
 
     def _borrowed(self, func: Any, args: Any, kwargs: Any) -> int:
-        """Where a sum is asked for in a wider type, torch first copies the whole input into that type."""
+        """Return bytes of temporary copies: a sum in a wider type first copies its whole input."""
         copies = CASTING + (CASTING_ON_CPU if self.device == "cpu" else ())
         wide = kwargs.get("dtype")
         if func not in copies or wide is None or wide == args[0].dtype:
@@ -84,7 +84,7 @@ class MemoryCounter(TorchDispatchMode):
 
 @cache
 def meta_backend(device: str) -> AttentionBackend:
-    """Attention of meta tensors as torch would choose it on `device` (cpu, cuda).
+    """Return attention for meta tensors as torch would choose it on `device` (cpu, cuda).
 
     On meta tensors torch itself would choose the form that keeps all scores.
     """
@@ -96,7 +96,7 @@ def meta_backend(device: str) -> AttentionBackend:
 
 
 def _registered(kernel: Callable[..., Tensor], device: str) -> str:
-    """The name under which transformers finds its own attention function (sdpa), computed by another kernel."""
+    """Register transformers' sdpa attention with another kernel and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -113,7 +113,7 @@ def _registered(kernel: Callable[..., Tensor], device: str) -> str:
 
 
 class _KernelOverride(TorchFunctionMode):
-    """Calls a kernel wherever torch's own is called, inside the block and in this thread."""
+    """Replaces torch's attention kernel by another, inside the block and in this thread."""
 
     def __init__(self, kernel: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
 
 
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """The memory-efficient kernel: the only one of the lean ones that takes a mask."""
+    """The memory-efficient kernel: the only memory-saving one that takes a mask."""
     mask = _as_bias(options.get("attn_mask"), query)
     key, value = _all_heads(query, key, value)
     if mask is not None:
@@ -155,7 +155,7 @@ def _on_gpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
 
 
 def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """torch turns a mask of truth values into numbers to be added, in every layer anew."""
+    """Return a boolean mask as an additive one, as torch converts it in every layer."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
@@ -174,8 +174,8 @@ class UnplannableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Bytes of one micro-batch: `kept` for the backward pass at the end of the forward one, `passing` what comes on
-    top at the highest moment, which is in `phase`.
+    """Bytes of one micro-batch: `kept` for the backward pass when the forward pass ends, `passing` on top of that at
+    the peak, which is in `phase`.
     """
 
     tokens: int
@@ -191,7 +191,8 @@ class PassCost:
 def meta_policy(
     config: Any, recipe: Recipe, dtype: torch.dtype, *, device: str = "cpu", recompute: bool = False
 ) -> Policy:
-    """The recipe's policy with every tensor on "meta", and attention as torch computes it on `device` (cpu, cuda).
+    """Return the recipe's policy with every tensor on "meta", and attention as torch computes it on `device` (cpu,
+    cuda).
 
     Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
     """
@@ -218,7 +219,7 @@ def meta_policy(
 
 
 def policy_tensors(policy: Policy) -> list[Tensor]:
-    """What the policy's own lines account for."""
+    """Return the policy's parameters, buffers and gradients, which have plan lines of their own."""
     gradients = [parameter.grad for parameter in policy.trainable if parameter.grad is not None]
     return [*policy.model.parameters(), *policy.model.buffers(), *gradients]
 
@@ -226,7 +227,7 @@ def policy_tensors(policy: Policy) -> list[Tensor]:
 def uniform_micro_batch(
     prompt: int, completions: int, length: int, *, groups: int = 1, vocabulary: int = 2
 ) -> MicroBatch:
-    """A micro-batch whose groups all have that shape, its tokens taken from the vocabulary in turn."""
+    """Return a micro-batch whose groups all have that shape, its tokens taken from the vocabulary in turn."""
 
     def ids(start: int, n: int) -> tuple[int, ...]:
         return tuple((start + at) % vocabulary for at in range(n))
@@ -241,7 +242,7 @@ def uniform_micro_batch(
 
 
 def training_pass(policy: Policy, micro_batch: MicroBatch, device: str, *, entropy_learns: bool = False) -> PassCost:
-    """One micro-batch, forward and backward, on `device` (cpu or cuda)."""
+    """Count one micro-batch, forward and backward, on `device` (cpu or cuda)."""
     for cached in (shared_prompt._own_mask, shared_prompt._shared_mask, cpu.attention_plan):
         cached.cache_clear()  # what is still there from another count would cost nothing
     counter = MemoryCounter(policy_tensors(policy), device)
@@ -259,7 +260,7 @@ def training_pass(policy: Policy, micro_batch: MicroBatch, device: str, *, entro
 
 
 def quantised_share(policy: Policy) -> tuple[int, int]:
-    """(bytes spared by holding the frozen layers in 4 bit, bytes of the largest of them unpacked).
+    """Return (bytes spared by holding the frozen layers in 4 bit, bytes of the largest of them unpacked).
 
     NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a weight, a byte for each 64 weights, and 4
     bytes for each 256 of those. Embeddings, head and norms stay as they are.

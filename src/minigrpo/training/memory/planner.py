@@ -1,10 +1,10 @@
-"""The plan of a run's memory: every line of it, what it would take at its height, and whether that fits.
+"""Plan a run's memory: each line of it, its peak, and whether that fits.
 
-A run's height is in its rollouts or in its updates, whichever is higher; what is held all the time counts in both.
+The peak is in rollouts or in updates, whichever is higher; what is held all the time counts in both.
 What is chosen here: tokens per pass, whether activations are recomputed, how many rows are sampled side by side.
 
 Not covered: what other programs take meanwhile, and completions of very uneven length, whose padding inside attention
-may exceed that of equally long ones. Memory that runs out all the same is met in `shortage`.
+may exceed that of equally long ones. Where memory runs out all the same, training/oom.py retries in smaller passes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ENOUGH_PASS_TOKENS = 1024
 """Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
 
 LIBRARIES = 16 << 20
-"""What matrix products borrow on a CPU to sort their inputs: measured, 4 to 13 MB."""
+"""Bytes that matrix products borrow on a CPU to reorder their inputs: measured, 4 to 13 MB."""
 
 HOLES = 0.25
 """Of what a pass takes, so much more lies idle in a CPU's heap, between blocks that are held: measured, 0.2 to 0.4."""
@@ -67,7 +67,7 @@ CONTEXT = 600 << 20
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """`when` it counts; `about`: what it is, in a few words."""
+    """One line of the plan: `when` it counts, and `about`, a short description."""
 
     name: str
     bytes: int
@@ -77,9 +77,9 @@ class PlanLine:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a run would take place. `free`: bytes still to be had; `limit`: most that the run may take in all.
+    """The device of a run. `free`: bytes available; `limit`: the most that the run may take in all.
 
-    `resident`: what this process holds already, in main memory; `opened`: the lines that are among it, or on the GPU.
+    `resident`: bytes this process already holds in main memory; `opened`: names of the plan lines already loaded.
     """
 
     device: str
@@ -96,7 +96,7 @@ OPEN_ENGINE = "engine copies"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes and tokens. `fits`: the highest moment stays below SHARE of the budget."""
+    """Bytes and tokens. `fits`: the highest moment stays below BUDGET_SHARE of the budget."""
 
     device: str
     dtype: str
@@ -118,12 +118,12 @@ class Plan:
         return max(self.at("rollout"), self.at("update"))
 
     def line(self, name: str) -> int:
-        """Bytes; 0 where the plan has no such line."""
+        """Return the bytes of a line; 0 where the plan has no such line."""
         return next((line.bytes for line in self.lines if line.name == name), 0)
 
     @property
     def update_rises(self) -> int:
-        """What an update takes on top of what is held all the time."""
+        """Bytes that an update takes on top of what is always held."""
         return sum(line.bytes for line in self.lines if line.when == "update")
 
     @property
@@ -136,7 +136,8 @@ class Plan:
 
 
 def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool = True) -> Plan:
-    """`config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False leaves its lines out.
+    """Plan a run's memory. `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False
+    leaves its lines out.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
     """
@@ -144,12 +145,12 @@ def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollo
 
 
 def batch_tokens(recipe: Recipe, prompt: int) -> int:
-    """Of a step whose completions are all as long as they may be."""
+    """Return the tokens of a step whose completions all have the maximal length."""
     return recipe.rollout.prompts * (prompt - 1 + recipe.rollout.completions * recipe.rollout.max_tokens)
 
 
 def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> MicroBatch:
-    """The longest micro-batch that a step could cut: prompts and completions as long as they may be."""
+    """Return the longest possible micro-batch of a step: prompts and completions of maximal length."""
     knobs = recipe.rollout
     own = prompt - 1 + knobs.completions * knobs.max_tokens
     if own <= tokens_per_pass:
@@ -169,7 +170,7 @@ class _Planner:
         self.passes: dict[tuple[bool, int], PassCost] = {}
 
     def plan(self) -> Plan:
-        """The first choice that fits; where none does, the smallest, and what could be turned."""
+        """Return the first plan that fits; where none does, the smallest, with advice."""
         mode = self.recipe.model.checkpointing
         plan = self._longest(recompute=mode == "on")
         enough = min(ENOUGH_PASS_TOKENS, batch_tokens(self.recipe, self.prompt))
@@ -181,7 +182,7 @@ class _Planner:
         return plan if plan.fits else replace(plan, advice=advice(plan, self.recipe))
 
     def _longest(self, recompute: bool) -> Plan:
-        """By bisection over powers of two: more tokens never take less."""
+        """Find the most tokens per pass that fit, by bisection over powers of two."""
         own = self.recipe.train.tokens_per_pass
         sizes = [own] if own else [n for n in _powers() if n < 2 * batch_tokens(self.recipe, self.prompt)] or [LEAST]
         best, rest = sizes[0], sizes[:-1]
@@ -226,7 +227,7 @@ class _Planner:
 
     @cached_property
     def held(self) -> tuple[PlanLine, ...]:
-        """What is there in rollouts and updates alike."""
+        """Lines that count in rollouts and in updates."""
         return self._held(self.sampling[1].copies)
 
     def _held(self, copies: int) -> tuple[PlanLine, ...]:
@@ -259,7 +260,7 @@ class _Planner:
         return sum(line.bytes for line in lines if line.name in self.device.opened)
 
     def _budget(self, lines: tuple[PlanLine, ...]) -> int:
-        """What the whole run may take: what is free, and what it holds already."""
+        """Return the bytes the run may take: free ones and those it already holds."""
         own = self.device.resident if self.device.device == "cpu" else CONTEXT + self._opened(lines)
         return min(self.device.free + own, self.device.limit or self.device.free + own)
 
@@ -305,7 +306,7 @@ class _Planner:
             rows = max(rows // 2, self.recipe.rollout.completions)
 
     def _rollout_shapes(self, rows: int) -> tuple[RolloutShape, ...]:
-        """Training's, and evaluation's: one completion each of many prompts, none of which share one."""
+        """Return the shapes of training and of evaluation, which has one completion for each prompt."""
         knobs = self.recipe.rollout
         at_once = max(1, min(rows // knobs.completions, knobs.prompts))
         asked = min(rows, self.recipe.eval.limit)
@@ -330,7 +331,7 @@ def _powers() -> list[int]:
 
 
 def advice(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
-    """What to turn where nothing fits, in the order of what it would spare."""
+    """Return settings to change where nothing fits, the largest saving first."""
     size: Mapping[str, int] = {line.name: line.bytes for line in plan.lines}
     trained = size.get("optimizer", 0) + size.get("gradients", 0)
     rolls = plan.at("rollout") - plan.at("update")

@@ -1,5 +1,5 @@
-"""What an engine takes while it samples, counted on tensors without contents: its copies of weights, its cache of keys
-and values, and what comes and goes while prompts are read and tokens are drawn.
+"""Count an engine's memory on meta tensors: its copies of weights, its KV cache, and temporary tensors while prompts
+are read and tokens are drawn.
 
 Shapes: M prompts side by side, n completions of each, B = M * n rows, P prompt tokens, C completion tokens, L layers,
 K key/value heads, D head width, V vocabulary.
@@ -20,7 +20,7 @@ from minigrpo.training.memory.meta import META, MemoryCounter, policy_tensors
 
 @dataclass(frozen=True, slots=True)
 class RolloutShape:
-    """Prompts answered side by side: how many, completions of each, and tokens of the longest of both."""
+    """Prompts decoded together: their number, completions of each, and tokens of the longest of both."""
 
     prompts: int
     completions: int
@@ -34,8 +34,8 @@ class RolloutShape:
 
 @dataclass(frozen=True, slots=True)
 class RolloutCost:
-    """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is what comes on top of both
-    at the highest moment, which is in `phase`.
+    """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is temporary, on top of both
+    at the peak, which is in `phase`.
     """
 
     copies: int
@@ -49,7 +49,7 @@ class RolloutCost:
 
 
 def native_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
-    """The native engine's own code over one wave in which no completion ends before its limit."""
+    """Run the native engine on one batch whose completions all reach the limit."""
     counter = MemoryCounter(policy_tensors(policy), device)
     with torch.no_grad(), counter, META:
         decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
@@ -81,13 +81,13 @@ def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> 
 
 
 def _doublings(completion: int) -> list[int]:
-    """Tokens at which the cache grows, and the last one."""
+    """Return the tokens at which the cache grows, and the last one."""
     times = range(max(0, (completion - 1) // kv_cache.FIRST_SLOTS).bit_length())
     return [*(kv_cache.FIRST_SLOTS << time for time in times), completion - 1]
 
 
 def _decode(decoder: Decoder, shape: RolloutShape, rope: Rope, cache: kv_cache.Cache, temperature: float) -> None:
-    """Two tokens: while the second is decoded, the logits of the first are still held."""
+    """Decode two tokens: while the second is decoded, the logits of the first are still held."""
     position_n = torch.zeros(shape.rows, dtype=torch.long)
     input_n = torch.zeros(shape.rows, dtype=torch.long)
     for _ in range(2):
@@ -96,7 +96,7 @@ def _decode(decoder: Decoder, shape: RolloutShape, rope: Rope, cache: kv_cache.C
 
 
 def slot_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
-    """The slot engine's own code: caches of full length from the first token on, two tokens over all of them."""
+    """Run two steps of the slot engine, whose caches have full length from the first token on."""
     counter = MemoryCounter(policy_tensors(policy), device)
     with torch.no_grad(), counter, META:
         decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
@@ -121,7 +121,7 @@ def slot_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, d
 
 
 def transformers_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
-    """transformers' generate: every row reads its prompt for itself, and the cache of a layer is copied as it grows."""
+    """Count transformers' generate: every row reads its own prompt, and a layer's cache is copied as it grows."""
     B = shape.rows
     counter = MemoryCounter(policy_tensors(policy), device)
     with torch.no_grad(), counter, policy.plain_attention(), META:

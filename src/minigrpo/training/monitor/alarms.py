@@ -1,4 +1,4 @@
-"""What is going wrong in a run, in sentences: what the figures show, the likely cause, and the knob to turn.
+"""Alarms about a run, in sentences: what the metrics show, the likely cause, and the setting to change.
 
 Judged from the logged figures alone, so a resumed run, which reads them back, says nothing twice. An alarm is a value
 in ALARMS: over how many steps it looks, when it holds, what it says. A figure that was not logged, or was not finite,
@@ -25,7 +25,10 @@ Row = Mapping[str, float]
 
 
 def is_known(value: Any) -> bool:
-    """A finite number: JSON holds null for what was not, and a figure may be missing altogether."""
+    """Return whether a value is a finite number.
+
+    JSON holds null for what was not, and a figure may be missing altogether.
+    """
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -45,28 +48,28 @@ class History:
     gap_limit: float
 
     def all(self, name: str, holds: Callable[[float], bool]) -> bool:
-        """Whether the figure is there in every step of the window, and is like that."""
+        """Return whether `holds` is true of the metric in every step of the window."""
         return all(name in row and holds(row[name]) for row in self.rows)
 
     def mean(self, name: str) -> float:
-        """Over the steps of the window that have the figure; NaN, which no comparison holds for, where none has."""
+        """Return the mean over the window's steps that have the metric, or NaN, which fails every comparison."""
         return mean_of(self.rows, name)
 
     def began(self, name: str) -> float:
-        """What the figure was at the beginning of the run."""
+        """Return the mean of the metric over the first steps of the run."""
         return mean_of(self.first, name)
 
     def best(self, name: str) -> float:
-        """Largest mean over a short window of the last LONG steps."""
+        """Return the largest mean over a short window of the last LONG steps."""
         spans = [self.long[start : start + WINDOW] for start in range(max(1, len(self.long) - WINDOW + 1))]
         return max((value for span in spans if not math.isnan(value := mean_of(span, name))), default=math.nan)
 
     def peak(self, name: str) -> float:
-        """Largest value of a single step of the last LONG."""
+        """Return the largest value of a single step of the last LONG."""
         return max((row[name] for row in self.long if name in row), default=math.nan)
 
     def rise(self, name: str) -> tuple[float, float]:
-        """(mean of the window's later half minus its earlier half, the standard error of that difference)."""
+        """Return (mean of the window's later half minus its earlier half, the standard error of that difference)."""
         half = len(self.rows) // 2
         parts = [[row[name] for row in rows if name in row] for rows in (self.rows[:half], self.rows[half:])]
         if min(len(part) for part in parts) < 2:
@@ -140,14 +143,14 @@ class Alarms:
 
     @classmethod
     def replayed(cls, recipe: Recipe, rows: Iterable[Mapping[str, Any]], *, sixteen_bit: bool | None = None) -> Alarms:
-        """As they stood after these lines of metrics.jsonl."""
+        """Return the alarms as they were after these lines of metrics.jsonl."""
         alarms = cls(recipe, sixteen_bit=sixteen_bit)
         for row in rows:
             alarms.after(int(row["step"]), row)
         return alarms
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """What to say after this step: an alarm that lasts is repeated every watch.every steps."""
+        """Return the messages after this step: an alarm that lasts is repeated every watch.every steps."""
         row = {name: float(value) for name, value in metrics.items() if is_known(value)}
         self._long.append(row)
         if len(self._first) < WINDOW:
@@ -170,7 +173,8 @@ def unformed(past: History) -> bool:
 
 
 def hacked(past: History) -> bool:
-    """More is earned, no more is solved, and better form is not the reason. Where nothing ever counts as solved, as
+    """Return whether reward rises while accuracy does not, and better form is not the reason. Where nothing ever
+    counts as solved, as
     with a bare reward function, nothing can be told."""
     reward, reward_error = past.rise("reward")
     accuracy, _ = past.rise("accuracy")

@@ -1,7 +1,7 @@
-"""Has a step been too large? Judged from the logged figures alone, so a resumed run judges as the uninterrupted one.
+"""Detect diverged training. Judged from the logged figures alone, so a resumed run judges as the uninterrupted one.
 
-Two signs, each on its own. A figure leaps beyond many times what has been usual: |loss|, the gradient's norm, KL or
-entropy. Or the policy is gone: after having been better, groups no longer compare anything, and the answers have lost
+Either of two signs is enough. A metric exceeds its usual value many times over: |loss|, the gradient's norm, KL or
+entropy. Or the policy collapses: after having been better, groups no longer compare anything, and the answers have lost
 their form, run into the limit, or changed their length threefold. The second is what a far too large learning rate
 looks like: nothing is compared, so there is no gradient left that could be large.
 """
@@ -20,7 +20,7 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.training.monitor.alarms import is_known
 
 RECENT = 20
-"""Healthy steps whose median is the usual."""
+"""Healthy steps whose median is the usual value."""
 FIRST_STEPS = 5
 """As many make a median; before that, the largest value yet stands in for it. Their own median stays a lower bound:
 a gradient that has become small because the task is solved may grow back to where it began."""
@@ -74,7 +74,7 @@ class DivergenceMonitor:
 
     @classmethod
     def replayed(cls, config: WatchConfig, rows: Iterable[Mapping[str, Any]]) -> DivergenceMonitor:
-        """As it stood after these lines of metrics.jsonl."""
+        """Return the monitor as it was after these lines of metrics.jsonl."""
         monitor = cls(config)
         for row in rows:
             monitor.after(int(row["step"]), row)
@@ -86,7 +86,10 @@ class DivergenceMonitor:
         return bool(self._suspects)
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> Explosion | None:
-        """The explosion, once it has lasted watch.patience steps in a row. A skipped step changes nothing here."""
+        """Return the explosion, once it has lasted watch.patience steps in a row.
+
+        A skipped step changes nothing here.
+        """
         now = {name: value for name, value in metrics.items() if is_known(value)}
         if not self._config.explosion or now.get("skipped"):
             return None
@@ -138,7 +141,7 @@ class DivergenceMonitor:
 
 
 def _describe_ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-    """What became of the answers, where it is more than a worse reward."""
+    """Describe how the answers collapsed beyond a worse reward; None where they did not."""
     form, cut, length = ANSWER_FIGURES[1:]
     if then.get(form, 0.0) >= 0.2 and now[form] <= 0.1 * then[form]:
         return f"{now[form]:.0%} of the answers have the asked-for form, {then[form]:.0%} had"
@@ -150,7 +153,7 @@ def _describe_ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str |
 
 
 def propose_rate(recipe: Recipe, explosion: Explosion) -> float:
-    """A learning rate to begin again with: one digit, a tenth of what exploded at once, a third of what did later.
+    """Propose a learning rate for a new run: one digit, a tenth of what exploded at once, a third of what did later.
 
     Warm-up counts: a run that exploded on its way up to the peak is measured by how far it had come.
     """
@@ -159,7 +162,7 @@ def propose_rate(recipe: Recipe, explosion: Explosion) -> float:
 
 
 def message(explosion: Explosion, last_good_step: int | None, recipe: Recipe, run_path: Path) -> str:
-    """What exploded and when, which weights are good, and the command that begins again more carefully."""
+    """Say what exploded and when, which weights are good, and the command for a run with a lower rate."""
     rate = f"{propose_rate(recipe, explosion):g}"
     run = RunDir(run_path)
     kept = "No checkpoint is older than that."
