@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from minigrpo.errors import SandboxError
-from minigrpo.sandbox.pool import NECESSARY, Sandbox, missing, open_worker
+from minigrpo.sandbox.inside.program import NECESSARY_LOCKS
+from minigrpo.sandbox.pool import Sandbox, missing, open_worker
 from minigrpo.sandbox.protocol import Limits, Referee
 from minigrpo.sandbox.worker import Worker
 
@@ -72,7 +73,7 @@ def locks(worker: Worker) -> list[Finding]:
     found = []
     for name, about in ABOUT.items():
         reason = told.get(name, "not tried")
-        level: Level = "ok" if not reason else "bad" if name in NECESSARY else "note"
+        level: Level = "ok" if not reason else "bad" if name in NECESSARY_LOCKS else "note"
         found.append(Finding("locks", name, about if not reason else f"open: {reason}", level, about if reason else ""))
     return found
 

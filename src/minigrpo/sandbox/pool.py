@@ -23,7 +23,6 @@ TRIES = 3
 """Of a program that the machine's own faults interrupt."""
 
 MOST_WORKERS = 8
-NECESSARY = ("filter", "limits")
 
 
 class Sandbox:
@@ -163,7 +162,7 @@ def open_worker(limits: Limits, *, unsafe: bool = False, selftest: bool = True) 
 def missing(report: dict[str, Any]) -> list[str]:
     """Why programs must not run, from what a zygote tells of itself; empty where all necessary locks are closed."""
     locks = report["locks"]
-    holes = [f"{name}: {reason}" for name in NECESSARY if (reason := locks.get(name, "not tried"))]
+    holes = [f"{name}: {reason}" for name in program.NECESSARY_LOCKS if (reason := locks.get(name, "not tried"))]
     return holes + [f"{name} got through" for name, met in report["selftest"].items() if met == "got through"]
 
 

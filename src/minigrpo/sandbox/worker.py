@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -22,7 +21,6 @@ from minigrpo.sandbox.protocol import Limits
 
 BOOT = "import sys; sys.path.append(sys.argv[1]); from inside import zygote; zygote.main()"
 START_S, REPLY_S, PATIENCE_S = 60.0, 30.0, 2.0
-LENGTH = struct.Struct("!I")
 REPLY_BYTES = 2**16
 GLANCE_S, GLANCES = 0.5, 2
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -187,12 +185,12 @@ class Worker:
     def _send(self, message: dict[str, Any]) -> None:
         data = codec.encode(message, REPLY_BYTES)
         try:
-            self.control.sendall(LENGTH.pack(len(data)) + data)
+            self.control.sendall(codec.LENGTH.pack(len(data)) + data)
         except OSError as fault:
             raise WorkerLost from fault
 
     def _receive(self) -> dict[str, Any]:
-        (size,) = LENGTH.unpack(self._read(LENGTH.size))
+        (size,) = codec.LENGTH.unpack(self._read(codec.LENGTH.size))
         return dict(codec.decode(self._read(size)))
 
     def _read(self, size: int) -> bytes:

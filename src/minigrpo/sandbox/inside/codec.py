@@ -17,6 +17,7 @@ MAX_ENTRIES = 1000
 """Of one dictionary: keys can be chosen so that they all collide."""
 
 LENGTH = struct.Struct("!I")
+"""The length that stands before every message and every content: four bytes, big end first."""
 REAL = struct.Struct("!d")
 
 

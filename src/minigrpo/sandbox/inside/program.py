@@ -19,6 +19,9 @@ from typing import Any
 from . import codec
 from .syscalls import CHANNEL
 
+NECESSARY_LOCKS = ("filter", "limits")
+"""Locks of a child without which no program is run."""
+
 HEAD = struct.Struct("!I8sc")
 """Bytes that follow the head, the call's number-used-once, and the kind of message."""
 

@@ -17,7 +17,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -39,11 +38,7 @@ HIDDEN = (
 """What the zygote needs for itself: an import in a program does not find it. The filter, not this, is the lock, and
 `resource` stays, because wait4 looks for it."""
 
-NECESSARY = ("filter", "limits")
-"""Locks of a child without which no program is run."""
-
 Work = Callable[[dict[str, str]], int]
-LENGTH = struct.Struct("!I")
 REPLY = 2**16
 FORK_TRIES, FORK_PAUSE = 40, 0.05
 LOOK_UP = 2.0
@@ -151,7 +146,7 @@ class Zygote:
         faults = self.lock.close(zygote)
         if work is not None:
             os._exit(min(work(faults), 1))
-        if not self.unsafe and any(faults[name] for name in NECESSARY):
+        if not self.unsafe and any(faults[name] for name in program.NECESSARY_LOCKS):
             os._exit(71)
         program.serve()
 
@@ -203,7 +198,7 @@ class Zygote:
 
     def send(self, reply: dict[str, Any]) -> None:
         data = codec.encode(reply, REPLY)
-        self.control.sendall(LENGTH.pack(len(data)) + data)
+        self.control.sendall(codec.LENGTH.pack(len(data)) + data)
 
 
 def tell(faults: dict[str, str]) -> int:
@@ -218,8 +213,8 @@ def main() -> None:
     zygote = Zygote(control)
     try:
         forget(control.fileno())
-        size = zygote.receive(LENGTH.size)
-        config = codec.decode(zygote.receive(LENGTH.unpack(size)[0])) if size else None
+        size = zygote.receive(codec.LENGTH.size)
+        config = codec.decode(zygote.receive(codec.LENGTH.unpack(size)[0])) if size else None
         if config is None:
             return
         keep_what_programs_import()
