@@ -157,13 +157,15 @@ def test_the_quantizing_library_is_tested_before_it_is_used(kind: str) -> None:
 
     quantizer = BlockQuantizer({kind})
     quantizer._test(kind)
-    quantizer._quantize_chunk = lambda *args: args[2].value and write_random_bytes(args[2].value, args[4] * args[5])
+    quantizer._quantize_chunk = lambda *args: (
+        args[2].value and claim_bytes_without_writing(args[2].value, args[4] * args[5])
+    )
     with pytest.raises(MinigrpoError, match=r"made .* bytes|is off by"):
         quantizer._test(kind)
     assert np.isfinite(BlockQuantizer(set())(np.ones((1, 32), np.float32), "Q8_0")).all()
 
 
-def write_random_bytes(place: int, numbers: int) -> int:
+def claim_bytes_without_writing(place: int, numbers: int) -> int:
     return numbers
 
 
