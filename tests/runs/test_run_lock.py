@@ -71,13 +71,15 @@ def test_the_second_process_is_refused_and_told_of_the_first(other: Other, tmp_p
     take(RunDir(tmp_path / "run"))
 
 
+RECIPE = "model:\n  path: no/such\n"
+NO_MODEL = ("--model.path", "no/such", "--run", "RUN")  # whatever gets past the lock is soon refused
 WRITING: dict[str, tuple[str, ...]] = {
-    "preflight": ("preflight", "quickstart", "--run", "RUN"),
-    "warmup": ("warmup", "quickstart", "--warmup.steps", "1", "--run", "RUN"),
-    "train": ("train", "quickstart", "--run", "RUN"),
+    "preflight": ("preflight", "quickstart", *NO_MODEL),
+    "warmup": ("warmup", "quickstart", "--warmup.steps", "1", *NO_MODEL),
+    "train": ("train", "quickstart", *NO_MODEL),
     "train --resume": ("train", "RUN", "--resume"),
-    "run": ("run", "quickstart", "--run", "RUN"),
-    "quickstart": ("quickstart", "--run", "RUN"),
+    "run": ("run", "quickstart", *NO_MODEL),
+    "quickstart": ("quickstart", *NO_MODEL),
     "check": ("check", "RUN"),
     "check adapter": ("check", "RUN/adapter"),
     "merge": ("merge", "RUN"),
@@ -115,7 +117,7 @@ def test_a_command_that_writes_into_a_run_is_refused_while_another_holds_it(
     other: Other, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     run = RunDir(tmp_path / "run")
-    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    run.recipe.write_text(RECIPE, encoding="utf-8")
     before = {file: file.read_bytes() for file in run.path.rglob("*")}
     said = refusal(WRITING[command], run.path, capsys)
     assert f"error: {run.path} is in use: process {other.process.pid} on {socket.gethostname()}, since 20" in said
@@ -130,7 +132,7 @@ def test_a_command_that_replaces_nothing_in_a_run_works_beside_its_holder(
 ) -> None:
     """It is refused all the same, for what it misses in an empty run."""
     run = RunDir(tmp_path / "run")
-    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    run.recipe.write_text(RECIPE, encoding="utf-8")
     said = refusal(BESIDE[command], run.path, capsys)
     assert "is in use" not in said
     assert re.search("has trained nothing|is missing|is not there", said)
@@ -146,7 +148,7 @@ def test_a_command_that_holds_a_run_removes_what_killed_processes_left(
 ) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
-    run.recipe.write_text("seed: 1\n", encoding="utf-8")
+    run.recipe.write_text(RECIPE, encoding="utf-8")
     for command in ("check", "merge", "export", "verify", "publish"):
         draft = run.path / ".merged.abc.draft"
         draft.mkdir()
