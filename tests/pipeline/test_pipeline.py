@@ -99,6 +99,14 @@ def test_evaluating_a_run_finds_its_adapter_and_its_recipe(done):
     assert [a["text"] for a in answers] == [a["text"] for a in kept]
 
 
+def test_a_checkpoint_is_evaluated_by_its_runs_recipe_under_its_own_name(done):
+    run, _ = done
+    checkpoint = max(run.checkpoints.iterdir())
+    figures = stages.evaluate(str(checkpoint), limit=2, quiet=True)
+    assert Path(figures["file"]) == run.evals / f"{checkpoint.name}-even-test.json"
+    assert figures["model"]["scores"]["accuracy"]["count"] == 2
+
+
 def test_an_adapter_is_compared_with_a_base_prompt_by_prompt(done, make_recipe, tmp_path):
     run, _ = done
     out = tmp_path / "out.json"
