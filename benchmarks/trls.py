@@ -111,11 +111,11 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
 
     task = task_of(setup.workload, setup.folder)
     prompts = ordered(task.prompts("train"), setup)
-    knobs = recipe_of(setup).lora
+    adapter = recipe_of(setup).lora
     lora = LoraConfig(
-        r=knobs.rank,
-        lora_alpha=knobs.alpha,
-        lora_dropout=knobs.dropout,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )

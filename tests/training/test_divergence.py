@@ -117,10 +117,10 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one() -> None:
 
 def test_the_rate_proposed_is_below_the_one_that_exploded() -> None:
     recipe = Recipe.model_validate({"train": {"lr": 0.1}})
-    assert propose_rate(recipe, Explosion(3, 2, "", 0.1)) == 0.01
-    assert propose_rate(recipe, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
-    assert propose_rate(recipe, Explosion(90, 80, "", 0.1)) == 0.03
-    assert propose_rate(recipe, Explosion(3, 2, "")) == 0.01
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.1)) == 0.01
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
+    assert propose_rate(recipe.train.lr, Explosion(90, 80, "", 0.1)) == 0.03
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "")) == 0.01
 
 
 def test_the_message_says_what_when_where_and_how_to_begin_again() -> None:

@@ -304,6 +304,6 @@ def test_memory_decides_the_plan_and_a_stated_budget_overrules_it() -> None:
     # Two layers of width 32 keep at least their inputs, norms, projections and MLP halves, in float32.
     assert 2 * 32 * 4 * 5 < per_token < 200_000
     budget = machine.tokens_per_pass(policy, Recipe())
-    assert machine.LEAST <= budget <= machine.MOST
+    assert machine.MIN_TOKENS <= budget <= machine.MAX_TOKENS
     assert budget & (budget - 1) == 0
     assert machine.tokens_per_pass(policy, Recipe(train=TrainConfig(tokens_per_pass=777))) == 777

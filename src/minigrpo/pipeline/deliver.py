@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
 from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
@@ -67,33 +67,33 @@ def look_ahead(recipe: Recipe, console: Console) -> None:
         Hub(*find_token(), command="the same command").whoami()
 
 
-def deliver(recipe: Recipe, run: RunDir, console: Console) -> Delivered:
+def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
     """Check, merge, export, ask. Raises ArtifactError where the merge is not what was trained."""
     if not _checked(run, console):
         return Delivered(False, missing=("Nothing was merged: the check above says why.",))
     _merge(run, console)
-    if not recipe.export.formats:
+    if not config.formats:
         return Delivered(True)
     if reason := _no_library():
         return Delivered(True, missing=(reason,))
     try:
-        exported = _export(recipe, run, console)
+        exported = _export(config, run, console)
     except ModelError as fault:
         return Delivered(True, missing=(f"Not exported. {fault}",))
     return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
 
 
-def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -> None:
+def close(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
     """The last of a run, after its summary. Raises ArtifactError where a file was rejected."""
     if delivered.exported and not delivered.exported.ok:
         raise ArtifactError(
             f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
         )
-    if recipe.publish.repo and delivered.merged:
+    if config.repo and delivered.merged:
         from minigrpo.delivery.hub.publish import publish, published_table
 
         with timed(run, "publish"):
-            console.print(published_table(publish(run, recipe.publish.repo, private=not recipe.publish.public)))
+            console.print(published_table(publish(run, config.repo, private=not config.public)))
 
 
 def _no_library() -> str | None:
@@ -123,11 +123,11 @@ def _merge(run: RunDir, console: Console) -> None:
         console.print(merged_table(merge(run)))
 
 
-def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
+def _export(config: ExportConfig, run: RunDir, console: Console) -> Exported:
     from minigrpo.delivery.gguf.export import export, exported_table
 
     with timed(run, "export"):
-        exported = export(run, [recipe.export.formats])
+        exported = export(run, [config.formats])
     console.print(exported_table(exported))
     return exported
 
@@ -167,14 +167,14 @@ def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivere
 
 def _answer_panel(answer: ServedAnswer) -> RenderableType:
     earned = "" if answer.reward is None else f"\nreward {answer.reward:g}"
-    said = (
+    lines = (
         (printable(answer.question).strip(), "dim"),
         ("\n→ ", "bold"),
         printable(answer.answer).strip(),
         (earned, "italic"),
     )
     title = f"what {answer.engine} answers from the file"
-    return Panel(Text.assemble(*said), title=title, title_align="left", width=100)
+    return Panel(Text.assemble(*lines), title=title, title_align="left", width=100)
 
 
 def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:

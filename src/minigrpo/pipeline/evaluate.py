@@ -101,7 +101,7 @@ def before_and_after(opened: OpenedRun, run: RunDir, console: Console) -> list[C
 
     recipe = opened.recipe
     asks = [EvalRequest(recipe, opened.task, recipe.eval.limit, 1, t, console) for t in TEMPERATURES]
-    tuned = EvalSide("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, result_path(run, recipe)))
+    tuned = EvalSide("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, result_path(run, recipe.train)))
     after = [kept(run, tuned, ask) for ask in asks]
     with base_of(opened) as base:
         before = [kept(run, base, ask) for ask in asks]

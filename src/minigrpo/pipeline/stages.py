@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
@@ -32,7 +32,7 @@ __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "w
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
     """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    with run_lock(run) if run else nullcontext(), settings_of(recipe, run):
+    with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
         return prepare.run_preflight(open_all(recipe, run), run, Console())
 
 
@@ -52,7 +52,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
     from minigrpo.training.sft_warmup import refuse_idle
 
     console = Console()
-    refuse_idle(recipe)
+    refuse_idle(recipe.warmup)
     with taken(recipe, run, resume):
         if prepare.is_warm(recipe, run):
             console.print(Text(f"{run.warmup} is there already."))
@@ -70,8 +70,8 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
     """Train, and leave the adapter (or the model) in the run's folder."""
     console = Console()
     with taken(recipe, run, resume):
-        if result_path(run, recipe).exists():
-            console.print(Text(f"{result_path(run, recipe)} is there already: nothing left to train."))
+        if result_path(run, recipe.train).exists():
+            console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
         prepare.check_lessons(opened)
@@ -79,7 +79,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
-    console.print(Text(f"Trained: {result_path(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
+    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: minigrpo evaluate {run.path}"))
 
 
 @contextmanager
@@ -91,17 +91,17 @@ def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
     with run_lock(run):
         check_folder(recipe, run, resume)
         tidy(run)
-        with settings_of(recipe, run):
+        with settings_of(recipe.train, run):
             yield
 
 
-def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
+def settings_of(config: TrainConfig, run: RunDir | None) -> AbstractContextManager[None]:
     """Sets the process for this run, with as many threads as when it began, until the block ends."""
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.utils.process import process_settings
 
     began = read_machine(run) if run else None
-    return process_settings(began.threads if began else recipe.train.threads)
+    return process_settings(began.threads if began else config.threads)
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
     console = Console()
     with taken(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe, run, delivered, console)
+        deliver.close(recipe.publish, run, delivered, console)
     return figures
 
 
@@ -123,7 +123,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     console = Console()
     with taken(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe, run, delivered, console)
+        deliver.close(recipe.publish, run, delivered, console)
     for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -148,7 +148,7 @@ def _run_all(
     deliver.look_ahead(recipe, console)
     comparisons = _trained_and_judged(recipe, run, console, show_samples)
     # Afterwards, so that no policy is in memory any more: each of these opens models of its own, in float32.
-    delivered = deliver.deliver(recipe, run, console)
+    delivered = deliver.deliver(recipe.export, run, console)
     figures = _kept(run, comparisons, delivered)
     deliver.summarise(run, comparisons, delivered, console)
     return figures, comparisons, delivered
@@ -159,10 +159,10 @@ def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samp
         opened = open_all(recipe, run)
         prepare.check_lessons(opened)
         create_run(recipe, run)
-    if result_path(run, recipe).exists():
-        _restore(opened, result_path(run, recipe))
+    if result_path(run, recipe.train).exists():
+        _restore(opened, result_path(run, recipe.train))
         opened.engine.update(opened.policy)
-        console.print(Text(f"{result_path(run, recipe)} is there already."))
+        console.print(Text(f"{result_path(run, recipe.train)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):
@@ -193,7 +193,7 @@ def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     if done < recipe.train.steps:
         track.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
         raise KeyboardInterrupt  # the signal waited until the step was saved; now it does what it came for
-    with complete_folder(result_path(run, recipe)) as draft:
+    with complete_folder(result_path(run, recipe.train)) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", stamp("train", recipe))
 

@@ -140,15 +140,15 @@ def times_table(seconds: Mapping[str, float]) -> RenderableType:
 def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
     """A question, what the model said, and what it earned. Texts are shown as they are, never read as markup."""
     question = answer["prompt"] if "messages" not in answer else answer["messages"][-1]["content"]
-    said = printable(str(answer["text"]))
-    said = said if len(said) <= LONGEST_TEXT else said[:LONGEST_TEXT] + " ..."
+    answer_text = printable(str(answer["text"]))
+    answer_text = answer_text if len(answer_text) <= LONGEST_TEXT else answer_text[:LONGEST_TEXT] + " ..."
     judged = "right" if answer["solved"] else "wrong" if answer["formed"] else "not in the form"
     end = ", cut off at the limit" if answer["finish"] == "length" else ""
     earned = "unknown" if answer["reward"] is None else f"{answer['reward']:g}"
     body = Text.assemble(
         (printable(str(question)).strip(), "dim"),
         ("\n→ ", "bold"),
-        said.strip() or "(nothing)",
+        answer_text.strip() or "(nothing)",
         (f"\n{judged}: reward {earned}, target {target_of(answer['target'])}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)

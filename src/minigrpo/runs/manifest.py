@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from minigrpo.config.load import dump_recipe, load_recipe
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.runs.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
 from minigrpo.versions import installed, this_version
@@ -141,9 +141,9 @@ def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return knobs
 
 
-def result_path(run: RunDir, recipe: Recipe) -> Path:
+def result_path(run: RunDir, config: TrainConfig) -> Path:
     """Where the run's training leaves its result."""
-    return run.model if recipe.train.full else run.adapter
+    return run.model if config.full else run.adapter
 
 
 def existing_result(run: RunDir) -> Path:

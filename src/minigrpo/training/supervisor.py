@@ -63,7 +63,7 @@ class Supervisor:
         self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
         self.optimizer, self.objective = optimizer, objective
         self.logger, self.run = logger, logger.run
-        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe)
+        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
@@ -178,26 +178,26 @@ class Supervisor:
         if self.policy.device.type == "cpu":
             compute_repeatably()
         self._settle_machine(prompt, rows)
-        found, complaints = checkpoint.latest(self.run)
+        newest, complaints = checkpoint.latest(self.run)
         for complaint in complaints:
             self.logger.say(complaint)
-        self.logger.rewind(found.positions if found else {})
+        self.logger.rewind(newest.positions if newest else {})
         if not self.policy.shares_prompts:
             kind = self.policy.model.config.model_type
             self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
-        if found is None:
+        if newest is None:
             # Whatever would keep a later checkpoint from being written is found now, not after an hour.
             self._save(0)
             return 0
         if complaints:
-            checkpoint.discard_after(self.run, found.step, "damaged")
-        checkpoint.load(found, self.policy, self.optimizer)
-        self.source.restore(found.state["source"])
-        self.policy.loss_scale = self.policy.loss_scale.restored(found.state.get("loss_scale", {}))
+            checkpoint.discard_after(self.run, newest.step, "damaged")
+        checkpoint.load(newest, self.policy, self.optimizer)
+        self.source.restore(newest.state["source"])
+        self.policy.loss_scale = self.policy.loss_scale.restored(newest.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
-        self.logger.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
-        return found.step
+        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.steps}.")
+        return newest.step
 
     def _keep_smaller_passes(self, tokens: int) -> None:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
@@ -259,7 +259,7 @@ class Supervisor:
         if self.explosion is not None:
             good = checkpoint.before(self.run, self.explosion.onset)
             checkpoint.discard_after(self.run, good or 0)
-            raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
+            raise DivergenceError(message(self.explosion, good, self.recipe.train.lr, self.run.path))
 
     def _settle_machine(self, prompt: int, rows: int) -> None:
         """Set tokens per pass and threads to those that the run began with; say where the machine differs."""

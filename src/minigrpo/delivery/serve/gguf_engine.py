@@ -61,13 +61,13 @@ class GgufEngine:
         """Raise ModelError: a GGUF file is not trained."""
         raise ModelError(f"{self.header.file} can be judged but not trained.")
 
-    def _answer(self, asked: Rendered, sibling: int, sampling: Sampling) -> Completion:
-        fixed = {"prompt": list(asked.ids), "n_predict": sampling.max_tokens, "return_tokens": True}
-        seed = name_key(sampling.seed, asked.prompt.id, sibling) % 2**32
-        said = self.client.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
-        cut = said["stop_type"] == "limit"
+    def _answer(self, rendered: Rendered, sibling: int, sampling: Sampling) -> Completion:
+        fixed = {"prompt": list(rendered.ids), "n_predict": sampling.max_tokens, "return_tokens": True}
+        seed = name_key(sampling.seed, rendered.prompt.id, sibling) % 2**32
+        reply = self.client.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
+        cut = reply["stop_type"] == "limit"
         end = () if cut or self.header.eos is None else (self.header.eos,)
-        return Completion(said["content"], (*said["tokens"], *end), (), "length" if cut else "stop")
+        return Completion(reply["content"], (*reply["tokens"], *end), (), "length" if cut else "stop")
 
 
 class Renderer:

@@ -80,11 +80,11 @@ class ServerClient:
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
     ) -> str:
         """Return the answer's text, including any markup for thinking."""
-        asked = {"model": self.model, "messages": [dict(message) for message in messages]}
-        found = self.ask(
-            "/v1/chat/completions", {**asked, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        reply = self.ask(
+            "/v1/chat/completions", {**payload, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         )
-        return str(found["choices"][0]["message"]["content"] or "")
+        return str(reply["choices"][0]["message"]["content"] or "")
 
     def tokenize(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return token ids; names of special tokens in the text are parsed. `special`: with the beginning that the
@@ -93,23 +93,23 @@ class ServerClient:
             return tuple(
                 self.ask("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
             )
-        asked = {"model": self.model, "prompt": text, "add_special_tokens": special}
-        return tuple(self.ask("/tokenize", asked)["tokens"])
+        payload = {"model": self.model, "prompt": text, "add_special_tokens": special}
+        return tuple(self.ask("/tokenize", payload)["tokens"])
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return a conversation's token ids, rendered by the server's own chat template with its answer opened."""
-        asked = {"model": self.model, "messages": [dict(message) for message in messages]}
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
         if self.engine == "llama.cpp":
-            return self.tokenize(self.ask("/apply-template", asked)["prompt"], special=True)
-        return tuple(self.ask("/tokenize", {**asked, "add_generation_prompt": True})["tokens"])
+            return self.tokenize(self.ask("/apply-template", payload)["prompt"], special=True)
+        return tuple(self.ask("/tokenize", {**payload, "add_generation_prompt": True})["tokens"])
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
         """Return the greedy continuation, up to `count` tokens; the token that ends an answer may be left out."""
         if self.engine == "llama.cpp":
-            asked = {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True}
-            return tuple(self.ask("/completion", {**asked, "cache_prompt": False})["tokens"])
-        asked = {"model": self.model, "prompt": list(ids), "max_tokens": count, "temperature": 0}
-        return tuple(self.ask("/v1/completions", {**asked, "return_token_ids": True})["choices"][0]["token_ids"])
+            payload = {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True}
+            return tuple(self.ask("/completion", {**payload, "cache_prompt": False})["tokens"])
+        payload = {"model": self.model, "prompt": list(ids), "max_tokens": count, "temperature": 0}
+        return tuple(self.ask("/v1/completions", {**payload, "return_token_ids": True})["choices"][0]["token_ids"])
 
     def logprobs(self, ids: Sequence[int], start: int) -> Tensor:
         """Return log-probabilities [N, V] in float32 of the tokens that follow each position from `start` on, as the
@@ -137,15 +137,15 @@ class ServerClient:
         letter = [[self.tokenize("a")[0], 1e6]]
         fixed = {"n_predict": 1, "n_probs": size, "cache_prompt": False, "temperature": 0, "logit_bias": letter}
         for end in range(start + 1, len(ids) + 1):
-            found = self.ask("/completion", {**fixed, "prompt": list(ids[:end])})
-            yield found["completion_probabilities"][0]["top_logprobs"]
+            reply = self.ask("/completion", {**fixed, "prompt": list(ids[:end])})
+            yield reply["completion_probabilities"][0]["top_logprobs"]
 
     def _vllm_rows(self, ids: Sequence[int], start: int) -> Iterator[dict[str, Any]]:
         """Yield the prompt's own probabilities. One token is appended to the prompt, so that its last position has
         one, too."""
-        asked = {"model": self.model, "prompt": [*ids, ids[-1]], "max_tokens": 1, "temperature": 0}
-        found = self.ask("/v1/completions", {**asked, "prompt_logprobs": -1})
-        yield from found["choices"][0]["prompt_logprobs"][start + 1 :]
+        payload = {"model": self.model, "prompt": [*ids, ids[-1]], "max_tokens": 1, "temperature": 0}
+        reply = self.ask("/v1/completions", {**payload, "prompt_logprobs": -1})
+        yield from reply["choices"][0]["prompt_logprobs"][start + 1 :]
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send JSON and return the JSON answer. Raises MinigrpoError where the server refuses, with its own words,
@@ -163,8 +163,8 @@ class ServerClient:
         """Tell whether the server is healthy and serves our model: another server on that port does not."""
         try:
             exchange(f"{self.url}/health", timeout=5, direct=True)
-            found = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
-            names = [model.get("id") for model in found["data"]]
+            reply = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
+            names = [model.get("id") for model in reply["data"]]
         except (OSError, StatusError, ValueError, KeyError):
             return False
         return self.model in names
@@ -253,14 +253,14 @@ class ServerProcess:
     def _wait_until_healthy(self, silence: float, report: Report) -> None:
         """Wait until the server is healthy. Any output counts as a sign of life. Raises MinigrpoError if it ends or
         falls silent."""
-        heard, size, pause = time.monotonic(), -1, 0.01
+        last_change, size, pause = time.monotonic(), -1, 0.01
         while not (self.client.is_healthy() and self.running):
             if not self.running:
                 raise self._ended("while it started")
             now = self.log.stat().st_size
             if now != size:
-                heard, size = time.monotonic(), now
-            if time.monotonic() - heard > silence:
+                last_change, size = time.monotonic(), now
+            if time.monotonic() - last_change > silence:
                 raise MinigrpoError(
                     f"{self.command.engine} has said nothing for {silence:g} seconds and does not answer at "
                     f"{self.command.url}, so it was ended. For more patience: --wait {2 * silence:g}{self._tail()}"
@@ -310,9 +310,9 @@ def last_line(log: Path) -> str:
 def _error_message(raw: bytes) -> str:
     """Return a server's own words from a refusal, whichever way it puts them."""
     with suppress(ValueError, TypeError, KeyError):
-        said = json.loads(raw)
-        said = said.get("error", said)
-        return str(said["message"] if isinstance(said, dict) else said)[:500]
+        reply = json.loads(raw)
+        reply = reply.get("error", reply)
+        return str(reply["message"] if isinstance(reply, dict) else reply)[:500]
     return raw.decode(errors="replace")[:500]
 
 

@@ -56,7 +56,7 @@ def _this_machine(recipe: Recipe) -> Device:
     import peft  # noqa: F401  (what a run imports must count in what the program takes)
 
     device = pick_device(recipe.model.device)
-    return this_device(recipe, device, pick_dtype(recipe.model.dtype, device))
+    return this_device(recipe.train, device, pick_dtype(recipe.model.dtype, device))
 
 
 def read_sketch(recipe: Recipe) -> ModelSketch:
