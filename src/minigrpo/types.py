@@ -136,12 +136,21 @@ Ready = Callable[[int, tuple[Completion, ...]], None]
 
 
 class Engine(Protocol):
-    """Whatever answers prompts. `update` takes over the policy's weights as they are now."""
+    """Whatever answers prompts, with the log-probability of each sampled token under softmax(logits / temperature).
+
+    `is_exact`: whether float32 weights give the policy's own log-probabilities, up to rounding. Where they do not,
+    the loss corrects for the difference (objective.importance). An engine that decodes a fixed number of completions
+    side by side has that number as `rows`.
+    """
+
+    is_exact: bool
 
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order."""
+        """Return n completions of each prompt, in order. Raise MinigrpoError where a prompt leaves no room."""
         ...
 
-    def update(self, policy: Any) -> None: ...
+    def update(self, policy: Any) -> None:
+        """Take over the policy's weights as they are now."""
+        ...

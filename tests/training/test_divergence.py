@@ -126,9 +126,9 @@ def test_the_rate_proposed_is_below_the_one_that_exploded() -> None:
 def test_the_message_says_what_when_where_and_how_to_begin_again() -> None:
     recipe = Recipe.model_validate({"train": {"lr": 0.1}})
     _, explosion = watched(rows(EXPLODES)) or pytest.fail("not noticed")
-    text = message(explosion, 1, recipe, Path("runs/my first"))
+    text = message(explosion, 1, recipe.train.lr, Path("runs/my first"))
     assert "at step 3 the reward fell from 0.428 to 0, and 0% of the answers have the asked-for form, 64% had" in text
     assert "runs/my first/checkpoints/000001 (step 1)" in text
     assert "minigrpo train 'runs/my first/recipe.yaml' --train.lr 0.003 --run 'runs/my first-lr0.003'" in text
     assert "\n" not in text
-    assert "No checkpoint is older" in message(explosion, None, recipe, Path("runs/a"))
+    assert "No checkpoint is older" in message(explosion, None, recipe.train.lr, Path("runs/a"))

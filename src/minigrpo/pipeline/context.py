@@ -38,7 +38,7 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
 
 def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
     """Return how many completions are decoded side by side: as many as when the run began, or as memory admits."""
-    from minigrpo.models.context import longest_prompt
+    from minigrpo.models.context_window import longest_prompt
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.training.memory.machine import planned_rows

@@ -77,7 +77,7 @@ def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> Pr
     return verdict
 
 
-def check_lessons(opened: OpenedRun) -> None:
+def check_warmup_answers(opened: OpenedRun) -> None:
     """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
     from minigrpo.training.sft_warmup import check_warmup
 

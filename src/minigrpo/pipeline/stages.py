@@ -49,16 +49,16 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 
     Returns how many answers were taught, and what was measured before and after.
     """
-    from minigrpo.training.sft_warmup import refuse_idle
+    from minigrpo.training.sft_warmup import require_warmup_steps
 
     console = Console()
-    refuse_idle(recipe.warmup)
-    with taken(recipe, run, resume):
+    require_warmup_steps(recipe.warmup)
+    with begin_stage(recipe, run, resume):
         if prepare.is_warm(recipe, run):
             console.print(Text(f"{run.warmup} is there already."))
         else:
             opened = open_all(recipe, run)
-            prepare.check_lessons(opened)
+            prepare.check_warmup_answers(opened)
             create_run(recipe, run)
             prepare.warm_up(opened, run, console)
         console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
@@ -69,12 +69,12 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
     """Train, and leave the adapter (or the model) in the run's folder."""
     console = Console()
-    with taken(recipe, run, resume):
+    with begin_stage(recipe, run, resume):
         if result_path(run, recipe.train).exists():
             console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
-        prepare.check_lessons(opened)
+        prepare.check_warmup_answers(opened)
         create_run(recipe, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
@@ -83,7 +83,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
 
 
 @contextmanager
-def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
+def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
     """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left.
 
     The process has the run's settings inside, and those that it had before afterwards.
@@ -110,7 +110,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
     Returns the figures, which also stand in evals/comparison.json.
     """
     console = Console()
-    with taken(recipe, run, resume):
+    with begin_stage(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
         deliver.close(recipe.publish, run, delivered, console)
     return figures
@@ -121,7 +121,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     from minigrpo.evaluation.evaluate import pick_example_pairs
 
     console = Console()
-    with taken(recipe, run, resume):
+    with begin_stage(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
         deliver.close(recipe.publish, run, delivered, console)
     for before, after in pick_example_pairs(comparisons[0]):
@@ -157,7 +157,7 @@ def _run_all(
 def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
-        prepare.check_lessons(opened)
+        prepare.check_warmup_answers(opened)
         create_run(recipe, run)
     if result_path(run, recipe.train).exists():
         _restore(opened, result_path(run, recipe.train))
@@ -188,7 +188,7 @@ def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     recipe = opened.recipe
     track = RunLogger(run, recipe.train.steps, show_samples=show_samples)
     grpo(recipe, opened.task, opened.policy, opened.engine, track)
-    last, _ = checkpoint.latest(run)
+    last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0
     if done < recipe.train.steps:
         track.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")

@@ -108,7 +108,7 @@ def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float
             "entropy": figures["entropy_sum"] / tokens,
         }
     )
-    plain = {name: value for name, value in figures.items() if name not in ("gap_sum", "entropy_sum", "scored_tokens")}
+    plain = {name: value for name, value in figures.items() if name not in SAMPLER_FIGURES}
     return {**plain, **means, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}
 
 

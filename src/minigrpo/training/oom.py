@@ -109,7 +109,7 @@ def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGrou
 
 
 @contextmanager
-def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
+def crash_note(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
     """Leave a note in the run's folder during an update, where `needs` bytes are tight for `free` ones.
 
     An exception takes it away as well: only a process that is killed leaves it.
@@ -125,7 +125,7 @@ def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[
         note.unlink(missing_ok=True)
 
 
-def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
+def pop_crash_note(run: RunDir) -> dict[str, Any] | None:
     """Remove and return the note of a killed update, or None. A damaged note counts: only an update writes it."""
     note = run.path / NOTE
     if not note.is_file():
@@ -157,7 +157,7 @@ def try_largest_pass(
         return needs, tokens_per_pass
     vocabulary = policy.model.config.get_text_config().vocab_size
     micro_batches = [largest_micro_batch(recipe.rollout, prompt_tokens, tokens_per_pass, vocabulary)]
-    with noted(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
+    with crash_note(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
         work = partial(_forward_and_back, policy, objective)
         _, tokens_per_pass = retry_on_oom(work, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
     clear_gradients(policy)

@@ -127,11 +127,11 @@ def check_warmup(recipe: Recipe, task: Task, policy: Policy) -> None:
 
 def prepare_answers(recipe: Recipe, task: Task) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
     """Return (answers to teach, answers held aside)."""
-    refuse_idle(recipe.warmup)
+    require_warmup_steps(recipe.warmup)
     return split_answers(written_answers(recipe, task))
 
 
-def refuse_idle(config: WarmupConfig) -> None:
+def require_warmup_steps(config: WarmupConfig) -> None:
     if not config.steps:
         raise RecipeError("warmup.steps is 0, so there is nothing to do. Say how long to warm up: --warmup.steps 60")
 

@@ -88,9 +88,9 @@ class VllmModel:
         return found
 
 
-def supervisor_file() -> Path:
+def process_guard_file() -> Path:
     """Return the path of the script that supervises a server process."""
-    return Path(__file__).with_name("supervisor.py")
+    return Path(__file__).with_name("process_guard.py")
 
 
 def llama_command(
@@ -120,7 +120,7 @@ def llama_command(
     else:
         options = {"file": str(head.file), "model": model, "host": host, "port": port, "context": context}
         options |= {"exact": exact, "temperature": temperature}
-        line = [sys.executable, "-P", str(supervisor_file()), "llama", json.dumps(options)]
+        line = [sys.executable, "-P", str(process_guard_file()), "llama", json.dumps(options)]
     return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context)
 
 

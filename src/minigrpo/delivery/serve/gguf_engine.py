@@ -19,7 +19,7 @@ from minigrpo.delivery.gguf.header import GgufHeader, read_header
 from minigrpo.delivery.serve.commands import DEFAULT_CONTEXT
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
-from minigrpo.models.context import check_room
+from minigrpo.models.context_window import check_room
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key
 
@@ -40,6 +40,8 @@ def open_gguf(file: Path, *, max_tokens: int) -> Iterator[GgufEngine]:
 class GgufEngine:
     """An engine that queries a GGUF file's server. `context`: most tokens it reads; `tokenizer`: renders prompts for
     it."""
+
+    is_exact = False
 
     def __init__(self, client: ServerClient, header: GgufHeader, context: int | None) -> None:
         self.client, self.header, self.context = client, header, context

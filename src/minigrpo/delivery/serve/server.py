@@ -3,8 +3,8 @@
     with serve_gguf(file) as server:
         server.chat([{"role": "user", "content": "What is 2 + 2?"}])
 
-A server runs below a supervisor (serve/supervisor.py), which ends it when this process is gone, for whatever reason. If
-a server ends or falls silent, the error shows the last lines of its log.
+A server runs below a process guard (serve/process_guard.py), which ends it when this process is gone, for whatever
+reason. If a server ends or falls silent, the error shows the last lines of its log.
 
 Shapes: N positions, V vocabulary.
 """
@@ -32,8 +32,8 @@ from minigrpo.delivery.serve.commands import (
     EngineName,
     ServerCommand,
     llama_command,
+    process_guard_file,
     reserve_port,
-    supervisor_file,
 )
 from minigrpo.errors import MinigrpoError
 from minigrpo.types import Message
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 STARTUP_SILENCE_S = 600.0
 """Seconds that a server may write nothing while it starts."""
 SHUTDOWN_TIMEOUT_S = 25.0
-"""Seconds for the supervisor to end the server; the supervisor itself needs at most two thirds of that."""
+"""Seconds for the process guard to end the server; the guard itself needs at most two thirds of that."""
 LOG_TAIL_LINES = 12
 """Lines of the log that are shown when a server ends by itself."""
 LOG_ERROR = re.compile(r"\b\w*Error: | E \w+")
@@ -193,8 +193,8 @@ class ServerProcess:
         with _open_log(log) as stream:
             self.log = Path(stream.name)
             self._log_is_temporary = log is None
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-P", str(supervisor_file()), "watch", *command.program],
+            self._guard = subprocess.Popen(
+                [sys.executable, "-P", str(process_guard_file()), "watch", *command.program],
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -214,40 +214,40 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Return the supervisor's process id, which is also the id of the whole process group."""
-        return self._supervisor.pid
+        """Return the process guard's process id, which is also the id of the whole process group."""
+        return self._guard.pid
 
     @property
     def running(self) -> bool:
-        return self._supervisor.poll() is None
+        return self._guard.poll() is None
 
     def close(self) -> None:
         """End the server and all that it started. May be called twice."""
-        if self._supervisor.stdin:
-            self._supervisor.stdin.close()
+        if self._guard.stdin:
+            self._guard.stdin.close()
         try:
-            self._supervisor.wait(SHUTDOWN_TIMEOUT_S)
+            self._guard.wait(SHUTDOWN_TIMEOUT_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: end it at once
             self._kill()
-            self._supervisor.wait()
+            self._guard.wait()
         self._kill()
         if self._log_is_temporary:
             self.log.unlink(missing_ok=True)
 
     def _kill(self) -> None:
-        """Kill the supervisor's whole process group, including what outlived it."""
+        """Kill the process guard's whole process group, including what outlived it."""
         with suppress(OSError):
             if os.name == "nt":
-                self._supervisor.kill()
+                self._guard.kill()
             else:
-                os.killpg(self._supervisor.pid, signal.SIGKILL)
+                os.killpg(self._guard.pid, signal.SIGKILL)
 
     def watch(self, every: float = 0.5) -> None:
         """Wait for the end: raises MinigrpoError when the server ends by itself, KeyboardInterrupt for Ctrl-C. Never
         returns."""
         while self.running:
             with suppress(subprocess.TimeoutExpired):
-                self._supervisor.wait(every)
+                self._guard.wait(every)
         raise self._ended("while it served")
 
     def _wait_until_healthy(self, silence: float, report: Report) -> None:
@@ -271,8 +271,8 @@ class ServerProcess:
 
     def _ended(self, when: str) -> MinigrpoError:
         with suppress(subprocess.TimeoutExpired):
-            self._supervisor.wait(2.0)
-        code = self._supervisor.poll()
+            self._guard.wait(2.0)
+        code = self._guard.poll()
         how = "does not answer" if code is None else f"ended {when} (code {code})"
         return MinigrpoError(f"The server of {self.command.what} ({self.command.engine}) {how}.{self._tail()}")
 

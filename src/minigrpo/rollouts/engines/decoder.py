@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from minigrpo.models import onednn
 from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
-from minigrpo.models.context import CAUSAL_DECODERS, text_config
+from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.lora_linear import is_four_bit
 
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.

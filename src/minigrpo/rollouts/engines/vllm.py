@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.models.context import check_room, context_length
+from minigrpo.models.context_window import check_room, context_length
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -69,6 +69,8 @@ class VllmHost(Protocol):
 
 
 class VllmEngine:
+    is_exact = False
+
     def __init__(self, policy: Any, host: VllmHost, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
         self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
