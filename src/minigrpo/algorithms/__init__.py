@@ -1,5 +1,5 @@
 """Compute the algorithm's numbers from rewards and log-probabilities: advantages, the objective and its loss, and how
-groups are packed into micro-batches. Loads torch; may import config and the root's words (types, errors, versions),
+groups are packed into micro-batches. Loads torch; may import config and types, errors, versions,
 and knows no model, no task and no file.
 """
 
