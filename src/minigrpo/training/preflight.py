@@ -30,12 +30,12 @@ from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.memory import peak_bytes
 
 ENOUGH_GROUPS = 8
-"""Groups looked at, at least: with 8, a task whose groups teach one time in three is seen to teach 24 times in 25."""
+"""The fewest groups to sample: with 8, at least one differs 24 times in 25 where every third group does."""
 
 MEASURED_SECONDS = 5.0
 
 MEASURED_PROMPTS = 1024
-"""So many prompts, evenly spaced, are rendered to learn how long they are: a second or two."""
+"""Prompts, evenly spaced, that are rendered to measure their length: a second or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,8 @@ class PreflightFinding:
 
 @dataclass(frozen=True, slots=True)
 class PromptLengths:
-    """Of the training prompts, in tokens. `crowded`: share that leave less than rollout.max_tokens of the context.
+    """Lengths of the training prompts in tokens. `crowded`: the share that leaves less than rollout.max_tokens of the
+    context.
 
     `context`: the model's longest text, None where its configuration does not tell.
     """
@@ -356,7 +357,7 @@ def advise_warmup(config: WarmupConfig, task: Task) -> str:
 
 
 def explain_long_prompts(figures: Figures, max_tokens: int) -> PreflightFinding:
-    """Prompts so long that a completion may run beyond the longest text that the model can read."""
+    """Return the finding that a completion may run beyond the longest text that the model can read."""
     context, longest = figures.prompts.context or 0, figures.prompts.longest
     room = context - longest
     cure = f"--rollout.max_tokens {room} fits them all, or shorten" if room > 0 else "Shorten or leave out"
@@ -368,7 +369,7 @@ def explain_long_prompts(figures: Figures, max_tokens: int) -> PreflightFinding:
 
 
 def explain_ties(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> PreflightFinding:
-    """Why every group's siblings earn the same, and what separates them again."""
+    """Return the finding that every group's siblings earn the same, with what makes them differ."""
     what = f"In all {figures.groups} groups the siblings earned the same reward, so there is nothing to compare."
     if figures.solved == 1:
         return PreflightFinding(what, "The model already solves every prompt: choose a harder task.")

@@ -18,7 +18,7 @@ from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.training.memory.meta import UnplannableError, uniform_micro_batch
 from minigrpo.training.memory.planner import (
-    CONTEXT,
+    CUDA_CONTEXT_BYTES,
     MAX_TOKENS,
     MIN_TOKENS,
     OPEN_ENGINE,
@@ -85,7 +85,7 @@ def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -
 
 def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:
     """Return a Device for a GPU of that size, which need not be present."""
-    return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
+    return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CUDA_CONTEXT_BYTES))
 
 
 def recomputes(policy: Any) -> bool:

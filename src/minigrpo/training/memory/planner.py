@@ -42,7 +42,8 @@ from minigrpo.training.memory.rollout_cost import (
 When = Literal["always", "rollout", "update"]
 
 BUDGET_SHARE = 0.9
-"""Of the budget: an allocator cannot hand out every hole between two blocks, and other programs breathe."""
+"""The share of the budget that a plan may fill: an allocator cannot use every gap between two blocks, and other
+programs need memory, too."""
 
 MAX_TOKENS, MIN_TOKENS = 32768, 256
 """Tokens per pass. Beyond MAX_TOKENS a longer row makes matrix products no faster, and only takes memory."""
@@ -50,18 +51,18 @@ MAX_TOKENS, MIN_TOKENS = 32768, 256
 ENOUGH_PASS_TOKENS = 1024
 """Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
 
-LIBRARIES = 16 << 20
+MATMUL_SCRATCH_BYTES = 16 << 20
 """Bytes that matrix products borrow on a CPU to reorder their inputs: measured, 4 to 13 MB."""
 
-HOLES = 0.25
-"""Of what a pass takes, so much more lies idle in a CPU's heap, between blocks that are held: measured, 0.2 to 0.4."""
+HEAP_FRAGMENTATION = 0.25
+"""Idle memory between blocks in a CPU's heap, as a share of what a pass takes: measured, 0.2 to 0.4."""
 
-MAX_PRODUCTS, PRODUCT_BYTES = 1024, 330_000
+MAX_COMPILED_PRODUCTS, COMPILED_PRODUCT_BYTES = 1024, 330_000
 """oneDNN compiles 16-bit products of a CPU for their shapes, and keeps the last 1024 of them, so many bytes each
 (measured). A rollout meets four new shapes with every token.
 """
 
-CONTEXT = 600 << 20
+CUDA_CONTEXT_BYTES = 600 << 20
 """What CUDA and its libraries hold on a GPU before the first tensor, cuBLAS's work space included."""
 
 
@@ -136,8 +137,9 @@ class Plan:
 
 
 def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool = True) -> Plan:
-    """Plan a run's memory. `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False
-    leaves its lines out.
+    """Plan a run's memory.
+
+    `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: whether to plan for rollouts, too.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
     """
@@ -255,16 +257,16 @@ class _Planner:
 
     def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
         if self.device.device != "cpu":
-            return PlanLine("program", CONTEXT, "always", "CUDA and its libraries")
+            return PlanLine("program", CUDA_CONTEXT_BYTES, "always", "CUDA and its libraries")
         own = max(0, self.device.resident - self._opened(loaded))
-        return PlanLine("program", own + LIBRARIES, "always", "Python and its libraries")
+        return PlanLine("program", own + MATMUL_SCRATCH_BYTES, "always", "Python and its libraries")
 
     def _opened(self, lines: tuple[PlanLine, ...]) -> int:
         return sum(line.bytes for line in lines if line.name in self.device.opened)
 
     def _budget(self, lines: tuple[PlanLine, ...]) -> int:
         """Return the bytes the run may take: free ones and those it already holds."""
-        own = self.device.resident if self.device.device == "cpu" else CONTEXT + self._opened(lines)
+        own = self.device.resident if self.device.device == "cpu" else CUDA_CONTEXT_BYTES + self._opened(lines)
         return min(self.device.free + own, self.device.limit or self.device.free + own)
 
     def _update_lines(self, micro_batch: MicroBatch, cost: PassCost) -> tuple[PlanLine, ...]:
@@ -273,7 +275,7 @@ class _Planner:
         masks = len(micro_batch.lengths) * max(micro_batch.lengths) * (self.prompt - 1 + max(micro_batch.lengths))
         masks *= (CACHED_PLANS - 1) * self.device.dtype.itemsize if self.device.device == "cpu" else CACHED_MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
-        holes = int(HOLES * cost.peak) if self.device.device == "cpu" else 0
+        holes = int(HEAP_FRAGMENTATION * cost.peak) if self.device.device == "cpu" else 0
         return (
             PlanLine("gradients", gradients, "update", "of what is trained"),
             PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {micro_batch.tokens} tokens"),
@@ -287,7 +289,7 @@ class _Planner:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
         compiles = self.rollout and self.device.device == "cpu" and self.device.dtype != torch.float32
-        products = PRODUCT_BYTES * min(MAX_PRODUCTS, 4 * tokens) if compiles else 0
+        products = COMPILED_PRODUCT_BYTES * min(MAX_COMPILED_PRODUCTS, 4 * tokens) if compiles else 0
         return (
             PlanLine("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
             PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),

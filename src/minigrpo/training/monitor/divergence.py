@@ -22,10 +22,10 @@ from minigrpo.training.monitor.alarms import is_known
 RECENT = 20
 """Healthy steps whose median is the usual value."""
 FIRST_STEPS = 5
-"""As many make a median; before that, the largest value yet stands in for it. Their own median stays a lower bound:
-a gradient that has become small because the task is solved may grow back to where it began."""
+"""Steps from which a median can be taken; before that, the largest value so far stands in for it. The median of these
+first steps stays a lower bound: a gradient that has become small because the task is solved may grow back."""
 EARLY = 10
-"""An explosion in the first so many steps means that the rate is far off."""
+"""An explosion within this many steps means that the learning rate is far off."""
 
 
 @dataclass(frozen=True, slots=True)
