@@ -1,7 +1,7 @@
-"""The second half of the road: check, merge, export, one question to the exported file, the summary, the Hub.
+"""Run the stages after training: check, merge, export, one question to the exported file, the summary, the Hub.
 
-What cannot be made here (a library that is missing, an architecture that llama.cpp does not know) is told at once and
-again in the summary, and the road goes on without it; what was made and is not what was trained ends it.
+An artefact that cannot be made here (a missing library, an architecture that llama.cpp does not know) is reported at
+once and in the summary, and the run goes on without it. An artefact that fails its proof ends the run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WIDTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What the second half made. `missing`: what it could not make, in sentences."""
+    """What the stages after training made. `missing`: what they could not make, in sentences."""
 
     merged: bool
     exported: Exported | None = None
@@ -51,10 +51,10 @@ class Delivered:
         }
 
 
-def look_ahead(recipe: Recipe, console: Console) -> None:
-    """What would end or thin out the road's second half, told before the first takes its hours.
+def check_delivery(recipe: Recipe, console: Console) -> None:
+    """Report, before training takes its hours, what the stages after it will lack.
 
-    Raises MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
+    Raise MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
     """
     if recipe.export.formats:
         from minigrpo.delivery.gguf.export import parse_formats
@@ -68,8 +68,8 @@ def look_ahead(recipe: Recipe, console: Console) -> None:
 
 
 def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
-    """Check, merge, export, ask. Raises ArtifactError where the merge is not what was trained."""
-    if not _checked(run, console):
+    """Check, merge, export, ask one question. Raise ArtifactError where the merge is not what was trained."""
+    if not _check(run, console):
         return Delivered(False, missing=("Nothing was merged: the check above says why.",))
     _merge(run, console)
     if not config.formats:
@@ -83,8 +83,8 @@ def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
     return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
 
 
-def close(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
-    """The last of a run, after its summary. Raises ArtifactError where a file was rejected."""
+def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
+    """Publish, after the run's summary. Raise ArtifactError where an exported file was rejected."""
     if delivered.exported and not delivered.exported.ok:
         raise ArtifactError(
             f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
@@ -104,16 +104,16 @@ def _no_library() -> str | None:
     return None
 
 
-def _checked(run: RunDir, console: Console) -> bool:
+def _check(run: RunDir, console: Console) -> bool:
     from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
     if has_passed_check(run):
         console.print(Text(f"{run.check} is there already."))
         return True
     with timed(run, "check"):
-        found = check(run)
-    console.print(checked_table(found))
-    return found.ok
+        result = check(run)
+    console.print(checked_table(result))
+    return result.ok
 
 
 def _merge(run: RunDir, console: Console) -> None:
@@ -139,8 +139,8 @@ def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
         return ask_once(run, format=exported.files[-1].format)
 
 
-def summarise(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
-    """On the screen, and in RUN/summary.txt: before and after, parity, files, times, what to do with it all."""
+def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
+    """Print the summary, and save it as RUN/summary.txt: before and after, parity, files, times, commands to use it."""
     parts = list(_summary(run, comparisons, delivered))
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # commands are to be copied

@@ -1,6 +1,7 @@
-"""The stages in order: preflight, warm-up, train, evaluate, then what pipeline/deliver.py makes of the result. Each
-leaves an artefact in the run's folder, stamped with what it was made from; a resumed run skips what is there and still
-fits, and makes the rest.
+"""Run the stages in order: preflight, warm-up, train, evaluate, and those of pipeline/deliver.py.
+
+Each stage leaves an artefact in the run's folder, stamped with what it was made from. A resumed run skips the artefacts
+that exist and still fit, and makes the rest.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "w
 
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
-    """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
+    """Sample the task, print what was seen and the verdict, and save it in the run's folder, if one is given."""
     with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
         return prepare.run_preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
-    """The memory that a run would take, line by line, on a GPU of so many GB or on this machine; nothing is loaded."""
+    """Print the memory plan of a run, on a GPU of `gpu_memory` GB or on this machine; no weights are loaded."""
     from minigrpo.training.memory.estimate import forecast
 
-    Console().print(tables.plan_table(found := forecast(recipe, gpu_memory)))
-    return found
+    memory_plan = forecast(recipe, gpu_memory)
+    Console().print(tables.plan_table(memory_plan))
+    return memory_plan
 
 
 def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
-    """Let the model imitate right answers, and leave its adapter in RUN/warmup, for `train` to begin with.
+    """Train the model on right answers, and leave its adapter in RUN/warmup, for `train` to begin with.
 
-    Returns how many answers were taught, and what was measured before and after.
+    Return how many answers were taught, and what was measured before and after.
     """
     from minigrpo.training.sft_warmup import require_warmup_steps
 
@@ -84,9 +86,9 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
 
 @contextmanager
 def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
-    """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left.
+    """Hold the run's folder for this process alone, check it, and remove what killed processes left.
 
-    The process has the run's settings inside, and those that it had before afterwards.
+    Inside the block the process has the run's settings; afterwards it has its own again.
     """
     with run_lock(run):
         check_folder(recipe, run, resume)
@@ -96,7 +98,7 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
 
 def settings_of(config: TrainConfig, run: RunDir | None) -> AbstractContextManager[None]:
-    """Sets the process for this run, with as many threads as when it began, until the block ends."""
+    """Set the process for this run, with as many threads as when the run began, until the block ends."""
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.utils.process import process_settings
 
@@ -107,23 +109,23 @@ def settings_of(config: TrainConfig, run: RunDir | None) -> AbstractContextManag
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """Preflight, train, evaluate before and after, check, merge, export, and publish where the recipe says so.
 
-    Returns the figures, which also stand in evals/comparison.json.
+    Return the figures, which are also in evals/comparison.json.
     """
     console = Console()
     with begin_stage(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe.publish, run, delivered, console)
+        deliver.finish_delivery(recipe.publish, run, delivered, console)
     return figures
 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
-    """`run_all`, and what a newcomer wants to see at its end: answers before and after, and what to try next."""
+    """Do `run_all`, then show answers before and after, and what to try next."""
     from minigrpo.evaluation.evaluate import pick_example_pairs
 
     console = Console()
     with begin_stage(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe.publish, run, delivered, console)
+        deliver.finish_delivery(recipe.publish, run, delivered, console)
     for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -145,16 +147,16 @@ def _run_all(
 ) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
     console.print(Text(f"run {run.path}: {road}", style="bold"))
-    deliver.look_ahead(recipe, console)
-    comparisons = _trained_and_judged(recipe, run, console, show_samples)
-    # Afterwards, so that no policy is in memory any more: each of these opens models of its own, in float32.
+    deliver.check_delivery(recipe, console)
+    comparisons = _train_and_evaluate(recipe, run, console, show_samples)
+    # Only now, when no policy is in memory any more: each of these opens models of its own, in float32.
     delivered = deliver.deliver(recipe.export, run, console)
-    figures = _kept(run, comparisons, delivered)
-    deliver.summarise(run, comparisons, delivered, console)
+    figures = _save_figures(run, comparisons, delivered)
+    deliver.print_summary(run, comparisons, delivered, console)
     return figures, comparisons, delivered
 
 
-def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
+def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
@@ -186,19 +188,19 @@ def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
-    track = RunLogger(run, recipe.train.steps, show_samples=show_samples)
-    grpo(recipe, opened.task, opened.policy, opened.engine, track)
+    logger = RunLogger(run, recipe.train.steps, show_samples=show_samples)
+    grpo(recipe, opened.task, opened.policy, opened.engine, logger)
     last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0
     if done < recipe.train.steps:
-        track.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
-        raise KeyboardInterrupt  # the signal waited until the step was saved; now it does what it came for
+        logger.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
+        raise KeyboardInterrupt  # the signal had waited until the step was saved
     with complete_folder(result_path(run, recipe.train)) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", stamp("train", recipe))
 
 
-def _kept(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:
+def _save_figures(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:
     figures = {
         "run": str(run.path),
         "comparisons": {comparison.after.decoding: comparison.summary() for comparison in comparisons},

@@ -43,7 +43,7 @@ from minigrpo.runs.rundir import (
     RunDir,
     digest,
     find_run,
-    full_disk_told,
+    report_full_disk,
     sync,
     write_whole,
     writing,
@@ -146,7 +146,7 @@ def export(
     missing = [kind for kind in kinds if kind not in done]
     reference = gguf_reference(job.model, job.run) if missing else None
     with (
-        full_disk_told(partial(_disk_is_full, job)),
+        report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
         stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
     ):

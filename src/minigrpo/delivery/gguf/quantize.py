@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.delivery.gguf.llamacpp import find_library
-from minigrpo.delivery.gguf.writer import full_disk_told
+from minigrpo.delivery.gguf.writer import report_full_disk
 from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
@@ -173,7 +173,7 @@ def _quantise_here(source: Path, target: Path, kind: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with full_disk_told():
+        with report_full_disk():
             for tensor in reader.tensors:
                 same = kinds[tensor.name] == tensor.tensor_type.name
                 values = tensor.data if same else quantise_block(_dequantise(tensor), kinds[tensor.name])

@@ -90,14 +90,14 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
         writer.add_file_type(gguf.LlamaFileType[files[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_vocabulary(writer, folder, config)
-        with full_disk_told():
+        with report_full_disk():
             _write_tensors(writer, base, arch, kind)
     finally:
         writer.close()
 
 
 @contextmanager
-def full_disk_told() -> Iterator[None]:
+def report_full_disk() -> Iterator[None]:
     """Turn numpy's error on a full disk, which only tells how many bytes it could not write, into ENOSPC."""
     try:
         yield
