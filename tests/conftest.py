@@ -24,7 +24,17 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 import pytest
 
 from minigrpo.types import Grade, Prompt, Task
+from tests.helpers.marks import extras_of, reasons_to_skip
 from tests.helpers.tiny import TEMPLATE, build_model, build_tokenizer
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: what they leave out is not asked about
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine has not: the marks say what a test needs, and nothing else in tests/ decides."""
+    extras = extras_of(config.rootpath / "pyproject.toml")
+    for item in items:
+        for reason in reasons_to_skip(item.iter_markers(), extras):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

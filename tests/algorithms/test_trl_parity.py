@@ -18,8 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl", reason="TRL is compared with where it is installed: pip install 'minigrpo[bench]'")
-
 from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import ObjectiveConfig
@@ -27,6 +25,8 @@ from minigrpo.models.loading import LoadedModel
 from minigrpo.models.policy import Policy
 from minigrpo.training.top_entropy import mark_top_entropy
 from minigrpo.types import Completion, Grade, Group, Prompt
+
+pytestmark = pytest.mark.extra("bench")
 
 TOLERANCE = 1e-5
 LIMIT = 12

@@ -22,6 +22,7 @@ from minigrpo import notebook
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
 from minigrpo.models.embedded import seedling
 
+pytestmark = pytest.mark.extra("notebook")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 COLAB, SUDOKU = (NOTEBOOKS[0].parent / f"{name}_colab.ipynb" for name in ("gsm8k", "sudoku"))
 PNG = b"\x89PNG\r\n"

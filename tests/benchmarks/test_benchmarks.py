@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,6 @@ from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Prompt
-
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 
 
 def test_stop_lengths_are_the_published_draw() -> None:
@@ -76,7 +75,7 @@ def test_minigrpo_stops_exactly_where_it_is_told(setup: Setup) -> None:
     assert {len(group.prompt_ids) for group in groups} == {150}
 
 
-@needs_trl
+@pytest.mark.extra("bench")
 def test_trl_stops_exactly_where_it_is_told() -> None:
     """The processor bars the stop token until a row is due, and then leaves it nothing else."""
     from benchmarks.trls import stop_processor
@@ -89,7 +88,7 @@ def test_trl_stops_exactly_where_it_is_told() -> None:
         assert [row for row in range(3) if probs_BV[row, 4] == 0] == [row for row in range(3) if row not in due]
 
 
-@needs_trl
+@pytest.mark.extra("bench")
 @pytest.mark.long
 @pytest.mark.parametrize("variant", ["defaults", "continuous"])
 def test_every_way_to_set_trl_does_the_same_work(setup: Setup, variant: str) -> None:
@@ -102,9 +101,9 @@ def test_every_way_to_set_trl_does_the_same_work(setup: Setup, variant: str) -> 
     assert asked == {"defaults": ("True", "False"), "continuous": ("False", "True")}[variant]
 
 
-def test_a_way_that_is_missing_says_why() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        assert trls.VARIANTS["vllm"].missing(WORKLOADS["tiny"]) == "vLLM is not installed"
+def test_a_way_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert trls.VARIANTS["vllm"].missing(WORKLOADS["tiny"]) == "vLLM is not installed"
     assert all(trls.VARIANTS[name].missing(WORKLOADS["tiny"]) is None for name in ("best", "defaults", "continuous"))
 
 
@@ -135,7 +134,7 @@ def test_where_nothing_is_forced_only_prompts_must_be_the_same() -> None:
         same_work((), step(3, 2, 4), step(4, 2, 4))
 
 
-@needs_trl
+@pytest.mark.extra("bench")
 def test_the_whole_comparison_runs_and_both_sides_do_the_same_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +170,7 @@ def test_without_trl_the_command_says_what_to_install(
     assert "pip install 'minigrpo[bench]'" in capsys.readouterr().out
 
 
+@pytest.mark.extra("bench")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -185,12 +185,14 @@ def test_what_cannot_be_run_is_refused_with_a_sentence(
     assert words in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.extra("bench")
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["--workload", "3b", "--device", "cuda"]) == 2
     assert "no CUDA GPU" in capsys.readouterr().out
 
 
+@pytest.mark.extra("bench")
 def test_a_run_that_is_stopped_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is written after every repetition: interrupted in the second, it holds the first."""
     file = tmp_path / "figures.json"
@@ -232,6 +234,7 @@ def test_the_exponent_is_the_slope_of_logarithms() -> None:
     assert sweeps.slope(x, [5, 5, 5, 5]) == pytest.approx(0)
 
 
+@pytest.mark.extra("bench")
 def test_a_sweep_runs_and_says_how_cost_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

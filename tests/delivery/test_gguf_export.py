@@ -21,9 +21,9 @@ from minigrpo.delivery.gguf.quantize import choose_tensor_type
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, edit_json
-from tests.helpers.exported import bpe_tokenizer, merged_run, model_folder, needs_llama
+from tests.helpers.exported import bpe_tokenizer, merged_run, model_folder
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 
 def exported(path: Any, *formats: str, **options: Any) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from minigrpo.models.embedded import seedling
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from tests.helpers.delivered import FAMILIES, edit_json
-from tests.helpers.exported import TAG, bpe_tokenizer, merged_run, model_folder, needs_llama
+from tests.helpers.exported import TAG, bpe_tokenizer, merged_run, model_folder
 from tests.helpers.models import OWN_WORDS
 from tests.helpers.served import gone
 from tests.helpers.tiny import TEMPLATE, build_tokenizer
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +217,12 @@ def official() -> Path:
     kept = {name: os.environ.pop(name, None) for name in converter.OFFLINE_VARIABLES}
     try:
         return converter.fetch_converter()
-    except ArtifactError as fault:
-        pytest.skip(str(fault))
     finally:
         os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 @pytest.mark.long
+@pytest.mark.network
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
 def test_our_writer_and_llama_cpps_converter_make_the_same_file(
@@ -254,7 +253,7 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_llama_quantize(None) is None, reason="no llama-quantize on the PATH")
+@pytest.mark.needs("llama-quantize")
 @pytest.mark.parametrize("width", [256, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_quantiser_and_llama_quantize_make_the_same_file(
@@ -278,6 +277,7 @@ def test_our_quantiser_and_llama_quantize_make_the_same_file(
 
 
 @pytest.mark.long
+@pytest.mark.network
 def test_the_official_converter_passes_the_same_proof(tmp_path: Path, official: Path) -> None:
     run = merged_run(tmp_path / "mine", "ministral3")
     found = export(run, ["F32", "Q4_K_M"], llama_cpp=official, quiet=True)
@@ -320,7 +320,7 @@ def test_a_converter_without_room_is_told_as_a_full_disk(tmp_path: Path) -> None
         assert told.value.errno == errno.ENOSPC
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of a file")
+@pytest.mark.needs("file_size_limit")
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "qwen2")
     code = (

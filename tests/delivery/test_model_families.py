@@ -26,10 +26,10 @@ from minigrpo.delivery.merge.merge import merge
 from minigrpo.delivery.parity.compare import find_task
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, adapted, build, make_run
-from tests.helpers.exported import bpe_tokenizer, needs_llama
+from tests.helpers.exported import bpe_tokenizer
 from tests.helpers.tiny import yarn
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 KINDS = ("F32", "F16", "Q8_0")
 ORIGINAL = 32
 """Ministral3's original context length in these tests: every held text is longer."""

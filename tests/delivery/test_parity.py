@@ -157,8 +157,8 @@ def test_a_full_parameter_run_is_merged_by_copying_its_weights(tmp_path: Path) -
     assert {file.name for file in base.glob("*.safetensors")} == {f.name for f in run.merged.glob("*.safetensors")}
 
 
+@pytest.mark.extra("qlora")
 def test_a_4_bit_run_is_merged_into_the_16_bit_base_and_says_how_far_that_is(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
     size = {"hidden_size": 64, "intermediate_size": 128}  # nf4 packs blocks of 64
     under = adapted(save_base(base, "qwen2", dtype=torch.bfloat16, **size), base, size=0.1)
@@ -240,7 +240,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.needs("clear_refs")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 def test_memory_is_bounded_by_the_largest_shard_however_many_there_are(
     tmp_path: Path, dtype: str, record_property: Any

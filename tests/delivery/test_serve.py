@@ -25,10 +25,9 @@ from minigrpo.delivery.serve.serve import ask_once, plan_server
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import edit_json, save_base
-from tests.helpers.exported import needs_llama
 from tests.helpers.served import children, exported_run, file_of, gone
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 ASKED = ({"role": "user", "content": "What is '12' + 7?"},)
 IDS = (12, 40, 99, 7, 200, 31)

@@ -17,12 +17,12 @@ from minigrpo.delivery.serve.serve import plan_server
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import edit_json
-from tests.helpers.exported import merged_run, needs_llama
+from tests.helpers.exported import merged_run
 from tests.helpers.hub_storage import READER, Repo, StandIn
 from tests.helpers.published import hub_here  # noqa: F401
 from tests.helpers.served import after, told_of
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 SCALE = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}
 VLLM = ServeOptions(engine="vllm")

@@ -25,10 +25,10 @@ from minigrpo.pipeline.evaluate import evaluate
 from minigrpo.rollouts.groups import rollout
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
-from tests.helpers.exported import PICTURES, bpe_tokenizer, merged_run, needs_llama, pictured_run
+from tests.helpers.exported import PICTURES, bpe_tokenizer, merged_run, pictured_run
 from tests.helpers.served import ASKED, children, exported_run, file_of, gone, program, told_of
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 WIDE = {
     "qwen2": {"hidden_size": 128, "intermediate_size": 128},
@@ -158,7 +158,7 @@ def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not os.environ.get("MINIGRPO_VLLM"), reason="MINIGRPO_VLLM names no python that has vLLM")
+@pytest.mark.env("MINIGRPO_VLLM")
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", WIDE)
 def test_vllm_says_what_the_merged_model_says(tmp_path: Path, family: str, adapter: bool, record_property: Any) -> None:

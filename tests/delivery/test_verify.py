@@ -18,9 +18,9 @@ from minigrpo.delivery.verify import verified_table, verify
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
-from tests.helpers.exported import merged_run, needs_llama
+from tests.helpers.exported import merged_run
 
-pytestmark = needs_llama
+pytestmark = pytest.mark.extra("gguf")
 
 
 @pytest.fixture(scope="module")

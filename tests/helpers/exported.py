@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from minigrpo.delivery.gguf.llamacpp import find_library
 from minigrpo.delivery.merge.merge import merge
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import adapted, build, make_run
 from tests.helpers.tiny import SPECIALS, TEMPLATE
-
-needs_llama = pytest.mark.skipif(
-    find_library() is None, reason="xllamacpp is not installed: pip install 'minigrpo[gguf]'"
-)
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -288,8 +288,8 @@ def test_where_all_is_trained_the_tower_is_not_and_a_checkpoint_holds_both(folde
     assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), again.model.parameters(), strict=True))
 
 
+@pytest.mark.extra("qlora")
 def test_four_bits_are_for_the_text_model() -> None:
-    pytest.importorskip("bitsandbytes")
     from minigrpo.models.lora_linear import is_four_bit
 
     model = quantize_four_bit(build_mistral3(), CPU)

@@ -9,10 +9,10 @@ from minigrpo.models import onednn
 from minigrpo.models.onednn import linear, weight_grad
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
+@pytest.fixture(
+    params=[pytest.param(True, marks=pytest.mark.needs("onednn"), id="oneDNN"), pytest.param(False, id="torch")]
+)
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param and not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(onednn, "uses_onednn", lambda: request.param)
 
 

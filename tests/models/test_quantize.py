@@ -27,7 +27,7 @@ from minigrpo.types import Grade, Group, Prompt, Sampling, Task
 from tests.helpers.models import gradients, made_up_groups, rendered, set_lora
 from tests.helpers.tiny import ARCHITECTURES, LLAMA_LIKE, build_model
 
-pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.extra("qlora")
 CPU = torch.device("cpu")
 
 

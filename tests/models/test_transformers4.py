@@ -45,9 +45,7 @@ print(json.dumps([sorted(info[kind]) for kind in ("missing_keys", "unexpected_ke
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    not os.environ.get("MINIGRPO_TRANSFORMERS4"), reason="MINIGRPO_TRANSFORMERS4 names no python that has it"
-)
+@pytest.mark.env("MINIGRPO_TRANSFORMERS4")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("family", "rope"), [("qwen2", PLAIN), ("qwen2", YARN), ("qwen3", YARN), ("llama", LLAMA3), ("llama", PLAIN)]

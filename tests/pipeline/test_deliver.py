@@ -15,7 +15,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline import stages
 from minigrpo.runs.manifest import seconds_of
 from minigrpo.runs.rundir import RunDir, read_json
-from tests.helpers.exported import model_folder, needs_llama
+from tests.helpers.exported import model_folder
 
 TASK = """
 from minigrpo.types import Grade, Prompt, Task
@@ -62,7 +62,7 @@ def copied(done: tuple[RunDir, dict[str, Any]], path: Path) -> RunDir:
     return RunDir(Path(shutil.copytree(done[0].path, path)))
 
 
-@needs_llama
+@pytest.mark.extra("gguf")
 def test_a_run_ends_with_a_file_that_answers_and_a_summary_to_keep(done: tuple[RunDir, dict[str, Any]]) -> None:
     run, figures = done
     assert (run.gguf / "whole-Q8_0.gguf").is_file()
@@ -77,7 +77,7 @@ def test_a_run_ends_with_a_file_that_answers_and_a_summary_to_keep(done: tuple[R
     assert json.loads(json.dumps(figures)) == read_json(run.evals / "comparison.json")
 
 
-@needs_llama
+@pytest.mark.extra("gguf")
 def test_a_missing_artefact_is_made_again_and_no_other(
     done: tuple[RunDir, dict[str, Any]], recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -90,7 +90,7 @@ def test_a_missing_artefact_is_made_again_and_no_other(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@needs_llama
+@pytest.mark.extra("gguf")
 def test_proofs_that_were_lost_are_told_again_by_what_they_prove(
     done: tuple[RunDir, dict[str, Any]], recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_a_model_that_llama_cpp_cannot_read_is_told_and_merged_all_the_same(
     assert "Not exported" in run.summary.read_text(encoding="utf-8")
 
 
-@needs_llama
+@pytest.mark.extra("gguf")
 def test_a_file_that_is_not_the_model_ends_the_run_with_a_refusal(
     done: tuple[RunDir, dict[str, Any]], recipe: Recipe, tmp_path: Path
 ) -> None:

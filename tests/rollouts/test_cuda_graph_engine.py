@@ -116,7 +116,7 @@ def test_a_recipe_may_name_it_and_an_architecture_that_it_does_not_know_is_refus
         open_engine(make_policy("lfm2"), named)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+@pytest.mark.gpu
 def test_recorded_steps_say_what_the_native_engine_says() -> None:
     policy = make_policy()
     policy.model.cuda()

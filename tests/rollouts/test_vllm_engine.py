@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +202,8 @@ def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) 
         RemoteVllm("http://127.0.0.1:9", "base", 8)
 
 
-def test_without_vllm_the_ways_out_are_named() -> None:
-    if find_spec("vllm"):
-        pytest.skip("vLLM is installed here")
+def test_without_vllm_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     recipe = Recipe(rollout={"engine": "vllm"})  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"pip install vllm.*--rollout\.server.*--rollout\.engine auto"):
         open_vllm(make_policy("qwen2"), recipe, 8, STOPS)
@@ -242,7 +241,7 @@ def test_recipes_that_it_cannot_follow_are_refused(sections: dict[str, Any], wor
 
 
 @pytest.mark.long
-@pytest.mark.skipif("MINIGRPO_VLLM" not in os.environ, reason="MINIGRPO_VLLM names the python of a vLLM environment")
+@pytest.mark.env("MINIGRPO_VLLM")
 def test_a_real_vllm_server_samples_the_policy(tmp_path: Path) -> None:
     import socket
     import time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_a_very_long_line_is_read_from_the_end_as_it_stands(tmp_path: Path) -> N
     assert found[1]["completions"][0]["text"] == long
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not every system keeps a hole without filling it")
+@pytest.mark.needs("linux")  # not every system keeps a hole without filling it
 def test_the_newest_group_is_had_without_reading_the_file(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     with run.groups.open("wb") as stream:

@@ -220,7 +220,7 @@ def test_a_path_with_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         take(RunDir(tmp_path / ("x" * 300)))
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which even root can make no file")
+@pytest.mark.needs("procfs")
 @pytest.mark.parametrize("path", ["/proc/self", "/proc/self/run"])
 def test_a_folder_that_may_not_be_written_to_is_refused(path: str) -> None:
     with pytest.raises(ArtifactError, match=r"--run"):

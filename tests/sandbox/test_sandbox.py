@@ -19,7 +19,7 @@ from tests.sandbox.attacks import every
 from tests.sandbox.attacks.judge import judge
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_no_attack_gets_anywhere(tmp_path: Path) -> None:
     assert judge(tmp_path) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="the test above ran as an ordinary user already")
+@pytest.mark.needs("root")  # anybody else ran the test above as an ordinary user already
 def test_no_attack_gets_anywhere_where_the_user_is_an_ordinary_one(tmp_path: Path) -> None:
     code = (
         "import os, sys; os.chdir('/'); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"

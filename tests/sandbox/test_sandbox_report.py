@@ -11,7 +11,7 @@ from minigrpo.sandbox import Limits, Referee
 from minigrpo.sandbox.pool import missing, open_worker
 from minigrpo.tasks.common.code_task import open_sandbox
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 
 
 def ask(*arguments: Any) -> Referee[Any]:

@@ -11,7 +11,7 @@ import pytest
 from minigrpo.sandbox import Limits, Referee, Sandbox
 from tests.sandbox.test_sandbox import interpreter_for_all
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 PLAIN = "def f(x): return x"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from minigrpo.errors import TaskError
 from minigrpo.tasks.common.code_task import Problem, code_task, find_program, format_code_block, is_same_result
 from minigrpo.types import Grade
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 DOUBLE = Problem(
     "double", ("n",), "Twice it.", [((2,), 4), ((0,), 0), ((-3,), -6), ((5,), 10)], "def double(n): return 2 * n"
 )

@@ -22,7 +22,6 @@ from minigrpo.tasks.registry import open_task
 from minigrpo.types import Prompt, Split
 
 REAL = os.environ.get("MINIGRPO_GSM8K", "")
-needs_real = pytest.mark.skipif(not REAL, reason="MINIGRPO_GSM8K names no folder with train.jsonl and test.jsonl")
 
 ROWS = [
     {"question": "Ada has 3 bags of 24 nuts. How many nuts?", "answer": "3*24=<<3*24=72>>72\n#### 72"},
@@ -170,7 +169,7 @@ def test_the_recipes_of_gsm8k_are_there_and_name_it() -> None:
 # The real questions
 
 
-@needs_real
+@pytest.mark.env("MINIGRPO_GSM8K")
 def test_every_real_gold_answer_earns_everything() -> None:
     task = open_task(recipe(REAL, size=10**6))
     train, test = task.prompts("train"), task.prompts("test")
@@ -181,7 +180,7 @@ def test_every_real_gold_answer_earns_everything() -> None:
         assert task.grade(prompt, tagged(f"${prompt.target['answer']}.0")).reward == 1.0
 
 
-@needs_real
+@pytest.mark.env("MINIGRPO_GSM8K")
 def test_the_gold_text_of_every_real_row_earns_everything() -> None:
     task = open_task(recipe(REAL, size=10**6))
     for split in ("train", "test"):
@@ -192,7 +191,7 @@ def test_the_gold_text_of_every_real_row_earns_everything() -> None:
             assert task.grade(prompt, tagged(gold)).reward == 1.0, prompt.id
 
 
-@needs_real
+@pytest.mark.env("MINIGRPO_GSM8K")
 def test_no_real_training_question_is_in_the_test_split() -> None:
     task = open_task(recipe(REAL, size=10**6))
     train, test = ({gsm8k.question_key(prompt) for prompt in task.prompts(split)} for split in ("train", "test"))  # type: ignore[arg-type]
@@ -200,7 +199,7 @@ def test_no_real_training_question_is_in_the_test_split() -> None:
     assert not train & test
 
 
-@needs_real
+@pytest.mark.env("MINIGRPO_GSM8K")
 @pytest.mark.long
 def test_on_real_questions_the_embedded_model_keeps_the_form_and_every_group_ties(tmp_path: Path) -> None:
     line = ["preflight", "gsm8k-tiny", "--task.data", REAL, "--run", str(tmp_path / "run"), "--json"]

@@ -74,7 +74,7 @@ def test_an_alarm_says_what_it_saw_as_soon_as_it_can_and_alone(alarm: Any) -> No
     assert "nan" not in said[0][1].split()
 
 
-@pytest.mark.parametrize("curve", [HEALTHY, HEALTHY_FAST])
+@pytest.mark.parametrize("curve", [HEALTHY, HEALTHY_FAST], ids=["healthy", "healthy fast"])
 def test_a_healthy_run_hears_nothing(curve: str) -> None:
     assert heard(rows(curve)) == []
 

@@ -26,7 +26,7 @@ def watched(steps: list[dict[str, Any]], **knobs: Any) -> tuple[int, Explosion] 
     return None
 
 
-@pytest.mark.parametrize("curve", [HEALTHY, HEALTHY_FAST, DECAYS])
+@pytest.mark.parametrize("curve", [HEALTHY, HEALTHY_FAST, DECAYS], ids=["healthy", "healthy fast", "decays"])
 def test_a_run_without_a_leap_is_left_alone(curve: str) -> None:
     watch = DivergenceMonitor(WatchConfig())
     for row in rows(curve):
@@ -34,7 +34,9 @@ def test_a_run_without_a_leap_is_left_alone(curve: str) -> None:
         assert not watch.suspicious
 
 
-@pytest.mark.parametrize(("curve", "onset"), [(EXPLODES_AT_ONCE, 1), (EXPLODES_KL, 1), (EXPLODES, 2)])
+@pytest.mark.parametrize(
+    ("curve", "onset"), [(EXPLODES_AT_ONCE, 1), (EXPLODES_KL, 1), (EXPLODES, 2)], ids=["at once", "with KL", "later"]
+)
 def test_a_far_too_large_learning_rate_is_told_within_three_steps_of_what_shows(curve: str, onset: int) -> None:
     told, explosion = watched(rows(curve)) or pytest.fail("not noticed")
     assert explosion.onset == onset

@@ -67,24 +67,21 @@ def planned_over_measured(kind: str, what: dict[str, Any]) -> float:
     return float(told["planned"] / told["measured"])
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
-
-
-@linux
+@pytest.mark.needs("clear_refs")
 @pytest.mark.long  # what a library holds besides differs from machine to machine
 def test_an_update_takes_what_was_planned() -> None:
     small = case("qwen2", size(256, 2, 4, 2, 8000), 8, (1, 8, 65, 128))
     assert 0.95 <= planned_over_measured("update", small) <= 1.15
 
 
-@linux
+@pytest.mark.needs("clear_refs")
 @pytest.mark.long
 def test_a_rollout_takes_what_was_planned() -> None:
     small = case("llama", size(256, 2, 4, 4, 8000), 8, (8, 32, 65, 70))
     assert 0.95 <= planned_over_measured("rollout", small) <= 1.15
 
 
-@linux
+@pytest.mark.needs("clear_refs")
 @pytest.mark.long
 def test_a_rollout_at_fixed_shapes_takes_what_was_planned() -> None:
     small = case("llama", size(256, 2, 4, 4, 8000), 8, (8, 32, 65, 70))
@@ -105,14 +102,14 @@ LARGE_ROLLOUTS = [
 ]
 
 
-@linux
+@pytest.mark.needs("clear_refs")
 @pytest.mark.long
 @pytest.mark.parametrize("what", LARGE_UPDATES, ids=lambda w: f"{w['arch']}-{w['rank']}-{w['dtype']}-{w['recompute']}")
 def test_large_updates_take_what_was_planned(what: dict[str, Any]) -> None:
     assert 0.95 <= planned_over_measured("update", what) <= 1.15
 
 
-@linux
+@pytest.mark.needs("clear_refs")
 @pytest.mark.long
 @pytest.mark.parametrize("what", LARGE_ROLLOUTS, ids=lambda w: w["arch"])
 def test_large_rollouts_take_what_was_planned(what: dict[str, Any]) -> None:

@@ -70,24 +70,21 @@ def steps() -> dict[str, dict[str, int]]:
     return told
 
 
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-
-
-@linux_only
+@pytest.mark.needs("linux")
 @pytest.mark.parametrize("when", ["inside", "nested", "outer"])
 def test_a_step_finds_the_memory_of_those_before(steps: dict[str, dict[str, int]], when: str) -> None:
     assert steps[when]["faults"] < (80 << 20) / resource.getpagesize() / 100
     assert steps[when]["holds"] > 70 << 20
 
 
-@linux_only
+@pytest.mark.needs("linux")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_outside_a_run_freed_memory_goes_back_to_the_system(steps: dict[str, dict[str, int]], when: str) -> None:
     assert steps[when]["faults"] > (80 << 20) / resource.getpagesize() / 2
     assert steps[when]["holds"] < 20 << 20
 
 
-@linux_only
+@pytest.mark.needs("linux")
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_after_a_run_both_thresholds_are_those_of_before(steps: dict[str, dict[str, int]], kind: str) -> None:
     """`large` before is another thing: there glibc has raised its threshold by itself."""
@@ -95,7 +92,7 @@ def test_after_a_run_both_thresholds_are_those_of_before(steps: dict[str, dict[s
     assert steps["inside"]["small"] > 70 << 20
 
 
-@linux_only
+@pytest.mark.needs("linux")
 def test_what_a_run_kept_goes_back_when_it_ends(steps: dict[str, dict[str, int]]) -> None:
     assert steps["end"]["holds"] < 20 << 20
 

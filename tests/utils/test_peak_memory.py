@@ -12,7 +12,7 @@ import pytest
 from minigrpo.training.metrics import Clock
 from minigrpo.utils.memory import peak_bytes, reset_peak, resident_bytes
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through /proc")
+pytestmark = pytest.mark.needs("clear_refs")
 
 
 def in_a_fresh_process(program: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from minigrpo.training.memory.planner import Device, make_plan
 from tests.helpers.tiny import tiny_config
 from tests.models.test_quantize import train
 
-pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.extra("qlora")
 
 
 def recipe_for(folder: Path, steps: int = 4) -> Recipe:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM
 from minigrpo.tasks.common.code_task import find_program, format_code_block
 from tests.tasks.test_sudoku import after, graded, parts
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox runs on Linux")
+pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 
 
 @pytest.mark.parametrize(

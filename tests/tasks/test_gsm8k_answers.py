@@ -17,6 +17,7 @@ from minigrpo.tasks.common import math_answers
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Grade, Group, Prompt
 
+pytestmark = pytest.mark.extra("math")
 OPEN = open_task(Recipe.model_validate({"task": {"name": "gsm8k", "data": gsm8k.GENERATED_DATA}}))
 
 

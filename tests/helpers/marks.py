@@ -1,0 +1,117 @@
+"""What a test may need, as marks, and why it is skipped where that is missing. The hook in conftest.py asks here.
+
+gpu             a CUDA GPU
+network         the network
+extra(NAME)     an optional extra of pyproject.toml
+env(VARIABLE)   a variable that names real data, or the python of another environment: a row of VARIABLES
+needs(NAME)     something of the system: a row of SYSTEM
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+NETWORK = "MINIGRPO_NETWORK"
+VARIABLES = {
+    "MINIGRPO_GSM8K": "a folder with GSM8K's train.jsonl and test.jsonl",
+    "MINIGRPO_TRANSFORMERS4": "the python of an environment that has transformers 4.57",
+    "MINIGRPO_VLLM": "the python of an environment that has vLLM",
+}
+MODULES = {"ipython": "IPython"}
+"""Import names that do not follow from the name of the package."""
+
+
+@dataclass(frozen=True)
+class Need:
+    is_met: Callable[[], bool]
+    reason: str
+
+
+def has_gpu() -> bool:
+    import torch  # here: a session without such a test need not wait for it
+
+    return torch.cuda.is_available()
+
+
+def has_onednn() -> bool:
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available())
+
+
+SYSTEM = {
+    "clear_refs": Need(
+        Path("/proc/self/clear_refs").exists, "peaks of memory are reset in /proc/self/clear_refs: run it on Linux"
+    ),
+    "file_size_limit": Need(lambda: os.name != "nt", "Windows has no limit on the size of a file"),
+    "linux": Need(lambda: sys.platform.startswith("linux"), "what is tested is Linux's own: run it there"),
+    "llama-quantize": Need(
+        lambda: shutil.which("llama-quantize") is not None, "no llama-quantize on the PATH: it comes with llama.cpp"
+    ),
+    "onednn": Need(has_onednn, "this torch is built without oneDNN"),
+    "procfs": Need(Path("/proc/self").is_dir, "the folder in which even root can make no file is in Linux's /proc"),
+    "root": Need(
+        lambda: hasattr(os, "getuid") and os.getuid() == 0, "only root can become another user: run it as root"
+    ),
+}
+
+
+def extras_of(pyproject: Path) -> dict[str, tuple[str, ...]]:
+    """Return the modules of each optional extra. Without `dev`, which whoever runs the tests has."""
+    extras = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return {name: tuple(map(module_of, packages)) for name, packages in extras.items() if name != "dev"}
+
+
+def module_of(requirement: str) -> str:
+    """reasoning_gym for "reasoning-gym==0.1.25"."""
+    package = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    return MODULES.get(package.lower(), package.replace("-", "_"))
+
+
+def reasons_to_skip(marks: Iterable[pytest.Mark], extras: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    for mark in marks:
+        for need in needs_of(mark, extras):
+            if not need.is_met():
+                yield need.reason
+
+
+def needs_of(mark: pytest.Mark, extras: Mapping[str, tuple[str, ...]]) -> list[Need]:
+    """Return what a mark asks for, nothing for other marks. Raises UsageError where it names no known thing."""
+    if mark.name == "gpu":
+        return [Need(has_gpu, "torch finds no CUDA GPU: run it on a machine that has one")]
+    if mark.name == "network":
+        return [Need(lambda: os.environ.get(NETWORK) == "1", f"reaches for the network: allow it with {NETWORK}=1")]
+    if mark.name == "extra":
+        return [extra_need(name, modules) for name, modules in named(mark, extras)]
+    if mark.name == "env":
+        return [variable_need(name, value) for name, value in named(mark, VARIABLES)]
+    return [need for _, need in named(mark, SYSTEM)] if mark.name == "needs" else []
+
+
+def named(mark: pytest.Mark, known: Mapping[str, T]) -> list[tuple[str, T]]:
+    asked = ", ".join(map(repr, mark.args))
+    if not mark.args or not known.keys() >= set(mark.args):
+        raise pytest.UsageError(f"The mark {mark.name}({asked}) must name one of {', '.join(sorted(known))}.")
+    return [(name, known[name]) for name in mark.args]
+
+
+def extra_need(name: str, modules: tuple[str, ...]) -> Need:
+    missing = [module for module in modules if find_spec(module) is None]
+    return Need(lambda: not missing, f"{' and '.join(missing)} not installed: pip install 'minigrpo[{name}]'")
+
+
+def variable_need(name: str, value: str) -> Need:
+    return Need(lambda: bool(os.environ.get(name)), f"{name} is not set: let it name {value}")
