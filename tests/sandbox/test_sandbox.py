@@ -17,6 +17,7 @@ import pytest
 from minigrpo.sandbox import Limits, Referee, Sandbox, Wrong, shared_sandbox
 from tests.sandbox.attacks import every
 from tests.sandbox.attacks.judge import judge
+from tests.sandbox.attacks.lies import FORGE
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
@@ -39,6 +40,12 @@ def test_no_attack_gets_anywhere(tmp_path: Path) -> None:
     assert len(every()) >= 120
     assert len({attack.name for attack in every()}) == len(every())
     assert judge(tmp_path) == []
+
+
+def test_the_attacks_that_forge_messages_find_what_they_need(sandbox: Sandbox) -> None:
+    """Without the nonce of their call, or the harness's globals, they would fail by themselves and prove nothing."""
+    finds = f"{FORGE}\ndef f(): return len(nonce()), 'answer_call' in sys._getframe(1).f_globals"
+    assert sandbox.run(finds, "f", ask(())).result == [(8, True)]
 
 
 @pytest.mark.needs("root")  # anybody else ran the test above as an ordinary user already

@@ -65,12 +65,12 @@ def pause(seconds):
         resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
 time.sleep = pause
 resource.setrlimit(resource.RLIMIT_NPROC, (0, most))
-child = zygote.Zygote(socket.socketpair()[0]).fork_patiently()
+child = zygote.Zygote(socket.socketpair()[0]).fork_with_retries()
 print(len(pauses), child is not None)
 resource.setrlimit(resource.RLIMIT_NPROC, (0, most))
 zygote.FORK_TRIES = 2
 later = zygote.Zygote(socket.socketpair()[0])
-print(later.fork_patiently(), later.refusal)
+print(later.fork_with_retries(), later.refusal)
 """
 
 

@@ -40,12 +40,12 @@ class RunLogger:
         self._console = console or Console(stderr=True)
         view = LivePanel if panel_fits(self._console) else PlainLog
         self._view: ProgressView = view(self._console, total_steps)
-        self._pulse = Snapshot()
+        self._snapshot = Snapshot()
         self._prefixes = {path: Prefix(path) for path in (run.metrics, run.groups)}
 
     def __enter__(self) -> RunLogger:
-        self._pulse = Snapshot(rewards=tuple(_logged_rewards(self.run)), since=time.monotonic())
-        self._view.open(self._pulse)
+        self._snapshot = Snapshot(rewards=tuple(_logged_rewards(self.run)), since=time.monotonic())
+        self._view.open(self._snapshot)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
@@ -63,8 +63,8 @@ class RunLogger:
         rows = [_group_row(step, group, row_G) for group, row_G in zip(groups, advantages_PG, strict=True)]
         _append(self.run.groups, rows)
         _append(self.run.metrics, [{"step": step, **metrics}])
-        self._pulse = self._pulse.after(step, metrics, groups, _sample(groups) if self.show_samples else None)
-        self._view.show(self._pulse)
+        self._snapshot = self._snapshot.after(step, metrics, groups, _sample(groups) if self.show_samples else None)
+        self._view.show(self._snapshot)
 
     def say(self, text: str) -> None:
         """Print a sentence for the person who watches, above the display."""

@@ -21,7 +21,6 @@ from minigrpo.sandbox.protocol import Limits
 
 BOOT = "import sys; sys.path.append(sys.argv[1]); from inside import zygote; zygote.main()"
 START_TIMEOUT_S, REPLY_TIMEOUT_S, EXIT_TIMEOUT_S = 60.0, 30.0, 2.0
-MAX_REPLY_BYTES = 2**16
 CHECK_INTERVAL_S, MAX_IDLE_CHECKS = 0.5, 2
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -183,7 +182,7 @@ class Worker:
             process.wait()
 
     def _send(self, message: dict[str, Any]) -> None:
-        data = codec.encode(message, MAX_REPLY_BYTES)
+        data = codec.encode(message, codec.MAX_CONTROL_BYTES)
         try:
             self.control.sendall(codec.LENGTH.pack(len(data)) + data)
         except OSError as fault:

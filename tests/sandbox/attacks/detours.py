@@ -83,8 +83,8 @@ ATTACKS = (
     body("answers from a profiler", "hooks", """
         import os, struct, sys
         def hook(frame, *_):
-            if "once" in frame.f_locals:
-                os.write(3, struct.pack("!I8sc", 1, frame.f_locals["once"], b"V") + b"T")
+            if "nonce" in frame.f_locals:
+                os.write(3, struct.pack("!I8sc", 1, frame.f_locals["nonce"], b"V") + b"T")
         sys.setprofile(hook)
         return 0
     """),

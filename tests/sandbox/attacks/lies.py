@@ -4,11 +4,11 @@ from tests.sandbox.attacks import STOPPED, body, whole
 
 FORGE = """
 import os, struct, sys
-def frame(once, kind, content): return struct.pack("!I8sc", len(content), once, kind) + content
-def once():
+def frame(nonce, kind, content): return struct.pack("!I8sc", len(content), nonce, kind) + content
+def nonce():
     at = sys._getframe()
-    while "once" not in at.f_locals: at = at.f_back
-    return at.f_locals["once"]
+    while "nonce" not in at.f_locals: at = at.f_back
+    return at.f_locals["nonce"]
 """
 
 ATTACKS = (
@@ -77,43 +77,43 @@ ATTACKS = (
     whole("exits while it is defined", "exit codes", "raise SystemExit"),
     whole("forges an answer and loops", "forged frames", FORGE + """
 def attack(number, place):
-    os.write(3, frame(once(), b"V", b"T"))
+    os.write(3, frame(nonce(), b"V", b"T"))
     while True: pass
 """),
     whole("forges many answers", "forged frames", FORGE + """
 def attack(number, place):
-    for _ in range(100): os.write(3, frame(once(), b"V", b"T"))
+    for _ in range(100): os.write(3, frame(nonce(), b"V", b"T"))
 """),
     whole("forges an early answer", "forged frames", FORGE + """
 os.write(3, frame(b"00000000", b"V", b"T"))
 def attack(number, place): return 0
 """),
     whole("forges an unknown kind", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"?", b"ok"))
+def attack(number, place): os.write(3, frame(nonce(), b"?", b"ok"))
 """),
     whole("forges the end of the game", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"R", b"T"))
+def attack(number, place): os.write(3, frame(nonce(), b"R", b"T"))
 """),
     whole("forges a value too deep", "forged frames", FORGE + """
 def attack(number, place):
-    os.write(3, frame(once(), b"V", b"l\\0\\0\\0\\x01" * 5000 + b"N"))
+    os.write(3, frame(nonce(), b"V", b"l\\0\\0\\0\\x01" * 5000 + b"N"))
 """),
     whole("forges a length", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"V", b"l\\xff\\xff\\xff\\xff"))
+def attack(number, place): os.write(3, frame(nonce(), b"V", b"l\\xff\\xff\\xff\\xff"))
 """),
     whole("forges a huge integer", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"V", b"i\\0\\0\\x40\\0" + b"\\x7f" * 0x4000))
+def attack(number, place): os.write(3, frame(nonce(), b"V", b"i\\0\\0\\x40\\0" + b"\\x7f" * 0x4000))
 """),
     whole("forges a key that has no hash", "forged frames", FORGE + """
 def attack(number, place):
-    os.write(3, frame(once(), b"V", b"d\\0\\0\\0\\x01l\\0\\0\\0\\0N"))
+    os.write(3, frame(nonce(), b"V", b"d\\0\\0\\0\\x01l\\0\\0\\0\\0N"))
 """),
     whole("forges text that is none", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"V", b"s\\0\\0\\0\\x02\\xff\\xfe"))
+def attack(number, place): os.write(3, frame(nonce(), b"V", b"s\\0\\0\\0\\x02\\xff\\xfe"))
 """),
     whole("forges half a frame and exits", "forged frames", FORGE + """
 def attack(number, place):
-    os.write(3, frame(once(), b"V", b"N" * 100)[:50])
+    os.write(3, frame(nonce(), b"V", b"N" * 100)[:50])
     os._exit(0)
 """),
     whole("forges an enormous frame", "forged frames", """
@@ -122,7 +122,7 @@ def attack(number, place):
     os.write(3, struct.pack("!I8sc", 2 ** 32 - 1, b"0" * 8, b"V"))
 """),
     whole("forges an error that is none", "forged frames", FORGE + """
-def attack(number, place): os.write(3, frame(once(), b"E", b"\\xff\\x1b[31mok\\0" * 1000))
+def attack(number, place): os.write(3, frame(nonce(), b"E", b"\\xff\\x1b[31mok\\0" * 1000))
 """),
     whole("sends noise", "forged frames", """
 import os

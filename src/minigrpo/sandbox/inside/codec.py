@@ -16,6 +16,9 @@ MAX_BITS = 1024
 MAX_ENTRIES = 1000
 """Entries of one dictionary: keys can be chosen so that they all collide."""
 
+MAX_CONTROL_BYTES = 2**16
+"""Bytes of one message between a worker and its zygote."""
+
 LENGTH = struct.Struct("!I")
 """The length before every message and every content: four bytes, big-endian."""
 REAL = struct.Struct("!d")

@@ -38,7 +38,6 @@ HIDDEN = (
 stays, because wait4 looks it up."""
 
 Work = Callable[[dict[str, str]], int]
-MAX_REPLY_BYTES = 2**16
 FORK_TRIES, FORK_PAUSE = 40, 0.05
 PARENT_CHECK_S = 2.0
 """Seconds between checks whether the parent process is still alive."""
@@ -158,7 +157,7 @@ class Zygote:
     def locks_of_a_child(self) -> dict[str, str]:
         """Return which locks a child could close, as reported by one that ends at once."""
         child = self.fork(report_faults)
-        report = child.channel.recv(MAX_REPLY_BYTES)
+        report = child.channel.recv(codec.MAX_CONTROL_BYTES)
         child.channel.close()
         os.waitpid(child.pid, 0)
         return dict(codec.decode(report)) if report else {"filter": "the first child died"}
@@ -196,12 +195,12 @@ class Zygote:
         return data
 
     def send(self, reply: dict[str, Any]) -> None:
-        data = codec.encode(reply, MAX_REPLY_BYTES)
+        data = codec.encode(reply, codec.MAX_CONTROL_BYTES)
         self.control.sendall(codec.LENGTH.pack(len(data)) + data)
 
 
 def report_faults(faults: dict[str, str]) -> int:
-    os.write(syscalls.CHANNEL, codec.encode(faults, MAX_REPLY_BYTES))
+    os.write(syscalls.CHANNEL, codec.encode(faults, codec.MAX_CONTROL_BYTES))
     return 0
 
 
