@@ -58,6 +58,7 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+@pytest.mark.extra("gguf")
 def test_the_minigrpo_commands_of_the_readme_run_one_after_the_other(home: Path) -> None:
     (home / "letters.py").write_text(next(blocks("python")))
     shown = [line for line in commands() if line.startswith("minigrpo")]

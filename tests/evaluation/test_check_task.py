@@ -22,6 +22,7 @@ def told(task, **knobs):
     return found.ok, " ".join(fault.what for fault in found.faults)
 
 
+@pytest.mark.extra("reasoning-gym")
 def test_the_tasks_of_the_package_are_fit_to_train_on():
     for name in ("wordproblems", "rg:leg_counting", "rg:chain_sum"):
         recipe = Recipe(task=TaskConfig(name=name, size=64))

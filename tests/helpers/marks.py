@@ -62,7 +62,9 @@ SYSTEM = {
         lambda: shutil.which("llama-quantize") is not None, "no llama-quantize on the PATH: it comes with llama.cpp"
     ),
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
-    "procfs": Need(Path("/proc/self").is_dir, "the folder in which even root can make no file is in Linux's /proc"),
+    "procfs": Need(
+        Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"
+    ),
     "root": Need(
         lambda: hasattr(os, "getuid") and os.getuid() == 0, "only root can become another user: run it as root"
     ),

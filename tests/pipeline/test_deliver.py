@@ -138,6 +138,7 @@ def test_without_llama_cpp_the_road_says_so_at_both_ends_and_goes_on(
     assert run.merged.is_dir()
 
 
+@pytest.mark.extra("gguf")
 def test_a_model_that_llama_cpp_cannot_read_is_told_and_merged_all_the_same(
     recipe: Recipe, tiny_folder: Any, tmp_path: Path
 ) -> None:

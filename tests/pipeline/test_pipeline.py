@@ -178,6 +178,7 @@ def test_a_verdict_against_training_stops_the_road(make_recipe, tmp_path):
         stages.run_all(recipe, RunDir(tmp_path / "cut"))
 
 
+@pytest.mark.extra("gguf")
 def test_stages_are_timed(done):
     assert seconds_of(done[0]).keys() == {"model", "preflight", "train", "evaluate", "check", "merge", "export"}
 
