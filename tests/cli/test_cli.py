@@ -35,7 +35,7 @@ class Ended:
 
 @dataclass
 class Spy:
-    """Stands where a stage of the road is; keeps what it was asked for."""
+    """Replaces a stage and records its arguments."""
 
     answer: Any = None
     args: tuple[Any, ...] = ()

@@ -1,4 +1,4 @@
-"""The second half of the road: what a whole run leaves beside its adapter, and what it could not make."""
+"""The stages after training: what a whole run leaves beside its adapter, and what it could not make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole road on a two-layer model, stage by stage; what a resumed run does again; and what is refused."""
+"""All stages on a two-layer model, one after the other; what a resumed run repeats; and what is refused."""
 
 import json
 import os

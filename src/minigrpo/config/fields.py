@@ -1,6 +1,6 @@
-"""What can be turned, as a table: read from the recipe's fields, so that help, files and refusals never disagree.
+"""List the recipe's knobs from its fields, so that help, files and error messages never disagree.
 
-Also finds the knob that somebody meant: by the names other trainers use, by a lone last part, by spelling.
+Also find the knob that somebody meant: by the names other trainers use, by its last part alone, by spelling.
 """
 
 from __future__ import annotations
@@ -104,19 +104,19 @@ ALIASES: dict[str, str] = {
     "max_eval_samples": "eval.limit",
     "random_seed": "seed",
 }
-"""Names that other trainers give to our knobs: for suggestions only, never accepted in silence."""
+"""Names that other trainers give to our knobs: used for suggestions only, never accepted in silence."""
 
-SYMBOLS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_LIMIT_SYMBOLS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-NUMBERS, VALUES = "names with numbers, {name: number}", "names with values, {name: value}"
-ROWS = {NUMBERS: "a number", VALUES: "true, false, a finite number or text"}
+_NUMBER_TABLE, _VALUE_TABLE = "names with numbers, {name: number}", "names with values, {name: value}"
+_ROW_KINDS = {_NUMBER_TABLE: "a number", _VALUE_TABLE: "true, false, a finite number or text"}
 """Kind of a table -> what one of its rows may hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One knob as a person reads it. `name` is dotted; `choices` is empty where any value of the kind goes."""
+    """One knob. `name` is dotted, as in lora.rank; `choices` is empty where any value of the kind is allowed."""
 
     name: str
     kind: str
@@ -129,42 +129,42 @@ class Field:
 
     @property
     def expects(self) -> str:
-        """What a value must be: 'a whole number, 1 to 4096'."""
+        """Say what a value must be: 'a whole number, 1 to 4096'."""
         words = f"one of {', '.join(self.choices)}" if self.choices else self.kind
         words = f"{words}, {self.range}" if self.range else words
         return f"{words}; or null" if self.optional else words
 
     @property
     def is_table(self) -> bool:
-        """Whether its value is rows of names and values, of which each may be set alone: task.weights.NAME."""
+        """Return whether the value is a table of names and values, whose rows may be set alone: task.weights.NAME."""
         return isinstance(self.default, dict)
 
     @property
     def row_expects(self) -> str:
-        """What the value of one row of a table must be."""
-        return ROWS[self.kind]
+        """Say what the value of one row of a table must be."""
+        return _ROW_KINDS[self.kind]
 
     @property
     def shown_default(self) -> str:
-        """The default as it would stand in a recipe file."""
-        return in_words(self.default)
+        """Return the default as a recipe file would write it."""
+        return format_value(self.default)
 
     @property
     def summary(self) -> str:
-        """What it does, its unit and default: all that `expects` does not say."""
+        """Say what the knob does, with its unit and default: all that `expects` does not say."""
         unit = f"unit: {self.unit}; " if self.unit else ""
         return f"{self.name}: {self.about} ({unit}default {self.shown_default})"
 
     @property
     def manual(self) -> str:
-        """The knob in one line: what it does, its unit, its range, its default."""
+        """Describe the knob in one line: what it does, its unit, range and default."""
         facts = [f"unit: {self.unit}"] if self.unit else []
         facts += [self.expects, f"default {self.shown_default}"]
         return f"{self.name}: {self.about} ({'; '.join(facts)})"
 
 
-def in_words(value: Any) -> str:
-    """A value as a recipe file would write it."""
+def format_value(value: Any) -> str:
+    """Format a value as a recipe file would write it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -176,8 +176,8 @@ def in_words(value: Any) -> str:
 
 @cache
 def field_table() -> tuple[Field, ...]:
-    """Every knob of a recipe, in the recipe's order."""
-    return tuple(_walk(Recipe, ""))
+    """Return every knob of a recipe, in the recipe's order."""
+    return tuple(_walk_fields(Recipe, ""))
 
 
 @cache
@@ -187,70 +187,70 @@ def fields_by_name() -> dict[str, Field]:
 
 @cache
 def sections() -> dict[str, str]:
-    """Name of each section -> its knobs, for those who write the section where a knob is meant."""
-    names = [name for name, field in Recipe.model_fields.items() if _model_of(field)]
+    """Map each section's name to a list of its knobs, shown to those who set a section as if it were a knob."""
+    names = [name for name, field in Recipe.model_fields.items() if _section_model(field)]
     return {name: ", ".join(k.name for k in field_table() if k.name.startswith(f"{name}.")) for name in names}
 
 
-def _walk(model: type[BaseModel], prefix: str) -> Iterator[Field]:
+def _walk_fields(model: type[BaseModel], prefix: str) -> Iterator[Field]:
     for name, field in model.model_fields.items():
-        section = _model_of(field)
+        section = _section_model(field)
         if section:
-            yield from _walk(section, f"{prefix}{name}.")
+            yield from _walk_fields(section, f"{prefix}{name}.")
         else:
-            yield _knob(f"{prefix}{name}", field)
+            yield _describe_field(f"{prefix}{name}", field)
 
 
-def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+def _section_model(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _knob(name: str, field: FieldInfo) -> Field:
+def _describe_field(name: str, field: FieldInfo) -> Field:
     kind: Any = field.annotation
     optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
     if optional:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    table = NUMBERS if kind == dict[str, float] else VALUES
+    table = _NUMBER_TABLE if kind == dict[str, float] else _VALUE_TABLE
     extra = field.json_schema_extra
     return Field(
         name=name,
         kind="text" if choices else kinds.get(kind, table),
         default=field.default,
         unit=str(extra.get("unit", "")) if isinstance(extra, dict) else "",
-        range=_range(field),
+        range=_describe_range(field),
         about=field.description or "",
         choices=choices,
         optional=optional,
     )
 
 
-def _range(field: FieldInfo) -> str:
-    limits = {key: getattr(rule, key) for rule in field.metadata for key in SYMBOLS if hasattr(rule, key)}
+def _describe_range(field: FieldInfo) -> str:
+    limits = {key: getattr(rule, key) for rule in field.metadata for key in _LIMIT_SYMBOLS if hasattr(rule, key)}
     if limits.keys() == {"ge", "le"}:
         return f"{limits['ge']} to {limits['le']}"
-    return " and ".join(f"{SYMBOLS[key]} {value}" for key, value in limits.items())
+    return " and ".join(f"{_LIMIT_SYMBOLS[key]} {value}" for key, value in limits.items())
 
 
 def nearest(name: str) -> str | None:
-    """The knob that `name` most likely means, or None where nothing is near. Surest grounds first."""
-    wanted = name.lower().replace("-", "_")
-    section, _, leaf = wanted.rpartition(".")
+    """Return the knob that `name` most likely means, or None where nothing is near. The surest guess comes first."""
+    given = name.lower().replace("-", "_")
+    section, _, leaf = given.rpartition(".")
     here = {n.rpartition(".")[2]: n for n in fields_by_name() if n.rpartition(".")[0] == section}
     leaves = {n.rpartition(".")[2]: n for n in reversed(fields_by_name())}
-    alias = next((ALIASES[a] for a in (wanted, wanted.replace(".", "_"), leaf) if a in ALIASES), None)
+    alias = next((ALIASES[a] for a in (given, given.replace(".", "_"), leaf) if a in ALIASES), None)
     if alias and alias.startswith(f"{section}."):
         return alias
     if section in sections():
-        guesses = (leaves.get(leaf), _close(leaf, here), alias)
+        guesses = (leaves.get(leaf), _closest(leaf, here), alias)
     else:
-        guesses = (alias, leaves.get(leaf), _close(wanted, {n: n for n in fields_by_name()}))
+        guesses = (alias, leaves.get(leaf), _closest(given, {n: n for n in fields_by_name()}))
     sure = next((guess for guess in guesses if guess), None)
-    return sure or _close(leaf, {**ALIASES, **leaves})
+    return sure or _closest(leaf, {**ALIASES, **leaves})
 
 
-def _close(word: str, table: Mapping[str, str]) -> str | None:
+def _closest(word: str, table: Mapping[str, str]) -> str | None:
     found = difflib.get_close_matches(word, table, n=1, cutoff=0.7)
     return table[found[0]] if found else None

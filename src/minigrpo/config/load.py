@@ -1,6 +1,6 @@
-"""Recipe files and overrides -> a Recipe, or one RecipeError that lists every mistake with its file and line.
+"""Build a Recipe from files and overrides, or raise one RecipeError that lists every mistake with its file and line.
 
-All mistakes of a file and of the command line are found in one pass: mending them one by one is what people hate.
+All mistakes of a file and of the command line are found in one pass, so that nobody has to mend them one by one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Field", "dump_recipe", "field_table", "load_recipe", "recipe_names",
 FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 WIDTH = 110
-BLANK = ("task.system",)  # an empty text means something else than null here, on the command line too
+BLANK = ("task.system",)  # here an empty text differs from null, on the command line, too
 
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeFault:
-    """One mistake: where, what is wrong, and what the knob is."""
+    """One mistake: where it is, what is wrong, and what the knob does."""
 
     where: str
     what: str
@@ -46,12 +46,12 @@ class RecipeFault:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """The file that a recipe's name, path or run folder stands for."""
+    """Return the file that a recipe's name, path or run folder stands for."""
     if name_or_path in recipe_names():
         return FOLDER / f"{name_or_path}.yaml"
     # os.path, unlike Path, answers False for what may not be looked at or is no possible name.
@@ -68,7 +68,10 @@ def recipe_path(name_or_path: str) -> Path:
 
 
 def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> Recipe:
-    """The recipe of that name, file or run folder (None: all defaults), changed by overrides: ("lora.rank", "16")."""
+    """Load the recipe of a name, file or run folder (None: all defaults), with overrides such as ("lora.rank", "16").
+
+    Raise RecipeError with all mistakes.
+    """
     path = recipe_path(name_or_path) if name_or_path is not None else None
     entries = read_entries(path) if path else []
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
@@ -77,14 +80,14 @@ def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> R
     faults += _duplicates(entries)
     if recipe is None or faults:
         order = {entry.where: index for index, entry in enumerate([*entries, *changes])}
-        told = _report(sorted(faults, key=lambda fault: order.get(fault.where, len(order))))
+        report = _report(sorted(faults, key=lambda fault: order.get(fault.where, len(order))))
         in_file = any(entry.where in fault.where for entry in entries for fault in faults)
-        raise RecipeError((begun_by_another(path) if path and in_file else "") + told)
+        raise RecipeError((begun_by_another(path) if path and in_file else "") + report)
     return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back: every knob, with what it does beside it."""
+    """Write the recipe as YAML that `load_recipe` reads back: every knob, with a comment that says what it does."""
     lines = []
     for knob in field_table():
         section, _, leaf = knob.name.rpartition(".")
@@ -101,7 +104,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def nearest_of(word: str, names: Iterable[str]) -> str | None:
-    """The name that is spelled most like `word`, if any is."""
+    """Return the name that is spelled most like `word`, or None."""
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)), None)
 
 
@@ -126,12 +129,12 @@ def _duplicates(entries: list[Entry]) -> Iterator[RecipeFault]:
 
 
 def _build(entries: list[Entry]) -> tuple[Recipe | None, list[RecipeFault]]:
-    """Later entries win. Unknown names are left out, so that the values of all others are still judged."""
+    """Build the recipe; later entries win. Leave out unknown names, so that all other values are still checked."""
     faults = []
     data: dict[str, Any] = {}
     places: dict[str, str] = {}
     for entry in entries:
-        knob = _holder(entry.name)
+        knob = _knob_of(entry.name)
         if knob is None:
             faults.append(_unknown(entry))
             continue
@@ -151,7 +154,7 @@ def _build(entries: list[Entry]) -> tuple[Recipe | None, list[RecipeFault]]:
 
 
 def _contradictory(data: Mapping[str, Any], places: Mapping[str, str]) -> list[RecipeFault]:
-    """Knobs that are each fine alone: every contradiction, with the places of all the knobs that it names."""
+    """Return every contradiction between knobs that are each valid, with the places of the knobs that it names."""
     plain = Recipe.model_validate({name: value for name, value in data.items() if name not in sections()})
     own = {name: type(getattr(plain, name)).model_validate(data[name]) for name in sections() if name in data}
     sentences = [sentence for wrong, sentence in contradictions(plain.model_copy(update=own)) if wrong]
@@ -159,13 +162,13 @@ def _contradictory(data: Mapping[str, Any], places: Mapping[str, str]) -> list[R
 
 
 def _named_in(sentence: str, places: Mapping[str, str]) -> list[str]:
-    """Places of the knobs that the sentence names, each place once."""
+    """Return the places of the knobs that the sentence names, each once."""
     words = set(re.findall(r"[\w.]*\w", sentence))
     return list(dict.fromkeys(where for name, where in places.items() if name in words))
 
 
-def _holder(name: str) -> Field | None:
-    """The knob that takes this entry: itself, or the table of which it is one row (task.weights.NAME)."""
+def _knob_of(name: str) -> Field | None:
+    """Return the knob that an entry sets: the one of that name, or the table whose row it is (task.weights.NAME)."""
     parent = fields_by_name().get(".".join(name.split(".")[:2]))
     return fields_by_name().get(name) or (parent if parent and parent.is_table else None)
 
@@ -183,7 +186,7 @@ def _unknown(entry: Entry) -> RecipeFault:
 def _wrong(error: Any, places: Mapping[str, str]) -> RecipeFault:
     path = [str(part) for part in error["loc"]]
     knob = fields_by_name()[".".join(path[:2])]
-    # Behind the name of a table's row stand the types that it might have had.
+    # After the name of a table's row, pydantic lists the types that it might have had.
     name = ".".join(path[:3])
     where = places.get(name) or places.get(knob.name, "recipe")
     given = "nothing" if error["input"] is None else _short(error["input"])
@@ -197,7 +200,7 @@ def _wrong(error: Any, places: Mapping[str, str]) -> RecipeFault:
 
 
 def _short(value: Any) -> str:
-    """What somebody wrote, fit for one line of a terminal: no escape sequence, half a character or page of text."""
+    """Shorten a given value to one line for a terminal, without control characters."""
     if isinstance(value, list | Mapping):
         return "a list" if isinstance(value, list) else "a mapping"
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(value).split()))
@@ -211,8 +214,8 @@ def _report(faults: list[RecipeFault]) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value in YAML, on one line, with quotes exactly where a reader would need them."""
-    # Line breaks and control characters stand on one line only as escapes, which double quotes alone allow.
+    """Write a value as YAML on one line, with quotes exactly where a reader would need them."""
+    # Line breaks and control characters fit on one line only as escapes, which need double quotes.
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

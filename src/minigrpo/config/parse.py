@@ -1,7 +1,7 @@
-"""A recipe file as a list of entries: name, value as text, and the line it stands on. YAML and TOML.
+"""Parse a recipe file, YAML or TOML, into entries: name, value as text, and line.
 
 Values stay text until the recipe's own types read them: YAML 1.1 would turn `on` into a boolean, `5e-5` into a string
-and `010` into 8, and a knob that is a name may look like a number.
+and `010` into 8, and a name may look like a number.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 import yaml
 
-from minigrpo.config.fields import fields_by_name, in_words, sections
+from minigrpo.config.fields import fields_by_name, format_value, sections
 from minigrpo.errors import RecipeError
 
-LARGEST = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
-MOST = 1000  # knobs in a file; YAML's aliases can make billions of a few lines
+MAX_FILE_BYTES = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
+MAX_KNOBS = 1000  # in a file; YAML's aliases can make billions from a few lines
 NULLS = ("", "~", "null")
 ENDLESS = "is nested without end. A recipe is sections of knobs, two levels deep."
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One knob as somebody wrote it: its dotted name, the value as text (or None, list, dict), and where it stands."""
+    """One knob as the user wrote it: its dotted name, its value as text (or None, list, dict), and its place."""
 
     name: str
     value: Any
@@ -35,15 +35,15 @@ class Entry:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Every knob that a file sets, in its order. Raises RecipeError where it cannot be read as a recipe at all."""
+    """Read every knob that a file sets, in order. Raise RecipeError where the file cannot be read as a recipe."""
     try:
         with path.open("rb") as stream:
-            raw = stream.read(LARGEST + 1)
+            raw = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError(f"{path} is missing. `minigrpo recipes NAME > {path}` writes one to start from.") from None
     except OSError as fault:
         raise RecipeError(f"{path} cannot be read: {fault.strerror or fault}.") from None
-    if len(raw) > LARGEST or b"\0" in raw:
+    if len(raw) > MAX_FILE_BYTES or b"\0" in raw:
         raise RecipeError(f"{path} is not a text file. A recipe is a .yaml or .toml file: see `minigrpo recipes`.")
     try:
         text = raw.decode("utf-8-sig")
@@ -61,19 +61,19 @@ def read_entries(path: Path) -> list[Entry]:
 def _read(path: Path, text: str, parse: Callable[[Path, str], Iterator[Entry]]) -> list[Entry]:
     kind = "TOML" if path.suffix == ".toml" else "YAML"
     try:
-        entries = list(islice(parse(path, text), MOST + 1))
+        entries = list(islice(parse(path, text), MAX_KNOBS + 1))
     except RecursionError:
         raise RecipeError(f"{path} {ENDLESS}") from None
     except (ValueError, OverflowError) as fault:
-        # What both parsers let through: a number of thousands of digits, an escape beyond the last character.
+        # Errors that escape both parsers: a number of thousands of digits, an escape beyond the last character.
         raise RecipeError(f"{path}: this is not {kind}: {' '.join(str(fault).split())}.") from None
-    if len(entries) > MOST:
-        raise RecipeError(f"{path} sets more than {MOST} knobs. A recipe is a page: see `minigrpo recipes`.")
+    if len(entries) > MAX_KNOBS:
+        raise RecipeError(f"{path} sets more than {MAX_KNOBS} knobs. A recipe is a page: see `minigrpo recipes`.")
     return entries
 
 
 def read_table(text: str) -> Any:
-    """The value of an override whose knob is a table: `{correct: 1}`. What is not YAML stays text, to be refused."""
+    """Parse an override of a table: `{correct: 1}`. Text that is not YAML stays text and is refused later."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return plain_value(node) if node else {}
@@ -89,7 +89,7 @@ def _yaml_entries(path: Path, text: str) -> Iterator[Entry]:
         what = f"the character U+{int(fault.character):04X} is not allowed"
         raise RecipeError(f"{path}:{place}: this is not YAML: {what}.") from None
     except yaml.MarkedYAMLError as fault:
-        # A fault at the very end of the text is marked one line below its last.
+        # PyYAML places an error at the very end of the text one line too low.
         last = max(1, len(text.splitlines()))
         line = f":{min(fault.problem_mark.line + 1, last)}" if fault.problem_mark else ""
         what = ", ".join(filter(None, (fault.context, fault.problem)))
@@ -113,18 +113,18 @@ def _from_mapping(node: yaml.MappingNode, prefix: str, file: str) -> Iterator[En
 
 
 def _may_hold(name: str, prefix: str) -> bool:
-    """Whether a mapping under this name is read key by key: a section, a knob that is a table, or a mistake to name."""
+    """Return whether a mapping is read key by key: that of a section, of a table, or of an unknown name to report."""
     knob = fields_by_name().get(name)
     return (knob is None or knob.is_table) and prefix.count(".") < 2
 
 
 def _is_empty(node: yaml.Node) -> bool:
-    """A section whose knobs are all commented out."""
+    """Return whether a section is empty, because its knobs are all commented out."""
     return node.value == [] or (node.value in NULLS and getattr(node, "style", None) is None)
 
 
 def plain_value(node: yaml.Node, depth: int = 0) -> Any:
-    """Nodes as text, or one level of list or dict: what lies deeper than any knob reaches is left empty."""
+    """Convert a YAML node to text, or to one level of list or dict; deeper levels, which no knob has, stay empty."""
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value.lower() in NULLS else str(node.value)
     if not isinstance(node, yaml.MappingNode):
@@ -135,7 +135,7 @@ def plain_value(node: yaml.Node, depth: int = 0) -> Any:
 
 
 def _key(node: yaml.Node) -> str:
-    """A key that is itself a list or a mapping cannot name anything; its kind shows what stands there."""
+    """Return a key's text; a key that is a list or a mapping names nothing, so return its kind in brackets."""
     if isinstance(node, yaml.ScalarNode):
         return str(node.value)
     return "(mapping)" if isinstance(node, yaml.MappingNode) else "(sequence)"
@@ -150,7 +150,7 @@ def _toml_entries(path: Path, text: str) -> Iterator[Entry]:
         raise RecipeError(f"{path}:{line}: this is not TOML: {fault}.") from None
     lines = _toml_lines(text)
     for name, value in _flat(data):
-        # An inline table has its keys on its own line.
+        # The keys of an inline table are on the table's line.
         spelled = name if name in lines else name.rpartition(".")[0]
         yield Entry(name, value, f"{path}:{lines[spelled]}" if spelled in lines else str(path))
 
@@ -169,7 +169,7 @@ _KEY = rf"({_PART}(?:\s*\.\s*{_PART})*)"
 
 
 def _toml_lines(text: str) -> dict[str, int]:
-    """Line of each key and section, found by its looks: tomllib keeps none."""
+    """Find the line of each key and section with regular expressions: tomllib keeps no lines."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -183,14 +183,14 @@ def _toml_lines(text: str) -> dict[str, int]:
 
 
 def _spelled(key: str) -> str:
-    """`"lora" . rank` as lora.rank."""
+    """Convert `"lora" . rank` to lora.rank."""
     return ".".join(part.strip("\"'") for part in re.findall(_PART, key))
 
 
 def as_text(value: Any) -> Any:
-    """A typed value as a recipe file would hold it, so that True is no number here either."""
+    """Convert a typed value to the text of a recipe file, so that True is not read as the number 1."""
     if isinstance(value, Mapping):
         return {str(key): as_text(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_text(item) for item in value]
-    return None if value is None else in_words(value) if isinstance(value, bool) else str(value)
+    return None if value is None else format_value(value) if isinstance(value, bool) else str(value)

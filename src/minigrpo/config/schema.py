@@ -1,6 +1,6 @@
-"""The Recipe: every knob once, with its default, its unit, its range and what it does.
+"""The Recipe: every knob with its default, unit, range and description.
 
-Flags, `--help`, recipe files and error messages all follow from the fields below. No torch here.
+Options, `--help`, recipe files and error messages all follow from the fields below.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
 def field(default: Any, about: str, unit: str = "", **limits: Any) -> Any:
-    """A field of the recipe; `unit` and `limits` (ge, gt, le, lt) are shown in help and in refusals."""
+    """Define a field of the recipe; help and error messages show `unit` and `limits` (ge, gt, le, lt)."""
     return Field(default, description=about, json_schema_extra={"unit": unit}, **limits)
 
 
 def as_typed(text: Any) -> Any:
-    """ "true" and "false" as what they mean, numbers as numbers, anything else as it is."""
+    """Convert "true", "false" and numbers given as text to their values; leave anything else as it is."""
     if not isinstance(text, str):
         return text
     if text.lower() in ("true", "false"):
@@ -71,7 +71,7 @@ class ModelConfig(Config):
     @field_validator("template", mode="before")
     @classmethod
     def typed(cls, value: Any) -> Any:
-        """Files and flags hold text; a template asks `if enable_thinking`, for which "false" is true."""
+        """Convert the text of files and options: a template tests `if enable_thinking`, where "false" would be true."""
         return {name: as_typed(text) for name, text in value.items()} if isinstance(value, dict) else value
 
 
@@ -130,7 +130,7 @@ class RolloutConfig(Config):
 
 
 class GroupsConfig(Config):
-    """Which groups a step learns from: siblings that all tie teach nothing."""
+    """Which groups a step learns from: a group whose siblings all tie has no gradient."""
 
     min_spread: float = field(1e-6, "rewards of a group that differ by no more than this are a tie", ge=0)
     resample: float = field(
@@ -290,7 +290,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:
-        """Knobs that are each fine alone but contradict one another."""
+        """Raise ValueError where knobs that are each valid contradict one another."""
         for wrong, sentence in contradictions(self):
             if wrong:
                 raise ValueError(sentence)
@@ -298,7 +298,7 @@ class Recipe(Config):
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
-    """(whether it holds, what to do about it). The sentence names the knobs, so that their lines can be shown."""
+    """Yield (whether the contradiction holds, a sentence that names its knobs, by which their lines are found)."""
     train, lora, objective = recipe.train, recipe.lora, recipe.objective
     yield (
         train.full and recipe.model.quantize != "none",
@@ -334,7 +334,10 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "rollout.engine vllm would sample from the base in 16 bit and train it in 4: leave model.quantize at none",
     )
     yield recipe.rollout.server is not None and not vllm, "rollout.server is asked by rollout.engine vllm only"
-    yield recipe.save.take == "best" and not recipe.eval.every, "save.take best needs eval.every: who else would tell?"
+    yield (
+        recipe.save.take == "best" and not recipe.eval.every,
+        "save.take best needs eval.every, whose evaluations find the best checkpoint",
+    )
     yield (
         recipe.groups.replay > 0 and objective.importance == "off",
         "groups.replay brings samples of an older policy: objective.importance must not be off",

@@ -133,7 +133,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
         Text(
             "What next:\n"
             "  minigrpo recipes quickstart > mine.yaml  # a recipe of your own to change\n"
-            "  minigrpo run mine.yaml                   # the same road with it\n"
+            "  minigrpo run mine.yaml                   # the same stages with it\n"
             "  minigrpo tasks                           # what else can be learned\n"
             f"All of this stands in {run.summary}"
         ),
