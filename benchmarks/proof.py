@@ -51,7 +51,7 @@ def prove(setup: Setup) -> Proof:
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
     groups = ours.first_batch(setup, policy, recipe)
     theirs = copy.deepcopy(policy.model)
-    objective = open_objective(recipe, sixteen_bit=False)
+    objective = open_objective(recipe, inexact_engine=False)
     batch = pack(groups, objective, setup.workload.limit)
     accumulate_gradient(policy, objective, list(batch.split(10**6)), step=0)
     backward_with_trl(setup, theirs, groups)

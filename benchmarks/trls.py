@@ -111,11 +111,11 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
 
     task = task_of(setup.workload, setup.folder)
     prompts = ordered(task.prompts("train"), setup)
-    knobs = recipe_of(setup).lora
+    adapter = recipe_of(setup).lora
     lora = LoraConfig(
-        r=knobs.rank,
-        lora_alpha=knobs.alpha,
-        lora_dropout=knobs.dropout,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -139,7 +139,7 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
 def problem_options(setup: Setup) -> dict[str, Any]:
     """Return the options of the problem, which are the same for all variants."""
     workload, recipe = setup.workload, recipe_of(setup)
-    objective = open_objective(recipe, sixteen_bit=False)
+    objective = open_objective(recipe, inexact_engine=False)
     return {
         "output_dir": str(setup.scratch / f"trl-{setup.variant}"),
         "max_steps": setup.steps + 1,  # one that is never taken: the gate stops before it

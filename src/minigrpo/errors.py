@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong, as sentences: what, where, and what to do next.
+"""Errors that the user can mend. Their messages are sentences: what, where, and what to do next.
 
     MinigrpoError            shown as its message alone, exit code 2
     ├── RecipeError          a knob is misspelled, out of range or contradicts another
@@ -13,7 +13,7 @@ Anything else that escapes is a fault of ours and keeps its traceback.
 
 
 class MinigrpoError(Exception):
-    """Base of all that is the user's to mend."""
+    """Base class of errors that the user can mend."""
 
 
 class RecipeError(MinigrpoError):

@@ -1,12 +1,12 @@
-"""The stages for a notebook: the same code that the command line runs, beside a plot that redraws itself.
+"""The stages of a run for a notebook: the code that the command line runs, with a plot that redraws itself.
 
     from minigrpo.notebook import evaluate, plot, preflight, recipe, train
     mine = recipe("gsm8k-fast", {"train.steps": 50})
     preflight(mine, "runs/mine")
-    train(mine, "runs/mine")  # the same cell once more goes on where a stop or a crash left it
+    train(mine, "runs/mine")  # run the cell again after a stop or a crash: it goes on from there
     evaluate("runs/mine")
 
-A user's mistake shows as its sentence, without a traceback, and each stage lets its model go when it ends: a notebook's
+A user's mistake shows as one sentence, without a traceback. Each stage frees its model when it ends: a notebook's
 process lives on, and the next stage needs the memory.
 """
 
@@ -44,18 +44,18 @@ PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("tokens a completion", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
     ("share", {"informative_groups": "groups that teach", "completions/clipped_ratio": "cut off"}),
 )
-"""What is drawn: each panel's unit, and its figures of metrics.jsonl with their names."""
+"""The panels of the plot: each one's unit, and its figures of metrics.jsonl with their labels."""
 
 WINDOW = 10  # steps that a bold line averages: one step of a few prompts says little
 STOPPED = "Stopped. The same cell goes on from here."
 REDRAW = 2.0  # seconds between looks at metrics.jsonl
 
 
-def told(stage: Callable[P, R]) -> Callable[P, R]:
-    """A stage whose refusals show as sentences, and that holds no memory when it is over.
+def notebook_stage(stage: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a stage so that its refusals show as sentences, and that it keeps no memory when it is over.
 
     IPython prints what `_render_traceback_` returns. The frames of a refusal would keep the model alive for as long as
-    IPython remembers the error, so they are let go; a fault of ours keeps all of its traceback.
+    IPython remembers the error, so they are dropped; a fault of ours keeps all of its traceback.
     """
 
     @wraps(stage)
@@ -68,83 +68,83 @@ def told(stage: Callable[P, R]) -> Callable[P, R]:
             fault.__context__ = None
             raise fault.with_traceback(None) from None
         finally:
-            let_go()
+            free_memory()
 
     return wrapped
 
 
-def let_go() -> None:
-    """Give back what no name holds any more; of a GPU too, which keeps what was freed for its next tensor."""
+def free_memory() -> None:
+    """Free what is no longer referenced, on a GPU too, where torch keeps freed memory for its next tensor."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-@told
+@notebook_stage
 def recipe(name_or_path: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by name, file or run folder, changed by knobs: {"train.steps": 50, "lora.rank": 16}."""
+    """Load a recipe by name, file or run folder, and change knobs: {"train.steps": 50, "lora.rank": 16}."""
     return load.load_recipe(name_or_path, knobs or {})
 
 
-@told
+@notebook_stage
 def preflight(recipe: Recipe, run: Place) -> PreflightResult:
-    """Try the recipe for a minute: prints what it would teach, and what it would take here."""
+    """Try the recipe: print what it would teach, and the time and memory it would take here."""
     from minigrpo.pipeline import stages
 
-    return stages.preflight(recipe, at(run))
+    return stages.preflight(recipe, run_dir(run))
 
 
-@told
+@notebook_stage
 def train(recipe: Recipe, run: Place, *, live: bool = True, despite_preflight: bool = False) -> None:
-    """Train, or go on with what is there; `live` draws every step. Interrupting the cell finishes the step and saves.
+    """Train, or resume a run; `live` draws every step. Interrupting the cell finishes the step and saves.
 
-    Raises MinigrpoError where preflight has found that this would teach nothing, unless that is to be passed over.
+    Raise MinigrpoError where preflight has found that this would teach nothing, unless `despite_preflight`.
     """
     from minigrpo.pipeline import stages
 
-    folder = at(run)
+    folder = run_dir(run)
     if not despite_preflight:
-        refuse_hopeless(recipe, folder)
+        refuse_failed_preflight(recipe, folder)
     watching: AbstractContextManager[None] = watch(folder, recipe.train.steps) if live else nullcontext()
     with watching:
         stages.train(recipe, folder, resume=True)
 
 
-@told
+@notebook_stage
 def evaluate(run: Place, *, limit: int | None = None, against_base: bool = True) -> dict[str, Any]:
-    """Grade what a run trained on so many unseen prompts, greedily, beside the model that it began with.
+    """Evaluate what a run trained on `limit` unseen prompts, greedily, beside the model that it began with.
 
-    Returns the figures: `before`, `after` and `change`, or `model` where no base is asked; `file` has every answer.
+    Return the figures: `before`, `after` and `change`, or `model` without a base; `file` has every answer.
     """
     from minigrpo.pipeline import stages
 
-    folder = at(run)
+    folder = run_dir(run)
     if not folder.exists():
         raise ArtifactError(f"{folder.path} holds no run. Train first: train(recipe, {str(folder.path)!r})")
     own = load.load_recipe(str(folder.path))
     return stages.evaluate(str(folder.path), own, base=own.model.path if against_base else None, limit=limit)
 
 
-@told
+@notebook_stage
 def plot(run: Place) -> Any:
-    """The curves of a run as an image, while it trains or after."""
-    need_extra()
+    """Return the curves of a run as an image, while it trains or afterwards."""
+    require_extra()
     from IPython.display import Image
 
-    folder = at(run)
-    if not (rows := steps_of(folder)):
+    folder = run_dir(run)
+    if not (rows := read_steps(folder)):
         raise ArtifactError(f"{folder.path} has no step to draw. Train first: train(recipe, {str(folder.path)!r})")
-    return Image(data=picture(rows, str(folder.path)), format="png")
+    return Image(data=draw_png(rows, str(folder.path)), format="png")
 
 
-@told
+@notebook_stage
 def show(run: Place, *, solved: bool | None = None, note: str | None = None, count: int = 3) -> None:
-    """Print the newest different answers of the training: right or wrong ones, or those whose notes have this name.
+    """Print the newest different answers of the training: right or wrong ones, or those that have a note of this name.
 
-    Each stands with its step, what it earned by part, and its notes.
+    Each comes with its step, what it earned by part, and its notes.
     """
-    folder = at(run)
+    folder = run_dir(run)
     if not folder.groups.exists():
         raise ArtifactError(f"{folder.path} has no answers. Train first: train(recipe, {str(folder.path)!r})")
     texts: set[str] = set()
@@ -163,12 +163,12 @@ def show(run: Place, *, solved: bool | None = None, note: str | None = None, cou
         print("There is none among the answers of this training.")
 
 
-def at(run: Place) -> RunDir:
+def run_dir(run: Place) -> RunDir:
     return run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
 
 
-def refuse_hopeless(recipe: Recipe, run: RunDir) -> None:
-    """A verdict counts for the recipe that it was made for; a warm-up that would mend it comes first in training."""
+def refuse_failed_preflight(recipe: Recipe, run: RunDir) -> None:
+    """Raise MinigrpoError where preflight has failed for this recipe, unless a warm-up that mends it comes first."""
     from minigrpo.pipeline.prepare import verdict_stamp
     from minigrpo.runs.manifest import fits
 
@@ -182,7 +182,7 @@ def refuse_hopeless(recipe: Recipe, run: RunDir) -> None:
         )
 
 
-def need_extra() -> None:
+def require_extra() -> None:
     missing = [name for name in ("matplotlib", "IPython") if find_spec(name) is None]
     if missing:
         raise MinigrpoError(
@@ -193,15 +193,15 @@ def need_extra() -> None:
 
 @contextmanager
 def watch(run: RunDir, steps: int) -> Iterator[None]:
-    """A plot under the cell that follows metrics.jsonl while the block runs.
+    """Show a plot under the cell that follows metrics.jsonl while the block runs.
 
-    A thread draws: training keeps the main one, where an interrupt arrives.
+    It is drawn in a thread: training keeps the main one, where an interrupt arrives.
     """
-    need_extra()
+    require_extra()
     from IPython.display import Image, display
 
     def image() -> Any:
-        return Image(data=picture(steps_of(run), str(run.path), steps), format="png")
+        return Image(data=draw_png(read_steps(run), str(run.path), steps), format="png")
 
     handle = display(image(), display_id=True)
     if handle is None:  # no notebook: IPython has said what it could
@@ -227,12 +227,12 @@ def watch(run: RunDir, steps: int) -> Iterator[None]:
         handle.update(image())
 
 
-def steps_of(run: RunDir) -> list[dict[str, Any]]:
+def read_steps(run: RunDir) -> list[dict[str, Any]]:
     return list(read_metrics(run))
 
 
-def picture(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = None) -> bytes:
-    """The panels as a PNG. Without pyplot, whose state belongs to the main thread and to the user's own plots."""
+def draw_png(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = None) -> bytes:
+    """Draw the panels as a PNG, without pyplot, whose state belongs to the main thread and to the user's own plots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")
@@ -257,6 +257,6 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = N
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Each value's mean with the WINDOW - 1 before it."""
+    """Average each value with the WINDOW - 1 values before it."""
     windows = (values[max(0, end - WINDOW) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]

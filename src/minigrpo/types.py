@@ -1,7 +1,7 @@
-"""The vocabulary: frozen data that every floor speaks. No torch here.
+"""The data types that all packages share, frozen. No torch here.
 
-A Task gives a Prompt; an Engine answers it G times, each a Completion; the task judges the text, a Grade; the
-siblings form a Group, the unit of everything: rolled out, scored, logged and shown together.
+A Task gives a Prompt; an Engine answers it with G Completions; the task grades each text; prompt, completions and
+grades are a Group, the unit of everything: sampled, graded, compared and logged together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Message = Mapping[str, str]
 """One turn of a conversation: {"role": ..., "content": ...}."""
 
 Finish = Literal["stop", "length"]
-"""Why a completion ended: the model said so, or the limit cut it off."""
+"""Why a completion ended: the model stopped, or the limit cut it off."""
 
 Split = Literal["train", "test"]
 
@@ -103,23 +103,23 @@ class Group:
 
     @property
     def spread(self) -> float:
-        """Largest minus smallest reward: a group without spread compares nothing and teaches nothing."""
+        """Return the largest minus the smallest reward; a group with spread 0 has no gradient."""
         known = [grade.reward for grade in self.grades if grade.scored]
         return max(known) - min(known) if known else 0.0
 
 
 RewardFunction = Callable[[Prompt, str], float]
-"""Scores the text of one completion of the prompt."""
+"""Returns the reward of one completion's text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Something that can be scored: where prompts come from, and what a text is worth.
+    """A source of prompts with a grader for their completions.
 
-    `gold(prompt)` writes a right answer in full, so that anyone can check that the grader pays it. `grade_group`, where
-    it is given, judges all siblings at once, in their order, in place of `grade`. `unseen(prompt)` names what training
-    must not have met for a test to be one: for most tasks the words of the prompt, which None says; for a task whose
-    prompts read alike while what they are judged by differs, each hidden thing by a name of its own.
+    `gold(prompt)` returns a right answer in full, so that anyone can check that the grader rewards it. `grade_group`,
+    if given, grades all siblings at once, in their order, in place of `grade`. `unseen(prompt)` names what must not
+    occur in training if the prompt is to be a fair test: None means the words of the prompt; a task whose prompts read
+    alike, but are graded by something hidden, names each hidden thing.
     """
 
     name: str
@@ -132,16 +132,25 @@ class Task:
 
 
 Ready = Callable[[int, tuple[Completion, ...]], None]
-"""Told of each prompt, by its place in the call, as soon as its last sibling has ended; in any order, each once."""
+"""Called once for each prompt, with its index and completions, as soon as its last sibling has ended; in any order."""
 
 
 class Engine(Protocol):
-    """Whatever answers prompts. `update` takes over the policy's weights as they are now."""
+    """Whatever answers prompts, with the log-probability of each sampled token under softmax(logits / temperature).
+
+    `is_exact`: whether float32 weights give the policy's own log-probabilities, up to rounding. Where they do not,
+    the loss corrects for the difference (objective.importance). An engine that decodes a fixed number of completions
+    side by side has that number as `rows`.
+    """
+
+    is_exact: bool
 
     def generate(
         self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
     ) -> list[tuple[Completion, ...]]:
-        """n completions of each prompt, in order."""
+        """Return n completions of each prompt, in order. Raise MinigrpoError where a prompt leaves no room."""
         ...
 
-    def update(self, policy: Any) -> None: ...
+    def update(self, policy: Any) -> None:
+        """Take over the policy's weights as they are now."""
+        ...

@@ -1,4 +1,4 @@
-"""Which version this is, and which one began a run: what one version wrote, another may not be able to read."""
+"""The installed versions, and the version that began a run: another version may not be able to read it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def this_version() -> str:
 
 
 def begun_by_another(recipe: Path) -> str:
-    """Of a run's own recipe.yaml that cannot be read: both versions, where another one began the run; else nothing."""
+    """Return a sentence that names both versions where another one began this unreadable recipe's run; else ""."""
     try:
         then = json.loads(recipe.with_name("made.json").read_text(encoding="utf-8"))["minigrpo"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""  # a recipe without a run, or a run whose own words cannot be trusted
+        return ""  # a recipe without a run, or a run whose record cannot be trusted
     if recipe.name != "recipe.yaml" or not isinstance(then, str) or then == this_version():
         return ""
     shown = "".join(c for c in then[:20] if c.isprintable())

@@ -145,12 +145,12 @@ def test_importance_of_a_sequence_is_the_product_over_its_tokens_and_a_mask_drop
 
 
 def test_importance_correction_is_on_by_itself_where_weights_are_sixteen_bit_or_groups_are_replayed() -> None:
-    assert open_objective(Recipe(), sixteen_bit=False).importance is None
-    assert open_objective(Recipe(), sixteen_bit=True).importance == Importance(cap=2.0)
+    assert open_objective(Recipe(), inexact_engine=False).importance is None
+    assert open_objective(Recipe(), inexact_engine=True).importance == Importance(cap=2.0)
     replaying = Recipe.model_validate({"groups": {"replay": 2}})
-    assert open_objective(replaying, sixteen_bit=False).importance == Importance(cap=2.0)
+    assert open_objective(replaying, inexact_engine=False).importance == Importance(cap=2.0)
     off = Recipe.model_validate({"objective": {"importance": "off"}})
-    assert open_objective(off, sixteen_bit=True).importance is None
+    assert open_objective(off, inexact_engine=True).importance is None
 
 
 def test_a_recipe_changes_only_the_options_it_names() -> None:

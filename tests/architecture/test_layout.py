@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,27 @@ def test_packages_import_lower_packages_only() -> None:
         if package_of(module) not in FLOORS[-1] or package_of(other) not in FLOORS[-1]
     ]
     assert not climbing
+
+
+GRANTED = re.compile(r"with ([\w, ]+?) of \w+ itself")
+"""The sentence by which a folder inside a package says which of its neighbours it may import."""
+
+
+def neighbours(folder: str) -> set[str]:
+    """Whatever modules of this folder import from the rest of their package: neighbouring folders, or files."""
+    package = package_of(folder)
+    inside = {module for module in MODULES if module == folder or module.startswith(f"{folder}.")}
+    others = {other for module in inside for other in GRAPH[module] if package_of(other) == package} - inside
+    return {other.split(".")[1] for other in others}
+
+
+def test_a_folder_inside_a_package_imports_only_the_neighbours_that_its_docstring_grants() -> None:
+    for folder in sorted(face for face in FACES if face.count(".") == 1):
+        about = " ".join((ast.get_docstring(MODULES[folder]) or "").split())
+        granted = GRANTED.search(about)
+        allowed = set(re.findall(r"\w+", granted[1])) - {"and"} if granted else set()
+        if f"the rest of {package_of(folder)}" not in about:
+            assert neighbours(folder) <= allowed, folder
 
 
 def test_modules_never_import_one_another_in_a_circle() -> None:

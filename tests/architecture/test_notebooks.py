@@ -124,7 +124,7 @@ def test_the_notebook_for_sudoku_runs_from_top_to_bottom(sudoku: Any, home: Path
     assert json.loads((run / "check.json").read_text())["ok"], words(outputs(sudoku, "check"))
     assert (run / "merged/model.safetensors").is_file(), words(outputs(sudoku, "merge"))
     (image,) = images(outputs(sudoku, "train"))
-    assert image == notebook.picture(notebook.steps_of(notebook.at(run)), "runs/play", STEPS)
+    assert image == notebook.draw_png(notebook.read_steps(notebook.run_dir(run)), "runs/play", STEPS)
     assert images(outputs(sudoku, "resume")) == []
 
 
@@ -157,7 +157,7 @@ def test_its_plot_is_one_image_that_followed_the_steps(executed: Any) -> None:
     (after,) = images(outputs(executed, "plot"))
     assert live.startswith(PNG)
     assert after.startswith(PNG)
-    assert live == notebook.picture(notebook.steps_of(notebook.at("runs/tiny")), "runs/tiny", STEPS)
+    assert live == notebook.draw_png(notebook.read_steps(notebook.run_dir("runs/tiny")), "runs/tiny", STEPS)
 
 
 def test_it_prints_what_preflight_found_and_both_accuracies(executed: Any) -> None:
@@ -223,7 +223,7 @@ threading.Thread(target=stop).start()
     (step,) = re.findall(r"Stopped after step (\d+) of 30", words(first.outputs))
     assert int(step) < 30
     assert "step 30/30" in words(second.outputs)
-    steps = [row["step"] for row in notebook.steps_of(notebook.at(home / "runs/stopped"))]
+    steps = [row["step"] for row in notebook.read_steps(notebook.run_dir(home / "runs/stopped"))]
     assert steps == list(range(1, 31))
 
 
@@ -269,10 +269,10 @@ def test_a_half_written_line_is_not_drawn(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "reward": 0.5}\n[1]\n{"step": 2, "reward": null}\n{"step": 3, "rew'
     )
-    rows = notebook.steps_of(notebook.at(tmp_path))
+    rows = notebook.read_steps(notebook.run_dir(tmp_path))
     assert [row["step"] for row in rows] == [1, 2]
-    assert notebook.picture(rows, "half").startswith(PNG)
-    assert notebook.picture([], "none yet", 10).startswith(PNG)
+    assert notebook.draw_png(rows, "half").startswith(PNG)
+    assert notebook.draw_png([], "none yet", 10).startswith(PNG)
 
 
 def test_smoothing_is_a_mean_over_the_last_ten() -> None:

@@ -85,7 +85,7 @@ def test_a_training_pass_takes_as_many_operations_as_torch_counts(setup: Setup, 
     recipe = recipe_of(setup, lora__rank=rank)
     policy = open_policy(recipe)
     groups = first_batch(setup, policy, recipe)
-    objective = open_objective(recipe, sixteen_bit=False)
+    objective = open_objective(recipe, inexact_engine=False)
     batch = pack(groups, objective, setup.workload.limit)
     linear, _ = counted(lambda: accumulate_gradient(policy, objective, list(batch.split(10**6)), step=0))
     (group,) = groups

@@ -25,7 +25,7 @@ from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
-from minigrpo.training.memory.planner import LIBRARIES, MAX_PRODUCTS, PRODUCT_BYTES
+from minigrpo.training.memory.planner import COMPILED_PRODUCT_BYTES, MATMUL_SCRATCH_BYTES, MAX_COMPILED_PRODUCTS
 from minigrpo.training.memory.rollout_cost import RolloutShape, native_rollout_cost, slot_rollout_cost
 from minigrpo.types import Prompt, Rendered, Sampling
 from tests.helpers.tiny import build_tokenizer, tiny_config
@@ -46,7 +46,7 @@ def main(kind: str, case: dict[str, Any]) -> None:
     if case["recompute"]:
         recompute_activations(policy.model)
     planned, measured = {"update": update, "rollout": rollout, "slots": in_slots}[kind](policy, hollow, case)
-    print(json.dumps({"planned": planned + LIBRARIES, "measured": measured}))
+    print(json.dumps({"planned": planned + MATMUL_SCRATCH_BYTES, "measured": measured}))
 
 
 def update(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, int]:
@@ -68,7 +68,7 @@ def rollout(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int, 
     asked = made_up(groups, prompt)
     planned = native_rollout_cost(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     if policy.dtype != torch.float32:
-        planned += PRODUCT_BYTES * min(MAX_PRODUCTS, 4 * completion)
+        planned += COMPILED_PRODUCT_BYTES * min(MAX_COMPILED_PRODUCTS, 4 * completion)
     engine.generate(asked[:1], 2, Sampling(1.0, 4, 1))
     before = from_here()
     engine.generate(asked, completions, Sampling(1.0, completion, 1))

@@ -66,7 +66,7 @@ def saved(folder: Path, *steps: int) -> RunDir:
 
 
 def newest(run: RunDir) -> Checkpoint:
-    found, complaints = checkpoint.latest(run)
+    found, complaints = checkpoint.find_latest(run)
     assert found is not None
     assert not complaints
     return found

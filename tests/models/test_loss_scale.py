@@ -15,7 +15,7 @@ from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutCo
 from minigrpo.models.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, MAX_SCALE, MIN_SCALE, LossScale
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
+from minigrpo.training.grpo import UpdateSettings, accumulate_gradient, update_policy
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.models.test_quantize import train
 
@@ -86,7 +86,9 @@ def test_other_number_types_have_a_scale_that_does_nothing(dtype: torch.dtype) -
 def updated(policy: Policy, epochs: int = 1) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
     batch = pack(made_up_groups(), OBJECTIVES["grpo"], 60)
-    figures, _ = improve(policy, optimizer, OBJECTIVES["grpo"], batch, UpdateConfig(3, EVERYTHING, 1e-3, 1.0, epochs))
+    figures, _ = update_policy(
+        policy, optimizer, OBJECTIVES["grpo"], batch, UpdateSettings(3, EVERYTHING, 1e-3, 1.0, epochs)
+    )
     return figures
 
 

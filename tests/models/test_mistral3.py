@@ -15,7 +15,7 @@ from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig, SaveConfig, TrainConfig
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.models.chat_template import render
-from minigrpo.models.context import context_length
+from minigrpo.models.context_window import context_length
 from minigrpo.models.loading import LoadedModel, open_model
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy, open_policy, open_trained, recompute_activations
@@ -281,7 +281,7 @@ def test_where_all_is_trained_the_tower_is_not_and_a_checkpoint_holds_both(folde
     before = dict(fresh.named_parameters())
     changed = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if n not in other_weights(fresh)}
-    found, _ = checkpoint.latest(run)
+    found, _ = checkpoint.find_latest(run)
     assert found is not None
     again = open_policy(recipe)
     again.restore(found.folder)

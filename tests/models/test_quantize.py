@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_at_the_same_bits(tiny_folder: Callable[..., Path], t
     train(recipe_for(tiny_folder(), steps=2), cut)
     found = train(recipe_for(tiny_folder(), steps=4), cut)
     assert all(torch.equal(a, b) for a, b in zip(expected.trainable, found.trainable, strict=True))
-    found_checkpoint, _ = checkpoint.latest(cut)
+    found_checkpoint, _ = checkpoint.find_latest(cut)
     assert found_checkpoint is not None
     assert found_checkpoint.step == 4
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minigrpo.errors import ModelError, TaskError
-from minigrpo.models.context import check_room
+from minigrpo.models.context_window import check_room
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.types import Grade, Prompt, Rendered, Sampling

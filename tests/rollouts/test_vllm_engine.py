@@ -25,6 +25,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
 from minigrpo.models.vllm_compat import vllm_max_lora_rank
+from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, open_vllm
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
@@ -222,8 +223,8 @@ def test_a_rank_beyond_what_vllm_takes_is_refused_before_any_server_is_asked() -
 
 def test_its_samples_are_weighted_by_importance_unless_the_recipe_says_no() -> None:
     own: dict[str, Any] = {"engine": "vllm", "server": "http://localhost:8000"}
-    assert open_objective(Recipe(rollout=own), sixteen_bit=False).importance is not None  # type: ignore[arg-type]
-    assert open_objective(Recipe(), sixteen_bit=False).importance is None
+    assert open_objective(Recipe(rollout=own), inexact_engine=not VllmEngine.is_exact).importance is not None  # type: ignore[arg-type]
+    assert open_objective(Recipe(), inexact_engine=not NativeEngine.is_exact).importance is None
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,10 @@ def test_in_a_log_the_first_and_the_last_step_are_told_and_few_between(tmp_path:
 def test_in_a_log_a_slow_run_tells_every_step(tmp_path: Path) -> None:
     console = watched()
     view = PlainLog(console, 4, every=0.0)
-    pulse = Snapshot()
+    snapshot = Snapshot()
     for step in range(1, 5):
-        pulse = pulse.after(step, {"reward": 0.5}, [a_group()], None)
-        view.show(pulse)
+        snapshot = snapshot.after(step, {"reward": 0.5}, [a_group()], None)
+        view.show(snapshot)
     assert len(seen(console).splitlines()) == 4
 
 
@@ -211,7 +211,7 @@ def test_the_curve_of_a_resumed_run_begins_where_the_run_began(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "rew')
     resumed = a_track(tmp_path)
     with resumed:
-        assert resumed._pulse.rewards == (0.1, 0.2)
+        assert resumed._snapshot.rewards == (0.1, 0.2)
 
 
 def test_a_sparkline_goes_from_the_lowest_column_to_the_highest() -> None:
@@ -243,9 +243,9 @@ def test_a_stage_that_fails_is_not_said_to_be_done() -> None:
 
 
 def test_the_remaining_time_follows_the_latest_steps() -> None:
-    pulse = Snapshot(step=5, stamps=(100.0, 102.0, 104.0))
-    assert pulse.left(35) == "1m00s left"
-    assert pulse.left(5) == ""
+    snapshot = Snapshot(step=5, stamps=(100.0, 102.0, 104.0))
+    assert snapshot.time_left(35) == "1m00s left"
+    assert snapshot.time_left(5) == ""
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])

@@ -56,7 +56,7 @@ def check_damages(file: str, folder: Path, harm: Callable[[bytes, int], bytes]) 
     whole = victim.read_bytes()
     for tenth in range(10):
         victim.write_bytes(harm(whole, tenth))
-        found, complaints = checkpoint.latest(run)
+        found, complaints = checkpoint.find_latest(run)
         assert found is not None
         assert restored(found) == 1
         assert len(complaints) == 1
@@ -97,7 +97,7 @@ def test_what_is_missing_added_or_foreign_is_named_and_the_checkpoint_before_it_
 ) -> None:
     run = saved(tmp_path, 1, 2)
     spoil(run, how)
-    found, complaints = checkpoint.latest(run)
+    found, complaints = checkpoint.find_latest(run)
     assert found is not None
     assert found.step == 1
     assert len(complaints) == 1
@@ -126,8 +126,8 @@ def test_where_no_checkpoint_is_whole_nothing_begins_again_in_silence(tmp_path: 
     for step in (1, 2):
         (run.checkpoint(step) / "optimizer.pt").unlink()
     with pytest.raises(ArtifactError, match=r"None of the 2 checkpoints.*remove .*checkpoints.*--run"):
-        checkpoint.latest(run)
-    assert checkpoint.latest(RunDir(tmp_path / "new")) == (None, [])
+        checkpoint.find_latest(run)
+    assert checkpoint.find_latest(RunDir(tmp_path / "new")) == (None, [])
 
 
 @pytest.mark.parametrize("width", [4, 1])
@@ -148,13 +148,17 @@ def test_an_optimizer_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_asked_for_by_its_step(tmp_path: Path) -> None:
     run = saved(tmp_path, 2, 4)
-    assert restored(checkpoint.at(run, 2)) == 2
+    assert restored(checkpoint.find_step(run, 2)) == 2
     with pytest.raises(ArtifactError, match=r"no checkpoint of step 3\. There are: 2, 4"):
-        checkpoint.at(run, 3)
+        checkpoint.find_step(run, 3)
     (run.checkpoint(4) / "trainer.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"trainer\.json is damaged"):
-        checkpoint.at(run, 4)
-    assert (checkpoint.before(run, 9), checkpoint.before(run, 4), checkpoint.before(run, 2)) == (2, 2, None)
+        checkpoint.find_step(run, 4)
+    assert (checkpoint.newest_before(run, 9), checkpoint.newest_before(run, 4), checkpoint.newest_before(run, 2)) == (
+        2,
+        2,
+        None,
+    )
 
 
 def test_pruning_keeps_the_newest_and_the_spared(tmp_path: Path) -> None:

@@ -119,18 +119,18 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one() -> None:
 
 def test_the_rate_proposed_is_below_the_one_that_exploded() -> None:
     recipe = Recipe.model_validate({"train": {"lr": 0.1}})
-    assert propose_rate(recipe, Explosion(3, 2, "", 0.1)) == 0.01
-    assert propose_rate(recipe, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
-    assert propose_rate(recipe, Explosion(90, 80, "", 0.1)) == 0.03
-    assert propose_rate(recipe, Explosion(3, 2, "")) == 0.01
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.1)) == 0.01
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
+    assert propose_rate(recipe.train.lr, Explosion(90, 80, "", 0.1)) == 0.03
+    assert propose_rate(recipe.train.lr, Explosion(3, 2, "")) == 0.01
 
 
 def test_the_message_says_what_when_where_and_how_to_begin_again() -> None:
     recipe = Recipe.model_validate({"train": {"lr": 0.1}})
     _, explosion = watched(rows(EXPLODES)) or pytest.fail("not noticed")
-    text = message(explosion, 1, recipe, Path("runs/my first"))
+    text = message(explosion, 1, recipe.train.lr, Path("runs/my first"))
     assert "at step 3 the reward fell from 0.428 to 0, and 0% of the answers have the asked-for form, 64% had" in text
     assert "runs/my first/checkpoints/000001 (step 1)" in text
     assert "minigrpo train 'runs/my first/recipe.yaml' --train.lr 0.003 --run 'runs/my first-lr0.003'" in text
     assert "\n" not in text
-    assert "No checkpoint is older" in message(explosion, None, recipe, Path("runs/a"))
+    assert "No checkpoint is older" in message(explosion, None, recipe.train.lr, Path("runs/a"))

@@ -11,7 +11,7 @@ from minigrpo.algorithms.objective import OBJECTIVES, Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import ObjectiveConfig
 from minigrpo.models.policy import Policy
-from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
+from minigrpo.training.grpo import UpdateSettings, accumulate_gradient, update_policy
 from minigrpo.training.top_entropy import mark_top_entropy
 from minigrpo.types import Group
 from tests.helpers.models import gradients, made_up_groups, make_policy
@@ -76,7 +76,7 @@ def updated(
     policy: Policy, objective: Objective, batch: Batch, budget: int, epochs: int
 ) -> tuple[Any, dict[str, float]]:
     optimizer = torch.optim.AdamW(policy.trainable, weight_decay=0.0)
-    figures, _ = improve(policy, optimizer, objective, batch, UpdateConfig(3, budget, 1e-2, 1.0, epochs))
+    figures, _ = update_policy(policy, optimizer, objective, batch, UpdateSettings(3, budget, 1e-2, 1.0, epochs))
     return [weight.detach().clone() for weight in policy.trainable], figures
 
 

@@ -1,12 +1,14 @@
 """The trainer: it learns, it resumes bit for bit, it stops when it must."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo, learning_rate, open_optimizer
-from minigrpo.types import Grade, Prompt, Task
+from minigrpo.types import Completion, Engine, Grade, Prompt, Task
 from tests.helpers.models import make_policy, set_lora
 from tests.helpers.tiny import build_tokenizer
 
@@ -98,6 +100,33 @@ def test_an_architecture_off_the_shared_path_is_trained_padded_and_that_is_said_
     train(recipe_for(tiny_folder("lfm2"), steps=2), run)
     assert capfd.readouterr().err.count("one padded row per completion") == 1
     assert metrics(run)[1]["engine_gap"] < 1e-4
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_the_loss_corrects_for_an_engine_that_says_it_is_not_exact(
+    is_exact: bool, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Overconfident:
+        """Reports log-probabilities that are 1 nat too high."""
+
+        def __init__(self, engine: Engine) -> None:
+            self.engine, self.is_exact = engine, is_exact
+
+        def generate(self, *given: Any, **options: Any) -> list[tuple[Completion, ...]]:
+            answers = self.engine.generate(*given, **options)
+            return [tuple(replace(c, logprobs=tuple(lp + 1 for lp in c.logprobs)) for c in each) for each in answers]
+
+        def update(self, policy: Any) -> None:
+            self.engine.update(policy)
+
+    recipe, norms = recipe_for(tiny_folder(), steps=1, inner_epochs=1), []
+    for name in ("plain", "overconfident"):
+        policy, run = open_policy(recipe), RunDir(tmp_path / name)
+        engine = open_engine(policy, recipe)
+        run.path.mkdir()
+        grpo(recipe, letters(), policy, engine if name == "plain" else Overconfident(engine), RunLogger(run, 1))
+        norms.append(metrics(run)[0]["grad_norm"])
+    assert norms[1] / norms[0] == pytest.approx(1.0 if is_exact else math.exp(-1), rel=1e-3)
 
 
 def test_a_step_records_everything_that_it_saw(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -206,7 +235,7 @@ def test_a_checkpoint_brings_back_weights_and_optimizer_bit_for_bit(
 ) -> None:
     recipe, run = recipe_for(tiny_folder(), steps=2), RunDir(tmp_path / "run")
     policy = train(recipe, run)
-    found, complaints = checkpoint.latest(run)
+    found, complaints = checkpoint.find_latest(run)
     assert found is not None
     assert not complaints
     other = open_policy(recipe)
@@ -230,7 +259,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     victim.write_bytes(content if how == "flipped" else content[: len(content) // 2])
     if how == "gone":
         victim.unlink()
-    found, complaints = checkpoint.latest(run)
+    found, complaints = checkpoint.find_latest(run)
     assert found is not None
     assert found.step == 2
     # A flipped bit in made.json is a wrong sum, which accuses the file that it belongs to: the folder is named anyhow.
@@ -304,6 +333,6 @@ def test_memory_decides_the_plan_and_a_stated_budget_overrules_it() -> None:
     # Two layers of width 32 keep at least their inputs, norms, projections and MLP halves, in float32.
     assert 2 * 32 * 4 * 5 < per_token < 200_000
     budget = machine.tokens_per_pass(policy, Recipe())
-    assert machine.LEAST <= budget <= machine.MOST
+    assert machine.MIN_TOKENS <= budget <= machine.MAX_TOKENS
     assert budget & (budget - 1) == 0
     assert machine.tokens_per_pass(policy, Recipe(train=TrainConfig(tokens_per_pass=777))) == 777

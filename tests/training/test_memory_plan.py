@@ -19,7 +19,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir
-from minigrpo.training.grpo import UpdateConfig, accumulate_gradient, improve
+from minigrpo.training.grpo import UpdateSettings, accumulate_gradient, update_policy
 from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
 from minigrpo.training.memory.planner import Device, Plan, make_plan
 from minigrpo.training.memory.rollout_cost import (
@@ -28,7 +28,7 @@ from minigrpo.training.memory.rollout_cost import (
     slot_rollout_cost,
     transformers_rollout_cost,
 )
-from minigrpo.training.oom import NOTE, left_by_a_kill, noted, retry_on_oom, split_micro_batch
+from minigrpo.training.oom import NOTE, crash_note, pop_crash_note, retry_on_oom, split_micro_batch
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.helpers.tiny import tiny_config
 
@@ -213,7 +213,7 @@ def weights_after(
     objective = replace(OBJECTIVES["grpo"], top_entropy=top_entropy)
     for step in range(2):
         batch = pack(made_up_groups(), objective, 60)
-        _, budget = improve(policy, optimizer, objective, batch, UpdateConfig(step, budget, 0.1, 1.0, 2))
+        _, budget = update_policy(policy, optimizer, objective, batch, UpdateSettings(step, budget, 0.1, 1.0, 2))
         budgets.append(budget)
     assert not most or small.failures
     return [parameter.detach().clone() for parameter in policy.trainable], budgets
@@ -265,14 +265,14 @@ def test_other_errors_pass_through() -> None:
 
 def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    with noted(run, needs=10, free=100, what={}):
+    with crash_note(run, needs=10, free=100, what={}):
         assert not (tmp_path / NOTE).exists()
-    with noted(run, needs=90, free=100, what={"step": 3}):
+    with crash_note(run, needs=90, free=100, what={"step": 3}):
         text = (tmp_path / NOTE).read_text()
-    assert left_by_a_kill(run) is None
+    assert pop_crash_note(run) is None
     (tmp_path / NOTE).write_text(text)  # as a kill would leave it
-    assert left_by_a_kill(run) == {"step": 3, "needs": 90, "free": 100}
-    assert left_by_a_kill(run) is None
+    assert pop_crash_note(run) == {"step": 3, "needs": 90, "free": 100}
+    assert pop_crash_note(run) is None
 
 
 def test_the_place_decides_what_counts() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minigrpo.config.schema import GroupsConfig, Recipe
+from minigrpo.config.schema import EvalConfig, GroupsConfig, Recipe
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Completion, Grade, Group, Prompt
@@ -109,12 +109,12 @@ def test_a_state_of_more_prompts_than_there_are_is_refused() -> None:
 
 def test_held_out_prompts_are_kept_aside_only_where_they_are_asked_for() -> None:
     recipe = Recipe.model_validate({"eval": {"every": 5, "held_out": 6}})
-    training, aside = split_held_out(PROMPTS, recipe)
+    training, aside = split_held_out(PROMPTS, recipe.eval, recipe.seed)
     assert len(aside) == 6
     assert sorted(names(training) + names(aside)) == sorted(names(PROMPTS))
-    assert split_held_out(PROMPTS, Recipe()) == (PROMPTS, [])
+    assert split_held_out(PROMPTS, EvalConfig(), 0) == (PROMPTS, [])
 
 
 def test_keeping_all_prompts_aside_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"eval\.held_out keeps 64 of the 20"):
-        split_held_out(PROMPTS, Recipe.model_validate({"eval": {"every": 5}}))
+        split_held_out(PROMPTS, EvalConfig(every=5), 0)

@@ -262,7 +262,7 @@ def test_prompts_kept_aside_for_evaluation_are_not_taught(make_recipe: Any, echo
     from minigrpo.training.prompt_sampler import split_held_out
 
     recipe = make_recipe(eval={"every": 1, "held_out": 5})
-    held_out = {prompt.id for prompt in split_held_out(echo_task.prompts("train"), recipe)[1]}
+    held_out = {prompt.id for prompt in split_held_out(echo_task.prompts("train"), recipe.eval, recipe.seed)[1]}
     taught, aside = prepare_answers(recipe, echo_task)
     assert len(taught) + len(aside) == 15
     assert not held_out & {one.prompt.id for one in (*taught, *aside)}

@@ -147,7 +147,7 @@ def test_the_checkpoint_that_did_best_on_held_out_prompts_is_kept_and_taken(
     assert f"Taken: the weights of step {best}" in capfd.readouterr().err
     assert {int(folder.name) for folder in run.checkpoints.iterdir()} == {best, 6}
     again = open_policy(recipe)
-    again.restore(checkpoint.at(run, best).folder)
+    again.restore(checkpoint.find_step(run, best).folder)
     for one, two in zip(policy.trainable, again.trainable, strict=True):
         assert torch.equal(one, two)
     asked = {json.loads(line)["prompt"] for line in run.groups.read_text().splitlines()}
@@ -212,7 +212,7 @@ def test_an_explosion_ends_the_run_at_the_last_checkpoint_before_it(
     with pytest.raises(DivergenceError, match=r"Training exploded: at step 4.*--train\.lr 0\.001 --run"):
         train(recipe, run, task)
     assert len(lines(run.metrics)) == 6
-    found, _ = checkpoint.latest(run)
+    found, _ = checkpoint.find_latest(run)
     assert found is not None
     assert found.step == 2
 

@@ -113,7 +113,7 @@ def test_what_the_environment_asked_of_the_heap_is_given_back(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert heap._began_with("trim_threshold") == expected
+    assert heap._initial_threshold("trim_threshold") == expected
 
 
 def test_another_system_keeps_its_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Compute the algorithm's numbers from rewards and log-probabilities: advantages, the objective and its loss, and how
-groups are packed into micro-batches. Loads torch; may import config and the root's words (types, errors, versions),
-and knows no model, no task and no file.
+groups are packed into micro-batches. Loads torch; may import config, types, errors and versions, and knows no model,
+no task and no file.
 """
 
 from minigrpo.algorithms.objective import OBJECTIVES as OBJECTIVES

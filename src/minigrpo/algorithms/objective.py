@@ -164,12 +164,12 @@ class Objective:
         )
 
 
-def open_objective(recipe: Recipe, *, sixteen_bit: bool) -> Objective:
+def open_objective(recipe: Recipe, *, inexact_engine: bool) -> Objective:
     """Return the objective that a recipe describes.
 
-    `sixteen_bit`: weights are in 16 bit, where sampler and policy round differently.
+    `inexact_engine`: engine and policy round differently, so that they disagree about the same weights.
     """
-    inexact = sixteen_bit or recipe.groups.replay > 0 or recipe.rollout.engine == "vllm"
+    inexact = inexact_engine or recipe.groups.replay > 0  # replayed groups were sampled by an older policy
     return OBJECTIVES[recipe.objective.name].with_config(
         recipe.objective, inexact_sampler=inexact, tie=recipe.groups.min_spread
     )

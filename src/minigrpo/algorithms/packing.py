@@ -135,19 +135,19 @@ class Batch:
     needs_all: bool
 
     @property
-    def teaches_P(self) -> Tensor:
+    def informative_P(self) -> Tensor:
         """Tell which groups have a gradient from their advantages."""
         return ((self.advantages_PG != 0) & (self.weights_PG != 0)).any(1)
 
     @property
-    def teaches(self) -> bool:
+    def is_informative(self) -> bool:
         """Tell whether any group has a gradient from its advantages."""
-        return bool(self.teaches_P.any())
+        return bool(self.informative_P.any())
 
     @property
-    def moves(self) -> bool:
-        """Tell whether the batch has any gradient at all, a KL term or an entropy bonus included."""
-        return self.teaches or (self.needs_all and bool((self.weights_PG != 0).any()))
+    def has_gradient(self) -> bool:
+        """Tell whether the batch has any gradient at all, that of a KL term or an entropy bonus included."""
+        return self.is_informative or (self.needs_all and bool((self.weights_PG != 0).any()))
 
     def split(self, tokens_per_pass: int) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
@@ -168,8 +168,8 @@ class Batch:
             yield self._micro_batch(waiting)
 
     def _packed_groups(self) -> Iterator[PackedGroup]:
-        for index, (group, teaches) in enumerate(zip(self.groups, self.teaches_P.tolist(), strict=True)):
-            if teaches or self.needs_all:
+        for index, (group, informative) in enumerate(zip(self.groups, self.informative_P.tolist(), strict=True)):
+            if informative or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
                 yield PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids)
 
@@ -190,15 +190,16 @@ class Batch:
 
 
 def pack(groups: Sequence[Group], objective: Objective, longest: int) -> Batch:
-    """Compute advantages from rewards, and weights from lengths, once over the whole batch.
+    """Compute advantages from rewards and weights from lengths. `longest`: the completion limit in tokens."""
+    return weigh(groups, objective.advantages(Rewards.of(groups), objective.tie), objective, longest)
 
-    `longest`: the completion limit.
-    """
+
+def weigh(groups: Sequence[Group], advantages_PG: Tensor, objective: Objective, longest: int) -> Batch:
+    """Weigh the tokens of each completion once, over the whole batch. `longest`: the completion limit in tokens."""
     completions = [completion for group in groups for completion in group.completions]
     lengths_B = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     kept = [not (objective.mask_truncated and completion.finish == "length") for completion in completions]
     kept_B = torch.tensor(kept, dtype=torch.float64)
-    advantages_PG = objective.advantages(Rewards.of(groups), objective.tie)
     return Batch(
         tuple(groups),
         advantages_PG,

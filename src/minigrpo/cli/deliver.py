@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from minigrpo.cli.options import AsJson, Command, print_json, result_alone
+from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
 from minigrpo.config.schema import DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
@@ -25,8 +25,8 @@ BaseOption = Annotated[
 
 
 @contextmanager
-def lock_of(path: Path | None) -> Iterator[None]:
-    """Hold the run that a path stands for, rid of what killed processes left in it; elsewhere there is nothing to hold.
+def lock_run_of(path: Path | None) -> Iterator[None]:
+    """Hold the run that a path belongs to, and remove what killed processes left in it; hold nothing for other paths.
 
     An adapter of its warm-up or of a checkpoint may be looked at and merged while the run trains.
     """
@@ -53,7 +53,7 @@ def check(
     """
     from minigrpo.delivery.merge.check import check, checked_table
 
-    with result_alone(as_json), lock_of(run):
+    with stdout_for_json(as_json), lock_run_of(run):
         found = check(run, base=base, model=not no_model)
     if as_json:
         print_json(found.to_dict())
@@ -81,7 +81,7 @@ def merge(
     """
     from minigrpo.delivery.merge.merge import merge, merged_table
 
-    with result_alone(as_json), lock_of(run):
+    with stdout_for_json(as_json), lock_run_of(run):
         found = merge(run, base=base, dtype=dtype, out=out, proof=not no_proof, force=force)
     if as_json:
         print_json(found.to_dict())
@@ -118,7 +118,7 @@ def export(
     """
     from minigrpo.delivery.gguf.export import export, exported_table
 
-    with result_alone(as_json), lock_of(run):
+    with stdout_for_json(as_json), lock_run_of(run):
         found = export(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
     if as_json:
         print_json(found.to_dict())
@@ -190,7 +190,7 @@ def verify(
     """
     from minigrpo.delivery.verify import verified_table, verify
 
-    with result_alone(as_json), lock_of(run):
+    with stdout_for_json(as_json), lock_run_of(run):
         found = verify(run, serve=serve, served=served)
     if as_json:
         print_json(found.to_dict())
@@ -234,7 +234,7 @@ def publish(
             "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
         )
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
-    with result_alone(as_json), lock_of(run):
+    with stdout_for_json(as_json), lock_run_of(run):
         if run is None:
             found = publish_folder(folder, repo, **options)  # type: ignore[arg-type]
         else:

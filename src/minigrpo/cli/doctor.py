@@ -1,4 +1,4 @@
-"""What this machine has: devices and their true number types, memory, disk, versions, optional parts.
+"""Examine this machine: devices and the number types of their hardware, memory, disk, versions, optional parts.
 
 Everything is looked at, nothing is changed, and nothing is downloaded.
 """
@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from minigrpo.cli.options import AsJson, print_json, result_alone
+from minigrpo.cli.options import AsJson, print_json, stdout_for_json
 from minigrpo.errors import install_hint
 from minigrpo.sandbox.doctor import Finding, Level
 from minigrpo.utils.cache_dir import cache_dir
@@ -50,7 +50,7 @@ GIB = 1024**3
 
 
 def examine() -> tuple[Finding, ...]:
-    """Everything, in the order of the report. Imports torch."""
+    """Return all findings in the order of the report. Imports torch."""
     return (*machine(), *devices(), *disks(), *versions(), *optional_parts())
 
 
@@ -88,7 +88,7 @@ def machine() -> list[Finding]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Total and free bytes, within the limit of a container; None where the system does not say."""
+    """Return total and free bytes, within the limit of a container; None where the system does not tell."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
@@ -115,7 +115,7 @@ def _number(path: str) -> int | None:
 
 
 def devices() -> list[Finding]:
-    """The CPU, and every accelerator with what it can truly compute in."""
+    """Return the CPU, and every accelerator with the number types that its hardware computes in."""
     try:
         import torch
     except (ImportError, OSError) as fault:  # OSError: a library of its own is missing
@@ -147,7 +147,7 @@ def _cuda(index: int) -> Finding:
 
 
 def cpu_number_types() -> str:
-    """Whether 16-bit arithmetic is in the hardware. Without it bfloat16 saves memory and costs time."""
+    """Return whether the hardware has 16-bit arithmetic. Without it bfloat16 saves memory and costs time."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -157,13 +157,13 @@ def cpu_number_types() -> str:
 
 
 def disks() -> list[Finding]:
-    """Free space where runs go, and where models are cached."""
+    """Return the free space where runs go, and where models are cached."""
     places = {"this folder": Path.cwd(), "Hub cache": hub_cache(), "own cache": cache_dir()}
     return [_disk(name, path) for name, path in places.items()]
 
 
 def hub_cache() -> Path:
-    """Where downloaded models are kept, as huggingface_hub decides it."""
+    """Return the folder of downloaded models, as huggingface_hub chooses it."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
@@ -205,14 +205,14 @@ def sandbox(
     doctor: Annotated[bool, typer.Option("--doctor", help="Look at this machine; also the default.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Which locks hold for model-written programs here.
+    """Return which locks hold for model-written programs here.
 
     Starts a worker, makes the system calls that must fail, and runs a few programs. Exit code 0 where programs are run
     on this machine, 1 where they are refused. What the lines mean stands in docs/sandbox.md.
     """
     from minigrpo.sandbox.doctor import examine, to_dict
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         findings = examine()
     report = to_dict(findings)
     if as_json:

@@ -1,4 +1,4 @@
-"""The command line. Whatever is heavy is imported inside the command that needs it, so that --help is quick."""
+"""The command line. Heavy modules are imported inside the command that needs them, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from minigrpo.cli.options import (
     Command,
     QuietRecipeCommand,
     RecipeCommand,
-    in_gigabytes,
+    parse_gigabytes,
+    print_error,
     print_json,
     print_list,
-    refuse,
-    result_alone,
+    stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
@@ -78,7 +78,7 @@ def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None,
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         verdict = stages.preflight(loaded, folder(recipe, run))
     if as_json:
         print_json(verdict.to_dict())
@@ -104,8 +104,8 @@ def plan(
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
-    with result_alone(as_json):
-        found = stages.plan(loaded, in_gigabytes(gpu_memory))
+    with stdout_for_json(as_json):
+        found = stages.plan(loaded, parse_gigabytes(gpu_memory))
     if as_json:
         print_json(found.to_dict())
     raise typer.Exit(0 if found.fits else 1)
@@ -128,7 +128,7 @@ def warmup(
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         result = stages.warmup(loaded, folder(recipe, run), resume=resume)
     if as_json:
         print_json(result)
@@ -185,7 +185,7 @@ def evaluate(
     from minigrpo.pipeline import stages
 
     heat = temperature if temperature is not None else 0.0 if n == 1 else 1.0
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         result = stages.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, split=split, out=out)
     if as_json:
         print_json(result)
@@ -213,7 +213,7 @@ def run_command(
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         result = stages.run_all(loaded, folder(recipe, run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
@@ -236,7 +236,7 @@ def quickstart(
     loaded = load_recipe("quickstart", context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         result = stages.quickstart(loaded, folder("quickstart", run), resume=resume, show_samples=samples)
     if as_json:
         print_json(result)
@@ -259,7 +259,7 @@ def check_task_command(
     from minigrpo.evaluation.check_task import check_task, task_check_table
     from minigrpo.tasks.registry import open_task
 
-    with result_alone(as_json):
+    with stdout_for_json(as_json):
         found = check_task(open_task(loaded), loaded.task, limit)
     if as_json:
         print_json(found.to_dict())
@@ -316,18 +316,19 @@ def recipes(
 
 
 def folder(recipe: str, run: Path | None) -> RunDir:
-    """--run, or the run folder that was given as the recipe, or runs/NAME."""
+    """Return --run, or the run folder that was given as the recipe, or runs/NAME."""
     if run is None:
         run = Path(recipe) if os.path.isdir(recipe) else Path("runs") / Path(recipe).stem
     return RunDir(run)
 
 
 def main(args: list[str] | None = None) -> None:
-    """The entry point: what the user can mend ends as a sentence and exit code 2, all else keeps its traceback."""
+    """Run the command line: an error that the user can mend ends as a sentence with exit code 2, any other with a
+    traceback."""
     try:
         app(args=args, prog_name="minigrpo")
     except MinigrpoError as fault:
-        refuse(fault)
+        print_error(fault)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

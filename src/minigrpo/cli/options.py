@@ -1,4 +1,4 @@
-"""What the command line does beyond typer: knobs as options, examples and knobs in the help, refusals as sentences."""
+"""Additions to typer: a recipe's knobs as options, examples and knobs in the help, errors as sentences."""
 
 from __future__ import annotations
 
@@ -138,7 +138,8 @@ class QuietRecipeCommand(RecipeCommand):
 
 
 def split_overrides(args: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Arguments for typer, and (knob, text) pairs. A misspelled knob is a pair too: the recipe knows its right name."""
+    """Split arguments into those for typer and (knob, text) pairs. A misspelled knob is a pair, too: loading the recipe
+    then names the right one."""
     rest: list[str] = []
     pairs: list[tuple[str, str]] = []
     queue = list(args)
@@ -164,7 +165,7 @@ def _is_knob(name: str, own: Sequence[str]) -> bool:
 
 def _value(name: str, queue: list[str]) -> str:
     """Take the option's value off the queue. A switch needs none: --train.full."""
-    # A row of a table (task.weights.NAME) is told by the table's own name.
+    # A row of a table (task.weights.NAME) is found under the table's own name.
     knob = fields_by_name().get(name) or fields_by_name().get(".".join(name.split(".")[:2]))
     follows = bool(queue) and (not queue[0].startswith("-") or re.fullmatch(r"-[\d.].*", queue[0]) is not None)
     if knob and knob.kind == "true or false":
@@ -177,7 +178,7 @@ def _value(name: str, queue: list[str]) -> str:
 
 
 def field_panel() -> Panel:
-    """Every knob with its default, what it does, its unit and range."""
+    """Show every knob with its default, what it does, its unit and range."""
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, expand=True)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(ratio=1)
@@ -202,15 +203,15 @@ def _panel(content: Any, title: str) -> Panel:
     return Panel(content, title=title, title_align="left", border_style="dim")
 
 
-def refuse(fault: MinigrpoError) -> None:
-    """Say what is wrong, on stderr; lines are not broken, so that a command in them can be copied."""
+def print_error(fault: MinigrpoError) -> None:
+    """Print the error to stderr, without breaking lines, so that a command in it can be copied."""
     console = Console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), str(fault)), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def result_alone(as_json: bool) -> Iterator[None]:
-    """With --json, what a stage prints for people goes to stderr."""
+def stdout_for_json(as_json: bool) -> Iterator[None]:
+    """With --json, send what a stage prints for people to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
 
@@ -220,7 +221,7 @@ def print_json(data: Any) -> None:
 
 
 def print_list(rows: dict[str, str], as_json: bool) -> None:
-    """Names with one line each."""
+    """Print names with one line each."""
     if as_json:
         print_json([{"name": name, "about": about} for name, about in rows.items()])
         return
@@ -232,12 +233,12 @@ def print_list(rows: dict[str, str], as_json: bool) -> None:
 
 
 def plain(text: str) -> str:
-    """Text as it is: brackets in it are no markup."""
+    """Escape text for rich: brackets in it are no markup."""
     return text.replace("[", r"\[")
 
 
-def in_gigabytes(text: str | None) -> float | None:
-    """15, 15GB and 15 GB are the same."""
+def parse_gigabytes(text: str | None) -> float | None:
+    """Parse 15, 15GB or 15 GB. Raise RecipeError for anything else."""
     if text is None:
         return None
     try:

@@ -1,5 +1,5 @@
-"""Recipes: their sections and fields, how they are read, overridden and written. May import nothing of the package but
-the root's words (types, errors, versions), and loads no torch.
+"""Recipes: their sections and fields, how they are read, overridden and written. Loads no torch; may import
+types, errors and versions only.
 """
 
 from minigrpo.config.load import dump_recipe as dump_recipe

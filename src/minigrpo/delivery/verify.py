@@ -84,11 +84,11 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
         rows: list[dict[str, Any]] = [reference.base.to_dict()]
         if run.merged.is_dir() and not faults:
             report(1, 2 + len(files), "merged")
-            found = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.texts)
-            judgement = compare_merged(found, source, base, reference)
+            measured = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.texts)
+            judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]
-            gguf = _gguf_reference(run, reference, found)
+            gguf = _gguf_reference(run, reference, measured)
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)
                 rows.append(_file_row(file, kind, gguf, faults))
@@ -176,9 +176,9 @@ def _served_row(
     """Compare a server's answers over HTTP with the trained policy, on up to MAX_SERVER_LOGPROBS log-probabilities."""
     references = gguf.trained or gguf.merged
     texts = list(_truncate_texts(gguf.held.texts, max(8, MAX_SERVER_LOGPROBS // references[0].shape[-1])))
-    found = [server.logprobs(text.ids[:-1], text.start - 1) for text in texts]
+    measured = [server.logprobs(text.ids[:-1], text.start - 1) for text in texts]
     fewer = [reference_NV[: text.scored] for text, reference_NV in zip(texts, references, strict=False)]
-    row = compare_distributions(name, found, fewer, base_kl=gguf.base_kl, limit=limit)
+    row = compare_distributions(name, measured, fewer, base_kl=gguf.base_kl, limit=limit)
     if not row.ok:
         faults.append(
             f"{name} is {row.mean_kl:.2g} nats a token from the trained policy, beyond {limit:g} of what training did. "
@@ -208,13 +208,13 @@ def _replace_rows(run: RunDir, rows: list[dict[str, Any]]) -> None:
     write_json(run.parity, {**(then if isinstance(then, dict) else {}), "stages": rows})
 
 
-def verified_table(found: Verified) -> RenderableType:
+def verified_table(verified: Verified) -> RenderableType:
     """Show one line for each stage, then the faults and the result."""
-    first = found.rows[0]
+    first = verified.rows[0]
     lines: list[RenderableType] = [
-        parity_table(found.rows, f"{PARITY_TITLE}: {first['tokens']} tokens of {first['texts']} {found.texts}")
+        parity_table(verified.rows, f"{PARITY_TITLE}: {first['tokens']} tokens of {first['texts']} {verified.texts}")
     ]
-    lines += [Text(f"fault: {fault}", style="red") for fault in found.faults]
-    style = "bold green" if found.ok else "bold red"
-    lines.append(Text(f"{'verified' if found.ok else 'not verified'}: {found.run}", style=style))
+    lines += [Text(f"fault: {fault}", style="red") for fault in verified.faults]
+    style = "bold green" if verified.ok else "bold red"
+    lines.append(Text(f"{'verified' if verified.ok else 'not verified'}: {verified.run}", style=style))
     return Stack(*lines)

@@ -134,8 +134,8 @@ def _make_answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[s
     gold = task.gold(prompt)
     strangers = [one for one in asked if _target_key(one) != _target_key(prompt)]
     other = task.gold(rng.choice(strangers)) if strangers else gold
-    found = {"gold": gold, "other": other, "noise": _shift_characters(gold)}
-    return {kind: text for kind, text in found.items() if kind == "gold" or text != gold} | texts
+    answers = {"gold": gold, "other": other, "noise": _shift_characters(gold)}
+    return {kind: text for kind, text in answers.items() if kind == "gold" or text != gold} | texts
 
 
 def _target_key(prompt: Prompt) -> str:
@@ -261,14 +261,14 @@ def _prompt_key(prompt: Prompt) -> str:
     return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
 
 
-def _report_trials(what: str, found: Sequence[_Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
+def _report_trials(what: str, trials: Sequence[_Trial], out_of: int, change: str) -> Iterator[TaskFinding]:
     """Yield one finding for all these trials, with the first as an example."""
-    if found:
-        example = found[0]
+    if trials:
+        example = trials[0]
         earned = f"{example.first.reward:g}" if example.first.scored else "nothing that could be told"
         text = _PLACEHOLDERS.get(example.kind) or repr(example.text[:60]) + (" ..." if len(example.text) > 60 else "")
         yield TaskFinding(
-            f"The grader {what}: {len(found)} of {out_of}, such as prompt {example.prompt.id}, {text}, "
+            f"The grader {what}: {len(trials)} of {out_of}, such as prompt {example.prompt.id}, {text}, "
             f"which earned {earned}.",
             change,
         )
@@ -291,20 +291,20 @@ def _summarize_kinds(trials: Sequence[_Trial]) -> Iterator[AnswerKindScores]:
             )
 
 
-def task_check_table(found: TaskCheck) -> RenderableType:
+def task_check_table(check: TaskCheck) -> RenderableType:
     """Return a table of what each kind of answer earned, and what to change."""
     table = plain_table("tried", "mean", "low", "high", "right")
-    for kind in found.kinds:
+    for kind in check.kinds:
         earned = ["-" if value is None else f"{value:.3g}" for value in (kind.mean, kind.low, kind.high)]
         table.add_row(kind.about, str(kind.count), *earned, f"{kind.solved:.0%}")
-    prompts = ", ".join(f"{count} {split}" for split, count in found.prompts.items())
-    title = f"{found.task}: {prompts} prompts; {1000 * found.seconds:.2g} ms to grade a completion"
+    prompts = ", ".join(f"{count} {split}" for split, count in check.prompts.items())
+    title = f"{check.task}: {prompts} prompts; {1000 * check.seconds:.2g} ms to grade a completion"
     lines = [
         Text(
             f"{'change this' if fault.stops else 'note'}: {fault.what} {fault.change}",
             "red" if fault.stops else "yellow",
         )
-        for fault in found.faults
+        for fault in check.faults
     ]
-    verdict = Text("fit to train on", "bold green") if found.ok else Text("not yet fit to train on", "bold red")
+    verdict = Text("fit to train on", "bold green") if check.ok else Text("not yet fit to train on", "bold red")
     return Stack(titled(title, table), *lines, verdict)

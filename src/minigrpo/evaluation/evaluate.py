@@ -140,11 +140,11 @@ def grade_prompts(
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
     """Compare two evaluations. Raise ArtifactError where task, split, decoding or number of samples differ."""
-    told = [(e.task, e.split, e.sampling, e.scores.samples) for e in (before, after)]
-    if told[0] != told[1]:
+    settings = [(e.task, e.split, e.sampling, e.scores.samples) for e in (before, after)]
+    if settings[0] != settings[1]:
         raise ArtifactError(
-            f"{before.name} and {after.name} were evaluated differently: {told[0]} and {told[1]}. Use the same task, "
-            "temperature and number of samples for both."
+            f"{before.name} and {after.name} were evaluated differently: {settings[0]} and {settings[1]}. Use the "
+            "same task, temperature and number of samples for both."
         )
     return Comparison(before, after, paired_difference(before.scores, after.scores))
 

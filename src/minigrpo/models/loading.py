@@ -168,10 +168,10 @@ def model_class(config: Any) -> Any:
 
 def is_fp8(config: Any) -> bool:
     """Tell whether config.json declares FP8 weights: by the method's name, or as a format of compressed-tensors."""
-    said = getattr(config, "quantization_config", None) or {}
-    said = said if isinstance(said, dict) else said.to_dict()
-    method = str(said.get("quant_method", ""))
-    return "fp8" in method or (method == "compressed-tensors" and "float" in str(said.get("format", "")))
+    quantization = getattr(config, "quantization_config", None) or {}
+    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(quantization.get("quant_method", ""))
+    return "fp8" in method or (method == "compressed-tensors" and "float" in str(quantization.get("format", "")))
 
 
 def adapter_base(folder: Path) -> str | None:

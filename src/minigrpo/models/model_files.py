@@ -150,9 +150,9 @@ _OTHER_BASE = "Merge into its 16-bit original instead (often the same name with 
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    said = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if said:
-        kind = said.get("quant_method", "quantised") if isinstance(said, dict) else "quantised"
+    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "quantised") if isinstance(quantization, dict) else "quantised"
         raise ModelError(f"The weights of {folder} are quantised ({kind}), so a change cannot be added. {_OTHER_BASE}")
 
 

@@ -23,7 +23,7 @@ from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
-from minigrpo.models.context import CAUSAL_DECODERS, text_config
+from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device, pick_dtype
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, save_adapter
@@ -79,6 +79,10 @@ class Policy:
     @property
     def is_lora(self) -> bool:
         return hasattr(self.model, "peft_config")
+
+    @property
+    def is_sixteen_bit(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

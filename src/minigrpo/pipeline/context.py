@@ -1,4 +1,4 @@
-"""What the stages of a run work with: task, policy and engine, opened once from the recipe."""
+"""Open task, policy and engine of a recipe, once for all stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OpenedRun:
 
 
 def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
-    """Open what a recipe names. `run`: where it has begun, its engine decodes as many rows at once as it did then."""
+    """Open what a recipe names. `run`: a run that has begun; its engine decodes as many rows at once as it did then."""
     from minigrpo.models.policy import open_policy
     from minigrpo.rollouts.engines.registry import open_engine
     from minigrpo.tasks.registry import open_task
@@ -33,12 +33,12 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
-    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, rows_of(policy, recipe, task, run)))
+    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, count_rows(policy, recipe, task, run)))
 
 
-def rows_of(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
+def count_rows(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
     """Return how many completions are decoded side by side: as many as when the run began, or as memory admits."""
-    from minigrpo.models.context import longest_prompt
+    from minigrpo.models.context_window import longest_prompt
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.training.memory.machine import planned_rows

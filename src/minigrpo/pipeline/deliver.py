@@ -1,7 +1,7 @@
-"""The second half of the road: check, merge, export, one question to the exported file, the summary, the Hub.
+"""Run the stages after training: check, merge, export, one question to the exported file, the summary, the Hub.
 
-What cannot be made here (a library that is missing, an architecture that llama.cpp does not know) is told at once and
-again in the summary, and the road goes on without it; what was made and is not what was trained ends it.
+An artefact that cannot be made here (a missing library, an architecture that llama.cpp does not know) is reported at
+once and in the summary, and the run goes on without it. An artefact that fails its proof ends the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
 from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
@@ -35,7 +35,7 @@ WIDTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What the second half made. `missing`: what it could not make, in sentences."""
+    """What the stages after training made. `missing`: what they could not make, in sentences."""
 
     merged: bool
     exported: Exported | None = None
@@ -51,10 +51,10 @@ class Delivered:
         }
 
 
-def look_ahead(recipe: Recipe, console: Console) -> None:
-    """What would end or thin out the road's second half, told before the first takes its hours.
+def check_delivery(recipe: Recipe, console: Console) -> None:
+    """Report, before training takes its hours, what the stages after it will lack.
 
-    Raises MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
+    Raise MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
     """
     if recipe.export.formats:
         from minigrpo.delivery.gguf.export import parse_formats
@@ -67,33 +67,33 @@ def look_ahead(recipe: Recipe, console: Console) -> None:
         Hub(*find_token(), command="the same command").whoami()
 
 
-def deliver(recipe: Recipe, run: RunDir, console: Console) -> Delivered:
-    """Check, merge, export, ask. Raises ArtifactError where the merge is not what was trained."""
-    if not _checked(run, console):
+def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
+    """Check, merge, export, ask one question. Raise ArtifactError where the merge is not what was trained."""
+    if not _check(run, console):
         return Delivered(False, missing=("Nothing was merged: the check above says why.",))
     _merge(run, console)
-    if not recipe.export.formats:
+    if not config.formats:
         return Delivered(True)
     if reason := _no_library():
         return Delivered(True, missing=(reason,))
     try:
-        exported = _export(recipe, run, console)
+        exported = _export(config, run, console)
     except ModelError as fault:
         return Delivered(True, missing=(f"Not exported. {fault}",))
     return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
 
 
-def close(recipe: Recipe, run: RunDir, delivered: Delivered, console: Console) -> None:
-    """The last of a run, after its summary. Raises ArtifactError where a file was rejected."""
+def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
+    """Publish, after the run's summary. Raise ArtifactError where an exported file was rejected."""
     if delivered.exported and not delivered.exported.ok:
         raise ArtifactError(
             f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
         )
-    if recipe.publish.repo and delivered.merged:
+    if config.repo and delivered.merged:
         from minigrpo.delivery.hub.publish import publish, published_table
 
         with timed(run, "publish"):
-            console.print(published_table(publish(run, recipe.publish.repo, private=not recipe.publish.public)))
+            console.print(published_table(publish(run, config.repo, private=not config.public)))
 
 
 def _no_library() -> str | None:
@@ -104,16 +104,16 @@ def _no_library() -> str | None:
     return None
 
 
-def _checked(run: RunDir, console: Console) -> bool:
+def _check(run: RunDir, console: Console) -> bool:
     from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
     if has_passed_check(run):
         console.print(Text(f"{run.check} is there already."))
         return True
     with timed(run, "check"):
-        found = check(run)
-    console.print(checked_table(found))
-    return found.ok
+        result = check(run)
+    console.print(checked_table(result))
+    return result.ok
 
 
 def _merge(run: RunDir, console: Console) -> None:
@@ -123,11 +123,11 @@ def _merge(run: RunDir, console: Console) -> None:
         console.print(merged_table(merge(run)))
 
 
-def _export(recipe: Recipe, run: RunDir, console: Console) -> Exported:
+def _export(config: ExportConfig, run: RunDir, console: Console) -> Exported:
     from minigrpo.delivery.gguf.export import export, exported_table
 
     with timed(run, "export"):
-        exported = export(run, [recipe.export.formats])
+        exported = export(run, [config.formats])
     console.print(exported_table(exported))
     return exported
 
@@ -139,8 +139,8 @@ def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
         return ask_once(run, format=exported.files[-1].format)
 
 
-def summarise(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
-    """On the screen, and in RUN/summary.txt: before and after, parity, files, times, what to do with it all."""
+def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
+    """Print the summary, and save it as RUN/summary.txt: before and after, parity, files, times, commands to use it."""
     parts = list(_summary(run, comparisons, delivered))
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))  # commands are to be copied
@@ -167,14 +167,14 @@ def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivere
 
 def _answer_panel(answer: ServedAnswer) -> RenderableType:
     earned = "" if answer.reward is None else f"\nreward {answer.reward:g}"
-    said = (
+    lines = (
         (printable(answer.question).strip(), "dim"),
         ("\n→ ", "bold"),
         printable(answer.answer).strip(),
         (earned, "italic"),
     )
     title = f"what {answer.engine} answers from the file"
-    return Panel(Text.assemble(*said), title=title, title_align="left", width=100)
+    return Panel(Text.assemble(*lines), title=title, title_align="left", width=100)
 
 
 def _files_table(run: RunDir, delivered: Delivered) -> RenderableType:

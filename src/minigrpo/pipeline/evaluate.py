@@ -1,7 +1,7 @@
-"""Models judged on unseen prompts: any one of them, a model and its base side by side, a run's policy before and after.
+"""Evaluate models on unseen prompts: one model, a model beside its base, or a run's policy before and after training.
 
-An evaluation that is killed loses nothing: what was answered stands in a journal beside its file, and the same command
-asks only what is left.
+An evaluation that is killed loses nothing: finished answers are in a journal beside its file, and the same command asks
+only the remaining prompts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GGUF = ".gguf"
 TEMPERATURES = (0.0, 1.0)
-"""What a run is judged by at its end: its likeliest answers, and the policy as it samples in training."""
+"""Temperatures of a run's evaluations: its likeliest answers, and the policy as it samples in training."""
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Grade a model, and a base beside it on the same prompts; every answer goes to `out` as JSON.
 
-    `model`: a folder, a Hub id, an adapter, a GGUF file, or a run. Of what lies in a run, that one's recipe holds where
-    none is given. Returns the figures without the answers, and `file`.
+    `model`: a folder, a Hub id, an adapter, a GGUF file, or a run. Without `recipe`, a run's own recipe is used for
+    whatever lies in it. Return the figures without the answers, and `file`.
     """
     from minigrpo.evaluation.evaluate import compare, pick_examples
     from minigrpo.tasks.registry import open_task
@@ -63,10 +63,10 @@ def evaluate(
     task = open_task(recipe)
     ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = found.run.evals if found else Path("evals")
-    file = out or folder / f"{slug(name_of(model))}-{ask.about}.json"
+    file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
     with process_settings(recipe.train.threads):
-        before = judge_model(base, ask, file) if base else None
-        after = judge_model(model, ask, file)
+        before = evaluate_model(base, ask, file) if base else None
+        after = evaluate_model(model, ask, file)
     content: dict[str, Any] = after.to_dict()
     figures = {"model": after.summary()}
     if before:
@@ -87,7 +87,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class EvalSide:
-    """One side of a comparison, ready to answer. `made`: what it is made from, so that a kept answer is known."""
+    """One side of a comparison, opened. `made`: the stamp of its sources, by which saved answers are recognised."""
 
     name: str
     policy: Policy | GgufEngine
@@ -96,21 +96,21 @@ class EvalSide:
 
 
 def before_and_after(opened: OpenedRun, run: RunDir, console: Console) -> list[Comparison]:
-    """The same unseen prompts, before and after, at each temperature."""
+    """Evaluate the model before and after training on the same unseen prompts, at each temperature."""
     from minigrpo.evaluation.evaluate import compare
 
     recipe = opened.recipe
     asks = [EvalRequest(recipe, opened.task, recipe.eval.limit, 1, t, console) for t in TEMPERATURES]
-    tuned = EvalSide("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, result_path(run, recipe)))
-    after = [kept(run, tuned, ask) for ask in asks]
-    with base_of(opened) as base:
-        before = [kept(run, base, ask) for ask in asks]
+    tuned = EvalSide("tuned", opened.policy, opened.engine, stamp("evaluate", recipe, result_path(run, recipe.train)))
+    after = [evaluate_once(run, tuned, ask) for ask in asks]
+    with open_base(opened) as base:
+        before = [evaluate_once(run, base, ask) for ask in asks]
     return [compare(*pair) for pair in zip(before, after, strict=True)]
 
 
 @contextmanager
-def base_of(opened: OpenedRun) -> Iterator[EvalSide]:
-    """The model before training: the policy with its adapter off, or, where all was trained, the model once more."""
+def open_base(opened: OpenedRun) -> Iterator[EvalSide]:
+    """Yield the model before training: the policy with its adapter off, or the model loaded again for full training."""
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
 
@@ -127,7 +127,7 @@ def base_of(opened: OpenedRun) -> Iterator[EvalSide]:
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What a model is asked, and how: the same for every model that is to be compared."""
+    """What a model is asked, and how: equal for all models that are compared."""
 
     recipe: Recipe
     task: Task
@@ -138,8 +138,8 @@ class EvalRequest:
     split: Split = "test"
 
     @property
-    def about(self) -> str:
-        """In file names: the task, the split, and what is not greedy."""
+    def file_stem(self) -> str:
+        """Return the part of file names that tells the task, the split, and the sampling unless it is greedy."""
         suffix = f"-t{self.temperature:g}" + (f"-n{self.n}" if self.n > 1 else "") if self.temperature else ""
         return f"{slug(self.task.name)}-{self.split}{suffix}"
 
@@ -147,13 +147,13 @@ class EvalRequest:
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.recipe.rollout.max_tokens, self.recipe.seed)
 
-    def put_to(self, side: EvalSide, journal: Path) -> Evaluation:
+    def evaluate_side(self, side: EvalSide, journal: Path) -> Evaluation:
         from minigrpo.evaluation.answer_cache import AnswerCache
         from minigrpo.evaluation.evaluate import evaluate
         from minigrpo.rollouts.async_grader import Grader
 
         prompts = prompts_of(self.task, self.split, self.limit)
-        asked = {"made": side.made["from"], "sampling": asdict(self.sampling), "n": self.n, "split": self.split}
+        identity = {"made": side.made["from"], "sampling": asdict(self.sampling), "n": self.n, "split": self.split}
         console = Console(stderr=True, quiet=self.console.quiet)
         grading = Grader.of(self.task, self.recipe.task, console.print)
         with stage(f"evaluate {side.name}", len(prompts), console) as report, grading as grader:
@@ -166,16 +166,16 @@ class EvalRequest:
                 tokenizer=side.policy.tokenizer,
                 n=self.n,
                 split=self.split,
-                answer_cache=AnswerCache(journal, asked),
+                answer_cache=AnswerCache(journal, identity),
                 grader=grader,
                 report=report,
             )
 
 
-def judge_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
-    """Open a model of any kind, ask it, and let it go again: two may not fit side by side.
+def evaluate_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
+    """Open a model of any kind, evaluate it, and free it again: two may not fit side by side.
 
-    Raises ArtifactError where a run's merged model or GGUF file is not what was proved.
+    Raise ArtifactError where a run's merged model or GGUF file is not what was proved.
     """
     from minigrpo.delivery.artifacts.source import refuse_changed
     from minigrpo.models.policy import open_trained
@@ -185,13 +185,13 @@ def judge_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     if path.exists():
         refuse_changed(path)
     if path.suffix == GGUF:
-        return judge_gguf(path, ask, journal_beside(file, model))
+        return evaluate_gguf(path, ask, journal_beside(file, model))
     source = str(existing_result(found.run)) if found and found.artefact == "run" else model
     policy = open_trained(source, ask.recipe)
     sources = [Path(source).expanduser()] if Path(source).expanduser().exists() else []
     made = stamp("evaluate", ask.recipe, *sources)
     made["from"]["model"] = policy.path  # a Hub id, or a folder whose name tells what shaped it
-    evaluation = ask.put_to(
+    evaluation = ask.evaluate_side(
         EvalSide(name_of(model), policy, open_engine(policy, ask.recipe), made), journal_beside(file, model)
     )
     del policy
@@ -199,16 +199,16 @@ def judge_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     return evaluation
 
 
-def judge_gguf(path: Path, ask: EvalRequest, journal: Path) -> Evaluation:
-    """A file for llama.cpp: the same prompts and the same grading; its own template and tokenizer."""
+def evaluate_gguf(path: Path, ask: EvalRequest, journal: Path) -> Evaluation:
+    """Evaluate a GGUF file in llama.cpp: the same prompts and grading, with the file's own template and tokenizer."""
     from minigrpo.delivery.serve.gguf_engine import open_gguf
 
     with open_gguf(path, max_tokens=ask.sampling.max_tokens) as engine:
-        return ask.put_to(EvalSide(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)
+        return ask.evaluate_side(EvalSide(path.stem, engine, engine, stamp("evaluate", ask.recipe, path)), journal)
 
 
 def name_of(model: str) -> str:
-    """Short, and telling: a Hub id as it is, of a path its end, of what a run trained the run."""
+    """Return a short name: a Hub id as it is, the last part of a path, or the run's name for what a run trained."""
     found, path = find_run(model), Path(model).expanduser()
     if path.suffix == GGUF:
         return path.stem
@@ -218,19 +218,19 @@ def name_of(model: str) -> str:
 
 
 def journal_beside(file: Path, model: str) -> Path:
-    """Where the answers of a model are kept until all are there."""
+    """Return the file that keeps a model's answers until all are there."""
     return file.with_name(f".{file.stem}-{slug(model)}.jsonl")
 
 
-def kept(run: RunDir, side: EvalSide, ask: EvalRequest) -> Evaluation:
-    """The evaluation that the run's folder holds, if it was made from the same; else a new one, which is kept."""
+def evaluate_once(run: RunDir, side: EvalSide, ask: EvalRequest) -> Evaluation:
+    """Return the evaluation in the run's folder if it still fits; else evaluate, and save it there."""
     from minigrpo.evaluation.evaluate import Evaluation
 
-    file = run.evals / f"{side.name}-{ask.about}.json"
+    file = run.evals / f"{side.name}-{ask.file_stem}.json"
     if fits(file, side.made):
         return Evaluation.from_dict(read_json(file))
     journal = journal_beside(file, side.name)
-    evaluation = ask.put_to(side, journal)
+    evaluation = ask.evaluate_side(side, journal)
     write_json(file, evaluation.to_dict() | {"made": side.made})
     journal.unlink(missing_ok=True)
     return evaluation

@@ -1,7 +1,7 @@
-"""What comes before the first step of GRPO: preflight and the warm-up, in the order that the model needs.
+"""Prepare the first step of GRPO: preflight and the warm-up, in the order that the model needs.
 
 Preflight judges the model that GRPO would begin with. Where its only fault is that no answer has the form, and the
-recipe has a warm-up, that comes first and preflight judges again.
+recipe has a warm-up, the warm-up comes first, and preflight judges again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
-    """Preflight and warm-up, as far as they are not done. Raises MinigrpoError where training would teach nothing."""
-    go, warms = judged(opened, run, console)
+    """Do preflight and warm-up unless they are done. Raise MinigrpoError where training would teach nothing."""
+    go, warms = preflight_verdict(opened, run, console)
     if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
         console.print(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
         warm_up(opened, run, console)
-        go, _ = judged(opened, run, console)
+        go, _ = preflight_verdict(opened, run, console)
     if not go:
         raise MinigrpoError(
             f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names; "
@@ -39,8 +39,8 @@ def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
     warm_up(opened, run, console)
 
 
-def judged(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool]:
-    """(go, whether a warm-up would mend what is wrong): preflight's verdict, an earlier one if it still holds."""
+def preflight_verdict(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool]:
+    """Return preflight's (go, whether a warm-up would mend the faults); an earlier verdict's, if it still holds."""
     if verdict_holds(opened.recipe, run):
         console.print(Text(f"{run.preflight} is there already."))
     else:
@@ -51,24 +51,24 @@ def judged(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool
 
 
 def verdict_holds(recipe: Recipe, run: RunDir) -> bool:
-    """A warm model needs a verdict of its own only where the cold one was judged unfit."""
+    """Return whether the saved verdict still holds. A warm model needs its own only where the cold one was unfit."""
     if fits(run.preflight, verdict_stamp(recipe, run)):
         return True
     return fits(run.preflight, stamp("preflight", recipe)) and bool(read_json(run.preflight)["go"])
 
 
 def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
-    """Of a verdict on the model that GRPO would begin with now."""
+    """Return the stamp of a verdict on the model that GRPO would begin with now."""
     return stamp("preflight", recipe, *([run.warmup] if is_warm(recipe, run) else []))
 
 
 def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> PreflightResult:
-    """Sample the real task, print what was seen; keep it in the run's folder, where there is one."""
+    """Sample the task, print what was seen, and save the verdict in the run's folder, if one is given."""
     from minigrpo.training.preflight import preflight
 
     recipe = opened.recipe
     if run and is_warm(recipe, run):
-        take_over(opened, run)
+        begin_with_warmup(opened, run)
     with stage("preflight", 0) as report:
         verdict = preflight(recipe, opened.task, opened.policy, opened.engine, report)
     console.print(tables.verdict_table(verdict))
@@ -77,8 +77,8 @@ def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> Pr
     return verdict
 
 
-def check_lessons(opened: OpenedRun) -> None:
-    """Raises RecipeError or TaskError where the recipe's warm-up cannot be done. To be called before a run begins."""
+def check_warmup_answers(opened: OpenedRun) -> None:
+    """Raise RecipeError or TaskError where the recipe's warm-up cannot be done. Call it before a run begins."""
     from minigrpo.training.sft_warmup import check_warmup
 
     if opened.recipe.warmup.steps:
@@ -86,21 +86,21 @@ def check_lessons(opened: OpenedRun) -> None:
 
 
 def warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
-    """Let the policy begin with the adapter of RUN/warmup, made now unless it is there; if the recipe has a warm-up."""
+    """If the recipe has a warm-up, do it unless it is done, and let the policy begin with its adapter."""
     if not opened.recipe.warmup.steps:
         return
     if not is_warm(opened.recipe, run):
-        _refuse_other_start(run)
+        _refuse_other_warmup(run)
         with timed(run, "warmup"):
             _warm_up(opened, run, console)
-    take_over(opened, run)
+    begin_with_warmup(opened, run)
 
 
 def is_warm(recipe: Recipe, run: RunDir) -> bool:
-    return bool(recipe.warmup.steps) and fits(run.warmup / "made.json", _stamp(recipe))
+    return bool(recipe.warmup.steps) and fits(run.warmup / "made.json", _warmup_stamp(recipe))
 
 
-def take_over(opened: OpenedRun, run: RunDir) -> None:
+def begin_with_warmup(opened: OpenedRun, run: RunDir) -> None:
     opened.policy.begin_with(run.warmup, keep_reference=opened.recipe.objective.kl > 0)
     opened.engine.update(opened.policy)
 
@@ -114,16 +114,16 @@ def _warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
     console.print(tables.warmup_table(warmed))
     with complete_folder(run.warmup) as draft:
         opened.policy.save(draft)
-        write_json(draft / "made.json", warmed.to_dict() | {"made": _stamp(recipe)})
+        write_json(draft / "made.json", warmed.to_dict() | {"made": _warmup_stamp(recipe)})
 
 
-def _stamp(recipe: Recipe) -> dict[str, Any]:
+def _warmup_stamp(recipe: Recipe) -> dict[str, Any]:
     data = [Path(recipe.warmup.data).expanduser()] if recipe.warmup.data else []
     return stamp("warmup", recipe, *data)
 
 
-def _refuse_other_start(run: RunDir) -> None:
-    """Another warm adapter would be another reference, and the checkpoints grew out of this one."""
+def _refuse_other_warmup(run: RunDir) -> None:
+    """Raise ArtifactError where a new warm adapter would replace the one from which the checkpoints were trained."""
     if run.warmup.exists() and run.checkpoints.exists():
         raise ArtifactError(
             f"{run.warmup} was made from other answers than warmup.data holds now, and the run has gone on from it. "

@@ -1,6 +1,7 @@
-"""The stages in order: preflight, warm-up, train, evaluate, then what pipeline/deliver.py makes of the result. Each
-leaves an artefact in the run's folder, stamped with what it was made from; a resumed run skips what is there and still
-fits, and makes the rest.
+"""Run the stages in order: preflight, warm-up, train, evaluate, and those of pipeline/deliver.py.
+
+Each stage leaves an artefact in the run's folder, stamped with what it was made from. A resumed run skips the artefacts
+that exist and still fit, and makes the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
@@ -31,34 +32,35 @@ __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "w
 
 
 def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
-    """Sample the real task, print what was seen and the verdict; keep it in the run's folder, where there is one."""
-    with run_lock(run) if run else nullcontext(), settings_of(recipe, run):
+    """Sample the task, print what was seen and the verdict, and save it in the run's folder, if one is given."""
+    with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
         return prepare.run_preflight(open_all(recipe, run), run, Console())
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
-    """The memory that a run would take, line by line, on a GPU of so many GB or on this machine; nothing is loaded."""
+    """Print the memory plan of a run, on a GPU of `gpu_memory` GB or on this machine; no weights are loaded."""
     from minigrpo.training.memory.estimate import forecast
 
-    Console().print(tables.plan_table(found := forecast(recipe, gpu_memory)))
-    return found
+    memory_plan = forecast(recipe, gpu_memory)
+    Console().print(tables.plan_table(memory_plan))
+    return memory_plan
 
 
 def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, Any]:
-    """Let the model imitate right answers, and leave its adapter in RUN/warmup, for `train` to begin with.
+    """Train the model on right answers, and leave its adapter in RUN/warmup, for `train` to begin with.
 
-    Returns how many answers were taught, and what was measured before and after.
+    Return how many answers were taught, and what was measured before and after.
     """
-    from minigrpo.training.sft_warmup import refuse_idle
+    from minigrpo.training.sft_warmup import require_warmup_steps
 
     console = Console()
-    refuse_idle(recipe)
-    with taken(recipe, run, resume):
+    require_warmup_steps(recipe.warmup)
+    with begin_stage(recipe, run, resume):
         if prepare.is_warm(recipe, run):
             console.print(Text(f"{run.warmup} is there already."))
         else:
             opened = open_all(recipe, run)
-            prepare.check_lessons(opened)
+            prepare.check_warmup_answers(opened)
             create_run(recipe, run)
             prepare.warm_up(opened, run, console)
         console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
@@ -69,61 +71,61 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
     """Train, and leave the adapter (or the model) in the run's folder."""
     console = Console()
-    with taken(recipe, run, resume):
-        if result_path(run, recipe).exists():
-            console.print(Text(f"{result_path(run, recipe)} is there already: nothing left to train."))
+    with begin_stage(recipe, run, resume):
+        if result_path(run, recipe.train).exists():
+            console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
-        prepare.check_lessons(opened)
+        prepare.check_warmup_answers(opened)
         create_run(recipe, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
-    console.print(Text(f"Trained: {result_path(run, recipe)}\nNext: minigrpo evaluate {run.path}"))
+    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: minigrpo evaluate {run.path}"))
 
 
 @contextmanager
-def taken(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
-    """The run's folder for this process alone, fit to begin in or to go on in, rid of what killed processes left.
+def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
+    """Hold the run's folder for this process alone, check it, and remove what killed processes left.
 
-    The process has the run's settings inside, and those that it had before afterwards.
+    Inside the block the process has the run's settings; afterwards it has its own again.
     """
     with run_lock(run):
         check_folder(recipe, run, resume)
         tidy(run)
-        with settings_of(recipe, run):
+        with settings_of(recipe.train, run):
             yield
 
 
-def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
-    """Sets the process for this run, with as many threads as when it began, until the block ends."""
+def settings_of(config: TrainConfig, run: RunDir | None) -> AbstractContextManager[None]:
+    """Set the process for this run, with as many threads as when the run began, until the block ends."""
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.utils.process import process_settings
 
     began = read_machine(run) if run else None
-    return process_settings(began.threads if began else recipe.train.threads)
+    return process_settings(began.threads if began else config.threads)
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
     """Preflight, train, evaluate before and after, check, merge, export, and publish where the recipe says so.
 
-    Returns the figures, which also stand in evals/comparison.json.
+    Return the figures, which are also in evals/comparison.json.
     """
     console = Console()
-    with taken(recipe, run, resume):
+    with begin_stage(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe, run, delivered, console)
+        deliver.finish_delivery(recipe.publish, run, delivered, console)
     return figures
 
 
 def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:
-    """`run_all`, and what a newcomer wants to see at its end: answers before and after, and what to try next."""
+    """Do `run_all`, then show answers before and after, and what to try next."""
     from minigrpo.evaluation.evaluate import pick_example_pairs
 
     console = Console()
-    with taken(recipe, run, resume):
+    with begin_stage(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
-        deliver.close(recipe, run, delivered, console)
+        deliver.finish_delivery(recipe.publish, run, delivered, console)
     for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
@@ -145,24 +147,24 @@ def _run_all(
 ) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
     console.print(Text(f"run {run.path}: {road}", style="bold"))
-    deliver.look_ahead(recipe, console)
-    comparisons = _trained_and_judged(recipe, run, console, show_samples)
-    # Afterwards, so that no policy is in memory any more: each of these opens models of its own, in float32.
-    delivered = deliver.deliver(recipe, run, console)
-    figures = _kept(run, comparisons, delivered)
-    deliver.summarise(run, comparisons, delivered, console)
+    deliver.check_delivery(recipe, console)
+    comparisons = _train_and_evaluate(recipe, run, console, show_samples)
+    # Only now, when no policy is in memory any more: each of these opens models of its own, in float32.
+    delivered = deliver.deliver(recipe.export, run, console)
+    figures = _save_figures(run, comparisons, delivered)
+    deliver.print_summary(run, comparisons, delivered, console)
     return figures, comparisons, delivered
 
 
-def _trained_and_judged(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
+def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
-        prepare.check_lessons(opened)
+        prepare.check_warmup_answers(opened)
         create_run(recipe, run)
-    if result_path(run, recipe).exists():
-        _restore(opened, result_path(run, recipe))
+    if result_path(run, recipe.train).exists():
+        _restore(opened, result_path(run, recipe.train))
         opened.engine.update(opened.policy)
-        console.print(Text(f"{result_path(run, recipe)} is there already."))
+        console.print(Text(f"{result_path(run, recipe.train)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):
@@ -186,19 +188,19 @@ def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
-    track = RunLogger(run, recipe.train.steps, show_samples=show_samples)
-    grpo(recipe, opened.task, opened.policy, opened.engine, track)
-    last, _ = checkpoint.latest(run)
+    logger = RunLogger(run, recipe.train.steps, show_samples=show_samples)
+    grpo(recipe, opened.task, opened.policy, opened.engine, logger)
+    last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0
     if done < recipe.train.steps:
-        track.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
-        raise KeyboardInterrupt  # the signal waited until the step was saved; now it does what it came for
-    with complete_folder(result_path(run, recipe)) as draft:
+        logger.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
+        raise KeyboardInterrupt  # the signal had waited until the step was saved
+    with complete_folder(result_path(run, recipe.train)) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", stamp("train", recipe))
 
 
-def _kept(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:
+def _save_figures(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:
     figures = {
         "run": str(run.path),
         "comparisons": {comparison.after.decoding: comparison.summary() for comparison in comparisons},

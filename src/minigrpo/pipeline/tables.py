@@ -1,4 +1,4 @@
-"""Results as a person reads them in a terminal: verdicts, evaluations, before and after. Values in, rich out."""
+"""Tables and panels for a terminal: verdicts, evaluations, before and after. They take results and return rich."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_TEXT = 400  # of a model's answer on the screen; the file has all of it
 
 
 def verdict_table(verdict: PreflightResult) -> RenderableType:
-    """What was sampled, what it measured, and go or change."""
+    """Show preflight's samples, figures and verdict."""
     lines: list[RenderableType] = [answer_panel(sample, f"{sample['which']} sample") for sample in verdict.samples]
     lines.append(figures_table(verdict.figures))
     lines += [Text(f"warning: {warning}", style="yellow") for warning in verdict.warnings]
@@ -73,7 +73,7 @@ def longest_prompt(prompts: PromptLengths) -> str:
 
 
 def warmup_table(warmed: WarmupResult) -> RenderableType:
-    """Before and after a supervised start."""
+    """Show what a warm-up changed."""
     table = plain_table("before", "after")
     before, after = warmed.before, warmed.after
     table.add_row("well-formed", f"{before.formed:.0%}", f"{after.formed:.0%}")
@@ -84,7 +84,7 @@ def warmup_table(warmed: WarmupResult) -> RenderableType:
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
-    """One model. In brackets: 95 % intervals."""
+    """Show one model's evaluation. In brackets: 95 % intervals."""
     scores = evaluation.scores
     title = f"{evaluation.task}: {scores.accuracy.count} unseen prompts, {evaluation.decoding}"
     table = plain_table(evaluation.name)
@@ -94,7 +94,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
-    """Before and after, side by side, once for each decoding. In brackets: 95 % intervals."""
+    """Show before and after side by side, once for each decoding. In brackets: 95 % intervals."""
     first = comparisons[0]
     title = f"{first.before.task}: the same {first.after.scores.accuracy.count} unseen prompts, the same decoding"
     table = plain_table(first.before.name, first.after.name, "change in points")
@@ -138,29 +138,29 @@ def times_table(seconds: Mapping[str, float]) -> RenderableType:
 
 
 def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
-    """A question, what the model said, and what it earned. Texts are shown as they are, never read as markup."""
+    """Show a question, the model's answer and its reward. Texts are shown as they are, never read as markup."""
     question = answer["prompt"] if "messages" not in answer else answer["messages"][-1]["content"]
-    said = printable(str(answer["text"]))
-    said = said if len(said) <= LONGEST_TEXT else said[:LONGEST_TEXT] + " ..."
+    answer_text = printable(str(answer["text"]))
+    answer_text = answer_text if len(answer_text) <= LONGEST_TEXT else answer_text[:LONGEST_TEXT] + " ..."
     judged = "right" if answer["solved"] else "wrong" if answer["formed"] else "not in the form"
     end = ", cut off at the limit" if answer["finish"] == "length" else ""
     earned = "unknown" if answer["reward"] is None else f"{answer['reward']:g}"
     body = Text.assemble(
         (printable(str(question)).strip(), "dim"),
         ("\n→ ", "bold"),
-        said.strip() or "(nothing)",
+        answer_text.strip() or "(nothing)",
         (f"\n{judged}: reward {earned}, target {target_of(answer['target'])}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
 
 
 def target_of(target: Any) -> Any:
-    """What a right answer says; the rest of a target (its worked solution, say) is for the grader."""
+    """Return the right answer of a target; the rest of it (a worked solution, say) is for the grader."""
     return target["answer"] if isinstance(target, Mapping) and "answer" in target else target
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """Where the memory goes, the largest line marked; what is chosen, or what to turn."""
+    """Show the lines of a memory plan, the largest marked, and what was chosen, or what to change."""
     table = plain_table("GB", "when", "what it is")
     largest = max(line.bytes for line in plan.lines)
     for line in plan.lines:

@@ -60,8 +60,8 @@ class Grader:
         self._hung = 0
 
     @classmethod
-    def of(cls, task: Task, knobs: TaskConfig, say: Callable[[str], None] | None = None) -> Grader:
-        return cls(task, workers=knobs.workers, seconds=knobs.seconds, say=say)
+    def of(cls, task: Task, config: TaskConfig, say: Callable[[str], None] | None = None) -> Grader:
+        return cls(task, workers=config.workers, seconds=config.seconds, say=say)
 
     def __enter__(self) -> Grader:
         for _ in range(self.workers):

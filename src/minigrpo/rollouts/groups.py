@@ -53,10 +53,10 @@ def report_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) 
     # One odd row asked alone (the last of a search, say) is no proof against the task.
     every = len(groups) > 1 and len(unscored) == sum(len(group.grades) for group in groups)
     if every and not any("took longer" in why for why in whys):
-        told = "; ".join(f"{why}, first on prompt {name}" for why, name in sorted(whys.items()))
+        reasons = "; ".join(f"{why}, first on prompt {name}" for why, name in sorted(whys.items()))
         raise TaskError(
-            f"Task {task.name} could not score one completion of this step ({told}). At least one function must apply "
-            "to each prompt."
+            f"Task {task.name} could not score one completion of this step ({reasons}). At least one function must "
+            "apply to each prompt."
         )
     for why, name in sorted(whys.items()):
         sentence = f"Left out, because it could not be scored: {why} (task {task.name}, first on prompt {name})."

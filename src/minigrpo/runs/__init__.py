@@ -1,5 +1,5 @@
 """The folder of a run: its paths, manifest, logs and lock, and files that are written whole or not at all. Loads no
-torch; may import config, ui, sandbox, utils and the root's words (types, errors, versions).
+torch; may import config, ui, sandbox, utils, types, errors and versions.
 """
 
 from minigrpo.runs.logger import RunLogger as RunLogger

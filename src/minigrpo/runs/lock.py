@@ -1,8 +1,8 @@
-"""One process at a time in a run's folder: two would write over one another's logs and checkpoints.
+"""Admit one process at a time to a run's folder: two would overwrite one another's logs and checkpoints.
 
-The lock is the kernel's, on RUN/.lock: when its holder dies, however it dies, it is free. What stands in the file
-(host, process, since when, command) is only for the message. Where a file system keeps no locks, that is said, and what
-stands in the file decides: a process that still lives on this host, or any of another host, is in the way.
+The lock is the kernel's, on RUN/.lock, so it is free as soon as its holder dies, however it dies. The text in the file
+(host, process, since when, command) is only for the message. Where a file system has no locks, the user is told so, and
+the text decides: a live process of this host, or any process of another host, keeps others out.
 
 Commands, and the functions of pipeline/, take the lock before they write into a run; the stages that they call do not.
 """
@@ -28,15 +28,15 @@ from rich.text import Text
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, alive, writing
 
-TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
-"""How a kernel says that another has the lock; anything else says that there are no locks here."""
+LOCKED_ERRNOS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
+"""Error numbers by which a kernel says that another process has the lock; any other means that there are no locks."""
 
 _held: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who works in a run's folder."""
+    """The process that works in a run's folder."""
 
     host: str
     pid: int
@@ -49,18 +49,18 @@ class Holder:
 
 @contextmanager
 def run_lock(run: RunDir) -> Iterator[None]:
-    """Hold the run's folder for this process alone; made where it is missing, removed again if nothing is put in it.
+    """Hold the run's folder for this process alone. Make it where it is missing; remove it again if it stays empty.
 
-    Raises ArtifactError where another process holds it, naming that one, and where the folder cannot be written to.
+    Raise ArtifactError where another process holds it, naming that process, and where the folder cannot be written to.
     """
     with writing(run.path):
         if run.path.exists() and not run.path.is_dir():
             raise ArtifactError(f"{run.path} is a file, so no run can be kept there. Name a folder: --run runs/NAME")
         made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-        handle = _take(run)
+        handle = _acquire(run)
     try:
         with writing(run.lock):
-            _introduce(handle)
+            _write_holder(handle)
         yield
     finally:
         _release(run.lock, handle)
@@ -70,14 +70,14 @@ def run_lock(run: RunDir) -> Iterator[None]:
 
 
 def holder(run: RunDir) -> Holder | None:
-    """Who holds the run's folder, or held it last, if that can be told."""
+    """Return the process that holds the run's folder, or held it last; None where that cannot be told."""
     try:
         return Holder(**json.loads(run.lock.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _take(run: RunDir) -> int:
+def _acquire(run: RunDir) -> int:
     for _ in range(100):
         run.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -100,23 +100,19 @@ def _claim(run: RunDir, handle: int) -> None:
     try:
         _lock(handle)
     except OSError as fault:
-        if fault.errno in TAKEN:
+        if fault.errno in LOCKED_ERRNOS:
             raise _in_use(run) from None
         found = holder(run)
         if found and (found.host != socket.gethostname() or (found.pid != os.getpid() and alive(found.pid))):
             raise ArtifactError(f"{_in_use(run)} If that process is gone, remove {run.lock}.") from None
-        remark = (
+        warning = (
             f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
         )
-        Console(stderr=True).print(Text(remark), soft_wrap=True)
-
-
-def _remark(sentence: str) -> None:
-    Console(stderr=True).print(Text(sentence), soft_wrap=True)
+        Console(stderr=True).print(Text(warning), soft_wrap=True)
 
 
 def _in_use(run: RunDir) -> ArtifactError:
-    """The holder writes its name after it took the lock: a moment's patience, rather than naming the one before."""
+    """Return the refusal, naming the holder, which writes its name after taking the lock: wait a moment for it."""
     for _ in range(20):
         found = holder(run)
         if found and (found.host != socket.gethostname() or alive(found.pid)):
@@ -128,7 +124,7 @@ def _in_use(run: RunDir) -> ArtifactError:
     )
 
 
-def _introduce(handle: int) -> None:
+def _write_holder(handle: int) -> None:
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     me = Holder(socket.gethostname(), os.getpid(), since, shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     os.ftruncate(handle, 0)
@@ -143,7 +139,7 @@ def _is_file(path: Path, handle: int) -> bool:
 
 
 def _release(path: Path, handle: int) -> None:
-    """The file goes while the lock is still held, so that nobody's fresh one is removed."""
+    """Remove the file while the lock is still held, so that no other process's new file is removed."""
     if handle not in _held:
         return  # a forked child: the lock is its parent's
     _held.discard(handle)
@@ -152,8 +148,8 @@ def _release(path: Path, handle: int) -> None:
     os.close(handle)
 
 
-def _let_go() -> None:
-    """A forked child must not keep the lock of a parent that was killed."""
+def _close_in_child() -> None:
+    """Close the handles in a forked child, which must not keep the lock of a parent that was killed."""
     for handle in _held:
         with suppress(OSError):
             os.close(handle)
@@ -173,4 +169,4 @@ else:
     def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_in_child)

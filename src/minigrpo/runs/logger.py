@@ -1,8 +1,8 @@
-"""What a run leaves for the eye: one line per step in metrics.jsonl, one per group in groups.jsonl, and the terminal.
+"""Log a run: one line per step in metrics.jsonl, one per group in groups.jsonl, and the terminal. Read the logs back.
 
-Both files only grow; a checkpoint remembers how long they were, with a hash of that much (`positions`), and a resumed
-run cuts them back to that length (`rewind`), so that no step stands there twice and none has changed. The hash grows
-with the files: each byte is read once in a process, from memory that the system still has.
+Both files only grow. A checkpoint stores their lengths and a hash of that much (`positions`); a resumed run cuts them
+back to that length (`rewind`), so that no step is logged twice and none has changed. The hash grows with the files: a
+process reads each byte once, from memory that the system still has.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_
 
 
 class RunLogger:
-    """The record of one run, written as it happens. Use as a context manager: the display lives in between.
+    """Writes the logs of one run and shows its progress. A context manager: it opens and closes the display.
 
     `step` counts finished steps, from 1. Progress goes to stderr, so that a command's result alone is on stdout.
     """
@@ -44,7 +44,7 @@ class RunLogger:
         self._prefixes = {path: Prefix(path) for path in (run.metrics, run.groups)}
 
     def __enter__(self) -> RunLogger:
-        self._pulse = Snapshot(rewards=tuple(_rewards(self.run)), since=time.monotonic())
+        self._pulse = Snapshot(rewards=tuple(_logged_rewards(self.run)), since=time.monotonic())
         self._view.open(self._pulse)
         return self
 
@@ -58,7 +58,7 @@ class RunLogger:
         groups: Sequence[Group],
         advantages_PG: Sequence[Sequence[float]],
     ) -> None:
-        """Write down step number `step`, and show it."""
+        """Log step number `step` and show it."""
         # Groups first: whoever sees a step in metrics.jsonl finds its groups.
         rows = [_group_row(step, group, row_G) for group, row_G in zip(groups, advantages_PG, strict=True)]
         _append(self.run.groups, rows)
@@ -67,17 +67,17 @@ class RunLogger:
         self._view.show(self._pulse)
 
     def say(self, text: str) -> None:
-        """A remark for the person who watches; it stands above the display."""
+        """Print a sentence for the person who watches, above the display."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def positions(self) -> dict[str, dict[str, Any]]:
-        """Length in bytes and SHA-256 of both files, which are on the disk itself then: what a checkpoint stores."""
+        """Return length in bytes and SHA-256 of both files, after fsync: what a checkpoint stores."""
         return {path.name: prefix.whole() for path, prefix in self._prefixes.items()}
 
     def rewind(self, positions: Mapping[str, Mapping[str, Any]]) -> None:
-        """Cut both files back to what a checkpoint stored; {} empties them. Touches nothing unless both can be cut.
+        """Cut both files back to what a checkpoint stored; {} empties them. Change nothing unless both can be cut.
 
-        Raises ArtifactError where what would be kept is not what it was.
+        Raise ArtifactError where the part to keep has changed.
         """
         kept = {path: positions.get(path.name, {"bytes": 0}) for path in self._prefixes}
         self._prefixes = {path: Prefix(path) for path in kept}
@@ -90,7 +90,7 @@ class RunLogger:
 
 
 class Prefix:
-    """The hash of a growing file, up to where it was last asked for."""
+    """The hash of the beginning of a growing file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,14 +98,14 @@ class Prefix:
         self._hash = hashlib.sha256()
 
     def whole(self) -> dict[str, Any]:
-        """Of all that is there, once it is on the disk."""
+        """Return length and hash of the whole file, after fsync."""
         if self.path.exists():
             with writing(self.path):
                 sync(self.path)
         return self._upto(self.path.stat().st_size if self.path.exists() else 0)
 
     def check(self, then: Mapping[str, Any]) -> None:
-        """The first bytes must be what they were when a checkpoint stored them."""
+        """Raise ArtifactError where the first bytes are not what they were when a checkpoint stored them."""
         length = then["bytes"]
         if length == 0:
             return
@@ -129,8 +129,8 @@ class Prefix:
         return {"bytes": length, "sha256": self._hash.hexdigest()}
 
 
-def _rewards(run: RunDir) -> Iterator[float]:
-    """Yield the rewards so far: the curve of a resumed run begins where the run began."""
+def _logged_rewards(run: RunDir) -> Iterator[float]:
+    """Yield the rewards logged so far, so that the curve of a resumed run begins at its first step."""
     for row in read_metrics(run):
         if isinstance(row.get("reward"), int | float):
             yield float(row["reward"])
@@ -160,7 +160,7 @@ def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[s
 
 
 def _sample(groups: Sequence[Group]) -> str | None:
-    """The first completion of the step: any choice by reward would flatter."""
+    """Return the step's first completion as text: any choice by reward would flatter."""
     if not groups:
         return None
     group = groups[0]
@@ -169,7 +169,7 @@ def _sample(groups: Sequence[Group]) -> str | None:
 
 
 def _clean(value: Any) -> Any:
-    """A value that JSON can hold: NaN and infinity are null there, and an array is its numbers."""
+    """Convert a value to what JSON can hold: NaN and infinity become null, an array its numbers."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -182,7 +182,7 @@ def _clean(value: Any) -> Any:
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """ASCII JSON: model output may hold lone surrogates, or line separators that split a line for some readers.
+    """Append rows as ASCII JSON: model output may hold lone surrogates, or separators at which some readers split.
 
     A full disk can leave half a line; `rewind` cuts it off.
     """
@@ -191,14 +191,11 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
 
 
-# Reading it back
-
-
 def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the figures of each step, in order; nothing where there is no log.
 
-    A line that holds no step (a crash cut it short, or it is just being written) is passed over; `strict` raises
-    ArtifactError for it.
+    Skip a line that holds no step (a crash cut it short, or it is just being written); `strict` raises ArtifactError
+    for it.
     """
     return _rows(run.metrics, ("step",), _lines(run.metrics), strict)
 
@@ -206,7 +203,7 @@ def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any
 def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the logged groups, each with its completions; `newest_first` reads no more of the file than is taken.
 
-    Lines that hold none are treated as `read_metrics` does.
+    Lines that hold no group are treated as in `read_metrics`.
     """
     lines = _lines_backwards(run.groups) if newest_first else _lines(run.groups)
     return _rows(run.groups, ("step", "completions"), lines, strict)

@@ -1,8 +1,8 @@
-"""Whose a run's folder is, what each artefact in it was made from, and how long its stages took.
+"""Record which recipe a run's folder belongs to, what each artefact in it was made from, and how long stages took.
 
-An artefact carries `made`: verb, versions, and the hash of everything it was made from. Where these still agree the
-stage need not run again; where they do not, what is there is stale. Files that a resumed run must be able to trust are
-sealed: they carry the hash of their own text, and the number of the format that they are written in.
+An artefact carries `made`: verb, versions, and the hash of everything it was made from. Where these hashes still agree,
+the stage need not run again; where they do not, the artefact is stale. Files that a resumed run must be able to trust
+are sealed: they carry the hash of their own text, and the number of their format.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from minigrpo.config.load import dump_recipe, load_recipe
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.runs.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
 from minigrpo.versions import installed, this_version
 
 FORMAT = 1
-"""Of what a run's folder holds. It rises when a version can no longer go on with what the one before it left."""
+"""The format of a run's folder. It rises when a version can no longer resume what an earlier version began."""
 
 
 def check_folder(recipe: Recipe, run: RunDir, resume: bool) -> None:
-    """Raises ArtifactError where this recipe may not begin, or not go on, in this folder. Leaves nothing in it."""
+    """Raise ArtifactError where this recipe may not begin, or not go on, in this folder. Write nothing into it."""
     if run.path.exists() and not run.path.is_dir():
         raise ArtifactError(f"{run.path} is a file, so no run can be kept there. Name a folder: --run runs/NAME")
     if run.exists() and not resume:
         raise ArtifactError(f"{run.path} already holds a run. Go on with it: --resume. Or another: --run runs/NAME")
     if run.exists():
         refuse_other_recipe(recipe, run)
-        _refuse_what_is_in_the_way(run)
+        _refuse_misplaced_files(run)
     # A preflight that was asked for on its own leaves its verdict first; a start that was killed leaves its drafts.
     elif run.path.exists() and any(not _may_be_first(path, run) for path in run.path.iterdir()):
         raise ArtifactError(f"{run.path} already holds files that are no run. Name a new folder: --run runs/NAME")
@@ -50,7 +50,7 @@ def _may_be_first(path: Path, run: RunDir) -> bool:
     return path.name in own or (path.name.startswith(drafts) and path.suffix == DRAFT)
 
 
-def _refuse_what_is_in_the_way(run: RunDir) -> None:
+def _refuse_misplaced_files(run: RunDir) -> None:
     for folder in (run.checkpoints, run.warmup, run.adapter, run.model, run.evals):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file, where the run keeps a folder. Move it away.")
@@ -60,7 +60,7 @@ def _refuse_what_is_in_the_way(run: RunDir) -> None:
 
 
 def create_run(recipe: Recipe, run: RunDir) -> None:
-    """From here on the folder is a run. To be called when the recipe's parts are open: a slip in it leaves nothing."""
+    """Make the folder a run, unless it is one. Call it when the recipe's parts are open: a mistake leaves nothing."""
     if not run.exists():
         text = dump_recipe(recipe)
         knobs = flat(recipe.model_dump(mode="json", exclude={"about"}))
@@ -70,7 +70,7 @@ def create_run(recipe: Recipe, run: RunDir) -> None:
 
 
 def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
-    """Raises ArtifactError, naming the knobs, where the run's recipe is not this one, or no longer what it was."""
+    """Raise ArtifactError, naming the knobs, where the run's recipe differs from this one or was changed."""
     begun = read_sealed(run.made) if run.made.exists() else {}
     try:
         own = load_recipe(str(run.path))
@@ -97,18 +97,18 @@ def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """A knob that only one of them knows is no difference: another version's defaults fill in."""
+    """Name the knobs that differ. One that only one side knows is no difference: a default stands in for it."""
     names = [name for name in now if name in then and then[name] != now[name]]
     return "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in names)
 
 
 def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
-    """JSON that carries its format, the version that wrote it, and the hash of its own text."""
+    """Write JSON with its format, the version that wrote it, and the hash of its own text."""
     write_whole(path, _sealed({"format": FORMAT, "minigrpo": this_version(), **data}))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises ArtifactError where any byte is another, or another version wrote it."""
+    """Read what `write_sealed` wrote. Raise ArtifactError where a byte has changed or the format is another."""
     data = read_json(path)
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} is damaged: it is not what was saved.")
@@ -133,21 +133,21 @@ def _sum(text: str) -> str:
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"lora.rank": 64, ...}; a table of names and numbers stays one value."""
-    knobs: dict[str, Any] = {}
+    """Flatten sections to {"lora.rank": 64, ...}; a table of names and numbers stays one value."""
+    values: dict[str, Any] = {}
     for name, value in section.items():
         deeper = isinstance(value, dict) and not prefix
-        knobs |= flat(value, f"{name}.") if deeper else {prefix + name: value}
-    return knobs
+        values |= flat(value, f"{name}.") if deeper else {prefix + name: value}
+    return values
 
 
-def result_path(run: RunDir, recipe: Recipe) -> Path:
-    """Where the run's training leaves its result."""
-    return run.model if recipe.train.full else run.adapter
+def result_path(run: RunDir, config: TrainConfig) -> Path:
+    """Return the folder in which training leaves its result."""
+    return run.model if config.full else run.adapter
 
 
 def existing_result(run: RunDir) -> Path:
-    """What the run trained; raises ArtifactError where it has not come so far."""
+    """Return the folder of what the run trained. Raise ArtifactError where training has not ended yet."""
     for path in (run.adapter, run.model):
         if path.exists():
             return path
@@ -157,7 +157,7 @@ def existing_result(run: RunDir) -> Path:
 
 
 def stamp(verb: str, recipe: Recipe, *sources: Path) -> dict[str, Any]:
-    """By what and from what an artefact is made, at this moment."""
+    """Return the stamp of an artefact that is made now: the verb, the versions, and the hashes of its sources."""
     text = dump_recipe(recipe).encode()
     versions = {name: installed(name) for name in ("minigrpo", "torch", "transformers", "peft")}
     made_from = {"recipe": hashlib.sha256(text).hexdigest(), **{path.name: digest(path) for path in sources}}
@@ -177,7 +177,7 @@ def kept_files(folder: Path) -> dict[str, Path]:
 
 
 def fits(file: Path, made: dict[str, Any]) -> bool:
-    """Whether an artefact is there and was made from what is there now. Raises ArtifactError where it is damaged."""
+    """Return whether an artefact exists and was made from the current sources. Raise ArtifactError if damaged."""
     if not file.exists():
         return False
     content = read_json(file)
@@ -188,7 +188,7 @@ def fits(file: Path, made: dict[str, Any]) -> bool:
 
 
 def seconds_of(run: RunDir) -> dict[str, float]:
-    """How long each stage took so far. Raises ArtifactError where that is damaged."""
+    """Return how many seconds each stage took so far. Raise ArtifactError where the record is damaged."""
     file = run.path / "seconds.json"
     seconds = read_json(file) if file.exists() else {}
     if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
@@ -198,7 +198,7 @@ def seconds_of(run: RunDir) -> dict[str, float]:
 
 @contextmanager
 def timed(run: RunDir, name: str) -> Iterator[None]:
-    """Keep how long a stage takes, once the run has begun; an interrupted and a resumed stage add up."""
+    """Add the block's duration to the stage's seconds, if the run has begun; interrupted attempts count, too."""
     before, start = seconds_of(run), time.monotonic()
 
     def keep() -> None:
@@ -209,12 +209,12 @@ def timed(run: RunDir, name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(ArtifactError):  # what ended the stage is to be told, not that this found no room either
+        with suppress(ArtifactError):  # report what ended the stage, not that this could not be written either
             keep()
         raise
     keep()
 
 
 def slug(name: str) -> str:
-    """A name that a file may have."""
+    """Turn a name into one that a file may have."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")

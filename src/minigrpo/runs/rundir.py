@@ -1,4 +1,4 @@
-"""The folder that a run leaves: names of artefacts, writes that are whole or absent, stamps of what was made from what.
+"""The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
 runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
           merged/  gguf/NAME-Q8_0.gguf  parity.json  evals/*.json
@@ -29,16 +29,16 @@ DRAFT, RETIRED, REMOVED = ".draft", ".retired", ".removed"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BARRED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP}
 REJECTED = ".rejected"
-"""Ends the name of what failed its proof and is kept for a look."""
+"""Suffix of a file that failed its proof and is kept for inspection."""
 SPARE = 64 * 2**20
-"""Bytes that a stage leaves free on the disk: tokenizers and configs are among them."""
+"""Bytes that a stage leaves free on the disk; tokenizers and configs fit into them."""
 REFUSALS = FULL | BARRED | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-"""Why a disk does not take what it is given: the user's to mend. Any other OSError is a fault of ours."""
+"""Error numbers of writes that fail for a reason the user can mend. Any other OSError is a fault of ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Names only; nothing is read until asked for. It is the one thing that verbs hand to one another."""
+    """The paths of a run's artefacts; nothing is read. Stages hand it to one another."""
 
     path: Path
 
@@ -51,7 +51,7 @@ class RunDir:
 
     @property
     def made(self) -> Path:
-        """By which version the run was begun, and with which knobs: sealed, so that a later change is noticed."""
+        """The version and the knobs that the run began with: sealed, so that a later change is noticed."""
         return self.path / "made.json"
 
     @property
@@ -68,7 +68,7 @@ class RunDir:
 
     @property
     def machine(self) -> Path:
-        """What the run's last bits depend on: threads, number types, tokens per pass, versions."""
+        """What the run's exact bits depend on: threads, number types, tokens per pass, versions."""
         return self.path / "machine.json"
 
     @property
@@ -96,12 +96,12 @@ class RunDir:
 
     @property
     def check(self) -> Path:
-        """What was found in the trained adapter."""
+        """The check of the trained adapter."""
         return self.path / "check.json"
 
     @property
     def merged(self) -> Path:
-        """Base and adapter in one: a model folder for every other tool."""
+        """Base and adapter merged: a model folder that other tools read."""
         return self.path / "merged"
 
     @property
@@ -116,7 +116,7 @@ class RunDir:
 
     @property
     def summary(self) -> Path:
-        """What a whole run ends with, as it stood on the screen."""
+        """The summary at the end of a whole run, as the screen showed it."""
         return self.path / "summary.txt"
 
     @property
@@ -131,7 +131,7 @@ class RunDir:
 
 
 Artefact = Literal["run", "adapter", "model", "merged", "warmup", "gguf", "gguf file", "checkpoint", "other"]
-"""What a path can be to a run. gguf: the folder of the GGUF files. other: what lies in the run and is none of these."""
+"""Kind of a path in a run. gguf: the folder of the GGUF files. other: a path in the run that is none of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +179,9 @@ def _artefact(names: list[str]) -> Artefact | None:
 
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it appears as `target` only when the block ends well, and survives a power cut from then on.
+    """Yield a folder to fill; it gets the name `target` when the block ends well, and then survives a power cut.
 
-    Raises ArtifactError where the disk is full or does not let us write.
+    Raise ArtifactError where the disk is full or does not let us write.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never half of it."""
+    """Write a file at once: a reader, or a crash, sees the old content or the new, never half of it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}{DRAFT}")
@@ -214,7 +214,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Gone under its name at once, and then from the disk."""
+    """Remove a folder: its name at once, then its content."""
     with writing(path):
         hidden = path.with_name(f".{path.name}{REMOVED}")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -223,7 +223,7 @@ def remove_folder(path: Path) -> None:
 
 
 def tidy(run: RunDir) -> None:
-    """Finish or undo what killed processes left half done. Only for the holder of the run's lock."""
+    """Finish or undo what killed processes left half done. The caller must hold the run's lock."""
     for folder in (run.path, run.checkpoints, run.gguf, run.evals):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
             with writing(path):
@@ -244,13 +244,13 @@ def _put(draft: Path, target: Path) -> None:
 
 
 def _settle(path: Path) -> None:
-    """A replaced folder goes back where nothing took its place; drafts and what was being deleted go."""
+    """Put a replaced folder back where nothing took its place; remove drafts and what was being deleted."""
     if path.suffix == RETIRED:
         for old in path.iterdir():
             if not path.with_name(old.name).exists():
                 old.rename(path.with_name(old.name))
     if path.suffix == DRAFT and path.is_file():
-        # Evaluate, which only adds a file of its own to a run, holds no lock: that file may be in the making.
+        # Evaluate, which only adds a file of its own to a run, holds no lock: it may be writing that file now.
         pid = path.name.split(".")[-2]
         if not pid.isdigit() or int(pid) == os.getpid() or not alive(int(pid)):
             path.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ def _settle(path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine has that number. Where that cannot be asked without harm, yes."""
+    """Return whether a process of this machine has that number; True where asking would do harm."""
     if os.name == "nt":
         return True  # os.kill(pid, 0) would send it Ctrl-C there
     try:
@@ -273,7 +273,7 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk or its permissions refuse in the block ends as an ArtifactError: what, how much room, what next."""
+    """Turn a write that the disk or its permissions refuse into an ArtifactError: what, how much room, what next."""
     try:
         yield
     except ArtifactError:
@@ -288,8 +288,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_told(words: Callable[[str], str]) -> Iterator[None]:
-    """Tell a disk that fills in the block in the stage's own words, which are given the system's."""
+def report_full_disk(words: Callable[[str], str]) -> Iterator[None]:
+    """Report a disk that fills up in the block in the stage's own words; `words` is given the system's message."""
     try:
         yield
     except ArtifactError as fault:
@@ -302,11 +302,11 @@ def full_disk_told(words: Callable[[str], str]) -> Iterator[None]:
 
 
 def _refusal(fault: BaseException | None, folder: Path) -> int | None:
-    """The disk's error number. Libraries wrap it: torch keeps it as the context, safetensors in the words."""
+    """Return the disk's error number. Libraries wrap it: torch keeps it as the context, safetensors in the text."""
     while fault is not None:
         wrapped = re.search(r"\(os error (\d+)\)", str(fault))
         number = fault.errno if isinstance(fault, OSError) else int(wrapped[1]) if wrapped else None
-        # A name that is missing may be anybody's, except where we write: that folder was taken away.
+        # A missing file may be anybody's, except in the folder where we write: that folder was removed.
         ours = number == errno.ENOENT and str(getattr(fault, "filename", "")).startswith(str(folder))
         if ours or number in REFUSALS:
             return number
@@ -333,7 +333,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ArtifactError where the file is missing or is not JSON."""
+    """Read a JSON file. Raise ArtifactError where it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -357,7 +357,7 @@ def sync(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents in sorted order."""
+    """Return the SHA-256 of a file, or of a folder's file names and contents in sorted order."""
     total = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Run Python that a model wrote: locked processes outside, the judge inside.
+"""Run Python that a model wrote: the program in a locked process, its judge in this one.
 
     def referee(game):                       # runs here; the program only ever sees copies of what is yielded
         while not game.over:
@@ -8,8 +8,8 @@
     with Sandbox(Limits(cpu_s=2)) as sandbox:
         outcome = sandbox.run(source, "strategy", referee(game))
 
-What it protects, and what it does not cover, stands in docs/sandbox.md; what this machine grants says
-`minigrpo sandbox --doctor`. No torch here.
+docs/sandbox.md says what it protects and what it does not cover; `minigrpo sandbox --doctor` reports what this machine
+supports. Loads no torch; may import types, errors and versions only.
 """
 
 from minigrpo.sandbox.pool import Sandbox as Sandbox

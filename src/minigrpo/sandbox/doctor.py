@@ -1,4 +1,4 @@
-"""What the sandbox has on this machine, as findings: which locks close, what the self-test met, how fast it is."""
+"""Examine the sandbox on this machine: which locks close, what the self-test found, how fast programs run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ABOUT = {
     "namespaces": "no network interface, no shared memory of others",
     "landlock": "no file and no port, a second time",
 }
-"""Every lock, the necessary ones first."""
+"""Each lock with what it does, the necessary ones first."""
 
 Level = Literal["ok", "note", "bad"]
 PROGRAM = "def answer(question):\n    return question"
@@ -34,7 +34,7 @@ ROUNDS = 50
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of a report. `bad` stops what it is about; `note` is worth knowing, as one lock less."""
+    """One line of a report. bad: what it is about cannot be used; note: worth knowing, such as a missing lock."""
 
     topic: str
     name: str
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Starts a worker as it is, looks at it, and runs a few programs where it is safe."""
+    """Start a worker, report its locks, and run a few programs where it is safe."""
     try:
         worker = open_worker(Limits(), unsafe=True)
     except SandboxError as fault:
@@ -69,13 +69,15 @@ def system() -> tuple[Finding, ...]:
 
 
 def locks(worker: Worker) -> list[Finding]:
-    told = worker.report.get("locks", {})
-    found = []
+    reasons = worker.report.get("locks", {})
+    findings = []
     for name, about in ABOUT.items():
-        reason = told.get(name, "not tried")
+        reason = reasons.get(name, "not tried")
         level: Level = "ok" if not reason else "bad" if name in NECESSARY_LOCKS else "note"
-        found.append(Finding("locks", name, about if not reason else f"open: {reason}", level, about if reason else ""))
-    return found
+        findings.append(
+            Finding("locks", name, about if not reason else f"open: {reason}", level, about if reason else "")
+        )
+    return findings
 
 
 def selftest(worker: Worker) -> list[Finding]:

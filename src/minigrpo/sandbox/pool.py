@@ -19,10 +19,10 @@ from minigrpo.sandbox.protocol import Limits, Outcome, Plain, Referee, Wrong, pr
 from minigrpo.sandbox.session import Ended, Fault, Session
 from minigrpo.sandbox.worker import Worker
 
-TRIES = 3
-"""Of a program that the machine's own faults interrupt."""
+MAX_ATTEMPTS = 3
+"""Attempts before giving up on a program that faults of the machine interrupt."""
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 class Sandbox:
@@ -39,7 +39,7 @@ class Sandbox:
     def __init__(self, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False) -> None:
         self.limits = limits or Limits()
         self.unsafe = unsafe
-        self.workers = workers or min(MOST_WORKERS, cores())
+        self.workers = workers or min(MAX_WORKERS, cores())
         self._reset()
         ALL.add(self)
 
@@ -57,7 +57,7 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Every worker ends, and what it runs with it. A later run starts new ones."""
+        """End every worker and the program that it runs. A later run starts new ones."""
         with self._turn:
             idle, self._free = self._free, []
             for busy in self._busy:
@@ -65,8 +65,8 @@ class Sandbox:
         for worker in idle:
             worker.close()
 
-    def let_go(self) -> None:
-        """In a fork of the process: the workers belong to the other one, which must not be kept from ending them."""
+    def release_in_child(self) -> None:
+        """Close the handles in a forked child: the workers belong to its parent, which must be able to end them."""
         for worker in (*self._free, *self._busy):
             worker.close()
         self._reset()
@@ -87,7 +87,7 @@ class Sandbox:
 
     @contextmanager
     def worker(self) -> Iterator[Worker]:
-        """One worker for one thread. One that was interrupted in the middle is not used again."""
+        """Yield a worker for one thread. A worker that was interrupted halfway is not used again."""
         worker = self._hire()
         try:
             yield worker
@@ -132,7 +132,7 @@ class Sandbox:
 
 
 def open_worker(limits: Limits, *, unsafe: bool = False, selftest: bool = True) -> Worker:
-    """A worker whose locks hold. Raises SandboxError where a necessary one does not, unless `unsafe`."""
+    """Start a worker whose locks hold. Raise SandboxError where a necessary lock does not, unless `unsafe`."""
     if not hasattr(os, "fork"):
         raise SandboxError(
             f"The sandbox needs fork, which {sys.platform} lacks. Run it in Linux: WSL 2, or a container."
@@ -160,14 +160,14 @@ def open_worker(limits: Limits, *, unsafe: bool = False, selftest: bool = True) 
 
 
 def missing(report: dict[str, Any]) -> list[str]:
-    """Why programs must not run, from what a zygote tells of itself; empty where all necessary locks are closed."""
+    """List why programs must not run, from a zygote's report; empty where all necessary locks are closed."""
     locks = report["locks"]
     holes = [f"{name}: {reason}" for name in program.NECESSARY_LOCKS if (reason := locks.get(name, "not tried"))]
     return holes + [f"{name} got through" for name, met in report["selftest"].items() if met == "got through"]
 
 
 class Game:
-    """One program against one referee. A call that the machine interrupts is made again in another process."""
+    """Plays one program against one referee. A call that the machine interrupts is repeated in another process."""
 
     def __init__(self, sandbox: Sandbox, source: str, entry: str, kind: bytes = program.CALL) -> None:
         self.sandbox, self.limits, self.kind = sandbox, sandbox.limits, kind
@@ -176,7 +176,7 @@ class Game:
 
     def play(self, referee: Referee[Any]) -> Outcome:
         try:
-            return self._patiently(referee, next(referee))
+            return self._play_with_retries(referee, next(referee))
         except StopIteration as stop:
             return Outcome("ok", result=stop.value)
         except Wrong as wrong:
@@ -184,41 +184,41 @@ class Game:
         except Ended as ended:
             return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s)
 
-    def _patiently(self, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
+    def _play_with_retries(self, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         job, reason = self._job(), ""
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             try:
                 with self.sandbox.worker() as worker:
                     return self._play(worker, job, referee, arguments)
             except Interrupted as fault:
                 arguments, reason = fault.arguments, str(fault)
-        raise Ended("infrastructure", f"{reason}, {TRIES} times in a row")
+        raise Ended("infrastructure", f"{reason}, {MAX_ATTEMPTS} times in a row")
 
     def _job(self) -> bytes:
-        """The program as bytes. A text that cannot be written cannot be compiled."""
+        """Encode the program. Raise Ended for a text that cannot be encoded: it could not be compiled either."""
         try:
             return codec.encode([self.limits.output_bytes, self.source, self.entry], self.limits.input_bytes)
         except codec.CodecError as fault:
             raise Ended("error", f"SyntaxError: the program is {fault}") from None
 
     def _play(self, worker: Worker, job: bytes, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
-        """From this call on, until the referee ends or the program fails."""
+        """Play from this call on, until the referee ends or the program fails."""
         try:
-            conversation = Session(worker, job)
+            session = Session(worker, job)
             try:
                 while True:
-                    value = conversation.ask(self.kind, self._written(arguments))
+                    value = session.ask(self.kind, self._encode_arguments(arguments))
                     self.calls += self.kind == program.CALL
                     arguments = referee.send(value)
             except StopIteration as stop:
                 result = stop.value
             finally:
-                self.cpu_s += conversation.close()
+                self.cpu_s += session.close()
         except Fault as fault:
             raise Interrupted(str(fault), arguments) from None
         return Outcome("ok", "", result, self.calls, self.cpu_s)
 
-    def _written(self, arguments: tuple[Plain, ...]) -> bytes:
+    def _encode_arguments(self, arguments: tuple[Plain, ...]) -> bytes:
         if self.calls >= self.limits.calls:
             raise Ended("timeout", f"more than {self.limits.calls} calls")
         if type(arguments) is not tuple:
@@ -227,7 +227,7 @@ class Game:
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The machine's fault, in the middle of the call with these arguments."""
+    """A fault of the machine that interrupted the call with these arguments."""
 
     def __init__(self, reason: str, arguments: tuple[Plain, ...]) -> None:
         super().__init__(reason)
@@ -248,7 +248,7 @@ SHARING = threading.Lock()
 
 
 def shared_sandbox(limits: Limits | None = None, *, workers: int | None = None, unsafe: bool = False) -> Sandbox:
-    """The sandbox of this process for these limits: made on first use, closed at exit. The first `workers` counts."""
+    """Return this process's sandbox for these limits: made on first use, closed at exit. The first `workers` counts."""
     key = (limits or Limits(), unsafe)
     with SHARING:
         if key not in SHARED:
@@ -261,14 +261,14 @@ def close_all() -> None:
         sandbox.close()
 
 
-def let_go_of_all() -> None:
-    """In a forked child, where a lock may be held by a thread that did not come along."""
+def release_all_in_child() -> None:
+    """Release all sandboxes in a forked child, where a lock may be held by a thread that does not exist there."""
     global SHARING
     SHARING = threading.Lock()
     for sandbox in list(ALL):
-        sandbox.let_go()
+        sandbox.release_in_child()
 
 
 atexit.register(close_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=let_go_of_all)
+    os.register_at_fork(after_in_child=release_all_in_child)

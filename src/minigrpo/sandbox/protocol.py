@@ -1,4 +1,4 @@
-"""The sandbox's vocabulary: limits, verdicts, outcomes, and the referee's part in them."""
+"""The sandbox's data types: limits, verdicts, outcomes, and the referee."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 Plain = None | bool | int | float | str | list[Any] | tuple[Any, ...] | dict[Any, Any]
-"""What may cross the border, bounded in size and depth."""
+"""Values that may be passed between program and referee, bounded in size and depth."""
 
 Verdict = Literal["ok", "wrong", "error", "timeout", "memory", "blocked", "infrastructure"]
 
 T = TypeVar("T")
 Referee = Generator[tuple[Plain, ...], Plain, T]
-"""Yields the arguments of the next call, is sent what the program returned, and returns its judgement."""
+"""A generator: it yields the arguments of the next call, is sent the program's value, and returns its judgement."""
 
-DETAIL = 300
+MAX_DETAIL_CHARS = 300
 WALL_FACTOR = 10.0
 
 
@@ -25,11 +25,11 @@ class Wrong(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one program, over all its calls.
+    """The limits of one program, over all its calls.
 
-    CPU time decides. Wall time only finds what hangs, so it is ten times that unless it is set: the same program takes
-    three times as long on a busy machine. `memory_mb` counts beyond what the interpreter itself takes, `output_bytes`
-    each returned value, `input_bytes` the program and each call's arguments.
+    CPU time decides. Wall time only finds programs that hang, so it is ten times the CPU time unless it is set: the
+    same program takes three times as long on a busy machine. `memory_mb`: memory beyond the interpreter's own;
+    `output_bytes`: each returned value; `input_bytes`: the program, and each call's arguments.
     """
 
     cpu_s: float = 1.0
@@ -46,10 +46,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program did. `result` is what the referee returned, and is there with the verdict "ok" alone.
+    """The outcome of a program. `result`: what the referee returned; None unless the verdict is "ok".
 
-    wrong: the referee says so. error: the program's own exception, or a value that is not plain. timeout, memory:
-    beyond a limit. blocked: it tried what it may not. infrastructure: the machine's fault, never to be scored.
+    wrong: the referee rejects its value. error: the program's own exception, or a value that is not plain. timeout,
+    memory: beyond a limit. blocked: it tried something forbidden. infrastructure: the machine's fault, never graded.
     """
 
     verdict: Verdict
@@ -60,6 +60,6 @@ class Outcome:
 
 
 def printable(text: str) -> str:
-    """One short line, whatever the text does: no control characters, no escape sequences, no change of direction."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * DETAIL])
-    return " ".join(line.split())[:DETAIL]
+    """Shorten text to one line without control characters, escape sequences or changes of direction."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MAX_DETAIL_CHARS])
+    return " ".join(line.split())[:MAX_DETAIL_CHARS]

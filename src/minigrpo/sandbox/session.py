@@ -1,8 +1,8 @@
-"""One program's conversation: the referee's calls go in, plain values come out, and everything else is a verdict.
+"""Talk with one program: send it calls, receive plain values, and turn everything else into a verdict.
 
-The judge is on this side. What the child sends is a returned value and no more; whatever it writes out of turn carries
-the wrong number-used-once, and ends the conversation. Calls share nothing by design, so a call that the machine's own
-fault interrupted is made again in a fresh process.
+The judge is on this side. A child can send returned values only: each answer carries the nonce of its call, and a
+message with another nonce ends the session. Calls share no state by design, so a call that a fault of the machine
+interrupted is repeated in a fresh process.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from minigrpo.sandbox.worker import Channel, WallHit, Worker, WorkerLost
 KINDS: dict[bytes, Verdict] = {program.ERROR: "error", program.MEMORY: "memory", program.BLOCKED: "blocked"}
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
 TIMERS = (signal.SIGPROF, signal.SIGXCPU)
-NEARLY = 0.9
-"""Of the CPU limit: a timer that never fires, on some machine, is no reason to try again."""
+CPU_LIMIT_SHARE = 0.9
+"""Share of the CPU limit from which a hanging program counts as timed out, on machines whose timer never fires."""
 
 
 class Ended(Exception):  # noqa: N818
-    """The conversation is over, with this outcome."""
+    """The session is over, with this verdict."""
 
     def __init__(self, verdict: Verdict, detail: str = "") -> None:
         super().__init__(detail)
@@ -33,11 +33,11 @@ class Ended(Exception):  # noqa: N818
 
 
 class Fault(Exception):  # noqa: N818
-    """The machine's fault, not the program's: to be tried again."""
+    """A fault of the machine, not of the program: the call is to be repeated."""
 
 
 class Session:
-    """With one child of a worker. `close` it, whatever happens."""
+    """A session with one child of a worker. Always `close` it."""
 
     def __init__(self, worker: Worker, job: bytes) -> None:
         self.worker, self.limits = worker, worker.limits
@@ -45,20 +45,20 @@ class Session:
         self.channel: Channel | None = None
         try:
             self.channel = worker.take()
-            self._say(b"-", job)
+            self._send(b"-", job)
         except WorkerLost as fault:
             raise Fault("a worker was lost") from fault
 
     def ask(self, kind: bytes, payload: bytes) -> Plain:
-        """The value of one call. Raises Ended with the program's verdict, or Fault."""
-        once = self._say(kind, payload)
+        """Make one call and return its value. Raise Ended with the program's verdict, or Fault."""
+        nonce = self._send(kind, payload)
         try:
             assert self.channel is not None
             head = self.channel.read(program.HEAD.size)
             if len(head) < program.HEAD.size:
                 raise self._died()
             size, echo, verdict = program.HEAD.unpack(head)
-            if echo != once or size > self.limits.output_bytes:
+            if echo != nonce or size > self.limits.output_bytes:
                 raise Ended("blocked", "it wrote to the channel out of turn")
             body = self.channel.read(size)
         except WallHit:
@@ -67,25 +67,25 @@ class Session:
             raise Fault("a worker was lost") from fault
         if len(body) < size:
             raise self._died()
-        return understood(verdict, body)
+        return decode_answer(verdict, body)
 
-    def _say(self, kind: bytes, payload: bytes) -> bytes:
-        once = os.urandom(8)
+    def _send(self, kind: bytes, payload: bytes) -> bytes:
+        nonce = os.urandom(8)
         try:
             assert self.channel is not None
-            self.channel.send(program.HEAD.pack(len(payload), once, kind) + payload)
+            self.channel.send(program.HEAD.pack(len(payload), nonce, kind) + payload)
         except WallHit:
             raise self._hung() from None
         except WorkerLost as fault:
             raise Fault("a worker was lost") from fault
         except OSError:
-            pass  # the child has gone; reading tells how
-        return once
+            pass  # the child has ended; reading tells how
+        return nonce
 
     def close(self) -> float:
-        """CPU seconds of the child, which is gone after this."""
+        """End the child and return its CPU seconds."""
         if self.channel is not None:
-            with contextlib.suppress(Fault):  # what was answered stays answered
+            with contextlib.suppress(Fault):  # answers already received count
                 self._end(waited=False)
         return self.cpu_s
 
@@ -93,29 +93,29 @@ class Session:
         channel, self.channel = self.channel, None
         assert channel is not None
         try:
-            told = self.worker.end(waited=waited)  # first: a child that waits would wake up when its channel closes
+            report = self.worker.end(waited=waited)  # before the channel closes, which would wake a waiting child
         except WorkerLost as fault:
             raise Fault("a worker was lost") from fault
         finally:
             channel.close()
-        self.cpu_s = told["cpu_s"]
-        return told
+        self.cpu_s = report["cpu_s"]
+        return report
 
     def _hung(self) -> Exception:
-        told = self._end(waited=True)
-        if told["cpu_s"] >= NEARLY * self.limits.cpu_s:
+        report = self._end(waited=True)
+        if report["cpu_s"] >= CPU_LIMIT_SHARE * self.limits.cpu_s:
             return timeout(self.limits)
-        if told["state"] == "S":
+        if report["state"] == "S":
             return Ended("timeout", "it waits for something that never comes")
-        return Fault(f"only {told['cpu_s']:.2f} s of CPU time in {self.limits.wall:g} s")
+        return Fault(f"only {report['cpu_s']:.2f} s of CPU time in {self.limits.wall:g} s")
 
     def _died(self) -> Exception:
-        told = self._end(waited=False)
-        status = told["status"]
+        report = self._end(waited=False)
+        status = report["status"]
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number == signal.SIGSYS:
             return Ended("blocked", "a forbidden system call")
-        if number in TIMERS or (number and told["cpu_s"] >= self.limits.cpu_s):
+        if number in TIMERS or (number and report["cpu_s"] >= self.limits.cpu_s):
             return timeout(self.limits)
         if number in CRASHES:
             return Ended("error", f"it crashed the interpreter ({signal.Signals(number).name})")
@@ -131,8 +131,8 @@ def timeout(limits: Limits) -> Ended:
     return Ended("timeout", f"more than {limits.cpu_s:g} s of CPU time")
 
 
-def understood(kind: bytes, body: bytes) -> Plain:
-    """The returned value. Raises Ended where the child tells of a failure, or makes no sense."""
+def decode_answer(kind: bytes, body: bytes) -> Plain:
+    """Return the value of an answer. Raise Ended where the child reports a failure, or sends nonsense."""
     if kind == program.VALUE:
         try:
             value: Plain = codec.decode(body)

@@ -1,4 +1,4 @@
-"""A worker: one zygote, and the locked child that it lends for each program. Used by one thread at a time."""
+"""Workers: each is a zygote process that provides a locked child for each program. One thread at a time uses one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from minigrpo.sandbox.inside import codec
 from minigrpo.sandbox.protocol import Limits
 
 BOOT = "import sys; sys.path.append(sys.argv[1]); from inside import zygote; zygote.main()"
-START_S, REPLY_S, PATIENCE_S = 60.0, 30.0, 2.0
-REPLY_BYTES = 2**16
-GLANCE_S, GLANCES = 0.5, 2
+START_TIMEOUT_S, REPLY_TIMEOUT_S, EXIT_TIMEOUT_S = 60.0, 30.0, 2.0
+MAX_REPLY_BYTES = 2**16
+CHECK_INTERVAL_S, MAX_IDLE_CHECKS = 0.5, 2
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class WorkerLost(Exception):  # noqa: N818
-    """The zygote died, or does not answer: somebody killed it, or the machine has no memory left."""
+    """The zygote died or does not answer: somebody killed it, or the machine has no memory left."""
 
 
 class WallHit(Exception):  # noqa: N818
@@ -35,19 +35,19 @@ class WallHit(Exception):  # noqa: N818
 
 
 class Channel:
-    """The conversation's bytes, with a budget of waiting time for all of them together.
+    """The byte stream to a child, with one budget of waiting time for the whole session.
 
-    `look` is called every half second of silence, and may end the waiting by raising WallHit.
+    `check` is called after every half second of silence, and may end the waiting by raising WallHit.
     """
 
-    def __init__(self, handle: int, seconds: float, look: Callable[[], None]) -> None:
-        self.look = look
+    def __init__(self, handle: int, seconds: float, check: Callable[[], None]) -> None:
+        self.check = check
         self.socket = socket.socket(fileno=handle)
         self.socket.setblocking(False)
         self.left = seconds
 
     def send(self, data: bytes) -> None:
-        """Raises WallHit, or OSError where the child has gone."""
+        """Send all the bytes. Raise WallHit, or OSError where the child has ended."""
         view = memoryview(data)
         while view:
             try:
@@ -56,7 +56,7 @@ class Channel:
                 self._wait(select.POLLOUT)
 
     def read(self, size: int) -> bytes:
-        """So many bytes, or fewer where the child has gone. Raises WallHit."""
+        """Read `size` bytes, or fewer where the child has ended. Raise WallHit."""
         pieces: list[bytes] = []
         while size:
             try:
@@ -77,37 +77,37 @@ class Channel:
         poll.register(self.socket, event)
         while True:
             began = time.monotonic()
-            ready = poll.poll(max(0, math.ceil(min(self.left, GLANCE_S) * 1000)))
+            ready = poll.poll(max(0, math.ceil(min(self.left, CHECK_INTERVAL_S) * 1000)))
             self.left -= time.monotonic() - began
             if ready:
                 return
             if self.left <= 0:
                 raise WallHit
-            self.look()
+            self.check()
 
     def close(self) -> None:
         self.socket.close()
 
 
 class Worker:
-    """Starts its zygote at once. Raises SandboxError where it cannot be started, or lacks a necessary lock."""
+    """A zygote, started at once, and its running child. Raises SandboxError where it cannot start or lacks a lock."""
 
     def __init__(self, limits: Limits, *, unsafe: bool = False, selftest: bool = True) -> None:
         self.limits = limits
         self.owner = os.getpid()
         self.sound = False
-        """Whether no child runs and the zygote waits for a command: nothing was left half done."""
+        """Whether no child runs and the zygote waits for a command."""
         self.pid = 0
         ours, theirs = socket.socketpair()
-        ours.settimeout(START_S)
+        ours.settimeout(START_TIMEOUT_S)
         self.control = ours
         try:
             with theirs:
-                self.process = start(theirs.fileno())
+                self.process = start_zygote(theirs.fileno())
             config = {"cpu_s": limits.cpu_s, "memory": limits.memory_mb * 2**20}
             self._send(config | {"unsafe": unsafe, "selftest": selftest})
             self.report = self._receive()
-            ours.settimeout(REPLY_S)
+            ours.settimeout(REPLY_TIMEOUT_S)
             self.sound = True
         except WorkerLost:
             self.close()
@@ -119,7 +119,7 @@ class Worker:
             raise
 
     def take(self) -> Channel:
-        """A fresh locked child. Raises SandboxError where the machine has no process left for it."""
+        """Take a fresh locked child. Raise SandboxError where the machine has no process left for it."""
         self.sound = False
         try:
             self.control.sendall(b"T")
@@ -127,9 +127,9 @@ class Worker:
         except OSError as fault:
             raise WorkerLost from fault
         self._idle = 0
-        channel = Channel(handles[0], self.limits.wall, self._look) if handles else None
+        channel = Channel(handles[0], self.limits.wall, self._check_child) if handles else None
         try:
-            told = self._receive()
+            report = self._receive()
         except BaseException:
             if channel:
                 channel.close()
@@ -137,53 +137,53 @@ class Worker:
         if channel is None:
             self.sound = True
             raise SandboxError(
-                f"The sandbox has no process for a program: {told.get('fault', 'unknown')}. Raise the limit on "
+                f"The sandbox has no process for a program: {report.get('fault', 'unknown')}. Raise the limit on "
                 "processes of this user or container (ulimit -u, --pids-limit), or lower --sandbox.workers."
             )
-        self.pid = told["pid"]
+        self.pid = report["pid"]
         return channel
 
-    def _look(self) -> None:
-        """A child that is found waiting, though it was given all it needs, time after time, waits for nothing."""
+    def _check_child(self) -> None:
+        """Raise WallHit where the child was found waiting several times: it has all it needs, so it waits in vain."""
         try:
             self.control.sendall(b"S")
         except OSError as fault:
             raise WorkerLost from fault
         self._idle = self._idle + 1 if self._receive()["state"] == "S" else 0
-        if self._idle >= GLANCES:
+        if self._idle >= MAX_IDLE_CHECKS:
             raise WallHit
 
     def end(self, *, waited: bool = False) -> dict[str, Any]:
-        """Kill the child. Its wait status, CPU seconds, and what it was doing if it `waited`."""
+        """Kill the child. Return its wait status, CPU seconds and, if it `waited`, its process state."""
         try:
             self.control.sendall(b"W" if waited else b"E")
         except OSError as fault:
             raise WorkerLost from fault
-        told = self._receive()
+        report = self._receive()
         self.sound = True
-        return told
+        return report
 
     def stop(self) -> None:
-        """From another thread: whoever uses this worker finds it lost."""
+        """Make whoever uses this worker in another thread find it lost."""
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """The zygote ends with its control socket, and its children with it. A fork of the owner only lets go."""
+        """Close the control socket, with which the zygote and its children end. A fork of the owner only closes it."""
         self.control.close()
         process = getattr(self, "process", None)
         self.sound = False
         if process is None or self.owner != os.getpid():
             return
         try:
-            process.wait(PATIENCE_S)
+            process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def _send(self, message: dict[str, Any]) -> None:
-        data = codec.encode(message, REPLY_BYTES)
+        data = codec.encode(message, MAX_REPLY_BYTES)
         try:
             self.control.sendall(codec.LENGTH.pack(len(data)) + data)
         except OSError as fault:
@@ -206,8 +206,8 @@ class Worker:
         return data
 
 
-def start(control: int) -> subprocess.Popen[bytes]:
-    """The zygote: no site packages, no user's folder, no environment but what the interpreter itself needs."""
+def start_zygote(control: int) -> subprocess.Popen[bytes]:
+    """Start the zygote without site packages, user folder or environment, except what the interpreter needs."""
     if not sys.executable:
         raise SandboxError("The sandbox needs to know its Python interpreter, and sys.executable is empty here.")
     # A fixed seed of hashes: the same program walks its sets in the same order, run after run.

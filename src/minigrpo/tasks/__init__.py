@@ -1,5 +1,5 @@
 """Tasks, which give prompts and grade completions: opened by name, built in or a user's own. Loads no torch; may import
-config, ui, sandbox, utils and the root's words (types, errors, versions).
+config, ui, sandbox, utils, types, errors and versions.
 """
 
 from minigrpo.tasks.custom.reward_task import reward_task as reward_task

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
 from minigrpo.tasks.common.dataset import read_data
@@ -106,7 +106,7 @@ def _open_custom_task(spec: str, recipe: Recipe) -> Task:
         raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
     value = getattr(module, name)
     if _is_reward_functions(value, f"{name} in {path}"):
-        return _limit_train_prompts(_task_from_rewards(value, module, spec, recipe), recipe.task.size)
+        return _limit_train_prompts(_task_from_rewards(value, module, spec, recipe.task), recipe.task.size)
     if recipe.task.data and isinstance(value, Task):
         raise TaskError(f"task.data cannot reach into {spec!r}, a finished Task. Name a reward function instead.")
     task = value if isinstance(value, Task) else _build_task(value, path, name, recipe)
@@ -131,10 +131,10 @@ def _is_reward_functions(value: object, where: str) -> bool:
     return True
 
 
-def _task_from_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe) -> Task:
+def _task_from_rewards(value: Any, module: ModuleType, spec: str, config: TaskConfig) -> Task:
     """Build the task of reward functions and their rows: from `task.data`, else from the same file."""
-    if recipe.task.data:
-        table = read_data(recipe.task.data)
+    if config.data:
+        table = read_data(config.data)
     elif hasattr(module, "rows"):
         try:
             table = read_rows(module.rows, getattr(module, "test_rows", None))
@@ -155,7 +155,7 @@ def _task_from_rewards(value: Any, module: ModuleType, spec: str, recipe: Recipe
         name=spec.rpartition(":")[2],
         system=getattr(module, "system", None),
         gold=getattr(module, "gold", None),
-        weights=recipe.task.weights,
+        weights=config.weights,
     )
 
 

@@ -123,7 +123,7 @@ def discard_after(run: RunDir, step: int, why: str = "exploded") -> None:
                 folder.rename(aside)
 
 
-def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
+def find_latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest intact checkpoint (None before the first) and a sentence for each newer damaged one.
 
     Raises ArtifactError where there are checkpoints and none is intact: starting over silently would lose the run.
@@ -143,7 +143,7 @@ def latest(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
-def at(run: RunDir, step: int) -> Checkpoint:
+def find_step(run: RunDir, step: int) -> Checkpoint:
     """Return the verified checkpoint of that step. Raises ArtifactError where it is missing or not whole."""
     if not run.checkpoint(step).is_dir():
         there = ", ".join(str(int(folder.name)) for folder in _folders(run)) or "none"
@@ -151,7 +151,7 @@ def at(run: RunDir, step: int) -> Checkpoint:
     return _verified(run.checkpoint(step))
 
 
-def before(run: RunDir, step: int) -> int | None:
+def newest_before(run: RunDir, step: int) -> int | None:
     """Return the step of the newest intact checkpoint before `step`, or None."""
     for folder in reversed(_folders(run)):
         if int(folder.name) < step:
@@ -188,7 +188,7 @@ def read_machine(run: RunDir) -> Machine | None:
     Where its file is missing, read it from the newest checkpoint. Raises ArtifactError where it is damaged.
     """
     if not run.machine.is_file():
-        found, _ = latest(run)
+        found, _ = find_latest(run)
         return found.machine if found else None
     try:
         return _machine_of(run.machine, read_sealed(run.machine))

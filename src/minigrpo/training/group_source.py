@@ -58,32 +58,32 @@ class GroupSource:
         self.pool: list[tuple[int, Group]] = []
 
     def gather(
-        self, step: int, ask: Callable[[Sequence[Prompt]], list[Group]], teaches: Callable[[Group], bool]
+        self, step: int, ask: Callable[[Sequence[Prompt]], list[Group]], is_informative: Callable[[Group], bool]
     ) -> StepGroups:
         """Return P groups for the step.
 
-        `ask` rolls out and grades prompts; `teaches` tells whether a group changes the policy.
+        `ask` rolls out and grades prompts; `is_informative` tells whether a group changes the policy.
         """
         groups = ask(self.sampler.take(self.prompts))
         sampled = list(groups)
-        tied = [place for place, group in enumerate(groups) if not teaches(group)]
+        tied = [place for place, group in enumerate(groups) if not is_informative(group)]
         figures = {"informative_groups": 1 - len(tied) / len(groups), "frac_reward_zero_std": len(tied) / len(groups)}
         budget, tries = round(self.config.resample * self.prompts), 0
         while tied and tries < budget:
-            rate = max(LOWEST_RATE, sum(map(teaches, sampled)) / len(sampled))
+            rate = max(LOWEST_RATE, sum(map(is_informative, sampled)) / len(sampled))
             fresh = ask(self.sampler.more(min(budget - tries, math.ceil(len(tied) / rate))))
             if not fresh:
                 break
             tries += len(fresh)
             sampled += fresh
-            found = [group for group in fresh if teaches(group)]
-            for group in found[: len(tied)]:
+            informative = [group for group in fresh if is_informative(group)]
+            for group in informative[: len(tied)]:
                 groups[tied.pop(0)] = group
         if budget:
-            figures |= {"resample/tried": tries, "resample/found": sum(map(teaches, sampled[self.prompts :]))}
+            figures |= {"resample/tried": tries, "resample/found": sum(map(is_informative, sampled[self.prompts :]))}
         if self.config.replay:
             figures["replayed_groups"] = self._replay(step, groups, tied)
-            self.pool += [(step, group) for group in sampled if teaches(group)]
+            self.pool += [(step, group) for group in sampled if is_informative(group)]
         self.sampler.learn(sampled)
         return StepGroups(tuple(groups), tuple(sampled), len(groups), figures)
 

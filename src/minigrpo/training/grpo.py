@@ -3,22 +3,29 @@
 A step samples G completions of each of P prompts, grades them, compares the completions of one prompt (siblings) with
 one another, and moves the policy towards those that earned more.
 
-Departures from the paper, unless a recipe says otherwise:
-- No KL term, so no reference model (kl = 0).
-- One update per batch, so the ratio p_new / p_old is exactly 1, and `old` needs no pass of its own.
-- A group whose siblings all earn the same has no gradient: no pass is spent on it, but it counts in the weights.
+As in the paper's experiments, a batch is used for one update, so the ratio p_new / p_old is exactly 1 and `old` needs
+no pass of its own. Departures from the paper, unless a recipe says otherwise:
+- No KL term, so no reference model. With one, the reference is the model that training began with and stays so.
+- Where the engine rounds differently from the policy (16-bit weights, vLLM), each token of the loss is multiplied by
+  p_old / p_engine, cut off at 2 (truncated importance sampling).
+- The standard deviation of a group is taken over G - 1, plus 1e-4; the gradient's norm is clipped at 1.
+- A group whose siblings all earn the same has no gradient. No pass is spent on it, but its completions are counted
+  when the loss is divided by the number of completions.
 - A group is one row of tokens in which its prompt stands once, and no padding.
 
 Names from elsewhere:
     Engine        samples completions from the policy's weights (rollouts/engines/)
     Group         a prompt, its G completions and their grades (types.py)
     Objective     how rewards become advantages, lengths weights, and ratios a loss (algorithms/objective.py)
-    pack, Batch   the groups of a step with advantages and weights; `split` cuts it (algorithms/packing.py)
+    Batch         the groups of a step with advantages and weights; `split` cuts it (algorithms/packing.py)
     MicroBatch    the tokens of one pass through the model, with what the loss needs to know of each
-    Policy        base model and adapter; `logprobs` scores the tokens of a MicroBatch (models/policy.py)
+    Policy        base model and adapter; `logprobs` computes those of a MicroBatch (models/policy.py)
     Supervisor    what surrounds the algorithm: rollouts, log, checkpoints, alarms, memory (training/supervisor.py)
 
-Shapes: P prompts, G siblings, N scored tokens of a micro-batch.
+Log-probabilities of the sampled tokens: `old` by the policy before the first update of this batch, `ref` by the
+reference model, `engine` by the engine that sampled them.
+
+Shapes: P prompts, G siblings, N sampled tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -32,8 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, open_objective
-from minigrpo.algorithms.packing import Batch, MicroBatch, pack
+from minigrpo.algorithms.packing import Batch, MicroBatch, weigh
 from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
@@ -46,77 +54,81 @@ from minigrpo.types import Engine, Task
 from minigrpo.utils.process import process_settings
 
 
-@process_settings()
+@process_settings()  # threads, allocator and deterministic algorithms are given back at the end
 def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger) -> None:
-    """Train the policy. Begins where the newest checkpoint of the logger's run ends, if there is one.
+    """Train the policy, beginning where the newest checkpoint of the logger's run ends, if there is one.
 
-    Raises DivergenceError where training has broken the model.
+    Raise DivergenceError where training has broken the model.
     """
-    objective = open_objective(recipe, sixteen_bit=policy.dtype in (torch.bfloat16, torch.float16))
+    objective = open_objective(recipe, inexact_engine=policy.is_sixteen_bit or not engine.is_exact)
     optimizer = open_optimizer(recipe.train, policy)
     with Supervisor(
         recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger
     ) as supervisor:
         for step in supervisor.steps():
-            # 1. Sample G completions of each of P prompts from the policy as it is now, and grade their text.
+            # 1. Sample G completions of each of P prompts from the policy as it is now, and grade their text. A recipe
+            #    may replace groups whose siblings all earn the same (dynamic sampling), and make long answers cost.
             sampled = supervisor.sample_groups(step)
 
-            # 2. Compare siblings: advantages, and weights over the whole batch.
-            batch = pack(sampled.groups, objective, recipe.rollout.max_tokens)
+            # 2. Compare siblings: in GRPO the advantage of a completion is A = (reward - mean) / std of its group.
+            advantages_PG = objective.advantages(Rewards.of(sampled.groups), objective.tie)
 
-            # 3. Improve the policy. Weights are shares of the whole batch, so micro-batches add up exactly.
-            config = UpdateConfig(
+            # 3. Weigh each token: in GRPO by 1 / (completions * length of its own). The weights are shares of the whole
+            #    batch, so the gradients of micro-batches simply add up.
+            batch = weigh(sampled.groups, advantages_PG, objective, recipe.rollout.max_tokens)
+
+            # 4. Update the policy: minimise the sum over tokens of weight * -min(ratio * A, clip(ratio) * A).
+            settings = UpdateSettings(
                 step,
                 tokens_per_pass=supervisor.tokens_per_pass,
                 lr=learning_rate(recipe.train, step),
                 max_grad_norm=recipe.train.grad_norm,
-                epochs=recipe.train.inner_epochs,
+                inner_epochs=recipe.train.inner_epochs,
             )
             with supervisor.update_phase(step):
-                with_bonus = replace(objective, entropy=supervisor.entropy_weight)
-                figures, tokens_per_pass = improve(policy, optimizer, with_bonus, batch, config)
+                step_objective = replace(objective, entropy=supervisor.entropy_weight)  # the entropy bonus may adapt
+                figures, tokens_per_pass = update_policy(policy, optimizer, step_objective, batch, settings)
             engine.update(policy)
 
-            # 4. Log the step; save; stop where the numbers can no longer be used.
+            # 5. Log the step; save; stop where the numbers can no longer be used.
             supervisor.finish_step(step, sampled, batch, figures, tokens_per_pass=tokens_per_pass)
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateConfig:
-    """How a step uses its batch: in passes of how many tokens, for how many updates, how large ones."""
+class UpdateSettings:
+    """The settings of one step's updates: this step's learning rate, and the tokens per pass that memory allows."""
 
     step: int
     tokens_per_pass: int
     lr: float
     max_grad_norm: float
-    epochs: int
+    inner_epochs: int
 
 
-def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, config: UpdateConfig
+def update_policy(
+    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, settings: UpdateSettings
 ) -> tuple[dict[str, float], int]:
-    """Update the policy once per inner epoch.
+    """Update the policy once per inner epoch (the paper's mu), each time with the gradient of the whole batch.
 
-    Returns the figures of the loss, means over the epochs, and the tokens per pass that memory had room for.
-    `old` is what the first epoch's pass finds before any update.
+    Return the figures of the loss, means over the inner epochs, and the tokens per pass for which memory sufficed.
     """
-    tokens_per_pass = config.tokens_per_pass
-    micro_batches = list(batch.split(tokens_per_pass)) if batch.moves else []
-    if objective.top_entropy < 1:
-        select = partial(select_top_entropy, policy, objective, step=config.step)
+    tokens_per_pass = settings.tokens_per_pass
+    micro_batches = list(batch.split(tokens_per_pass)) if batch.has_gradient else []
+    if objective.top_entropy < 1:  # learn from the tokens of highest entropy only
+        select = partial(select_top_entropy, policy, objective, step=settings.step)
         micro_batches, tokens_per_pass = select(micro_batches, tokens_per_pass)
-    epochs: list[dict[str, float]] = []
-    for _ in range(config.epochs):
-        # The gradient of the whole batch, then one step of the optimizer. Where memory runs out it is done again in
-        # smaller passes, and where float16 overflows with a smaller loss scale: the update is the same.
-        gradient = partial(accumulate_gradient, policy, objective, step=config.step)
-        descend = partial(step_optimizer, policy, optimizer, config)
-        update = update_with_retries(policy, gradient, descend, micro_batches, tokens_per_pass)
+    accumulate = partial(accumulate_gradient, policy, objective, step=settings.step)
+    take_step = partial(step_optimizer, policy, optimizer, settings)
+    figures: list[dict[str, float]] = []
+    for _ in range(settings.inner_epochs):
+        # Accumulate, then step. An update that runs out of memory is repeated in smaller passes, one that overflows
+        # float16 with a smaller loss scale: the result is the same.
+        update = update_with_retries(policy, accumulate, take_step, micro_batches, tokens_per_pass)
         micro_batches, tokens_per_pass = update.micro_batches, update.tokens_per_pass
-        epochs.append(update.figures)
+        figures.append(update.figures)
         if update.skipped:
             break
-    return epoch_means(epochs) | {"learning_rate": config.lr}, tokens_per_pass
+    return epoch_means(figures) | {"learning_rate": settings.lr}, tokens_per_pass
 
 
 def accumulate_gradient(
@@ -124,7 +136,8 @@ def accumulate_gradient(
 ) -> tuple[list[MicroBatch], dict[str, float]]:
     """Add up the gradient of the whole batch, micro-batch by micro-batch.
 
-    Returns the micro-batches with `old` and `ref` filled in, for further epochs, and the figures of the loss, summed.
+    Return the micro-batches with `old` and `ref` filled in, for further inner epochs, and the figures of the loss,
+    summed. `old` is what the first pass computes: nothing has been updated before it.
     """
     done: list[MicroBatch] = []
     sums: dict[str, Tensor] = {}
@@ -142,14 +155,17 @@ def accumulate_gradient(
     return done, {name: float(total) for name, total in sums.items()}
 
 
-def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, config: UpdateConfig) -> float:
-    """Clip the accumulated gradient and take one step. Returns its norm; one that is not finite is thrown away."""
+def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, settings: UpdateSettings) -> float:
+    """Clip the accumulated gradient, take one step with it, and return its norm before clipping.
+
+    A gradient whose norm is not finite is dropped: no weight changes.
+    """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     policy.loss_scale.unscale(trained)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr
+            group["lr"] = settings.lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -164,7 +180,8 @@ def open_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rise linearly over the warm-up; then stay constant, or fall to 0 (linear, cosine) at the last step."""
+    """Rise linearly over the warm-up; then stay constant, or fall (linear, cosine) towards 0, which the step after
+    the last would have."""
     rising = math.ceil(config.warmup * config.steps)
     if step < rising:
         return config.lr * (step + 1) / rising

@@ -85,11 +85,11 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _values_by_name(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+    values_by_name: dict[str, list[float]] = {}
     for each in figures:
         for name, value in each.items():
-            found.setdefault(name, []).append(value)
-    return found
+            values_by_name.setdefault(name, []).append(value)
+    return values_by_name
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -108,7 +108,7 @@ def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float
             "entropy": figures["entropy_sum"] / tokens,
         }
     )
-    plain = {name: value for name, value in figures.items() if name not in ("gap_sum", "entropy_sum", "scored_tokens")}
+    plain = {name: value for name, value in figures.items() if name not in SAMPLER_FIGURES}
     return {**plain, **means, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}
 
 

@@ -27,7 +27,7 @@ from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir, write_json
 from minigrpo.training.memory.machine import free_memory, plan_of
 from minigrpo.training.memory.meta import UnplannableError
-from minigrpo.training.memory.planner import largest_part
+from minigrpo.training.memory.planner import largest_micro_batch
 
 Work = TypeVar("Work")
 
@@ -58,15 +58,15 @@ def retry_on_oom(
         except (RuntimeError, MemoryError) as fault:
             if not ran_out(fault):
                 raise
-            told = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            message = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         # Beyond the handler: until then the traceback holds the tensors of the pass that failed.
         clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        budget, parts = _halved(parts, budget, told)
+        budget, parts = _halved(parts, budget, message)
 
 
-def _halved(parts: Sequence[MicroBatch], budget: int, told: str) -> tuple[int, list[MicroBatch]]:
+def _halved(parts: Sequence[MicroBatch], budget: int, message: str) -> tuple[int, list[MicroBatch]]:
     longest = max(part.tokens for part in parts)
     smaller = budget // 2
     while smaller >= longest:
@@ -74,7 +74,7 @@ def _halved(parts: Sequence[MicroBatch], budget: int, told: str) -> tuple[int, l
     pieces = [piece for part in parts for piece in split_micro_batch(part, smaller)]
     if len(pieces) == len(parts):
         raise RecipeError(
-            f"Memory ran out in a pass over a single completion, which cannot be cut ({told[:120]}). See what takes "
+            f"Memory ran out in a pass over a single completion, which cannot be cut ({message[:120]}). See what takes "
             "it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --model.checkpointing on takes less"
         )
     return smaller, pieces
@@ -109,7 +109,7 @@ def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGrou
 
 
 @contextmanager
-def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
+def crash_note(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
     """Leave a note in the run's folder during an update, where `needs` bytes are tight for `free` ones.
 
     An exception takes it away as well: only a process that is killed leaves it.
@@ -125,7 +125,7 @@ def noted(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[
         note.unlink(missing_ok=True)
 
 
-def left_by_a_kill(run: RunDir) -> dict[str, Any] | None:
+def pop_crash_note(run: RunDir) -> dict[str, Any] | None:
     """Remove and return the note of a killed update, or None. A damaged note counts: only an update writes it."""
     note = run.path / NOTE
     if not note.is_file():
@@ -156,8 +156,8 @@ def try_largest_pass(
     if policy.device.type == "cpu" and needs * TIGHT <= free_memory(policy.device):
         return needs, tokens_per_pass
     vocabulary = policy.model.config.get_text_config().vocab_size
-    micro_batches = [largest_part(recipe, prompt_tokens, tokens_per_pass, vocabulary)]
-    with noted(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
+    micro_batches = [largest_micro_batch(recipe.rollout, prompt_tokens, tokens_per_pass, vocabulary)]
+    with crash_note(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
         work = partial(_forward_and_back, policy, objective)
         _, tokens_per_pass = retry_on_oom(work, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
     clear_gradients(policy)

@@ -18,7 +18,7 @@ from typing import Any
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import GroupsConfig, Recipe, RolloutConfig, WarmupConfig
 from minigrpo.models.chat_template import render
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
@@ -30,12 +30,12 @@ from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.memory import peak_bytes
 
 ENOUGH_GROUPS = 8
-"""Groups looked at, at least: with 8, a task whose groups teach one time in three is seen to teach 24 times in 25."""
+"""The fewest groups to sample: with 8, at least one differs 24 times in 25 where every third group does."""
 
 MEASURED_SECONDS = 5.0
 
 MEASURED_PROMPTS = 1024
-"""So many prompts, evenly spaced, are rendered to learn how long they are: a second or two."""
+"""Prompts, evenly spaced, that are rendered to measure their length: a second or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class PreflightResult:
 def preflight(recipe: Recipe, task: Task, policy: Any, engine: Engine, report: Report = no_report) -> PreflightResult:
     """Sample, judge and time a few groups. The policy is left unchanged."""
     config = recipe.rollout
-    asked = prompts_of(task, "train")
-    lengths = measure_prompts(asked, policy, config.max_tokens)
+    training_prompts = prompts_of(task, "train")
+    lengths = measure_prompts(training_prompts, policy, config.max_tokens)
     plan = plan_of_run(policy, recipe, lengths.longest)
-    sampler = PromptSampler(asked, recipe.seed)
+    sampler = PromptSampler(training_prompts, recipe.seed)
     # Two rollouts at least: the first pays for warming up, so only the later ones are timed.
     rollouts = max(2, -(-ENOUGH_GROUPS // config.prompts))
     groups: list[Group] = []
@@ -113,14 +113,13 @@ def compute_figures(
     grades = [grade for group in groups for grade in group.grades]
     completions = [completion for group in groups for completion in group.completions]
     rewards = [grade.reward for grade in grades if grade.scored]
-    informative = fmean(teaches(group, recipe) for group in groups)
+    informative = fmean(is_informative(group, recipe.groups) for group in groups)
     mean_tokens = fmean(len(completion.token_ids) for completion in completions)
     step_tokens = mean_tokens * recipe.rollout.prompts * recipe.rollout.completions
     # Groups that tie skip their training pass, unless a KL term pulls on every token.
     trained = 1.0 if recipe.objective.kl or recipe.objective.entropy else informative
-    step_seconds = rollout_seconds * rollouts_per_step(recipe, informative) + trained * pass_seconds * passes_per_step(
-        recipe
-    )
+    sampling_seconds = rollout_seconds * rollouts_per_step(recipe.groups, informative)
+    step_seconds = sampling_seconds + trained * pass_seconds * passes_per_step(recipe)
     peak = peak_bytes("cuda") or peak_bytes()
     return Figures(
         groups=len(groups),
@@ -146,10 +145,10 @@ def compute_figures(
     )
 
 
-def rollouts_per_step(recipe: Recipe, informative: float) -> float:
+def rollouts_per_step(config: GroupsConfig, informative: float) -> float:
     """Return the rollouts of a step: one, and those that resample tied groups."""
-    wanted = (1 - informative) / max(informative, LOWEST_RATE)
-    return 1 + min(recipe.groups.resample, wanted)
+    extra_rollouts = (1 - informative) / max(informative, LOWEST_RATE)
+    return 1 + min(config.resample, extra_rollouts)
 
 
 def passes_per_step(recipe: Recipe) -> float:
@@ -244,7 +243,8 @@ class PreflightFinding:
 
 @dataclass(frozen=True, slots=True)
 class PromptLengths:
-    """Of the training prompts, in tokens. `crowded`: share that leave less than rollout.max_tokens of the context.
+    """Lengths of the training prompts in tokens. `crowded`: the share that leaves less than rollout.max_tokens of the
+    context.
 
     `context`: the model's longest text, None where its configuration does not tell.
     """
@@ -285,8 +285,8 @@ class Figures:
     short_of_memory: bool = False
 
 
-def teaches(group: Group, recipe: Recipe) -> bool:
-    return group.spread > recipe.groups.min_spread
+def is_informative(group: Group, config: GroupsConfig) -> bool:
+    return group.spread > config.min_spread
 
 
 def is_truncated(completion: Completion) -> bool:
@@ -296,7 +296,7 @@ def is_truncated(completion: Completion) -> bool:
 def find_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """Return the reasons why training could not work."""
     rest = find_answer_faults(figures, groups, recipe, task)
-    return [crowded(figures, recipe), *rest] if figures.prompts.crowded else rest
+    return [explain_long_prompts(figures, recipe.rollout.max_tokens), *rest] if figures.prompts.crowded else rest
 
 
 def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> list[PreflightFinding]:
@@ -315,7 +315,7 @@ def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe
             PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {limit} tokens.",
                 f"Let them finish: --rollout.max_tokens {2 * limit}. If the model never stops, its chat template or "
-                f"eos token does not fit it: use the instruct version. {warm_up(recipe, task)}",
+                f"eos token does not fit it: use the instruct version. {advise_warmup(recipe.warmup, task)}",
                 warms=figures.formed == 0,
             )
         ]
@@ -323,13 +323,13 @@ def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe
         return [
             PreflightFinding(
                 f"Not one of {figures.completions} completions has the form that the task asks for.",
-                f"GRPO can only strengthen what the model already does sometimes. {warm_up(recipe, task)} Or show the "
-                "form in the system prompt with one worked example, or use an instruct model.",
+                f"GRPO can only strengthen what the model already does sometimes. {advise_warmup(recipe.warmup, task)} "
+                "Or show the form in the system prompt with one worked example, or use an instruct model.",
                 warms=True,
             )
         ]
     if figures.informative == 0:
-        return [tied(figures, groups, recipe, task)]
+        return [explain_ties(figures, groups, recipe, task)]
     return []
 
 
@@ -341,15 +341,14 @@ def always_cut(figures: Figures) -> bool:
     return figures.truncated > 0.95 and figures.solved == 0
 
 
-def warm_up(recipe: Recipe, task: Task) -> str:
+def advise_warmup(config: WarmupConfig, task: Task) -> str:
     """Return advice with the command for a supervised warm-up of this model on this task."""
-    steps = recipe.warmup.steps
-    if steps:
+    if config.steps:
         return (
             f"The recipe's warm-up comes next in `minigrpo run`; if these samples were taken after it, it was too "
-            f"short: --warmup.steps {2 * steps}."
+            f"short: --warmup.steps {2 * config.steps}."
         )
-    if task.gold is not None or recipe.warmup.data:
+    if task.gold is not None or config.data:
         return f"Warm it up on right answers first: minigrpo warmup RECIPE --warmup.steps {WARMUP_STEPS}"
     return (
         "Write some right answers down, as lines of JSON {prompt, completion}, and warm it up on them first: "
@@ -357,20 +356,20 @@ def warm_up(recipe: Recipe, task: Task) -> str:
     )
 
 
-def crowded(figures: Figures, recipe: Recipe) -> PreflightFinding:
-    """Prompts so long that a completion may run beyond the longest text that the model can read."""
+def explain_long_prompts(figures: Figures, max_tokens: int) -> PreflightFinding:
+    """Return the finding that a completion may run beyond the longest text that the model can read."""
     context, longest = figures.prompts.context or 0, figures.prompts.longest
     room = context - longest
     cure = f"--rollout.max_tokens {room} fits them all, or shorten" if room > 0 else "Shorten or leave out"
     return PreflightFinding(
-        f"{figures.prompts.crowded:.0%} of the prompts leave less than rollout.max_tokens {recipe.rollout.max_tokens} "
+        f"{figures.prompts.crowded:.0%} of the prompts leave less than rollout.max_tokens {max_tokens} "
         f"of the model's context of {context} tokens (the longest prompt has {longest}).",
         f"Beyond its context a model babbles: {cure} the longest prompts.",
     )
 
 
-def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> PreflightFinding:
-    """Why every group's siblings earn the same, and what separates them again."""
+def explain_ties(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) -> PreflightFinding:
+    """Return the finding that every group's siblings earn the same, with what makes them differ."""
     what = f"In all {figures.groups} groups the siblings earned the same reward, so there is nothing to compare."
     if figures.solved == 1:
         return PreflightFinding(what, "The model already solves every prompt: choose a harder task.")
@@ -379,7 +378,7 @@ def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) 
         return PreflightFinding(
             what, "Siblings say the same, too: raise --rollout.temperature, or use a less certain model."
         )
-    if at_the_top(groups, recipe, task):
+    if earn_like_gold(groups, task, recipe.groups):
         return PreflightFinding(
             what,
             f"Every completion earned {figures.reward_mean:g}, as much as the task's own right answers: choose a "
@@ -397,19 +396,19 @@ def tied(figures: Figures, groups: Sequence[Group], recipe: Recipe, task: Task) 
     )
 
 
-def at_the_top(groups: Sequence[Group], recipe: Recipe, task: Task) -> bool:
+def earn_like_gold(groups: Sequence[Group], task: Task, config: GroupsConfig) -> bool:
     """Return whether no completion earned less than a right answer to its prompt; False where nobody can tell."""
     if task.gold is None:
         return False
     pairs = [(group, task.grade(group.prompt, task.gold(group.prompt))) for group in groups]
-    return all(min(group.rewards) >= gold.reward - recipe.groups.min_spread for group, gold in pairs)
+    return all(min(group.rewards) >= gold.reward - config.min_spread for group, gold in pairs)
 
 
 def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[PreflightFinding]:
     """Return what makes training slow or weak without keeping it from working."""
-    found = []
+    warnings = []
     if 0 < figures.unscored < 1:
-        found.append(
+        warnings.append(
             PreflightFinding(
                 f"The reward of {figures.unscored:.0%} of the completions could not be told.",
                 "They are left out of their groups' comparisons; if the grader took too long: "
@@ -417,7 +416,7 @@ def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[Prefligh
             )
         )
     if figures.short_of_memory:
-        found.append(
+        warnings.append(
             PreflightFinding(
                 f"The whole training is planned to take {figures.planned_memory_gb:.1f} GB at its height, more than "
                 "is free here.",
@@ -425,7 +424,7 @@ def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[Prefligh
             )
         )
     if figures.truncated > 0.2 and not always_cut(figures):
-        found.append(
+        warnings.append(
             PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {recipe.rollout.max_tokens} tokens.",
                 f"They earn what an unfinished answer earns; if they were on the right way: "
@@ -433,28 +432,28 @@ def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[Prefligh
             )
         )
     if 0 < figures.formed < LITTLE_FORM:
-        found.append(
+        warnings.append(
             PreflightFinding(
                 f"Only {figures.formed:.0%} of the completions have the form.",
-                f"The first steps would teach the form alone. {warm_up(recipe, task)} Or show one worked example in "
-                "the system prompt.",
+                f"The first steps would teach the form alone. {advise_warmup(recipe.warmup, task)} Or show one "
+                "worked example in the system prompt.",
             )
         )
-    return found + find_slow_learning(figures, recipe)
+    return warnings + find_slow_learning(figures, recipe.rollout)
 
 
-def find_slow_learning(figures: Figures, recipe: Recipe) -> list[PreflightFinding]:
+def find_slow_learning(figures: Figures, config: RolloutConfig) -> list[PreflightFinding]:
     """Return warnings that few groups differ, or that little is left to learn."""
-    found = []
+    warnings = []
     if 0 < figures.informative < 0.25:
-        found.append(
+        warnings.append(
             PreflightFinding(
                 f"Only {figures.informative:.0%} of the groups teach anything.",
-                f"More siblings find more differences: --rollout.completions {2 * recipe.rollout.completions}.",
+                f"More siblings find more differences: --rollout.completions {2 * config.completions}.",
             )
         )
     if 0.9 < figures.solved < 1:
-        found.append(
+        warnings.append(
             PreflightFinding(f"{figures.solved:.0%} of the completions are right already.", "Little is left to learn.")
         )
-    return found
+    return warnings

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from minigrpo.config.schema import GroupsConfig, Recipe
+from minigrpo.config.schema import EvalConfig, GroupsConfig
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.types import Group, Prompt
 from minigrpo.utils.rng import name_key
@@ -30,17 +30,17 @@ class SolveRecord:
     epoch: int
 
 
-def split_held_out(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """Return (training prompts, held-out prompts). Raises RecipeError where none would be left to train on."""
-    if not recipe.eval.every:
+def split_held_out(prompts: Sequence[Prompt], config: EvalConfig, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Return (training prompts, held-out prompts). Raise RecipeError where none would be left to train on."""
+    if not config.every:
         return list(prompts), []
-    count = recipe.eval.held_out
+    count = config.held_out
     if count >= len(prompts):
         raise RecipeError(
             f"eval.held_out keeps {count} of the {len(prompts)} training prompts aside, which leaves none to train on. "
             "Lower it, or raise task.size."
         )
-    order = sorted(range(len(prompts)), key=lambda index: name_key(recipe.seed, "held out", prompts[index].id))
+    order = sorted(range(len(prompts)), key=lambda index: name_key(seed, "held out", prompts[index].id))
     aside = set(order[:count])
     return [p for i, p in enumerate(prompts) if i not in aside], [prompts[i] for i in sorted(aside)]
 
@@ -51,10 +51,10 @@ class PromptSampler:
     No step holds a prompt twice, unless a step takes more than there are.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, knobs: GroupsConfig | None = None) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, config: GroupsConfig | None = None) -> None:
         self.prompts = prompts
         self.seed = seed
-        self.knobs = knobs or GroupsConfig()
+        self.config = config or GroupsConfig()
         self.epoch = -1
         self.deck: list[int] = []
         self.records: dict[str, SolveRecord] = {}
@@ -81,7 +81,7 @@ class PromptSampler:
 
     def learn(self, groups: Sequence[Group]) -> None:
         """Record the solved share of each prompt where later draws depend on it."""
-        if self.knobs.rest is None and not self.knobs.focus:
+        if self.config.rest is None and not self.config.focus:
             return
         for group in groups:
             share = fmean(grade.solved for grade in group.grades)
@@ -121,13 +121,13 @@ class PromptSampler:
         """Return whether a prompt is in this epoch: solved ones rest, others come by chance (groups.focus)."""
         name = self.prompts[index].id
         record = self.records.get(name)
-        if record and self.knobs.rest is not None and record.solved >= self.knobs.rest:
-            return self.epoch - record.epoch > self.knobs.rest_epochs
-        if not self.knobs.focus:
+        if record and self.config.rest is not None and record.solved >= self.config.rest:
+            return self.epoch - record.epoch > self.config.rest_epochs
+        if not self.config.focus:
             return True
         solved = record.solved if record else UNKNOWN
         # p (1 - p) is the variance of right and wrong among siblings: what a group has to teach.
-        chance = (1 + self.knobs.focus * 4 * solved * (1 - solved)) / (1 + self.knobs.focus)
+        chance = (1 + self.config.focus * 4 * solved * (1 - solved)) / (1 + self.config.focus)
         return random.Random(f"focus/{self.seed}/{self.epoch}/{name}").random() < chance
 
     def _repeated(self, count: int) -> list[Prompt]:

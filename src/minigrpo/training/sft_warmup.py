@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy
@@ -112,9 +112,9 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         torch.cuda.empty_cache()  # GRPO asks how much is free, and what is only cached does not count
     after = measure()
     warnings = (
-        *answer_warnings(recipe, task, taught, lessons),
+        *answer_warnings(task, taught, lessons, recipe.rollout.max_tokens),
         *memorised_warnings(before, after),
-        *too_short_warnings(recipe, after),
+        *too_short_warnings(config, after),
     )
     return WarmupResult(len(lessons), len(held_aside), before, after, warnings)
 
@@ -127,12 +127,12 @@ def check_warmup(recipe: Recipe, task: Task, policy: Policy) -> None:
 
 def prepare_answers(recipe: Recipe, task: Task) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
     """Return (answers to teach, answers held aside)."""
-    refuse_idle(recipe)
+    require_warmup_steps(recipe.warmup)
     return split_answers(written_answers(recipe, task))
 
 
-def refuse_idle(recipe: Recipe) -> None:
-    if not recipe.warmup.steps:
+def require_warmup_steps(config: WarmupConfig) -> None:
+    if not config.steps:
         raise RecipeError("warmup.steps is 0, so there is nothing to do. Say how long to warm up: --warmup.steps 60")
 
 
@@ -143,7 +143,7 @@ def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
     """
     order = random.Random(f"warmup/{recipe.seed}")
     most = round(recipe.warmup.steps * recipe.warmup.rows / (1 - HELD_ASIDE_SHARE)) + 1
-    training, judging = split_held_out(prompts_of(task, "train"), recipe)
+    training, judging = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
     if recipe.warmup.data:
         unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
         found = list(read_answers(Path(recipe.warmup.data).expanduser(), training, unseen))
@@ -286,7 +286,7 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer]) -> float:
     """Return the share of sampled answers that have the form: to prompts held aside, or else to training ones."""
     prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:FORM_PROMPTS]
-    prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe)[0][:FORM_PROMPTS])
+    prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)[0][:FORM_PROMPTS])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
     n = max(1, FORM_ANSWERS // len(prompts))
     groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
@@ -294,14 +294,13 @@ def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside:
 
 
 def answer_warnings(
-    recipe: Recipe, task: Task, taught: Sequence[WrittenAnswer], lessons: Sequence[SftExample]
+    task: Task, taught: Sequence[WrittenAnswer], lessons: Sequence[SftExample], max_tokens: int
 ) -> Iterator[str]:
     """Yield warnings about the written answers themselves."""
-    limit = recipe.rollout.max_tokens
-    if long := sum(len(lesson.answer_ids) > limit for lesson in lessons):
+    if long := sum(len(lesson.answer_ids) > max_tokens for lesson in lessons):
         yield (
-            f"{long} of {len(lessons)} written answers are longer than rollout.max_tokens {limit}: what imitates them "
-            "will be cut off."
+            f"{long} of {len(lessons)} written answers are longer than rollout.max_tokens {max_tokens}: what imitates "
+            "them will be cut off."
         )
     judged = [answer for answer in taught if answer.known][:FORM_PROMPTS]
     try:
@@ -330,9 +329,9 @@ def memorised_warnings(before: WarmupMeasure, after: WarmupMeasure) -> Iterator[
         )
 
 
-def too_short_warnings(recipe: Recipe, after: WarmupMeasure) -> Iterator[str]:
+def too_short_warnings(config: WarmupConfig, after: WarmupMeasure) -> Iterator[str]:
     if after.formed < 0.5:
         yield (
             f"Only {after.formed:.0%} of the answers have the form after the warm-up. Longer: --warmup.steps "
-            f"{2 * recipe.warmup.steps}. Or faster: --warmup.lr {3 * recipe.warmup.lr:g}"
+            f"{2 * config.steps}. Or faster: --warmup.lr {3 * config.lr:g}"
         )

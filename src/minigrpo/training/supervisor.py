@@ -21,7 +21,7 @@ from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import DivergenceError
-from minigrpo.models.context import check_prompts, longest_prompt
+from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
@@ -32,7 +32,7 @@ from minigrpo.training.memory.machine import free_memory, tokens_per_pass
 from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
 from minigrpo.training.monitor.alarms import Alarms
 from minigrpo.training.monitor.divergence import DivergenceMonitor, message
-from minigrpo.training.oom import left_by_a_kill, noted, try_largest_pass
+from minigrpo.training.oom import crash_note, pop_crash_note, try_largest_pass
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import compute_repeatably
@@ -63,12 +63,12 @@ class Supervisor:
         self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
         self.optimizer, self.objective = optimizer, objective
         self.logger, self.run = logger, logger.run
-        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe)
+        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
         self.bonus = EntropyBonus.of(recipe.objective)
-        self.alarms = Alarms(recipe, sixteen_bit=policy.dtype != torch.float32)
+        self.alarms = Alarms(recipe, sixteen_bit=policy.is_sixteen_bit)
         self.monitor = DivergenceMonitor(recipe.watch)
         self.skipped_in_a_row = 0
         self.tokens_per_pass = 0
@@ -124,7 +124,7 @@ class Supervisor:
         # Every step has a random stream of its own, so a resumed run needs none restored.
         sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step))
         ask = partial(self._rollout, n=config.completions, sampling=sampling)
-        sampled = self.source.gather(step, ask, teaches=self._teaches)
+        sampled = self.source.gather(step, ask, is_informative=self._is_informative)
         self._clock.lap("rollout")
         return sampled
 
@@ -140,15 +140,15 @@ class Supervisor:
         )
         return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
 
-    def _teaches(self, group: Group) -> bool:
+    def _is_informative(self, group: Group) -> bool:
         """Tell whether the group's siblings differ in what the objective compares."""
-        return pack([group], self.objective, self.recipe.rollout.max_tokens).teaches
+        return pack([group], self.objective, self.recipe.rollout.max_tokens).is_informative
 
     @contextmanager
     def update_phase(self, step: int) -> Iterator[None]:
         """Surround an update: time it, and leave a note of it in the run's folder where memory is tight."""
         free = free_memory(self.policy.device)
-        with noted(self.run, self._update_bytes, free, {"step": step, "tokens_per_pass": self.tokens_per_pass}):
+        with crash_note(self.run, self._update_bytes, free, {"step": step, "tokens_per_pass": self.tokens_per_pass}):
             yield
         self._clock.lap("update")
 
@@ -178,26 +178,26 @@ class Supervisor:
         if self.policy.device.type == "cpu":
             compute_repeatably()
         self._settle_machine(prompt, rows)
-        found, complaints = checkpoint.latest(self.run)
+        newest, complaints = checkpoint.find_latest(self.run)
         for complaint in complaints:
             self.logger.say(complaint)
-        self.logger.rewind(found.positions if found else {})
+        self.logger.rewind(newest.positions if newest else {})
         if not self.policy.shares_prompts:
             kind = self.policy.model.config.model_type
             self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
-        if found is None:
+        if newest is None:
             # Whatever would keep a later checkpoint from being written is found now, not after an hour.
             self._save(0)
             return 0
         if complaints:
-            checkpoint.discard_after(self.run, found.step, "damaged")
-        checkpoint.load(found, self.policy, self.optimizer)
-        self.source.restore(found.state["source"])
-        self.policy.loss_scale = self.policy.loss_scale.restored(found.state.get("loss_scale", {}))
+            checkpoint.discard_after(self.run, newest.step, "damaged")
+        checkpoint.load(newest, self.policy, self.optimizer)
+        self.source.restore(newest.state["source"])
+        self.policy.loss_scale = self.policy.loss_scale.restored(newest.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
-        self.logger.say(f"Resumed after step {found.step} of {self.recipe.train.steps}.")
-        return found.step
+        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.steps}.")
+        return newest.step
 
     def _keep_smaller_passes(self, tokens: int) -> None:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
@@ -226,7 +226,7 @@ class Supervisor:
     def _take_best(self) -> None:
         """Load the checkpoint that did best on held-out prompts, where the recipe asks for it."""
         if self.recipe.save.take == "best" and self.best_step is not None:
-            checkpoint.load(checkpoint.at(self.run, self.best_step), self.policy, self.optimizer)
+            checkpoint.load(checkpoint.find_step(self.run, self.best_step), self.policy, self.optimizer)
             self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
 
     @property
@@ -257,9 +257,9 @@ class Supervisor:
                 f"them. Their prompts and answers stand in {self.run.groups}. A lower --train.lr is the usual cure."
             )
         if self.explosion is not None:
-            good = checkpoint.before(self.run, self.explosion.onset)
+            good = checkpoint.newest_before(self.run, self.explosion.onset)
             checkpoint.discard_after(self.run, good or 0)
-            raise DivergenceError(message(self.explosion, good, self.recipe, self.run.path))
+            raise DivergenceError(message(self.explosion, good, self.recipe.train.lr, self.run.path))
 
     def _settle_machine(self, prompt: int, rows: int) -> None:
         """Set tokens per pass and threads to those that the run began with; say where the machine differs."""
@@ -274,7 +274,7 @@ class Supervisor:
             checkpoint.write_machine(self.run, now)
         elif different := now.differences(then):
             self.logger.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
-        note = left_by_a_kill(self.run)
+        note = pop_crash_note(self.run)
         if note is not None and self.tokens_per_pass > 1:
             self.logger.say(
                 f"This run was killed in an update while memory was tight ({note.get('free', 0) / 1e9:.1f} GB free): "

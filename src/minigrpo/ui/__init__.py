@@ -1,5 +1,5 @@
-"""What a terminal shows: progress, the live panel, tables. Needs rich; may import nothing of the package but the root's
-words (types, errors, versions), and loads no torch.
+"""What a terminal shows: progress, the live panel, tables. Needs rich, loads no torch; may import types, errors and
+versions only.
 """
 
 from minigrpo.ui.progress import Report as Report

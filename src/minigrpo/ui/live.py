@@ -1,4 +1,4 @@
-"""How a running training looks in a terminal: a board that redraws itself, or plain lines where nobody watches."""
+"""Show a running training in a terminal: a panel that redraws itself, or plain lines where nobody watches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from minigrpo.types import Group
 
-WINDOW = 20  # steps that the remaining time is judged by: completions grow shorter or longer as a run goes on
+WINDOW = 20  # steps from which the remaining time is estimated: completions grow shorter or longer as a run goes on
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PLOT_HEIGHT = 6
 SAMPLE_LINES = 8
@@ -26,7 +26,7 @@ EXTRAS = {"kl": "kl {:.4f}", "entropy": "entropy {:.2f}", "tokens_per_second": "
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known of the run at one moment. `stamps`: when the latest steps ended, oldest first."""
+    """The state of a run after a step. `stamps`: when the latest steps ended, oldest first."""
 
     step: int = 0
     rewards: tuple[float, ...] = ()
@@ -37,7 +37,7 @@ class Snapshot:
     stamps: tuple[float, ...] = ()
 
     def after(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], sample: str | None) -> Snapshot:
-        """The moment after one more step."""
+        """Return the snapshot after one more step."""
         earned = [reward for group in groups for reward in group.rewards]
         reward = metrics.get("reward", sum(earned) / len(earned) if earned else float("nan"))
         return replace(
@@ -50,15 +50,15 @@ class Snapshot:
             stamps=(*(self.stamps or (self.since,)), time.monotonic())[-WINDOW - 1 :],
         )
 
-    def left(self, total_steps: int) -> str:
-        """Time to go, as the latest steps went; empty before the first one ended."""
+    def time_left(self, total_steps: int) -> str:
+        """Return the remaining time, estimated from the latest steps; "" before the first one has ended."""
         if len(self.stamps) < 2 or self.step >= total_steps:
             return ""
         pace = (self.stamps[-1] - self.stamps[0]) / (len(self.stamps) - 1)
         return f"{duration(pace * (total_steps - self.step))} left"
 
     def facts(self) -> list[str]:
-        """The step in a few words. A share is of completions, `informative` is of groups."""
+        """Return the step in a few words. Shares are of completions, `informative` is of groups."""
         facts = [f"reward {self.rewards[-1]:.3f}"] if self.rewards else []
         grades = [grade for group in self.groups for grade in group.grades]
         if grades:
@@ -72,13 +72,13 @@ class Snapshot:
 
 
 class ProgressView(Protocol):
-    def open(self, pulse: Snapshot) -> None: ...
-    def show(self, pulse: Snapshot) -> None: ...
+    def open(self, snapshot: Snapshot) -> None: ...
+    def show(self, snapshot: Snapshot) -> None: ...
     def close(self) -> None: ...
 
 
 class PlainLog:
-    """One line per step, at most every two seconds, so that logs stay short. The first and the last always."""
+    """Prints a line per step, at most every two seconds, to keep logs short; always the first and last step."""
 
     def __init__(self, console: Console, total_steps: int, every: float = 2.0) -> None:
         self._console = console
@@ -86,18 +86,18 @@ class PlainLog:
         self._every = every
         self._last: float | None = None
 
-    def open(self, pulse: Snapshot) -> None:
+    def open(self, snapshot: Snapshot) -> None:
         pass
 
-    def show(self, pulse: Snapshot) -> None:
+    def show(self, snapshot: Snapshot) -> None:
         now = time.monotonic()
-        if self._last is not None and now - self._last < self._every and pulse.step < self._total:
+        if self._last is not None and now - self._last < self._every and snapshot.step < self._total:
             return
         self._last = now
-        head = f"step {pulse.step:>{len(str(self._total))}}/{self._total}"
-        words = "  ".join(filter(None, (head, *pulse.facts(), pulse.left(self._total))))
+        head = f"step {snapshot.step:>{len(str(self._total))}}/{self._total}"
+        words = "  ".join(filter(None, (head, *snapshot.facts(), snapshot.time_left(self._total))))
         self._say(words)
-        for line in (pulse.sample or "").splitlines():
+        for line in (snapshot.sample or "").splitlines():
             self._say(f"    | {line}")
 
     def close(self) -> None:
@@ -108,21 +108,21 @@ class PlainLog:
 
 
 class LivePanel:
-    """A panel that redraws itself: where the run is, its reward curve, the latest step, one completion."""
+    """Shows a panel that redraws itself: progress, the reward curve, the latest step, one completion."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
         self._total = total_steps
-        self._pulse = Snapshot()
+        self._snapshot = Snapshot()
         self._live: Live | None = None
 
-    def open(self, pulse: Snapshot) -> None:
-        self._pulse = pulse
+    def open(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2)
         self._live.start(refresh=True)
 
-    def show(self, pulse: Snapshot) -> None:
-        self._pulse = pulse
+    def show(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
 
     def close(self) -> None:
         if self._live is not None:
@@ -130,25 +130,27 @@ class LivePanel:
             self._live = None
 
     def _render(self) -> RenderableType:
-        pulse = self._pulse
+        snapshot = self._snapshot
         width = min(self._console.width, 100)
-        parts: list[RenderableType] = [reward_curve(pulse.rewards, width - 14)] if pulse.rewards else []
+        parts: list[RenderableType] = [reward_curve(snapshot.rewards, width - 14)] if snapshot.rewards else []
         # A fact stays whole where the line breaks: its own spaces are hidden from the wrapping.
-        facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in pulse.facts()), width - 4)
+        facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in snapshot.facts()), width - 4)
         words = "\n".join(facts).replace("\a", " ") or "sampling the first completions ..."
         parts.append(Text(words, style="bold"))
-        if pulse.sample:
-            shown = pulse.sample.splitlines()
+        if snapshot.sample:
+            shown = snapshot.sample.splitlines()
             more = [f"... {len(shown) - SAMPLE_LINES} more lines"] if len(shown) > SAMPLE_LINES else []
             lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in shown[:SAMPLE_LINES] + more]
             parts += [Text(""), *lines]
-        gone = duration(time.monotonic() - pulse.since)
-        head = " · ".join(filter(None, (f"train · step {pulse.step}/{self._total}", gone, pulse.left(self._total))))
+        gone = duration(time.monotonic() - snapshot.since)
+        head = " · ".join(
+            filter(None, (f"train · step {snapshot.step}/{self._total}", gone, snapshot.time_left(self._total)))
+        )
         return Panel(Stack(*parts), title=head, title_align="left", border_style="cyan", width=width)
 
 
 def panel_fits(console: Console) -> bool:
-    """Whether somebody watches, on something that can redraw itself."""
+    """Return whether the output is a terminal that can redraw a panel."""
     return (
         console.is_terminal
         and not console.is_dumb_terminal
@@ -158,7 +160,7 @@ def panel_fits(console: Console) -> bool:
 
 
 def reward_curve(values: Sequence[float], width: int) -> Text:
-    """Columns of blocks over the whole run, each the mean of the steps it stands for; the scale is at the left."""
+    """Draw the whole run as columns of blocks, each the mean of some steps, with the scale at the left."""
     finite = [value for value in values if value == value]
     if not finite:
         return Text("no reward yet")
@@ -190,7 +192,7 @@ def column_means(values: Sequence[float], width: int) -> list[float]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: 8s, 1m20s, 2h05m."""
+    """Format seconds: 8s, 1m20s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -199,5 +201,5 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Model output without the control characters that could rewrite somebody's terminal."""
+    """Remove the control characters from model output, which could rewrite a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

@@ -1,4 +1,4 @@
-"""Progress of long work: the callback that tells it, and a bar or plain lines in the terminal that show it."""
+"""Show the progress of long work: a callback that reports it, and a bar or plain lines in the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from minigrpo.ui.live import duration, panel_fits
 
 
 class Report(Protocol):
-    """Tells how far a long piece of work is; `note` is a few words: the loss, the accuracy so far."""
+    """Reports how far a long piece of work is; `note` is a few words: the loss, the accuracy so far."""
 
     def __call__(self, done: int, total: int = ..., note: str = ...) -> None: ...
 
 
 def no_report(done: int, total: int = 0, note: str = "") -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 @contextmanager

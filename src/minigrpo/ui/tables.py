@@ -1,4 +1,4 @@
-"""Tables without lines, as all results are shown in a terminal."""
+"""Tables without lines, in which all results are shown."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def plain_table(*columns: str) -> Table:
 
 
 def titled(title: str, *parts: RenderableType) -> RenderableType:
-    """Put a title above; the table's own title would be broken to the table's width."""
+    """Put a title above the parts; a rich table would break its own title to the table's width."""
     return Stack("", Text(title, style="bold"), *parts, "")

@@ -1,4 +1,4 @@
-"""Where the package keeps what it built or fetched once. No torch."""
+"""The folder in which the package keeps what it built or fetched once."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Name the folder; it need not be there yet."""
+    """Return the folder's path; it need not exist yet."""
     return Path(os.environ.get("MINIGRPO_CACHE") or "~/.cache/minigrpo").expanduser()

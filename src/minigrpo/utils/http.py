@@ -1,4 +1,4 @@
-"""One exchange of JSON over HTTP, for all who ask a server; what a refusal means is for them to say."""
+"""Send one JSON request over HTTP. What a refusal means is for the caller to say."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from urllib import error, request
 
 DIRECT = request.build_opener(request.ProxyHandler({}))
-"""Asks past any proxy, which would not find a server of this machine."""
+"""Opens a URL without any proxy, which would not find a server of this machine."""
 
 
 class StatusError(Exception):
-    """Holds what a server says when it refuses a request: the status code, and its own words as bytes."""
+    """A server's refusal of a request: the status code, and its own message as bytes."""
 
     def __init__(self, code: int, raw: bytes) -> None:
         super().__init__(f"HTTP status {code}")
@@ -23,14 +23,14 @@ def exchange(
 ) -> bytes:
     """Send one request, a POST of JSON where it has a body, and return the answer.
 
-    `timeout`: seconds of silence; None waits. `direct`: past the proxy that the environment names.
-    Raises StatusError where the server refuses, OSError where it does not answer, ValueError where the URL is none.
+    `timeout`: seconds without an answer; None waits for ever. `direct`: without the proxy that the environment names.
+    Raise StatusError where the server refuses, OSError where it does not answer, ValueError for a malformed URL.
     """
     data = None if body is None else json.dumps(body).encode()
-    asked = request.Request(url, data, {"Content-Type": "application/json"})
+    message = request.Request(url, data, {"Content-Type": "application/json"})
     opened = DIRECT.open if direct else request.urlopen
     try:
-        with opened(asked, timeout=timeout) as answer:
+        with opened(message, timeout=timeout) as answer:
             raw: bytes = answer.read()
             return raw
     except error.HTTPError as fault:

@@ -1,10 +1,10 @@
-"""Memory of this process: the most that it held since one last asked, and freed memory kept for the next step.
+"""Memory of this process: read its peak since the last reset, and keep freed memory for the next step.
 
-Peaks are the GPU's where the work is done there, else the process's own.
+A peak is the GPU's where the work is done there, else the process's own.
 
 A training step frees a gigabyte of activations, and the next asks for the same again. glibc hands such memory back to
-the system at once, and fetching it anew costs a page fault for every 4 KB: a tenth of a small model's update. Kept, it
-is no more than the step's own peak, which the process has had anyway.
+the system at once, and fetching it anew costs a page fault for every 4 KB: a tenth of a small model's update. What is
+kept is no more than the step's own peak, which the process has reached anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def reset_peak(device: str = "cpu") -> bool:
-    """From here on the peak counts anew. False where the system cannot do that: on a CPU, only Linux can."""
+    """Begin a new peak. Return False where the system cannot do that: on a CPU, only Linux can."""
     if device == "cuda":
         import torch
 
@@ -55,7 +55,7 @@ def _status(name: str) -> int:
 
 
 def _largest() -> int:
-    """Read ru_maxrss, which no reset makes forget: only for systems that have no other."""
+    """Read ru_maxrss, which no reset lowers: only for systems that have nothing better."""
     try:
         import resource
     except ImportError:  # Windows
@@ -65,45 +65,47 @@ def _largest() -> int:
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-KEPT = 2**31 - 1
-"""Bytes at the end of the heap beyond which they go back: the most that can be said."""
-BLOCK = 1 << 25
-"""Larger blocks are not taken from the heap: the most that glibc admits."""
-DEFAULT = 128 << 10
-"""What glibc begins with, for both."""
+MAX_KEPT_BYTES = 2**31 - 1
+"""Free bytes at the end of the heap beyond which glibc gives them back to the system: the largest value it takes."""
+MAX_HEAP_BLOCK_BYTES = 1 << 25
+"""Size in bytes beyond which a block is not taken from the heap: the largest value that glibc admits."""
+DEFAULT_BYTES = 128 << 10
+"""glibc's own default for both."""
 
 _blocks_open = 0
 
 
 @contextmanager
 def keep_freed_memory() -> Iterator[bool]:
-    """Keeps freed memory until the outermost such block ends. Yields False where the C library is not glibc."""
+    """Keep freed memory until the outermost such block ends. Yield False where the C library is not glibc."""
     global _blocks_open
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is None or not hasattr(libc, "mallopt"):
         yield False
         return
-    kept = bool(libc.mallopt(TRIM_THRESHOLD, KEPT)) and bool(libc.mallopt(MMAP_THRESHOLD, BLOCK))
+    kept = bool(libc.mallopt(TRIM_THRESHOLD, MAX_KEPT_BYTES)) and bool(
+        libc.mallopt(MMAP_THRESHOLD, MAX_HEAP_BLOCK_BYTES)
+    )
     _blocks_open += 1
     try:
         yield kept
     finally:
         _blocks_open -= 1
         if not _blocks_open:
-            _give_back(libc)
+            _restore_thresholds(libc)
 
 
-def _give_back(libc: Any) -> None:
-    libc.mallopt(TRIM_THRESHOLD, _began_with("trim_threshold"))
-    libc.mallopt(MMAP_THRESHOLD, _began_with("mmap_threshold"))
+def _restore_thresholds(libc: Any) -> None:
+    libc.mallopt(TRIM_THRESHOLD, _initial_threshold("trim_threshold"))
+    libc.mallopt(MMAP_THRESHOLD, _initial_threshold("mmap_threshold"))
     libc.malloc_trim(0)
 
 
-def _began_with(name: str) -> int:
-    """What the environment asked of glibc, or its default."""
+def _initial_threshold(name: str) -> int:
+    """Return the threshold that the environment set for glibc, or its default."""
     tunable = re.search(rf"glibc\.malloc\.{name}=(\w+)", os.environ.get("GLIBC_TUNABLES", ""))
-    asked = tunable[1] if tunable else os.environ.get(f"MALLOC_{name.upper()}_", "")
+    value = tunable[1] if tunable else os.environ.get(f"MALLOC_{name.upper()}_", "")
     try:
-        return int(asked, 0)
+        return int(value, 0)
     except ValueError:
-        return DEFAULT
+        return DEFAULT_BYTES

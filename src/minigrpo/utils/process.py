@@ -1,9 +1,9 @@
-"""What a run sets for its whole process: CPU threads, repeatable arithmetic, what the heap keeps.
+"""Settings that a run makes for its whole process: CPU threads, repeatable arithmetic, what the heap keeps.
 
-Each is given back when the run ends, for a notebook and a test suite live on. All of it is given back exactly but the
-heap's rules, of which utils/memory.py tells. Never taken back: the name under which transformers finds
-attention/shared_prompt.py, since policies that are still held go on using it. Runs of one process follow or enclose one
-another: two at the same time, in two threads, would give back each other's settings.
+Each is restored when the run ends, because the process of a notebook or a test suite lives on. All are restored
+exactly, except the heap's rules (see utils/memory.py). One is not restored: the name under which transformers finds
+attention/shared_prompt.py, since policies that still exist use it. Runs of one process may follow or enclose one
+another, but must not overlap in two threads: they would restore each other's settings.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from minigrpo.utils.memory import keep_freed_memory
 
 @contextmanager
 def process_settings(threads: int = 0) -> Iterator[None]:
-    """Sets what a run needs; gives back what was set before the block, whatever was set inside.
+    """Set what a run needs, and restore after the block what was set before, whatever the block changed.
 
-    `threads`: of the CPU; 0 leaves them as they are.
+    `threads`: CPU threads; 0 leaves them as they are.
     """
     threads_before = torch.get_num_threads()
     repeatable = torch.are_deterministic_algorithms_enabled()
@@ -39,15 +39,15 @@ def process_settings(threads: int = 0) -> Iterator[None]:
 
 
 def compute_repeatably() -> None:
-    """Makes two runs give the same bits, until the enclosing `process_settings` ends."""
+    """Make two runs give the same bits, until the enclosing `process_settings` ends."""
     torch.use_deterministic_algorithms(True)
-    # It would fill every new tensor with NaN, to show who reads what was never written: seven thousand times a rollout.
+    # It would fill every new tensor with NaN, to show reads of unwritten memory: seven thousand times a rollout.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hides the bars of transformers and of the Hub's client: one for reading local files says nothing."""
+    """Hide the progress bars of transformers and of the Hub's client: a bar for reading local files says nothing."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 

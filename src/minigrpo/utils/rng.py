@@ -19,13 +19,13 @@ _TOP = -(1 << 63)
 
 
 def name_key(*parts: int | str) -> int:
-    """A 63-bit key of any name: equal names, equal keys, on every machine."""
+    """Hash any name to a 63-bit key: equal names give equal keys, on every machine."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def mix(keys: Tensor) -> Tensor:
-    """Scramble int64 keys of any shape; neighbouring keys come out unrelated."""
+    """Scramble int64 keys of any shape; neighbouring keys become unrelated."""
     keys = keys + _GOLDEN
     keys = (keys ^ _shift(keys, 30)) * _FIRST
     keys = (keys ^ _shift(keys, 27)) * _SECOND
@@ -33,20 +33,20 @@ def mix(keys: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """One float64 in [0, 1) for each int64 key."""
+    """Return one float64 in [0, 1) for each int64 key."""
     return _shift(mix(keys), 11).double() * 2.0**-53
 
 
 def keep_mask(token_keys: Tensor, channel_key: int, channels: int, drop: float) -> Tensor:
-    """True where a dropout mask keeps: shape [*token_keys.shape, channels], each entry named by token and channel."""
+    """Return a dropout mask [*token_keys.shape, channels], True where kept; a token and a channel name each entry."""
     names = torch.arange(channels, device=token_keys.device)
-    # The upper 31 bits decide, as a number without a sign. Its top bit is turned in the keys (an odd factor keeps it
-    # turned), so that the comparison may have one: no shift, and two passes less over every entry.
+    # The upper 31 bits decide, read as an unsigned number. Its top bit is flipped in the keys (an odd factor keeps it
+    # flipped), so that a signed comparison gives the same: no shift, and two passes less over every entry.
     channel_keys = mix(names + channel_key) ^ _TOP
     # One multiplication between the two names is enough for a mask, and four times cheaper than mix.
     return (token_keys.unsqueeze(-1) ^ channel_keys).mul_(_FIRST) >= (int(drop * 2**31) << 33) + _TOP
 
 
 def _shift(keys: Tensor, by: int) -> Tensor:
-    """Logical shift to the right: torch's own keeps the sign."""
+    """Shift right and fill with zeros: torch's own shift keeps the sign."""
     return (keys >> by) & ((1 << (64 - by)) - 1)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask; they do not break off. What is under way is finished and saved; a second one breaks off."""
+"""Let Ctrl-C and SIGTERM ask a run to stop: it finishes and saves its step first. A second signal stops at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from types import FrameType
 
 @contextmanager
 def finish_first() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether somebody asked to stop. Outside the main thread signals are left alone.
+    """Yield a function that tells whether somebody asked to stop. Outside the main thread, leave signals alone.
 
-    A signal that is ignored stays so: a shell script starts its background jobs with SIGINT ignored, so that Ctrl-C for
-    what runs in the foreground does not stop them; SIGTERM does.
+    A signal that is ignored stays ignored: a shell script starts its background jobs with SIGINT ignored, so that
+    Ctrl-C for what runs in the foreground does not stop them; SIGTERM does.
     """
     asked: list[int] = []
 
@@ -30,8 +30,8 @@ def finish_first() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heard}
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in handled}
     try:
         yield lambda: bool(asked)
     finally:

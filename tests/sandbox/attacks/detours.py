@@ -35,7 +35,7 @@ LIBC = {
     "runs a file as a program": "__import__('runpy').run_path(place)",
     "debugs itself": "breakpoint()",
     "goes into another interpreter": "__import__('_xxsubinterpreters').create()",
-    "formats its way to the globals": "'{0.__globals__}'.format(sys._getframe(1).f_globals['answered'])[:60000]",
+    "formats its way to the globals": "'{0.__globals__}'.format(sys._getframe(1).f_globals['answer_call'])[:60000]",
 }
 
 ATTACKS = (

@@ -70,9 +70,9 @@ class Converter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if ended.returncode or not file.is_file():
             words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-            told = " ".join(words[-2:])[-300:]
-            raise ModelError(f"llama.cpp's converter in {self.root} failed on {folder} ({told}). Try a newer one, or "
-                             "our own writer: --writer own")  # fmt: skip
+            message = " ".join(words[-2:])[-300:]
+            raise ModelError(f"llama.cpp's converter in {self.root} failed on {folder} ({message}). Try a newer one, "
+                             "or our own writer: --writer own")  # fmt: skip
 
 
 def _pretokenizer_or_empty(folder: Path) -> str:
@@ -145,8 +145,8 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-            wanted = any(inside.is_relative_to(SDIST_FOLDER / part) for part in SDIST_PARTS)
-            stream = tar.extractfile(member) if wanted and member.isfile() else None
+            is_needed = any(inside.is_relative_to(SDIST_FOLDER / part) for part in SDIST_PARTS)
+            stream = tar.extractfile(member) if is_needed and member.isfile() else None
             if stream is None or ".." in inside.parts:
                 continue
             target = folder / inside.relative_to(SDIST_FOLDER)

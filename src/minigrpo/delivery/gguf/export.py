@@ -43,7 +43,7 @@ from minigrpo.runs.rundir import (
     RunDir,
     digest,
     find_run,
-    full_disk_told,
+    report_full_disk,
     sync,
     write_whole,
     writing,
@@ -146,7 +146,7 @@ def export(
     missing = [kind for kind in kinds if kind not in done]
     reference = gguf_reference(job.model, job.run) if missing else None
     with (
-        full_disk_told(partial(_disk_is_full, job)),
+        report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
         stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
     ):
@@ -199,7 +199,7 @@ def _sealed_entries(job: ExportJob) -> dict[str, Any]:
 
 def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedFile]:
     """Return formats that exist and were proved, from this model. Raises ArtifactError for a file that is not ours."""
-    known, found = _sealed_entries(job), {}
+    known, entries = _sealed_entries(job), {}
     for kind in kinds:
         file, then = job.file(kind), known.get(job.file(kind).name)
         if not file.exists():
@@ -210,12 +210,12 @@ def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedF
                 f"--format {kind} --force"
             )
         if then["from"] == job.made["from"]:
-            found[kind] = ExportedFile(
+            entries[kind] = ExportedFile(
                 file, kind, "there already", **{name: then[name] for name in ("by", "bits", "types", "proof")}
             )
             if job.run is not None:  # where parity.json was lost
                 record_parity(job.run.parity, [then["proof"]], keep=True)
-    return found
+    return entries
 
 
 def _export_missing(
@@ -314,10 +314,10 @@ def _disk_is_full(job: ExportJob, reason: str) -> str:
     )
 
 
-def exported_table(found: Exported) -> RenderableType:
+def exported_table(exported: Exported) -> RenderableType:
     """Show one line for each format, the faults of those that were rejected, and the result."""
     table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "")
-    for file in found.files:
+    for file in exported.files:
         row: Mapping[str, Any] = file.proof
         figures = (
             format_kl(row["mean_kl"]),
@@ -328,9 +328,9 @@ def exported_table(found: Exported) -> RenderableType:
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
         table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)
     title = "distance from the merged model, nats a token, as llama.cpp reads the file"
-    lines: list[RenderableType] = [titled(title, table), Text(f"written by {found.converter}", style="dim")]
-    for file in found.files:
+    lines: list[RenderableType] = [titled(title, table), Text(f"written by {exported.converter}", style="dim")]
+    for file in exported.files:
         lines += [Text(f"{file.format} rejected: {fault}", style="red") for fault in file.proof["faults"]]
-    style = "bold green" if found.ok else "bold red"
-    lines.append(Text(f"{'exported' if found.ok else 'not all could be exported'}: {found.folder}", style=style))
+    style = "bold green" if exported.ok else "bold red"
+    lines.append(Text(f"{'exported' if exported.ok else 'not all could be exported'}: {exported.folder}", style=style))
     return Stack(*lines)

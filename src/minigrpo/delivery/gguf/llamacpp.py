@@ -114,12 +114,12 @@ class LlamaCpp:
         return tuple(self._ask("tokenize", text=text, special=special)[0]["ids"])
 
     def _ask(self, do: str, **request: Any) -> tuple[dict[str, Any], bytes]:
-        asked, answers = self._process.stdin, self._process.stdout
-        assert asked is not None
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
         assert answers is not None
         try:
-            asked.write(json.dumps({"do": do, **request}).encode() + b"\n")
-            asked.flush()
+            requests.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            requests.flush()
             line = answers.readline()
         except BrokenPipeError:
             line = b""

@@ -92,10 +92,10 @@ class Llama:
         self.model = ctypes.c_void_p(lib.llama_model_load_from_file(path.encode(), options))
         if not self.model:
             raise RefusedError(self.last_log_lines())
-        wanted = _require_defaults(lib.llama_context_default_params(), CONTEXT_LAYOUT, CONTEXT_DEFAULTS)
+        options = _require_defaults(lib.llama_context_default_params(), CONTEXT_LAYOUT, CONTEXT_DEFAULTS)
         ours = (room, room, room, 1, 0, 0, 0, threads, threads, 0, *[2**32 - 1] * 3, 0)
-        struct.pack_into(CONTEXT_LAYOUT, wanted.raw, 0, *ours, *CONTEXT_DEFAULTS[14:24], _GGML_F32, _GGML_F32)
-        self.context = ctypes.c_void_p(lib.llama_init_from_model(self.model, wanted))
+        struct.pack_into(CONTEXT_LAYOUT, options.raw, 0, *ours, *CONTEXT_DEFAULTS[14:24], _GGML_F32, _GGML_F32)
+        self.context = ctypes.c_void_p(lib.llama_init_from_model(self.model, options))
         if not self.context:
             raise RefusedError(self.last_log_lines())
         self.vocab, self.room = ctypes.c_void_p(lib.llama_model_get_vocab(self.model)), room
@@ -115,13 +115,13 @@ class Llama:
         """Tokenize the text. `special`: add the beginning and end that the file asks for."""
         raw = text.encode()
         room = len(raw) + 16
-        found = (ctypes.c_int32 * room)()
+        buffer = (ctypes.c_int32 * room)()
         count = self.lib.llama_tokenize(
-            self.vocab, raw, len(raw), found, room, ctypes.c_bool(special), ctypes.c_bool(True)
+            self.vocab, raw, len(raw), buffer, room, ctypes.c_bool(special), ctypes.c_bool(True)
         )
         if count < 0:
             raise RefusedError("the text has more tokens than bytes")
-        return {"ids": list(found[:count])}
+        return {"ids": list(buffer[:count])}
 
     def logits(self, ids: list[int], start: int) -> tuple[dict[str, Any], bytes]:
         """Return logits [N, V] of the tokens that follow each position from `start` on, as raw float32."""
@@ -131,15 +131,15 @@ class Llama:
 
     def greedy(self, ids: list[int], count: int) -> dict[str, Any]:
         """Return the greedy continuation, up to `count` tokens or an end token."""
-        said: list[int] = []
+        answer_ids: list[int] = []
         values = self._decode(ids, len(ids) - 1, clear=True)
-        while len(said) < count:
+        while len(answer_ids) < count:
             row = values[: self.size]
-            said.append(row.index(max(row)))
-            if self.lib.llama_vocab_is_eog(self.vocab, said[-1]) & 1 or len(ids) + len(said) >= self.room:
+            answer_ids.append(row.index(max(row)))
+            if self.lib.llama_vocab_is_eog(self.vocab, answer_ids[-1]) & 1 or len(ids) + len(answer_ids) >= self.room:
                 break
-            values = self._decode(said[-1:], 0, at=len(ids) + len(said) - 1)
-        return {"ids": said}
+            values = self._decode(answer_ids[-1:], 0, at=len(ids) + len(answer_ids) - 1)
+        return {"ids": answer_ids}
 
     def _decode(self, ids: list[int], start: int, *, at: int = 0, clear: bool = False) -> Any:
         if at + len(ids) > self.room:  # llama.cpp would abort the process

@@ -43,8 +43,8 @@ class TemplateParts:
 
 def probe_conversations() -> tuple[list[Message], ...]:
     roles = ("system", "user", "assistant", "user", "assistant")
-    said: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, PROBE_WORDS, strict=True)]
-    return said[:2], said[:4], said[1:2], said[1:4]
+    messages: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, PROBE_WORDS, strict=True)]
+    return messages[:2], messages[:4], messages[1:2], messages[1:4]
 
 
 def find_template_parts(tokenizer: Any) -> TemplateParts | None:
@@ -55,7 +55,9 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     try:
         # llama.cpp and Ollama add the beginning-of-text token themselves where the file asks for it.
         bos = tokenizer.bos_token or ""
-        wanted = [render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in probe_conversations()]
+        expected = [
+            render_text(tokenizer, messages, opened=True).removeprefix(bos) for messages in probe_conversations()
+        ]
         whole = render_text(tokenizer, probe_conversations()[1]).removeprefix(bos)
         asked = render_text(tokenizer, probe_conversations()[0]).removeprefix(bos)
     except TemplateError:
@@ -63,8 +65,8 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     for text in PROBE_WORDS[:4]:
         if whole.count(text) != 1:
             return None
-    found = _split_template(whole, asked, wanted[0])
-    fits = [found.render(messages) == text for messages, text in zip(probe_conversations(), wanted, strict=True)]
+    found = _split_template(whole, asked, expected[0])
+    fits = [found.render(messages) == text for messages, text in zip(probe_conversations(), expected, strict=True)]
     # A template that adds a default system message is still right for conversations that have one.
     return found if all(fits[:2]) else None
 

@@ -92,8 +92,8 @@ def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
 
 def comparison_prompts(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
     """Return conversations whose rendered ids are compared one by one."""
-    asked = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
-    return (*asked, (PROBE_QUESTION,))
+    questions = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
+    return (*questions, (PROBE_QUESTION,))
 
 
 def _base_kl(run: RunDir | None) -> float | None:
@@ -111,14 +111,16 @@ def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
                 f"{file} knows {llama.facts.vocabulary} tokens and the model {reference.merged[0].shape[-1]}. It was "
                 "made from another model: export again with --force"
             )
-        found = list(llama.distributions(reference.held.texts))
+        file_logprobs = list(llama.distributions(reference.held.texts))
         tokens = tuple(token_faults(llama, reference.tokenizer, reference.prompts))
     references, limit = (
         reference.trained or reference.merged,
         RELATIVE_LIMITS.get(kind) if reference.base_kl is not None else None,
     )
-    row = compare_distributions(f"gguf {kind}", found, references, base_kl=reference.base_kl, limit=limit)
-    greatest = max(float((each - other).abs().max()) for each, other in zip(found, reference.merged, strict=True))
+    row = compare_distributions(f"gguf {kind}", file_logprobs, references, base_kl=reference.base_kl, limit=limit)
+    greatest = max(
+        float((each - other).abs().max()) for each, other in zip(file_logprobs, reference.merged, strict=True)
+    )
     return GgufProof(row, greatest, kind in RELATIVE_LIMITS, (*tokens, *_distance_faults(row, greatest, kind)))
 
 

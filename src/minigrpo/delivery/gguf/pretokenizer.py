@@ -59,9 +59,9 @@ def pretokenizer_name(folder: Path) -> str:
         raise ModelError(f"{file} changes text first ({normalizer}), which llama.cpp would not. {USE_LLAMA_CPP_HINT}")
     found = _name_of_steps(steps)
     if found is None:
-        told = json.dumps(cutting, ensure_ascii=False)[:300]
+        description = json.dumps(cutting, ensure_ascii=False)[:300]
         raise ModelError(
-            f"llama.cpp has no pre-tokenizer that is known to cut as {file} does: {told}. {USE_LLAMA_CPP_HINT}"
+            f"llama.cpp has no pre-tokenizer that is known to cut as {file} does: {description}. {USE_LLAMA_CPP_HINT}"
         )
     return found
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.delivery.gguf.llamacpp import find_library
-from minigrpo.delivery.gguf.writer import full_disk_told
+from minigrpo.delivery.gguf.writer import report_full_disk
 from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
@@ -91,9 +91,9 @@ def quantise(source: Path, target: Path, kind: str, tools: Path | None) -> Quant
 def find_llama_quantize(tools: Path | None) -> Path | None:
     """Find the llama-quantize program: in the folder given, or on the PATH; None where there is none."""
     places = [tools / part / "llama-quantize" for part in ("", "build/bin", "bin")] if tools else []
-    found = next((place for place in places if place.is_file()), None)
+    packed = next((place for place in places if place.is_file()), None)
     other = shutil.which("llama-quantize")
-    return found or (Path(other) if other else None)
+    return packed or (Path(other) if other else None)
 
 
 def _quantise_with_tool(tool: Path, source: Path, target: Path, kind: str) -> None:
@@ -166,14 +166,14 @@ def _quantise_here(source: Path, target: Path, kind: str) -> None:
             new = choose_tensor_type(tensor.name, shape, kind, layers=layers, tied=tied) or tensor.tensor_type.name
             kinds[tensor.name] = new
             quant = gguf.GGMLQuantizationType[new]
-            told = gguf.quants.quant_shape_to_byte_shape(shape, quant) if new not in ("F32", "F16") else shape
-            size = math.prod(told) * {"F32": 4, "F16": 2}.get(new, 1)
-            writer.add_tensor_info(tensor.name, told, _numpy_type(new), size, quant)
+            stored_shape = gguf.quants.quant_shape_to_byte_shape(shape, quant) if new not in ("F32", "F16") else shape
+            size = math.prod(stored_shape) * {"F32": 4, "F16": 2}.get(new, 1)
+            writer.add_tensor_info(tensor.name, stored_shape, _numpy_type(new), size, quant)
         quantise_block = BlockQuantizer(set(kinds.values()))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with full_disk_told():
+        with report_full_disk():
             for tensor in reader.tensors:
                 same = kinds[tensor.name] == tensor.tensor_type.name
                 values = tensor.data if same else quantise_block(_dequantise(tensor), kinds[tensor.name])
@@ -232,15 +232,15 @@ class BlockQuantizer:
             return gguf.quants.quantize(values_RW, quant)
         values_RW = np.ascontiguousarray(values_RW, dtype=np.float32)
         shape = gguf.quants.quant_shape_to_byte_shape(values_RW.shape, quant)
-        found = np.zeros(shape, dtype=np.uint8)
+        packed = np.zeros(shape, dtype=np.uint8)
         rows = values_RW.size // values_RW.shape[-1]
-        pointers = values_RW.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p)
+        pointers = values_RW.ctypes.data_as(ctypes.c_void_p), packed.ctypes.data_as(ctypes.c_void_p)
         size = self._quantize_chunk(int(quant), *pointers, 0, rows, values_RW.shape[-1], None)
-        if size != found.nbytes:
+        if size != packed.nbytes:
             raise MinigrpoError(
-                f"xllamacpp's library made {size} bytes of {kind} where {found.nbytes} are due. {TESTED_VERSION_HINT}"
+                f"xllamacpp's library made {size} bytes of {kind} where {packed.nbytes} are due. {TESTED_VERSION_HINT}"
             )
-        return found
+        return packed
 
     def _test(self, kind: str) -> None:
         import gguf

@@ -90,14 +90,14 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
         writer.add_file_type(gguf.LlamaFileType[files[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_vocabulary(writer, folder, config)
-        with full_disk_told():
+        with report_full_disk():
             _write_tensors(writer, base, arch, kind)
     finally:
         writer.close()
 
 
 @contextmanager
-def full_disk_told() -> Iterator[None]:
+def report_full_disk() -> Iterator[None]:
     """Turn numpy's error on a full disk, which only tells how many bytes it could not write, into ENOSPC."""
     try:
         yield
@@ -196,8 +196,8 @@ def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
         stored = np.dtype(np.float16 if quant.name == "F16" else np.float32)
         size = math.prod(shape) * (2 if quant.name != "F32" else 4)
         as_bytes = quant.name == "BF16"
-        told = (*shape[:-1], 2 * shape[-1]) if as_bytes else shape
-        writer.add_tensor_info(new, told, np.dtype(np.uint8) if as_bytes else stored, size, quant)
+        stored_shape = (*shape[:-1], 2 * shape[-1]) if as_bytes else shape
+        writer.add_tensor_info(new, stored_shape, np.dtype(np.uint8) if as_bytes else stored, size, quant)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -259,12 +259,12 @@ def _rope_factors(rope: Mapping[str, Any], width: int) -> Tensor | None:
         return None
     old, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = old / rope["low_freq_factor"], old / rope["high_freq_factor"]
-    found = []
+    factors = []
     for step in range(0, width, 2):
         wave = 2 * math.pi * rope["rope_theta"] ** (step / width)
         share = (old / wave - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-        found.append(1.0 if wave < high else factor if wave > low else 1 / ((1 - share) / factor + share))
-    return torch.tensor(found, dtype=torch.float32)
+        factors.append(1.0 if wave < high else factor if wave > low else 1 / ((1 - share) / factor + share))
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 def read_keys(file: Path) -> Iterator[tuple[str, Any]]:

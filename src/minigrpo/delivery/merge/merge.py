@@ -33,7 +33,7 @@ from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import BaseFiles, write_companions
 from minigrpo.runs.manifest import read_sealed
-from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, full_disk_told
+from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
 from minigrpo.ui.progress import stage
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
@@ -84,7 +84,7 @@ def merge(
     chosen, measured, notes = choose_dtype(files, changes, dtype)
     reference = trained_reference(source, files) if proof else None
     _check_room(files, chosen, target)
-    with full_disk_told(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
+    with report_full_disk(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
         with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
             merged_weights.write_merged(files, changes, chosen, draft, report)
         write_companions(files, source.folder, draft, chosen)

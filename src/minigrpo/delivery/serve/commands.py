@@ -88,9 +88,9 @@ class VllmModel:
         return found
 
 
-def supervisor_file() -> Path:
+def process_guard_file() -> Path:
     """Return the path of the script that supervises a server process."""
-    return Path(__file__).with_name("supervisor.py")
+    return Path(__file__).with_name("process_guard.py")
 
 
 def llama_command(
@@ -120,7 +120,7 @@ def llama_command(
     else:
         options = {"file": str(head.file), "model": model, "host": host, "port": port, "context": context}
         options |= {"exact": exact, "temperature": temperature}
-        line = [sys.executable, "-P", str(supervisor_file()), "llama", json.dumps(options)]
+        line = [sys.executable, "-P", str(process_guard_file()), "llama", json.dumps(options)]
     return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context)
 
 
@@ -220,9 +220,9 @@ def docker_command(command: ServerCommand, model: VllmModel, temperature: float)
     line = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "-p", f"{command.port}:8000"]
     for here, there in mounts.items():
         line += ["-v", f"{here}:{there}"]
-    told: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
+    options: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
     return shlex.join(
-        [*line, VLLM_IMAGE, *vllm_options(model=model, **told, model_path=model_path, adapter_path=adapter_path)]
+        [*line, VLLM_IMAGE, *vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)]
     )
 
 
@@ -266,9 +266,9 @@ def find_vllm(named: Path | None) -> Path | None:
     if chosen is None:
         return Path(sys.executable) if find_spec("vllm") is not None else None
     python = Path(shutil.which(chosen.expanduser()) or chosen)
-    asked = "import sys, importlib.util as u; sys.exit(u.find_spec('vllm') is None)"
+    probe = "import sys, importlib.util as u; sys.exit(u.find_spec('vllm') is None)"
     try:
-        code = subprocess.run([python, "-c", asked], stdin=subprocess.DEVNULL, capture_output=True).returncode
+        code = subprocess.run([python, "-c", probe], stdin=subprocess.DEVNULL, capture_output=True).returncode
     except OSError as fault:
         raise MinigrpoError(
             f"{chosen} cannot be run ({fault.strerror}). --vllm names the python of an environment, as in --vllm "

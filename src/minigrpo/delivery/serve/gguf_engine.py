@@ -19,7 +19,7 @@ from minigrpo.delivery.gguf.header import GgufHeader, read_header
 from minigrpo.delivery.serve.commands import DEFAULT_CONTEXT
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
-from minigrpo.models.context import check_room
+from minigrpo.models.context_window import check_room
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key
 
@@ -41,6 +41,8 @@ class GgufEngine:
     """An engine that queries a GGUF file's server. `context`: most tokens it reads; `tokenizer`: renders prompts for
     it."""
 
+    is_exact = False
+
     def __init__(self, client: ServerClient, header: GgufHeader, context: int | None) -> None:
         self.client, self.header, self.context = client, header, context
         self.tokenizer = Renderer(client, str(header.file))
@@ -61,13 +63,13 @@ class GgufEngine:
         """Raise ModelError: a GGUF file is not trained."""
         raise ModelError(f"{self.header.file} can be judged but not trained.")
 
-    def _answer(self, asked: Rendered, sibling: int, sampling: Sampling) -> Completion:
-        fixed = {"prompt": list(asked.ids), "n_predict": sampling.max_tokens, "return_tokens": True}
-        seed = name_key(sampling.seed, asked.prompt.id, sibling) % 2**32
-        said = self.client.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
-        cut = said["stop_type"] == "limit"
+    def _answer(self, rendered: Rendered, sibling: int, sampling: Sampling) -> Completion:
+        fixed = {"prompt": list(rendered.ids), "n_predict": sampling.max_tokens, "return_tokens": True}
+        seed = name_key(sampling.seed, rendered.prompt.id, sibling) % 2**32
+        reply = self.client.ask("/completion", {**fixed, "temperature": sampling.temperature, "seed": seed})
+        cut = reply["stop_type"] == "limit"
         end = () if cut or self.header.eos is None else (self.header.eos,)
-        return Completion(said["content"], (*said["tokens"], *end), (), "length" if cut else "stop")
+        return Completion(reply["content"], (*reply["tokens"], *end), (), "length" if cut else "stop")
 
 
 class Renderer:

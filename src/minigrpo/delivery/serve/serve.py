@@ -153,11 +153,11 @@ def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
 
 
 def python_snippet(command: ServerCommand, messages: tuple[Message, ...]) -> str:
-    asked = f"model={command.model!r}, messages={[dict(message) for message in messages]!r}"
+    arguments = f"model={command.model!r}, messages={[dict(message) for message in messages]!r}"
     return (
         "from openai import OpenAI\n"
         f'client = OpenAI(base_url="{command.url}/v1", api_key="none")\n'
-        f"print(client.chat.completions.create({asked}).choices[0].message.content)"
+        f"print(client.chat.completions.create({arguments}).choices[0].message.content)"
     )
 
 

@@ -3,8 +3,8 @@
     with serve_gguf(file) as server:
         server.chat([{"role": "user", "content": "What is 2 + 2?"}])
 
-A server runs below a supervisor (serve/supervisor.py), which ends it when this process is gone, for whatever reason. If
-a server ends or falls silent, the error shows the last lines of its log.
+A server runs below a process guard (serve/process_guard.py), which ends it when this process is gone, for whatever
+reason. If a server ends or falls silent, the error shows the last lines of its log.
 
 Shapes: N positions, V vocabulary.
 """
@@ -32,8 +32,8 @@ from minigrpo.delivery.serve.commands import (
     EngineName,
     ServerCommand,
     llama_command,
+    process_guard_file,
     reserve_port,
-    supervisor_file,
 )
 from minigrpo.errors import MinigrpoError
 from minigrpo.types import Message
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 STARTUP_SILENCE_S = 600.0
 """Seconds that a server may write nothing while it starts."""
 SHUTDOWN_TIMEOUT_S = 25.0
-"""Seconds for the supervisor to end the server; the supervisor itself needs at most two thirds of that."""
+"""Seconds for the process guard to end the server; the guard itself needs at most two thirds of that."""
 LOG_TAIL_LINES = 12
 """Lines of the log that are shown when a server ends by itself."""
 LOG_ERROR = re.compile(r"\b\w*Error: | E \w+")
@@ -80,11 +80,11 @@ class ServerClient:
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
     ) -> str:
         """Return the answer's text, including any markup for thinking."""
-        asked = {"model": self.model, "messages": [dict(message) for message in messages]}
-        found = self.ask(
-            "/v1/chat/completions", {**asked, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        reply = self.ask(
+            "/v1/chat/completions", {**payload, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         )
-        return str(found["choices"][0]["message"]["content"] or "")
+        return str(reply["choices"][0]["message"]["content"] or "")
 
     def tokenize(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return token ids; names of special tokens in the text are parsed. `special`: with the beginning that the
@@ -93,23 +93,23 @@ class ServerClient:
             return tuple(
                 self.ask("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"]
             )
-        asked = {"model": self.model, "prompt": text, "add_special_tokens": special}
-        return tuple(self.ask("/tokenize", asked)["tokens"])
+        payload = {"model": self.model, "prompt": text, "add_special_tokens": special}
+        return tuple(self.ask("/tokenize", payload)["tokens"])
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return a conversation's token ids, rendered by the server's own chat template with its answer opened."""
-        asked = {"model": self.model, "messages": [dict(message) for message in messages]}
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
         if self.engine == "llama.cpp":
-            return self.tokenize(self.ask("/apply-template", asked)["prompt"], special=True)
-        return tuple(self.ask("/tokenize", {**asked, "add_generation_prompt": True})["tokens"])
+            return self.tokenize(self.ask("/apply-template", payload)["prompt"], special=True)
+        return tuple(self.ask("/tokenize", {**payload, "add_generation_prompt": True})["tokens"])
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
         """Return the greedy continuation, up to `count` tokens; the token that ends an answer may be left out."""
         if self.engine == "llama.cpp":
-            asked = {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True}
-            return tuple(self.ask("/completion", {**asked, "cache_prompt": False})["tokens"])
-        asked = {"model": self.model, "prompt": list(ids), "max_tokens": count, "temperature": 0}
-        return tuple(self.ask("/v1/completions", {**asked, "return_token_ids": True})["choices"][0]["token_ids"])
+            payload = {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True}
+            return tuple(self.ask("/completion", {**payload, "cache_prompt": False})["tokens"])
+        payload = {"model": self.model, "prompt": list(ids), "max_tokens": count, "temperature": 0}
+        return tuple(self.ask("/v1/completions", {**payload, "return_token_ids": True})["choices"][0]["token_ids"])
 
     def logprobs(self, ids: Sequence[int], start: int) -> Tensor:
         """Return log-probabilities [N, V] in float32 of the tokens that follow each position from `start` on, as the
@@ -137,15 +137,15 @@ class ServerClient:
         letter = [[self.tokenize("a")[0], 1e6]]
         fixed = {"n_predict": 1, "n_probs": size, "cache_prompt": False, "temperature": 0, "logit_bias": letter}
         for end in range(start + 1, len(ids) + 1):
-            found = self.ask("/completion", {**fixed, "prompt": list(ids[:end])})
-            yield found["completion_probabilities"][0]["top_logprobs"]
+            reply = self.ask("/completion", {**fixed, "prompt": list(ids[:end])})
+            yield reply["completion_probabilities"][0]["top_logprobs"]
 
     def _vllm_rows(self, ids: Sequence[int], start: int) -> Iterator[dict[str, Any]]:
         """Yield the prompt's own probabilities. One token is appended to the prompt, so that its last position has
         one, too."""
-        asked = {"model": self.model, "prompt": [*ids, ids[-1]], "max_tokens": 1, "temperature": 0}
-        found = self.ask("/v1/completions", {**asked, "prompt_logprobs": -1})
-        yield from found["choices"][0]["prompt_logprobs"][start + 1 :]
+        payload = {"model": self.model, "prompt": [*ids, ids[-1]], "max_tokens": 1, "temperature": 0}
+        reply = self.ask("/v1/completions", {**payload, "prompt_logprobs": -1})
+        yield from reply["choices"][0]["prompt_logprobs"][start + 1 :]
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send JSON and return the JSON answer. Raises MinigrpoError where the server refuses, with its own words,
@@ -163,8 +163,8 @@ class ServerClient:
         """Tell whether the server is healthy and serves our model: another server on that port does not."""
         try:
             exchange(f"{self.url}/health", timeout=5, direct=True)
-            found = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
-            names = [model.get("id") for model in found["data"]]
+            reply = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
+            names = [model.get("id") for model in reply["data"]]
         except (OSError, StatusError, ValueError, KeyError):
             return False
         return self.model in names
@@ -193,8 +193,8 @@ class ServerProcess:
         with _open_log(log) as stream:
             self.log = Path(stream.name)
             self._log_is_temporary = log is None
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-P", str(supervisor_file()), "watch", *command.program],
+            self._guard = subprocess.Popen(
+                [sys.executable, "-P", str(process_guard_file()), "watch", *command.program],
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -214,53 +214,53 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Return the supervisor's process id, which is also the id of the whole process group."""
-        return self._supervisor.pid
+        """Return the process guard's process id, which is also the id of the whole process group."""
+        return self._guard.pid
 
     @property
     def running(self) -> bool:
-        return self._supervisor.poll() is None
+        return self._guard.poll() is None
 
     def close(self) -> None:
         """End the server and all that it started. May be called twice."""
-        if self._supervisor.stdin:
-            self._supervisor.stdin.close()
+        if self._guard.stdin:
+            self._guard.stdin.close()
         try:
-            self._supervisor.wait(SHUTDOWN_TIMEOUT_S)
+            self._guard.wait(SHUTDOWN_TIMEOUT_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: end it at once
             self._kill()
-            self._supervisor.wait()
+            self._guard.wait()
         self._kill()
         if self._log_is_temporary:
             self.log.unlink(missing_ok=True)
 
     def _kill(self) -> None:
-        """Kill the supervisor's whole process group, including what outlived it."""
+        """Kill the process guard's whole process group, including what outlived it."""
         with suppress(OSError):
             if os.name == "nt":
-                self._supervisor.kill()
+                self._guard.kill()
             else:
-                os.killpg(self._supervisor.pid, signal.SIGKILL)
+                os.killpg(self._guard.pid, signal.SIGKILL)
 
     def watch(self, every: float = 0.5) -> None:
         """Wait for the end: raises MinigrpoError when the server ends by itself, KeyboardInterrupt for Ctrl-C. Never
         returns."""
         while self.running:
             with suppress(subprocess.TimeoutExpired):
-                self._supervisor.wait(every)
+                self._guard.wait(every)
         raise self._ended("while it served")
 
     def _wait_until_healthy(self, silence: float, report: Report) -> None:
         """Wait until the server is healthy. Any output counts as a sign of life. Raises MinigrpoError if it ends or
         falls silent."""
-        heard, size, pause = time.monotonic(), -1, 0.01
+        last_change, size, pause = time.monotonic(), -1, 0.01
         while not (self.client.is_healthy() and self.running):
             if not self.running:
                 raise self._ended("while it started")
             now = self.log.stat().st_size
             if now != size:
-                heard, size = time.monotonic(), now
-            if time.monotonic() - heard > silence:
+                last_change, size = time.monotonic(), now
+            if time.monotonic() - last_change > silence:
                 raise MinigrpoError(
                     f"{self.command.engine} has said nothing for {silence:g} seconds and does not answer at "
                     f"{self.command.url}, so it was ended. For more patience: --wait {2 * silence:g}{self._tail()}"
@@ -271,8 +271,8 @@ class ServerProcess:
 
     def _ended(self, when: str) -> MinigrpoError:
         with suppress(subprocess.TimeoutExpired):
-            self._supervisor.wait(2.0)
-        code = self._supervisor.poll()
+            self._guard.wait(2.0)
+        code = self._guard.poll()
         how = "does not answer" if code is None else f"ended {when} (code {code})"
         return MinigrpoError(f"The server of {self.command.what} ({self.command.engine}) {how}.{self._tail()}")
 
@@ -310,9 +310,9 @@ def last_line(log: Path) -> str:
 def _error_message(raw: bytes) -> str:
     """Return a server's own words from a refusal, whichever way it puts them."""
     with suppress(ValueError, TypeError, KeyError):
-        said = json.loads(raw)
-        said = said.get("error", said)
-        return str(said["message"] if isinstance(said, dict) else said)[:500]
+        reply = json.loads(raw)
+        reply = reply.get("error", reply)
+        return str(reply["message"] if isinstance(reply, dict) else reply)[:500]
     return raw.decode(errors="replace")[:500]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_length
+from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import prefill_prompts
 from minigrpo.rollouts.engines.sampling import draw, split_prompts
@@ -213,6 +213,8 @@ class GraphSet:
 
 class SlotEngine:
     """Samples from one policy; its graphs read the weights in place."""
+
+    is_exact = True
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         from minigrpo.models.policy import decoder_of

@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from minigrpo.models import onednn
 from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
-from minigrpo.models.context import CAUSAL_DECODERS, text_config
+from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.lora_linear import is_four_bit
 
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
@@ -230,16 +230,16 @@ class Decoder:
 
     def weight_copies(self) -> list[Tensor]:
         """Return the decoder's own copies of weights: all tensors that `refresh` writes."""
-        found: list[Tensor | None] = []
+        copies: list[Tensor | None] = []
         for layer in self.layers:
             for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                found += (
+                copies += (
                     [projection.fused, projection.fused_bias]
                     if projection.is_fused
                     else [each for pair in projection.pairs for each in pair or ()]
                 )
-            found += [layer.qk_norm.weight_HD] if layer.qk_norm else []
-        return [tensor for tensor in found if tensor is not None]
+            copies += [layer.qk_norm.weight_HD] if layer.qk_norm else []
+        return [tensor for tensor in copies if tensor is not None]
 
     def rope_table(self, length: int) -> Rope:
         """Return the rotary angles of positions 0 .. length - 1, from the model's own rotary module."""

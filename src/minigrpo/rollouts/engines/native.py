@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_length
+from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
 from minigrpo.rollouts.engines.sampling import draw, split_prompts
@@ -33,6 +33,8 @@ DRAWS_AHEAD = 64
 
 class NativeEngine:
     """Samples from one policy; `update` copies the policy's current weights."""
+
+    is_exact = True
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int, stop_rule: StopRule | None = None) -> None:
         from minigrpo.models.policy import decoder_of

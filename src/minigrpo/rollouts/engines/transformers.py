@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.models.context import check_room, context_length
+from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
@@ -20,6 +20,8 @@ from minigrpo.utils.rng import name_key, uniform
 
 class TransformersEngine:
     """Samples from the policy's own modules, so `update` copies nothing."""
+
+    is_exact = True
 
     def __init__(self, policy: Any, *, stop_ids: Sequence[int], rows: int) -> None:
         self.policy = policy

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError
-from minigrpo.models.context import check_room, context_length
+from minigrpo.models.context_window import check_room, context_length
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.types import Completion, Ready, Rendered, Sampling
@@ -69,6 +69,8 @@ class VllmHost(Protocol):
 
 
 class VllmEngine:
+    is_exact = False
+
     def __init__(self, policy: Any, host: VllmHost, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
         self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
@@ -150,7 +152,7 @@ class RemoteVllm:
     def _complete(self, request: Request, model: str) -> list[VllmSample]:
         own = {"model": model, "prompt": list(request.ids), "return_token_ids": True, "add_special_tokens": False}
         choices = self._call("/v1/completions", {**own, **request.sampling_options()})["choices"]
-        found = []
+        samples = []
         for choice in sorted(choices, key=lambda choice: choice["index"]):
             ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
             if ids is None or logprobs is None or len(ids) != len(logprobs):
@@ -158,16 +160,16 @@ class RemoteVllm:
                     f"The server at {self.url} returns no token ids with their log-probabilities. It must be vLLM 0.11 "
                     "or newer."
                 )
-            found.append((tuple(ids), tuple(logprobs), str(choice["finish_reason"])))
-        return found
+            samples.append((tuple(ids), tuple(logprobs), str(choice["finish_reason"])))
+        return samples
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
             text = exchange(self.url + path, body, timeout=REQUEST_TIMEOUT_S)
         except StatusError as fault:
-            told = " ".join(fault.raw.decode(errors="replace").split())[:300]
+            message = " ".join(fault.raw.decode(errors="replace").split())[:300]
             raise MinigrpoError(
-                f"The vLLM server at {self.url} refused {path} ({fault.code}): {told}. {self._start_advice()}"
+                f"The vLLM server at {self.url} refused {path} ({fault.code}): {message}. {self._start_advice()}"
             ) from None
         except (OSError, ValueError) as fault:
             reason = getattr(fault, "reason", fault)
@@ -178,10 +180,10 @@ class RemoteVllm:
             return {}  # the adapter endpoints answer in plain text
 
     def _start_advice(self) -> str:
-        told = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
+        overrides = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
         return (
             f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
-            f"--max-lora-rank {vllm_max_lora_rank(self.rank)} --logprobs-mode processed_logprobs{told}. "
+            f"--max-lora-rank {vllm_max_lora_rank(self.rank)} --logprobs-mode processed_logprobs{overrides}. "
             "A run that was under way goes on with --resume"
         )
 
@@ -250,10 +252,10 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
     model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
     if vllm_max_lora_rank(rank) is None:
         raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
-    told = vllm_config_overrides(policy.model.config.to_dict())
+    overrides = vllm_config_overrides(policy.model.config.to_dict())
     host = (
-        RemoteVllm(server, model, rank, overrides=told)
+        RemoteVllm(server, model, rank, overrides=overrides)
         if server
-        else LocalVllm(model, rank, recipe=recipe, rows=rows, overrides=told)
+        else LocalVllm(model, rank, recipe=recipe, rows=rows, overrides=overrides)
     )
     return VllmEngine(policy, host, stop_ids=stop_ids)

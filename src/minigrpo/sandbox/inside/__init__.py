@@ -1,5 +1,5 @@
-"""What runs on the far side of the border: a worker process loads these files alone, with nothing of the package.
+"""The code of the worker process, which loads these files alone, with nothing else of the package.
 
-Only the standard library, and only relative imports: the worker is started with an empty environment and knows this
-folder, but not the package around it. `codec` is spoken on both sides.
+May import the standard library, and these files by relative imports: the worker is started with an empty environment
+and finds this folder, but not the package around it. Both sides use `codec`.
 """

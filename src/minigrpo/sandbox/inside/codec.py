@@ -1,9 +1,9 @@
-"""Plain data as bytes, and back: the only language that crosses the border.
+"""Encode plain data as bytes, and decode it: all that is passed between a program and its judge.
 
 One tag byte, then the content: N none, T true, F false, i integer, f float, s text, l list, t tuple, d dictionary,
-B a list of integers from 0 to 255 (boards are made of them). Lengths are four bytes, big end first. Nothing is ever
-executed, imported or looked up by name while bytes are read; size, depth, integer bits and dictionaries are bounded.
-What is encoded must be exactly of these types: an int that lies about itself is a subclass, and is refused.
+B a list of integers from 0 to 255 (boards are made of them). Lengths are four bytes, big-endian. Decoding executes,
+imports and looks up nothing; size, depth, integer bits and dictionaries are bounded. Only exactly these types are
+encoded: a subclass of int, which could lie about its value, is refused.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 MAX_DEPTH = 20
 MAX_BITS = 1024
 MAX_ENTRIES = 1000
-"""Of one dictionary: keys can be chosen so that they all collide."""
+"""Entries of one dictionary: keys can be chosen so that they all collide."""
 
 LENGTH = struct.Struct("!I")
-"""The length that stands before every message and every content: four bytes, big end first."""
+"""The length before every message and every content: four bytes, big-endian."""
 REAL = struct.Struct("!d")
 
 
 class CodecError(ValueError):
-    """A value that may not cross, or bytes that are no value."""
+    """A value that cannot be encoded, or bytes that cannot be decoded."""
 
 
 def encode(value: Any, limit: int) -> bytes:
-    """The bytes of a value. Raises CodecError where it is not plain, too deep, or longer than `limit` bytes."""
+    """Encode a value. Raise CodecError where it is not plain, too deep, or longer than `limit` bytes."""
     out = bytearray()
     _write(out, value, limit, 0)
     if len(out) > limit:
@@ -102,7 +102,7 @@ def _fits(out: bytearray, limit: int, depth: int) -> None:
 
 
 def decode(data: bytes) -> Any:
-    """The value of bytes that anybody may have written. Raises CodecError, and nothing else, where they are none."""
+    """Decode bytes from an untrusted source. Raise CodecError, and nothing else, where they are no value."""
     try:
         value, end = _read(data, 0, 0)
     except CodecError:
@@ -115,7 +115,7 @@ def decode(data: bytes) -> Any:
 
 
 def _read(data: bytes, at: int, depth: int) -> tuple[Any, int]:
-    """The value that begins at a place, and where it ends."""
+    """Return the value that begins at index `at`, and the index after it."""
     tag = data[at : at + 1]
     if tag in _ATOMS:
         return _ATOMS[tag], at + 1

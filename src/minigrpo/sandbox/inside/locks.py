@@ -1,8 +1,9 @@
-"""The locks of a worker, one function each. All but the filter are taken where the machine grants them.
+"""The locks of a worker, one function each. Only the filter and the limits are required; the others are used where the
+machine supports them.
 
-The zygote takes for good, before the first program: an own network and IPC namespace, an empty root, another user,
-no capabilities. Each child takes for itself: resource limits, Landlock, and the filter of system calls, which alone
-must hold whatever the others did. A function returns "" where the lock is closed, else why it is not.
+The zygote closes for good, before the first program: its own network and IPC namespace, an empty root, another user, no
+capabilities. Each child closes for itself: resource limits, Landlock, and the filter of system calls, which must hold
+even if all others fail. A function returns "" where the lock is closed, else the reason why it is not.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ NEW_UTS, NEW_IPC, NEW_USER, NEW_NET = 0x04000000, 0x08000000, 0x10000000, 0x4000
 LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446
 NOBODY = 65534
 RULESET = 100
-"""Where Landlock's rules lie: above every descriptor that a child closes blindly."""
+"""The descriptor of Landlock's rules: above every descriptor that a child closes."""
 EMPTY_PLACES = ("/tmp", "/dev/shm", "/var/tmp", f"/run/user/{os.getuid()}")
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the kernel counts. `address_space` in bytes beyond what the zygote itself maps."""
+    """Limits that the kernel enforces. `address_space`: bytes beyond what the zygote itself maps."""
 
     cpu_s: float
     address_space: int
@@ -40,24 +41,24 @@ class Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("lines", ctypes.c_void_p))
 
 
-def why() -> str:
+def last_error() -> str:
     return os.strerror(ctypes.get_errno())
 
 
-def call(name: str, *arguments: int) -> str:
-    """A function of libc by name; numbers as the kernel wants them, whole registers."""
+def call_libc(name: str, *arguments: int) -> str:
+    """Call a function of libc by name, with numbers as whole registers. Return "", or the error."""
     function = getattr(LIBC, name, None)
     if function is None:
         return "unknown to this system"
-    return "" if function(*map(ctypes.c_long, arguments)) == 0 else why()
+    return "" if function(*map(ctypes.c_long, arguments)) == 0 else last_error()
 
 
 def probe(namespaces: int) -> str:
-    """In a process that is thrown away: may this user have these namespaces, and an empty root with them?"""
+    """Try in a child process whether this user may have namespaces and an empty root; return "" or why not."""
     child = os.fork()
     if child == 0:
         try:
-            os._exit(1 if call("unshare", namespaces) else 2 if empty_root() else 0)
+            os._exit(1 if call_libc("unshare", namespaces) else 2 if empty_root() else 0)
         finally:
             os._exit(3)
     status = os.waitpid(child, 0)[1]
@@ -66,17 +67,17 @@ def probe(namespaces: int) -> str:
 
 
 def separate() -> dict[str, str]:
-    """Namespaces and an empty root: by right, or for an ordinary user by way of a user namespace.
+    """Take namespaces and an empty root: as root directly, as an ordinary user through a user namespace.
 
-    Not so for root, who would seem to be nobody in there and be root still.
+    Root gets no user namespace, in which it would seem to be nobody and still be root.
     """
-    wanted = NEW_NET | NEW_IPC | NEW_UTS | (0 if os.geteuid() == 0 else NEW_USER)
-    reason = probe(wanted) or call("unshare", wanted)
+    namespaces = NEW_NET | NEW_IPC | NEW_UTS | (0 if os.geteuid() == 0 else NEW_USER)
+    reason = probe(namespaces) or call_libc("unshare", namespaces)
     return {"namespaces": reason, "empty root": empty_root()}
 
 
 def empty_root() -> str:
-    """A folder that is removed once one stands in it: nothing is there, and nothing can be made there."""
+    """Make a removed folder the root: it holds nothing, and nothing can be created in it."""
     for place in EMPTY_PLACES:
         try:
             folder = tempfile.mkdtemp(prefix="minigrpo-", dir=place)
@@ -94,8 +95,8 @@ def empty_root() -> str:
 
 
 def become_nobody() -> dict[str, str]:
-    """Give up root, capabilities, and the way back to them."""
-    unprivileged = call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    """Give up root and capabilities, for good."""
+    unprivileged = call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     user = ""
     if os.geteuid() == 0:
         try:
@@ -107,9 +108,9 @@ def become_nobody() -> dict[str, str]:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     none = (ctypes.c_uint32 * 6)()
     capset = getattr(LIBC, "capset", None)
-    capabilities = "" if capset and capset(header, none) == 0 else why()
+    capabilities = "" if capset and capset(header, none) == 0 else last_error()
     # Others of the same user may neither trace this process nor read its memory.
-    undumpable = call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    undumpable = call_libc("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     return {
         "no new privileges": unprivileged,
         "own user": user,
@@ -119,26 +120,26 @@ def become_nobody() -> dict[str, str]:
 
 
 def landlock_ruleset() -> tuple[int, str]:
-    """A descriptor of rules that allow no file, no TCP port and no signal to others; -1 where there is no Landlock."""
+    """Return a descriptor of rules that allow no file, TCP port or signal to others, -1 without Landlock, and why."""
     version = LIBC.syscall(ctypes.c_long(LANDLOCK_CREATE), None, ctypes.c_long(0), ctypes.c_long(1))
     if version < 1:
-        return -1, why()
+        return -1, last_error()
     files = (1 << (13 if version == 1 else 14 if version == 2 else 15 if version < 5 else 16)) - 1
     rules = (ctypes.c_uint64 * 3)(files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = LIBC.syscall(ctypes.c_long(LANDLOCK_CREATE), ctypes.byref(rules), ctypes.c_long(size), ctypes.c_long(0))
     if ruleset < 0:
-        return -1, why()
+        return -1, last_error()
     os.dup2(ruleset, RULESET, inheritable=False)
     os.close(ruleset)
     return RULESET, ""
 
 
 def limit(bounds: Bounds) -> str:
-    """Resource limits of this process. The hard limit is the soft one, so nothing can be raised again."""
+    """Set this process's resource limits, hard ones equal to soft ones, so that none can be raised again."""
     signal.setitimer(signal.ITIMER_PROF, bounds.cpu_s, 0.01)
     space = mapped() + bounds.address_space
-    wanted = {
+    limits = {
         "RLIMIT_AS": space,
         "RLIMIT_NPROC": 0,
         "RLIMIT_FSIZE": 0,
@@ -146,11 +147,11 @@ def limit(bounds: Bounds) -> str:
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_NOFILE": syscalls.CHANNEL + 1,
-        # A second net: the timer above is finer.
+        # A fallback: the timer above is finer.
         "RLIMIT_CPU": int(bounds.cpu_s) + 2,
     }
     failed = []
-    for name, value in wanted.items():
+    for name, value in limits.items():
         try:
             if hasattr(resource, name):
                 resource.setrlimit(getattr(resource, name), (value, value))
@@ -163,7 +164,7 @@ MAPPED = 0
 
 
 def mapped() -> int:
-    """Bytes of address space in use; looked up once, by the zygote, while there is a /proc."""
+    """Return the bytes of address space in use, read once, by the zygote, while it has a /proc."""
     global MAPPED
     if not MAPPED:
         try:
@@ -175,7 +176,7 @@ def mapped() -> int:
 
 
 class Lock:
-    """What a child does to itself before it reads a program. Made once, in the zygote."""
+    """The locks that a child closes before it reads a program. Made once, in the zygote."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -186,8 +187,8 @@ class Lock:
         self._filter = Filter(len(lines) // 8, ctypes.addressof(self._lines))
 
     def close(self, parent: int) -> dict[str, str]:
-        """All locks, the filter last. The channel must be the only descriptor, besides the ruleset's."""
-        closed = {"dies with the zygote": call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)}
+        """Close all locks, the filter last. No descriptor but the channel's and the ruleset's may be open."""
+        closed = {"dies with the zygote": call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)}
         if os.getppid() != parent:
             os._exit(1)
         closed["limits"] = limit(self.bounds)
@@ -197,17 +198,17 @@ class Lock:
 
     def _restrict(self) -> str:
         done = LIBC.syscall(ctypes.c_long(LANDLOCK_RESTRICT), ctypes.c_long(self.ruleset), ctypes.c_long(0))
-        fault = "" if done == 0 else why()
+        fault = "" if done == 0 else last_error()
         os.close(self.ruleset)
         return fault
 
     def _install(self) -> str:
         pointer = ctypes.addressof(self._filter)
-        return call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer, 0, 0)
+        return call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer, 0, 0)
 
 
 def missing_filter() -> str:
-    """Why this system has no filter of system calls; "" where it should have one."""
+    """Return why this system has no filter of system calls; "" where it should have one."""
     if sys.platform != "linux":
         return f"system-call filters (seccomp) need Linux; this is {sys.platform}"
     if os.uname().machine not in syscalls.ARCHITECTURES or sys.maxsize < 2**32:

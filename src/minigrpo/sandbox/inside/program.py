@@ -1,7 +1,7 @@
-"""What a locked child does: read one program, call it when told to, answer with plain data.
+"""The work of a locked child: read one program, call it on request, answer with plain data.
 
-The program shares this interpreter, so nothing here is a secret or a judge: a program that takes these functions apart
-can only answer for itself. The namespace is executed afresh for every call.
+The program shares this interpreter, so nothing here is secret and nothing here judges: a program that manipulates these
+functions changes its own answers only. The namespace is executed afresh for every call.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ NECESSARY_LOCKS = ("filter", "limits")
 """Locks of a child without which no program is run."""
 
 HEAD = struct.Struct("!I8sc")
-"""Bytes that follow the head, the call's number-used-once, and the kind of message."""
+"""The head of a message: length of what follows, the call's nonce, and the kind of message."""
 
 CALL, DEFINE = b"C", b"D"
 VALUE, ERROR, MEMORY, BLOCKED = b"V", b"E", b"M", b"B"
-TEXT = 300
-RESERVE = 2**18
+MAX_TEXT_CHARS = 300
+RESERVE_BYTES = 2**18
 NAME = "program"
 NO_MEMORY = 72
-"""The exit code of a child that had none left to answer with, or to hear what it is asked."""
+"""The exit code of a child without memory to read a call or to write an answer."""
 
 
 class Nowhere(io.RawIOBase):
-    """Where print goes."""
+    """The stream that swallows what a program prints."""
 
     def writable(self) -> bool:
         return True
@@ -45,45 +45,45 @@ class Nowhere(io.RawIOBase):
 
 
 def serve() -> None:
-    """Until the other side has gone, or the kernel ends it."""
+    """Serve calls until the other side closes the channel, or the kernel ends this process."""
     sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(Nowhere()), errors="replace")
     sys.stdin = None
     vars(sys).update(__stdin__=None, __stdout__=None, __stderr__=None)
-    random.seed(0)  # the same program answers the same, run after run
+    random.seed(0)  # so that the same program gives the same answers in every run
     gc.enable()
     output, source, entry = codec.decode(read(HEAD.unpack(read(HEAD.size))[0]))
-    code, failure = compiled(source)
+    code, failure = compile_program(source)
     while True:
-        size, once, kind = HEAD.unpack(read(HEAD.size))
+        size, nonce, kind = HEAD.unpack(read(HEAD.size))
         arguments = codec.decode(read(size))
-        answer = failure or answered(code, entry, arguments if kind == CALL else None, output)
-        write(HEAD.pack(len(answer[1]), once, answer[0]) + answer[1])
+        answer = failure or answer_call(code, entry, arguments if kind == CALL else None, output)
+        write(HEAD.pack(len(answer[1]), nonce, answer[0]) + answer[1])
 
 
-def compiled(source: str) -> tuple[CodeType | None, tuple[bytes, bytes] | None]:
+def compile_program(source: str) -> tuple[CodeType | None, tuple[bytes, bytes] | None]:
     try:
         return compile(source, f"<{NAME}>", "exec", dont_inherit=True), None
     except BaseException as fault:
-        return None, described(fault)
+        return None, describe_error(fault)
 
 
-def answered(code: CodeType | None, entry: str, arguments: Any, output: int) -> tuple[bytes, bytes]:
-    """(kind, content) of one call, or of the definition alone where there are no arguments."""
-    reserve = bytearray(RESERVE)  # to say in that there is no memory left
+def answer_call(code: CodeType | None, entry: str, arguments: Any, output: int) -> tuple[bytes, bytes]:
+    """Return (kind, content) of one call, or of the definitions alone where `arguments` is None."""
+    reserve = bytearray(RESERVE_BYTES)  # freed to report that no memory is left
     try:
         assert code is not None
-        function = defined(code, entry)
+        function = define(code, entry)
         return VALUE, codec.encode(None if arguments is None else function(*arguments), output)
     except codec.CodecError as fault:
-        return ERROR, f"returns {fault}".encode(errors="replace")[:TEXT]
+        return ERROR, f"returns {fault}".encode(errors="replace")[:MAX_TEXT_CHARS]
     except BaseException as fault:
         del reserve
-        return described(fault)
+        return describe_error(fault)
 
 
-def defined(code: CodeType, entry: str) -> Any:
+def define(code: CodeType, entry: str) -> Any:
     module = ModuleType(NAME)
-    sys.modules[NAME] = module  # dataclasses look their own module up
+    sys.modules[NAME] = module  # dataclasses look up their own module
     exec(code, module.__dict__)
     function = module.__dict__.get(entry)
     if not callable(function):
@@ -91,15 +91,15 @@ def defined(code: CodeType, entry: str) -> Any:
     return function
 
 
-def described(fault: BaseException) -> tuple[bytes, bytes]:
-    """(kind, words) of an exception. Its own code may run in here, and may fail again."""
+def describe_error(fault: BaseException) -> tuple[bytes, bytes]:
+    """Return (kind, text) of an exception. Formatting runs the exception's own code, which may fail again."""
     try:
         if isinstance(fault, MemoryError):
             return MEMORY, b""
         kind = BLOCKED if isinstance(fault, OSError) and fault.errno == errno.EPERM else ERROR
         name = "SyntaxError" if isinstance(fault, SyntaxError) else type(fault).__name__
-        words = f"{name}: {str(fault)[:TEXT]}"
-        return kind, words.encode(errors="replace")[:TEXT]
+        words = f"{name}: {str(fault)[:MAX_TEXT_CHARS]}"
+        return kind, words.encode(errors="replace")[:MAX_TEXT_CHARS]
     except BaseException:
         return ERROR, b"an exception that cannot be shown"
 

@@ -1,6 +1,6 @@
-"""Does the lock hold? A locked child makes the system calls that must fail, past Python, and lives to tell or dies.
+"""Test the lock: a locked child makes system calls, past Python, that must be refused or end the child.
 
-Every call is one that would succeed, or fail otherwise than with EPERM, if nothing were there to stop it.
+Without the lock, each of these calls would succeed, or fail with an error other than EPERM.
 """
 
 from __future__ import annotations
@@ -84,33 +84,33 @@ CALLS: dict[str, tuple[int, ...]] = {
     "ioctl": (syscalls.CHANNEL, 0x541B, space),
     "dup": (syscalls.CHANNEL,),
 }
-"""Arguments by name of the call."""
+"""System calls and their arguments."""
 
 
 def attempt(number: int, arguments: tuple[int, ...]) -> int:
-    """Make the call. 0 where it was refused, 1 where it got through. Runs in a locked child only."""
+    """Make the call; return 0 where it was refused, 1 where it got through. Runs in a locked child only."""
     ctypes.set_errno(0)
     got = locks.LIBC.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
     return 0 if got == -1 and ctypes.get_errno() == errno.EPERM else 1
 
 
 def run(locked: Callable[[Callable[[], int]], int]) -> dict[str, str]:
-    """What each call met. `locked` runs a function in a locked child and gives the child's wait status.
+    """Return the outcome of each call. `locked` runs a function in a locked child and returns the child's wait status.
 
-    The calls that are refused share a child; those that should end it have one each.
+    Calls that should be refused share a child; calls that should end it have one each.
     """
     numbers = syscalls.ARCHITECTURES[os.uname().machine].numbers
     calls = {name: partial(attempt, numbers[name], arguments) for name, arguments in CALLS.items() if name in numbers}
-    gentle = [name for name in calls if name in (*syscalls.REFUSED.split(), "read", "write", "mmap", "mprotect")]
-    if locked(lambda: sum(calls[name]() for name in gentle)) == 0:
-        found = dict.fromkeys(gentle, "refused")
+    refusable = [name for name in calls if name in (*syscalls.REFUSED.split(), "read", "write", "mmap", "mprotect")]
+    if locked(lambda: sum(calls[name]() for name in refusable)) == 0:
+        outcomes = dict.fromkeys(refusable, "refused")
     else:
-        found = {name: met(locked(calls[name])) for name in gentle}
-    return found | {name: met(locked(work)) for name, work in calls.items() if name not in found}
+        outcomes = {name: describe_outcome(locked(calls[name])) for name in refusable}
+    return outcomes | {name: describe_outcome(locked(work)) for name, work in calls.items() if name not in outcomes}
 
 
-def met(status: int) -> str:
-    """In words, from the wait status of a child that made one call."""
+def describe_outcome(status: int) -> str:
+    """Describe the wait status of a child that made one call."""
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSYS:
         return "ended"
     return "refused" if status == 0 else "got through"

@@ -1,8 +1,8 @@
-"""Which system calls a locked process may make, and the filter that the kernel holds it to.
+"""The system calls that a locked process may make, and the filter by which the kernel enforces them.
 
-Three answers: allowed; refused with EPERM, for what CPython itself tries in honest programs (it opens the source file
-when it reports a syntax error) and what can do no harm by failing; anything else ends the process at once with SIGSYS.
-Numbers are those of the kernel's own tables for x86_64 and for aarch64; other machines have no filter here.
+There are three answers: allowed; refused with EPERM, for calls that CPython itself makes in honest programs (it opens
+the source file when it reports a syntax error); any other call ends the process at once with SIGSYS. Numbers are those
+of the kernel's own tables for x86_64 and for aarch64; other machines have no filter here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 
 CHANNEL = 3
-"""The one descriptor of a locked process: its end of the conversation."""
+"""The only descriptor of a locked process: its end of the channel."""
 
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 X32_BIT = 0x40000000
@@ -21,7 +21,7 @@ FUTEX_COMMAND, FUTEX_WAKE, FUTEX_WAKE_BITSET = 0x7F, 1, 10
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Numbers by name; `audit` is how the kernel names the architecture to a filter."""
+    """An architecture's system calls by name; `audit`: the kernel's number of the architecture."""
 
     audit: int
     numbers: dict[str, int]
@@ -83,12 +83,12 @@ NUMBER_AT, ARCH_AT = 0, 4
 
 
 def _argument(index: int) -> int:
-    """Where the low half of an argument lies; what is checked here fits into it."""
+    """Return the offset of the low half of an argument; what is checked here fits into it."""
     return 16 + 8 * index
 
 
 def _rules(numbers: dict[str, int]) -> list[tuple[str, list[Instruction]]]:
-    """For each call that does not end the process: what follows once its number is known. The frequent ones first."""
+    """Return the instructions for each call that does not end the process, the frequent calls first."""
     own_channel: list[Instruction] = [
         (LOAD, 0, 0, _argument(0)),
         (EQUAL, 0, 1, CHANNEL),
@@ -109,7 +109,7 @@ def _rules(numbers: dict[str, int]) -> list[tuple[str, list[Instruction]]]:
         (RETURN, 0, 0, REFUSE),
         (RETURN, 0, 0, ALLOW),
     ]
-    # Nobody is there to wake a single thread: who waits waits for ever, without using time that could be counted.
+    # A single thread has nobody to wake it: it would wait for ever, without using CPU time that counts.
     waking: list[Instruction] = [
         (LOAD, 0, 0, _argument(1)),
         (AND, 0, 0, FUTEX_COMMAND),
@@ -125,7 +125,7 @@ def _rules(numbers: dict[str, int]) -> list[tuple[str, list[Instruction]]]:
 
 
 def program(architecture: Architecture) -> bytes:
-    """The filter as the kernel reads it: struct sock_filter, one after the other."""
+    """Return the filter as the kernel reads it: an array of struct sock_filter."""
     lines: list[Instruction] = [
         (LOAD, 0, 0, ARCH_AT),
         (EQUAL, 1, 0, architecture.audit),

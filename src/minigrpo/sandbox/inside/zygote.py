@@ -1,12 +1,11 @@
-"""The zygote: a small process that nothing was told, and that forks a locked child for each program.
+"""The zygote: a small process without secrets that forks a locked child for each program.
 
-It is started with an empty environment and one descriptor, imports what programs may use, gives up its rights, proves
-that the lock holds, and then keeps one child forked and locked ahead. Each child has a channel of its own to whoever
-runs the program: neither a program nor a result ever passes through the zygote, so there is nothing to find in it.
+It is started with an empty environment and one descriptor, imports what programs may use, gives up its rights, tests
+that the lock holds, and then keeps one locked child in reserve. Each child has its own channel to the process that runs
+the program: neither programs nor results pass through the zygote, so a program finds nothing in it.
 
-Commands, one byte each: T take the child that waits, E end the child that runs, W the same after it made somebody
-wait, S tell what it is doing.
-When the other side goes, or dies, everything here ends.
+Commands, one byte each: T take the reserved child, E end the running child, W the same and report its state, S report
+the running child's state. When the other side closes the socket or dies, everything here ends.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ PRELOADED = (
     "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator random re statistics string textwrap time traceback types typing"
 )
-"""What programs may import: nothing can be loaded later. None of it can do more than the program itself."""
+"""Modules that programs may import: no other can be loaded later. None can do more than the program itself."""
 
 HIDDEN = (
     "_ctypes _posixsubprocess _signal _socket ctypes inside select selectors shutil signal socket subprocess tempfile"
 )
-"""What the zygote needs for itself: an import in a program does not find it. The filter, not this, is the lock, and
-`resource` stays, because wait4 looks for it."""
+"""Modules that the zygote needs for itself and hides from programs. The filter, not this, is the lock. `resource`
+stays, because wait4 looks it up."""
 
 Work = Callable[[dict[str, str]], int]
-REPLY = 2**16
+MAX_REPLY_BYTES = 2**16
 FORK_TRIES, FORK_PAUSE = 40, 0.05
-LOOK_UP = 2.0
-"""Seconds between looks at whether the one who started this is still there."""
+PARENT_CHECK_S = 2.0
+"""Seconds between checks whether the parent process is still alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Zygote:
                     os.kill(child.pid, signal.SIGKILL)
 
     def take(self) -> None:
-        self.spare = self.spare or self.fork_patiently()
+        self.spare = self.spare or self.fork_with_retries()
         if self.spare is None:
             self.control.sendall(b"X")
             self.send({"fault": self.refusal})
@@ -90,7 +89,7 @@ class Zygote:
             self.spare = self.fork()
 
     def end(self, waited: bool) -> None:
-        """Kill the child, and say how it ended: wait status, CPU seconds, and what it was doing if it `waited`."""
+        """Kill the child and send how it ended: wait status, CPU seconds and, if it `waited`, its state."""
         if self.running is None:
             self.send({"status": 0, "cpu_s": 0.0, "state": "?"})
             return
@@ -102,7 +101,7 @@ class Zygote:
         self.send({"status": status, "cpu_s": usage.ru_utime + usage.ru_stime, "state": state})
 
     def state(self, pid: int) -> str:
-        """R where it computes or would if it could, S where it waits for something, T where somebody stopped it."""
+        """Return a process's state: R running or ready to run, S waiting for something, T stopped, ? unknown."""
         try:
             handle = os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=self.proc)
         except OSError:
@@ -110,7 +109,7 @@ class Zygote:
         with open(handle, "rb") as file:
             return file.read().rpartition(b") ")[2][:1].decode("ascii", "replace")
 
-    def fork_patiently(self) -> Child | None:
+    def fork_with_retries(self) -> Child | None:
         for _ in range(FORK_TRIES):
             try:
                 return self.fork()
@@ -120,7 +119,7 @@ class Zygote:
         return None
 
     def fork(self, work: Work | None = None) -> Child:
-        """A locked child that serves one program, or does `work` and ends with its result."""
+        """Fork a locked child that serves one program, or does `work` and exits with its result."""
         near, far = socket.socketpair()
         zygote = os.getpid()
         try:
@@ -151,38 +150,38 @@ class Zygote:
         program.serve()
 
     def locked(self, work: Callable[[], int]) -> int:
-        """The wait status of a locked child that did `work`."""
+        """Do `work` in a locked child and return its wait status."""
         child = self.fork(lambda faults: work())
         child.channel.close()
         return os.waitpid(child.pid, 0)[1]
 
     def locks_of_a_child(self) -> dict[str, str]:
-        """Which locks a child could close, told by one that ends at once."""
-        child = self.fork(tell)
-        told = child.channel.recv(REPLY)
+        """Return which locks a child could close, as reported by one that ends at once."""
+        child = self.fork(report_faults)
+        report = child.channel.recv(MAX_REPLY_BYTES)
         child.channel.close()
         os.waitpid(child.pid, 0)
-        return dict(codec.decode(told)) if told else {"filter": "the first child died"}
+        return dict(codec.decode(report)) if report else {"filter": "the first child died"}
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Give up all rights, for good. Tells which locks are closed, and what the self-test met."""
+        """Give up all rights, for good. Return which locks are closed, and what the self-test found."""
         self.unsafe = config["unsafe"]
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")  # the first to go when memory runs out
         with contextlib.suppress(OSError):
             self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         locks.mapped()
-        found = locks.separate() if sys.platform == "linux" else {}
-        found |= locks.become_nobody()
+        faults = locks.separate() if sys.platform == "linux" else {}
+        faults |= locks.become_nobody()
         self.lock = locks.Lock(locks.Bounds(config["cpu_s"], config["memory"]))
-        found |= self.locks_of_a_child()
-        tests = selftest.run(self.locked) if config["selftest"] and not found["filter"] else {}
+        faults |= self.locks_of_a_child()
+        tests = selftest.run(self.locked) if config["selftest"] and not faults["filter"] else {}
         gc.collect()
-        gc.freeze()  # what is here now is never looked at again, so its pages stay shared
-        return {"locks": found, "selftest": tests}
+        gc.freeze()  # objects made so far are never scanned again, so their pages stay shared with children
+        return {"locks": faults, "selftest": tests}
 
     def receive(self, size: int) -> bytes:
-        """Bytes from the one who started this; none where he has gone."""
+        """Receive bytes from the parent; b"" where it has ended."""
         data = b""
         while len(data) < size:
             try:
@@ -197,38 +196,38 @@ class Zygote:
         return data
 
     def send(self, reply: dict[str, Any]) -> None:
-        data = codec.encode(reply, REPLY)
+        data = codec.encode(reply, MAX_REPLY_BYTES)
         self.control.sendall(codec.LENGTH.pack(len(data)) + data)
 
 
-def tell(faults: dict[str, str]) -> int:
-    os.write(syscalls.CHANNEL, codec.encode(faults, REPLY))
+def report_faults(faults: dict[str, str]) -> int:
+    os.write(syscalls.CHANNEL, codec.encode(faults, MAX_REPLY_BYTES))
     return 0
 
 
 def main() -> None:
-    """What `worker` starts; the number of the control descriptor is the second argument."""
+    """Run the zygote, started by `worker`; the second argument is the number of the control descriptor."""
     control = socket.socket(fileno=int(sys.argv[2]))
-    control.settimeout(LOOK_UP)
+    control.settimeout(PARENT_CHECK_S)
     zygote = Zygote(control)
     try:
-        forget(control.fileno())
+        drop_inheritance(control.fileno())
         size = zygote.receive(codec.LENGTH.size)
         config = codec.decode(zygote.receive(codec.LENGTH.unpack(size)[0])) if size else None
         if config is None:
             return
-        keep_what_programs_import()
+        preload_modules()
         zygote.send(zygote.settle(config))
     except Exception as fault:
         zygote.send({"fault": f"{type(fault).__name__}: {fault}"})
         return
     gc.disable()
     zygote.serve()
-    os._exit(0)  # nothing here is worth tidying up
+    os._exit(0)  # nothing here needs a clean shutdown
 
 
-def forget(control: int) -> None:
-    """Whatever came along from the one who started this: descriptors, environment, signals, paths."""
+def drop_inheritance(control: int) -> None:
+    """Drop what was inherited from the parent: descriptors, environment, signals, paths."""
     os.closerange(3, control)
     os.closerange(control + 1, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
@@ -242,7 +241,7 @@ def forget(control: int) -> None:
     sys.argv[:] = sys.orig_argv[:] = [""]
 
 
-def keep_what_programs_import() -> None:
+def preload_modules() -> None:
     for name in PRELOADED.split():
         import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN.split()]:

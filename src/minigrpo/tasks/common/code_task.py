@@ -292,17 +292,17 @@ def grade_sandbox_failure(outcome: Outcome) -> Grade:
 def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) -> tuple[int, Outcome | None]:
     """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself."""
     sandbox = open_sandbox(config)
-    heard: list[bool] = []
+    passed: list[bool] = []
     first: Outcome | None = None
-    while len(heard) < len(problem.cases):
-        outcome = sandbox.run(program.source, problem.name, _case_referee(problem.cases[len(heard) :], heard))
+    while len(passed) < len(problem.cases):
+        outcome = sandbox.run(program.source, problem.name, _case_referee(problem.cases[len(passed) :], passed))
         if outcome.verdict == "ok":
             break
         first = first or outcome
         if outcome.verdict != "error":
-            return sum(heard), outcome
-        heard.append(False)
-    return sum(heard), first
+            return sum(passed), outcome
+        passed.append(False)
+    return sum(passed), first
 
 
 def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
@@ -313,11 +313,11 @@ def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
     return shared_sandbox(limits, workers=config.workers, unsafe=config.unsafe)
 
 
-def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], heard: list[bool]) -> Referee[None]:
-    """Call the program with every case; append to `heard` whether each answer was right."""
+def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], passed: list[bool]) -> Referee[None]:
+    """Call the program with every case; append to `passed` whether each answer was right."""
     for arguments, expected in cases:
         answer = yield arguments
-        heard.append(is_same_result(answer, expected))
+        passed.append(is_same_result(answer, expected))
 
 
 def is_same_result(answer: Any, expected: Any) -> bool:

@@ -186,15 +186,15 @@ def _parse_json(line: str, where: str) -> Any:
 def parse_rows(rows: Sequence[tuple[str, Any]], source: str) -> list[DatasetRow]:
     if not rows:
         raise TaskError(f"{source} holds no rows.")
-    found = [_parse_row(row, where) for where, row in rows]
-    plain = [isinstance(row.prompt, str) for row in found]
+    parsed = [_parse_row(row, where) for where, row in rows]
+    plain = [isinstance(row.prompt, str) for row in parsed]
     if any(plain) and not all(plain):
-        odd = found[plain.index(not plain[0])]
+        odd = parsed[plain.index(not plain[0])]
         raise TaskError(
             f"{source} mixes prompts that are text with prompts that are messages: {odd.where} is the first of "
             "another kind. Use one of the two."
         )
-    return found
+    return parsed
 
 
 def _parse_row(row: Any, where: str) -> DatasetRow:

@@ -81,8 +81,8 @@ def build_reward_task(
     answers = all("answer" in row.columns for row in every)
 
     def grade_group(prompt: Prompt, completions: Sequence[Completion]) -> list[Grade]:
-        said = prompt.messages[-1]["content"] if plain else [dict(message) for message in prompt.messages]
-        return _grade_group(known, counts, GroupView(prompt.id, said, prompt.target, completions))
+        question = prompt.messages[-1]["content"] if plain else [dict(message) for message in prompt.messages]
+        return _grade_group(known, counts, GroupView(prompt.id, question, prompt.target, completions))
 
     def grade(prompt: Prompt, text: str) -> Grade:
         return grade_group(prompt, [Completion(text, (), (), "stop")])[0]

@@ -11,7 +11,7 @@ import torch
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import set_template_options
-from minigrpo.models.context import longest_prompt
+from minigrpo.models.context_window import longest_prompt
 from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
@@ -56,7 +56,7 @@ def _this_machine(recipe: Recipe) -> Device:
     import peft  # noqa: F401  (what a run imports must count in what the program takes)
 
     device = pick_device(recipe.model.device)
-    return this_device(recipe, device, pick_dtype(recipe.model.dtype, device))
+    return this_device(recipe.train, device, pick_dtype(recipe.model.dtype, device))
 
 
 def read_sketch(recipe: Recipe) -> ModelSketch:

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from minigrpo.algorithms.packing import MicroBatch
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.training.memory.meta import UnplannableError, uniform_micro_batch
-from minigrpo.training.memory.planner import CONTEXT, LEAST, MOST, OPEN_ENGINE, OPEN_POLICY, Device, Plan, make_plan
+from minigrpo.training.memory.planner import (
+    CUDA_CONTEXT_BYTES,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    OPEN_ENGINE,
+    OPEN_POLICY,
+    Device,
+    Plan,
+    make_plan,
+)
 from minigrpo.utils.memory import resident_bytes
 
 PROBE_TOKENS = 64
@@ -40,14 +49,14 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
 
 def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True) -> Plan:
     """Return the plan of the updates of a loaded policy. `engine`: whether its engine is loaded, too."""
-    opened_device = this_device(recipe, policy.device, policy.dtype)
+    opened_device = this_device(recipe.train, policy.device, policy.dtype)
     opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
     return make_plan(policy.model.config, recipe, replace(opened_device, opened=opened), prompt, rollout=not engine)
 
 
 def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
     """Return the plan of rollouts and updates with policy and engine loaded; None where a model cannot be counted."""
-    opened_device = this_device(recipe, policy.device, policy.dtype)
+    opened_device = this_device(recipe.train, policy.device, policy.dtype)
     try:
         return make_plan(
             policy.model.config, recipe, replace(opened_device, opened=(*OPEN_POLICY, OPEN_ENGINE)), prompt
@@ -61,22 +70,22 @@ def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
 
     As many as the recipe asks for, or fewer, as memory admits.
     """
-    policy_alone = replace(this_device(recipe, policy.device, policy.dtype), opened=OPEN_POLICY)
+    policy_alone = replace(this_device(recipe.train, policy.device, policy.dtype), opened=OPEN_POLICY)
     try:
         return make_plan(policy.model.config, recipe, policy_alone, prompt).rows
     except UnplannableError:
         return recipe.rollout.rows
 
 
-def this_device(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Device:
+def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Device:
     """Return this machine as a Device, limited to train.memory."""
-    limit = int(recipe.train.memory * 1e9) if recipe.train.memory else None
+    limit = int(config.memory * 1e9) if config.memory else None
     return Device(device.type, dtype, free_memory(device), limit, resident_bytes())
 
 
 def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:
     """Return a Device for a GPU of that size, which need not be present."""
-    return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CONTEXT))
+    return Device("cuda", dtype, max(0, int(gigabytes * 1e9) - CUDA_CONTEXT_BYTES))
 
 
 def recomputes(policy: Any) -> bool:
@@ -88,8 +97,8 @@ def recomputes(policy: Any) -> bool:
 def measure_tokens(policy: Policy) -> int:
     """Return tokens per pass by measurement, for a model whose shapes depend on values."""
     fits = PROBE_SHARE * free_memory(policy.device) / bytes_per_token(policy)
-    budget = LEAST
-    while budget * 2 <= min(fits, MOST):
+    budget = MIN_TOKENS
+    while budget * 2 <= min(fits, MAX_TOKENS):
         budget *= 2
     return budget
 

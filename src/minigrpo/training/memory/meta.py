@@ -174,8 +174,8 @@ class UnplannableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Bytes of one micro-batch: `kept` for the backward pass when the forward pass ends, `passing` on top of that at
-    the peak, which is in `phase`.
+    """Bytes of one micro-batch: `kept` for the backward pass when the forward pass ends, and `passing`, which the peak,
+    in `phase`, takes on top of them.
     """
 
     tokens: int
@@ -191,8 +191,9 @@ class PassCost:
 def meta_policy(
     config: Any, recipe: Recipe, dtype: torch.dtype, *, device: str = "cpu", recompute: bool = False
 ) -> Policy:
-    """Return the recipe's policy with every tensor on "meta", and attention as torch computes it on `device` (cpu,
-    cuda).
+    """Return the recipe's policy with every tensor on "meta", and attention as torch computes it on `device`.
+
+    `device`: cpu or cuda.
 
     Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
     """

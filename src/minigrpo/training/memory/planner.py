@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minigrpo.algorithms.packing import MicroBatch
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import Recipe, RolloutConfig
 from minigrpo.models.attention.cpu import CACHED_PLANS
 from minigrpo.models.attention.shared_prompt import CACHED_MASKS
 from minigrpo.models.policy import Policy
@@ -42,26 +42,27 @@ from minigrpo.training.memory.rollout_cost import (
 When = Literal["always", "rollout", "update"]
 
 BUDGET_SHARE = 0.9
-"""Of the budget: an allocator cannot hand out every hole between two blocks, and other programs breathe."""
+"""The share of the budget that a plan may fill: an allocator cannot use every gap between two blocks, and other
+programs need memory, too."""
 
-MOST, LEAST = 32768, 256
-"""Tokens per pass. Beyond MOST a longer row makes matrix products no faster, and only takes memory."""
+MAX_TOKENS, MIN_TOKENS = 32768, 256
+"""Tokens per pass. Beyond MAX_TOKENS a longer row makes matrix products no faster, and only takes memory."""
 
 ENOUGH_PASS_TOKENS = 1024
 """Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
 
-LIBRARIES = 16 << 20
+MATMUL_SCRATCH_BYTES = 16 << 20
 """Bytes that matrix products borrow on a CPU to reorder their inputs: measured, 4 to 13 MB."""
 
-HOLES = 0.25
-"""Of what a pass takes, so much more lies idle in a CPU's heap, between blocks that are held: measured, 0.2 to 0.4."""
+HEAP_FRAGMENTATION = 0.25
+"""Idle memory between blocks in a CPU's heap, as a share of what a pass takes: measured, 0.2 to 0.4."""
 
-MAX_PRODUCTS, PRODUCT_BYTES = 1024, 330_000
+MAX_COMPILED_PRODUCTS, COMPILED_PRODUCT_BYTES = 1024, 330_000
 """oneDNN compiles 16-bit products of a CPU for their shapes, and keeps the last 1024 of them, so many bytes each
 (measured). A rollout meets four new shapes with every token.
 """
 
-CONTEXT = 600 << 20
+CUDA_CONTEXT_BYTES = 600 << 20
 """What CUDA and its libraries hold on a GPU before the first tensor, cuBLAS's work space included."""
 
 
@@ -136,28 +137,28 @@ class Plan:
 
 
 def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool = True) -> Plan:
-    """Plan a run's memory. `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: False
-    leaves its lines out.
+    """Plan a run's memory.
+
+    `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: whether to plan for rollouts, too.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
     """
     return _Planner(config, recipe, device, max(1, prompt), rollout=rollout).plan()
 
 
-def batch_tokens(recipe: Recipe, prompt: int) -> int:
+def batch_tokens(config: RolloutConfig, prompt: int) -> int:
     """Return the tokens of a step whose completions all have the maximal length."""
-    return recipe.rollout.prompts * (prompt - 1 + recipe.rollout.completions * recipe.rollout.max_tokens)
+    return config.prompts * (prompt - 1 + config.completions * config.max_tokens)
 
 
-def largest_part(recipe: Recipe, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> MicroBatch:
+def largest_micro_batch(config: RolloutConfig, prompt: int, tokens_per_pass: int, vocabulary: int = 2) -> MicroBatch:
     """Return the longest possible micro-batch of a step: prompts and completions of maximal length."""
-    knobs = recipe.rollout
-    own = prompt - 1 + knobs.completions * knobs.max_tokens
+    own = prompt - 1 + config.completions * config.max_tokens
     if own <= tokens_per_pass:
-        groups = min(knobs.prompts, tokens_per_pass // own)
-        return uniform_micro_batch(prompt, knobs.completions, knobs.max_tokens, groups=groups, vocabulary=vocabulary)
-    siblings = max(1, (tokens_per_pass - (prompt - 1)) // knobs.max_tokens)
-    return uniform_micro_batch(prompt, min(siblings, knobs.completions), knobs.max_tokens, vocabulary=vocabulary)
+        groups = min(config.prompts, tokens_per_pass // own)
+        return uniform_micro_batch(prompt, config.completions, config.max_tokens, groups=groups, vocabulary=vocabulary)
+    siblings = max(1, (tokens_per_pass - (prompt - 1)) // config.max_tokens)
+    return uniform_micro_batch(prompt, min(siblings, config.completions), config.max_tokens, vocabulary=vocabulary)
 
 
 class _Planner:
@@ -173,7 +174,7 @@ class _Planner:
         """Return the first plan that fits; where none does, the smallest, with advice."""
         mode = self.recipe.model.checkpointing
         plan = self._longest(recompute=mode == "on")
-        enough = min(ENOUGH_PASS_TOKENS, batch_tokens(self.recipe, self.prompt))
+        enough = min(ENOUGH_PASS_TOKENS, batch_tokens(self.recipe.rollout, self.prompt))
         settled = plan.fits and (self.recipe.train.tokens_per_pass > 0 or plan.pass_tokens >= enough)
         if mode == "auto" and not settled:
             again = self._longest(recompute=True)
@@ -184,7 +185,11 @@ class _Planner:
     def _longest(self, recompute: bool) -> Plan:
         """Find the most tokens per pass that fit, by bisection over powers of two."""
         own = self.recipe.train.tokens_per_pass
-        sizes = [own] if own else [n for n in _powers() if n < 2 * batch_tokens(self.recipe, self.prompt)] or [LEAST]
+        sizes = (
+            [own]
+            if own
+            else [n for n in _powers() if n < 2 * batch_tokens(self.recipe.rollout, self.prompt)] or [MIN_TOKENS]
+        )
         best, rest = sizes[0], sizes[:-1]
         if self._with(recompute, sizes[-1]).fits:
             return self._with(recompute, sizes[-1])
@@ -197,7 +202,7 @@ class _Planner:
         return self._with(recompute, best)
 
     def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
-        micro_batch = largest_part(self.recipe, self.prompt, tokens_per_pass)
+        micro_batch = largest_micro_batch(self.recipe.rollout, self.prompt, tokens_per_pass)
         key = (recompute, micro_batch.tokens)
         if key not in self.passes:
             self.passes[key] = training_pass(
@@ -252,16 +257,16 @@ class _Planner:
 
     def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
         if self.device.device != "cpu":
-            return PlanLine("program", CONTEXT, "always", "CUDA and its libraries")
+            return PlanLine("program", CUDA_CONTEXT_BYTES, "always", "CUDA and its libraries")
         own = max(0, self.device.resident - self._opened(loaded))
-        return PlanLine("program", own + LIBRARIES, "always", "Python and its libraries")
+        return PlanLine("program", own + MATMUL_SCRATCH_BYTES, "always", "Python and its libraries")
 
     def _opened(self, lines: tuple[PlanLine, ...]) -> int:
         return sum(line.bytes for line in lines if line.name in self.device.opened)
 
     def _budget(self, lines: tuple[PlanLine, ...]) -> int:
         """Return the bytes the run may take: free ones and those it already holds."""
-        own = self.device.resident if self.device.device == "cpu" else CONTEXT + self._opened(lines)
+        own = self.device.resident if self.device.device == "cpu" else CUDA_CONTEXT_BYTES + self._opened(lines)
         return min(self.device.free + own, self.device.limit or self.device.free + own)
 
     def _update_lines(self, micro_batch: MicroBatch, cost: PassCost) -> tuple[PlanLine, ...]:
@@ -270,7 +275,7 @@ class _Planner:
         masks = len(micro_batch.lengths) * max(micro_batch.lengths) * (self.prompt - 1 + max(micro_batch.lengths))
         masks *= (CACHED_PLANS - 1) * self.device.dtype.itemsize if self.device.device == "cpu" else CACHED_MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
-        holes = int(HOLES * cost.peak) if self.device.device == "cpu" else 0
+        holes = int(HEAP_FRAGMENTATION * cost.peak) if self.device.device == "cpu" else 0
         return (
             PlanLine("gradients", gradients, "update", "of what is trained"),
             PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {micro_batch.tokens} tokens"),
@@ -284,7 +289,7 @@ class _Planner:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
         compiles = self.rollout and self.device.device == "cpu" and self.device.dtype != torch.float32
-        products = PRODUCT_BYTES * min(MAX_PRODUCTS, 4 * tokens) if compiles else 0
+        products = COMPILED_PRODUCT_BYTES * min(MAX_COMPILED_PRODUCTS, 4 * tokens) if compiles else 0
         return (
             PlanLine("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
             PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
@@ -307,11 +312,11 @@ class _Planner:
 
     def _rollout_shapes(self, rows: int) -> tuple[RolloutShape, ...]:
         """Return the shapes of training and of evaluation, which has one completion for each prompt."""
-        knobs = self.recipe.rollout
-        at_once = max(1, min(rows // knobs.completions, knobs.prompts))
+        config = self.recipe.rollout
+        at_once = max(1, min(rows // config.completions, config.prompts))
         asked = min(rows, self.recipe.eval.limit)
-        lengths = (self.prompt, knobs.max_tokens)
-        return RolloutShape(at_once, knobs.completions, *lengths), RolloutShape(asked, 1, *lengths)
+        lengths = (self.prompt, config.max_tokens)
+        return RolloutShape(at_once, config.completions, *lengths), RolloutShape(asked, 1, *lengths)
 
     def _sampled(self, shape: RolloutShape) -> RolloutCost:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
@@ -327,7 +332,7 @@ class _Planner:
 
 
 def _powers() -> list[int]:
-    return [LEAST << n for n in range((MOST // LEAST).bit_length())]
+    return [MIN_TOKENS << n for n in range((MAX_TOKENS // MIN_TOKENS).bit_length())]
 
 
 def advice(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
@@ -345,7 +350,7 @@ def advice(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
         ),
         (not recipe.train.full and recipe.lora.rank > 8, trained // 2, f"--lora.rank {max(8, recipe.lora.rank // 2)}"),
         (recipe.model.checkpointing == "off", size["activations"] // 2, "--model.checkpointing auto"),
-        (recipe.train.tokens_per_pass > LEAST, size["activations"] // 2, "--train.tokens_per_pass 0"),
+        (recipe.train.tokens_per_pass > MIN_TOKENS, size["activations"] // 2, "--train.tokens_per_pass 0"),
         (
             rolls < 0,
             (size["activations"] + size["update, passing"]) // 2,

@@ -173,9 +173,10 @@ def unformed(past: History) -> bool:
 
 
 def hacked(past: History) -> bool:
-    """Return whether reward rises while accuracy does not, and better form is not the reason. Where nothing ever
-    counts as solved, as
-    with a bare reward function, nothing can be told."""
+    """Return whether reward rises while accuracy does not, and better form is not the reason.
+
+    Return False where nothing ever counts as solved, as with a bare reward function: then accuracy tells nothing.
+    """
     reward, reward_error = past.rise("reward")
     accuracy, _ = past.rise("accuracy")
     form, _ = past.rise("format")
@@ -184,7 +185,7 @@ def hacked(past: History) -> bool:
 
 
 def explored_out(past: History) -> bool:
-    """Entropy that falls because the task is being solved is success, and so is one that still finds differences."""
+    """Return whether entropy has collapsed, unless the task is solved or half of the groups still differ in reward."""
     gone = past.mean("entropy") < 0.1 * past.began("entropy")
     return gone and past.mean("accuracy") < 0.9 and past.mean("informative_groups") < 0.5
 

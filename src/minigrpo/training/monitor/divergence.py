@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigrpo.config.schema import Recipe, WatchConfig
+from minigrpo.config.schema import WatchConfig
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.monitor.alarms import is_known
 
 RECENT = 20
 """Healthy steps whose median is the usual value."""
 FIRST_STEPS = 5
-"""As many make a median; before that, the largest value yet stands in for it. Their own median stays a lower bound:
-a gradient that has become small because the task is solved may grow back to where it began."""
+"""Steps from which a median can be taken; before that, the largest value so far stands in for it. The median of these
+first steps stays a lower bound: a gradient that has become small because the task is solved may grow back."""
 EARLY = 10
-"""An explosion in the first so many steps means that the rate is far off."""
+"""An explosion within this many steps means that the learning rate is far off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,18 +152,18 @@ def _describe_ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str |
     return None
 
 
-def propose_rate(recipe: Recipe, explosion: Explosion) -> float:
+def propose_rate(lr: float, explosion: Explosion) -> float:
     """Propose a learning rate for a new run: one digit, a tenth of what exploded at once, a third of what did later.
 
     Warm-up counts: a run that exploded on its way up to the peak is measured by how far it had come.
     """
-    rate = min(explosion.rate or recipe.train.lr, recipe.train.lr)
+    rate = min(explosion.rate or lr, lr)
     return float(f"{rate / (10 if explosion.onset <= EARLY else 3):.0e}")
 
 
-def message(explosion: Explosion, last_good_step: int | None, recipe: Recipe, run_path: Path) -> str:
+def message(explosion: Explosion, last_good_step: int | None, lr: float, run_path: Path) -> str:
     """Say what exploded and when, which weights are good, and the command for a run with a lower rate."""
-    rate = f"{propose_rate(recipe, explosion):g}"
+    rate = f"{propose_rate(lr, explosion):g}"
     run = RunDir(run_path)
     kept = "No checkpoint is older than that."
     if last_good_step is not None:

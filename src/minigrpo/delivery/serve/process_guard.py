@@ -1,7 +1,7 @@
 """Supervise one server process and end it when the process that started it is gone: no server is left behind.
 
-    python -P serve/supervisor.py watch PROGRAM ...     run a program and exit with its code
-    python -P serve/supervisor.py llama JSON            run llama.cpp's server from xllamacpp
+    python -P serve/process_guard.py watch PROGRAM ...     run a program and exit with its code
+    python -P serve/process_guard.py llama JSON            run llama.cpp's server from xllamacpp
 
 The parent holds our stdin open and never writes to it; the pipe closes when the parent lets go or dies, in whatever
 way. Then the program is asked to end (SIGINT, then SIGTERM), and what is left of its process group is killed. Ctrl-C in
