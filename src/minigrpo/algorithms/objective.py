@@ -237,7 +237,7 @@ def per_sequence_weights(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Ten
 
 
 def per_token_weights(lengths_B: Tensor, kept_B: Tensor, longest: int) -> Tensor:
-    """Weigh every token of the whole batch equally. DAPO, arXiv 2503.14476, equation 8."""
+    """Weigh every token of the whole batch equally. DAPO, arXiv 2503.14476, equation 8, does so within each group."""
     return kept_B / (lengths_B * kept_B).sum().clamp(min=1.0)
 
 

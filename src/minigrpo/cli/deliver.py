@@ -1,4 +1,5 @@
-"""The commands from a trained adapter to a model that others can use. They take a run's folder, and no knobs."""
+"""The commands from a trained adapter to a model that others can use. They take a run's folder, some of them
+any model, and no knobs."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def check(
 ) -> None:
     """Check what was trained, before anything is made from it.
 
-    Every layer there and finite, none untrained, its norms, and what it does to the base's probabilities. Exit code 0
-    where all is well, 1 where not. A run keeps the figures of each layer in check.json.
+    Checks that every layer is there, finite and trained, and reports the norms of each and how much the adapter changes
+    the base's probabilities. Exit code 0 where all is well, 1 where not. A run keeps the figures in check.json.
     """
     from minigrpo.delivery.merge.check import check, checked_table
 
@@ -77,7 +78,8 @@ def merge(
     """Base and adapter in one model folder, proved.
 
     Written shard by shard, with tokenizer, chat template and all else that other tools need. Then its probabilities
-    are compared with those of the policy that was trained: more than a tenth of what training did, and it is refused.
+    are compared with those of the trained policy: it is refused if they differ by more than a tenth of what training
+    changed.
     """
     from minigrpo.delivery.merge.merge import merge, merged_table
 
@@ -151,8 +153,8 @@ def serve(
 ) -> None:
     """Serve what was trained behind OpenAI's protocol, until Ctrl-C.
 
-    Waits until the server is well, asks it one question, and prints how to ask it more. Ctrl-C ends it with all that it
-    started.
+    Waits until the server is ready, asks it one question, and prints how to ask it more. Ctrl-C ends the server and
+    everything that it started.
     """
     from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
@@ -223,9 +225,9 @@ def publish(
 ) -> None:
     """Put the merged model, the adapter and the GGUF files on the Hugging Face Hub.
 
-    Only what is proved, each repository with a page that tells how it was trained and proved. The token is HF_TOKEN of
-    the environment or of a file .env, or the login. After a cut the same command sends only what is missing; at the
-    end every file there is compared with the one here.
+    Publishes only what is proved, each repository with a page that tells how it was trained and proved. The token is
+    HF_TOKEN of the environment or of a file .env, or the login. After an interruption the same command sends only what
+    is missing; at the end every file on the Hub is compared with the one here.
     """
     from minigrpo.delivery.hub.publish import publish, publish_folder, published_table
 

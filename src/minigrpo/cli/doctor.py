@@ -205,7 +205,7 @@ def sandbox(
     doctor: Annotated[bool, typer.Option("--doctor", help="Look at this machine; also the default.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Return which locks hold for model-written programs here.
+    """Show which locks hold for model-written programs here.
 
     Starts a worker, makes the system calls that must fail, and runs a few programs. Exit code 0 where programs are run
     on this machine, 1 where they are refused. What the lines mean stands in docs/sandbox.md.

@@ -205,7 +205,7 @@ def run_command(
     samples: Samples = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run all stages: preflight, train, evaluate, check, merge.
+    """Run all stages: preflight, warm-up, training, evaluation, check, merge, export, publishing.
 
     Stage after stage, each trusting only what the one before has proved. With --resume, a stage that is done is not
     done again.

@@ -106,7 +106,9 @@ class TaskConfig(Config):
     size: int = field(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
     weights: dict[str, float] = field({}, "weight of each reward function by name, over the task's own weights")
     workers: int = field(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
-    seconds: float = field(60.0, "longest time to grade one group; what takes longer earns nothing", "seconds", gt=0)
+    seconds: float = field(
+        60.0, "longest time to grade one group; what is not graded by then is left out of it", "seconds", gt=0
+    )
     games: int = field(
         3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100
     )
@@ -170,7 +172,7 @@ class ObjectiveConfig(Config):
     importance: Importance = field(
         "auto",
         "correct for a sampler that is not quite the policy, per token or sequence, by truncating weights or masking "
-        "what lies outside; auto: token_truncate where weights are 16 bit or groups are replayed",
+        "what lies outside; auto: token_truncate where weights are 16 bit, the engine is vllm, or groups are replayed",
     )
     importance_cap: float = field(2.0, "largest importance weight", ge=1)
     importance_floor: float = field(0.0, "smallest importance weight", ge=0, le=1)
@@ -203,7 +205,7 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "adamw8bit"] = field(
         "adamw", "adamw8bit: AdamW whose two moments are kept in 8 bit (bitsandbytes): a quarter of their memory"
     )
-    grad_norm: float = field(1.0, "the gradient is scaled down to this norm", gt=0)
+    grad_norm: float = field(1.0, "a gradient of a larger norm is scaled down to this norm", gt=0)
     full: bool = field(False, "train every parameter instead of a LoRA adapter")
     tokens_per_pass: int = field(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
     memory: float | None = field(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)

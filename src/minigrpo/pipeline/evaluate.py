@@ -51,7 +51,7 @@ def evaluate(
     """Grade a model, and a base beside it on the same prompts; every answer goes to `out` as JSON.
 
     `model`: a folder, a Hub id, an adapter, a GGUF file, or a run. Without `recipe`, a run's own recipe is used for
-    whatever lies in it. Return the figures without the answers, and `file`.
+    any model in its folder. Return the figures without the answers, and `file`.
     """
     from minigrpo.evaluation.evaluate import compare, pick_examples
     from minigrpo.tasks.registry import open_task

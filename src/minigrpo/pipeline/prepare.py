@@ -40,7 +40,7 @@ def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
 
 
 def preflight_verdict(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool]:
-    """Return preflight's (go, whether a warm-up would mend the faults); an earlier verdict's, if it still holds."""
+    """Return preflight's (go, whether a warm-up would mend the faults), from a saved verdict if that still holds."""
     if verdict_holds(opened.recipe, run):
         console.print(Text(f"{run.preflight} is there already."))
     else:
@@ -51,7 +51,7 @@ def preflight_verdict(opened: OpenedRun, run: RunDir, console: Console) -> tuple
 
 
 def verdict_holds(recipe: Recipe, run: RunDir) -> bool:
-    """Return whether the saved verdict still holds. A warm model needs its own only where the cold one was unfit."""
+    """Return whether the saved verdict holds. A warm-up needs a new one only where the model failed before it."""
     if fits(run.preflight, verdict_stamp(recipe, run)):
         return True
     return fits(run.preflight, stamp("preflight", recipe)) and bool(read_json(run.preflight)["go"])

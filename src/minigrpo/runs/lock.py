@@ -5,6 +5,7 @@ The lock is the kernel's, on RUN/.lock, so it is free as soon as its holder dies
 the text decides: a live process of this host, or any process of another host, keeps others out.
 
 Commands, and the functions of pipeline/, take the lock before they write into a run; the stages that they call do not.
+The exception is an evaluation, which only adds a file of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Log a run: one line per step in metrics.jsonl, one per group in groups.jsonl, and the terminal. Read the logs back.
 
-Both files only grow. A checkpoint stores their lengths and a hash of that much (`positions`); a resumed run cuts them
-back to that length (`rewind`), so that no step is logged twice and none has changed. The hash grows with the files: a
-process reads each byte once, from memory that the system still has.
+Within a session both files only grow. A checkpoint stores their lengths and a hash of that much (`positions`); a
+resumed run cuts them back to that length (`rewind`), so that no step is logged twice and none has changed. The hash
+grows with the files: a process reads each byte once, from memory that the system still has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Sandbox: a warm pool of workers for as many threads as like, and one shared by a whole process."""
+"""The Sandbox: a pool of running workers for any number of threads, and one that a whole process shares."""
 
 from __future__ import annotations
 

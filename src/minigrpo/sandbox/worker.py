@@ -168,7 +168,7 @@ class Worker:
             self.control.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the control socket, with which the zygote and its children end. A fork of the owner only closes it."""
+        """Close the control socket, which ends the zygote and its children. A fork of the owner does nothing more."""
         self.control.close()
         process = getattr(self, "process", None)
         self.sound = False

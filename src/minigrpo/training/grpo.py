@@ -5,12 +5,13 @@ one another, and moves the policy towards those that earned more.
 
 As in the paper's experiments, a batch is used for one update, so the ratio p_new / p_old is exactly 1 and `old` needs
 no pass of its own. Departures from the paper, unless a recipe says otherwise:
+- A LoRA adapter is trained, not the whole model. Probabilities are taken at the sampling temperature.
 - No KL term, so no reference model. With one, the reference is the model that training began with and stays so.
-- Where the engine rounds differently from the policy (16-bit weights, vLLM), each token of the loss is multiplied by
-  p_old / p_engine, cut off at 2 (truncated importance sampling).
+- Where the engine rounds differently from the policy (16-bit weights, vLLM), the policy term of each token is
+  multiplied by p_old / p_engine, cut off at 2 (truncated importance sampling).
 - The standard deviation of a group is taken over G - 1, plus 1e-4; the gradient's norm is clipped at 1.
-- A group whose siblings all earn the same has no gradient. No pass is spent on it, but its completions are counted
-  when the loss is divided by the number of completions.
+- A group whose siblings all earn the same has no gradient, so no pass is spent on it (a KL term or an entropy bonus
+  would give it one). Its completions are counted when the loss is divided by the number of completions.
 - A group is one row of tokens in which its prompt stands once, and no padding.
 
 Names from elsewhere:
@@ -54,9 +55,9 @@ from minigrpo.types import Engine, Task
 from minigrpo.utils.process import process_settings
 
 
-@process_settings()  # threads, allocator and deterministic algorithms are given back at the end
+@process_settings()  # what the run sets for its process (threads, determinism, the heap) is restored at its end
 def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger) -> None:
-    """Train the policy, beginning where the newest checkpoint of the logger's run ends, if there is one.
+    """Train the policy, from the newest checkpoint in the logger's run folder if there is one.
 
     Raise DivergenceError where training has broken the model.
     """
@@ -70,14 +71,16 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: Run
             #    may replace groups whose siblings all earn the same (dynamic sampling), and make long answers cost.
             sampled = supervisor.sample_groups(step)
 
-            # 2. Compare siblings: in GRPO the advantage of a completion is A = (reward - mean) / std of its group.
+            # 2. Compare siblings: in GRPO a completion's advantage is A = (reward - mean) / (std + 1e-4) of its group,
+            #    or 0 where the rewards of the group differ by no more than `tie`.
             advantages_PG = objective.advantages(Rewards.of(sampled.groups), objective.tie)
 
-            # 3. Weigh each token: in GRPO by 1 / (completions * length of its own). The weights are shares of the whole
-            #    batch, so the gradients of micro-batches simply add up.
+            # 3. Weigh each token: in GRPO by 1 / (completions in the batch * tokens of this completion). The weights
+            #    are shares of the whole batch, so the gradients of micro-batches simply add up.
             batch = weigh(sampled.groups, advantages_PG, objective, recipe.rollout.max_tokens)
 
-            # 4. Update the policy: minimise the sum over tokens of weight * -min(ratio * A, clip(ratio) * A).
+            # 4. Update the policy: minimise the sum over tokens of weight * -min(ratio * A, clip(ratio) * A), with a KL
+            #    term or an entropy bonus where the recipe has one. Clipping acts from the second inner epoch on.
             settings = UpdateSettings(
                 step,
                 tokens_per_pass=supervisor.tokens_per_pass,
@@ -88,7 +91,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: Run
             with supervisor.update_phase(step):
                 step_objective = replace(objective, entropy=supervisor.entropy_weight)  # the entropy bonus may adapt
                 figures, tokens_per_pass = update_policy(policy, optimizer, step_objective, batch, settings)
-            engine.update(policy)
+            engine.update(policy)  # from now on the engine samples with the new weights
 
             # 5. Log the step; save; stop where the numbers can no longer be used.
             supervisor.finish_step(step, sampled, batch, figures, tokens_per_pass=tokens_per_pass)
@@ -110,11 +113,11 @@ def update_policy(
 ) -> tuple[dict[str, float], int]:
     """Update the policy once per inner epoch (the paper's mu), each time with the gradient of the whole batch.
 
-    Return the figures of the loss, means over the inner epochs, and the tokens per pass for which memory sufficed.
+    Return the figures to log, means over the inner epochs, and the tokens per pass, fewer where memory ran out.
     """
     tokens_per_pass = settings.tokens_per_pass
     micro_batches = list(batch.split(tokens_per_pass)) if batch.has_gradient else []
-    if objective.top_entropy < 1:  # learn from the tokens of highest entropy only
+    if objective.top_entropy < 1:  # mark the tokens of highest entropy, the only ones to learn from: one more pass
         select = partial(select_top_entropy, policy, objective, step=settings.step)
         micro_batches, tokens_per_pass = select(micro_batches, tokens_per_pass)
     accumulate = partial(accumulate_gradient, policy, objective, step=settings.step)
@@ -126,7 +129,7 @@ def update_policy(
         update = update_with_retries(policy, accumulate, take_step, micro_batches, tokens_per_pass)
         micro_batches, tokens_per_pass = update.micro_batches, update.tokens_per_pass
         figures.append(update.figures)
-        if update.skipped:
+        if update.skipped:  # the gradient was not finite, and another one from the same weights would not be either
             break
     return epoch_means(figures) | {"learning_rate": settings.lr}, tokens_per_pass
 
@@ -146,7 +149,7 @@ def accumulate_gradient(
             micro_batch = replace(micro_batch, ref_N=policy.reference(micro_batch))
         scores = policy.logprobs(micro_batch, step=step, entropy_learns=objective.entropy > 0)
         loss = objective.loss(scores.logprobs_N, micro_batch, scores.entropy_N)
-        policy.loss_scale.scaled(loss.total).backward()
+        policy.loss_scale.scaled(loss.total).backward()  # the scale is 1 except in float16
         for name, value in {**loss.figures, **sampler_gap(scores, micro_batch)}.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
         if micro_batch.old_N is None:
@@ -172,7 +175,7 @@ def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, settings: U
 
 
 def open_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
-    """Open AdamW with the defaults of its paper (arXiv 1711.05101), one kernel for all parameters."""
+    """Open AdamW (arXiv 1711.05101), with 8-bit moments where the recipe asks for them."""
     options: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
         return eight_bit_adamw(policy.trainable, **options)
@@ -180,8 +183,10 @@ def open_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rise linearly over the warm-up; then stay constant, or fall (linear, cosine) towards 0, which the step after
-    the last would have."""
+    """Return a step's learning rate: rising linearly in the warm-up, then constant or falling (linear, cosine).
+
+    A falling rate is still above 0 in the last step; it would reach 0 one step later.
+    """
     rising = math.ceil(config.warmup * config.steps)
     if step < rising:
         return config.lr * (step + 1) / rising

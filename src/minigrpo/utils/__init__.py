@@ -1,3 +1,3 @@
-"""Small tools that no other package owns: HTTP, Markdown, memory, process settings, random numbers, signals. May import
-types, errors and versions only. Re-exports nothing: import the module.
+"""Small tools that no other package owns: cache folder, HTTP, Markdown, memory, process settings, random numbers,
+signals. May import types, errors and versions only. Re-exports nothing: import the module.
 """

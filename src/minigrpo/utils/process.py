@@ -19,7 +19,7 @@ from minigrpo.utils.memory import keep_freed_memory
 
 @contextmanager
 def process_settings(threads: int = 0) -> Iterator[None]:
-    """Set what a run needs, and restore after the block what was set before, whatever the block changed.
+    """Set what a run needs, and restore the former settings after the block.
 
     `threads`: CPU threads; 0 leaves them as they are.
     """
