@@ -3,7 +3,7 @@
     from minigrpo import RunDir, load_recipe, train
     train(load_recipe("quickstart"), RunDir("runs/first"))
 
-Names arrive when they are asked for: `import minigrpo` loads no torch.
+A name is imported when it is first used, so `import minigrpo` loads no torch. May import everything.
 """
 
 from __future__ import annotations
