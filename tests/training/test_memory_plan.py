@@ -55,7 +55,7 @@ def planned_over_measured(kind: str, what: dict[str, Any]) -> float:
     own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, str(Path(__file__).parents[1] / "helpers" / "peak_worker.py"), kind, json.dumps(what)],
-        env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(["src", ".", os.environ.get("PYTHONPATH", "")])},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
