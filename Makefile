@@ -4,7 +4,7 @@
 #   make test          ruff, mypy and pytest: what CI runs
 #   make lint          ruff and mypy alone; `make format` mends what can be mended
 #   make bench         compare with TRL on this machine
-#   make prove         the tests that take minutes
+#   make prove         the tests that take minutes; without the network: make prove MINIGRPO_NETWORK=
 #   make setup         only the environment
 #
 # To override:  make setup PYTHON=python3.12 VENV=~/envs/minigrpo
@@ -20,6 +20,7 @@ PYTHON ?= python3
 TORCH ?=
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+MINIGRPO_NETWORK ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -74,7 +75,7 @@ bench: $(TOOLS)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 prove: $(TOOLS)
-	$(BIN)/python -m pytest -m long $(ARGS)
+	MINIGRPO_NETWORK=$(MINIGRPO_NETWORK) $(BIN)/python -m pytest -m long $(ARGS)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
