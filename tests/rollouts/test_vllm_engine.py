@@ -202,6 +202,15 @@ def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) 
         RemoteVllm("http://127.0.0.1:9", "base", 8)
 
 
+@pytest.mark.parametrize("wrong", ["null", "NaN"])
+def test_a_log_probability_that_is_no_number_is_refused(server: StandIn, wrong: str) -> None:
+    engine = opened(server, make_policy("qwen2"))
+    choice = f'"token_ids": [5, 6], "logprobs": {{"token_logprobs": [-1.0, {wrong}]}}, "finish_reason": "length"'
+    server.fault = 200, f'{{"choices": [{{"index": 0, "text": "?", {choice}}}]}}'
+    with pytest.raises(ModelError, match=r"completion 1, token 2 are not finite"):
+        engine.generate(rendered(), 1, Sampling(HEAT, LIMIT, 7))
+
+
 def test_without_vllm_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     recipe = Recipe(rollout={"engine": "vllm"})  # type: ignore[arg-type]

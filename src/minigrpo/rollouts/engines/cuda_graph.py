@@ -24,7 +24,7 @@ from torch import Tensor
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import prefill_prompts
-from minigrpo.rollouts.engines.sampling import draw, split_prompts
+from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -260,7 +260,7 @@ class SlotEngine:
                 if goes and not last
             }
             for prompt_index in sorted(set(range(len(prompts))) - done.keys() - active):
-                done[prompt_index] = self._completions(graphs.full_state, prompt_index, n)
+                done[prompt_index] = self._completions(graphs.full_state, prompts, prompt_index, n)
                 if ready:
                     ready(start + prompt_index, done[prompt_index])
             if not active:
@@ -305,11 +305,14 @@ class SlotEngine:
 
         return GraphSet(key, State.empty(self.decoder, prompts, n, shared=shared, own=longest), make_step)
 
-    def _completions(self, state: State, prompt_index: int, n: int) -> tuple[Completion, ...]:
+    def _completions(
+        self, state: State, prompts: Sequence[Rendered], prompt_index: int, n: int
+    ) -> tuple[Completion, ...]:
         rows = slice(prompt_index * n, (prompt_index + 1) * n)
         lengths, stopped = state.lengths_B[rows].tolist(), state.stopped_B[rows].tolist()
         done = zip(state.tokens_BC[rows].tolist(), state.logprobs_BC[rows].tolist(), lengths, strict=True)
         own = [(tuple(ids[:length]), tuple(logprobs[:length])) for ids, logprobs, length in done]
+        refuse_broken_logits(prompts[prompt_index].prompt.id, [logprobs for _, logprobs in own])
         texts = self.tokenizer.batch_decode([ids for ids, _ in own], skip_special_tokens=True)
         return tuple(
             Completion(text, ids, logprobs, "stop" if stop else "length")

@@ -18,7 +18,7 @@ from torch import Tensor
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
-from minigrpo.rollouts.engines.sampling import draw, split_prompts
+from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -87,6 +87,9 @@ class NativeEngine:
         logprobs = [
             row[:length] for row, length in zip(batch.logprobs_CB[:longest, rows].T.tolist(), lengths, strict=True)
         ]
+        for index in range(first, end):
+            own = slice((index - first) * n, (index - first + 1) * n)
+            refuse_broken_logits(batch.prompt_ids[index], logprobs[own])
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         stopped = batch.stopped_B[rows].tolist()
         flat = [
@@ -104,6 +107,7 @@ class DecodeBatch:
         device = decoder.device
         M, B = len(prompts), len(prompts) * n
         self.prompts = M
+        self.prompt_ids = [prompt.prompt.id for prompt in prompts]
         lengths_M = [len(prompt.ids) - 1 for prompt in prompts]
         self.rope = decoder.rope_table(max(lengths_M) + sampling.max_tokens)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
@@ -138,7 +142,8 @@ class DecodeBatch:
             tokens_n, logprobs_n = draw(logits_nV, self._uniform(so_far), self.sampling.temperature)
             self.tokens_CB[so_far].index_copy_(0, self.row_n, tokens_n)
             self.logprobs_CB[so_far].index_copy_(0, self.row_n, logprobs_n)
-            ended_n = stop_rule(tokens_n, self.row_n, so_far + 1)
+            # A row with broken logits ends, too: its completion is refused when it is collected.
+            ended_n = stop_rule(tokens_n, self.row_n, so_far + 1) | ~logprobs_n.isfinite()
             self.input_n = tokens_n
             self.position_n += 1
             if bool(ended_n.any()):

@@ -1,15 +1,18 @@
-"""Drawing tokens: one uniform number a row, no sorting of the vocabulary; and which prompts are decoded together.
+"""Draw tokens: one uniform number a row, no sorting of the vocabulary. Refuse logits that are not finite. Split
+prompts.
 
 Shapes: n rows, V vocabulary, S blocks of the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from minigrpo.errors import ModelError
 from minigrpo.types import Rendered
 
 BLOCK = 1024
@@ -21,6 +24,9 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     Temperature 0 takes the likeliest token and reports its log-probability at temperature 1. Otherwise the inverse of
     the cumulative distribution at `uniform_n` (float64 in [0, 1)): the block is found from block sums, then the token
     within it, both summed in float64, so that rounding over 152k entries does not shift what is drawn.
+
+    Where a row's logits hold NaN or +inf, its log-probability is not finite, whatever the token, which stays within the
+    vocabulary: `refuse_broken_logits` ends such a completion. -inf is a token that cannot be drawn.
     """
     logits_nV = logits_nV.float()
     if temperature == 0:
@@ -30,6 +36,8 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     peak_n1 = scaled_nV.amax(-1, True)
     mass_nV = torch.exp(scaled_nV - peak_n1)
     tokens_n, total_n = (_draw_flat if mass_nV.shape[1] <= BLOCK else _draw_blocked)(mass_nV, uniform_n)
+    # Where sums are NaN, no sum exceeds the goal, and the search ends beyond the vocabulary.
+    tokens_n = tokens_n.clamp_(max=logits_nV.shape[1] - 1)
     return tokens_n, _gather_tokens(scaled_nV, tokens_n) - peak_n1[:, 0] - total_n.log().float()
 
 
@@ -65,6 +73,21 @@ def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     chosen_nb = blocks_nSb.gather(1, block_n1[..., None].expand(-1, 1, BLOCK))[:, 0]
     inside_n1 = _first_exceeding(chosen_nb.cumsum(-1, dtype=torch.float64), goal_n1 - before_n1)
     return (block_n1 * BLOCK + inside_n1)[:, 0], total_n
+
+
+def refuse_broken_logits(prompt_id: str, siblings: Sequence[Sequence[float]]) -> None:
+    """Raise ModelError where a log-probability of a sampled token is not finite: then the logits were not, either.
+
+    `siblings`: log-probabilities of each completion's tokens, in sibling order.
+    """
+    for sibling, logprobs in enumerate(siblings, 1):
+        if not math.isfinite(sum(logprobs)):
+            place = next(n for n, logprob in enumerate(logprobs, 1) if not math.isfinite(logprob))
+            raise ModelError(
+                f"The model's logits for prompt {prompt_id}, completion {sibling}, token {place} are not finite, so no "
+                "token can be drawn from them. In float16 activations may overflow: --model.dtype bfloat16 or float32. "
+                "Else the weights are damaged, or training has broken them: go back to an earlier checkpoint."
+            )
 
 
 def _gather_tokens(values_nV: Tensor, tokens_n: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.context_window import check_room, context_length
-from minigrpo.rollouts.engines.sampling import draw
+from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
@@ -40,8 +40,10 @@ class TransformersEngine:
         for start in range(0, len(prompts), at_once):
             flat = self._generate_batch(prompts[start : start + at_once], n, sampling)
             own = [tuple(flat[first : first + n]) for first in range(0, len(flat), n)]
-            for index, siblings in enumerate(own) if ready else ():
-                ready(start + index, siblings)  # type: ignore[misc]
+            for index, siblings in enumerate(own):
+                refuse_broken_logits(prompts[start + index].prompt.id, [sibling.logprobs for sibling in siblings])
+                if ready:
+                    ready(start + index, siblings)
             answers += own
         return answers
 

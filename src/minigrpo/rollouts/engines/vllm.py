@@ -12,6 +12,7 @@ to the CPU.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
+from minigrpo.rollouts.engines.sampling import refuse_broken_logits
 from minigrpo.types import Completion, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
@@ -103,6 +105,7 @@ class VllmEngine:
         done: dict[int, tuple[Completion, ...]] = {}
 
         def deliver(index: int, samples: Sequence[VllmSample]) -> None:
+            refuse_broken_logits(prompts[index].prompt.id, [logprobs for _, logprobs, _ in samples])
             done[index] = self._completions(samples)
             if ready:
                 ready(index, done[index])
@@ -160,7 +163,9 @@ class RemoteVllm:
                     f"The server at {self.url} returns no token ids with their log-probabilities. It must be vLLM 0.11 "
                     "or newer."
                 )
-            samples.append((tuple(ids), tuple(logprobs), str(choice["finish_reason"])))
+            # JSON has no NaN: a server writes null in its place.
+            numbers = tuple(math.nan if logprob is None else float(logprob) for logprob in logprobs)
+            samples.append((tuple(ids), numbers, str(choice["finish_reason"])))
         return samples
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
