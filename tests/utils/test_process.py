@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,14 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from minigrpo.utils.process import compute_repeatably, no_progress_bars, process_settings
+from minigrpo.utils.process import (
+    ONEDNN_CACHES,
+    bounded_onednn_caches,
+    compute_repeatably,
+    no_progress_bars,
+    onednn_products,
+    process_settings,
+)
 
 TASK = """
 
@@ -92,7 +100,7 @@ names = lambda other: [name for name in before if other[name] != before[name]]
 print("\\n" + json.dumps({"inside": names(during), "after": names(after), "fault": fault}))
 """
 
-SET = ["threads", "warns only", "fills", "signals"]
+SET = ["threads", "warns only", "fills", "environment", "signals"]
 """What is otherwise inside a run, as the thread sees it that grades; signals wait there until the step is saved."""
 
 
@@ -167,3 +175,45 @@ def test_bars_are_shown_again_where_they_were(shown: bool, hub_shown: bool) -> N
             assert are_progress_bars_disabled()
         assert logging.is_progress_bar_enabled() == shown
         assert are_progress_bars_disabled() == (not hub_shown)
+
+
+PRODUCTS = """
+import contextlib, json, sys
+import torch
+from minigrpo.utils.memory import resident_bytes
+from minigrpo.utils.process import process_settings
+
+torch.set_num_threads(1)
+with process_settings() if sys.argv[1] == "bounded" else contextlib.nullcontext():
+    weight = torch.randn(256, 256)
+    weights = weight, weight.bfloat16()
+    held = []
+    for rows in range(1, 401):
+        x = torch.randn(rows, 256)
+        torch.ops.mkldnn._linear_pointwise(x, weights[0], None, "none", [], "")
+        x.bfloat16() @ weights[1]
+        if rows in (40, 400):
+            held.append(resident_bytes())
+print(held[1] - held[0])
+"""
+
+
+@pytest.mark.needs("linux")
+def test_compiled_products_of_a_cpu_do_not_pile_up_during_a_run() -> None:
+    grown = {}
+    for kind in ("bounded", "unbounded"):
+        done = subprocess.run([sys.executable, "-c", PRODUCTS, kind], capture_output=True, text=True, check=True)
+        grown[kind] = int(done.stdout) / 1e6
+    if grown["unbounded"] < 50:
+        pytest.skip(f"this torch compiles no products by shape: {grown} MB")
+    assert grown["bounded"] < grown["unbounded"] / 10, grown
+
+
+def test_a_capacity_that_the_environment_sets_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = ONEDNN_CACHES
+    monkeypatch.setenv(own, "7")
+    monkeypatch.delenv(other, raising=False)
+    with bounded_onednn_caches():
+        assert (os.environ[own], os.environ[other], onednn_products()) == ("7", "32", 39)
+    assert os.environ[own] == "7"
+    assert other not in os.environ

@@ -1,13 +1,14 @@
 """Settings that a run makes for its whole process: CPU threads, repeatable arithmetic, what the heap keeps.
 
 Each is restored when the run ends, because the process of a notebook or a test suite lives on. All are restored
-exactly, except the heap's rules (see utils/memory.py). One is not restored: the name under which transformers finds
-attention/shared_prompt.py, since policies that still exist use it. Runs of one process may follow or enclose one
-another, but must not overlap in two threads: they would restore each other's settings.
+exactly, except the heap's rules (see utils/memory.py) and the size of oneDNN's caches. One is not restored: the name
+under which transformers finds attention/shared_prompt.py, since policies that still exist use it. Runs of one process
+may follow or enclose one another, but must not overlap in two threads: they would restore each other's settings.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def process_settings(threads: int = 0) -> Iterator[None]:
     repeatable = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with keep_freed_memory():
+    with keep_freed_memory(), bounded_onednn_caches():
         try:
             if threads:
                 torch.set_num_threads(threads)
@@ -36,6 +37,36 @@ def process_settings(threads: int = 0) -> Iterator[None]:
             torch.set_num_threads(threads_before)
             torch.use_deterministic_algorithms(repeatable, warn_only=warns)
             torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Environment variables that set the capacity of oneDNN's cache of compiled products, and of that of its bindings."""
+ONEDNN_PRODUCTS = 32
+"""Products that each cache keeps. A decoder computes some twenty of different shapes for one number of rows."""
+
+
+@contextmanager
+def bounded_onednn_caches() -> Iterator[None]:
+    """Let oneDNN keep few compiled products of a CPU: by default 1024 in each of two caches, a third of a megabyte
+    each.
+
+    A product is compiled for its number of rows, and in training nearly every batch has another: memory would grow over
+    hundreds of steps. A capacity that the environment sets already is kept. The libraries read it once, at their first
+    product: where that came before this block, it has no effect, and where it comes inside, it holds for the process.
+    """
+    added = {name: str(ONEDNN_PRODUCTS) for name in ONEDNN_CACHES if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def onednn_products() -> int:
+    """Return how many compiled products the two caches may keep together, unless they were read before a run began."""
+    given = (os.environ.get(name, "") for name in ONEDNN_CACHES)
+    return sum(int(text) if text.isdigit() else ONEDNN_PRODUCTS for text in given)
 
 
 def compute_repeatably() -> None:

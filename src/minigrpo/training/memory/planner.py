@@ -38,6 +38,7 @@ from minigrpo.training.memory.rollout_cost import (
     slot_rollout_cost,
     transformers_rollout_cost,
 )
+from minigrpo.utils.process import onednn_products
 
 When = Literal["always", "rollout", "update"]
 
@@ -57,10 +58,8 @@ MATMUL_SCRATCH_BYTES = 16 << 20
 HEAP_FRAGMENTATION = 0.25
 """Idle memory between blocks in a CPU's heap, as a share of what a pass takes: measured, 0.2 to 0.4."""
 
-MAX_COMPILED_PRODUCTS, COMPILED_PRODUCT_BYTES = 1024, 330_000
-"""oneDNN compiles 16-bit products of a CPU for their shapes, and keeps the last 1024 of them, so many bytes each
-(measured). A rollout meets four new shapes with every token.
-"""
+COMPILED_PRODUCT_BYTES = 330_000
+"""Bytes of one product that oneDNN has compiled for its shape on a CPU: measured. utils/process.py bounds how many."""
 
 CUDA_CONTEXT_BYTES = 600 << 20
 """What CUDA and its libraries hold on a GPU before the first tensor, cuBLAS's work space included."""
@@ -259,7 +258,8 @@ class _Planner:
         if self.device.device != "cpu":
             return PlanLine("program", CUDA_CONTEXT_BYTES, "always", "CUDA and its libraries")
         own = max(0, self.device.resident - self._opened(loaded))
-        return PlanLine("program", own + MATMUL_SCRATCH_BYTES, "always", "Python and its libraries")
+        compiled = COMPILED_PRODUCT_BYTES * onednn_products()
+        return PlanLine("program", own + MATMUL_SCRATCH_BYTES + compiled, "always", "Python and its libraries")
 
     def _opened(self, lines: tuple[PlanLine, ...]) -> int:
         return sum(line.bytes for line in lines if line.name in self.device.opened)
@@ -288,10 +288,7 @@ class _Planner:
     def _rollout_lines(self, rows: int, cost: RolloutCost) -> tuple[PlanLine, ...]:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
-        compiles = self.rollout and self.device.device == "cpu" and self.device.dtype != torch.float32
-        products = COMPILED_PRODUCT_BYTES * min(MAX_COMPILED_PRODUCTS, 4 * tokens) if compiles else 0
         return (
-            PlanLine("compiled products", products, "rollout", "oneDNN's, for 16 bit"),
             PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
             PlanLine("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
         )
