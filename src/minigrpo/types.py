@@ -135,6 +135,10 @@ Ready = Callable[[int, tuple[Completion, ...]], None]
 """Called once for each prompt, with its index and completions, as soon as its last sibling has ended; in any order."""
 
 
+Progress = Callable[[int, int], None]
+"""Called while an engine decodes, every 16 tokens at least: (tokens sampled in this call, completions that ended)."""
+
+
 class Engine(Protocol):
     """Whatever answers prompts, with the log-probability of each sampled token under softmax(logits / temperature).
 
@@ -146,7 +150,13 @@ class Engine(Protocol):
     is_exact: bool
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Return n completions of each prompt, in order. Raise MinigrpoError where a prompt leaves no room."""
         ...

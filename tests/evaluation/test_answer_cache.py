@@ -25,7 +25,7 @@ class RecordingEngine(Scripted):
         super().__init__(lambda prompt, sibling: prompt.target if sibling else "no", tokenizer)
         self.asked, self.limit = [], limit
 
-    def generate(self, prompts, n, sampling, ready=None):
+    def generate(self, prompts, n, sampling, ready=None, *, progress=None):
         if self.limit is not None and len(self.asked) >= self.limit:
             raise KeyboardInterrupt
         self.asked += [asked.prompt.id for asked in prompts]

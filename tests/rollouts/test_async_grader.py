@@ -33,7 +33,7 @@ class Patient(Scripted):
 class Silent(Scripted):
     """An engine that never calls `ready`."""
 
-    def generate(self, prompts, n, sampling, ready=None):
+    def generate(self, prompts, n, sampling, ready=None, *, progress=None):
         return super().generate(prompts, n, sampling)
 
 

@@ -129,13 +129,23 @@ def grade_prompts(
     batch = max(1, rows // n)
     for start in range(0, len(left), batch):
         part = left[start : start + batch]
-        fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader)
+        counted = _count_prompts(report, len(groups), len(prompts), n)
+        fresh = rollout(engine, task, part, n=n, sampling=sampling, tokenizer=tokenizer, grader=grader, report=counted)
         groups |= {group.prompt.id: group for group in fresh}
         if answer_cache:
             answer_cache.add(fresh)
         right = fmean(grade.solved for group in groups.values() for grade in group.grades)
         report(len(groups), len(prompts), f"{right:.0%} right")
     return score_groups([groups[prompt.id] for prompt in prompts])
+
+
+def _count_prompts(report: Report, before: int, prompts: int, n: int) -> Report:
+    """Return a report of completions that reports prompts: those done `before`, and one for each n completions."""
+
+    def counted(done: int, total: int = 0, note: str = "") -> None:
+        report(before + done // n, prompts, note)
+
+    return counted
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from minigrpo.errors import TaskError
 from minigrpo.models.chat_template import render
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import judge_group
-from minigrpo.types import Engine, Group, Prompt, Sampling, Split, Task
+from minigrpo.types import Engine, Group, Progress, Prompt, Sampling, Split, Task
+from minigrpo.ui.progress import Report
 
 
 def rollout(
@@ -22,19 +24,22 @@ def rollout(
     sampling: Sampling,
     tokenizer: Any,
     grader: Grader | None = None,
+    report: Report | None = None,
 ) -> list[Group]:
     """Ask the engine for n completions of each prompt and have the task judge each.
 
-    With a grader, groups are judged while others are still being sampled; the outcome is the same. Raises TaskError
-    where the task cannot judge, or where no reward function applied to any completion of several prompts.
+    With a grader, groups are judged while others are still being sampled; the outcome is the same. `report` is told how
+    many completions have ended, with the tokens sampled so far and their rate. Raise TaskError where the task cannot
+    judge, or where no reward function applied to any completion of several prompts.
     """
     rendered = [render(tokenizer, prompt) for prompt in prompts]
+    progress = _report_tokens(report, len(rendered) * n) if report else None
     if grader is None:
-        answers = engine.generate(rendered, n, sampling)
+        answers = engine.generate(rendered, n, sampling, progress=progress)
         graded = [judge_group(task, question.prompt, own) for question, own in zip(rendered, answers, strict=True)]
     else:
         pending = grader.open_batch(prompts)
-        answers = engine.generate(rendered, n, sampling, pending.submit)
+        answers = engine.generate(rendered, n, sampling, pending.submit, progress=progress)
         graded = pending.collect(answers)
     groups = [
         Group(question.prompt, question.ids, own, grades)
@@ -42,6 +47,17 @@ def rollout(
     ]
     report_unscored(task, groups, grader)
     return groups
+
+
+def _report_tokens(report: Report, completions: int) -> Progress:
+    start = time.perf_counter()
+
+    def progress(tokens: int, ended: int) -> None:
+        rate = tokens / max(time.perf_counter() - start, 1e-9)
+        report(ended, completions, f"{tokens} tokens, {rate:.0f} a second")
+
+    report(0, completions, "reading the prompts")
+    return progress
 
 
 def report_unscored(task: Task, groups: Sequence[Group], grader: Grader | None) -> None:

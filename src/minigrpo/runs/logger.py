@@ -70,6 +70,10 @@ class RunLogger:
         """Print a sentence for the person who watches, above the display."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def set_activity(self, words: str) -> None:
+        """Say what the step is doing now; the display shows it."""
+        self._view.set_activity(words)
+
     def positions(self) -> dict[str, dict[str, Any]]:
         """Return length in bytes and SHA-256 of both files, after fsync: what a checkpoint stores."""
         return {path.name: prefix.whole() for path, prefix in self._prefixes.items()}

@@ -137,8 +137,12 @@ class Supervisor:
             sampling=sampling,
             tokenizer=self.policy.tokenizer,
             grader=self._grader,
+            report=self._report_sampling,
         )
         return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
+
+    def _report_sampling(self, done: int, total: int = 0, note: str = "") -> None:
+        self.logger.set_activity(f"sampling: {done} of {total} completions ended, {note}")
 
     def _is_informative(self, group: Group) -> bool:
         """Tell whether the group's siblings differ in what the objective compares."""
@@ -147,6 +151,7 @@ class Supervisor:
     @contextmanager
     def update_phase(self, step: int) -> Iterator[None]:
         """Surround an update: time it, and leave a note of it in the run's folder where memory is tight."""
+        self.logger.set_activity("updating the policy")
         free = free_memory(self.policy.device)
         with crash_note(self.run, self._update_bytes, free, {"step": step, "tokens_per_pass": self.tokens_per_pass}):
             yield
@@ -157,6 +162,7 @@ class Supervisor:
     ) -> None:
         """Log the step, evaluate and save when it is time. Raises DivergenceError where going on makes no sense."""
         self._clock.lap("sync")
+        self.logger.set_activity("logging and saving")
         self._keep_smaller_passes(tokens_per_pass)
         metrics = step_metrics(sampled, batch, figures)
         if self.recipe.eval.every and (step + 1) % self.recipe.eval.every == 0:

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minigrpo.types import Group
+from minigrpo.ui.heartbeat import Heartbeat
 
 WINDOW = 20  # steps from which the remaining time is estimated: completions grow shorter or longer as a run goes on
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -74,23 +75,39 @@ class Snapshot:
 class ProgressView(Protocol):
     def open(self, snapshot: Snapshot) -> None: ...
     def show(self, snapshot: Snapshot) -> None: ...
+    def set_activity(self, words: str) -> None: ...
     def close(self) -> None: ...
 
 
 class PlainLog:
-    """Prints a line per step, at most every two seconds, to keep logs short; always the first and last step."""
+    """Prints a line per step, at most every two seconds, to keep logs short; always the first and last step.
+
+    While a step lasts, it prints from time to time what is being done.
+    """
 
     def __init__(self, console: Console, total_steps: int, every: float = 2.0) -> None:
         self._console = console
         self._total = total_steps
         self._every = every
         self._last: float | None = None
+        self._step, self._activity = 0, ""
+        self._began = time.monotonic()
+        self._heartbeat = Heartbeat(self._show_activity)
 
     def open(self, snapshot: Snapshot) -> None:
-        pass
+        self._step, self._began = snapshot.step, time.monotonic()
+        self._heartbeat.__enter__()
+
+    def set_activity(self, words: str) -> None:
+        self._activity = words
+
+    def _show_activity(self) -> None:
+        words = ", ".join(filter(None, (self._activity, f"{duration(time.monotonic() - self._began)} so far")))
+        self._say(f"step {self._step + 1}/{self._total}: {words}")
 
     def show(self, snapshot: Snapshot) -> None:
         now = time.monotonic()
+        self._step, self._began = snapshot.step, now
         if self._last is not None and now - self._last < self._every and snapshot.step < self._total:
             return
         self._last = now
@@ -101,10 +118,11 @@ class PlainLog:
             self._say(f"    | {line}")
 
     def close(self) -> None:
-        pass
+        self._heartbeat.__exit__(None, None, None)
 
     def _say(self, words: str) -> None:
         self._console.print(words, highlight=False, markup=False, soft_wrap=True)
+        self._heartbeat.touch()
 
 
 class LivePanel:
@@ -115,6 +133,7 @@ class LivePanel:
         self._total = total_steps
         self._snapshot = Snapshot()
         self._live: Live | None = None
+        self._activity = ""
 
     def open(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -123,6 +142,9 @@ class LivePanel:
 
     def show(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+
+    def set_activity(self, words: str) -> None:
+        self._activity = words
 
     def close(self) -> None:
         if self._live is not None:
@@ -135,8 +157,9 @@ class LivePanel:
         parts: list[RenderableType] = [reward_curve(snapshot.rewards, width - 14)] if snapshot.rewards else []
         # A fact stays whole where the line breaks: its own spaces are hidden from the wrapping.
         facts = textwrap.wrap("   ".join(fact.replace(" ", "\a") for fact in snapshot.facts()), width - 4)
-        words = "\n".join(facts).replace("\a", " ") or "sampling the first completions ..."
-        parts.append(Text(words, style="bold"))
+        if facts:
+            parts.append(Text("\n".join(facts).replace("\a", " "), style="bold"))
+        parts.append(Text(self._activity or "sampling the first completions ...", style="dim"))
         if snapshot.sample:
             shown = snapshot.sample.splitlines()
             more = [f"... {len(shown) - SAMPLE_LINES} more lines"] if len(shown) > SAMPLE_LINES else []

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from minigrpo.ui.heartbeat import Heartbeat
 from minigrpo.ui.live import duration, panel_fits
 
 
@@ -28,7 +29,9 @@ def stage(name: str, total: int, console: Console | None = None) -> Iterator[Rep
     console = console or Console(stderr=True)
     began = time.monotonic()
     if not panel_fits(console):
-        yield _stage_lines(name, total, console)
+        lines = _StageLines(name, total, console)
+        with lines.heartbeat:
+            yield lines.report
     else:
         with _bar(console) as bar:
             task = bar.add_task(name, total=total or None, note="")
@@ -54,18 +57,29 @@ def _bar(console: Console) -> Any:
     )
 
 
-def _stage_lines(name: str, total: int, console: Console, every: float = 5.0) -> Report:
-    """Print plain lines for logs: the first report, then one every few seconds; `stage` prints the end."""
-    began = last = time.monotonic()
-    first = True
+class _StageLines:
+    """Prints plain lines for logs: the first report, then one every few seconds, and one while nothing is reported."""
 
-    def report(done: int, total: int = total, note: str = "") -> None:
-        nonlocal last, first
-        now = time.monotonic()
-        if first or now - last >= every:
-            left = f", {duration((now - began) / done * (total - done))} left" if 0 < done < total and not first else ""
-            words = f"{name}: {done}/{total}{left}{f'  {note}' if note else ''}"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
-            last, first = now, False
+    def __init__(self, name: str, total: int, console: Console, every: float = 5.0) -> None:
+        self.name, self.total, self.console, self.every = name, total, console, every
+        self.began = self.last = time.monotonic()
+        self.words = ""
+        self.heartbeat = Heartbeat(self._show_elapsed)
 
-    return report
+    def report(self, done: int, total: int | None = None, note: str = "") -> None:
+        now, total, first = time.monotonic(), self.total if total is None else total, not self.words
+        count = f"{done}/{total}" if total else str(done)
+        if 0 < done < total and not first:
+            count += f", {duration((now - self.began) / done * (total - done))} left"
+        self.words = f"{count}{f'  {note}' if note else ''}"
+        if first or now - self.last >= self.every:
+            self._print(self.words)
+
+    def _show_elapsed(self) -> None:
+        elapsed = f"{duration(time.monotonic() - self.began)} so far"
+        self._print(f"{self.words}, {elapsed}" if self.words else elapsed)
+
+    def _print(self, words: str) -> None:
+        self.console.print(f"{self.name}: {words}", highlight=False, markup=False, soft_wrap=True)
+        self.last = time.monotonic()
+        self.heartbeat.touch()

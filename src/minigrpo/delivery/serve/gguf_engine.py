@@ -20,7 +20,8 @@ from minigrpo.delivery.serve.commands import DEFAULT_CONTEXT
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
 from minigrpo.models.context_window import check_room
-from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter
+from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key
 
 
@@ -48,15 +49,25 @@ class GgufEngine:
         self.tokenizer = Renderer(client, str(header.file))
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         check_room(prompts, sampling.max_tokens, self.context)
         answers = []
-        for place, asked in enumerate(prompts):
-            own = tuple(self._answer(asked, sibling, sampling) for sibling in range(n))
-            answers.append(own)
+        counter = ProgressCounter(progress)
+        for index, rendered in enumerate(prompts):
+            own = []
+            for sibling in range(n):
+                own.append(self._answer(rendered, sibling, sampling))
+                counter.add_completions(own[-1:])
+            answers.append(tuple(own))
             if ready:
-                ready(place, own)
+                ready(index, answers[-1])
         return answers
 
     def update(self, policy: Any) -> None:

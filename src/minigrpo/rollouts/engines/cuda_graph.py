@@ -24,8 +24,8 @@ from torch import Tensor
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import prefill_prompts
-from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits, split_prompts
-from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
+from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 CHECK_EVERY = 16
@@ -232,17 +232,24 @@ class SlotEngine:
             self._graphs = None
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Return n completions of each prompt, in order; at most `rows` completions are decoded at once."""
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
+        counter = ProgressCounter(progress, ready)
         for start, chunk in split_prompts(prompts, n, self.rows):
-            answers += self._decode_batch(chunk, n, sampling, start, ready)
+            answers += self._decode_batch(chunk, n, sampling, start, counter)
         return answers
 
     def _decode_batch(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, start: int, ready: Ready | None
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, start: int, counter: ProgressCounter
     ) -> list[tuple[Completion, ...]]:
         graphs = self._start_batch(prompts, n, sampling)
         state, step = graphs.for_prompts(len(prompts))
@@ -252,19 +259,18 @@ class SlotEngine:
             last = so_far + 1 == sampling.max_tokens
             if not last and (so_far + 1) % CHECK_EVERY:
                 continue
-            active_M = state.active_B.view(-1, n).any(1)
+            count_M = state.active_B.view(-1, n).sum(1)
+            active_M, counts = count_M > 0, count_M.tolist()
             prompt_indices = state.row_B.view(-1, n)[:, 0].div(n, rounding_mode="floor").tolist()
             active = {
-                prompt_index
-                for prompt_index, goes in zip(prompt_indices, active_M.tolist(), strict=True)
-                if goes and not last
+                prompt_index for prompt_index, count in zip(prompt_indices, counts, strict=True) if count and not last
             }
             for prompt_index in sorted(set(range(len(prompts))) - done.keys() - active):
                 done[prompt_index] = self._completions(graphs.full_state, prompts, prompt_index, n)
-                if ready:
-                    ready(start + prompt_index, done[prompt_index])
+                counter.finish(start + prompt_index, done[prompt_index])
             if not active:
                 break
+            counter.show(sum(counts) * (so_far + 1))
             if len(active) <= len(active_M) // 2:
                 narrower = graphs.for_prompts(len(active))
                 # All active prompts, then ended ones to fill the slots: no completion may have two slots.

@@ -18,8 +18,8 @@ from torch import Tensor
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
-from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits, split_prompts
-from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
+from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
@@ -50,13 +50,20 @@ class NativeEngine:
         self.decoder.refresh()
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Return n completions of each prompt, in order; at most `rows` completions are decoded at once."""
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
+        counter = ProgressCounter(progress)
         for start, chunk in split_prompts(prompts, n, self.rows):
-            batch = DecodeBatch(self.decoder, chunk, n, sampling)
+            batch = DecodeBatch(self.decoder, chunk, n, sampling, counter)
             rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
             answers += self._decode_batch(batch, rule, start, ready)
         return answers
@@ -102,8 +109,10 @@ class NativeEngine:
 class DecodeBatch:
     """Prompts decoded together, with all state that changes while they are."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> None:
-        self.decoder, self.sampling, self.siblings = decoder, sampling, n
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[Rendered], n: int, sampling: Sampling, counter: ProgressCounter
+    ) -> None:
+        self.decoder, self.sampling, self.siblings, self.counter = decoder, sampling, n, counter
         device = decoder.device
         M, B = len(prompts), len(prompts) * n
         self.prompts = M
@@ -146,6 +155,7 @@ class DecodeBatch:
             ended_n = stop_rule(tokens_n, self.row_n, so_far + 1) | ~logprobs_n.isfinite()
             self.input_n = tokens_n
             self.position_n += 1
+            rows = len(self.row_n)
             if bool(ended_n.any()):
                 ended = self.row_n[ended_n]
                 self.stopped_B[ended] = True
@@ -153,6 +163,8 @@ class DecodeBatch:
                 self._evict(ended_n, so_far + 1)
                 for index in self._finished_prompts(ended, active_M) if notify else ():
                     notify(index)  # type: ignore[misc]
+            last = so_far + 1 == self.sampling.max_tokens
+            self.counter.add(rows, rows if last else rows - len(self.row_n))
             if not len(self.row_n):
                 return
         for index in [index for index, rows in enumerate(active_M) if rows] if notify else ():

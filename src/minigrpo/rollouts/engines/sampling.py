@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ModelError
-from minigrpo.types import Rendered
+from minigrpo.types import Completion, Progress, Ready, Rendered
 
 BLOCK = 1024
 
@@ -73,6 +73,34 @@ def _draw_blocked(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     chosen_nb = blocks_nSb.gather(1, block_n1[..., None].expand(-1, 1, BLOCK))[:, 0]
     inside_n1 = _first_exceeding(chosen_nb.cumsum(-1, dtype=torch.float64), goal_n1 - before_n1)
     return (block_n1 * BLOCK + inside_n1)[:, 0], total_n
+
+
+class ProgressCounter:
+    """Counts the tokens and ended completions of one call, and reports them. Called by engines as they decode."""
+
+    def __init__(self, progress: Progress | None, ready: Ready | None = None) -> None:
+        self.progress, self.ready = progress, ready
+        self.tokens = self.ended = self.shown = 0
+
+    def add(self, tokens: int, ended: int) -> None:
+        self.tokens += tokens
+        self.ended += ended
+        self.show()
+
+    def show(self, more_tokens: int = 0) -> None:
+        """Report the counts, with tokens of completions that still go on."""
+        self.shown = max(self.shown, self.tokens + more_tokens)
+        if self.progress:
+            self.progress(self.shown, self.ended)
+
+    def add_completions(self, completions: Sequence[Completion]) -> None:
+        self.add(sum(len(completion.token_ids) for completion in completions), len(completions))
+
+    def finish(self, index: int, completions: tuple[Completion, ...]) -> None:
+        """Count a prompt's completions, all of which have ended, and hand them over."""
+        self.add_completions(completions)
+        if self.ready:
+            self.ready(index, completions)
 
 
 def refuse_broken_logits(prompt_id: str, siblings: Sequence[Sequence[float]]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minigrpo.types import Completion, Prompt, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter
+from minigrpo.types import Completion, Progress, Prompt, Ready, Rendered, Sampling
 
 Script = Callable[[Prompt, int], str]
 
@@ -26,14 +27,20 @@ class Scripted:
         self.tokenizer = tokenizer
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         answers = []
+        counter = ProgressCounter(progress, ready)
         for index, rendered in enumerate(prompts):
             own = tuple(self.say(self.line(rendered.prompt, sibling), sampling) for sibling in range(n))
             answers.append(own)
-            if ready:
-                ready(index, own)
+            counter.finish(index, own)
         return answers
 
     def update(self, policy: Any) -> None:

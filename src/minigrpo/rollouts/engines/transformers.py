@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.context_window import check_room, context_length
-from minigrpo.rollouts.engines.sampling import draw, refuse_broken_logits
-from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits
+from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
 
 
@@ -32,13 +32,20 @@ class TransformersEngine:
         self.policy = policy
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         check_room(prompts, sampling.max_tokens, context_length(self.policy.model))
         at_once = max(1, self.rows // n)
+        counter = ProgressCounter(progress)
         answers: list[tuple[Completion, ...]] = []
         for start in range(0, len(prompts), at_once):
-            flat = self._generate_batch(prompts[start : start + at_once], n, sampling)
+            flat = self._generate_batch(prompts[start : start + at_once], n, sampling, counter)
             own = [tuple(flat[first : first + n]) for first in range(0, len(flat), n)]
             for index, siblings in enumerate(own):
                 refuse_broken_logits(prompts[start + index].prompt.id, [sibling.logprobs for sibling in siblings])
@@ -48,7 +55,9 @@ class TransformersEngine:
         return answers
 
     @torch.no_grad()
-    def _generate_batch(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> list[Completion]:
+    def _generate_batch(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, counter: ProgressCounter
+    ) -> list[Completion]:
         from transformers import GenerationConfig
 
         policy = self.policy
@@ -57,7 +66,7 @@ class TransformersEngine:
         ids_BP = torch.tensor([(*[0] * (longest - len(row)), *row) for row in rows], device=policy.device)
         mask_BP = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=policy.device)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
-        processor = _DrawProcessor(torch.tensor(streams, device=policy.device), sampling.temperature)
+        processor = _DrawProcessor(torch.tensor(streams, device=policy.device), sampling.temperature, counter)
         # A fresh config: the base's own settings (top-k, repetition penalty) would sample from another
         # distribution than the one that is scored.
         config = GenerationConfig(
@@ -71,6 +80,7 @@ class TransformersEngine:
                 input_ids=ids_BP, attention_mask=mask_BP, logits_processor=[processor], generation_config=config
             )
         logprobs_BC = torch.stack(processor.logprobs, 1).tolist()
+        counter.add(0, len(rows))
         return [self._completion(row, lps) for row, lps in zip(out[:, longest:].tolist(), logprobs_BC, strict=True)]
 
     def _completion(self, ids: list[int], logprobs: list[float]) -> Completion:
@@ -83,12 +93,13 @@ class TransformersEngine:
 class _DrawProcessor:
     """A logits processor that draws the token and makes all others impossible."""
 
-    def __init__(self, stream_B: Tensor, temperature: float) -> None:
-        self.stream_B = stream_B
+    def __init__(self, stream_B: Tensor, temperature: float, counter: ProgressCounter) -> None:
+        self.stream_B, self.counter = stream_B, counter
         self.temperature = temperature
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
         tokens_B, logprobs_B = draw(scores_BV, uniform(self.stream_B + len(self.logprobs)), self.temperature)
         self.logprobs.append(logprobs_B)
+        self.counter.add(len(tokens_B), 0)  # ended rows go on, padded, until the last one ends
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)

@@ -27,8 +27,8 @@ from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
-from minigrpo.rollouts.engines.sampling import refuse_broken_logits
-from minigrpo.types import Completion, Ready, Rendered, Sampling
+from minigrpo.rollouts.engines.sampling import ProgressCounter, refuse_broken_logits
+from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.rng import name_key
 
@@ -94,7 +94,13 @@ class VllmEngine:
         self.adapter = name
 
     def generate(
-        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None
+        self,
+        prompts: Sequence[Rendered],
+        n: int,
+        sampling: Sampling,
+        ready: Ready | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Return n completions of each prompt, in order. Raises MinigrpoError where vLLM does not answer."""
         check_room(prompts, sampling.max_tokens, self.context)
@@ -103,12 +109,12 @@ class VllmEngine:
             Request(prompt.ids, n, sampling, seed, self.stop_ids) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         done: dict[int, tuple[Completion, ...]] = {}
+        counter = ProgressCounter(progress, ready)
 
         def deliver(index: int, samples: Sequence[VllmSample]) -> None:
             refuse_broken_logits(prompts[index].prompt.id, [logprobs for _, logprobs, _ in samples])
             done[index] = self._completions(samples)
-            if ready:
-                ready(index, done[index])
+            counter.finish(index, done[index])
 
         self.host.complete(requests, self.adapter, deliver)
         return [done[index] for index in range(len(prompts))]
