@@ -7,10 +7,11 @@ import pytest
 
 from minigrpo.errors import ArtifactError
 from minigrpo.evaluation.evaluate import grade_prompts
-from minigrpo.evaluation.statistics import paired_difference, pass_at_k, sign_test, wilson_interval
+from minigrpo.evaluation.statistics import paired_difference, pass_at_k, sign_test
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.types import Grade, Sampling
+from minigrpo.utils.rates import wilson_interval
 
 
 def grade_script(task, script, tokenizer, n=1, **options):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.models.policy import open_policy
 from minigrpo.rollouts.engines.scripted import Scripted
-from minigrpo.training.preflight import preflight
+from minigrpo.training import preflight as preflight_module
+from minigrpo.training.preflight import preflight, sample_groups
+from minigrpo.training.preflight_findings import HOPELESS_GROUPS
 from minigrpo.types import Grade
 from minigrpo.ui.progress import no_report
 
@@ -32,8 +35,8 @@ def policy(recipe):
 
 @pytest.fixture
 def check(recipe, policy, echo_task, tokenizer):
-    def run(script, task=echo_task, recipe=recipe, report=no_report):
-        return preflight(recipe, task, policy, Scripted(script, tokenizer), report)
+    def run(script, task=echo_task, recipe=recipe, report=no_report, **more):
+        return preflight(recipe, task, policy, Scripted(script, tokenizer), report, **more)
 
     return run
 
@@ -192,9 +195,86 @@ def test_the_best_and_the_worst_sample_are_shown(check):
 def test_progress_is_reported(check):
     told = []
     check(["1", "no"], report=lambda *now: told.append(now))
-    assert told == [(1, 2, "4 groups"), (2, 2, "8 groups")]
+    counts = [done for done, _, _ in told]
+    assert counts == sorted(counts)
+    assert counts[-1] == 32
+    assert any("completions sampled; " in note and "tokens" in note for _, _, note in told)
 
 
 def test_an_empty_task_is_refused_before_anything_is_sampled(check, echo_task):
     with pytest.raises(Exception, match="has no train prompts"):
         check(["1"], task=replace(echo_task, prompts=lambda split: []))
+
+
+def test_none_of_a_few_groups_is_no_proof_and_sampling_goes_on_until_it_is_one(check):
+    verdict = check(["999"])
+    assert not verdict.go
+    assert HOPELESS_GROUPS <= verdict.figures.groups < HOPELESS_GROUPS + 4
+
+
+def test_when_time_is_up_before_it_is_sure_it_says_so_with_the_interval(check):
+    verdict = check(["999"], seconds=0.0)
+    assert verdict.go
+    assert not verdict.figures.decided
+    (warning,) = [warning for warning in verdict.warnings if "too few to call it hopeless" in warning]
+    assert "In none of the 4 groups" in warning
+    assert "up to 49% of the groups may differ" in warning
+    assert "--seconds" in warning
+
+
+def test_a_slow_model_without_the_form_needs_no_second_rollout(check, recipe, monkeypatch):
+    monkeypatch.setattr(preflight_module, "QUICK_SECONDS", 0.0)
+    wide = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"completions": 8, "prompts": 8})})
+    verdict = check(["no idea"[:6]], recipe=wide)
+    assert not verdict.go
+    assert verdict.figures.groups == 8
+
+
+@pytest.mark.parametrize(("rate", "most_wrong"), [(0.1, 0.02), (0.3, 0.0)])
+def test_at_most_two_in_a_hundred_are_called_hopeless_where_one_group_in_ten_differs(
+    rate, most_wrong, recipe, policy, echo_task, tokenizer
+):
+    draws, wrong, trials = random.Random(0), 0, 400
+    differs: dict[str, bool] = {}
+
+    def script(prompt, sibling):
+        if not sibling:
+            differs[prompt.id] = draws.random() < rate
+        return prompt.target if sibling or not differs[prompt.id] else "999"
+
+    prompts = echo_task.prompts("train")
+    for _ in range(trials):
+        engine = Scripted(script, tokenizer)
+        sampled = sample_groups(recipe, echo_task, policy, engine, prompts, report=no_report, seconds=60.0)
+        assert sampled.decided
+        wrong += not any(group.spread for group in sampled.groups)
+    noise = 3 * math.sqrt(most_wrong * (1 - most_wrong) / trials)
+    assert wrong / trials <= most_wrong + noise
+
+
+class Interrupted(Scripted):
+    """An engine that Ctrl-C interrupts after the first two prompts of a rollout."""
+
+    def generate(self, prompts, n, sampling, ready=None, *, progress=None):
+        super().generate(prompts[:2], n, sampling, ready, progress=progress)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_shows_what_has_been_sampled(recipe, policy, echo_task, tokenizer):
+    def script(prompt, sibling):
+        return prompt.target if sibling else "no"
+
+    verdict = preflight(recipe, echo_task, policy, Interrupted(script, tokenizer))
+    assert verdict.interrupted
+    assert (verdict.figures.groups, verdict.figures.completions, verdict.figures.solved) == (2, 8, 0.75)
+    assert verdict.figures.step_seconds is None
+    json.dumps(verdict.to_dict(), allow_nan=False)
+
+
+def test_ctrl_c_before_anything_was_sampled_ends_it(recipe, policy, echo_task, tokenizer):
+    class Early(Scripted):
+        def generate(self, prompts, n, sampling, ready=None, *, progress=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preflight(recipe, echo_task, policy, Early(["1"], tokenizer))

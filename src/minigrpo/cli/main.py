@@ -69,17 +69,27 @@ def root(
 
 
 @app.command(cls=RecipeCommand)
-def preflight(context: typer.Context, recipe: RecipeName, run: RunOption = None, as_json: AsJson = False) -> None:
+def preflight(
+    context: typer.Context,
+    recipe: RecipeName,
+    *,
+    run: RunOption = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Begin no rollout that would end after so many seconds; default 120.", min=0),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Try a recipe before hours are spent on it.
 
-    Samples a few groups of the real task, says what they would teach and what the whole run would take, and ends
-    with one verdict: go (exit code 0), or what to change (exit code 1).
+    Samples groups of the real task until it is sure whether they would teach anything, says what the whole run would
+    take, and ends with one verdict: go (exit code 0), or what to change (exit code 1). Ctrl-C shows what has been seen.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
     with stdout_for_json(as_json):
-        verdict = stages.preflight(loaded, folder(recipe, run))
+        verdict = stages.preflight(loaded, folder(recipe, run), seconds=seconds)
     if as_json:
         print_json(verdict.to_dict())
     raise typer.Exit(0 if verdict.go else 1)

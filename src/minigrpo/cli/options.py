@@ -27,7 +27,8 @@ SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 EXAMPLES: dict[str, str] = {
     "preflight": """
         minigrpo preflight quickstart
-        minigrpo preflight my.yaml --rollout.max_tokens 512  # do longer answers end?""",
+        minigrpo preflight my.yaml --rollout.max_tokens 512  # do longer answers end?
+        minigrpo preflight my.yaml --seconds 600  # sample longer, where differences are rare""",
     "plan": """
         minigrpo plan quickstart  # on this machine
         minigrpo plan my.yaml --gpu-memory 15GB

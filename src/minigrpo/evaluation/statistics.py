@@ -15,23 +15,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError
 from minigrpo.types import Grade, Group
-
-_Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A share with its Wilson interval, from `count` observations; the interval is (0, 1) where there were none."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        if not self.count:
-            return "none"
-        return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+from minigrpo.utils.rates import Z_95, Rate, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +145,7 @@ def paired_difference(before: Scores, after: Scores) -> PairedDifference:
     count = len(change_P) + 2
     mean = sum(change_P) / count
     square = (sum(change**2 for change in change_P) + 1) / count
-    half = _Z_95 * sqrt(max(0.0, square - mean**2) / count)
+    half = Z_95 * sqrt(max(0.0, square - mean**2) / count)
     return PairedDifference(
         fmean(change_P), max(-1.0, mean - half), min(1.0, mean + half), gained, lost, sign_test(gained, lost)
     )
@@ -180,14 +164,6 @@ def sign_test(gained: int, lost: int) -> float:
     total = gained + lost
     tail = sum(comb(total, i) for i in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**total)
-
-
-def wilson_interval(value: float, count: int) -> Rate:
-    if not count:
-        return Rate(0.0, 0.0, 1.0, 0)
-    middle = (value + _Z_95**2 / (2 * count)) / (1 + _Z_95**2 / count)
-    half = _Z_95 / (1 + _Z_95**2 / count) * sqrt(value * (1 - value) / count + _Z_95**2 / (4 * count**2))
-    return Rate(value, max(0.0, middle - half), min(1.0, middle + half), count)
 
 
 def pass_at_k(k: int, n: int, right: int) -> float:

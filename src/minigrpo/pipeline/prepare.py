@@ -62,16 +62,30 @@ def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     return stamp("preflight", recipe, *([run.warmup] if is_warm(recipe, run) else []))
 
 
-def run_preflight(opened: OpenedRun, run: RunDir | None, console: Console) -> PreflightResult:
-    """Sample the task, print what was seen, and save the verdict in the run's folder, if one is given."""
-    from minigrpo.training.preflight import preflight
+def run_preflight(
+    opened: OpenedRun, run: RunDir | None, console: Console, *, seconds: float | None = None
+) -> PreflightResult:
+    """Sample the task, print what was seen, and save the verdict in the run's folder, if one is given.
+
+    Raise KeyboardInterrupt where the user stopped the sampling, after printing what was seen; then nothing is saved.
+    """
+    from minigrpo.training.preflight import DEFAULT_SECONDS, preflight
 
     recipe = opened.recipe
     if run and is_warm(recipe, run):
         begin_with_warmup(opened, run)
     with stage("preflight", 0) as report:
-        verdict = preflight(recipe, opened.task, opened.policy, opened.engine, report)
+        verdict = preflight(
+            recipe,
+            opened.task,
+            opened.policy,
+            opened.engine,
+            report,
+            seconds=DEFAULT_SECONDS if seconds is None else seconds,
+        )
     console.print(tables.verdict_table(verdict))
+    if verdict.interrupted:
+        raise KeyboardInterrupt("Stopped: the verdict is of what had been sampled, and was not saved.")
     if run:
         write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
     return verdict

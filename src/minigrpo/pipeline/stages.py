@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "plan", "preflight", "quickstart", "run_all", "train", "warmup"]
 
 
-def preflight(recipe: Recipe, run: RunDir | None = None) -> PreflightResult:
-    """Sample the task, print what was seen and the verdict, and save it in the run's folder, if one is given."""
+def preflight(recipe: Recipe, run: RunDir | None = None, *, seconds: float | None = None) -> PreflightResult:
+    """Sample the task, print what was seen and the verdict, and save it in the run's folder, if one is given.
+
+    `seconds`: begin no further rollout after so many; None: preflight's own default. Ctrl-C prints what has been
+    sampled, saves nothing and raises KeyboardInterrupt.
+    """
     with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
-        return prepare.run_preflight(open_all(recipe, run), run, Console())
+        return prepare.run_preflight(open_all(recipe, run), run, Console(), seconds=seconds)
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:

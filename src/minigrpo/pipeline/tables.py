@@ -29,7 +29,9 @@ def verdict_table(verdict: PreflightResult) -> RenderableType:
     lines.append(figures_table(verdict.figures))
     lines += [Text(f"warning: {warning}", style="yellow") for warning in verdict.warnings]
     lines += [Text(f"change this: {reason.what} {reason.change}", style="red") for reason in verdict.reasons]
-    if verdict.go:
+    if verdict.go and not verdict.figures.decided:
+        lines.append(Text("verdict: go, but undecided: too little was sampled", style="bold yellow"))
+    elif verdict.go:
         lines.append(Text("verdict: go", style="bold green"))
     else:
         lines.append(Text("verdict: not yet. Training like this would teach nothing.", style="bold red"))
@@ -46,13 +48,15 @@ def figures_table(figures: Figures) -> RenderableType:
         "well-formed": f"{figures.formed:.0%}",
         "right": f"{figures.solved:.0%}",
         "reward": rewards(figures),
-        "groups that teach": f"{figures.informative:.0%}",
+        "groups that teach": f"{figures.informative_rate}",
         "cut off at the limit": f"{figures.truncated:.0%}",
         "length": f"{figures.mean_tokens:.0f} tokens",
         "longest prompt": longest_prompt(figures.prompts),
-        "sampling": f"{figures.tokens_per_second:,.0f} tokens/s",
-        "one step": f"{figures.step_seconds:.1f} s",
-        "the whole training": f"about {duration(figures.training_seconds)}",
+        "sampling": "not timed" if figures.tokens_per_second is None else f"{figures.tokens_per_second:,.0f} tokens/s",
+        "one step": "not timed" if figures.step_seconds is None else f"{figures.step_seconds:.1f} s",
+        "the whole training": "not timed"
+        if figures.training_seconds is None
+        else f"about {duration(figures.training_seconds)}",
         "peak memory": f"{planned} planned, {held} so far",
     }
     for name, value in rows.items():

@@ -11,7 +11,7 @@ from minigrpo.errors import TaskError
 from minigrpo.models.chat_template import render
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import judge_group
-from minigrpo.types import Engine, Group, Progress, Prompt, Sampling, Split, Task
+from minigrpo.types import Completion, Engine, Group, Progress, Prompt, Ready, Sampling, Split, Task
 from minigrpo.ui.progress import Report
 
 
@@ -25,21 +25,29 @@ def rollout(
     tokenizer: Any,
     grader: Grader | None = None,
     report: Report | None = None,
+    observe: Ready | None = None,
 ) -> list[Group]:
     """Ask the engine for n completions of each prompt and have the task judge each.
 
     With a grader, groups are judged while others are still being sampled; the outcome is the same. `report` is told how
-    many completions have ended, with the tokens sampled so far and their rate. Raise TaskError where the task cannot
-    judge, or where no reward function applied to any completion of several prompts.
+    many completions have ended, with the tokens sampled so far and their rate; `observe` is passed each prompt's
+    completions when they have ended. Raise TaskError where the task cannot judge, or where no reward function applied
+    to any completion of several prompts.
     """
     rendered = [render(tokenizer, prompt) for prompt in prompts]
     progress = _report_tokens(report, len(rendered) * n) if report else None
     if grader is None:
-        answers = engine.generate(rendered, n, sampling, progress=progress)
+        answers = engine.generate(rendered, n, sampling, observe, progress=progress)
         graded = [judge_group(task, question.prompt, own) for question, own in zip(rendered, answers, strict=True)]
     else:
         pending = grader.open_batch(prompts)
-        answers = engine.generate(rendered, n, sampling, pending.submit, progress=progress)
+
+        def ready(index: int, completions: tuple[Completion, ...]) -> None:
+            pending.submit(index, completions)
+            if observe:
+                observe(index, completions)
+
+        answers = engine.generate(rendered, n, sampling, ready, progress=progress)
         graded = pending.collect(answers)
     groups = [
         Group(question.prompt, question.ids, own, grades)
