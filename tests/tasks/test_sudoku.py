@@ -113,7 +113,8 @@ def test_a_strategy_that_memorised_one_board_is_not_solved() -> None:
         ("", "no fenced block"),
         (GOLD_PROGRAM, "no fenced block"),
         ("```python\n" + GOLD_PROGRAM, "block not closed"),
-        (format_code_block(GOLD_PROGRAM) + "\n" + format_code_block(GOLD_PROGRAM), "more than one block"),
+        (format_code_block(GOLD_PROGRAM) + "\n" + format_code_block(GOLD_PROGRAM), "more than one block defines"),
+        (format_code_block("1") + "\n" + format_code_block("2"), "no block defines"),
         (format_code_block(GOLD_PROGRAM).replace("python", "javascript"), "another language"),
         ("Here: " + format_code_block(GOLD_PROGRAM), "not on a line of its own"),
         (format_code_block(GOLD_PROGRAM.replace("strategy", "player")), "no function strategy"),
@@ -127,7 +128,8 @@ def test_a_strategy_that_memorised_one_board_is_not_solved() -> None:
         (format_code_block(returning("'\ud800'")), "does not read"),
         (format_code_block("x" * 2**20), "more than 20000 characters"),
         ("x" * 2**20, "no fenced block"),
-        ("`" * 10_000, "more than one block"),
+        ("`" * 10_002, "no block defines"),
+        ("`" * 9_999, "block not closed"),
     ],
 )
 def test_a_text_without_the_function_earns_what_the_table_says(text: str, told: str) -> None:
@@ -163,6 +165,54 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
     assert grades[0].reward <= 0
 
 
+HELPERS = """
+SIZE, BOX = 9, [3, -3]
+
+def free(board, r, c):
+    rows = {*board[r], *(row[c] for row in board)}
+    return [n for n in range(1, SIZE + 1) if n not in rows]
+"""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""How to win."""\n' + GOLD_PROGRAM,
+        "from typing import List, Tuple\n"
+        + GOLD_PROGRAM.replace("board, initial)", "board: List[List[int]], initial)", 1),
+        "import typing\n" + GOLD_PROGRAM.replace("initial):", "initial) -> 'typing.Tuple[int, int, int]':", 1),
+        GOLD_PROGRAM.replace("board, initial)", "board: print(1), /, initial)", 1),
+        GOLD_PROGRAM.replace("initial):", "initial) -> print(1):", 1),
+        HELPERS + GOLD_PROGRAM,
+        GOLD_PROGRAM + "\nif __name__ == '__main__':\n    import os\n    os.system('date')\n",
+        GOLD_PROGRAM + "\nboard = [[0] * 9 for _ in range(9)]\nresult = strategy(board, board)\nprint(result)\n",
+        "print(1)\nwhile True:\n    pass\n" + GOLD_PROGRAM,
+    ],
+    ids=lambda source: source[:12],
+)
+def test_a_habit_that_gains_nothing_costs_nothing(source: str) -> None:
+    grade = graded(source)
+    assert (parts(grade), grade.solved) == ((1.0, 1.0, 30.0), True)
+
+
+def test_of_several_blocks_the_one_that_defines_the_function_is_graded() -> None:
+    text = (
+        f"The grid:\n```\n[[0]]\n```\nNow\n{format_code_block(GOLD_PROGRAM)}\nCall it:\n```python\nstrategy(a, b)\n```"
+    )
+    grade = TASK.grade(PROMPT, text)
+    assert grade.solved
+
+
+def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
+    """A name that only left-out code defines is missing when the function needs it."""
+    needy = GOLD_PROGRAM.replace("def strategy", "moves = [int('1')]\ndef strategy", 1).replace(
+        "    def free", "    moves.pop()\n\n    def free", 1
+    )
+    grade = graded(needy)
+    assert parts(grade)[2] == -3.0
+    assert "NameError" in grade.notes["games"]
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [
@@ -171,10 +221,10 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
         (GOLD_PROGRAM.replace("initial)", "initial=[])", 1), "default arguments"),
         (GOLD_PROGRAM.replace("initial)", "*initial)", 1), "parameters other than"),
         (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
-        (GOLD_PROGRAM.replace("board, initial)", "board: print(1), /, initial)", 1), "annotation"),
-        (GOLD_PROGRAM.replace("initial):", "initial) -> print(1):", 1), "annotation"),
-        ("print(1)\n" + GOLD_PROGRAM, "code outside"),
-        (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "code outside"),
+        ("class Board: pass\n" + GOLD_PROGRAM, "code outside"),
+        ("@print\ndef help(): pass\n" + GOLD_PROGRAM, "code outside"),
+        ("def help(seen=[]): return seen\n" + GOLD_PROGRAM, "code outside"),
+        (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "defined twice"),
         (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],
 )

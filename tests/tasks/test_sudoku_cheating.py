@@ -74,6 +74,15 @@ def test_a_name_that_the_program_defines_is_no_cheat(lines: str) -> None:
     assert (parts(grade), grade.solved) == ((1.0, 1.0, 30.0), True)
 
 
-def test_a_name_defined_beside_the_function_is_code_outside_and_no_cheat() -> None:
+def test_a_name_defined_beside_the_function_is_no_cheat() -> None:
     beside = "def help(): return 1\n" + after("help()") + "\nif __name__ == '__main__':\n    help()\n"
-    assert parts(graded(beside)) == (-1.0, 1.0, -3.0)
+    assert parts(graded(beside)) == (1.0, 1.0, 30.0)
+
+
+@pytest.mark.parametrize("line", ["seen = []", "seen = {}", "seen = 0"])
+def test_a_constant_beside_the_function_carries_nothing_from_call_to_call(line: str) -> None:
+    """A counter in the module would win by its second call; the module is executed afresh for each."""
+    counting = f"{line}\n" + GOLD_PROGRAM.replace(
+        "    def free", "    global seen\n    seen = [1] if seen in ([], {}, 0) else 1 / 0\n\n    def free", 1
+    )
+    assert parts(graded(counting)) == (1.0, 1.0, 30.0)

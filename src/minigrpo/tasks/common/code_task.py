@@ -2,9 +2,12 @@
 
     task = code_task([Problem("double", ("n",), "Twice the number.", cases=(((2,), 4), ((-1,), -2)))])
 
-The form is strict, so that the intended function is graded: one fenced block, in it one function of the required name
-and parameters, helpers inside. Text around the block is allowed. Everything else is refused with a reason. The program
-is only parsed here; it is executed only in the sandbox.
+The form is strict, so that the intended function is graded: one fenced block that defines a function of the required
+name and parameters. Text around the block is allowed, and other blocks that do not define it. Habits that gain nothing
+are taken or stripped, because most models have them: helper functions and constants beside the function stay; the
+module's docstring, annotations, imports from typing, example calls and a `__main__` block are left out and never run.
+Everything else is refused with a reason. The program is only parsed here; it is executed only in the sandbox, where the
+whole of it is executed afresh for every call, so that nothing outside the function can keep state.
 
 Not covered: cases that can be guessed. Keep the cases out of the question.
 """
@@ -36,7 +39,7 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module=_SOURCE_NAME)
 _MAX_CHARS = 20_000  # far above any honest program
 _FENCE = "```"
 _LANGUAGES = ("", "python", "python3", "py")
-_PLAIN_TYPES = frozenset({"bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"})
+_LITERAL_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.Load)
 _SYSTEM_PROMPT = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
@@ -49,7 +52,7 @@ class ParsedProgram:
     """The source of a function. `missing`: why there is none; `refused`: why it cannot be locked down.
 
     `cheats`: forbidden uses that its text shows: imports, and names that hide what it does. `odd`: uses that no honest
-    program needs but that gain nothing.
+    program needs but that gain nothing. `habits`: what was left out of the text because it is only a habit.
     """
 
     source: str = ""
@@ -57,6 +60,7 @@ class ParsedProgram:
     refused: str = ""
     cheats: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
+    habits: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -69,7 +73,7 @@ class ParsedProgram:
 
 def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgram:
     """Find the function `name(*parameters)` in any text; nothing of it is executed."""
-    source, fault = _extract_code_block(text)
+    source, fault = _extract_code_block(text, name)
     if fault:
         return ParsedProgram(missing=fault)
     try:
@@ -81,17 +85,28 @@ def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgr
     except (RecursionError, MemoryError):
         return ParsedProgram(missing="nested too deeply")
     try:
-        return _check_program(source, tree, name, tuple(parameters))
+        kept = _strip_habits(tree, name)
+        return _check_program(source if not kept.habits else kept.source, kept, name, tuple(parameters))
     except RecursionError:
         return ParsedProgram(missing="nested too deeply")
 
 
-def _extract_code_block(text: str) -> tuple[str, str]:
-    """Return (source of the one fenced block, "") or ("", why there is none)."""
-    count = text.count(_FENCE)
-    if count != 2:
-        return "", "no fenced block" if count == 0 else "block not closed" if count == 1 else "more than one block"
-    before, block, _ = text.split(_FENCE)
+def _extract_code_block(text: str, name: str) -> tuple[str, str]:
+    """Return (source of the fenced block, "") or ("", why there is none).
+
+    Of several blocks, it is the one that defines the function; it is none where several do.
+    """
+    pieces = text.split(_FENCE)[:-1]
+    if not pieces:
+        return "", "no fenced block"
+    if len(pieces) % 2:
+        return "", "block not closed"
+    blocks = list(zip(pieces[::2], pieces[1::2], strict=True))
+    if len(blocks) > 1:
+        blocks = [pair for pair in blocks if f"def {name}" in pair[1]]
+        if len(blocks) != 1:
+            return "", f"{'more than one block defines' if blocks else 'no block defines'} {name}"
+    before, block = blocks[0]
     language, _, source = block.partition("\n")
     if before.rpartition("\n")[2].strip() or source.rpartition("\n")[2].strip():
         return "", "a fence is not on a line of its own"
@@ -102,7 +117,64 @@ def _extract_code_block(text: str) -> tuple[str, str]:
     return source.replace("\r\n", "\n"), ""
 
 
-def _check_program(source: str, tree: ast.Module, name: str, parameters: tuple[str, ...]) -> ParsedProgram:
+@dataclass(frozen=True, slots=True)
+class _StrippedProgram:
+    """A program without what is only a habit: its statements, their source, and the habits that were left out."""
+
+    tree: ast.Module
+    source: str
+    habits: tuple[str, ...]
+
+
+def _strip_habits(tree: ast.Module, name: str) -> _StrippedProgram:
+    """Leave out top-level statements other than definitions and constants, and the annotations of functions."""
+    kept, habits = [], set()
+    for node in tree.body:
+        habit = _name_habit(node, name)
+        habits.add(habit)
+        if not habit:
+            kept.append(node)
+    stripped = _Unannotated()
+    module = ast.Module([stripped.visit(node) for node in kept], tree.type_ignores)
+    if stripped.found:
+        habits.add("annotations")
+    return _StrippedProgram(module, ast.unparse(module), tuple(sorted(habits - {""})))
+
+
+def _name_habit(node: ast.stmt, name: str) -> str:
+    """Name the habit that a top-level statement is; "" where it is none, and stays."""
+    match node:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return "a module docstring"
+        case ast.ImportFrom(module="typing" | "__future__", level=0):
+            return "an import of annotations"
+        case ast.Import(names=[ast.alias(name="typing", asname=None)]):
+            return "an import of annotations"
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Import() | ast.ImportFrom():
+            return ""
+    return "" if _is_constant(node) else f"code beside {name}"
+
+
+class _Unannotated(ast.NodeTransformer):
+    """Removes the annotations of functions, which would be evaluated when a function is defined."""
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        arguments = node.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        for argument in filter(None, every):
+            self.found |= argument.annotation is not None
+            argument.annotation = None
+        self.found |= node.returns is not None
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+
+def _check_program(source: str, kept: _StrippedProgram, name: str, parameters: tuple[str, ...]) -> ParsedProgram:
+    tree = kept.tree
     scopes, fault = _read_scopes(source)
     cheats = tuple(sorted(set(find_cheats(tree, scopes))))
     if fault:
@@ -110,8 +182,9 @@ def _check_program(source: str, tree: ast.Module, name: str, parameters: tuple[s
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if not functions:
         return ParsedProgram(source, missing=_explain_missing(tree, name), cheats=cheats)
-    refused = next(_find_refusals(tree, functions[0], parameters), "")
-    return ParsedProgram(source, refused=refused, cheats=cheats, odd=tuple(sorted(set(_find_oddities(functions[0])))))
+    refused = next(_find_refusals(tree, functions, parameters), "")
+    odd = tuple(sorted(set(_find_oddities(functions[0]))))
+    return ParsedProgram(source, refused=refused, cheats=cheats, odd=odd, habits=kept.habits)
 
 
 def _read_scopes(source: str) -> tuple[symtable.SymbolTable | None, str]:
@@ -131,11 +204,16 @@ def _explain_missing(tree: ast.Module, name: str) -> str:
     return f"no function {name}"
 
 
-def _find_refusals(tree: ast.Module, function: ast.FunctionDef, parameters: tuple[str, ...]) -> Iterator[str]:
+def _find_refusals(
+    tree: ast.Module, functions: Sequence[ast.FunctionDef], parameters: tuple[str, ...]
+) -> Iterator[str]:
     """Yield reasons why a function cannot be locked down: code that would run, or state that would stay, outside its
     calls.
     """
-    if len(tree.body) > 1:
+    function = functions[0]
+    if len(functions) > 1:
+        yield "the function is defined twice"
+    if not all(_is_helper(node) for node in tree.body if node is not function):
         yield "code outside the function"
     if function.decorator_list:
         yield "a decorator"
@@ -146,21 +224,24 @@ def _find_refusals(tree: ast.Module, function: ast.FunctionDef, parameters: tupl
         found.vararg or found.kwonlyargs or found.kwarg
     ):
         yield f"parameters other than ({', '.join(parameters)})"
-    annotations = [one.annotation for one in (*found.posonlyargs, *found.args)] + [function.returns]
-    if not all(_is_plain_type(node) for one in annotations if one is not None for node in ast.walk(one)):
-        yield "an annotation that is more than a built-in type"
     if getattr(function, "type_params", ()):
         yield "type parameters"
     if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in _own_nodes(function)):
         yield "a generator"
 
 
-def _is_plain_type(node: ast.AST) -> bool:
-    if isinstance(node, ast.Name):
-        return node.id in _PLAIN_TYPES
-    if isinstance(node, ast.Constant):
-        return node.value is None or node.value is Ellipsis
-    return isinstance(node, ast.Subscript | ast.Tuple | ast.BinOp | ast.BitOr | ast.Load)
+def _is_helper(node: ast.stmt) -> bool:
+    """Return whether a top-level statement only defines: a plain function, or a constant."""
+    if not isinstance(node, ast.FunctionDef):
+        return _is_constant(node)
+    return not node.decorator_list and not node.args.defaults and not any(node.args.kw_defaults)
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    """Return whether a statement gives names to a value that is written out."""
+    if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
+        return False
+    return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(node.value))
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
