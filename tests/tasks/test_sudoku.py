@@ -168,7 +168,7 @@ def test_deep_nesting_is_a_loss_and_no_crash(deep: str) -> None:
 HELPERS = """
 SIZE, BOX = 9, [3, -3]
 
-def free(board, r, c):
+def free(board, r, c=0, *, seen=[]):
     rows = {*board[r], *(row[c] for row in board)}
     return [n for n in range(1, SIZE + 1) if n not in rows]
 """
@@ -223,7 +223,7 @@ def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
         (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
         ("class Board: pass\n" + GOLD_PROGRAM, "code outside"),
         ("@print\ndef help(): pass\n" + GOLD_PROGRAM, "code outside"),
-        ("def help(seen=[]): return seen\n" + GOLD_PROGRAM, "code outside"),
+        ("def help(seen=print(1)): return seen\n" + GOLD_PROGRAM, "code outside"),
         (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "defined twice"),
         (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],

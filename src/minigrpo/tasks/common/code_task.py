@@ -234,14 +234,19 @@ def _is_helper(node: ast.stmt) -> bool:
     """Return whether a top-level statement only defines: a plain function, or a constant."""
     if not isinstance(node, ast.FunctionDef):
         return _is_constant(node)
-    return not node.decorator_list and not node.args.defaults and not any(node.args.kw_defaults)
+    defaults = (*node.args.defaults, *filter(None, node.args.kw_defaults))
+    return not node.decorator_list and all(map(_is_written_out, defaults))
 
 
 def _is_constant(node: ast.stmt) -> bool:
     """Return whether a statement gives names to a value that is written out."""
     if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
         return False
-    return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(node.value))
+    return _is_written_out(node.value)
+
+
+def _is_written_out(value: ast.expr) -> bool:
+    return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(value))
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
