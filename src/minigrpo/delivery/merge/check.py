@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 from rich.console import Group as Stack
-from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.merged_weights import WeightChange, weight_changes
@@ -27,6 +27,7 @@ from minigrpo.models.adapter import Adapter, PairStats, pair_stats
 from minigrpo.models.model_files import PREFIX_RENAMES, BaseFiles
 from minigrpo.runs.manifest import fits
 from minigrpo.runs.rundir import RunDir, read_json, write_json
+from minigrpo.ui.progress import stage
 from minigrpo.ui.tables import plain_table, titled
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -67,7 +68,7 @@ class Checked:
         return {"ok": self.ok} | asdict(self) | told
 
 
-def check(run: RunDir | Path, *, base: str | None = None, model: bool = True) -> Checked:
+def check(run: RunDir | Path, *, base: str | None = None, model: bool = True, quiet: bool = False) -> Checked:
     """Check what a run trained, or a PEFT adapter's folder; a run keeps the result as check.json.
 
     `model`: also load the model, and measure what the adapter does to the base's distributions. `base`: where the base
@@ -75,7 +76,8 @@ def check(run: RunDir | Path, *, base: str | None = None, model: bool = True) ->
     """
     source = source_of(run, base=base)
     try:
-        found, made = _run_checks(source, model)
+        with stage("check", 0, Console(stderr=True, quiet=quiet)):
+            found, made = _run_checks(source, model)
     except MinigrpoError as fault:
         found, made = Checked(source.folder, (str(fault),)), None
     if source.run:

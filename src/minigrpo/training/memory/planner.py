@@ -52,6 +52,9 @@ MAX_TOKENS, MIN_TOKENS = 32768, 256
 ENOUGH_PASS_TOKENS = 1024
 """Tokens per pass below which it is better to recompute activations than to make passes shorter still."""
 
+CPU_PASS_WORK = 5e11
+"""Tokens times parameters of one pass beyond which a CPU is not quicker, and only takes more memory: measured."""
+
 MATMUL_SCRATCH_BYTES = 16 << 20
 """Bytes that matrix products borrow on a CPU to reorder their inputs: measured, 4 to 13 MB."""
 
@@ -184,11 +187,7 @@ class _Planner:
     def _longest(self, recompute: bool) -> Plan:
         """Find the most tokens per pass that fit, by bisection over powers of two."""
         own = self.recipe.train.tokens_per_pass
-        sizes = (
-            [own]
-            if own
-            else [n for n in _powers() if n < 2 * batch_tokens(self.recipe.rollout, self.prompt)] or [MIN_TOKENS]
-        )
+        sizes = [own] if own else self._sizes()
         best, rest = sizes[0], sizes[:-1]
         if self._with(recompute, sizes[-1]).fits:
             return self._with(recompute, sizes[-1])
@@ -199,6 +198,14 @@ class _Planner:
             else:
                 rest = rest[:middle]
         return self._with(recompute, best)
+
+    def _sizes(self) -> list[int]:
+        """Return the tokens per pass to try: no more than a step has, and on a CPU no more than make it quicker."""
+        most = 2 * batch_tokens(self.recipe.rollout, self.prompt) - 1
+        if self.device.device == "cpu":
+            parameters = sum(parameter.numel() for parameter in self.bare.model.parameters())
+            most = min(most, max(ENOUGH_PASS_TOKENS, int(CPU_PASS_WORK / parameters)))
+        return [size for size in _powers() if size <= most] or [MIN_TOKENS]
 
     def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
         micro_batch = largest_micro_batch(self.recipe.rollout, self.prompt, tokens_per_pass)
