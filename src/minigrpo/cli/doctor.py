@@ -21,6 +21,7 @@ from minigrpo.cli.options import AsJson, print_json, stdout_for_json
 from minigrpo.errors import install_hint
 from minigrpo.sandbox.doctor import Finding, Level
 from minigrpo.utils.cache_dir import cache_dir
+from minigrpo.utils.cpu import bfloat16_instructions
 from minigrpo.versions import installed
 
 TESTED = {
@@ -148,11 +149,7 @@ def _cuda(index: int) -> Finding:
 
 def cpu_number_types() -> str:
     """Return whether the hardware has 16-bit arithmetic. Without it bfloat16 saves memory and costs time."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "float32"
-    fast = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in flags]
+    fast = bfloat16_instructions()
     return f"float32; bfloat16 in hardware ({', '.join(fast)})" if fast else "float32; bfloat16 only emulated"
 
 

@@ -53,7 +53,9 @@ class ModelConfig(Config):
     )
     revision: str | None = field(None, "commit or branch, where path is a Hub id")
     dtype: DtypeName = field(
-        "auto", "number type of the frozen weights; auto: bfloat16 where the device truly has it, and float32 on a CPU"
+        "auto",
+        "number type of the frozen weights; auto: bfloat16 where the device truly has it and the model is large, else "
+        "float16 on a GPU and float32 on a CPU",
     )
     device: str = field("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
     quantize: Literal["none", "nf4"] = field(

@@ -24,7 +24,7 @@ from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
-from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device, pick_dtype
+from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, save_adapter
 from minigrpo.models.loss_scale import LossScale
@@ -294,18 +294,18 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
 def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
     """Open any model as a policy without an adapter, with the recipe's dtype, head and chat template."""
     device = pick_device(recipe.model.device)
-    dtype = pick_dtype(recipe.model.dtype, device)
     loaded = open_model(
         path,
         revision=recipe.model.revision,
-        dtype=dtype,
+        dtype=recipe.model.dtype,
         device=device,
         seed=recipe.seed,
+        full=recipe.train.full,
         template=recipe.model.template,
         four_bit=recipe.model.quantize == "nf4",
         report=report,
     )
-    if recipe.model.head_float32 and dtype != torch.float32:
+    if recipe.model.head_float32 and loaded.model.dtype != torch.float32:
         loaded.model.set_output_embeddings(Float32Head.of(loaded.model.get_output_embeddings()))
     return Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
 

@@ -33,8 +33,8 @@ def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
 
     Raises ModelError where the model's config or tokenizer cannot be read, or its memory depends on its weights.
     """
-    device = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe)
     sketch = read_sketch(recipe)
+    device = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe, sketch.config)
     prompt = longest_prompt(prompts_of(open_task(recipe), "train"), sketch.tokenizer)
     try:
         return make_plan(sketch.config, recipe, device, prompt)
@@ -52,11 +52,12 @@ def _gpu(recipe: Recipe, gigabytes: float) -> Device:
     return gpu_of_size(min(gigabytes, recipe.train.memory or gigabytes), dtype)
 
 
-def _this_machine(recipe: Recipe) -> Device:
+def _this_machine(recipe: Recipe, config: Any) -> Device:
     import peft  # noqa: F401  (what a run imports must count in what the program takes)
 
     device = pick_device(recipe.model.device)
-    return this_device(recipe.train, device, pick_dtype(recipe.model.dtype, device))
+    dtype = pick_dtype(recipe.model.dtype, device, config, full=recipe.train.full)
+    return this_device(recipe.train, device, dtype)
 
 
 def read_sketch(recipe: Recipe) -> ModelSketch:
