@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.long, pytest.mark.env("MINIGRPO_REAL_MODEL"), pytest.mark.extra("gguf")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.env("MINIGRPO_REAL_MODEL"),
+    pytest.mark.extra("gguf"),
+    pytest.mark.timeout(3600),
+]
 
 # A high learning rate, so that two steps change more than 16-bit weights round away.
 KNOBS = {
@@ -21,14 +26,15 @@ KNOBS = {
     "task.example": "true",
     "task.size": "64",
     "rollout.prompts": "2",
-    "rollout.completions": "4",
+    "rollout.completions": "8",
+    "groups.resample": "4",
     "rollout.max_tokens": "96",
     "train.steps": "2",
     "train.lr": "1e-3",
     "lora.dropout": "0",
     "save.every": "1",
 }
-TIMEOUT_S = 1200
+TIMEOUT_S = 1200  # of one command; the stages together take six to fifteen minutes
 
 
 def command(*arguments: str) -> list[str]:
@@ -63,8 +69,8 @@ def test_every_stage_works_on_a_real_pretrained_model(tmp_path: Path) -> None:
     run = tmp_path / "run"
     seen = result_of([*recipe_command("preflight", tmp_path / "asked"), "--seconds", "1", "--json"], (0, 1))
     figures = json.loads(seen.stdout)["figures"]
-    assert figures["completions"] == 8
-    assert figures["formed"] > 0, "with a worked example, a real instruct model shows the form at least once in eight"
+    assert figures["completions"] == 16
+    assert figures["formed"] > 0, "with a worked example, a real instruct model shows the form at least once in sixteen"
     first = seen.stderr.splitlines()
     assert any(line.startswith("preflight: ") and "completions sampled" in line for line in first)
 
@@ -74,7 +80,9 @@ def test_every_stage_works_on_a_real_pretrained_model(tmp_path: Path) -> None:
     assert "Resumed after step 1 of 2" in resumed.stderr
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(row["engine_gap"] < 0.05 for row in steps), "beyond what 16 bit rounds"
+    gaps = [row["engine_gap"] for row in steps if "engine_gap" in row]  # a step whose groups all tie has no pass
+    assert gaps, "no step had a group that differs: nothing was trained"
+    assert max(gaps) < 0.05, "beyond what 16 bit rounds"
 
     result_of(command("check", str(run)))
     result_of(command("merge", str(run)))

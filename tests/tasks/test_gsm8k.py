@@ -81,9 +81,9 @@ def test_a_worked_example_comes_on_demand_and_in_both_splits(folder: Path) -> No
     for split in splits:
         for without, with_one in zip(plain.prompts(split), shown.prompts(split), strict=True):
             assert with_one.messages[-1] == without.messages[-1]
-            assert with_one.messages[0]["content"] == gsm8k.GSM8K_SYSTEM_PROMPT + gsm8k.WORKED_EXAMPLE
+            assert with_one.messages[0]["content"] == gsm8k.SYSTEM_PROMPT_WITH_EXAMPLE
             assert without.messages[0]["content"] == gsm8k.GSM8K_SYSTEM_PROMPT
-    example = gsm8k.WORKED_EXAMPLE[gsm8k.WORKED_EXAMPLE.index("<think>") :]
+    example = gsm8k.SYSTEM_PROMPT_WITH_EXAMPLE[gsm8k.SYSTEM_PROMPT_WITH_EXAMPLE.rindex("<think>") :]
     assert shown.grade(Prompt("p", (), {"answer": "22"}), example).reward == 1.0
 
 

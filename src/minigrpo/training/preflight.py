@@ -95,7 +95,7 @@ def preflight(
     sampled = sample_groups(recipe, task, policy, engine, prompts, report=report, seconds=seconds)
     pass_seconds = None
     if not sampled.interrupted:
-        report(sampled.completions, 0, "completions sampled; timing a training pass")
+        report(0, 0, f"{sampled.completions} completions sampled; timing a training pass")
         pass_seconds = seconds_per_pass(policy, sampled.groups[-recipe.rollout.prompts :], recipe)
     figures = compute_figures(sampled, recipe, pass_seconds=pass_seconds, prompts=lengths, plan=plan)
     reasons = tuple(find_faults(figures, sampled.groups, recipe, task))
@@ -143,7 +143,7 @@ def sample_groups(
     asked: Sequence[Prompt] = ()
 
     def report_tokens(done: int, total: int = 0, note: str = "") -> None:
-        report(len(groups) * config.completions + done, 0, f"completions sampled; {note}")
+        report(0, 0, f"{len(groups) * config.completions + done} completions sampled; {note}")
 
     with Grader.of(task, recipe.task) as grader:
         sample = partial(rollout, engine, task, n=config.completions, tokenizer=policy.tokenizer, grader=grader)

@@ -68,11 +68,11 @@ class _StageLines:
 
     def report(self, done: int, total: int | None = None, note: str = "") -> None:
         now, total, first = time.monotonic(), self.total if total is None else total, not self.words
-        count = f"{done}/{total}" if total else str(done)
+        count = f"{done}/{total}" if total else str(done or "")
         if 0 < done < total and not first:
             count += f", {duration((now - self.began) / done * (total - done))} left"
-        self.words = f"{count}{f'  {note}' if note else ''}"
-        if first or now - self.last >= self.every:
+        self.words = "  ".join(filter(None, (count, note)))
+        if self.words and (first or now - self.last >= self.every):
             self._print(self.words)
 
     def _show_elapsed(self) -> None:

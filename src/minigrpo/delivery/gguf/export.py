@@ -144,13 +144,15 @@ def export(
     job = export_job(path, out=out, llama_cpp=llama_cpp, writer=writer)
     done = {} if force else _finished_files(job, kinds)
     missing = [kind for kind in kinds if kind not in done]
-    reference = gguf_reference(job.model, job.run) if missing else None
+    reference = None
     with (
         report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
         stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
     ):
-        if reference:
+        if missing:
+            report(0, len(missing), "what the merged model says")
+            reference = gguf_reference(job.model, job.run)
             _export_missing(job, missing, done, reference, report)
     files = tuple(done[kind] for kind in kinds)
     return Exported(job.folder, job.converter.name, files, reference.held.source if reference else "")

@@ -34,9 +34,12 @@ from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import BaseFiles, write_companions
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
-from minigrpo.ui.progress import stage
+from minigrpo.ui.progress import Report, stage
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
+
+_PARTS = 4
+"""Parts of a merge, for its progress: rounding, reference, files, proof."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +84,21 @@ def merge(
     made["from"] |= {"asked": dtype, "proved": proof}
     if found := _existing_merge(target, made, force, source):
         return found
-    chosen, measured, notes = choose_dtype(files, changes, dtype)
-    reference = trained_reference(source, files) if proof else None
-    _check_room(files, chosen, target)
-    with report_full_disk(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
-        with stage("merge", len(files.headers), Console(stderr=True, quiet=quiet)) as report:
-            merged_weights.write_merged(files, changes, chosen, draft, report)
-        write_companions(files, source.folder, draft, chosen)
-        stages = prove_merged(draft, source, files, reference) if reference else []
-        facts = {"dtype": merged_weights.dtype_name(chosen), "stages": [row.to_dict() for row in stages]}
-        seal_folder(draft, made, facts)
-        _record_or_reject(source, draft, target, stages, measured)
+    with stage("merge", _PARTS, Console(stderr=True, quiet=quiet)) as report:
+        report(0, _PARTS, "what rounding would do to the change")
+        chosen, measured, notes = choose_dtype(files, changes, dtype)
+        _check_room(files, chosen, target)
+        report(1, _PARTS, "what base and trained policy say" if proof else "")
+        reference = trained_reference(source, files) if proof else None
+        with report_full_disk(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
+            merged_weights.write_merged(files, changes, chosen, draft, partial(_report_shard, report))
+            write_companions(files, source.folder, draft, chosen)
+            report(3, _PARTS, "what the merged model says" if proof else "")
+            stages = prove_merged(draft, source, files, reference) if reference else []
+            facts = {"dtype": merged_weights.dtype_name(chosen), "stages": [row.to_dict() for row in stages]}
+            seal_folder(draft, made, facts)
+            _record_or_reject(source, draft, target, stages, measured)
+        report(_PARTS, _PARTS, "")
     if reference and trained_in_4bit(source) and len(stages) < 3:
         notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
     if reference and reference.nothing_learned:
@@ -103,6 +110,10 @@ def merge(
     return Merged(
         target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes)
     )
+
+
+def _report_shard(report: Report, done: int, total: int = 0, note: str = "") -> None:
+    report(2, _PARTS, f"writing file {min(done + 1, total)} of {total}")
 
 
 def choose_dtype(

@@ -42,14 +42,21 @@ _HUB_DATASET = "openai/gsm8k:main"
 REVISION = "e53f048856ff4f594e959d75785d2c2d37b678ee"
 GENERATED_DATA = "wordproblems:"
 
-# The embedded model was trained on the system prompt of its own task; a larger model needs no other.
+# The embedded model was trained on the system prompt of its own task, and knows no other.
 GSM8K_SYSTEM_PROMPT = wordproblems.SYSTEM_PROMPT
-WORKED_EXAMPLE = """
+# Small instruct models copy the length of the example: numbered steps bring more right answers than one line
+# (docs/gsm8k.md has the figures).
+SYSTEM_PROMPT_WITH_EXAMPLE = """You solve word problems. Reason step by step, one sentence a step, between <think> \
+and </think>. Then write the final number alone between <answer> and </answer>.
 
 For example, to the question
 A baker fills 6 trays with 12 rolls each and sells 50 rolls. How many rolls are left?
 answer
-<think>6 trays hold 6 * 12 = 72 rolls. 72 - 50 = 22 rolls are left.</think><answer>22</answer>"""
+<think>
+1. The baker fills 6 trays with 12 rolls each. That makes 6 * 12 = 72 rolls.
+2. The baker sells 50 rolls. That leaves 72 - 50 = 22 rolls.
+</think>
+<answer>22</answer>"""
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -60,7 +67,7 @@ def gsm8k_task(recipe: Recipe) -> Task:
     `recipe.task.size` limits the training split to its first questions.
     """
     rewards = reweighted(_REWARDS, recipe.task.weights)
-    system = GSM8K_SYSTEM_PROMPT + WORKED_EXAMPLE if recipe.task.example else GSM8K_SYSTEM_PROMPT
+    system = SYSTEM_PROMPT_WITH_EXAMPLE if recipe.task.example else GSM8K_SYSTEM_PROMPT
 
     @cache
     def prompts_by_split() -> dict[Split, list[Prompt]]:
