@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
@@ -26,6 +27,7 @@ from minigrpo.delivery.parity.compare import (
     ParityReference,
     compare_merged,
     find_task,
+    loading_fault,
     merged_logprobs,
     pick_proof_device,
     trained_reference,
@@ -33,8 +35,10 @@ from minigrpo.delivery.parity.compare import (
 from minigrpo.delivery.parity.kl import Divergence, compare_distributions
 from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
 from minigrpo.delivery.parity.texts import ScoredText
+from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
+from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.ui.progress import stage
@@ -75,19 +79,23 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     source = source_of(path)
     if source.run is None:
         raise ArtifactError(f"{path} is no run's folder, so there are no stages to verify. Give one: runs/NAME")
-    base, _ = source.open()
+    base, adapter = source.open()
     run, faults = source.run, list[str]()
     files = list(_sealed_files(source, faults))
     with stage("verify", 2 + len(files), Console(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
-        reference = trained_reference(source, base)
+        written = open_base(run.merged) if run.merged.is_dir() and not faults else None
+        reference = trained_reference(source, base, written)
         rows: list[dict[str, Any]] = [reference.base.to_dict()]
-        if run.merged.is_dir() and not faults:
+        if written:
             report(1, 2 + len(files), "merged")
+            dtype = getattr(torch, read_sealed(run.merged / "made.json")["dtype"])
+            weights = prove_weights(written, base, adapter, dtype)
             measured = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.texts)
             judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]
+            faults += [f"{run.merged}: {fault}" for fault in (weights.fault, loading_fault(measured, reference)) if fault]
             gguf = _gguf_reference(run, reference, measured)
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)

@@ -219,7 +219,7 @@ def write_merged(
 
 def weight_bytes(base: BaseFiles, dtype: torch.dtype) -> int:
     """Estimate how many bytes the weights will take on disk."""
-    return sum(math.prod(t.shape) * _target_dtype(base, t, dtype).itemsize for t in base.tensors.values())
+    return sum(math.prod(t.shape) * target_dtype(base, t, dtype).itemsize for t in base.tensors.values())
 
 
 def _write_index(file: Path, then: Path, places: Mapping[str, str], sizes: Mapping[str, int]) -> None:
@@ -232,14 +232,14 @@ def _write_index(file: Path, then: Path, places: Mapping[str, str], sizes: Mappi
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _target_dtype(base: BaseFiles, stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+def target_dtype(base: BaseFiles, stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if stored.torch_dtype == base.dtype and base.is_text(stored.name) else stored.torch_dtype
 
 
 def _plan_tensor(
     base: BaseFiles, stored: StoredTensor, change: WeightChange | None, dtype: torch.dtype
 ) -> PlannedTensor:
-    target = _target_dtype(base, stored, dtype)
+    target = target_dtype(base, stored, dtype)
     return PlannedTensor(stored.name, DTYPE_NAMES[target], stored.shape, _cast_blocks(stored, change, target))
 
 

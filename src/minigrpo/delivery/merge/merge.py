@@ -3,6 +3,7 @@ trained.
 
     choose a dtype    the base's own, unless rounding would lose what was learned (merged_weights.py)
     write             shard by shard, into a draft folder
+    compare           every weight with what PEFT makes of base and adapter (parity/weights.py)
     prove             KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
     rename            only after the proof; a merge that fails it is kept as merged.rejected
 
@@ -30,16 +31,17 @@ from minigrpo.delivery.artifacts.source import TrainedSource, read_seal, seal_fo
 from minigrpo.delivery.parity.compare import prove_merged, trained_in_4bit, trained_reference
 from minigrpo.delivery.parity.kl import Divergence, record_parity
 from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
+from minigrpo.delivery.parity.weights import WeightsProof, prove_weights
 from minigrpo.errors import ArtifactError
-from minigrpo.models.model_files import BaseFiles, write_companions
+from minigrpo.models.model_files import BaseFiles, open_base, write_companions
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
 from minigrpo.ui.progress import Report, stage
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 
-_PARTS = 4
-"""Parts of a merge, for its progress: rounding, reference, files, proof."""
+_PARTS = 5
+"""Parts of a merge, for its progress: rounding, files, weights, reference, merged model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Merged:
     stages: tuple[Divergence, ...] = ()
     texts: str = ""
     notes: tuple[str, ...] = ()
+    weights: WeightsProof | None = None
 
     def to_dict(self) -> dict[str, Any]:
         stages = [row.to_dict() for row in self.stages]
@@ -88,16 +91,21 @@ def merge(
         report(0, _PARTS, "what rounding would do to the change")
         chosen, measured, notes = choose_dtype(files, changes, dtype)
         _check_room(files, chosen, target)
-        report(1, _PARTS, "what base and trained policy say" if proof else "")
-        reference = trained_reference(source, files) if proof else None
         with report_full_disk(partial(_disk_is_full, target, source)), complete_folder(target) as draft:
             merged_weights.write_merged(files, changes, chosen, draft, partial(_report_shard, report))
             write_companions(files, source.folder, draft, chosen)
-            report(3, _PARTS, "what the merged model says" if proof else "")
-            stages = prove_merged(draft, source, files, reference) if reference else []
+            report(2, _PARTS, "comparing every weight with PEFT's merge")
+            written = open_base(draft)
+            weights = prove_weights(written, files, adapter, chosen)
+            reference, stages, fault = None, list[Divergence](), weights.fault
+            if proof and not fault:
+                report(3, _PARTS, "what base and trained policy say")
+                reference = trained_reference(source, files, written)
+                report(4, _PARTS, "what the merged model says")
+                stages, fault = prove_merged(draft, source, files, reference)
             facts = {"dtype": merged_weights.dtype_name(chosen), "stages": [row.to_dict() for row in stages]}
-            seal_folder(draft, made, facts)
-            _record_or_reject(source, draft, target, stages, measured)
+            seal_folder(draft, made, facts | {"weights": weights.to_dict()})
+            _record_or_reject(source, draft, target, stages, measured, fault)
         report(_PARTS, _PARTS, "")
     if reference and trained_in_4bit(source) and len(stages) < 3:
         notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
@@ -108,12 +116,12 @@ def merge(
     )
     texts = reference.held.source if reference else ""
     return Merged(
-        target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes)
+        target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes), weights
     )
 
 
 def _report_shard(report: Report, done: int, total: int = 0, note: str = "") -> None:
-    report(2, _PARTS, f"writing file {min(done + 1, total)} of {total}")
+    report(1, _PARTS, f"writing file {min(done + 1, total)} of {total}")
 
 
 def choose_dtype(
@@ -158,24 +166,31 @@ def _existing_merge(target: Path, made: Mapping[str, Any], force: bool, source: 
 
 
 def _record_or_reject(
-    source: TrainedSource, draft: Path, target: Path, stages: list[Divergence], measured: list[Rounding]
+    source: TrainedSource,
+    draft: Path,
+    target: Path,
+    stages: list[Divergence],
+    measured: list[Rounding],
+    fault: str | None,
 ) -> None:
-    """Record the proof. Raises ArtifactError, and renames the folder to .rejected, where it fails."""
+    """Record the proof. Raises ArtifactError, and renames the folder to .rejected, where it fails. `fault`: what was
+    found besides the distances of `stages`."""
+    sealed = read_sealed(draft / "made.json")
     if source.run and stages and target == source.run.merged:
         record_parity(
-            source.run.parity, [row.to_dict() for row in stages], {"made": read_sealed(draft / "made.json")["made"]}
+            source.run.parity,
+            [row.to_dict() for row in stages],
+            {"made": sealed["made"], "weights": sealed["weights"]},
         )
     failed = next((row for row in stages if not row.ok), None)
-    if failed is None:
+    if failed is None and fault is None:
         return
     rejected = target.with_name(target.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
     draft.rename(rejected)
     rejected.chmod(0o755)
-    raise ArtifactError(
-        f"The merged model is not what was trained: {_describe_distance(failed)} (limit {failed.limit:g}). "
-        f"{_remedy(measured)} What was made is kept for a look: {rejected}"
-    )
+    what = fault if fault or not failed else f"{_describe_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)}"
+    raise ArtifactError(f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}")
 
 
 def _describe_distance(row: Divergence) -> str:
@@ -219,6 +234,9 @@ def merged_table(merged: Merged) -> RenderableType:
         first = merged.stages[0]
         title = f"{PARITY_TITLE}: {first.tokens} tokens of {first.texts} {merged.texts}"
         lines.append(parity_table([row.to_dict() for row in merged.stages], title))
+    if merged.weights:
+        told = f"{merged.weights.values:,} weights compared with PEFT's merge, {merged.weights.changed} tensors changed"
+        lines.append(Text(f"{told}: every one is the same in {merged.dtype}"))
     lines += [Text(f"note: {note}", style="yellow") for note in merged.notes]
     lines.append(Text(f"{merged.verdict}: {merged.folder} ({merged.dtype})", style="bold green"))
     return Stack(*lines)

@@ -33,11 +33,12 @@ from minigrpo.utils.process import no_progress_bars
 @dataclass(frozen=True, slots=True)
 class ParityReference:
     """The trained policy's distributions on the held texts, and how far the base is from it: what all later stages are
-    compared with."""
+    compared with. `injected`: those of the base's own model with the merged weights put into it, where there are any."""
 
     held: HeldTexts
     trained: tuple[Tensor, ...]
     base: Divergence
+    injected: tuple[Tensor, ...] | None = None
 
     @property
     def nothing_learned(self) -> bool:
@@ -54,21 +55,47 @@ def pick_proof_device(source: TrainedSource, base: BaseFiles) -> torch.device:
     return device
 
 
-def trained_reference(source: TrainedSource, base: BaseFiles) -> ParityReference:
+def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles | None = None) -> ParityReference:
     """Open the base with its adapter and compare the two; for a full-parameter run, open the trained model, then its
-    base."""
+    base. `merged`: weights that are then put into the base's model, which no merged config has any part in.
+
+    Raises ArtifactError where the policy does not say the same twice.
+    """
     device = pick_proof_device(source, base)
     if source.full:
         held, trained = _full_model_logprobs(source, device)
-        found = _base_logprobs(base, source, device, held.texts)
-        return ParityReference(held, trained, compare_distributions("base", found, trained))
+        with open_in_float32(base.folder, source, device) as (model, _):
+            found = compare_distributions("base", text_logprobs(model, held.texts), trained)
+            return ParityReference(held, trained, found, _injected_logprobs(model, merged, held.texts))
     with open_in_float32(base.folder, source, device) as (model, tokenizer):
         model = attach_adapter(model, source.folder)
         held, trained = _score_trained(model, tokenizer, source)
+        _require_repeatable(model, held.texts, trained)
         with model.disable_adapter():
-            return ParityReference(
-                held, trained, compare_distributions("base", text_logprobs(model, held.texts), trained)
-            )
+            found = compare_distributions("base", text_logprobs(model, held.texts), trained)
+        return ParityReference(held, trained, found, _injected_logprobs(model.unload(), merged, held.texts))
+
+
+def _require_repeatable(model: Any, texts: Sequence[ScoredText], then: Sequence[Tensor]) -> None:
+    """Raise ArtifactError where a second pass over the first text differs: something draws at random, as dropout does."""
+    again = next(text_logprobs(model, texts))
+    if compare_distributions("again", [again], then[:1]).mean_kl > ZERO_KL:
+        raise ArtifactError("The trained policy says other things the second time: is dropout on? Nothing can be proved.")
+
+
+def _injected_logprobs(
+    model: Any, merged: BaseFiles | None, texts: Sequence[ScoredText]
+) -> tuple[Tensor, ...] | None:
+    """Put merged weights into the base's model and return its distributions. Raises ArtifactError where one is missing."""
+    if merged is None:
+        return None
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            place = merged.on_disk(name)
+            if place is None:
+                raise ArtifactError(f"{merged.folder} has no {name}, which the base's model needs.")
+            value.copy_(merged.tensors[place].read())
+    return tuple(text_logprobs(model, texts))
 
 
 # Each of these releases its model before the next opens one: two may not fit in memory together.
@@ -77,13 +104,6 @@ def trained_reference(source: TrainedSource, base: BaseFiles) -> ParityReference
 def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
     with open_in_float32(source.folder, source, device) as (model, tokenizer):
         return _score_trained(model, tokenizer, source)
-
-
-def _base_logprobs(
-    base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
-) -> tuple[Tensor, ...]:
-    with open_in_float32(base.folder, source, device) as (model, _):
-        return tuple(text_logprobs(model, texts))
 
 
 def _packed_policy_logprobs(
@@ -130,12 +150,13 @@ def find_task(run: RunDir | None) -> Task | None:
         return None
 
 
-def prove_merged(folder: Path, source: TrainedSource, base: BaseFiles, reference: ParityReference) -> list[Divergence]:
-    """Compare the merged model with the trained policy; if the base was in 4 bit during training, also with that
-    policy."""
-    return compare_merged(
-        merged_logprobs(folder, pick_proof_device(source, base), reference.held.texts), source, base, reference
-    )
+def prove_merged(
+    folder: Path, source: TrainedSource, base: BaseFiles, reference: ParityReference
+) -> tuple[list[Divergence], str | None]:
+    """Compare the merged model with the trained policy, and with that of 4 bit, if the base was packed during training;
+    also return how it differs from the base's model with the same weights, if it does."""
+    found = merged_logprobs(folder, pick_proof_device(source, base), reference.held.texts)
+    return compare_merged(found, source, base, reference), loading_fault(found, reference)
 
 
 def compare_merged(
@@ -149,6 +170,20 @@ def compare_merged(
         packed = _packed_policy_logprobs(base, source, device, texts)
         rows.append(compare_distributions("merged (4-bit policy)", found, packed, **against))
     return rows
+
+
+def loading_fault(found: Sequence[Tensor], reference: ParityReference) -> str | None:
+    """Say how a merged folder, as transformers loads it, differs from the base's own model with the same weights; None
+    where it does not. `found`: the folder's distributions."""
+    if reference.injected is None:
+        return None
+    row = compare_distributions("loaded", found, reference.injected)
+    if row.mean_kl <= ZERO_KL:
+        return None
+    return (
+        f"Its weights are right, but transformers makes another model of the folder: {row.mean_kl:.2g} nats a token "
+        f"away from the base's own with these weights (limit {ZERO_KL:g}). Its config.json differs from the base's."
+    )
 
 
 @contextmanager
