@@ -14,12 +14,14 @@ from torch import Tensor
 from minigrpo.delivery.artifacts import merged_weights
 from minigrpo.delivery.artifacts.merged_weights import WeightChange
 from minigrpo.delivery.artifacts.source import source_of
+from minigrpo.delivery.merge import merge as merging
 from minigrpo.delivery.merge.merge import merge
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.errors import ArtifactError
+from minigrpo.models.adapter import read_adapter
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import RunDir, read_json
-from tests.helpers.delivered import FAMILIES, VARIANTS, adapted, edit_json, make_run, save_base
+from tests.helpers.delivered import FAMILIES, VARIANTS, adapted, edit, edit_json, make_run, save_adapter, save_base
 
 Changes = dict[str, WeightChange]
 SMALL = 1e-3
@@ -175,8 +177,6 @@ def test_another_revision_of_the_base_is_not_the_base(tmp_path: Path) -> None:
     save_base(tmp_path / "newer", "qwen2", dtype=torch.float32)
     newer = open_base(tmp_path / "newer")
     name = next(name for name in newer.tensors if name.endswith("input_layernorm.weight"))
-    from tests.helpers.delivered import edit
-
     edit(tmp_path / "newer" / "model.safetensors", **{name.replace(".", "__"): newer.tensors[name].read() + 1e-6})
     found = prove_weights(open_base(run.merged), open_base(tmp_path / "newer"), adapter, torch.float32)
     assert [each.name for each in found.wrong] == [name]
@@ -189,9 +189,6 @@ def test_an_older_adapter_in_place_of_the_last_is_found(tmp_path: Path) -> None:
     later = tmp_path / "later"
     save = adapted(save_base(tmp_path / "again", "qwen2"), tmp_path / "base", size=SMALL, seed=4)
     files = source_of(run).open()[0]
-    from minigrpo.models.adapter import read_adapter
-    from tests.helpers.delivered import save_adapter
-
     found = prove_weights(open_base(run.merged), files, read_adapter(save_adapter(later, save)), torch.float32)
     assert len(found.wrong) == 14
 
@@ -199,8 +196,6 @@ def test_an_older_adapter_in_place_of_the_last_is_found(tmp_path: Path) -> None:
 def test_weights_that_are_missing_or_added_are_named(tmp_path: Path) -> None:
     run = trained(tmp_path)
     merge(run, quiet=True, proof=False)
-    from tests.helpers.delivered import edit
-
     edit(run.merged / "model.safetensors", model__norm__weight=None, more=torch.zeros(2))
     files, adapter = source_of(run).open()
     told = prove_weights(open_base(run.merged), files, adapter, torch.float32).fault
@@ -208,15 +203,13 @@ def test_weights_that_are_missing_or_added_are_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_loads_as_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigrpo.delivery.merge import merge as module
-
-    write = module.write_companions
+    write = merging.write_companions
 
     def careless(*arguments: Any) -> None:
         write(*arguments)
         edit_json(arguments[2] / "config.json", rms_norm_eps=2e-5)
 
-    monkeypatch.setattr(module, "write_companions", careless)
+    monkeypatch.setattr(merging, "write_companions", careless)
     with pytest.raises(ArtifactError, match=r"Its weights are right, but transformers makes another model"):
         merge(trained(tmp_path, size=0.02), quiet=True)
 

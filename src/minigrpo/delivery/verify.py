@@ -95,7 +95,8 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
             judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]
-            faults += [f"{run.merged}: {fault}" for fault in (weights.fault, loading_fault(measured, reference)) if fault]
+            told = (weights.fault, loading_fault(measured, reference))
+            faults += [f"{run.merged}: {fault}" for fault in told if fault]
             gguf = _gguf_reference(run, reference, measured)
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)
@@ -146,6 +147,7 @@ def _gguf_reference(run: RunDir, reference: ParityReference, merged: tuple[Any, 
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     return GgufReference(
         *(
+            open_base(run.merged),
             reference.held,
             merged,
             comparison_prompts(find_task(run), COMPARED_PROMPTS),

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.gguf.pretokenizer import token_faults
+from minigrpo.delivery.gguf.weights import TensorsProof, prove_tensors
 from minigrpo.delivery.parity.compare import find_task, load_strictly, score_held_texts
 from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, Divergence, compare_distributions
 from minigrpo.delivery.parity.texts import HeldTexts
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import PROBE_QUESTION
+from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
@@ -45,8 +47,10 @@ class GgufReference:
     unknown.
 
     `trained`: the policy itself on the same texts, where it was opened; elsewhere the merged model takes its place.
+    `model`: the merged model's files.
     """
 
+    model: BaseFiles
     held: HeldTexts
     merged: tuple[Tensor, ...]
     prompts: tuple[tuple[Message, ...], ...]
@@ -71,6 +75,7 @@ class GgufProof:
     greatest: float
     judged: bool
     faults: tuple[str, ...]
+    tensors: TensorsProof
 
     @property
     def ok(self) -> bool:
@@ -78,6 +83,7 @@ class GgufProof:
 
     def to_dict(self) -> dict[str, Any]:
         own = {"greatest": self.greatest, "judged": self.judged, "faults": list(self.faults), "ok": self.ok}
+        own["tensors"] = self.tensors.to_dict()
         return self.row.to_dict() | own
 
 
@@ -87,7 +93,7 @@ def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
 
     tokenizer, task = AutoTokenizer.from_pretrained(folder), find_task(run)
     held, merged = score_held_texts(load_strictly(folder).eval(), tokenizer, run, task)
-    return GgufReference(held, merged, comparison_prompts(task), tokenizer, _base_kl(run))
+    return GgufReference(open_base(folder), held, merged, comparison_prompts(task), tokenizer, _base_kl(run))
 
 
 def comparison_prompts(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
@@ -105,6 +111,7 @@ def _base_kl(run: RunDir | None) -> float | None:
 def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
     """Load the file in llama.cpp and compare it. `kind`: F16, Q8_0 and the like. Raises MinigrpoError for another
     vocabulary."""
+    tensors = prove_tensors(file, reference.model)
     with LlamaCpp(file, context=reference.longest + 8) as llama:
         if llama.facts.vocabulary != reference.merged[0].shape[-1]:
             raise MinigrpoError(
@@ -121,7 +128,9 @@ def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
     greatest = max(
         float((each - other).abs().max()) for each, other in zip(file_logprobs, reference.merged, strict=True)
     )
-    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, (*tokens, *_distance_faults(row, greatest, kind)))
+    faults = ([tensors.fault] if tensors.fault else []) + list(tokens)
+    faults += [] if tensors.fault else _distance_faults(row, greatest, kind)
+    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, tuple(faults), tensors)
 
 
 def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_vocabulary(writer, folder, config)
         with report_full_disk():
-            _write_tensors(writer, base, arch, kind)
+            _write_tensors(writer, base, kind)
     finally:
         writer.close()
 
@@ -178,20 +179,48 @@ def _add_vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
     gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
 
 
-def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """Where a tensor of the file comes from: the model's files, or values that were computed. `heads`: the rows are
+    those of so many heads, and stand in llama.cpp's order in the file; None: as they are."""
+
+    values: StoredTensor | Tensor
+    heads: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def read(self) -> Tensor:
+        """Return all values in the model's own order."""
+        return self.values.read() if isinstance(self.values, StoredTensor) else self.values
+
+
+def gguf_sources(base: BaseFiles) -> dict[str, GgufSource]:
+    """Return where each tensor of the model's file comes from, in the file's order. Raises ModelError for a tensor that
+    has no place there."""
+    config = text_config(base.config)
+    arch = GGUF_ARCHITECTURES[config["model_type"]]
+    heads = {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
+    found: dict[str, GgufSource] = {}
+    if (factors := _rope_factors(rope_config(config), _head_dim(config))) is not None:
+        found["rope_freqs.weight"] = GgufSource(factors)
+    for name, new in _gguf_names(base, arch, config["num_hidden_layers"]).items():
+        part = new.split(".")[2] if new.startswith("blk.") else ""
+        permuted = heads.get(part) if arch in PERMUTED_ARCHITECTURES else None
+        found[new] = GgufSource(base.tensors[name], permuted)
+    return found
+
+
+def _write_tensors(writer: Any, base: BaseFiles, kind: str) -> None:
     """Write the headers of all tensors, then their values, one tensor at a time."""
     import gguf
     import numpy as np
 
-    config = text_config(base.config)
-    names = _gguf_names(base, arch, config["num_hidden_layers"])
-    made: list[tuple[StoredTensor | Tensor, str, Any]] = [
-        (base.tensors[name], new, None) for name, new in names.items()
-    ]
-    if (factors := _rope_factors(rope_config(config), _head_dim(config))) is not None:
-        made.insert(0, (factors, "rope_freqs.weight", None))
-    for source, new, _ in made:
-        shape = tuple(source.shape)
+    sources = gguf_sources(base)
+    for new, source in sources.items():
+        shape = source.shape
         quant = gguf.GGMLQuantizationType[_stored_type(new, shape, kind)]
         stored = np.dtype(np.float16 if quant.name == "F16" else np.float32)
         size = math.prod(shape) * (2 if quant.name != "F32" else 4)
@@ -201,11 +230,9 @@ def _write_tensors(writer: Any, base: BaseFiles, arch: str, kind: str) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for source, new, _ in made:
-        values = source.read() if isinstance(source, StoredTensor) else source
-        writer.write_tensor_data(
-            _to_numpy(_permuted(values, new, arch, config), _stored_type(new, tuple(values.shape), kind))
-        )
+    for new, source in sources.items():
+        values = _permuted(source.read(), source.heads)
+        writer.write_tensor_data(_to_numpy(values, _stored_type(new, source.shape, kind)))
 
 
 def _gguf_names(base: BaseFiles, arch: str, layers: int) -> dict[str, str]:
@@ -231,13 +258,10 @@ def _stored_type(name: str, shape: tuple[int, ...], kind: str) -> str:
     return "F32" if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") else kind
 
 
-def _permuted(values: Tensor, name: str, arch: str, config: Mapping[str, Any]) -> Tensor:
+def _permuted(values: Tensor, heads: int | None) -> Tensor:
     """Return the rows of q and k in llama.cpp's order; other tensors unchanged."""
-    if arch not in PERMUTED_ARCHITECTURES or not (".attn_q." in name or ".attn_k." in name):
+    if heads is None:
         return values
-    heads = config["num_attention_heads"]
-    if ".attn_k." in name:
-        heads = config.get("num_key_value_heads") or heads
     halves = values.view(heads, 2, values.shape[0] // heads // 2, -1)
     return halves.transpose(1, 2).reshape(values.shape)
 

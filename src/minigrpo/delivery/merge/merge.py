@@ -189,8 +189,12 @@ def _record_or_reject(
     shutil.rmtree(rejected, ignore_errors=True)
     draft.rename(rejected)
     rejected.chmod(0o755)
-    what = fault if fault or not failed else f"{_describe_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)}"
-    raise ArtifactError(f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}")
+    what = fault
+    if failed and not fault:
+        what = f"{_describe_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)}"
+    raise ArtifactError(
+        f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}"
+    )
 
 
 def _describe_distance(row: Divergence) -> str:

@@ -21,7 +21,7 @@ from minigrpo.delivery.artifacts.merged_weights import weight_bytes
 from minigrpo.delivery.artifacts.source import TrainedSource
 from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, ZERO_KL, Divergence, compare_distributions
 from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, held_texts, sampled_texts, text_logprobs
-from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
 from minigrpo.models.model_files import BaseFiles
@@ -33,7 +33,7 @@ from minigrpo.utils.process import no_progress_bars
 @dataclass(frozen=True, slots=True)
 class ParityReference:
     """The trained policy's distributions on the held texts, and how far the base is from it: what all later stages are
-    compared with. `injected`: those of the base's own model with the merged weights put into it, where there are any."""
+    compared with. `injected`: those of the base's own model with the merged weights in it, where there are any."""
 
     held: HeldTexts
     trained: tuple[Tensor, ...]
@@ -77,16 +77,16 @@ def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles 
 
 
 def _require_repeatable(model: Any, texts: Sequence[ScoredText], then: Sequence[Tensor]) -> None:
-    """Raise ArtifactError where a second pass over the first text differs: something draws at random, as dropout does."""
+    """Raise ArtifactError where a second pass over the first text differs: something is random, as dropout is."""
     again = next(text_logprobs(model, texts))
     if compare_distributions("again", [again], then[:1]).mean_kl > ZERO_KL:
-        raise ArtifactError("The trained policy says other things the second time: is dropout on? Nothing can be proved.")
+        raise ArtifactError(
+            "The trained policy says other things the second time: is dropout on? Nothing can be proved."
+        )
 
 
-def _injected_logprobs(
-    model: Any, merged: BaseFiles | None, texts: Sequence[ScoredText]
-) -> tuple[Tensor, ...] | None:
-    """Put merged weights into the base's model and return its distributions. Raises ArtifactError where one is missing."""
+def _injected_logprobs(model: Any, merged: BaseFiles | None, texts: Sequence[ScoredText]) -> tuple[Tensor, ...] | None:
+    """Put merged weights into the base's model and return its distributions. Raises ArtifactError where one lacks."""
     if merged is None:
         return None
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Compare a merged folder with what PEFT makes of base and adapter, value by value.
 
-PEFT's own code adds each pair to its weight, one layer at a time, in a skeleton of the model that holds no other values.
+PEFT's own code adds each pair to its weight, one layer at a time, in a skeleton of the model without other values.
 Two codes that add in float32 may differ by rounding, and by no more than `float32_slack`. Rounding to the stored type
 never turns an order around, so a right value lies between the two rounded ends of that interval. What the adapter does
 not touch must be the base's, bit for bit.
@@ -53,7 +53,7 @@ class TensorFault:
 
 @dataclass(frozen=True, slots=True)
 class WeightsProof:
-    """The result: how many tensors and values were compared, how many of them the adapter changes, and what is wrong."""
+    """The result: how many tensors and values were compared, how many tensors are changed, and what is wrong."""
 
     tensors: int
     values: int
