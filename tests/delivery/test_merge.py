@@ -313,6 +313,27 @@ def test_a_merged_folder_that_was_edited_is_neither_used_nor_replaced(tmp_path: 
     assert require_merged(run) == run.merged
 
 
+@pytest.mark.parametrize(
+    "place", ["a thesis", "another run", "the run itself", "its checkpoints", "its adapter", "a file"]
+)
+def test_forcing_a_merge_replaces_nothing_but_a_merge(tmp_path: Path, base: Path, place: str) -> None:
+    run = make_run(tmp_path / "run", base, adapted(save_base(base, "qwen2"), base))
+    (run.checkpoint(5)).mkdir(parents=True)
+    (run.checkpoint(5) / "made.json").write_text('{"made": {"verb": "train"}}')
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("It began well.")
+    (tmp_path / "notes").write_text("mine")
+    other = make_run(tmp_path / "other", base, None)
+    target = {
+        **{"a thesis": tmp_path / "thesis", "another run": other.path, "the run itself": run.path},
+        **{"its checkpoints": run.checkpoints, "its adapter": run.adapter, "a file": tmp_path / "notes"},
+    }[place]
+    before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+    with pytest.raises(ArtifactError, match=r"Move it away, or name another place: --out FOLDER"):
+        merge(run, out=target, force=True, quiet=True, proof=False)
+    assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
+
+
 def test_nothing_is_merged_before_something_is_trained(tmp_path: Path, base: Path) -> None:
     run: RunDir = make_run(tmp_path / "run", base, adapted(save_base(base, "qwen2"), base))
     shutil.rmtree(run.adapter)

@@ -103,5 +103,5 @@ def test_a_merged_model_is_exported_as_its_run_is(run: RunDir) -> None:
     run.merged.mkdir()
     (run.merged / "config.json").write_text("{}", encoding="utf-8")
     for path in (run.path, run.merged):
-        with pytest.raises(ArtifactError, match=r"merged holds no made\.json.*minigrpo merge runs/mine --force"):
+        with pytest.raises(ArtifactError, match=r"merged holds no made\.json.*Move it away.*minigrpo merge runs/mine"):
             export_job(path, out=None, llama_cpp=None, writer="own")

@@ -9,6 +9,7 @@ returns it to later stages only while both still match.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,31 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return sealed
 
 
+def require_replaceable(folder: Path, verb: str) -> None:
+    """Raise ArtifactError unless the folder carries our own seal of this command: nothing else is ever replaced, not
+    even where the user forces it."""
+    made = folder / "made.json"
+    try:
+        found = json.loads(made.read_text(encoding="utf-8"))["made"]["verb"]
+    except (OSError, ValueError, TypeError, KeyError):
+        found = None
+    if found != verb or RunDir(folder).exists():
+        what = "is a run" if RunDir(folder).exists() else f"was not made by minigrpo {verb}"
+        raise ArtifactError(
+            f"{folder} {what}, so it is not replaced. Move it away, or name another place: --out FOLDER"
+        )
+
+
 def require_merged(run: RunDir) -> Path:
     """Return the run's merged model for later stages. Raises ArtifactError where it is missing, changed or stale."""
     again = f"Merge again: minigrpo merge {run.path}"
     if not run.merged.is_dir():
         raise ArtifactError(f"{run.merged} is missing. Merge first: minigrpo merge {run.path}")
+    if not (run.merged / "made.json").is_file():
+        raise ArtifactError(
+            f"{run.merged} holds no made.json, so nothing tells what it was made from. Move it away, then merge again: "
+            f"minigrpo merge {run.path}"
+        )
     try:
         sealed = read_seal(run.merged)
     except ArtifactError as fault:

@@ -27,7 +27,13 @@ from rich.text import Text
 from minigrpo.config.schema import DtypeName
 from minigrpo.delivery.artifacts import merged_weights
 from minigrpo.delivery.artifacts.merged_weights import Rounding, WeightChange
-from minigrpo.delivery.artifacts.source import TrainedSource, read_seal, seal_folder, source_of
+from minigrpo.delivery.artifacts.source import (
+    TrainedSource,
+    read_seal,
+    require_replaceable,
+    seal_folder,
+    source_of,
+)
 from minigrpo.delivery.parity.compare import prove_merged, trained_in_4bit, trained_reference
 from minigrpo.delivery.parity.kl import Divergence, record_parity
 from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
@@ -148,10 +154,13 @@ def choose_dtype(
 def _existing_merge(target: Path, made: Mapping[str, Any], force: bool, source: TrainedSource) -> Merged | None:
     """Return the merge that exists, if it was made from the same parts and is unchanged. Raises ArtifactError where
     somebody changed it."""
-    if not target.exists() or force:
+    if not target.exists():
         return None
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file. Move it away, or name another place: --out FOLDER")
+    require_replaceable(target, "merge")
+    if force:
+        return None
     try:
         sealed = read_seal(target)
     except ArtifactError as fault:
