@@ -104,7 +104,7 @@ def test_a_changed_gguf_file_is_named(run: RunDir) -> None:
 def test_a_sealed_file_of_the_untouched_base_does_not_pass(
     run: RunDir, made: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The seal is valid, but the distributions decide."""
+    """The seal is valid, but weights and distributions decide."""
     file = run.gguf / "mine-F16.gguf"
     writer.write_gguf(made.path.with_name("mine-base"), file, "F16", "mine")
     seal = read_sealed(run.gguf / "made.json")
@@ -116,7 +116,8 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
     assert (ended.value.code, told["ok"]) == (1, False)
     row = {row["name"]: row for row in told["rows"]}["gguf F16"]
     assert row["relative_kl"] == pytest.approx(1, rel=0.1)
-    assert "Export as F32" in told["faults"][0]
+    assert "does not hold the merged model's weights" in told["faults"][0]
+    assert "Export again" in told["faults"][0]
     assert {row["name"]: row["ok"] for row in read_parity(run)}["gguf F16"] is False
 
 
