@@ -25,6 +25,7 @@ from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.gguf.modelfile import find_template_parts, probe_conversations, render_modelfile
 from minigrpo.delivery.gguf.pretokenizer import pretokenizer_name, token_faults
 from minigrpo.delivery.gguf.quantize import BUILT_IN_FORMATS, BlockQuantizer, find_llama_quantize, quantise
+from minigrpo.delivery.hub.contents import ollama_files
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.chat_template import PROBE_QUESTION, render, render_text
 from minigrpo.models.embedded import seedling
@@ -189,8 +190,31 @@ def test_ollamas_template_says_what_the_chat_template_says(qwen: Any) -> None:
     text = render_modelfile("x-Q8_0.gguf", qwen[0], tokenizer, 0.7)
     assert text.startswith("FROM ./x-Q8_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text
-    assert text.endswith("PARAMETER temperature 0.7\n")
+    sampling = ("temperature 0.7", "top_k 0", "top_p 1", "min_p 0", "repeat_penalty 1")
+    assert text.endswith("".join(f"PARAMETER {each}\n" for each in sampling))
     assert 'eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>' in text
+
+
+def test_ollama_gets_the_system_message_of_training_or_else_the_templates_own(qwen: Any) -> None:
+    text = render_modelfile("x.gguf", qwen[0], bpe_tokenizer(), 1.0, "Think first.\nThen answer.")
+    assert 'SYSTEM """Think first.\nThen answer."""\n' in text
+    assert ollama_files(text)["system"] == "Think first.\nThen answer."
+    params = json.loads(ollama_files(text)["params"])
+    assert params == {"stop": ["<|im_end|>"], "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+    assert "range .Messages" in ollama_files(text)["template"]
+    helpful = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + OWN_WORDS
+    assert 'SYSTEM """You help."""\n' in render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=helpful), 1.0)
+    assert "SYSTEM" not in render_modelfile("x.gguf", qwen[0], bpe_tokenizer(), 1.0)
+
+
+def test_a_template_that_reads_the_clock_freezes_no_date(qwen: Any) -> None:
+    dated = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
+        "{% endif %}"
+    )
+    text = render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=dated + OWN_WORDS), 1.0)
+    assert "SYSTEM" not in text
+    assert "Today" not in text
 
 
 def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) -> None:

@@ -6,6 +6,7 @@ once and in the summary, and the run goes on without it. An artefact that fails 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
+from minigrpo.delivery.hub.model_card import system_message
 from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
 from minigrpo.runs.manifest import existing_result, seconds_of, timed
@@ -196,7 +198,8 @@ def _commands(run: RunDir, delivered: Delivered) -> Iterator[str]:
     if delivered.exported and delivered.exported.ok:
         file = delivered.exported.files[-1].file
         yield f"minigrpo serve {run.path}"
-        yield f"llama-cli -m {file}"
+        system = system_message(run)
+        yield f"llama-cli -m {file}" + (f" -sys {shlex.quote(system)}" if system else "")
         yield f"ollama create {run.path.absolute().name} -f {file.with_suffix('.Modelfile')}"
     if delivered.merged:
         yield f"vllm serve {run.merged}"

@@ -301,9 +301,9 @@ def _name_or_reject(
     draft.replace(target)
     rejected.unlink(missing_ok=True)
     temperature = load_recipe(str(job.run.path)).rollout.temperature if job.run else 1.0
-    write_whole(
-        target.with_suffix(".Modelfile"), render_modelfile(target.name, job.model, reference.tokenizer, temperature)
-    )
+    system = reference.system if job.run else None
+    text = render_modelfile(target.name, job.model, reference.tokenizer, temperature, system)
+    write_whole(target.with_suffix(".Modelfile"), text)
     return found
 
 

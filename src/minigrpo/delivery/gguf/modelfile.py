@@ -1,5 +1,5 @@
-"""Write Ollama's Modelfile for an exported file: its own template language, the tokens that end an answer, the
-temperature.
+"""Write Ollama's Modelfile for an exported file: its own template language, the system message of training, the tokens
+that end an answer, and sampling from the whole distribution, as in training.
 
 Ollama does not run the chat template in the file. The text around each message is found by rendering conversations, and
 the Modelfile gets a template only if it reproduces the chat template's text exactly.
@@ -16,6 +16,9 @@ from typing import Any
 
 from minigrpo.models.chat_template import render_text
 from minigrpo.types import Message
+
+SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+"""Ollama's own defaults cut the distribution off and punish repetition, which training did neither."""
 
 PROBE_WORDS = ("sys-x", "ask-one", "say-one", "ask-two", "say-two")
 
@@ -71,6 +74,19 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     return found if all(fits[:2]) else None
 
 
+def default_system(tokenizer: Any, parts: TemplateParts) -> str | None:
+    """Return the system message that the chat template puts in where a conversation has none; None where there is none,
+    or where it tells the date, which must not be frozen."""
+    if "strftime_now" in str(tokenizer.chat_template) or "date_string" in str(tokenizer.chat_template):
+        return None
+    user = probe_conversations()[2]
+    text = render_text(tokenizer, user, opened=True).removeprefix(tokenizer.bos_token or "")
+    added, (before, after) = text.removesuffix(parts.render(user)), parts.around["system"]
+    if added == text or not added.startswith(before) or not added.endswith(after):
+        return None
+    return added[len(before) : len(added) - len(after)] or None
+
+
 def _split_template(whole: str, asked: str, opened: str) -> TemplateParts:
     first, rest = whole.split(PROBE_WORDS[0])
     to_user, rest = rest.split(PROBE_WORDS[1])
@@ -99,8 +115,14 @@ def end_tokens(folder: Path, tokenizer: Any) -> list[str]:
     return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(token for token in ids if token is not None)))
 
 
-def render_modelfile(gguf: str, folder: Path, tokenizer: Any, temperature: float) -> str:
-    """Return the Modelfile's text. `folder`: of the merged model. `temperature`: of training."""
+def sampling_parameters(temperature: float) -> dict[str, float]:
+    """Return Ollama's options that sample as training did."""
+    return {"temperature": temperature, **SAMPLING}
+
+
+def render_modelfile(gguf: str, folder: Path, tokenizer: Any, temperature: float, system: str | None = None) -> str:
+    """Return the Modelfile's text. `folder`: of the merged model. `temperature`: of training. `system`: the system
+    message of training; None: the one that the chat template puts in by itself."""
     parts = find_template_parts(tokenizer)
     lines = [f"FROM ./{gguf}", ""]
     if parts and '"""' not in parts.template():
@@ -110,5 +132,14 @@ def render_modelfile(gguf: str, folder: Path, tokenizer: Any, temperature: float
             "# The chat template cannot be said in Ollama's language: it will take the nearest that it knows.",
             "",
         ]
+    system = default_system(tokenizer, parts) if system is None and parts else system
+    if system and '"""' not in system:
+        lines += [f'SYSTEM """{system}"""', ""]
+    elif system:
+        lines += [
+            "# The system message of training holds three quotes, which have no place here: send it yourself.",
+            "",
+        ]
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in end_tokens(folder, tokenizer)]
-    return "\n".join([*lines, f"PARAMETER temperature {temperature:g}", ""])
+    lines += [f"PARAMETER {name} {value:g}" for name, value in sampling_parameters(temperature).items()]
+    return "\n".join([*lines, ""])

@@ -59,6 +59,12 @@ class GgufReference:
     trained: tuple[Tensor, ...] | None = None
 
     @property
+    def system(self) -> str | None:
+        """Return the system message that all prompts begin with; None where they do not, or differ."""
+        found = {m[0]["content"] if m[0]["role"] == "system" else None for m in self.prompts[:-1]}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def longest(self) -> int:
         return max(len(text.ids) for text in self.held.texts)
 

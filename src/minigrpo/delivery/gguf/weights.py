@@ -53,8 +53,8 @@ class TensorsProof:
             return None
         more = f"; and {len(self.faults) - NAMED_FAULTS} more" if len(self.faults) > NAMED_FAULTS else ""
         return (
-            f"It does not hold the merged model's weights: {'; '.join(self.faults[:NAMED_FAULTS])}{more}. Export again, "
-            "with --force; if it stays so, the model is written wrongly: report it with its name."
+            f"It does not hold the merged model's weights: {'; '.join(self.faults[:NAMED_FAULTS])}{more}. Export "
+            "again with --force; if it stays so, the model is written wrongly: report it with its name."
         )
 
     def to_dict(self) -> dict[str, Any]:

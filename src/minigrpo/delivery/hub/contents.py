@@ -173,7 +173,25 @@ def _gguf_files(run: RunDir) -> tuple[RepoFile, ...]:
         items += [repo_file(recipe.name, recipe)] if recipe.is_file() else []
     if not items:
         raise ArtifactError(f"{run.gguf} holds no proved files. {again}")
-    return tuple(items)
+    recipes = [each.content for each in items if isinstance(each.content, Path) and each.name.endswith(".Modelfile")]
+    texts = ollama_files(recipes[0].read_text(encoding="utf-8")) if recipes else {}
+    return (*items, *(repo_file(name, text.encode()) for name, text in texts.items()))
+
+
+def ollama_files(modelfile: str) -> dict[str, str]:
+    """Return the files that Ollama looks for in a repository of the Hub, which has no Modelfile for it: template,
+    system, params, each only where the Modelfile says it."""
+    found = {}
+    for name in ("template", "system"):
+        if text := re.search(rf'^{name.upper()} """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE):
+            found[name] = text[1]
+    params: dict[str, Any] = {}
+    for name, value in re.findall(r"^PARAMETER (\w+) (.+)$", modelfile, re.MULTILINE):
+        if name == "stop":
+            params.setdefault(name, []).append(json.loads(value))
+        else:
+            params[name] = json.loads(value)
+    return found | ({"params": json.dumps(params, ensure_ascii=False) + "\n"} if params else {})
 
 
 def _licence_files(run: RunDir, items: Sequence[RepoFile]) -> Iterator[RepoFile]:

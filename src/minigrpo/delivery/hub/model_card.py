@@ -89,7 +89,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFa
         licence=licence,
         recipe=shown,
         datasets=(data,) if data else (),
-        system=_system_message(run),
+        system=system_message(run),
         repos=repos,
         rewards=tuple(_rewards(run)),
         comparisons=_comparisons(run),
@@ -187,7 +187,7 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     return found
 
 
-def _system_message(run: RunDir) -> str:
+def system_message(run: RunDir) -> str:
     """Return the system message used in training: without it the model is asked something else."""
     try:
         first = next(read_groups(run), {})["messages"][0]
@@ -428,11 +428,14 @@ def _run_gguf(facts: CardFacts) -> str:
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     temperature = facts.recipe["rollout"]["temperature"]
     system = f" -sys {shlex.quote(facts.system)}" if facts.system else ""
-    llama = f"llama-cli -hf {repo}:{kind}{system}\nllama-server -hf {repo}:{kind}"
+    llama = f"llama-cli -hf {repo}:{kind}{system}\n"
+    if facts.system:
+        llama += "# the server takes no system message: whoever asks it sends the one above with each question\n"
+    llama += f"llama-server -hf {repo}:{kind}"
     stem = file.removesuffix(".gguf")
     ollama = (
         f"ollama run hf.co/{repo}:{kind}\n\n"
-        "# or with the Modelfile beside it: its template, stop words and temperature\n"
+        "# or with the Modelfile beside it: its template, system message, stop words and sampling\n"
         f"hf download {repo} {file} {stem}.Modelfile --local-dir .\n"
         f"ollama create {stem.lower()} -f {stem}.Modelfile"
     )
