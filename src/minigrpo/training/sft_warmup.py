@@ -100,6 +100,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     def report_loss(done: int, loss: float) -> None:
         report(done, config.steps, f"loss {loss:.2f}")
 
+    report(0, config.steps, "what the model does before: its loss, and its form")
     before = measure()
     schedule = SftSchedule(config.steps, config.rows, config.lr, warmup=max(1, config.steps // 10))
     with policy.plain_attention():
@@ -110,6 +111,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         )
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()  # GRPO asks how much is free, and what is only cached does not count
+    report(config.steps, config.steps, "what it does now")
     after = measure()
     warnings = (
         *answer_warnings(task, taught, lessons, recipe.rollout.max_tokens),
