@@ -120,6 +120,28 @@ def test_a_table_that_is_none_is_not_hidden_by_a_row_set_later(tmp_path: Path) -
     assert "my.yaml:1: task.weights is 5, but must be names with numbers" in told
 
 
+def test_paths_of_this_machine_are_absolute_and_other_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "seedling").mkdir()
+    for name in ("rows.jsonl", "rates.json", "mine.py", "answers.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"model.path": "models/base", "task.name": "mine.py:score", "task.data": "./rows.jsonl"}
+    recipe = load_recipe(None, {**given, "task.rates": "~/rates.json", "warmup.data": "answers.jsonl"})
+    assert recipe.model.path == str(tmp_path / "models/base")
+    assert recipe.task.name == f"{tmp_path}/mine.py:score"
+    assert recipe.task.data == str(tmp_path / "rows.jsonl")
+    assert recipe.task.rates == str(tmp_path / "rates.json")
+    assert recipe.warmup.data == str(tmp_path / "answers.jsonl")
+    assert load_recipe(str(written(tmp_path, dump_recipe(recipe)))) == recipe
+    for name, value in (("model.path", "seedling"), ("model.path", "Qwen/Qwen2.5-0.5B"), ("task.name", "gsm8k")):
+        kept = load_recipe(None, {name: value})
+        assert getattr(getattr(kept, name.split(".")[0]), name.split(".")[1]) == value
+
+
 def test_overrides_from_python_may_be_typed() -> None:
     recipe = load_recipe(None, {"lora.rank": 16, "train.lr": 1e-4, "train.full": True, "task.weights": {"a": 2}})
     assert (recipe.lora.rank, recipe.train.lr, recipe.train.full) == (16, 1e-4, True)

@@ -28,6 +28,8 @@ __all__ = ["Field", "dump_recipe", "field_table", "load_recipe", "recipe_names",
 FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 WIDTH = 110
+PATHS = ("model.path", "task.name", "task.data", "task.rates", "warmup.data")
+"""Knobs that may name a file or a folder; task.name as FILE.py:NAME."""
 BLANK = ("task.system",)  # here an empty text differs from null, on the command line, too
 
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
@@ -83,7 +85,29 @@ def load_recipe(name_or_path: str | None = None, overrides: Overrides = ()) -> R
         report = _report(sorted(faults, key=lambda fault: order.get(fault.where, len(order))))
         in_file = any(entry.where in fault.where for entry in entries for fault in faults)
         raise RecipeError((begun_by_another(path) if path and in_file else "") + report)
+    return _with_absolute_paths(recipe)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make what exists here absolute, so that a run means the same file from every folder, and for ever.
+
+    A name that is no file or folder here is left as it is: an id of the Hub, the embedded model, a task of the package.
+    """
+    for name in PATHS:
+        section, _, leaf = name.partition(".")
+        value = getattr(getattr(recipe, section), leaf)
+        if value and (absolute := _absolute_path(str(value), leaf)) != value:
+            part = getattr(recipe, section).model_copy(update={leaf: absolute})
+            recipe = recipe.model_copy(update={section: part})
     return recipe
+
+
+def _absolute_path(value: str, leaf: str) -> str:
+    file, colon, name = value.rpartition(":") if leaf == "name" else (value, "", "")
+    if leaf == "path" and value.partition(":")[0] == "seedling":
+        return value
+    path = os.path.expanduser(file)
+    return f"{os.path.abspath(path)}{colon}{name}" if file and os.path.exists(path) else value
 
 
 def dump_recipe(recipe: Recipe) -> str:
