@@ -86,6 +86,12 @@ def test_help_and_refusals_load_no_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_python_runs_the_package_as_the_command() -> None:
+    ended = subprocess.run([sys.executable, "-m", "minigrpo", "--version"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("minigrpo ")
+
+
 def test_help_lists_the_commands(minigrpo_says: Any) -> None:
     ended = minigrpo_says("--help")
     assert ended.code == 0
