@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rollouts",),
     ("training", "evaluation", "delivery"),
     ("pipeline",),
-    ("cli", "notebook", ""),
+    ("cli", "notebook", "", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 LIGHT = {"types", "errors", "versions", "config", "ui", "sandbox", "runs", "tasks", "cli"}

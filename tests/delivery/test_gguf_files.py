@@ -202,17 +202,14 @@ def test_ollama_gets_the_system_message_of_training_or_else_the_templates_own(qw
     params = json.loads(ollama_files(text)["params"])
     assert params == {"stop": ["<|im_end|>"], "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
     assert "range .Messages" in ollama_files(text)["template"]
-    helpful = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + OWN_WORDS
-    assert 'SYSTEM """You help."""\n' in render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=helpful), 1.0)
+    helpful = render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=OWN_WORDS), 1.0)
+    assert 'SYSTEM """You are small."""\n' in helpful
     assert "SYSTEM" not in render_modelfile("x.gguf", qwen[0], bpe_tokenizer(), 1.0)
 
 
 def test_a_template_that_reads_the_clock_freezes_no_date(qwen: Any) -> None:
-    dated = (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
-        "{% endif %}"
-    )
-    text = render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=dated + OWN_WORDS), 1.0)
+    dated = OWN_WORDS.replace("You are small.", "Today is {{ strftime_now('%d %b %Y') }}.")
+    text = render_modelfile("x.gguf", qwen[0], bpe_tokenizer(template=dated), 1.0)
     assert "SYSTEM" not in text
     assert "Today" not in text
 

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
-from minigrpo.delivery.hub.model_card import system_message
 from minigrpo.errors import ArtifactError, ModelError, install_hint
 from minigrpo.pipeline import tables
+from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import existing_result, seconds_of, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable

@@ -239,6 +239,15 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from stream
 
 
+def system_message(run: RunDir) -> str:
+    """Return the system message used in training: without it the model is asked something else."""
+    try:
+        first = next(read_groups(run), {})["messages"][0]
+        return str(first["content"]) if first["role"] == "system" else ""
+    except (LookupError, TypeError):
+        return ""
+
+
 def _lines_backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
     """Yield the lines from the last to the first, without their ends."""
     if not path.is_file():

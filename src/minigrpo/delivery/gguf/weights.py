@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.delivery.gguf.writer import GgufSource, gguf_sources, unsupported_reason
+from minigrpo.delivery.parity.weights import name_faults
 from minigrpo.models.model_files import BaseFiles
 from minigrpo.models.safetensors_io import StoredTensor
 
@@ -32,7 +33,6 @@ DEVIATIONS = 6
 """Standard deviations of chance that a tensor's scale may be off: once in a thousand million tensors."""
 HALF_ROUNDOFF, HALF_SUBNORMAL = 2.0**-11, 2.0**-25
 """Largest error of rounding to float16: of its value, and where that is tiny."""
-NAMED_FAULTS = 3
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -51,14 +51,13 @@ class TensorsProof:
     def fault(self) -> str | None:
         if not self.faults:
             return None
-        more = f"; and {len(self.faults) - NAMED_FAULTS} more" if len(self.faults) > NAMED_FAULTS else ""
         return (
-            f"It does not hold the merged model's weights: {'; '.join(self.faults[:NAMED_FAULTS])}{more}. Export "
-            "again with --force; if it stays so, the model is written wrongly: report it with its name."
+            f"It does not hold the merged model's weights: {name_faults(self.faults)}. Export again with --force; if "
+            "it stays so, the model is written wrongly: report it with its name."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"faults": list(self.faults)}
 
 
 def prove_tensors(file: Path, merged: BaseFiles) -> TensorsProof:

@@ -29,7 +29,7 @@ from minigrpo.models.vllm_compat import (
     vllm_max_lora_rank,
     without_attention_scale,
 )
-from minigrpo.runs.logger import read_groups, read_metrics
+from minigrpo.runs.logger import read_metrics, system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.live import column_means, sparkline
@@ -185,15 +185,6 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{file} is damaged. Remove it, and what was measured is left out of the page.") from None
     return found
-
-
-def system_message(run: RunDir) -> str:
-    """Return the system message used in training: without it the model is asked something else."""
-    try:
-        first = next(read_groups(run), {})["messages"][0]
-        return str(first["content"]) if first["role"] == "system" else ""
-    except (LookupError, TypeError):
-        return ""
 
 
 def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:

@@ -34,7 +34,7 @@ from minigrpo.delivery.artifacts.source import (
     seal_folder,
     source_of,
 )
-from minigrpo.delivery.parity.compare import prove_merged, trained_in_4bit, trained_reference
+from minigrpo.delivery.parity.compare import ParityReference, prove_merged, trained_in_4bit, trained_reference
 from minigrpo.delivery.parity.kl import Divergence, record_parity
 from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
 from minigrpo.delivery.parity.weights import WeightsProof, prove_weights
@@ -101,29 +101,61 @@ def merge(
             merged_weights.write_merged(files, changes, chosen, draft, partial(_report_shard, report))
             write_companions(files, source.folder, draft, chosen)
             report(2, _PARTS, "comparing every weight with PEFT's merge")
-            written = open_base(draft)
-            weights = prove_weights(written, files, adapter, chosen)
-            reference, stages, fault = None, list[Divergence](), weights.fault
-            if proof and not fault:
-                report(3, _PARTS, "what base and trained policy say")
-                reference = trained_reference(source, files, written)
-                report(4, _PARTS, "what the merged model says")
-                stages, fault = prove_merged(draft, source, files, reference)
-            facts = {"dtype": merged_weights.dtype_name(chosen), "stages": [row.to_dict() for row in stages]}
-            seal_folder(draft, made, facts | {"weights": weights.to_dict()})
-            _record_or_reject(source, draft, target, stages, measured, fault)
+            proved = _ProvedMerge(prove_weights(open_base(draft), files, adapter, chosen))
+            if proof and not proved.fault:
+                proved = _prove_texts(proved.weights, source, files, draft, report)
+            dtype_name = merged_weights.dtype_name(chosen)
+            stages = [row.to_dict() for row in proved.stages]
+            seal_folder(draft, made, {"dtype": dtype_name, "stages": stages, "weights": proved.weights.to_dict()})
+            _record_or_reject(source, draft, target, proved, measured)
         report(_PARTS, _PARTS, "")
-    if reference and trained_in_4bit(source) and len(stages) < 3:
-        notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
-    if reference and reference.nothing_learned:
-        notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
-    verdict: MergeVerdict = (
-        "not proved" if not reference else "nothing was learned" if reference.nothing_learned else "merged"
-    )
-    texts = reference.held.source if reference else ""
+    told = (*notes, *proved.notes(source))
     return Merged(
-        target, merged_weights.dtype_name(chosen), verdict, tuple(measured), tuple(stages), texts, tuple(notes), weights
+        target, dtype_name, proved.verdict, tuple(measured), proved.stages, proved.texts, told, proved.weights
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _ProvedMerge:
+    """What was found. `fault`: what is wrong besides the distances of `stages`. No `reference`: no texts were read."""
+
+    weights: WeightsProof
+    reference: ParityReference | None = None
+    stages: tuple[Divergence, ...] = ()
+    loading_fault: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        return self.weights.fault or self.loading_fault
+
+    @property
+    def verdict(self) -> MergeVerdict:
+        if self.reference is None:
+            return "not proved"
+        return "nothing was learned" if self.reference.nothing_learned else "merged"
+
+    @property
+    def texts(self) -> str:
+        return self.reference.held.source if self.reference else ""
+
+    def notes(self, source: TrainedSource) -> list[str]:
+        notes = []
+        if self.reference and trained_in_4bit(source) and len(self.stages) < 3:
+            notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
+        if self.reference and self.reference.nothing_learned:
+            notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
+        return notes
+
+
+def _prove_texts(
+    weights: WeightsProof, source: TrainedSource, files: BaseFiles, draft: Path, report: Report
+) -> _ProvedMerge:
+    """Compare what base, trained policy and the merged draft say on texts."""
+    report(3, _PARTS, "what base and trained policy say")
+    reference = trained_reference(source, files, open_base(draft))
+    report(4, _PARTS, "what the merged model says")
+    stages, fault = prove_merged(draft, source, files, reference)
+    return _ProvedMerge(weights, reference, tuple(stages), fault)
 
 
 def _report_shard(report: Report, done: int, total: int = 0, note: str = "") -> None:
@@ -170,28 +202,26 @@ def _existing_merge(target: Path, made: Mapping[str, Any], force: bool, source: 
     if sealed["made"]["from"] != made["from"]:
         return None
     if source.run and target == source.run.merged and sealed["stages"]:  # where parity.json was lost
-        record_parity(source.run.parity, sealed["stages"], {"made": sealed["made"]}, keep=True)
+        _record_proof(source.run, sealed, keep=True)
     return Merged(target, sealed["dtype"], "there already")
+
+
+def _record_proof(run: RunDir, sealed: Mapping[str, Any], *, keep: bool = False) -> None:
+    """Write what a merged folder's seal tells of its proof into the run's parity.json; `keep`: unless it is there."""
+    record_parity(run.parity, sealed["stages"], {name: sealed.get(name) for name in ("made", "weights")}, keep=keep)
 
 
 def _record_or_reject(
     source: TrainedSource,
     draft: Path,
     target: Path,
-    stages: list[Divergence],
+    proved: _ProvedMerge,
     measured: list[Rounding],
-    fault: str | None,
 ) -> None:
-    """Record the proof. Raises ArtifactError, and renames the folder to .rejected, where it fails. `fault`: what was
-    found besides the distances of `stages`."""
-    sealed = read_sealed(draft / "made.json")
-    if source.run and stages and target == source.run.merged:
-        record_parity(
-            source.run.parity,
-            [row.to_dict() for row in stages],
-            {"made": sealed["made"], "weights": sealed["weights"]},
-        )
-    failed = next((row for row in stages if not row.ok), None)
+    """Record the proof. Raises ArtifactError, and renames the folder to .rejected, where it fails."""
+    if source.run and proved.stages and target == source.run.merged:
+        _record_proof(source.run, read_sealed(draft / "made.json"))
+    failed, fault = next((row for row in proved.stages if not row.ok), None), proved.fault
     if failed is None and fault is None:
         return
     rejected = target.with_name(target.name + REJECTED)

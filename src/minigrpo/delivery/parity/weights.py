@@ -13,7 +13,7 @@ Shapes: O outputs of a layer, I inputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,17 @@ class WeightsProof:
     def fault(self) -> str | None:
         """Say what is wrong, worst tensor first; None where nothing is."""
         told = [*self.names, *map(str, sorted(self.wrong, key=lambda each: -each.outside / each.values))]
-        if not told:
-            return None
-        more = f"; and {len(told) - NAMED_FAULTS} more" if len(told) > NAMED_FAULTS else ""
-        return f"{'; '.join(told[:NAMED_FAULTS])}{more}"
+        return name_faults(told) if told else None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"ok": self.ok}
+        wrong = [asdict(each) for each in self.wrong]
+        return asdict(self) | {"wrong": wrong, "names": list(self.names), "ok": self.ok}
+
+
+def name_faults(faults: Sequence[str]) -> str:
+    """Name the first faults, and count the others."""
+    more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
+    return f"{'; '.join(faults[:NAMED_FAULTS])}{more}"
 
 
 def prove_weights(merged: BaseFiles, base: BaseFiles, adapter: Adapter, dtype: torch.dtype) -> WeightsProof:
