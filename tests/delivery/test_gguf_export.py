@@ -18,6 +18,7 @@ from minigrpo.delivery.gguf import writer as gguf_writer
 from minigrpo.delivery.gguf.export import export, parse_formats
 from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_file
 from minigrpo.delivery.gguf.quantize import choose_tensor_type
+from minigrpo.delivery.parity.kl import OTHER_TEXTS
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, edit_json
@@ -49,7 +50,8 @@ def test_llama_cpp_says_of_each_family_what_the_merged_model_says(tmp_path: Path
     assert found["F32"].bits == 32
     assert 8.5 <= found["Q8_0"].bits < 9
     rows = {row["name"]: row for row in json.loads(run.parity.read_text())["stages"]}
-    assert {"base", "merged", "gguf F32", "gguf F16", "gguf Q8_0"} == rows.keys()
+    stages = ("base", "merged", "gguf F32", "gguf F16", "gguf Q8_0")
+    assert {name + texts for name in stages for texts in ("", OTHER_TEXTS)} == rows.keys()
     assert sorted(file.name for file in run.gguf.iterdir() if file.suffix == ".gguf") == [
         "mine-F16.gguf",
         "mine-F32.gguf",

@@ -20,8 +20,16 @@ from minigrpo.cli import main
 from minigrpo.delivery.artifacts.merged_weights import measure_rounding
 from minigrpo.delivery.artifacts.source import read_seal, source_of
 from minigrpo.delivery.merge.merge import merge
-from minigrpo.delivery.parity.compare import prove_merged, trained_reference
-from minigrpo.delivery.parity.texts import MAX_TEXT_TOKENS, held_texts
+from minigrpo.delivery.parity.compare import compare_texts, prove_merged, trained_reference
+from minigrpo.delivery.parity.kl import MAX_KL, OTHER_TEXTS
+from minigrpo.delivery.parity.texts import (
+    MAX_TEXT_TOKENS,
+    HeldTexts,
+    ScoredText,
+    StoredLogprobs,
+    held_texts,
+    other_texts,
+)
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import RunDir, read_json
@@ -53,12 +61,12 @@ def test_the_untouched_base_does_not_pass_and_a_good_merge_does(tmp_path: Path, 
     run = make_run(tmp_path / "run", base, adapted(save_base(base, family), base))
     source = source_of(run)
     reference = trained_reference(source, open_base(base))
-    assert [row.ok for row in prove_merged(base, source, open_base(base), reference)[0]] == [True, False]
+    assert [row.ok for row in prove_merged(base, source, open_base(base), reference)[0]] == [True, True, False, False]
     found = merge(run, quiet=True)
-    assert [row.name for row in found.stages] == ["base", "merged"]
-    assert found.stages[1].relative_kl is not None
-    assert found.stages[1].relative_kl < 1e-6
-    assert found.stages[1].top1 == 1
+    assert [row.name for row in found.stages] == ["base", "base, other texts", "merged", "merged, other texts"]
+    for before, after in (found.stages[::2], found.stages[1::2]):
+        assert after.mean_kl < 1e-6 * before.mean_kl
+        assert after.top1 == 1
 
 
 def test_16_bits_round_a_young_adapter_away_and_32_do_not(young: RunDir) -> None:
@@ -67,12 +75,12 @@ def test_16_bits_round_a_young_adapter_away_and_32_do_not(young: RunDir) -> None
     assert not young.merged.exists()
     rejected = young.path / "merged.rejected"
     assert read_seal(rejected)["dtype"] == "bfloat16"
-    failed = read_json(young.parity)["stages"][1]
+    failed = next(row for row in read_json(young.parity)["stages"] if row["name"] == "merged")
     assert failed["relative_kl"] > 0.1
     assert not failed["ok"]
     found = merge(young, dtype="float32", quiet=True)
     assert found.verdict == "merged"
-    assert [row["ok"] for row in read_json(young.parity)["stages"]] == [True, True]
+    assert [row["ok"] for row in read_json(young.parity)["stages"]] == [True] * 4
 
 
 @pytest.mark.parametrize(("size", "chosen"), [(YOUNG, "float32"), (1e-3, "float16"), (0.1, "bfloat16")])
@@ -109,7 +117,7 @@ def test_an_adapter_that_learned_nothing_is_reported(tmp_path: Path) -> None:
     found = merge(run, quiet=True)
     assert found.verdict == "nothing was learned"
     assert "Nothing was learned" in found.notes[0]
-    assert found.stages[1].relative_kl is None
+    assert next(row for row in found.stages if row.name == "merged").relative_kl is None
 
 
 def test_texts_are_the_last_step_of_the_run_then_right_answers_then_the_models_own(young: RunDir) -> None:
@@ -166,10 +174,10 @@ def test_a_4_bit_run_is_merged_into_the_16_bit_base_and_says_how_far_that_is(tmp
     found = merge(run, quiet=True)
     assert found.verdict == "merged"
     assert found.dtype == "bfloat16"
-    packed = found.stages[2]
-    assert packed.name == "merged (4-bit policy)"
+    rows = {row.name: row for row in found.stages}
+    packed = rows["merged (4-bit policy)"]
     assert packed.limit is None
-    assert packed.mean_kl > found.stages[1].mean_kl
+    assert packed.mean_kl > rows["merged"].mean_kl
 
 
 def test_a_merge_whose_keys_do_not_fit_is_not_proved(young: RunDir) -> None:
@@ -260,3 +268,36 @@ def test_memory_is_bounded_by_the_largest_shard_however_many_there_are(
     times = int(ended.stdout) / max(shards)
     record_property("times the largest shard", f"{times:.2f}")
     assert times <= 3
+
+
+def test_stored_log_probabilities_are_read_as_they_were_written() -> None:
+    found = [torch.randn(rows, 7).log_softmax(-1) for rows in (3, 1, 5)]
+    stored = StoredLogprobs(iter(found))
+    assert len(stored) == 3
+    assert all(torch.equal(*pair) for pair in zip(stored, found, strict=True))
+    assert torch.equal(stored[-1], found[-1])
+    assert [len(each) for each in stored[1:]] == [1, 5]
+    assert torch.equal(stored[1:][1:][0], found[2])
+    with pytest.raises(IndexError):
+        stored[3]
+
+
+def test_a_proof_stands_on_two_thousand_tokens_of_other_kinds_as_well(young: RunDir) -> None:
+    others = other_texts(build_tokenizer())
+    assert len(others) >= 32
+    assert sum(text.scored for text in others) >= 2000
+    found = merge(young, quiet=True)
+    elsewhere = [row for row in found.stages if row.name.endswith(OTHER_TEXTS)]
+    assert [row.name for row in elsewhere] == ["base, other texts", "merged, other texts"]
+    assert elsewhere[1].tokens == sum(text.scored for text in others)
+    assert elsewhere[1].ceiling == MAX_KL
+
+
+def test_a_stage_that_says_other_things_elsewhere_fails_although_it_is_right_on_the_tasks_texts() -> None:
+    here, elsewhere = ScoredText((1, 2), 1), ScoredText((3, 4), 1)
+    held = HeldTexts((here,), "", (elsewhere,))
+    right, wrong = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.6, 0.4]]).log()
+    row, other = compare_texts("merged", [right, wrong], [right, right], held, base_kl=1.0, limit=0.1)
+    assert row.ok
+    assert other is not None
+    assert other.excess == "on texts of other kinds it is 0.02 nats a token from the trained policy (limit 0.01)"

@@ -12,6 +12,7 @@ import pytest
 from minigrpo.cli import main
 from minigrpo.delivery.gguf import writer
 from minigrpo.delivery.gguf.export import export
+from minigrpo.delivery.parity.kl import OTHER_TEXTS
 from minigrpo.delivery.parity.table import parity_table, read_parity
 from minigrpo.delivery.serve.server import serve_gguf
 from minigrpo.delivery.verify import verified_table, verify
@@ -49,7 +50,8 @@ def test_a_sound_run_is_verified_stage_by_stage_up_to_its_server(run: RunDir) ->
     write_json(run.parity, {"made": {"verb": "merge"}, "stages": [{"name": "gguf F32", "mean_kl": 0.0}]})
     found = verify(run, serve=True, quiet=True)
     assert (found.ok, found.faults) == (True, ())
-    names = ["base", "merged", "gguf F16", "gguf Q8_0", "served Q8_0"]
+    stages = ("base", "merged", "gguf F16", "gguf Q8_0")
+    names = [*(name + texts for name in stages for texts in ("", OTHER_TEXTS)), "served Q8_0"]
     assert [row["name"] for row in found.rows] == names
     assert [row["name"] for row in read_parity(run)] == names  # rows of stages that are gone are removed
     assert read_json(run.parity)["made"] == {"verb": "merge"}
@@ -57,7 +59,7 @@ def test_a_sound_run_is_verified_stage_by_stage_up_to_its_server(run: RunDir) ->
     assert rows["served Q8_0"]["mean_kl"] == pytest.approx(rows["gguf Q8_0"]["mean_kl"], rel=0.2)
     told = text_of(verified_table(found))
     assert "what training did" in told
-    assert told.count("proved") == 4
+    assert told.count("proved") == 7
     assert "verified:" in told
 
 
@@ -88,7 +90,7 @@ def test_a_merged_folder_edited_by_hand_is_named_with_the_file(run: RunDir) -> N
     assert not found.ok
     assert f"{run.merged / 'config.json'} was changed" in found.faults[0]
     assert f"minigrpo merge {run.path} --force" in found.faults[0]
-    assert [row["name"] for row in found.rows] == ["base"]
+    assert [row["name"] for row in found.rows] == ["base", f"base{OTHER_TEXTS}"]
 
 
 def test_a_changed_gguf_file_is_named(run: RunDir) -> None:
@@ -124,7 +126,8 @@ def test_a_sealed_file_of_the_untouched_base_does_not_pass(
 def test_what_is_not_there_is_not_measured_and_what_is_no_run_is_refused(run: RunDir, tmp_path: Path) -> None:
     for file in run.gguf.iterdir():
         file.unlink()
-    assert [row["name"] for row in verify(run.path, quiet=True).rows] == ["base", "merged"]
+    rows = verify(run.path, quiet=True).rows
+    assert [row["name"] for row in rows] == [name + texts for name in ("base", "merged") for texts in ("", OTHER_TEXTS)]
     with pytest.raises(ArtifactError, match="no run's folder"):
         verify(run.adapter.rename(tmp_path / "adapter"), quiet=True)
 

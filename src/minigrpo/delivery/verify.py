@@ -9,7 +9,7 @@ One model is open at a time. The rows found replace those of parity.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,13 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.source import TrainedSource, require_merged, source_of
-from minigrpo.delivery.gguf.parity import RELATIVE_LIMITS, GgufReference, comparison_prompts, prove_file
+from minigrpo.delivery.gguf.parity import (
+    RELATIVE_LIMITS,
+    GgufReference,
+    comparison_prompts,
+    prove_file,
+    rows_of_proof,
+)
 from minigrpo.delivery.parity.compare import (
     ParityReference,
     compare_merged,
@@ -33,7 +39,7 @@ from minigrpo.delivery.parity.compare import (
     trained_reference,
 )
 from minigrpo.delivery.parity.kl import Divergence, compare_distributions
-from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
+from minigrpo.delivery.parity.table import parity_table, proof_title
 from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
@@ -57,7 +63,7 @@ class Verified:
     each."""
 
     run: Path
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Mapping[str, Any], ...]
     faults: tuple[str, ...]
     texts: str
 
@@ -86,12 +92,12 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
         report(0, 2 + len(files), "base and trained policy")
         written = open_base(run.merged) if run.merged.is_dir() and not faults else None
         reference = trained_reference(source, base, written)
-        rows: list[dict[str, Any]] = [reference.base.to_dict()]
+        rows: list[Mapping[str, Any]] = [row.to_dict() for row in reference.base_rows]
         if written:
             report(1, 2 + len(files), "merged")
             dtype = getattr(torch, read_sealed(run.merged / "made.json")["dtype"])
             weights = prove_weights(written, base, adapter, dtype)
-            measured = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.texts)
+            measured = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.all)
             judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]
@@ -100,7 +106,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
             gguf = _gguf_reference(run, reference, measured)
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)
-                rows.append(_file_row(file, kind, gguf, faults))
+                rows += _file_rows(file, kind, gguf, faults)
             rows += list(_served_rows(files, gguf, faults, serve=serve, served=served))
     _replace_rows(run, rows)
     return Verified(run.path, tuple(rows), tuple(faults), reference.held.source)
@@ -136,12 +142,12 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
 
 def _distance_fault(row: Divergence, source: TrainedSource) -> str:
     return (
-        f"The merged model is {row.mean_kl:.2g} nats a token from the trained policy, beyond {row.limit:g} of what "
-        f"training did. Merge again, in more bits: minigrpo merge {source.command} --dtype float32 --force"
+        f"The merged model is not what was trained: {row.excess}. Merge again, in more bits: minigrpo merge "
+        f"{source.command} --dtype float32 --force"
     )
 
 
-def _gguf_reference(run: RunDir, reference: ParityReference, merged: tuple[Any, ...]) -> GgufReference:
+def _gguf_reference(run: RunDir, reference: ParityReference, merged: Sequence[Any]) -> GgufReference:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
@@ -158,10 +164,10 @@ def _gguf_reference(run: RunDir, reference: ParityReference, merged: tuple[Any, 
     )
 
 
-def _file_row(file: Path, kind: str, gguf: GgufReference, faults: list[str]) -> dict[str, Any]:
+def _file_rows(file: Path, kind: str, gguf: GgufReference, faults: list[str]) -> list[Mapping[str, Any]]:
     proof = prove_file(file, kind, gguf)
     faults += [f"{file}: {fault}" for fault in proof.faults]
-    return proof.to_dict()
+    return rows_of_proof(proof.to_dict())
 
 
 def _served_rows(
@@ -210,7 +216,7 @@ def _truncate_texts(texts: tuple[ScoredText, ...], room: int) -> Iterator[Scored
             room -= count
 
 
-def _replace_rows(run: RunDir, rows: list[dict[str, Any]]) -> None:
+def _replace_rows(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace all rows of parity.json: a stage that is gone loses its row."""
     then: Any = {}
     with suppress(ArtifactError):  # missing, or damaged: written anew
@@ -220,10 +226,7 @@ def _replace_rows(run: RunDir, rows: list[dict[str, Any]]) -> None:
 
 def verified_table(verified: Verified) -> RenderableType:
     """Show one line for each stage, then the faults and the result."""
-    first = verified.rows[0]
-    lines: list[RenderableType] = [
-        parity_table(verified.rows, f"{PARITY_TITLE}: {first['tokens']} tokens of {first['texts']} {verified.texts}")
-    ]
+    lines: list[RenderableType] = [parity_table(verified.rows, proof_title(verified.rows, verified.texts))]
     lines += [Text(f"fault: {fault}", style="red") for fault in verified.faults]
     style = "bold green" if verified.ok else "bold red"
     lines.append(Text(f"{'verified' if verified.ok else 'not verified'}: {verified.run}", style=style))

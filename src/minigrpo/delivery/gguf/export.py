@@ -29,7 +29,14 @@ from minigrpo.delivery.artifacts.source import require_merged
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import render_modelfile
-from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, describe_texts, gguf_reference, prove_file
+from minigrpo.delivery.gguf.parity import (
+    GgufProof,
+    GgufReference,
+    describe_texts,
+    gguf_reference,
+    prove_file,
+    rows_of_proof,
+)
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
 from minigrpo.delivery.parity.table import format_kl
@@ -216,7 +223,7 @@ def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedF
                 file, kind, "there already", **{name: then[name] for name in ("by", "bits", "types", "proof")}
             )
             if job.run is not None:  # where parity.json was lost
-                record_parity(job.run.parity, [then["proof"]], keep=True)
+                record_parity(job.run.parity, rows_of_proof(then["proof"]), keep=True)
     return entries
 
 
@@ -285,7 +292,7 @@ def _name_or_reject(
 ) -> ExportedFile:
     """Give the file its name, or that of a rejected one; only a proved file replaces an existing one."""
     if job.run is not None:
-        record_parity(job.run.parity, [proof.to_dict()])
+        record_parity(job.run.parity, rows_of_proof(proof.to_dict()))
     target = job.file(kind)
     rejected = target.with_name(target.name + REJECTED)
     verdict: ExportVerdict = "proved" if proof.judged else "measured"
@@ -318,7 +325,7 @@ def _disk_is_full(job: ExportJob, reason: str) -> str:
 
 def exported_table(exported: Exported) -> RenderableType:
     """Show one line for each format, the faults of those that were rejected, and the result."""
-    table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "")
+    table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "other texts", "")
     for file in exported.files:
         row: Mapping[str, Any] = file.proof
         figures = (
@@ -326,6 +333,7 @@ def exported_table(exported: Exported) -> RenderableType:
             format_kl(row["relative_kl"]),
             format_kl(row["max_kl"]),
             f"{row['top1']:.1%}",
+            format_kl(row["elsewhere"]["mean_kl"] if row.get("elsewhere") else None),
         )
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
         table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)

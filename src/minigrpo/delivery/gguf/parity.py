@@ -6,7 +6,7 @@ Shapes: N scored positions of a text, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.gguf.pretokenizer import token_faults
 from minigrpo.delivery.gguf.weights import TensorsProof, prove_tensors
-from minigrpo.delivery.parity.compare import find_task, load_strictly, score_held_texts
-from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, Divergence, compare_distributions
-from minigrpo.delivery.parity.texts import HeldTexts
+from minigrpo.delivery.parity.compare import compare_texts, find_task, load_strictly, score_held_texts
+from minigrpo.delivery.parity.kl import MAX_KL, MAX_RELATIVE_KL, Divergence
+from minigrpo.delivery.parity.texts import HeldTexts, StoredLogprobs
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import PROBE_QUESTION
 from minigrpo.models.model_files import BaseFiles, open_base
@@ -34,8 +34,6 @@ ABSOLUTE_LIMITS = {"F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-2}
 """Largest KL, in nats a token, where it is unknown what training did. llama.cpp rounds a layer's activations to the
 file's type, so even a lossless BF16 file differs. Chat models of some billions of weights lose about 0.001 in eight
 bits."""
-MAX_KL = 1e-2
-"""Largest KL, in nats a token, for every type with a limit, whatever training did."""
 LOSSLESS_LIMITS = {"BF16": ABSOLUTE_LIMITS["BF16"]}
 """KL, in nats a token, up to which the relative limit is not applied: such a file is the source of all others of a
 bfloat16 model, with weights as they were merged, and differs only by llama.cpp's own rounding on a CPU."""
@@ -52,11 +50,11 @@ class GgufReference:
 
     model: BaseFiles
     held: HeldTexts
-    merged: tuple[Tensor, ...]
+    merged: Sequence[Tensor]
     prompts: tuple[tuple[Message, ...], ...]
     tokenizer: Any
     base_kl: float | None
-    trained: tuple[Tensor, ...] | None = None
+    trained: Sequence[Tensor] | None = None
 
     @property
     def system(self) -> str | None:
@@ -66,7 +64,7 @@ class GgufReference:
 
     @property
     def longest(self) -> int:
-        return max(len(text.ids) for text in self.held.texts)
+        return max(len(text.ids) for text in self.held.all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +80,7 @@ class GgufProof:
     judged: bool
     faults: tuple[str, ...]
     tensors: TensorsProof
+    elsewhere: Divergence | None = None
 
     @property
     def ok(self) -> bool:
@@ -90,6 +89,7 @@ class GgufProof:
     def to_dict(self) -> dict[str, Any]:
         own = {"greatest": self.greatest, "judged": self.judged, "faults": list(self.faults), "ok": self.ok}
         own["tensors"] = self.tensors.to_dict()
+        own["elsewhere"] = self.elsewhere and self.elsewhere.to_dict()
         return self.row.to_dict() | own
 
 
@@ -124,19 +124,23 @@ def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
                 f"{file} knows {llama.facts.vocabulary} tokens and the model {reference.merged[0].shape[-1]}. It was "
                 "made from another model: export again with --force"
             )
-        file_logprobs = list(llama.distributions(reference.held.texts))
+        file_logprobs = StoredLogprobs(llama.distributions(reference.held.all))
         tokens = tuple(token_faults(llama, reference.tokenizer, reference.prompts))
     references, limit = (
         reference.trained or reference.merged,
         RELATIVE_LIMITS.get(kind) if reference.base_kl is not None else None,
     )
-    row = compare_distributions(f"gguf {kind}", file_logprobs, references, base_kl=reference.base_kl, limit=limit)
+    row, elsewhere = compare_texts(
+        f"gguf {kind}", file_logprobs, references, reference.held, base_kl=reference.base_kl, limit=limit
+    )
     greatest = max(
         float((each - other).abs().max()) for each, other in zip(file_logprobs, reference.merged, strict=True)
     )
     faults = ([tensors.fault] if tensors.fault else []) + list(tokens)
-    faults += [] if tensors.fault else _distance_faults(row, greatest, kind)
-    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, tuple(faults), tensors)
+    if not tensors.fault:
+        faults += _distance_faults(row, greatest, kind)
+        faults += _faults_elsewhere(elsewhere, kind)
+    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, tuple(faults), tensors, elsewhere)
 
 
 def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
@@ -161,6 +165,19 @@ def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[st
         )
 
 
+def _faults_elsewhere(row: Divergence | None, kind: str) -> Iterator[str]:
+    if row is not None and kind in RELATIVE_LIMITS and row.mean_kl > MAX_KL:
+        yield (
+            f"On texts of other kinds its distance from the merged model is {row.mean_kl:.2g} nats a token (limit "
+            f"{MAX_KL:g}). {_remedy(kind)}"
+        )
+
+
+def rows_of_proof(proof: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of a file's proof, as `GgufProof.to_dict` gives it: on the task's texts, and on others."""
+    return [proof, *([proof["elsewhere"]] if proof.get("elsewhere") else [])]
+
+
 def _remedy(kind: str) -> str:
     if kind == "Q8_0":
         return "Export as F16 or BF16, or train longer, so that the change is larger than the rounding."
@@ -169,5 +186,6 @@ def _remedy(kind: str) -> str:
 
 def describe_texts(reference: GgufReference) -> dict[str, Any]:
     """Return the number of texts and tokens that a proof was made on, and their source."""
-    texts: Sequence[Any] = reference.held.texts
-    return {"texts": len(texts), "tokens": sum(text.scored for text in texts), "source": reference.held.source}
+    held: HeldTexts = reference.held
+    counts = {"texts": len(held.texts), "tokens": sum(text.scored for text in held.texts), "source": held.source}
+    return counts | {"other_texts": len(held.others), "other_tokens": sum(text.scored for text in held.others)}

@@ -34,9 +34,15 @@ from minigrpo.delivery.artifacts.source import (
     seal_folder,
     source_of,
 )
-from minigrpo.delivery.parity.compare import ParityReference, prove_merged, trained_in_4bit, trained_reference
+from minigrpo.delivery.parity.compare import (
+    PACKED_ROW,
+    ParityReference,
+    prove_merged,
+    trained_in_4bit,
+    trained_reference,
+)
 from minigrpo.delivery.parity.kl import Divergence, record_parity
-from minigrpo.delivery.parity.table import PARITY_TITLE, parity_table
+from minigrpo.delivery.parity.table import parity_table, proof_title
 from minigrpo.delivery.parity.weights import WeightsProof, prove_weights
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import BaseFiles, open_base, write_companions
@@ -140,7 +146,7 @@ class _ProvedMerge:
 
     def notes(self, source: TrainedSource) -> list[str]:
         notes = []
-        if self.reference and trained_in_4bit(source) and len(self.stages) < 3:
+        if self.reference and trained_in_4bit(source) and all(row.name != PACKED_ROW for row in self.stages):
             notes.append("How far this is from the 4-bit policy could not be told: bitsandbytes is not installed.")
         if self.reference and self.reference.nothing_learned:
             notes.append("Nothing was learned: the base and the trained policy say the same. Train longer.")
@@ -230,16 +236,10 @@ def _record_or_reject(
     rejected.chmod(0o755)
     what = fault
     if failed and not fault:
-        what = f"{_describe_distance(failed)} (limit {failed.limit:g}). {_remedy(measured)}"
+        what = f"{failed.excess}. {_remedy(measured)}"
     raise ArtifactError(
         f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}"
     )
-
-
-def _describe_distance(row: Divergence) -> str:
-    if row.relative_kl is None:
-        return f"training changed nothing, and the merge is {row.mean_kl:.2g} nats a token away"
-    return f"its distance from the trained policy is {row.relative_kl:.2f} of what training moved"
 
 
 def _remedy(measured: list[Rounding]) -> str:
@@ -274,9 +274,8 @@ def merged_table(merged: Merged) -> RenderableType:
     """Show the proof row by row, then the result."""
     lines: list[RenderableType] = []
     if merged.stages:
-        first = merged.stages[0]
-        title = f"{PARITY_TITLE}: {first.tokens} tokens of {first.texts} {merged.texts}"
-        lines.append(parity_table([row.to_dict() for row in merged.stages], title))
+        stages = [row.to_dict() for row in merged.stages]
+        lines.append(parity_table(stages, proof_title(stages, merged.texts)))
     if merged.weights:
         told = f"{merged.weights.values:,} weights compared with PEFT's merge, {merged.weights.changed} tensors changed"
         lines.append(Text(f"{told}: every one is the same in {merged.dtype}"))

@@ -7,10 +7,11 @@ model is open at a time; of each, only its distributions on a few held texts are
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,22 @@ from torch import Tensor
 
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
 from minigrpo.delivery.artifacts.source import TrainedSource
-from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL, ZERO_KL, Divergence, compare_distributions
-from minigrpo.delivery.parity.texts import HeldTexts, ScoredText, held_texts, sampled_texts, text_logprobs
+from minigrpo.delivery.parity.kl import (
+    MAX_KL,
+    MAX_RELATIVE_KL,
+    OTHER_TEXTS,
+    ZERO_KL,
+    Divergence,
+    compare_distributions,
+)
+from minigrpo.delivery.parity.texts import (
+    HeldTexts,
+    ScoredText,
+    StoredLogprobs,
+    held_texts,
+    sampled_texts,
+    text_logprobs,
+)
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.loading import model_class, open_model, pick_device
 from minigrpo.models.lora import attach_adapter
@@ -29,16 +44,25 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Task
 from minigrpo.utils.process import no_progress_bars
 
+PACKED_ROW = "merged (4-bit policy)"
+"""The row that compares the merged model with the policy as it was trained, its base in 4 bit."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParityReference:
-    """The trained policy's distributions on the held texts, and how far the base is from it: what all later stages are
-    compared with. `injected`: those of the base's own model with the merged weights in it, where there are any."""
+    """The trained policy's distributions on all held texts, and how far the base is from it: what all later stages are
+    compared with. `base_elsewhere`: on texts of other kinds. `injected`: the distributions of the base's own model with
+    the merged weights in it, where there are any."""
 
     held: HeldTexts
-    trained: tuple[Tensor, ...]
+    trained: Sequence[Tensor]
     base: Divergence
-    injected: tuple[Tensor, ...] | None = None
+    base_elsewhere: Divergence | None
+    injected: Sequence[Tensor] | None = None
+
+    @property
+    def base_rows(self) -> list[Divergence]:
+        return [self.base, *([self.base_elsewhere] if self.base_elsewhere else [])]
 
     @property
     def nothing_learned(self) -> bool:
@@ -65,27 +89,48 @@ def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles 
     if source.full:
         held, trained = _full_model_logprobs(source, device)
         with open_in_float32(base.folder, source, device) as (model, _):
-            found = compare_distributions("base", text_logprobs(model, held.texts), trained)
-            return ParityReference(held, trained, found, _injected_logprobs(model, merged, held.texts))
+            rows = compare_texts("base", text_logprobs(model, held.all), trained, held)
+            return ParityReference(held, trained, *rows, _injected_logprobs(model, merged, held.all))
     with open_in_float32(base.folder, source, device) as (model, tokenizer):
         model = attach_adapter(model, source.folder)
         held, trained = _score_trained(model, tokenizer, source)
         _require_repeatable(model, held.texts, trained)
         with model.disable_adapter():
-            found = compare_distributions("base", text_logprobs(model, held.texts), trained)
-        return ParityReference(held, trained, found, _injected_logprobs(model.unload(), merged, held.texts))
+            rows = compare_texts("base", text_logprobs(model, held.all), trained, held)
+        return ParityReference(held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
+
+
+def compare_texts(
+    name: str,
+    found: Iterable[Tensor],
+    reference: Sequence[Tensor],
+    held: HeldTexts,
+    *,
+    base_kl: float | None = None,
+    limit: float | None = None,
+) -> tuple[Divergence, Divergence | None]:
+    """Compare two sets of log-probabilities on the task's texts, and, apart from them, on the others, if there are any.
+
+    `limit`: of relative KL on the task's texts. A stage that has one may not be further away than MAX_KL elsewhere.
+    """
+    here, each = len(held.texts), iter(found)
+    row = compare_distributions(name, islice(each, here), reference[:here], base_kl=base_kl, limit=limit)
+    if not held.others:
+        return row, None
+    ceiling = None if limit is None else MAX_KL
+    return row, compare_distributions(f"{name}{OTHER_TEXTS}", each, reference[here:], ceiling=ceiling)
 
 
 def _require_repeatable(model: Any, texts: Sequence[ScoredText], then: Sequence[Tensor]) -> None:
     """Raise ArtifactError where a second pass over the first text differs: something is random, as dropout is."""
     again = next(text_logprobs(model, texts))
-    if compare_distributions("again", [again], then[:1]).mean_kl > ZERO_KL:
+    if compare_distributions("again", [again], [then[0]]).mean_kl > ZERO_KL:
         raise ArtifactError(
             "The trained policy says other things the second time: is dropout on? Nothing can be proved."
         )
 
 
-def _injected_logprobs(model: Any, merged: BaseFiles | None, texts: Sequence[ScoredText]) -> tuple[Tensor, ...] | None:
+def _injected_logprobs(model: Any, merged: BaseFiles | None, texts: Sequence[ScoredText]) -> Sequence[Tensor] | None:
     """Put merged weights into the base's model and return its distributions. Raises ArtifactError where one lacks."""
     if merged is None:
         return None
@@ -95,29 +140,29 @@ def _injected_logprobs(model: Any, merged: BaseFiles | None, texts: Sequence[Sco
             if place is None:
                 raise ArtifactError(f"{merged.folder} has no {name}, which the base's model needs.")
             value.copy_(merged.tensors[place].read())
-    return tuple(text_logprobs(model, texts))
+    return StoredLogprobs(text_logprobs(model, texts))
 
 
 # Each of these releases its model before the next opens one: two may not fit in memory together.
 
 
-def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, Sequence[Tensor]]:
     with open_in_float32(source.folder, source, device) as (model, tokenizer):
         return _score_trained(model, tokenizer, source)
 
 
 def _packed_policy_logprobs(
     base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     with open_in_float32(base.folder, source, device, four_bit=True) as (model, _):
-        return tuple(text_logprobs(attach_adapter(model, source.folder), texts))
+        return StoredLogprobs(text_logprobs(attach_adapter(model, source.folder), texts))
 
 
-def merged_logprobs(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> tuple[Tensor, ...]:
+def merged_logprobs(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> Sequence[Tensor]:
     """Return a merged folder's distributions on the texts, loaded with transformers. Raises ModelError for missing or
     unexpected weights."""
     model = load_strictly(folder).to(device).eval()
-    return tuple(text_logprobs(model, texts))
+    return StoredLogprobs(text_logprobs(model, texts))
 
 
 def trained_in_4bit(source: TrainedSource) -> bool:
@@ -125,18 +170,19 @@ def trained_in_4bit(source: TrainedSource) -> bool:
     return source.recipe.model.quantize == "nf4"
 
 
-def _score_trained(model: Any, tokenizer: Any, source: TrainedSource) -> tuple[HeldTexts, tuple[Tensor, ...]]:
+def _score_trained(model: Any, tokenizer: Any, source: TrainedSource) -> tuple[HeldTexts, Sequence[Tensor]]:
     return score_held_texts(model, tokenizer, source.run, find_task(source.run))
 
 
 def score_held_texts(
     model: Any, tokenizer: Any, run: RunDir | None, task: Task | None
-) -> tuple[HeldTexts, tuple[Tensor, ...]]:
-    """Return the run's texts, or else the model's own answers, and the model's distributions on them."""
+) -> tuple[HeldTexts, Sequence[Tensor]]:
+    """Return the run's texts, or else the model's own answers, with texts of other kinds, and the model's distributions
+    on all of them."""
     vocabulary = model.get_input_embeddings().num_embeddings
     held = held_texts(run, task, tokenizer, vocabulary)
     held = held or sampled_texts(model, tokenizer, task, vocabulary)
-    return held, tuple(text_logprobs(model, held.texts))
+    return held, StoredLogprobs(text_logprobs(model, held.all))
 
 
 def find_task(run: RunDir | None) -> Task | None:
@@ -155,21 +201,21 @@ def prove_merged(
 ) -> tuple[list[Divergence], str | None]:
     """Compare the merged model with the trained policy, and with that of 4 bit, if the base was packed during training;
     also return how it differs from the base's model with the same weights, if it does."""
-    found = merged_logprobs(folder, pick_proof_device(source, base), reference.held.texts)
+    found = merged_logprobs(folder, pick_proof_device(source, base), reference.held.all)
     return compare_merged(found, source, base, reference), loading_fault(found, reference)
 
 
 def compare_merged(
-    found: tuple[Tensor, ...], source: TrainedSource, base: BaseFiles, reference: ParityReference
+    found: Sequence[Tensor], source: TrainedSource, base: BaseFiles, reference: ParityReference
 ) -> list[Divergence]:
     """Return the rows of the proof. `found`: the merged model's distributions."""
-    device, texts = pick_proof_device(source, base), reference.held.texts
-    against = {"base_kl": reference.base.mean_kl}
-    rows = [reference.base, compare_distributions("merged", found, reference.trained, **against, limit=MAX_RELATIVE_KL)]
+    held, base_kl = reference.held, reference.base.mean_kl
+    merged = compare_texts("merged", found, reference.trained, held, base_kl=base_kl, limit=MAX_RELATIVE_KL)
+    rows = [*reference.base_rows, *merged]
     if trained_in_4bit(source) and find_spec("bitsandbytes"):
-        packed = _packed_policy_logprobs(base, source, device, texts)
-        rows.append(compare_distributions("merged (4-bit policy)", found, packed, **against))
-    return rows
+        packed = _packed_policy_logprobs(base, source, pick_proof_device(source, base), held.all)
+        rows += compare_texts(PACKED_ROW, found, packed, held, base_kl=base_kl)
+    return [row for row in rows if row is not None]
 
 
 def loading_fault(found: Sequence[Tensor], reference: ParityReference) -> str | None:

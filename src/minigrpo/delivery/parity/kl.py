@@ -26,6 +26,12 @@ from minigrpo.runs.rundir import read_json, write_json
 MAX_RELATIVE_KL = 0.1
 """Relative KL beyond which a stage has failed."""
 
+MAX_KL = 1e-2
+"""Nats a token beyond which a stage has failed, whatever training did; on texts that training did not touch, the only
+limit: where it moved nothing, rounding is all that is measured."""
+OTHER_TEXTS = ", other texts"
+"""Ends the name of a row that was measured on texts of other kinds than the task's."""
+
 ZERO_KL = 1e-10
 """Nats a token that count as no difference. Two float32 passes over the same weights differ by less than a hundredth of
 it."""
@@ -36,7 +42,8 @@ class Divergence:
     """One stage against the trained policy, in nats a token. `relative_kl`: None where training changed nothing.
 
     `top1`: share of positions with the same likeliest token. `greedy`: mean number of tokens before the likeliest token
-    first differs; `greedy_of`: mean length of the texts. `limit`: of relative_kl; None where a stage is only reported.
+    first differs; `greedy_of`: mean length of the texts. `limit`: of relative_kl; `ceiling`: of mean_kl; None where a
+    stage is only reported.
     """
 
     name: str
@@ -49,14 +56,30 @@ class Divergence:
     greedy: float
     greedy_of: float
     limit: float | None = None
+    ceiling: float | None = None
 
     @property
     def ok(self) -> bool:
-        """Tell whether the stage is within its limit. Where training changed nothing, the stage must not change
-        anything either."""
+        """Tell whether the stage is within its limits."""
+        return self.excess is None
+
+    @property
+    def excess(self) -> str | None:
+        """Say which limit is exceeded, and by what; None where none is. Where training changed nothing, the stage must
+        not change anything either."""
+        if self.ceiling is not None and not self.mean_kl <= self.ceiling:
+            where = "on texts of other kinds " if self.name.endswith(OTHER_TEXTS) else ""
+            return f"{where}it is {self.mean_kl:.2g} nats a token from the trained policy (limit {self.ceiling:g})"
         if self.limit is None:
-            return True
-        return self.mean_kl <= ZERO_KL if self.relative_kl is None else self.relative_kl <= self.limit
+            return None
+        if self.relative_kl is None and self.mean_kl > ZERO_KL:
+            return f"training changed nothing, and it is {self.mean_kl:.2g} nats a token away"
+        if self.relative_kl is not None and not self.relative_kl <= self.limit:
+            return (
+                f"its distance from the trained policy is {self.relative_kl:.2f} of what training moved (limit "
+                f"{self.limit:g})"
+            )
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: json_safe(value) for name, value in asdict(self).items()} | {"ok": self.ok}
@@ -88,6 +111,7 @@ def compare_distributions(
     *,
     base_kl: float | None = None,
     limit: float | None = None,
+    ceiling: float | None = None,
 ) -> Divergence:
     """Compare two sets of next-token log-probabilities [N, V], text by text, on the same token ids.
 
@@ -121,6 +145,7 @@ def compare_distributions(
         greedy=fmean(int(each.long().cumprod(0).sum()) for each in same),
         greedy_of=fmean(lengths),
         limit=limit,
+        ceiling=ceiling,
     )
 
 

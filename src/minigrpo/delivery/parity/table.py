@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from minigrpo.delivery.parity.kl import OTHER_TEXTS
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
@@ -33,7 +34,7 @@ def read_parity(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _stage_order(name: str) -> int:
-    first = name.partition(" ")[0]
+    first = name.removesuffix(OTHER_TEXTS).partition(" ")[0]
     return _STAGE_ORDER.index(first) if first in _STAGE_ORDER else len(_STAGE_ORDER)
 
 
@@ -42,10 +43,17 @@ def parity_table(stages: Sequence[Mapping[str, Any]], title: str = PARITY_TITLE)
     table = plain_table("KL", "of training", "worst", "top-1", "same start", "")
     for row in stages:
         agrees = f"{row['greedy']:.1f}/{row['greedy_of']:.1f}"
-        share = "1" if row["name"] == "base" else format_kl(row["relative_kl"])
+        share = "1" if _is_base(row) else format_kl(row["relative_kl"])
         distances = format_kl(row["mean_kl"]), share, format_kl(row["max_kl"])
         table.add_row(row["name"], *distances, f"{row['top1']:.1%}", agrees, _verdict_text(row))
     return titled(title, table)
+
+
+def proof_title(stages: Sequence[Mapping[str, Any]], source: str) -> str:
+    """Say what the rows stand on. `source`: where the task's texts come from."""
+    here, *elsewhere = stages[0], *(row for row in stages if str(row["name"]).endswith(OTHER_TEXTS))
+    told = f"{PARITY_TITLE}: {here['tokens']:,} tokens of {here['texts']} {source}"
+    return f"{told}; {elsewhere[0]['tokens']:,} of {elsewhere[0]['texts']} other texts" if elsewhere else told
 
 
 def format_kl(value: float | None) -> str:
@@ -53,11 +61,15 @@ def format_kl(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
 
 
+def _is_base(row: Mapping[str, Any]) -> bool:
+    return str(row["name"]).removesuffix(OTHER_TEXTS) == "base"
+
+
 def _verdict_text(row: Mapping[str, Any]) -> Text:
-    if row["name"] == "base":
+    if _is_base(row):
         return Text("what training did", style="dim")
     if not row["ok"]:
         return Text("failed", style="bold red")
     # A stage without a limit is only reported, such as a coarse type, for which no limit fits all models.
-    judged = row.get("judged", row.get("limit") is not None)
+    judged = row.get("judged", row.get("limit") is not None or row.get("ceiling") is not None)
     return Text("proved", style="green") if judged else Text("measured")

@@ -1,20 +1,23 @@
 """Held texts on which models are compared, and next-token distributions on them: the input of every proof of parity.
 
-The texts are the policy's completions at the end of training; else right answers of its task; else what it answers now.
-They are kept as token ids, so that every stage is asked about the same ids.
+The texts of the task are the policy's completions at the end of training; else right answers of its task; else what it
+answers now. Beside them stand texts of many other kinds (parity/varied_texts.py), which training may not have spoilt.
+All are kept as token ids, so that every stage is asked about the same ids.
 
 Shapes: N scored positions of a text, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from minigrpo.delivery.parity.varied_texts import VARIED_TEXTS
 from minigrpo.errors import ArtifactError, TaskError
 from minigrpo.models.chat_template import PROBE_QUESTION, render
 from minigrpo.rollouts.groups import prompts_of
@@ -42,10 +45,17 @@ class ScoredText:
 
 @dataclass(frozen=True, slots=True)
 class HeldTexts:
-    """The texts of a proof. `source`: where they come from, in words for the user."""
+    """The texts of a proof. `texts`: the task's; `source`: where they come from, in words for the user. `others`: texts
+    of other kinds."""
 
     texts: tuple[ScoredText, ...]
     source: str
+    others: tuple[ScoredText, ...] = ()
+
+    @property
+    def all(self) -> tuple[ScoredText, ...]:
+        """Return the task's texts, then the others."""
+        return (*self.texts, *self.others)
 
 
 def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary: int) -> HeldTexts | None:
@@ -60,7 +70,7 @@ def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary
         pairs = [(prompt, task.gold(prompt), True) for prompt in prompts]
         source = "right answers of the task"
     texts = [held for pair in pairs[:MAX_TEXTS] if (held := _tokenize_text(*pair, tokenizer)).scored]
-    return HeldTexts(_truncate_texts(texts, vocabulary), source) if texts else None
+    return HeldTexts(_truncate_texts(texts, vocabulary), source, other_texts(tokenizer)) if texts else None
 
 
 def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
@@ -79,7 +89,70 @@ def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int
                 pad_token_id=tokenizer.eos_token_id,
             )
         texts.append(ScoredText(tuple(said[0].tolist()), len(ids)))
-    return HeldTexts(_truncate_texts(texts, vocabulary), "likeliest answers of the trained policy")
+    return HeldTexts(
+        _truncate_texts(texts, vocabulary), "likeliest answers of the trained policy", other_texts(tokenizer)
+    )
+
+
+def other_texts(tokenizer: Any) -> tuple[ScoredText, ...]:
+    """Return the fixed texts as token ids, each with the beginning that the tokenizer puts before a text; every token
+    after the first is scored."""
+    found = (tuple(tokenizer(text)["input_ids"][: MAX_TEXT_TOKENS + 1]) for text in VARIED_TEXTS)
+    return tuple(ScoredText(ids, 1) for ids in found if len(ids) > 1)
+
+
+class StoredLogprobs(Sequence[Tensor]):
+    """Log-probabilities [N, V] of each text, in a temporary file: with 152k tokens in the vocabulary, those of 2,500
+    positions take 1.5 GB, and one text's at a time are looked at.
+
+    Raises ArtifactError where the disk has no room for them.
+    """
+
+    def __init__(self, found: Iterable[Tensor]) -> None:
+        # It lives as long as this object, and has no name that could stay behind.
+        self._file = tempfile.TemporaryFile(prefix="minigrpo-")  # noqa: SIM115
+        self._shapes: list[tuple[int, int]] = []
+        self._starts = [0]
+        for logprobs_NV in found:
+            rows, width = logprobs_NV.shape
+            try:
+                self._file.write(logprobs_NV.contiguous().numpy().tobytes())
+            except OSError as fault:
+                raise ArtifactError(
+                    f"What a model says on the texts of the proof could not be written to {tempfile.gettempdir()}: "
+                    f"{fault.strerror}. Make room, or name another place: TMPDIR=FOLDER"
+                ) from None
+            self._shapes.append((rows, width))
+            self._starts.append(self._file.tell())
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return _Part(self, range(len(self))[index])
+        place = range(len(self))[index]
+        self._file.seek(self._starts[place])
+        raw = bytearray(self._file.read(self._starts[place + 1] - self._starts[place]))
+        return torch.frombuffer(raw, dtype=torch.float32).view(self._shapes[place])
+
+
+class _Part(Sequence[Tensor]):
+    """A slice of stored log-probabilities, read when asked for."""
+
+    def __init__(self, whole: StoredLogprobs, places: range) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self._places[index]
+        return _Part(self._whole, chosen) if isinstance(chosen, range) else self._whole[chosen]
 
 
 def text_logprobs(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
