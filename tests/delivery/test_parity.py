@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from minigrpo.delivery.parity.texts import (
 )
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
+from minigrpo.runs.manifest import settle_base
 from minigrpo.runs.rundir import RunDir, read_json
 from tests.helpers.delivered import adapted, edit, make_run, save_adapter, save_base
 from tests.helpers.tiny import build_tokenizer
@@ -301,3 +303,16 @@ def test_a_stage_that_says_other_things_elsewhere_fails_although_it_is_right_on_
     assert row.ok
     assert other is not None
     assert other.excess == "on texts of other kinds it is 0.02 nats a token from the trained policy (limit 0.01)"
+
+
+def test_another_revision_of_the_base_is_refused_and_a_moved_base_is_not(young: RunDir, tmp_path: Path) -> None:
+    base = Path(source_of(young).base)
+    settle_base(young, str(base), open_base(base).fingerprint())
+    moved = shutil.copytree(base, tmp_path / "moved")
+    edit(
+        base / "model.safetensors",
+        model__norm__weight=1.01 * load_file(base / "model.safetensors")["model.norm.weight"],
+    )
+    with pytest.raises(ArtifactError, match=r"is not the one that .* began from"):
+        merge(young, quiet=True)
+    assert merge(young, base=str(moved), quiet=True).verdict == "merged"

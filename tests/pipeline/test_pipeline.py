@@ -17,7 +17,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, TaskError
 from minigrpo.pipeline import stages
 from minigrpo.runs.logger import RunLogger
-from minigrpo.runs.manifest import create_run, flat, seconds_of, stamp
+from minigrpo.runs.manifest import create_run, flat, read_sealed, seconds_of, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 
 # The model's outputs are noise, but noise with more or fewer even tokens: something that can be compared and learned.
@@ -68,7 +68,9 @@ def test_the_whole_road_leaves_every_artefact_with_its_stamp(done):
     for artefact in (run.preflight, run.check, run.adapter / "made.json", run.evals / "tuned-even-test.json"):
         data = read_json(artefact)
         assert {"verb", "versions", "from"} <= (data.get("made") or data).keys()
-    assert {row["name"]: row["ok"] for row in read_json(run.parity)["stages"]} == {"base": True, "merged": True}
+    rows = read_json(run.parity)["stages"]
+    assert [row["name"] for row in rows] == ["base", "base, other texts", "merged", "merged, other texts"]
+    assert all(row["ok"] for row in rows)
     assert len(run.metrics.read_text().splitlines()) == 2
 
 
@@ -218,6 +220,16 @@ def test_a_run_that_trained_nothing_cannot_be_evaluated(make_recipe, tmp_path):
     create_run(make_recipe(), RunDir(tmp_path / "new"))
     with pytest.raises(ArtifactError, match="has trained nothing yet"):
         stages.evaluate(str(tmp_path / "new"), quiet=True)
+
+
+def test_a_run_does_not_go_on_from_another_base_than_it_began_with(done, make_recipe, tmp_path):
+    assert len(read_sealed(done[0].base)["sha256"]) == 64
+    run = RunDir(tmp_path / "other")
+    create_run(make_recipe(), run)
+    write_sealed(run.base, {"base": "seedling", "sha256": "0"})
+    with pytest.raises(ArtifactError, match=r"not the one that .*other began from"):
+        stages.train(make_recipe(), run, resume=True)
+    assert not run.metrics.exists()
 
 
 def test_an_interrupted_training_goes_on_where_it_stopped(done, make_recipe, tmp_path, capsys, monkeypatch):

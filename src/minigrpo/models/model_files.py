@@ -99,6 +99,23 @@ def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseF
     return open_base(folder if folder.is_dir() else _download(source, revision))
 
 
+def local_fingerprint(path: str, revision: str | None = None) -> str | None:
+    """Hash a base in a folder or in the Hub client's cache; None where it lies in no such place, or not in safetensors.
+    Nothing is downloaded."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    try:
+        return open_base(folder).fingerprint()
+    except ModelError:
+        return None
+
+
 def local_config(path: str, revision: str | None = None) -> dict[str, Any]:
     """Return config.json of a base in a folder or in the Hub client's cache, else {}. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache

@@ -16,7 +16,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
-from minigrpo.runs.manifest import fits, stamp, timed
+from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 
@@ -89,6 +89,20 @@ def run_preflight(
     if run:
         write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
     return verdict
+
+
+def begin_run(opened: OpenedRun, run: RunDir) -> None:
+    """Make the folder a run, unless it is one, and keep the hash of its base. Call it when the recipe's parts are open.
+
+    Raise ArtifactError where the base is another than the one that the run began from.
+    """
+    from minigrpo.models.model_files import local_fingerprint
+
+    create_run(opened.recipe, run)
+    with stage(f"hash of {opened.policy.path}", 0):
+        found = local_fingerprint(opened.policy.path, opened.recipe.model.revision)
+    if found is not None:
+        settle_base(run, opened.policy.path, found)
 
 
 def check_warmup_answers(opened: OpenedRun) -> None:

@@ -21,7 +21,7 @@ from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
-from minigrpo.runs.manifest import check_folder, create_run, result_path, seconds_of, stamp, timed
+from minigrpo.runs.manifest import check_folder, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
         else:
             opened = open_all(recipe, run)
             prepare.check_warmup_answers(opened)
-            create_run(recipe, run)
+            prepare.begin_run(opened, run)
             prepare.warm_up(opened, run, console)
         console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
@@ -81,7 +81,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
             return
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
-        create_run(recipe, run)
+        prepare.begin_run(opened, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
@@ -164,7 +164,7 @@ def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samp
     with timed(run, "model"):
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
-        create_run(recipe, run)
+        prepare.begin_run(opened, run)
     if result_path(run, recipe.train).exists():
         _restore(opened, result_path(run, recipe.train))
         opened.engine.update(opened.policy)

@@ -69,6 +69,21 @@ def create_run(recipe: Recipe, run: RunDir) -> None:
         write_whole(run.recipe, text)
 
 
+def settle_base(run: RunDir, base: str, sha256: str) -> None:
+    """Keep the hash of the base that the run begins from; later, raise ArtifactError where the base is another.
+
+    `base`: its folder or Hub id, for the message.
+    """
+    if not run.base.is_file():
+        write_sealed(run.base, {"base": base, "sha256": sha256})
+    elif (then := read_sealed(run.base))["sha256"] != sha256:
+        where = base if base == then["base"] else f"{base} (it was {then['base']})"
+        raise ArtifactError(
+            f"The base {where} is not the one that {run.path} began from: its weights or its config.json are others. "
+            "Put those back; or, if they lie elsewhere now, name them where it is merged: --base FOLDER"
+        )
+
+
 def refuse_other_recipe(recipe: Recipe, run: RunDir) -> None:
     """Raise ArtifactError, naming the knobs, where the run's recipe differs from this one or was changed."""
     begun = read_sealed(run.made) if run.made.exists() else {}

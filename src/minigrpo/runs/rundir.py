@@ -72,6 +72,11 @@ class RunDir:
         return self.path / "machine.json"
 
     @property
+    def base(self) -> Path:
+        """The hash of config and weights that the run began from."""
+        return self.path / "base.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

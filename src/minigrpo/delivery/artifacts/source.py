@@ -20,7 +20,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
-from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, stamp, write_sealed
+from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, settle_base, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, find_run
 
 
@@ -42,9 +42,14 @@ class TrainedSource:
         return str(self.run.path if self.run else self.folder)
 
     def open(self) -> tuple[BaseFiles, Adapter]:
-        """Return the base's files and the adapter. For a full-parameter run the adapter replaces every tensor."""
+        """Return the base's files and the adapter. For a full-parameter run the adapter replaces every tensor.
+
+        Raises ArtifactError where the base is not the one that the run began from.
+        """
         adapter = None if self.full else read_adapter(self.folder)
         base = find_base(self.base, revision=self.revision, seed=self.recipe.seed)
+        if self.run is not None and self.run.base.is_file():
+            settle_base(self.run, self.base, base.fingerprint())
         if adapter is None:
             trained = open_base(self.folder)
             return base, Adapter(self.folder, {}, {}, trained.tensors)
