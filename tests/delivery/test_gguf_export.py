@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from minigrpo.cli import main
 from minigrpo.delivery.gguf import llamacpp
 from minigrpo.delivery.gguf import writer as gguf_writer
+from minigrpo.delivery.gguf.converter import Converter
 from minigrpo.delivery.gguf.export import export, parse_formats
 from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_file
 from minigrpo.delivery.gguf.quantize import choose_tensor_type
@@ -59,13 +60,12 @@ def test_llama_cpp_says_of_each_family_what_the_merged_model_says(tmp_path: Path
     ]
 
 
-def test_a_bfloat16_model_is_exported_without_a_copy_in_floats_that_nobody_asked_for(tmp_path: Path) -> None:
+def test_a_bfloat16_model_is_exported_without_a_visible_copy_in_floats_that_nobody_asked_for(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "qwen3", dtype=torch.bfloat16)
     found = exported(tmp_path / "m", "Q4_K_M")["Q4_K_M"]
     assert found.verdict == "measured"
-    assert {file.name for file in found.file.parent.iterdir()} == {
-        *("m-Q4_K_M.gguf", "m-Q4_K_M.Modelfile", "made.json"),
-    }
+    names = {file.name for file in found.file.parent.iterdir()}
+    assert names == {"m-Q4_K_M.gguf", "m-Q4_K_M.Modelfile", "made.json", ".m-BF16.kept"}
     assert found.types["Q5_0"] > 0  # rows of 32 are no multiple of 256
     assert "Q4_K" not in found.types
 
@@ -179,6 +179,33 @@ def test_an_export_goes_on_where_it_was_stopped(qwen: RunDir, tmp_path: Path) ->
     with pytest.raises(ArtifactError, match=r"mine-F32.gguf was put there or changed.*--force"):
         exported(qwen, "F32", out=out)
     assert exported(qwen, "F32", out=out, force=True)["F32"].verdict == "proved"
+
+
+def test_formats_asked_for_one_by_one_are_made_from_one_float_file(
+    qwen: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[str] = []
+    convert = Converter.convert
+
+    def counting(self: Converter, folder: Path, file: Path, kind: str, name: str) -> None:
+        converted.append(kind)
+        convert(self, folder, file, kind, name)
+
+    monkeypatch.setattr(Converter, "convert", counting)
+    out = tmp_path / "out"
+    for kind in ("Q8_0", "Q4_K_M", "Q5_K_M"):
+        assert exported(qwen, kind, out=out)[kind].verdict in ("proved", "measured")
+    assert converted == ["F32"]
+    kept = out / ".mine-F32.kept"
+    assert kept.is_file()
+    raw = kept.read_bytes()
+    kept.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))  # changed by somebody: made again
+    exported(qwen, "Q6_K", out=out)
+    assert converted == ["F32", "F32"]
+    exported(qwen, "F32", out=out)
+    assert not kept.exists()  # the one that was asked for takes its place
+    exported(qwen, "Q3_K_M", out=out)
+    assert converted == ["F32"] * 3
 
 
 def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ from minigrpo.versions import installed
 ExportVerdict = Literal["proved", "measured", "rejected", "there already"]
 """measured: a type that rounds so much that no limit fits all models; the file that it was made from was proved."""
 GGUF_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KEPT = ".kept"
 INTERMEDIATE = ""
 """Key among the formats for a float file that nobody asked for."""
 
@@ -85,12 +86,14 @@ class ExportedFile:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The result of an export. `converter`: what wrote the floats. `texts`: where the held texts come from."""
+    """The result of an export. `converter`: what wrote the floats. `texts`: where the held texts come from. `kept`: the
+    proved float file that further formats are made from, where nobody asked for it by name."""
 
     folder: Path
     converter: str
     files: tuple[ExportedFile, ...]
     texts: str = ""
+    kept: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -98,12 +101,14 @@ class Exported:
 
     def to_dict(self) -> dict[str, Any]:
         files = [file.to_dict() for file in self.files]
-        return asdict(self) | {"ok": self.ok, "folder": str(self.folder), "files": files}
+        kept = self.kept and str(self.kept)
+        return asdict(self) | {"ok": self.ok, "folder": str(self.folder), "files": files, "kept": kept}
 
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """What to export, and to where. `lossless`: the float type that holds the model's weights exactly."""
+    """What to export, and to where. `lossless`: the float type that holds the model's weights exactly. `afresh`: use
+    nothing that was made before."""
 
     model: Path
     run: RunDir | None
@@ -113,6 +118,13 @@ class ExportJob:
     converter: Converter
     tools: Path | None
     made: dict[str, Any]
+    afresh: bool = False
+
+    @property
+    def kept(self) -> Path:
+        """Name the float file that is kept for further formats: hidden, and no .gguf, so that nobody takes it for one
+        that was asked for."""
+        return self.folder / f".{self.name}-{self.lossless}{KEPT}"
 
     @property
     def lossless(self) -> str:
@@ -148,7 +160,7 @@ def export(
     """
     kinds = parse_formats(formats)
     require_library()
-    job = export_job(path, out=out, llama_cpp=llama_cpp, writer=writer)
+    job = replace(export_job(path, out=out, llama_cpp=llama_cpp, writer=writer), afresh=force)
     done = {} if force else _finished_files(job, kinds)
     missing = [kind for kind in kinds if kind not in done]
     reference = None
@@ -162,7 +174,8 @@ def export(
             reference = gguf_reference(job.model, job.run)
             _export_missing(job, missing, done, reference, report)
     files = tuple(done[kind] for kind in kinds)
-    return Exported(job.folder, job.converter.name, files, reference.held.source if reference else "")
+    kept = job.kept if job.kept.is_file() else None
+    return Exported(job.folder, job.converter.name, files, reference.held.source if reference else "", kept)
 
 
 def parse_formats(formats: Sequence[str]) -> list[str]:
@@ -233,31 +246,67 @@ def _export_missing(
     """Make each missing format and add it to `done`. Quantised files are made from a proved float file, requested or
     not."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    own = job.draft(job.lossless)
+    for count, kind in enumerate(kinds):
+        report(count, len(kinds), kind)
+        source = done.get(job.lossless) or done.get(INTERMEDIATE)
+        if kind not in FLOAT_FORMATS and source is None:
+            source = done[INTERMEDIATE] = _proved_before(job) or _make_intermediate(job, reference)
+        if source is not None and source.verdict == "rejected":
+            done[kind] = replace(source, format=kind)  # its source failed the proof
+        else:
+            done[kind] = _make_file(job, kind, source.file if source else None, reference)
+    if job.file(job.lossless).is_file():
+        job.kept.unlink(missing_ok=True)  # the one that was asked for serves as well
+    report(len(kinds), len(kinds), "")
+
+
+def _proved_before(job: ExportJob) -> ExportedFile | None:
+    """Return the float file that an earlier export of this model proved and left; None where there is none."""
+    if job.afresh:
+        return None
+    for file, then in ((job.file(job.lossless), _sealed_entries(job).get(job.file(job.lossless).name)), _kept(job)):
+        if then and file.is_file() and then["from"] == job.made["from"] and digest(file) == then["sha256"]:
+            facts = {name: then[name] for name in ("by", "bits", "types", "proof")}
+            return ExportedFile(file, job.lossless, "there already", **facts)
+    return None
+
+
+def _kept(job: ExportJob) -> tuple[Path, Any]:
+    seal = job.folder / "made.json"
+    return job.kept, read_sealed(seal).get("kept") if seal.is_file() else None
+
+
+def _make_intermediate(job: ExportJob, reference: GgufReference) -> ExportedFile:
+    """Make the float file that quantised ones are made from, and keep it for further formats, under a hidden name."""
+    draft = job.draft(job.lossless)
     try:
-        for count, kind in enumerate(kinds):
-            report(count, len(kinds), kind)
-            source = done.get(job.lossless)
-            if kind not in FLOAT_FORMATS and source is None:
-                source = done.get(INTERMEDIATE) or _make_intermediate(job, own, reference)
-                done[INTERMEDIATE] = source
-            if source is not None and source.verdict == "rejected":
-                done[kind] = replace(source, format=kind)  # its source failed the proof
-            else:
-                done[kind] = _make_file(job, kind, source.file if source else None, reference)
-        report(len(kinds), len(kinds), "")
+        _convert(job, job.lossless, draft)
+        proof = prove_file(draft, job.lossless, reference)
+        made = Quantised(job.converter.name, *measure_file(draft))
+        if not proof.ok:
+            return _name_or_reject(job, job.lossless, draft, made=made, proof=proof, reference=reference)
+        found = ExportedFile(job.kept, job.lossless, "proved", made.by, made.bits, made.types, proof.to_dict())
+        _seal(job, draft, kept=_entry(job, draft, found, reference))
+        draft.replace(job.kept)
+        return found
     finally:
-        own.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
-def _make_intermediate(job: ExportJob, own: Path, reference: GgufReference) -> ExportedFile:
-    """Make the float file that quantised ones are made from; it keeps a name only where its proof fails."""
-    _convert(job, job.lossless, own)
-    proof = prove_file(own, job.lossless, reference)
-    if proof.ok:
-        return ExportedFile(own, job.lossless, "proved", job.converter.name, *measure_file(own), proof.to_dict())
-    made = Quantised(job.converter.name, *measure_file(own))
-    return _name_or_reject(job, job.lossless, own, made=made, proof=proof, reference=reference)
+def _entry(job: ExportJob, draft: Path, found: ExportedFile, reference: GgufReference) -> dict[str, Any]:
+    """Return what made.json tells of a file."""
+    facts = {name: getattr(found, name) for name in ("format", "by", "bits", "types", "proof")}
+    return {**facts, "sha256": digest(draft), "from": job.made["from"], "texts": describe_texts(reference)}
+
+
+def _seal(job: ExportJob, draft: Path, *, name: str | None = None, kept: Any = None, entry: Any = None) -> None:
+    """Write a file's entry into made.json before the file is renamed: an entry without its file is made again; a file
+    without its entry counts as foreign."""
+    seal = job.folder / "made.json"
+    then = read_sealed(seal) if seal.is_file() else {}
+    files = {**then.get("files", {}), **({name: entry} if name else {})}
+    write_sealed(seal, {"made": job.made, "files": files, "kept": kept or then.get("kept")})
+    sync(draft)
 
 
 def _make_file(job: ExportJob, kind: str, source: Path | None, reference: GgufReference) -> ExportedFile:
@@ -300,11 +349,7 @@ def _name_or_reject(
     if not proof.ok:
         draft.replace(rejected)
         return replace(found, file=rejected, verdict="rejected")
-    facts = {"format": kind, "by": made.by, "bits": made.bits, "types": made.types, "proof": proof.to_dict()}
-    entry = {**facts, "sha256": digest(draft), "from": job.made["from"], "texts": describe_texts(reference)}
-    # Before the file is renamed: an entry without its file is made again; a file without its entry counts as foreign.
-    write_sealed(job.folder / "made.json", {"made": job.made, "files": {**_sealed_entries(job), target.name: entry}})
-    sync(draft)
+    _seal(job, draft, name=target.name, entry=_entry(job, draft, found, reference))
     draft.replace(target)
     rejected.unlink(missing_ok=True)
     temperature = load_recipe(str(job.run.path)).rollout.temperature if job.run else 1.0
@@ -341,6 +386,9 @@ def exported_table(exported: Exported) -> RenderableType:
     lines: list[RenderableType] = [titled(title, table), Text(f"written by {exported.converter}", style="dim")]
     for file in exported.files:
         lines += [Text(f"{file.format} rejected: {fault}", style="red") for fault in file.proof["faults"]]
+    if exported.kept:
+        size = f"{exported.kept.stat().st_size / 1e9:.3g} GB"
+        lines.append(Text(f"kept for further formats: {exported.kept} ({size}); remove it as you like", style="dim"))
     style = "bold green" if exported.ok else "bold red"
     lines.append(Text(f"{'exported' if exported.ok else 'not all could be exported'}: {exported.folder}", style=style))
     return Stack(*lines)
