@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
+from minigrpo.cli.options import OVERRIDES, AsJson, Command, QuietRecipeCommand, print_json, stdout_for_json
 from minigrpo.config.schema import DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
-from minigrpo.runs.rundir import find_run, tidy
+from minigrpo.runs.rundir import RunDir, find_run, tidy
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
@@ -38,6 +38,37 @@ def lock_run_of(path: Path | None) -> Iterator[None]:
     with run_lock(found.run):
         tidy(found.run)
         yield
+
+
+def adopt(
+    context: typer.Context,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of a PEFT adapter.")],
+    *,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The new run's folder.", show_default="runs/ADAPTER")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Its base.", show_default="as the adapter says")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Whose task and limits count.", show_default="all defaults")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run of an adapter that another tool trained.
+
+    Then every later command takes it: evaluate, check, merge, verify, export, serve, publish. Its task is that of the
+    recipe, or --task.name NAME. The adapter is copied; the folder that was given stays as it is.
+    """
+    from minigrpo.pipeline.adopt import adopt
+
+    target = RunDir(run or Path("runs") / adapter.absolute().name)
+    with stdout_for_json(as_json):
+        adopt(adapter, target, base=base, recipe=recipe, knobs=context.meta[OVERRIDES])
+    if as_json:
+        print_json({"run": str(target.path)})
+    else:
+        Console().print(f"Adopted: {target.path}\nNext: minigrpo check {target.path}", soft_wrap=True)
 
 
 def check(
@@ -250,3 +281,4 @@ def publish(
 def add_to(app: typer.Typer) -> None:
     for command in (check, merge, export, verify, publish, serve):
         app.command(cls=Command)(command)
+    app.command(cls=QuietRecipeCommand)(adopt)

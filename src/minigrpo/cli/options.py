@@ -47,6 +47,9 @@ EXAMPLES: dict[str, str] = {
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct
         minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json
         minigrpo evaluate ./model --split train -n 8 --limit 9999 --out rates.json  # then train with --task.rates""",
+    "adopt": """
+        minigrpo adopt ./adapter --task.name gsm8k  # its config names the base; leaves runs/adapter
+        minigrpo adopt ./adapter --base ./base --recipe my.yaml --run runs/theirs""",
     "check": """
         minigrpo check runs/my  # the adapter that the run trained
         minigrpo check runs/my/adapter --no-model --json  # the files alone: seconds""",
