@@ -20,6 +20,7 @@ import yaml
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import format_bytes
+from minigrpo.delivery.hub.page import parse_header, render_page, split_page
 from minigrpo.delivery.parity.table import read_parity
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import local_config
@@ -41,6 +42,7 @@ LICENCE_PATTERNS = {
     "mit": r"\bMIT License\b",
     "gpl-3.0": r"GNU GENERAL PUBLIC",
 }
+NO_LICENCE = "The base's licence could not be found, so the page names none: --license ID writes it."
 TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 """The Hub's dataset of a task where the recipe names none; other tasks generate their own data."""
 
@@ -49,12 +51,13 @@ TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 class CardFacts:
     """What a card says. `base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: all
     that are published together, by kind. `rewards`: (step, mean reward). `gguf`: facts of each exported file, by
-    name. `missing`: settings that vLLM needs and the base's config lacks."""
+    name. `missing`: settings that vLLM needs and the base's config lacks. `licence_is_set`: the user names it."""
 
     name: str
     base: str | None
     base_words: str
     licence: dict[str, str]
+    licence_is_set: bool
     recipe: dict[str, Any]
     datasets: tuple[str, ...]
     system: str
@@ -69,11 +72,13 @@ class CardFacts:
     remarks: tuple[str, ...]
 
 
-def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFacts:
-    """Collect the facts from the run's folder; what a run has not made is left out of the card."""
+def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: str | None = None) -> CardFacts:
+    """Collect the facts from the run's folder; what a run has not made is left out of the card. `licence`: an ID, in
+    place of the recipe's publish.license."""
     recipe = load_recipe(str(run.path))
+    chosen = licence or recipe.publish.license
     base = hub_name(recipe.model.path)
-    licence, remarks = find_licence(recipe.model.path, recipe.model.revision, online)
+    found = find_licence(recipe.model.path, recipe.model.revision, online)
     shown: dict[str, Any] = _hide_paths(recipe.model_dump(mode="json"))
     data = hub_name(recipe.task.data) if recipe.task.data else TASK_DATASETS.get(recipe.task.name)
     made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
@@ -86,7 +91,8 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFa
         name=run.path.absolute().name,
         base=base,
         base_words=_base_words(recipe.model.path, base),
-        licence=licence,
+        licence={"license": chosen} if chosen else found[0],
+        licence_is_set=bool(chosen),
         recipe=shown,
         datasets=(data,) if data else (),
         system=system_message(run),
@@ -98,7 +104,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFa
         versions={name: version for name, version in versions.items() if version},
         vision="vision_config" in {**config, **whole},
         missing=vllm_config_overrides(config),
-        remarks=remarks,
+        remarks=() if chosen else found[1],
     )
 
 
@@ -131,7 +137,7 @@ def find_licence(path: str, revision: str | None, online: bool) -> tuple[dict[st
         text = file.read_text(encoding="utf-8", errors="replace")[:3000]
         found = next((name for name, words in LICENCE_PATTERNS.items() if re.search(words, text)), None)
         return ({"license": found} if found else {"license": "other", "license_link": file.name}), ()
-    return {}, ("The base's licence could not be found, so the page names none: add `license:` to README.md by hand.",)
+    return {}, (NO_LICENCE,)
 
 
 def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
@@ -151,12 +157,7 @@ def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
 
 def read_front_matter(page: Path) -> dict[str, Any]:
     """Return the YAML header of a model card; {} where there is none that is valid."""
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        said = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        return {}
-    return said if isinstance(said, dict) else {}
+    return parse_header(split_page(page.read_text(encoding="utf-8", errors="replace")).header) or {}
 
 
 def _hide_paths(value: Any) -> Any:
@@ -199,7 +200,6 @@ def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
 def render_card(facts: CardFacts, what: str) -> str:
     """Render one repository's card: front matter, then what a reader asks, in that order."""
     parts = [
-        f"---\n{yaml.safe_dump(card_metadata(facts, what), sort_keys=False, allow_unicode=True)}---",
         f"# {plain(facts.repos[what].partition('/')[2])}",
         _opening(facts, what),
         _evaluation(facts.comparisons),
@@ -210,7 +210,7 @@ def render_card(facts: CardFacts, what: str) -> str:
         _recipe(facts.recipe),
         _versions(facts.versions),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_page(card_metadata(facts, what), "\n\n".join(part for part in parts if part))
 
 
 def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
