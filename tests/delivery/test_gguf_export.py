@@ -179,6 +179,30 @@ def test_an_export_goes_on_where_it_was_stopped(qwen: RunDir, tmp_path: Path) ->
     assert exported(qwen, "F32", out=out, force=True)["F32"].verdict == "proved"
 
 
+def test_an_export_replaces_nothing_but_an_export(qwen: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("mine-F32.gguf", "mine-F32.Modelfile", "made.json"):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / name).write_text("{}")
+        for force in (False, True):
+            with pytest.raises(ArtifactError, match=rf"{name} was not written by minigrpo export.*--out FOLDER"):
+                exported(qwen, "F32", out=out, force=force)
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "{}")]
+
+
+@pytest.mark.parametrize("place", ["", "merged", "adapter", "checkpoints/000001", "adapter/new"])
+def test_no_export_lies_among_the_files_of_a_run_or_a_model(qwen: RunDir, tmp_path: Path, place: str) -> None:
+    before = {file: file.read_bytes() for file in qwen.path.rglob("*") if file.is_file()}
+    model_folder(tmp_path / "m", "qwen2")
+    for model in (qwen, tmp_path / "m"):
+        with pytest.raises(ArtifactError, match="which no export may touch"):
+            exported(model, "F32", out=qwen.path / place, force=True)
+    with pytest.raises(ArtifactError, match="which no export may touch"):
+        exported(tmp_path / "m", "F32", out=tmp_path / "m")
+    assert {file: file.read_bytes() for file in qwen.path.rglob("*") if file.is_file()} == before
+
+
 def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "llama")
     assert exported(tmp_path / "m", "F16")["F16"].verdict == "proved"
