@@ -163,6 +163,23 @@ def test_a_format_coarser_than_what_was_learned_is_kept_as_rejected(
     assert not (run.gguf / "young-Q8_0.gguf").exists()
 
 
+def test_a_coarse_file_that_undoes_more_than_training_did_is_called_unusable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = merged_run(tmp_path / "young", "qwen2", size=0.001)
+    for verdict in ("measured", "there already"):
+        file = exported(run, "Q4_K_M")["Q4_K_M"]
+        assert (file.verdict, file.to_dict()["unusable"]) == (verdict, file.unusable)
+        assert file.proof["relative_kl"] > 1
+        assert "times as far as training did. Take Q8_0, or pack it with an importance matrix" in (file.unusable or "")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["export", str(run.path), "--format", "Q4_K_M", "--writer", "own"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "young-Q4_K_M.gguf is unusable: rounding to Q4_K_M" in printed
+    assert "measured" not in printed
+
+
 def test_an_export_goes_on_where_it_was_stopped(qwen: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = exported(qwen, "F32", out=out)["F32"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.delivery.hub.page import BEGIN_MARK, END_MARK, merge_pages, parse_header, render_page, split_page
 from minigrpo.delivery.hub.publish import publish
+from minigrpo.delivery.hub.reward_svg import render_reward_svg
 from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.hub_storage import Repo, StandIn
@@ -98,6 +100,20 @@ def test_our_text_may_quote_the_end_mark() -> None:
     assert merge_pages(text, text + "mine\n", OURS)[0] == text + "mine\n"
 
 
+@pytest.mark.parametrize("count", [1, 2, 200, 1001])
+def test_the_picture_goes_from_the_lowest_reward_to_the_highest(count: int) -> None:
+    rewards = [(step, step / count) for step in range(1, count + 1)]
+    root = ElementTree.fromstring(render_reward_svg(rewards))
+    line = next(each for each in root if each.tag.endswith("polyline"))
+    points = [[float(x) for x in point.split(",")] for point in line.attrib["points"].split()]
+    assert len(points) <= 200
+    assert all(52 <= x <= 624 and 14 <= y <= 206 for x, y in points)
+    if count > 1:
+        assert (points[0][1], points[-1][1]) == (206, 14)
+        assert points == sorted(points, key=lambda point: (point[0], -point[1]))
+    assert {f"step {rewards[0][0]}", "mean reward over the steps"} <= {each.text for each in root}
+
+
 # On the Hub
 
 
@@ -124,7 +140,9 @@ def test_a_licence_and_text_added_on_the_hub_outlive_the_next_publication(run: R
     run.metrics.write_text('{"step": 1, "reward": 0.25}\n')
     send(run, what=["merged"])
     text = hub.repos["me/tiny"].files["README.md"][0].decode()
-    assert "from 0.250 to 0.250" in text
+    assert "| mean reward | 0.250 |" in text
+    assert "](reward.svg)" in text
+    assert b"<polyline" in hub.repos["me/tiny"].files["reward.svg"][0]
     assert (front(text)["license"], text[-15:]) == ("mit", "Thanks to all.\n")
     head = hub.repos["me/tiny"].head
     assert send(run, what=["merged"]).sent[0].verdict == "there already"

@@ -24,6 +24,13 @@ BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now.", show_default="as it was trained")
 ]
 
+LicenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--license", metavar="ID", help="The Hub's: apache-2.0, mit ...", show_default="the recipe's or base's"
+    ),
+]
+
 
 @contextmanager
 def lock_run_of(path: Path | None) -> Iterator[None]:
@@ -212,15 +219,7 @@ def publish(
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Any folder, as it is, in place of a run.")
     ] = None,
-    licence: Annotated[
-        str | None,
-        typer.Option(
-            "--license",
-            metavar="ID",
-            help="The Hub's: apache-2.0, mit ...",
-            show_default="publish.license, or the base's",
-        ),
-    ] = None,
+    licence: LicenceOption = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go where; no network.")] = False,
     fetch: Annotated[

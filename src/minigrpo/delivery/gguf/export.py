@@ -32,7 +32,7 @@ from minigrpo.delivery.gguf.modelfile import render_modelfile
 from minigrpo.delivery.gguf.parity import GgufProof, GgufReference, describe_texts, gguf_reference, prove_file
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
-from minigrpo.delivery.parity.table import format_kl
+from minigrpo.delivery.parity.table import format_kl, unusable_reason
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
@@ -73,8 +73,13 @@ class ExportedFile:
     types: dict[str, int]
     proof: dict[str, Any]
 
+    @property
+    def unusable(self) -> str | None:
+        """Say why the file is of no use although it was not rejected, and what to take; None where it is usable."""
+        return None if self.verdict == "rejected" else unusable_reason(self.proof)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"file": str(self.file)}
+        return asdict(self) | {"file": str(self.file), "unusable": self.unusable}
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,11 +363,12 @@ def exported_table(exported: Exported) -> RenderableType:
             f"{row['top1']:.1%}",
         )
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
-        table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)
+        table.add_row(file.format, size, f"{file.bits:.2f}", *figures, "unusable" if file.unusable else file.verdict)
     title = "distance from the merged model, nats a token, as llama.cpp reads the file"
     lines: list[RenderableType] = [titled(title, table), Text(f"written by {exported.converter}", style="dim")]
     for file in exported.files:
         lines += [Text(f"{file.format} rejected: {fault}", style="red") for fault in file.proof["faults"]]
+        lines += [Text(f"{file.file.name} is {file.unusable}", style="red")] if file.unusable else []
     style = "bold green" if exported.ok else "bold red"
     lines.append(Text(f"{'exported' if exported.ok else 'not all could be exported'}: {exported.folder}", style=style))
     return Stack(*lines)

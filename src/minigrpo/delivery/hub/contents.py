@@ -20,8 +20,9 @@ from typing import Any, Literal, get_args
 
 from minigrpo.delivery.artifacts.source import require_merged
 from minigrpo.delivery.hub.client import RepoFile, repo_file
-from minigrpo.delivery.hub.model_card import NO_LICENCE, card_facts, card_metadata, hub_name, render_card
+from minigrpo.delivery.hub.model_card import CURVE_FILE, NO_LICENCE, card_facts, card_metadata, hub_name, render_card
 from minigrpo.delivery.hub.page import merge_pages, parse_header, split_page
+from minigrpo.delivery.hub.reward_svg import render_reward_svg
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
@@ -111,9 +112,10 @@ def run_contents(
     ]
     repos: dict[str, str] = {kind: repo + REPO_SUFFIX[kind] for kind in RUN_KINDS if kind in (*kinds, *others)}
     facts = card_facts(run, repos, online=there is not None, licence=licence)
+    curve = [repo_file(CURVE_FILE, render_reward_svg(facts.rewards).encode())] if facts.rewards else []
     found = []
     for kind, items in contents.items():
-        whole = (*items, *_licence_files(run, items))
+        whole = (*items, *_licence_files(run, items), *curve)
         mark: dict[str, Any] = {"minigrpo": this_version(), "origin": {**origin, "what": kind}}
         mark |= {"stages": facts.stages, "versions": facts.versions, "front_matter": card_metadata(facts, kind)}
         repo_contents = RepoContents(

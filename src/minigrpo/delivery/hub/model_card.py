@@ -9,6 +9,7 @@ fence.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import yaml
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
-from minigrpo.delivery.parity.table import read_parity
+from minigrpo.delivery.parity.table import read_parity, unusable_reason
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import local_config
 from minigrpo.models.vllm_compat import (
@@ -33,10 +34,10 @@ from minigrpo.models.vllm_compat import (
 from minigrpo.runs.logger import read_metrics, system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
-from minigrpo.ui.live import column_means, sparkline
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
-CURVE_WIDTH = 50
+CURVE_FILE = "reward.svg"
+"""The picture of the reward, beside the card."""
 LICENCE_PATTERNS = {
     "apache-2.0": r"Apache License\s+Version 2\.0",
     "mit": r"\bMIT License\b",
@@ -190,7 +191,7 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
 
 def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
     for row in read_metrics(run):
-        if isinstance(row.get("reward"), int | float):
+        if isinstance(row.get("reward"), int | float) and math.isfinite(row["reward"]):
             yield int(row["step"]), float(row["reward"])
 
 
@@ -227,7 +228,22 @@ def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
         "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
         **facts.licence,
         "tags": ["grpo", *tags, "minigrpo"],
+        **({} if what == "gguf" else _model_index(facts, what)),  # GGUF files are rounded: the scores are not theirs
     }
+
+
+def _model_index(facts: CardFacts, what: str) -> dict[str, Any]:
+    """Return the tuned model's accuracy by decoding, in the form from which the Hub makes its table of results."""
+    if not facts.comparisons:
+        return {}
+    task, metrics, split = facts.recipe["task"]["name"], [], "test"
+    for decoding, found in facts.comparisons.items():
+        rate, split = found["after"]["scores"]["accuracy"], found["after"].get("split", split)
+        name = f"accuracy, {decoding}, {rate['count']} prompts"
+        metrics.append({"type": "accuracy", "value": round(rate["value"], 4), "name": name})
+    dataset = {"type": facts.datasets[0] if facts.datasets else task, "name": task, "split": split}
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return {"model-index": [{"name": facts.repos[what].partition("/")[2], "results": [result]}]}
 
 
 def _opening(facts: CardFacts, what: str) -> str:
@@ -277,7 +293,10 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
         for name, entry in files.items()
     ]
     table = markdown_table(("file", "type", "bits a weight", "size", "KL"), rows)
-    return f"## Files\n\n{table}\n\nKL: distance from the merged model, nats a token, as llama.cpp reads the file."
+    found = ((name, unusable_reason(entry["proof"])) for name, entry in files.items())
+    warnings = "".join(f"\n\n**`{name}` is {reason}**" for name, reason in found if reason)
+    meaning = "KL: distance from the merged model, nats a token, as llama.cpp reads the file."
+    return f"## Files\n\n{table}\n\n{meaning}{warnings}"
 
 
 def _proof(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -321,13 +340,11 @@ def _training(facts: CardFacts) -> str:
 
 
 def _curve(rewards: Sequence[tuple[int, float]]) -> str:
-    """Render the mean reward over the steps, as a sparkline and as numbers."""
-    means = column_means([value for _, value in rewards], CURVE_WIDTH)
+    """Render the mean reward over the steps, as a picture and as numbers."""
     marks = sorted({round(i * (len(rewards) - 1) / 5) for i in range(6)})
     steps = [str(rewards[i][0]) for i in marks]
     table = markdown_table(("step", *steps), [("mean reward", *(f"{rewards[i][1]:.3f}" for i in marks))])
-    curve = sparkline(means, CURVE_WIDTH)
-    return f"Mean reward, from {min(means):.3f} to {max(means):.3f}:\n\n```\n{curve}\n```\n\n{table}"
+    return f"![mean reward over the steps]({CURVE_FILE})\n\n{table}"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
@@ -414,7 +431,8 @@ def _run_adapter(facts: CardFacts) -> str:
 
 def _run_gguf(facts: CardFacts) -> str:
     repo = facts.repos["gguf"]
-    formats = [entry["format"] for entry in facts.gguf.values()]
+    usable = [entry["format"] for entry in facts.gguf.values() if not unusable_reason(entry["proof"])]
+    formats = usable or [entry["format"] for entry in facts.gguf.values()]
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     temperature = facts.recipe["rollout"]["temperature"]
