@@ -173,6 +173,13 @@ def test_a_new_repository_with_the_hubs_own_page_keeps_its_licence(run: RunDir, 
     assert front(hub.repos["me/tiny"].files["README.md"][0].decode())["license"] == "mit"
 
 
+def test_a_page_beside_the_files_is_not_dropped_in_silence(run: RunDir) -> None:
+    (run.gguf / "README.md").write_text("---\nlicense: mit\n---\n")
+    found = send(run, dry_run=True)
+    told = [any(f"{run.gguf / 'README.md'} stays here" in remark for remark in sent.remarks) for sent in found.sent]
+    assert told == [False, False, True]
+
+
 def test_the_licence_of_the_recipe_or_the_command_line_is_written(run: RunDir, hub: StandIn) -> None:
     retold(run, publish={"license": "cc-by-4.0"})
     send(run, what=["merged"])

@@ -121,10 +121,19 @@ def run_contents(
         repo_contents = RepoContents(
             kind, repos[kind], whole, mark["origin"], facts.remarks, mark, facts.licence_is_set
         )
-        repo_contents = repo_contents.with_page(render_card(facts, kind))
+        repo_contents = repo_contents.with_page(render_card(facts, kind), _local_page_remarks(run, kind))
         refuse_secrets(repo_contents)
         found.append(repo_contents)
     return found
+
+
+def _local_page_remarks(run: RunDir, kind: RepoKind) -> tuple[str, ...]:
+    """Say that a page which the user wrote beside the adapter or the GGUF files is not published. (Beside the merged
+    model it would break the seal, and is refused.)"""
+    page = {"merged": run.merged, "adapter": run.adapter, "gguf": run.gguf}[kind] / PAGE_FILE
+    if not page.is_file():
+        return ()
+    return (f"{page} stays here. Write into the page on the Hub instead: what you add there is kept.",)
 
 
 def _available_kinds(run: RunDir) -> list[RepoKind]:
