@@ -50,6 +50,23 @@ def test_keys_written_by_hand_stay_with_their_comments_and_ours_are_updated() ->
     assert notes == ()
 
 
+def result(dataset: str, value: float) -> dict[str, Any]:
+    metrics = [{"type": "accuracy", "value": value}]
+    return {"task": {"type": "text-generation"}, "dataset": {"type": dataset, "name": dataset}, "metrics": metrics}
+
+
+def test_results_added_to_the_model_index_by_hand_stay_beside_ours() -> None:
+    old, new = ({**OURS, "model-index": [{"name": "tiny", "results": [result("gsm8k", x)]}]} for x in (0.1, 0.2))
+    other = {"name": "other", "results": [result("gsm8k", 0.3)]}
+    by_hand = [{"name": "tiny", "results": [result("gsm8k", 0.1), result("math", 0.4)]}, other]
+    text, _ = merge_pages(render_page(new, "x"), render_page({**old, "model-index": by_hand}, "x"), old)
+    mine = {"name": "tiny", "results": [result("gsm8k", 0.2), result("math", 0.4)]}
+    assert front(text)["model-index"] == [mine, other]
+    for damaged in (3, [3], [{"name": "tiny", "results": 3}], {}):
+        text, _ = merge_pages(render_page(new, "x"), render_page({**old, "model-index": damaged}, "x"), old)
+        assert front(text) == new
+
+
 def test_a_key_that_we_wrote_and_write_no_longer_goes() -> None:
     before = {**OURS, "base_model": ["a/b"], "license": "mit"}
     assert front(merge_pages(PAGE, render_page(before, "x"), before)[0]) == OURS

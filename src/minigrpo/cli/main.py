@@ -183,7 +183,7 @@ def evaluate(
     ] = None,
     split: Annotated[Split, typer.Option(help="train: how hard each training prompt is, for task.rates.")] = "test",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Every answer as JSON; replaces no other file.")
+        Path | None, typer.Option(metavar="FILE", help="Every answer as JSON; replaces an evaluation only.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

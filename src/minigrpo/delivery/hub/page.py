@@ -102,17 +102,19 @@ def merge_front_matter(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], written: Mapping[str, Any], *, licence_is_set: bool
 ) -> dict[str, Any]:
     """Return our keys, and theirs that we do not write. A licence written by hand stays unless the user names another;
-    so do tags, data sets and models of the model index that were added by hand."""
+    so do tags, data sets and results that were added by hand."""
     kept = {name: value for name, value in theirs.items() if name not in written or value != written[name]}
     if _licence_by_hand(theirs, written) and not licence_is_set:
         ours = {name: value for name, value in ours.items() if name not in LICENCE_KEYS}
     elif "license" in ours:
         kept = {name: value for name, value in kept.items() if name not in LICENCE_KEYS}
-    lists = {
+    lists: dict[str, Any] = {
         name: [*value, *_added(value, theirs.get(name), written.get(name))]
         for name, value in ours.items()
-        if name in ("tags", "datasets", "model-index")
+        if name in ("tags", "datasets")
     }
+    if "model-index" in ours:
+        lists["model-index"] = _merge_results(ours["model-index"], theirs.get("model-index"))
     merged = {**kept, **ours, **lists}
     return {name: merged[name] for name in (*(each for each in theirs if each in merged), *merged)}
 
@@ -134,11 +136,23 @@ def _licence_notes(
 
 
 def _added(ours: list[Any], theirs: Any, written: Any) -> list[Any]:
-    """Return entries that were added to a list by hand. Entries of a model index are the same if their names are."""
-    listed = theirs if isinstance(theirs, list) else [theirs] if theirs else []
+    """Return entries that were added to a list by hand."""
     known = [*ours, *(written if isinstance(written, list) else [])]
-    names = [each.get("name") for each in known if isinstance(each, dict)]
-    return [each for each in listed if each not in known and not (isinstance(each, dict) and each.get("name") in names)]
+    return [each for each in (theirs if isinstance(theirs, list) else [theirs] if theirs else []) if each not in known]
+
+
+def _merge_results(ours: list[dict[str, Any]], theirs: Any) -> list[dict[str, Any]]:
+    """Return our model index with other models, and results on other data sets, that were added by hand."""
+    others = [each for each in theirs if isinstance(each, dict)] if isinstance(theirs, list) else []
+    merged = []
+    for entry in ours:
+        data = [result["dataset"] for result in entry["results"]]
+        there = [each.get("results") for each in others if each.get("name") == entry["name"]]
+        results = [each for listed in there if isinstance(listed, list) for each in listed if isinstance(each, dict)]
+        added = [each for each in results if each.get("dataset") not in data]
+        merged.append({**entry, "results": [*entry["results"], *added]})
+    names = [entry["name"] for entry in ours]
+    return [*merged, *(each for each in others if each.get("name") not in names)]
 
 
 def _rewrite_header(header: str, wanted: Mapping[str, Any]) -> str:
