@@ -165,6 +165,23 @@ def test_a_format_coarser_than_what_was_learned_is_kept_as_rejected(
     assert not (run.gguf / "young-Q8_0.gguf").exists()
 
 
+def test_a_coarse_file_that_undoes_more_than_training_did_is_called_unusable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = merged_run(tmp_path / "young", "qwen2", size=0.001)
+    for verdict in ("measured", "there already"):
+        file = exported(run, "Q4_K_M")["Q4_K_M"]
+        assert (file.verdict, file.to_dict()["unusable"]) == (verdict, file.unusable)
+        assert file.proof["relative_kl"] > 1
+        assert "times as far as training did. Take Q8_0, or pack it with an importance matrix" in (file.unusable or "")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["export", str(run.path), "--format", "Q4_K_M", "--writer", "own"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "young-Q4_K_M.gguf is unusable: rounding to Q4_K_M" in printed
+    assert "measured" not in printed
+
+
 def test_an_export_goes_on_where_it_was_stopped(qwen: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = exported(qwen, "F32", out=out)["F32"]
@@ -206,6 +223,30 @@ def test_formats_asked_for_one_by_one_are_made_from_one_float_file(
     assert not kept.exists()  # the one that was asked for takes its place
     exported(qwen, "Q3_K_M", out=out)
     assert converted == ["F32"] * 3
+
+
+def test_an_export_replaces_nothing_but_an_export(qwen: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("mine-F32.gguf", "mine-F32.Modelfile", "made.json"):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / name).write_text("{}")
+        for force in (False, True):
+            with pytest.raises(ArtifactError, match=rf"{name} was not written by minigrpo export.*--out FOLDER"):
+                exported(qwen, "F32", out=out, force=force)
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "{}")]
+
+
+@pytest.mark.parametrize("place", ["", "merged", "adapter", "checkpoints/000001", "adapter/new"])
+def test_no_export_lies_among_the_files_of_a_run_or_a_model(qwen: RunDir, tmp_path: Path, place: str) -> None:
+    before = {file: file.read_bytes() for file in qwen.path.rglob("*") if file.is_file()}
+    model_folder(tmp_path / "m", "qwen2")
+    for model in (qwen, tmp_path / "m"):
+        with pytest.raises(ArtifactError, match="which no export may touch"):
+            exported(model, "F32", out=qwen.path / place, force=True)
+    with pytest.raises(ArtifactError, match="which no export may touch"):
+        exported(tmp_path / "m", "F32", out=tmp_path / "m")
+    assert {file: file.read_bytes() for file in qwen.path.rglob("*") if file.is_file()} == before
 
 
 def test_a_model_that_has_changed_is_exported_again(tmp_path: Path) -> None:

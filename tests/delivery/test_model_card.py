@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe
@@ -26,6 +27,7 @@ from minigrpo.delivery.hub.model_card import (
     render_card,
 )
 from minigrpo.delivery.merge.merge import merge
+from minigrpo.delivery.parity.table import unusable_reason
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
@@ -134,10 +136,59 @@ def test_every_figure_is_from_the_runs_files(run: RunDir) -> None:
     assert f"| merged | {merged['mean_kl']:.2g} | {merged['relative_kl']:.2g} |" in text
 
 
+@pytest.mark.parametrize(
+    ("task", "dataset"), [({"name": "gsm8k"}, "openai/gsm8k"), ({"name": "gsm8k", "data": "mine.jsonl"}, "gsm8k")]
+)
+def test_the_hub_reads_the_tuned_models_accuracy_from_the_front_matter(
+    run: RunDir, task: dict[str, str], dataset: str
+) -> None:
+    after = {"scores": {**SCORES, "accuracy": {"value": 2 / 3, "low": 0.6, "high": 0.7, "count": 300}}, "split": "test"}
+    found = {"before": {"scores": SCORES}, "after": after, "change": CHANGE}
+    write_json(run.evals / "comparison.json", {"comparisons": {"greedy": found, "temperature 1": found}})
+    retold(run, task=task)
+    for what in ("merged", "adapter"):
+        data = ModelCard(page(run, what)).data
+        assert data.model_name == REPOS[what].partition("/")[2]
+        assert [(each.dataset_type, each.dataset_split) for each in data.eval_results] == [(dataset, "test")] * 2
+        names = [(each.metric_type, each.metric_value, each.metric_name) for each in data.eval_results]
+        assert names[0] == ("accuracy", 0.6667, "accuracy, greedy, 300 prompts")
+    assert ModelCard(page(run, "gguf")).data.eval_results is None, "a rounded file was not measured"
+
+
+def test_the_page_calls_a_file_unusable_and_shows_another_first(run: RunDir) -> None:
+    (run.gguf / "tiny-Q8_0.gguf").unlink()
+    add_gguf(run, "Q4_K_M", 10, relative_kl=2.5, top1=0.97)
+    add_gguf(run, "Q5_K_M", 10, relative_kl=None, top1=0.9)
+    text = page(run, "gguf")
+    assert (
+        "**`tiny-Q4_K_M.gguf` is unusable: rounding to Q4_K_M moves it 2.5 times as far as training did. Take" in text
+    )
+    assert "`tiny-Q5_K_M.gguf` is unusable" not in text
+    assert "llama-cli -hf me/tiny-GGUF:Q5_K_M" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures", "words"),
+    [
+        ("Q4_K_M", {"relative_kl": 1.0, "top1": 0.9}, None),
+        ("Q4_K_M", {"relative_kl": 1.1, "top1": 1.0}, "1.1 times as far as training did. Take Q8_0"),
+        ("Q4_K_M", {"relative_kl": None, "top1": 0.89}, "another one at 11% of the positions. Take Q8_0"),
+        ("Q8_0", {"relative_kl": None, "top1": 0.5}, "another one at 50% of the positions. Take F16"),
+        ("F16", {"relative_kl": 2.0, "top1": 0.5}, None),
+    ],
+)
+def test_a_file_is_unusable_by_what_training_did_or_by_its_likeliest_tokens(
+    kind: str, figures: dict[str, Any], words: str | None
+) -> None:
+    reason = unusable_reason({"name": f"gguf {kind}", **figures})
+    assert (reason is None) == (words is None)
+    assert (words or "") in (reason or "")
+
+
 def test_what_a_run_has_not_made_is_left_out(run: RunDir) -> None:
     run.parity.unlink()
     text = page(run)
-    for words in ("Before and after", "How it was proved", "mean reward"):
+    for words in ("Before and after", "How it was proved", "mean reward", "model-index"):
         assert words not in text
     assert "nan" not in text.lower().split()
 

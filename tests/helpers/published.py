@@ -36,14 +36,14 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-def add_gguf(run: RunDir, kind: str, size: int) -> Path:
+def add_gguf(run: RunDir, kind: str, size: int, **figures: Any) -> Path:
     run.gguf.mkdir(exist_ok=True)
     file = run.gguf / f"{run.path.name}-{kind}.gguf"
     file.write_bytes(b"GGUF" + random.Random(kind).randbytes(size))
     file.with_suffix(".Modelfile").write_text(f"FROM ./{file.name}\n")
     made = run.gguf / "made.json"
     then = read_sealed(made)["files"] if made.is_file() else {}
-    proof = {"name": f"gguf {kind}", "mean_kl": 1e-5, "faults": []}
+    proof = {"name": f"gguf {kind}", "mean_kl": 1e-5, "faults": [], **figures}
     origin = {"model": hash_files(run.merged), "converter": "own"}
     entry = {"format": kind, "by": "own", "bits": 8.5, "types": {"F32": 3}, "proof": proof, "sha256": digest(file)}
     write_sealed(made, {"made": {"versions": {}}, "files": {**then, file.name: {**entry, "from": origin}}})

@@ -24,6 +24,13 @@ BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now.", show_default="as it was trained")
 ]
 
+LicenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--license", metavar="ID", help="The Hub's: apache-2.0, mit ...", show_default="the recipe's or base's"
+    ),
+]
+
 
 @contextmanager
 def lock_run_of(path: Path | None) -> Iterator[None]:
@@ -243,6 +250,7 @@ def publish(
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Any folder, as it is, in place of a run.")
     ] = None,
+    licence: LicenceOption = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go where; no network.")] = False,
     fetch: Annotated[
@@ -256,9 +264,9 @@ def publish(
 ) -> None:
     """Put the merged model, the adapter and the GGUF files on the Hugging Face Hub.
 
-    Publishes only what is proved, each repository with a page that tells how it was trained and proved. The token is
-    HF_TOKEN of the environment or of a file .env, or the login. After an interruption the same command sends only what
-    is missing; at the end every file on the Hub is compared with the one here.
+    Publishes only what is proved, each repository with a page that tells how it was trained and proved. What you add
+    to a page by hand stays. The token is HF_TOKEN of the environment or of a file .env, or the login. After an
+    interruption the same command sends only what is missing; at the end every file there is compared with the one here.
     """
     from minigrpo.delivery.hub.publish import publish, publish_folder, published_table
 
@@ -266,12 +274,14 @@ def publish(
         raise MinigrpoError(
             "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
         )
+    if folder is not None and licence is not None:
+        raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
     with stdout_for_json(as_json), lock_run_of(run):
         if run is None:
             found = publish_folder(folder, repo, **options)  # type: ignore[arg-type]
         else:
-            found = publish(run, repo, what=what or (), **options)  # type: ignore[arg-type]
+            found = publish(run, repo, what=what or (), licence=licence, **options)  # type: ignore[arg-type]
     if as_json:
         print_json(found.to_dict())
     else:

@@ -182,7 +182,9 @@ def evaluate(
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
     ] = None,
     split: Annotated[Split, typer.Option(help="train: how hard each training prompt is, for task.rates.")] = "test",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save every answer as JSON here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Every answer as JSON; replaces an evaluation only.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on unseen prompts of a task.

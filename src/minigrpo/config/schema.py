@@ -5,6 +5,7 @@ Options, `--help`, recipe files and error messages all follow from the fields be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,9 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "linear", "cosine"]
 Comparison = Literal["auto", "group", "batch", "none", "gdpo"]
 Importance = Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+LICENCE_ID = r"[a-z0-9]+([.-][a-z0-9]+)*"
+"""Form of the Hub's names of licences: https://huggingface.co/docs/hub/repositories-licenses"""
 
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
@@ -270,6 +274,9 @@ class PublishConfig(Config):
 
     repo: str | None = field(None, "USER/NAME to publish to; null: nothing leaves this machine")
     public: bool = field(False, "let everybody see it")
+    license: str | None = field(
+        None, "its licence by the Hub's ID: apache-2.0, mit ...; null: the base's, where it says"
+    )
 
 
 class Recipe(Config):
@@ -314,6 +321,10 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         train.inner_epochs > 1 and lora.dropout > 0,
         "lora.dropout draws a new mask for each of train.inner_epochs, so their ratios would compare masks: "
         "leave one of them at its default",
+    )
+    yield (
+        recipe.publish.license is not None and not re.fullmatch(LICENCE_ID, recipe.publish.license),
+        "publish.license is no ID of the Hub's: small letters and digits, such as apache-2.0 or mit",
     )
     yield (
         objective.name in ("cispo", "sapo") and objective.clip_dual is not None,

@@ -7,6 +7,7 @@ only the remaining prompts.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +19,12 @@ from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
+from minigrpo.errors import ArtifactError
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
-from minigrpo.runs.rundir import RunDir, find_run, read_json, write_json
+from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 
@@ -51,7 +53,8 @@ def evaluate(
     """Grade a model, and a base beside it on the same prompts; every answer goes to `out` as JSON.
 
     `model`: a folder, a Hub id, an adapter, a GGUF file, or a run. Without `recipe`, a run's own recipe is used for
-    any model in its folder. Return the figures without the answers, and `file`.
+    any model in its folder. Return the figures without the answers, and `file`. Raise ArtifactError where `out` is
+    something other than an earlier evaluation.
     """
     from minigrpo.evaluation.evaluate import compare, pick_examples
     from minigrpo.tasks.registry import open_task
@@ -64,6 +67,7 @@ def evaluate(
     ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = found.run.evals if found else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
+    require_free(file)
     with process_settings(recipe.train.threads):
         before = evaluate_model(base, ask, file) if base else None
         after = evaluate_model(model, ask, file)
@@ -83,6 +87,30 @@ def evaluate(
         journal_beside(file, name or "").unlink(missing_ok=True)
     console.print(Text(f"Every answer: {file}"))
     return figures | {"file": str(file)}
+
+
+def require_free(file: Path) -> None:
+    """Raise ArtifactError unless nothing or an earlier evaluation is there: nothing else is ever replaced.
+
+    In a run's folder evaluations lie in evals/ alone: elsewhere a file would break a seal, or pass for the run's own.
+    """
+    run = enclosing_run(file)
+    if run and file.expanduser().resolve().parent != run.evals:
+        raise ArtifactError(
+            f"{file} lies among the files of the run {run.path}, which no evaluation may touch. Name another place: "
+            f"--out {run.evals / file.name}"
+        )
+    if not os.path.lexists(file):
+        return
+    try:
+        content = read_json(file)
+    except ArtifactError:
+        content = None
+    made = content.get("made") if isinstance(content, dict) and "scores" in content else None
+    if not isinstance(made, dict) or made.get("verb") != "evaluate":
+        raise ArtifactError(
+            f"{file} is no evaluation of minigrpo, so it is not replaced. Move it away, or name another: --out FILE"
+        )
 
 
 @dataclass(frozen=True, slots=True)

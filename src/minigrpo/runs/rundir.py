@@ -166,6 +166,20 @@ def find_run(place: str | Path | RunDir) -> FoundRun | None:
     return FoundRun(RunDir(path), artefact) if artefact else None
 
 
+def enclosing_run(path: Path) -> RunDir | None:
+    """Find the run in whose folder a path lies, at any depth; links are followed.
+
+    A folder that holds a recipe.yaml of the user's and nothing that a run leaves is none.
+    """
+    place = path.expanduser().resolve()
+    runs = (RunDir(each) for each in (place, *place.parents) if RunDir(each).exists())
+    return next((run for run in runs if any(each.exists() for each in _traces(run))), None)
+
+
+def _traces(run: RunDir) -> tuple[Path, ...]:
+    return run.made, run.metrics, run.groups, run.checkpoints, run.adapter, run.model
+
+
 def _artefact(names: list[str]) -> Artefact | None:
     """Name the artefact at this place below a run's folder."""
     match names:

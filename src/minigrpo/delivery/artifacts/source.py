@@ -107,16 +107,20 @@ def read_seal(folder: Path) -> dict[str, Any]:
 def require_replaceable(folder: Path, verb: str) -> None:
     """Raise ArtifactError unless the folder carries our own seal of this command: nothing else is ever replaced, not
     even where the user forces it."""
-    made = folder / "made.json"
-    try:
-        found = json.loads(made.read_text(encoding="utf-8"))["made"]["verb"]
-    except (OSError, ValueError, TypeError, KeyError):
-        found = None
-    if found != verb or RunDir(folder).exists():
+    if made_by(folder) != verb or RunDir(folder).exists():
         what = "is a run" if RunDir(folder).exists() else f"was not made by minigrpo {verb}"
         raise ArtifactError(
             f"{folder} {what}, so it is not replaced. Move it away, or name another place: --out FOLDER"
         )
+
+
+def made_by(folder: Path) -> str | None:
+    """Return the command that a folder's made.json names; None where there is none."""
+    try:
+        verb = json.loads((folder / "made.json").read_text(encoding="utf-8"))["made"]["verb"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return verb if isinstance(verb, str) else None
 
 
 def require_merged(run: RunDir) -> Path:

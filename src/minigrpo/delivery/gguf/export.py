@@ -25,7 +25,7 @@ from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
-from minigrpo.delivery.artifacts.source import require_merged
+from minigrpo.delivery.artifacts.source import made_by, require_merged
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import render_modelfile
@@ -39,7 +39,7 @@ from minigrpo.delivery.gguf.parity import (
 )
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
-from minigrpo.delivery.parity.table import format_kl
+from minigrpo.delivery.parity.table import format_kl, unusable_reason
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
@@ -49,6 +49,7 @@ from minigrpo.runs.rundir import (
     SPARE,
     RunDir,
     digest,
+    enclosing_run,
     find_run,
     report_full_disk,
     sync,
@@ -80,8 +81,13 @@ class ExportedFile:
     types: dict[str, int]
     proof: dict[str, Any]
 
+    @property
+    def unusable(self) -> str | None:
+        """Say why the file is of no use although it was not rejected, and what to take; None where it is usable."""
+        return None if self.verdict == "rejected" else unusable_reason(self.proof)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"file": str(self.file)}
+        return asdict(self) | {"file": str(self.file), "unusable": self.unusable}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,11 @@ class ExportJob:
         return GGUF_DTYPES.get(self.base.dtype, "F32")
 
     @property
+    def usual_folder(self) -> Path:
+        """Return where the files go unless the user names another folder."""
+        return self.run.gguf if self.run else self.model.with_name(f"{self.model.name}-gguf")
+
+    @property
     def command(self) -> str:
         out = f" --out {self.folder}" if self.run and self.folder != self.run.gguf else ""
         return f"minigrpo export {self.run.path if self.run else self.model}{out}"
@@ -155,13 +166,14 @@ def export(
     """Export a run's merged model, named by either, or a model folder, into `out` (RUN/gguf, or beside the folder).
 
     `llama_cpp`: sources of llama.cpp whose converter and tools are used; `writer`: auto, official or own. `force`: make
-    existing formats again. Raises MinigrpoError where nothing can be made; a file that fails its proof is reported in
-    the result.
+    existing formats again; only files of an earlier export are replaced. Raises MinigrpoError where nothing can be
+    made; a file that fails its proof is reported in the result.
     """
     kinds = parse_formats(formats)
     require_library()
     job = replace(export_job(path, out=out, llama_cpp=llama_cpp, writer=writer), afresh=force)
-    done = {} if force else _finished_files(job, kinds)
+    _require_own_folder(job)
+    done = _finished_files(job, kinds, force)
     missing = [kind for kind in kinds if kind not in done]
     reference = None
     with (
@@ -219,14 +231,37 @@ def _sealed_entries(job: ExportJob) -> dict[str, Any]:
     return dict(read_sealed(file)["files"]) if file.is_file() else {}
 
 
-def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedFile]:
-    """Return formats that exist and were proved, from this model. Raises ArtifactError for a file that is not ours."""
+def _require_own_folder(job: ExportJob) -> None:
+    """Raise ArtifactError where the files would lie among those of a model or a run, or over what is no export."""
+    folder, run = job.folder.resolve(), enclosing_run(job.folder)
+    if folder == job.model.resolve() or (run and folder != job.usual_folder.resolve()):
+        place = f"the run {run.path}" if run else f"the model {job.model}"
+        raise ArtifactError(
+            f"{job.folder} lies among the files of {place}, which no export may touch. Name another: --out FOLDER"
+        )
+    if os.path.lexists(job.folder / "made.json") and made_by(job.folder) != "export":
+        raise ArtifactError(
+            f"{job.folder / 'made.json'} was not written by minigrpo export, so it is not replaced. Move it away, or "
+            "name another place: --out FOLDER"
+        )
+
+
+def _finished_files(job: ExportJob, kinds: Sequence[str], force: bool) -> dict[str, ExportedFile]:
+    """Return formats that exist and were proved, from this model; none with `force`. Raises ArtifactError for files
+    that were changed, unless with `force`, and for files that no export ever wrote."""
     known, entries = _sealed_entries(job), {}
     for kind in kinds:
         file, then = job.file(kind), known.get(job.file(kind).name)
-        if not file.exists():
+        foreign = [] if then else [each for each in (file, file.with_suffix(".Modelfile")) if os.path.lexists(each)]
+        if foreign:
+            raise ArtifactError(
+                f"{foreign[0]} was not written by minigrpo export, so it is not replaced. Move it away, or name "
+                "another place: --out FOLDER"
+            )
+        if force or not file.exists():
             continue
-        if then is None or digest(file) != then["sha256"]:
+        assert then is not None
+        if digest(file) != then["sha256"]:
             raise ArtifactError(
                 f"{file} was put there or changed by somebody. To put a fresh export in its place: {job.command} "
                 f"--format {kind} --force"
@@ -381,11 +416,12 @@ def exported_table(exported: Exported) -> RenderableType:
             format_kl(row["elsewhere"]["mean_kl"] if row.get("elsewhere") else None),
         )
         size = f"{file.file.stat().st_size / 1e9:.3g}" if file.file.exists() else "-"
-        table.add_row(file.format, size, f"{file.bits:.2f}", *figures, file.verdict)
+        table.add_row(file.format, size, f"{file.bits:.2f}", *figures, "unusable" if file.unusable else file.verdict)
     title = "distance from the merged model, nats a token, as llama.cpp reads the file"
     lines: list[RenderableType] = [titled(title, table), Text(f"written by {exported.converter}", style="dim")]
     for file in exported.files:
         lines += [Text(f"{file.format} rejected: {fault}", style="red") for fault in file.proof["faults"]]
+        lines += [Text(f"{file.file.name} is {file.unusable}", style="red")] if file.unusable else []
     if exported.kept:
         size = f"{exported.kept.stat().st_size / 1e9:.3g} GB"
         lines.append(Text(f"kept for further formats: {exported.kept} ({size}); remove it as you like", style="dim"))

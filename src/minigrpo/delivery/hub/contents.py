@@ -10,16 +10,19 @@ taken, and no path of this machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from minigrpo.delivery.artifacts.source import require_merged
 from minigrpo.delivery.hub.client import RepoFile, repo_file
-from minigrpo.delivery.hub.model_card import card_facts, hub_name, render_card
+from minigrpo.delivery.hub.model_card import CURVE_FILE, NO_LICENCE, card_facts, card_metadata, hub_name, render_card
+from minigrpo.delivery.hub.page import merge_pages, parse_header, split_page
+from minigrpo.delivery.hub.reward_svg import render_reward_svg
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
@@ -31,6 +34,7 @@ RUN_KINDS: tuple[RepoKind, ...] = get_args(RepoKind)[:3]
 IsPublished = Callable[[str, Mapping[str, str]], bool]
 REPO_SUFFIX: dict[str, str] = {"merged": "", "adapter": "-lora", "gguf": "-GGUF", "folder": ""}
 MARK_FILE = "minigrpo.json"
+PAGE_FILE = "README.md"
 IGNORED_FOLDERS = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
 """Folders that do not belong to the model: git's own, the Hub client's, editors'."""
 SECRET_FILES = re.compile(
@@ -43,24 +47,54 @@ MAX_SCANNED_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class RepoContents:
-    """The whole content of one repository. `origin`: identifies the publication when it is published again."""
+    """The whole content of one repository. `origin`: identifies the publication when it is published again. `mark`:
+    what minigrpo.json says besides the files. `licence_is_set`: the user names it."""
 
     what: RepoKind
     repo: str
     items: tuple[RepoFile, ...]
     origin: dict[str, str]
     remarks: tuple[str, ...] = ()
+    mark: Mapping[str, Any] = field(default_factory=dict)
+    licence_is_set: bool = False
 
     @property
     def size(self) -> int:
         return sum(each.size for each in self.items)
 
+    def with_page(self, text: str, remarks: Sequence[str] = ()) -> RepoContents:
+        """Return the contents with this page, and with a mark that names it."""
+        others = [each for each in self.items if each.name not in (PAGE_FILE, MARK_FILE)]
+        items = (*others, repo_file(PAGE_FILE, text.encode()))
+        mark = {**self.mark, "files": {each.name: each.sha256 for each in items}}
+        whole = (*items, repo_file(MARK_FILE, (json.dumps(mark, indent=2, ensure_ascii=False) + "\n").encode()))
+        return replace(self, items=whole, remarks=(*self.remarks, *remarks))
 
-def run_contents(run: RunDir, repo: str, what: Sequence[str], there: IsPublished | None) -> list[RepoContents]:
+    def with_published_page(self, page: bytes, mark: Mapping[str, Any]) -> RepoContents:
+        """Return the contents with what the owner of the published page added to it. `mark`: the repository's
+        minigrpo.json, {} where it has none."""
+        own = next(each.content for each in self.items if each.name == PAGE_FILE)
+        assert isinstance(own, bytes)
+        theirs = page.decode("utf-8", errors="replace")
+        if not split_page(theirs).block and mark.get("files", {}).get(PAGE_FILE) == hashlib.sha256(page).hexdigest():
+            return self  # an earlier version wrote it, without marks, and nobody changed it
+        written = mark.get("front_matter")
+        known = written if isinstance(written, dict) else {}
+        text, notes = merge_pages(own.decode(), theirs, known, licence_is_set=self.licence_is_set)
+        remarks = self.remarks
+        if (parse_header(split_page(text).header) or {}).get("license"):
+            remarks = tuple(remark for remark in remarks if remark != NO_LICENCE)
+        return replace(self, remarks=remarks).with_page(text, [f"{self.repo}: {note}" for note in notes])
+
+
+def run_contents(
+    run: RunDir, repo: str, what: Sequence[str], there: IsPublished | None, licence: str | None = None
+) -> list[RepoContents]:
     """Collect the repositories of a run. Raises ArtifactError where something requested is missing, stale or changed.
 
     `there`: tells whether a repository was already published from the same origin, so that model cards link to it;
-    None: without a network, and no licence is looked up either.
+    None: without a network, and no licence is looked up either. `licence`: an ID for the pages; None: the recipe's
+    publish.license, else the base's.
     """
     if not run.exists():
         raise ArtifactError(f"{run.path} is no run. To publish any folder as it is: --folder {run.path}")
@@ -77,19 +111,29 @@ def run_contents(run: RunDir, repo: str, what: Sequence[str], there: IsPublished
         if there and kind not in kinds and there(repo + REPO_SUFFIX[kind], {**origin, "what": kind})
     ]
     repos: dict[str, str] = {kind: repo + REPO_SUFFIX[kind] for kind in RUN_KINDS if kind in (*kinds, *others)}
-    facts = card_facts(run, repos, online=there is not None)
+    facts = card_facts(run, repos, online=there is not None, licence=licence)
+    curve = [repo_file(CURVE_FILE, render_reward_svg(facts.rewards).encode())] if facts.rewards else []
     found = []
     for kind, items in contents.items():
-        readme = repo_file("README.md", render_card(facts, kind).encode())
-        proofs = {"stages": facts.stages, "versions": facts.versions}
-        items = (*(each for each in items if each.name != "README.md"), *_licence_files(run, items), readme)
-        mark: dict[str, Any] = {"minigrpo": this_version(), "origin": {**origin, "what": kind}, **proofs}
-        mark["files"] = {each.name: each.sha256 for each in items}
-        whole = (*items, repo_file(MARK_FILE, (json.dumps(mark, indent=2, ensure_ascii=False) + "\n").encode()))
-        repo_contents = RepoContents(kind, repos[kind], whole, {**origin, "what": kind}, facts.remarks)
+        whole = (*items, *_licence_files(run, items), *curve)
+        mark: dict[str, Any] = {"minigrpo": this_version(), "origin": {**origin, "what": kind}}
+        mark |= {"stages": facts.stages, "versions": facts.versions, "front_matter": card_metadata(facts, kind)}
+        repo_contents = RepoContents(
+            kind, repos[kind], whole, mark["origin"], facts.remarks, mark, facts.licence_is_set
+        )
+        repo_contents = repo_contents.with_page(render_card(facts, kind), _local_page_remarks(run, kind))
         refuse_secrets(repo_contents)
         found.append(repo_contents)
     return found
+
+
+def _local_page_remarks(run: RunDir, kind: RepoKind) -> tuple[str, ...]:
+    """Say that a page which the user wrote beside the adapter or the GGUF files is not published. (Beside the merged
+    model it would break the seal, and is refused.)"""
+    page = {"merged": run.merged, "adapter": run.adapter, "gguf": run.gguf}[kind] / PAGE_FILE
+    if not page.is_file():
+        return ()
+    return (f"{page} stays here. Write into the page on the Hub instead: what you add there is kept.",)
 
 
 def _available_kinds(run: RunDir) -> list[RepoKind]:

@@ -9,6 +9,7 @@ fence.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ import yaml
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import format_bytes
-from minigrpo.delivery.parity.table import read_parity
+from minigrpo.delivery.hub.page import parse_header, render_page, split_page
+from minigrpo.delivery.parity.table import read_parity, unusable_reason
 from minigrpo.errors import ArtifactError
 from minigrpo.models.model_files import local_config
 from minigrpo.models.vllm_compat import (
@@ -32,15 +34,16 @@ from minigrpo.models.vllm_compat import (
 from minigrpo.runs.logger import read_metrics, system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
-from minigrpo.ui.live import column_means, sparkline
 from minigrpo.utils.markdown import fenced, markdown_table, plain
 
-CURVE_WIDTH = 50
+CURVE_FILE = "reward.svg"
+"""The picture of the reward, beside the card."""
 LICENCE_PATTERNS = {
     "apache-2.0": r"Apache License\s+Version 2\.0",
     "mit": r"\bMIT License\b",
     "gpl-3.0": r"GNU GENERAL PUBLIC",
 }
+NO_LICENCE = "The base's licence could not be found, so the page names none: --license ID writes it."
 TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 """The Hub's dataset of a task where the recipe names none; other tasks generate their own data."""
 
@@ -49,12 +52,13 @@ TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 class CardFacts:
     """What a card says. `base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: all
     that are published together, by kind. `rewards`: (step, mean reward). `gguf`: facts of each exported file, by
-    name. `missing`: settings that vLLM needs and the base's config lacks."""
+    name. `missing`: settings that vLLM needs and the base's config lacks. `licence_is_set`: the user names it."""
 
     name: str
     base: str | None
     base_words: str
     licence: dict[str, str]
+    licence_is_set: bool
     recipe: dict[str, Any]
     datasets: tuple[str, ...]
     system: str
@@ -69,11 +73,13 @@ class CardFacts:
     remarks: tuple[str, ...]
 
 
-def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFacts:
-    """Collect the facts from the run's folder; what a run has not made is left out of the card."""
+def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: str | None = None) -> CardFacts:
+    """Collect the facts from the run's folder; what a run has not made is left out of the card. `licence`: an ID, in
+    place of the recipe's publish.license."""
     recipe = load_recipe(str(run.path))
+    chosen = licence or recipe.publish.license
     base = hub_name(recipe.model.path)
-    licence, remarks = find_licence(recipe.model.path, recipe.model.revision, online)
+    found = find_licence(recipe.model.path, recipe.model.revision, online)
     shown: dict[str, Any] = _hide_paths(recipe.model_dump(mode="json"))
     data = hub_name(recipe.task.data) if recipe.task.data else TASK_DATASETS.get(recipe.task.name)
     made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
@@ -86,7 +92,8 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFa
         name=run.path.absolute().name,
         base=base,
         base_words=_base_words(recipe.model.path, base),
-        licence=licence,
+        licence={"license": chosen} if chosen else found[0],
+        licence_is_set=bool(chosen),
         recipe=shown,
         datasets=(data,) if data else (),
         system=system_message(run),
@@ -98,7 +105,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool) -> CardFa
         versions={name: version for name, version in versions.items() if version},
         vision="vision_config" in {**config, **whole},
         missing=vllm_config_overrides(config),
-        remarks=remarks,
+        remarks=() if chosen else found[1],
     )
 
 
@@ -131,7 +138,7 @@ def find_licence(path: str, revision: str | None, online: bool) -> tuple[dict[st
         text = file.read_text(encoding="utf-8", errors="replace")[:3000]
         found = next((name for name, words in LICENCE_PATTERNS.items() if re.search(words, text)), None)
         return ({"license": found} if found else {"license": "other", "license_link": file.name}), ()
-    return {}, ("The base's licence could not be found, so the page names none: add `license:` to README.md by hand.",)
+    return {}, (NO_LICENCE,)
 
 
 def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
@@ -151,12 +158,7 @@ def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
 
 def read_front_matter(page: Path) -> dict[str, Any]:
     """Return the YAML header of a model card; {} where there is none that is valid."""
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        said = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        return {}
-    return said if isinstance(said, dict) else {}
+    return parse_header(split_page(page.read_text(encoding="utf-8", errors="replace")).header) or {}
 
 
 def _hide_paths(value: Any) -> Any:
@@ -189,7 +191,7 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
 
 def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
     for row in read_metrics(run):
-        if isinstance(row.get("reward"), int | float):
+        if isinstance(row.get("reward"), int | float) and math.isfinite(row["reward"]):
             yield int(row["step"]), float(row["reward"])
 
 
@@ -199,7 +201,6 @@ def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
 def render_card(facts: CardFacts, what: str) -> str:
     """Render one repository's card: front matter, then what a reader asks, in that order."""
     parts = [
-        f"---\n{yaml.safe_dump(card_metadata(facts, what), sort_keys=False, allow_unicode=True)}---",
         f"# {plain(facts.repos[what].partition('/')[2])}",
         _opening(facts, what),
         _evaluation(facts.comparisons),
@@ -210,7 +211,7 @@ def render_card(facts: CardFacts, what: str) -> str:
         _recipe(facts.recipe),
         _versions(facts.versions),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_page(card_metadata(facts, what), "\n\n".join(part for part in parts if part))
 
 
 def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
@@ -227,7 +228,22 @@ def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
         "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
         **facts.licence,
         "tags": ["grpo", *tags, "minigrpo"],
+        **({} if what == "gguf" else _model_index(facts, what)),  # GGUF files are rounded: the scores are not theirs
     }
+
+
+def _model_index(facts: CardFacts, what: str) -> dict[str, Any]:
+    """Return the tuned model's accuracy by decoding, in the form from which the Hub makes its table of results."""
+    if not facts.comparisons:
+        return {}
+    task, metrics, split = facts.recipe["task"]["name"], [], "test"
+    for decoding, found in facts.comparisons.items():
+        rate, split = found["after"]["scores"]["accuracy"], found["after"].get("split", split)
+        name = f"accuracy, {decoding}, {rate['count']} prompts"
+        metrics.append({"type": "accuracy", "value": round(rate["value"], 4), "name": name})
+    dataset = {"type": facts.datasets[0] if facts.datasets else task, "name": task, "split": split}
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    return {"model-index": [{"name": facts.repos[what].partition("/")[2], "results": [result]}]}
 
 
 def _opening(facts: CardFacts, what: str) -> str:
@@ -277,7 +293,10 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> str:
         for name, entry in files.items()
     ]
     table = markdown_table(("file", "type", "bits a weight", "size", "KL"), rows)
-    return f"## Files\n\n{table}\n\nKL: distance from the merged model, nats a token, as llama.cpp reads the file."
+    found = ((name, unusable_reason(entry["proof"])) for name, entry in files.items())
+    warnings = "".join(f"\n\n**`{name}` is {reason}**" for name, reason in found if reason)
+    meaning = "KL: distance from the merged model, nats a token, as llama.cpp reads the file."
+    return f"## Files\n\n{table}\n\n{meaning}{warnings}"
 
 
 def _proof(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -321,13 +340,11 @@ def _training(facts: CardFacts) -> str:
 
 
 def _curve(rewards: Sequence[tuple[int, float]]) -> str:
-    """Render the mean reward over the steps, as a sparkline and as numbers."""
-    means = column_means([value for _, value in rewards], CURVE_WIDTH)
+    """Render the mean reward over the steps, as a picture and as numbers."""
     marks = sorted({round(i * (len(rewards) - 1) / 5) for i in range(6)})
     steps = [str(rewards[i][0]) for i in marks]
     table = markdown_table(("step", *steps), [("mean reward", *(f"{rewards[i][1]:.3f}" for i in marks))])
-    curve = sparkline(means, CURVE_WIDTH)
-    return f"Mean reward, from {min(means):.3f} to {max(means):.3f}:\n\n```\n{curve}\n```\n\n{table}"
+    return f"![mean reward over the steps]({CURVE_FILE})\n\n{table}"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
@@ -414,7 +431,8 @@ def _run_adapter(facts: CardFacts) -> str:
 
 def _run_gguf(facts: CardFacts) -> str:
     repo = facts.repos["gguf"]
-    formats = [entry["format"] for entry in facts.gguf.values()]
+    usable = [entry["format"] for entry in facts.gguf.values() if not unusable_reason(entry["proof"])]
+    formats = usable or [entry["format"] for entry in facts.gguf.values()]
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     temperature = facts.recipe["rollout"]["temperature"]

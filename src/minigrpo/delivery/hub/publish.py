@@ -1,13 +1,15 @@
 """Publish a run's models on the Hugging Face Hub: resumable, with each repository compared with the local files.
 
 collect   proved files only, each repository with its card (hub/contents.py)
-inspect   check the token and what exists: a repository with other content is refused before a byte is sent
+inspect   check the token and what exists: a repository with other content is refused before a byte is sent; what
+          somebody added to a page by hand is taken over (hub/page.py)
 send      large files one by one, then one commit: after an interruption the same command sends only what is missing
 compare   every file of the repository, size and hash; on request downloaded again, byte for byte
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
+from minigrpo.config.schema import LICENCE_ID
 from minigrpo.delivery.hub.client import (
     Hub,
     RemoteFile,
@@ -31,6 +34,7 @@ from minigrpo.delivery.hub.client import (
 )
 from minigrpo.delivery.hub.contents import (
     MARK_FILE,
+    PAGE_FILE,
     REPO_SUFFIX,
     RepoContents,
     folder_contents,
@@ -95,6 +99,7 @@ def publish(
     repo: str,
     *,
     what: Sequence[str] = (),
+    licence: str | None = None,
     private: bool = True,
     dry_run: bool = False,
     fetch: bool = False,
@@ -104,11 +109,14 @@ def publish(
 ) -> Published:
     """Publish what a run has made: merged, adapter, gguf; everything that exists where `what` is empty.
 
-    `fetch`: download it again into the Hub's cache and compare. `force`: replace what a repository holds. `dry_run`:
-    only report what would go where, without a network. Raises MinigrpoError; the same command then goes on.
+    `licence`: the Hub's ID for it, in place of the recipe's publish.license. `fetch`: download it again into the Hub's
+    cache and compare. `force`: replace what a repository holds. `dry_run`: only report what would go where, without a
+    network. Raises MinigrpoError; the same command then goes on.
     """
     run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
-    command = _command([str(run.path), *(word for each in what for word in ("--what", each))], repo, private, force)
+    _check_licence(licence)
+    words = [*(word for each in what for word in ("--what", each)), *(["--license", licence] if licence else [])]
+    command = _command([str(run.path), *words], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
     for kind in what or REPO_SUFFIX:
         check_repo_name(repo + REPO_SUFFIX.get(kind, ""))
@@ -118,7 +126,7 @@ def publish(
         state = hub.repo_state(repo)
         return state is not None and _read_mark(hub, repo, state).get("origin") == origin
 
-    return _publish(run_contents(run, repo, what, None if dry_run else is_published), job)
+    return _publish(run_contents(run, repo, what, None if dry_run else is_published, licence), job)
 
 
 def publish_folder(
@@ -140,6 +148,14 @@ def publish_folder(
     return _publish([folder_contents(folder, repo)], job)
 
 
+def _check_licence(licence: str | None) -> None:
+    if licence is not None and not re.fullmatch(LICENCE_ID, licence):
+        raise MinigrpoError(
+            f"--license {licence!r} is no ID of the Hub's. It is small letters and digits, such as apache-2.0 or mit: "
+            "https://huggingface.co/docs/hub/repositories-licenses"
+        )
+
+
 def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str:
     words = ["minigrpo", "publish", *first, "--repo", repo]
     return shlex.join([*words, *([] if private else ["--public"]), *(["--force"] if force else [])])
@@ -154,6 +170,7 @@ def _publish(repos: Sequence[RepoContents], job: PublishJob) -> Published:
     hub.whoami()
     states = [hub.repo_state(contents.repo) for contents in repos]
     plans = [_names_to_remove(hub, *pair, job) for pair in zip(repos, states, strict=True)]
+    repos = [_with_published_page(hub, *pair) for pair in zip(repos, states, strict=True)]
     sent = []
     for contents, state, removed in zip(repos, states, plans, strict=True):
         sent.append(_send(hub, contents, state, removed=removed, job=job))
@@ -181,7 +198,10 @@ def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, 
     mark = _read_mark(hub, contents.repo, state)
     if contents.what != "folder" and mark.get("origin") == contents.origin:
         return sorted(name for name in mark["files"] if name in there and name not in ours)
-    changed = sorted(name for name in there if name in ours and not there[name].matches(ours[name]))
+    kept = () if contents.what == "folder" else (PAGE_FILE,)  # the owner's text in it stays
+    changed = sorted(
+        name for name in there if name in ours and name not in kept and not there[name].matches(ours[name])
+    )
     others = sorted(there.keys() - ours.keys())
     if (changed or others) and not job.force:
         parts = [
@@ -192,6 +212,14 @@ def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, 
             f"(its history keeps them): {job.command} --force. Or take another name: --repo USER/NAME"
         )
     return others
+
+
+def _with_published_page(hub: Hub, contents: RepoContents, state: RepoState | None) -> RepoContents:
+    """Return the contents with what somebody added by hand to the page that is there. A folder's page goes as it is."""
+    if state is None or contents.what == "folder" or PAGE_FILE not in state.files:
+        return contents
+    page = hub.read(contents.repo, PAGE_FILE, state.commit)
+    return contents.with_published_page(page, _read_mark(hub, contents.repo, state))
 
 
 def _read_mark(hub: Hub, repo: str, state: RepoState) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from minigrpo.ui.tables import plain_table, titled
 
 _STAGE_ORDER = ("base", "merged", "gguf", "served")
 """From the base to the server."""
+MIN_TOP1 = 0.9
+"""Share of positions with the same likeliest token below which a rounded file is of no use: where one in ten differs,
+an answer of a hundred tokens leaves the merged model's path ten times."""
 PARITY_TITLE = "distance from the trained policy, nats a token"
 
 
@@ -56,6 +59,26 @@ def proof_title(stages: Sequence[Mapping[str, Any]], source: str) -> str:
     return f"{told}; {elsewhere[0]['tokens']:,} of {elsewhere[0]['texts']} other texts" if elsewhere else told
 
 
+def unusable_reason(row: Mapping[str, Any]) -> str | None:
+    """Say why a GGUF file is of no use although nothing refuses it, and what to take instead; None where it is usable.
+
+    Coarse types have no limit: their rounding may undo more than training did, which only these figures tell.
+    """
+    stage, _, kind = str(row["name"]).removesuffix(OTHER_TEXTS).partition(" ")
+    share, top1 = row.get("relative_kl"), row.get("top1", 1.0)
+    if stage != "gguf" or kind in ("F32", "F16", "BF16"):  # made without choice: they are what others are made from
+        return None
+    if share is not None and share > 1:
+        reason = f"rounding to {kind} moves it {share:.2g} times as far as training did"
+    elif top1 < MIN_TOP1:
+        reason = f"in {kind} the likeliest token is another one at {1 - top1:.0%} of the positions"
+    else:
+        return None
+    if kind == "Q8_0":
+        return f"unusable: {reason}. Take F16 or BF16."
+    return f"unusable: {reason}. Take Q8_0, or pack it with an importance matrix (llama-quantize --imatrix)."
+
+
 def format_kl(value: float | None) -> str:
     """Format with two digits; "-" for None, which stands for a distance that is infinite or was not measured."""
     return "-" if value is None else f"{value:.2g}"
@@ -70,6 +93,8 @@ def _verdict_text(row: Mapping[str, Any]) -> Text:
         return Text("what training did", style="dim")
     if not row["ok"]:
         return Text("failed", style="bold red")
+    if unusable_reason(row):
+        return Text("unusable", style="bold red")
     # A stage without a limit is only reported, such as a coarse type, for which no limit fits all models.
     judged = row.get("judged", row.get("limit") is not None or row.get("ceiling") is not None)
     return Text("proved", style="green") if judged else Text("measured")
