@@ -181,7 +181,34 @@ def serve(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
     context: Annotated[
-        int | None, typer.Option(min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096")
+        int | None,
+        typer.Option(
+            "--context", "--ctx", min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096"
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            metavar="N",
+            help="Requests at a time. llama.cpp: each takes memory of its own; vLLM: at most.",
+            show_default="1; llama-server's and vLLM's own",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar=["MINIGRPO_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY"],
+            help="Clients without it are refused. Better set it in the environment, which no process list shows.",
+            show_default=False,
+        ),
+    ] = None,
+    cors: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGIN", help="Whose web pages may read answers; * for all.", show_default="none"),
     ] = None,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that it may be silent while it starts.")] = 600.0,
     vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of the environment that holds vLLM.")] = None,
@@ -194,11 +221,13 @@ def serve(
     Waits until the server is ready, asks it one question, and prints how to ask it more. Ctrl-C ends the server and
     everything that it started.
     """
+    from minigrpo.delivery.serve.access import Access
     from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
 
+    found = {"vllm": vllm, "llama_cpp": llama_cpp, "access": Access(api_key or None, cors)}
     wanted = ServeOptions(
-        engine, host, port, kind, adapter, base=base, context=context, wait=wait, vllm=vllm, llama_cpp=llama_cpp
+        engine, host, port, kind, adapter, base=base, context=context, wait=wait, parallel=parallel, **found
     )
 
     def tell(ready: ReadyServer) -> None:

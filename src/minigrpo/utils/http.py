@@ -19,15 +19,23 @@ class StatusError(Exception):
 
 
 def exchange(
-    url: str, body: dict[str, Any] | None = None, *, timeout: float | None = None, direct: bool = False
+    url: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: float | None = None,
+    key: str | None = None,
+    direct: bool = False,
 ) -> bytes:
     """Send one request, a POST of JSON where it has a body, and return the answer.
 
-    `timeout`: seconds without an answer; None waits for ever. `direct`: without the proxy that the environment names.
+    `timeout`: seconds without an answer; None waits for ever. `key`: sent as a bearer token, and not to where the
+    server may point instead. `direct`: without the proxy that the environment names.
     Raise StatusError where the server refuses, OSError where it does not answer, ValueError for a malformed URL.
     """
     data = None if body is None else json.dumps(body).encode()
     message = request.Request(url, data, {"Content-Type": "application/json"})
+    if key:
+        message.add_unredirected_header("Authorization", f"Bearer {key}")
     opened = DIRECT.open if direct else request.urlopen
     try:
         with opened(message, timeout=timeout) as answer:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import GgufHeader
+from minigrpo.delivery.serve.access import OPEN, Access
 from minigrpo.errors import MinigrpoError, install_hint
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
@@ -53,6 +54,7 @@ class ServerCommand:
     model: str
     what: str
     context: int | None
+    access: Access = OPEN
 
     @property
     def url(self) -> str:
@@ -93,6 +95,11 @@ def process_guard_file() -> Path:
     return Path(__file__).with_name("process_guard.py")
 
 
+def llama_server_file() -> Path:
+    """Return the path of the script that serves with xllamacpp."""
+    return Path(__file__).with_name("llama_server.py")
+
+
 def llama_command(
     head: GgufHeader,
     *,
@@ -103,25 +110,39 @@ def llama_command(
     temperature: float = 1.0,
     name: str | None = None,
     tools: Path | None = None,
+    parallel: int | None = None,
+    access: Access = OPEN,
 ) -> ServerCommand:
     """Return the command of llama.cpp's server. `tools`: a folder with llama.cpp's programs; without it xllamacpp
     serves, or a program on the PATH.
 
-    `exact`: keys and values in float32 and no flash attention: slower, but exact to the last digits.
+    `parallel`: requests at a time, each with the whole context. `access`: who may ask. `exact`: keys and values in
+    float32 and no flash attention: slower, but exact to the last digits.
     """
     context = fit_context(context, head.context, str(head.file))
     model = name or head.file.stem
     program = find_llama_server(tools)
     if program is not None:
         line = [str(program), "--model", str(head.file), "--alias", model, "--host", host, "--port", str(port)]
-        line += ["--ctx-size", str(context), "--jinja", "--reasoning-format", "none", "--no-context-shift"]
+        # llama.cpp divides the context among its slots.
+        line += [
+            "--ctx-size",
+            str(context * (parallel or 1)),
+            "--jinja",
+            "--reasoning-format",
+            "none",
+            "--no-context-shift",
+        ]
         line += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"] if exact else []
         line += ["--temp", f"{temperature:g}", "--top-k", "0", "--top-p", "1.0", "--min-p", "0.0"]
+        line += ["--parallel", str(parallel)] if parallel else []
     else:
         options = {"file": str(head.file), "model": model, "host": host, "port": port, "context": context}
         options |= {"exact": exact, "temperature": temperature}
-        line = [sys.executable, "-P", str(process_guard_file()), "llama", json.dumps(options)]
-    return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context)
+        options |= {"parallel": parallel} if parallel else {}
+        options |= {"cors": access.cors} if access.cors else {}
+        line = [sys.executable, "-P", str(llama_server_file()), json.dumps(options)]
+    return ServerCommand("llama.cpp", tuple(line), host, port, model, str(head.file), context, access)
 
 
 def find_llama_server(tools: Path | None) -> Path | None:
@@ -150,9 +171,11 @@ def vllm_command(
     context: int | None = None,
     temperature: float = 1.0,
     all_logprobs: bool = False,
+    parallel: int | None = None,
+    access: Access = OPEN,
 ) -> ServerCommand:
     """Return the command of vLLM's server. `python`: of the environment that holds vLLM. `all_logprobs`: let clients
-    request the log-probability of every token."""
+    request the log-probability of every token. `parallel`: requests at a time, at most."""
     config = model.settings()
     limit = config.get("text_config", config).get("max_position_embeddings")
     context = fit_context(context, limit, model.source) if context or limit else None
@@ -167,7 +190,15 @@ def vllm_command(
     share = memory_fraction()
     line += ["--gpu-memory-utilization", f"{share:.2f}"] if share else []
     line += ["--max-logprobs", "-1"] if all_logprobs else []
-    return ServerCommand("vllm", tuple(line), host, port, name, str(model.adapter or model.source), context)
+    line += access_options(access, parallel)
+    return ServerCommand("vllm", tuple(line), host, port, name, str(model.adapter or model.source), context, access)
+
+
+def access_options(access: Access, parallel: int | None) -> list[str]:
+    """Return vLLM's options for who may ask it, and how many at a time. Without the first every web page could read
+    its answers; the key is left to the environment."""
+    line = ["--allowed-origins", json.dumps([access.cors] if access.cors else [])]
+    return [*line, *(["--max-num-seqs", str(parallel)] if parallel else [])]
 
 
 def memory_fraction() -> float | None:
@@ -207,7 +238,7 @@ def vllm_options(
     return line
 
 
-def docker_command(command: ServerCommand, model: VllmModel, temperature: float) -> str:
+def docker_command(command: ServerCommand, model: VllmModel, temperature: float, parallel: int | None = None) -> str:
     """Return the command that runs vLLM in its own container, on the machine's GPUs."""
     folder = Path(model.source)
     mounts = {}
@@ -220,10 +251,10 @@ def docker_command(command: ServerCommand, model: VllmModel, temperature: float)
     line = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "-p", f"{command.port}:8000"]
     for here, there in mounts.items():
         line += ["-v", f"{here}:{there}"]
+    line += ["-e", "VLLM_API_KEY"] if command.access.key else []  # docker takes its value from the environment
     options: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
-    return shlex.join(
-        [*line, VLLM_IMAGE, *vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)]
-    )
+    served = vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)
+    return shlex.join([*line, VLLM_IMAGE, *served, *access_options(command.access, parallel)])
 
 
 def _mount(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:

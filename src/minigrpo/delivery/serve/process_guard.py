@@ -1,7 +1,6 @@
 """Supervise one server process and end it when the process that started it is gone: no server is left behind.
 
-    python -P serve/process_guard.py watch PROGRAM ...     run a program and exit with its code
-    python -P serve/process_guard.py llama JSON            run llama.cpp's server from xllamacpp
+    python -P serve/process_guard.py PROGRAM ...     run a program and exit with its code
 
 The parent holds our stdin open and never writes to it; the pipe closes when the parent lets go or dies, in whatever
 way. Then the program is asked to end (SIGINT, then SIGTERM), and what is left of its process group is killed. Ctrl-C in
@@ -11,7 +10,6 @@ nothing of the package.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,16 +17,9 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 STOP_TIMEOUT_S = 10.0
 """Seconds for a program to end by itself after each signal."""
-_GGML_F32 = 0
-"""ggml's number of float32."""
-SMALL_MODEL_BYTES = 1 << 26
-"""Size of a file below which one thread is used: its layers are so small that threads would only wait for one
-another."""
 PR_SET_PDEATHSIG = 1
 """Linux: option of prctl by which the kernel kills a child when its parent dies."""
 
@@ -79,41 +70,5 @@ def _ask_to_end(child: subprocess.Popen[bytes]) -> None:
     child.kill()
 
 
-def serve_llama(options: dict[str, Any]) -> int:
-    """Serve until killed. Sampling defaults are neutral: nothing is truncated or reweighted."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = options["file"]
-    params.model_alias = {options["model"]}
-    params.hostnames = [options["host"]]
-    params.port = options["port"]
-    params.n_ctx = options["context"]
-    params.ctx_shift = False
-    if options["exact"]:
-        params.cache_type_k = params.cache_type_v = _GGML_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if Path(options["file"]).stat().st_size < SMALL_MODEL_BYTES:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # No repacking of weights for matrix instructions, which some virtual machines announce but lack.
-    params.no_extra_bufts = True
-    params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
-    params.sampling.temp = options["temperature"]
-    params.sampling.top_k, params.sampling.top_p, params.sampling.min_p = 0, 1.0, 0.0
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError:
-        return 1  # the log says why
-    print(f"listening on {server.listening_address}", flush=True)
-    threading.Event().wait()
-    return 0
-
-
-def _main(arguments: list[str]) -> int:
-    do, *rest = arguments
-    return serve_llama(json.loads(rest[0])) if do == "llama" else supervise(rest)
-
-
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(supervise(sys.argv[1:]))

@@ -19,6 +19,7 @@ from minigrpo.delivery.artifacts.merged_weights import weight_changes
 from minigrpo.delivery.artifacts.source import TrainedSource, refuse_changed, require_merged, source_of
 from minigrpo.delivery.gguf.header import read_header
 from minigrpo.delivery.hub.client import download_adapter, read_hub_json
+from minigrpo.delivery.serve.access import OPEN, Access
 from minigrpo.delivery.serve.commands import LOCALHOST, VllmModel, find_vllm
 from minigrpo.delivery.serve.server import STARTUP_SILENCE_S
 from minigrpo.errors import ArtifactError, MinigrpoError
@@ -34,7 +35,8 @@ DEFAULT_ANSWER_TOKENS = 256
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """What the user chose besides the artefact. `base`: where an adapter's base lies now. `vllm`: the python that
-    has vLLM. `llama_cpp`: folder of llama.cpp's programs."""
+    has vLLM. `llama_cpp`: folder of llama.cpp's programs. `parallel`: requests at a time, None for the program's own
+    number."""
 
     engine: EngineChoice = "auto"
     host: str = LOCALHOST
@@ -46,6 +48,8 @@ class ServeOptions:
     wait: float = STARTUP_SILENCE_S
     vllm: Path | None = None
     llama_cpp: Path | None = None
+    parallel: int | None = None
+    access: Access = OPEN
 
 
 @dataclass(frozen=True, slots=True)

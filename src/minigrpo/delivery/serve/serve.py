@@ -30,6 +30,7 @@ from minigrpo.delivery.serve.commands import (
     reserve_port,
     vllm_command,
 )
+from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
 from minigrpo.errors import MinigrpoError
@@ -82,7 +83,7 @@ def server_command(servable: Servable, options: ServeOptions) -> ServerCommand:
     """Return the command line. Raises MinigrpoError where the engine is missing, the port taken or the context too
     long."""
     common: dict[str, Any] = {"host": options.host, "name": servable.name, "context": options.context}
-    common["temperature"] = servable.temperature
+    common |= {"temperature": servable.temperature, "parallel": options.parallel, "access": options.access}
     if servable.gguf:
         head = read_header(servable.gguf)
         return llama_command(head, **common, port=reserve_port(options.host, options.port), tools=options.llama_cpp)
@@ -149,24 +150,28 @@ def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
     """Return a curl command, quoted for a POSIX shell."""
     body = json.dumps(_chat_body(command, messages), ensure_ascii=False)
     url = f"{command.url}/v1/chat/completions"
-    return shlex.join(["curl", url, "-H", "Content-Type: application/json", "-d", body])
+    # The shell puts in the key: it is never printed.
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if command.access.key else ""
+    return f"{shlex.join(['curl', url, '-H', 'Content-Type: application/json'])}{key} {shlex.join(['-d', body])}"
 
 
 def python_snippet(command: ServerCommand, messages: tuple[Message, ...]) -> str:
     arguments = f"model={command.model!r}, messages={[dict(message) for message in messages]!r}"
+    head, key = "from openai import OpenAI\n", '"none"'
+    if command.access.key:
+        head, key = f"import os\n{head}", f'os.environ["{API_KEY}"]'
     return (
-        "from openai import OpenAI\n"
-        f'client = OpenAI(base_url="{command.url}/v1", api_key="none")\n'
+        f'{head}client = OpenAI(base_url="{command.url}/v1", api_key={key})\n'
         f"print(client.chat.completions.create({arguments}).choices[0].message.content)"
     )
 
 
-def container_command(command: ServerCommand, servable: Servable) -> str | None:
+def container_command(command: ServerCommand, servable: Servable, parallel: int | None = None) -> str | None:
     """Return the docker command of vLLM for a model that vLLM can serve; for a run's merged model also when
     llama.cpp serves its GGUF file. None for others."""
     run = servable.run
     model = servable.model or (VllmModel(str(run.merged)) if run and run.merged.is_dir() else None)
-    return docker_command(command, model, servable.temperature) if model else None
+    return docker_command(command, model, servable.temperature, parallel) if model else None
 
 
 # Serving
@@ -193,7 +198,7 @@ class ReadyServer:
 def plan_server(what: str, options: ServeOptions, question: str | None = None) -> ReadyServer:
     """Return what `serve` would start, without starting it."""
     servable = resolve_servable(what, options)
-    return _describe_server(server_command(servable, options), servable, question)
+    return _describe_server(server_command(servable, options), servable, question, options.parallel)
 
 
 def serve(
@@ -214,15 +219,20 @@ def serve(
         answer = ask(server, servable, question)
         log = str(server.log) if servable.run else None
         with suppress(KeyboardInterrupt):  # from here on Ctrl-C is the regular way to end it
-            tell(replace(_describe_server(server.command, servable, question), log=log, answer=answer))
+            ready = _describe_server(server.command, servable, question, options.parallel)
+            if warning := options.access.warning(options.host):
+                Console(stderr=True).print(Text(warning, style="bold"), soft_wrap=True)
+            tell(replace(ready, log=log, answer=answer))
             if not once:
                 server.watch()
 
 
-def _describe_server(command: ServerCommand, servable: Servable, question: str | None) -> ReadyServer:
+def _describe_server(
+    command: ServerCommand, servable: Servable, question: str | None, parallel: int | None
+) -> ReadyServer:
     messages = _choose_prompt(servable, question)[1].messages
-    lines = curl_command(command, messages), python_snippet(command, messages), container_command(command, servable)
-    return ReadyServer(command, *lines)
+    docker = container_command(command, servable, parallel)
+    return ReadyServer(command, curl_command(command, messages), python_snippet(command, messages), docker)
 
 
 @contextmanager

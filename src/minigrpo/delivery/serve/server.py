@@ -35,6 +35,7 @@ from minigrpo.delivery.serve.commands import (
     process_guard_file,
     reserve_port,
 )
+from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.errors import MinigrpoError
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
@@ -59,22 +60,32 @@ class ServerClient:
     """A client of a running server, over HTTP. It knows an address and a model's name, and owns no process.
 
     `gone`: returns the error for a server that does not answer, given when that was; by default it names the address.
+    `key`: sent with each request.
     """
 
     def __init__(
-        self, url: str, engine: EngineName, model: str, *, gone: Callable[[str], MinigrpoError] | None = None
+        self,
+        url: str,
+        engine: EngineName,
+        model: str,
+        *,
+        key: str | None = None,
+        gone: Callable[[str], MinigrpoError] | None = None,
     ) -> None:
         self.url, self.engine, self.model = url, engine, model
+        self._key = key
         self._error_when_gone = gone or self._absent
 
     @classmethod
     def at(cls, address: str) -> ServerClient:
-        """Connect to a server that somebody else started and will end. Raises MinigrpoError where none answers."""
+        """Connect to a server that somebody else started and will end, with the key in MINIGRPO_API_KEY, where it is
+        set. Raises MinigrpoError where none answers."""
         parts = urlsplit(address if "//" in address else f"http://{address}")
         url = f"{parts.scheme}://{parts.netloc}"
-        model = cls(url, "llama.cpp", "").ask("/v1/models")["data"][0]
+        key = os.environ.get(API_KEY) or None
+        model = cls(url, "llama.cpp", "", key=key).ask("/v1/models")["data"][0]
         # Only llama.cpp reports "meta" (its vocabulary size) there.
-        return cls(url, "llama.cpp" if "meta" in model else "vllm", str(model["id"]))
+        return cls(url, "llama.cpp" if "meta" in model else "vllm", str(model["id"]), key=key)
 
     def chat(
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
@@ -151,7 +162,7 @@ class ServerClient:
         """Send JSON and return the JSON answer. Raises MinigrpoError where the server refuses, with its own words,
         or is gone."""
         try:
-            raw = exchange(self.url + path, body, direct=True)
+            raw = exchange(self.url + path, body, key=self._key, direct=True)
         except StatusError as fault:
             words = _error_message(fault.raw)
             raise MinigrpoError(f"{self.engine} refuses what it is asked ({fault.code}): {words}") from None
@@ -163,7 +174,7 @@ class ServerClient:
         """Tell whether the server is healthy and serves our model: another server on that port does not."""
         try:
             exchange(f"{self.url}/health", timeout=5, direct=True)
-            reply = json.loads(exchange(f"{self.url}/v1/models", timeout=5, direct=True))
+            reply = json.loads(exchange(f"{self.url}/v1/models", timeout=5, key=self._key, direct=True))
             names = [model.get("id") for model in reply["data"]]
         except (OSError, StatusError, ValueError, KeyError):
             return False
@@ -189,12 +200,13 @@ class ServerProcess:
         report: Report = no_report,
     ) -> None:
         self.command = command
-        self.client = ServerClient(command.url, command.engine, command.model, gone=self._ended)
+        self.client = ServerClient(command.url, command.engine, command.model, key=command.access.key, gone=self._ended)
         with _open_log(log) as stream:
             self.log = Path(stream.name)
             self._log_is_temporary = log is None
             self._guard = subprocess.Popen(
-                [sys.executable, "-P", str(process_guard_file()), "watch", *command.program],
+                [sys.executable, "-P", str(process_guard_file()), *command.program],
+                env=command.access.environment(),
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
