@@ -341,6 +341,43 @@ def test_a_converter_without_room_is_told_as_a_full_disk(tmp_path: Path) -> None
         assert told.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (
+            "raise NotImplementedError('Model FooForCausalLM is not supported')",
+            "not know the architecture FooForCausalLM",
+        ),
+        ("raise ValueError(\"Can not map tensor 'x.y'\")", "no place for its tensor x.y"),
+        ("import not_there_at_all", "needs the Python package not_there_at_all, which is not installed"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("raise RuntimeError('odd: ' + __file__)", r"not known here \(RuntimeError: odd: convert_hf_to_gguf.py\)"),
+    ],
+)
+def test_why_a_converter_failed_is_told_in_our_words_without_its_paths(tmp_path: Path, script: str, told: str) -> None:
+    root, folder = pretended(tmp_path / "llama.cpp", script), tmp_path / "m"
+    model_folder(folder, "qwen2")
+    with pytest.raises(
+        ModelError, match=rf"m was not written as GGUF: .*{told}.*--llama-cpp DIR.*--writer own"
+    ) as fault:
+        converter.Converter(root).convert(folder, tmp_path / "x.gguf", "F16", "x")
+    assert str(root) not in str(fault.value)
+    edit_json(folder / "config.json", model_type="mamba")
+    with pytest.raises(ModelError, match=r"--llama-cpp DIR$"):  # where ours would be refused, it is not advised
+        converter.Converter(root).convert(folder, tmp_path / "x.gguf", "F16", "x")
+
+
+def test_a_split_that_the_converter_does_not_know_either_is_told_as_ours_is(tmp_path: Path) -> None:
+    said = f"raise NotImplementedError({converter.UNKNOWN_SPLIT!r})"
+    root, folder = pretended(tmp_path / "llama.cpp", said), tmp_path / "m"
+    model_folder(folder, "qwen2")
+    bpe_tokenizer(r"\p{L}+|\p{N}+|.").save_pretrained(folder)
+    with pytest.raises(
+        ModelError, match=r"no pre-tokenizer that is known to cut as .*m/tokenizer.json does.*--llama-cpp"
+    ):
+        converter.Converter(root).convert(folder, tmp_path / "x.gguf", "F16", "x")
+
+
 @pytest.mark.needs("file_size_limit")
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "qwen2")

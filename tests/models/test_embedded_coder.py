@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 def test_the_coder_is_an_embedded_model_by_its_name() -> None:
     assert seedling.is_seedling("seedling:coder")
     config, tokenizer = seedling.make_config_and_tokenizer("seedling:coder", seed=0)
-    assert config.vocab_size == len(tokenizer) == QUICK.vocabulary
+    assert config.vocab_size == len(tokenizer) <= QUICK.vocabulary
 
 
 def test_the_coder_is_an_ordinary_model_folder_and_is_built_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,11 +65,14 @@ def test_programs_come_back_from_their_tokens_with_fences_and_indents(folder: Pa
         assert tokenizer.decode(ids_of(tokenizer, text), skip_special_tokens=True) == text
 
 
-def test_programs_are_short_and_a_name_is_one_token(folder: Path) -> None:
+def test_programs_are_short_and_a_name_is_the_same_token_wherever_it_stands(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
-    assert max(len(ids_of(tokenizer, one.text)) for one in make_strategies(7, 300)) <= 150
     names = [name for names in VARIABLE_NAMES.values() for name in names]
-    assert all(len(ids_of(tokenizer, name)) == 1 for name in names)
+    known = re.compile(rf"\b(?:{'|'.join(names)})\b")
+    for one in (one for one in make_strategies(7, 500) if one.habit != "broken"):
+        tokens = [tokenizer.decode([token]) for token in ids_of(tokenizer, one.text)]
+        assert len(tokens) <= 170
+        assert [token for token in tokens if token in names] == known.findall(one.text)
 
 
 def test_the_coder_learns_from_questions_as_the_task_asks_them(folder: Path) -> None:

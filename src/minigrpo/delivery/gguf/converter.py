@@ -56,9 +56,11 @@ class Converter:
         if self.root is None:
             gguf_writer.write_gguf(folder, file, kind, name)
             return
+        known = _pretokenizer_or_fault(folder)
         command = [
             *(sys.executable, "-P", str(Path(__file__).with_name("converter_worker.py")), str(self.root)),
-            *(_pretokenizer_or_empty(folder), str(folder), kind.lower(), str(file), name),
+            # Where we know no name, llama.cpp's own list decides.
+            *("" if isinstance(known, ModelError) else known, str(folder), kind.lower(), str(file), name),
         ]
         reads, writes = os.pipe()  # the write end stays open while we live: the worker ends with us
         try:
@@ -69,18 +71,50 @@ class Converter:
         if ended.returncode and DISK_FULL.search(ended.stderr):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if ended.returncode or not file.is_file():
-            words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-            message = " ".join(words[-2:])[-300:]
-            raise ModelError(f"llama.cpp's converter in {self.root} failed on {folder} ({message}). Try a newer one, "
-                             "or our own writer: --writer own")  # fmt: skip
+            if isinstance(known, ModelError) and UNKNOWN_SPLIT in ended.stderr:
+                raise known
+            reason = describe_failure(ended.returncode, ended.stderr)
+            raise ModelError(f"{folder} was not written as GGUF: {reason}. {_alternatives(folder, known)}")
 
 
-def _pretokenizer_or_empty(folder: Path) -> str:
-    """Return our name of the pre-tokenizer; empty where llama.cpp's own list has to decide."""
+UNKNOWN_SPLIT = "BPE pre-tokenizer was not recognized"
+FAILURES = {
+    r"Model (\S+) is not supported": "llama.cpp's converter does not know the architecture {}",
+    r"Architecture '(\S+)' not supported": "llama.cpp's converter does not know the architecture {}",
+    r"Can not map tensor '(\S+)'": "llama.cpp has no place for its tensor {}",
+    r"No module named '(\S+)'": "llama.cpp's converter needs the Python package {}, which is not installed",
+    r"MemoryError": "llama.cpp's converter ran out of memory",
+}
+"""A pattern of the converter's own words -> ours, with what the pattern found."""
+_FOLDERS = re.compile(r"(?:/[^\s/'\"]+)+/")
+
+
+def describe_failure(code: int, said: str) -> str:
+    """Return in a clause why llama.cpp's converter failed. `code`: its exit code. `said`: its standard error."""
+    if code < 0:  # a signal, which leaves no words
+        return f"llama.cpp's converter was ended by signal {-code}; if nobody did that, memory ran out"
+    lines = [line.strip() for line in reversed(said.splitlines()) if line.strip()]
+    for line in lines:  # the last first: what ended it, before what it got over
+        for pattern, words in FAILURES.items():
+            if found := re.search(pattern, line):
+                return words.format(*found.groups())
+    last = _FOLDERS.sub("", lines[0])[:300].rstrip(".") if lines else "it said nothing"
+    return f"llama.cpp's converter failed with code {code}, for a reason that is not known here ({last})"
+
+
+def _alternatives(folder: Path, known: str | ModelError) -> str:
+    """Return what to try next: our own writer only where it would write this model."""
+    newer = "Try the converter of a newer llama.cpp: --llama-cpp DIR"
+    is_ours = isinstance(known, str) and gguf_writer.unsupported_reason(open_base(folder).config) is None
+    return f"{newer}; or our own writer: --writer own" if is_ours else newer
+
+
+def _pretokenizer_or_fault(folder: Path) -> str | ModelError:
+    """Return our name of the pre-tokenizer, or why there is none."""
     try:
         return pretokenizer_name(folder)
-    except ModelError:
-        return ""
+    except ModelError as fault:
+        return fault
 
 
 def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Converter:

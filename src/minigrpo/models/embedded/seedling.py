@@ -22,7 +22,8 @@ import torch
 from minigrpo.errors import ModelError
 from minigrpo.models import sft
 from minigrpo.models.chat_template import render
-from minigrpo.models.embedded import program_bugs, sudoku_demos, sudoku_programs, wordproblem_demos
+from minigrpo.models.embedded import program_bugs, program_phrases, sudoku_demos, sudoku_programs, wordproblem_demos
+from minigrpo.models.embedded.program_phrases import find_phrases, remove_phrases
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, train_sft
 from minigrpo.runs.rundir import complete_folder
 from minigrpo.tasks.builtin import sudoku, wordproblems
@@ -65,7 +66,7 @@ class Blueprint:
     heads: int = 8  # with four heads sums are learned much later, or never without Qwen3's norms
     kv_heads: int = 4
     inner: int = 384
-    vocabulary: int = 512
+    vocabulary: int = 512  # at most; the tags come on top
     school: SftSchedule = _SCHOOL_SCHEDULE
     imitation: SftSchedule = _IMITATION_SCHEDULE
     learns: Literal["word problems", "programs"] = "word problems"
@@ -100,12 +101,12 @@ def parse_blueprint(path: str, seed: int) -> Blueprint:
 
 
 def _make_coder_blueprint(seed: int) -> Blueprint:
-    """Return the coder's blueprint: no arithmetic lessons, and a larger vocabulary, because its tokens are pieces of
-    programs.
+    """Return the coder's blueprint: programs in place of arithmetic lessons, and room for all of their words, so that
+    none is spelled with the letters that are names.
     """
     return Blueprint(
         seed=seed,
-        vocabulary=768,
+        vocabulary=576,
         school=SftSchedule(steps=0, rows=1, lr=0.0),
         imitation=_PROGRAMS_SCHEDULE,
         learns="programs",
@@ -143,7 +144,7 @@ def fingerprint(blueprint: Blueprint) -> str:
 
 _SOURCES: dict[str, tuple[ModuleType, ...]] = {
     "word problems": (wordproblem_demos, wordproblems, answers, sft),
-    "programs": (sudoku_demos, sudoku_programs, program_bugs, code_task, sudoku, sft),
+    "programs": (sudoku_demos, sudoku_programs, program_bugs, program_phrases, code_task, sudoku, sft),
 }
 
 
@@ -185,33 +186,33 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
 
 
 def train_tokenizer(blueprint: Blueprint) -> Any:
-    """Train a byte-level BPE tokenizer.
+    """Train a byte-level BPE tokenizer that splits texts as SmolLM's does, which llama.cpp knows: each digit is one
+    token.
 
-    For word problems each digit is one token, and so is each tag, which decoding keeps; for programs, merges may cross
-    spaces and brackets but not names.
+    The tags of word problems are one token each, and so are the phrases of programs, which may hold spaces and
+    brackets, but no names of variables.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = [_PAD_TOKEN, _TURN_TOKEN, _END_TOKEN]
+    pairs = _demonstration_pairs(blueprint, 2000)
+    texts = [text for messages, answer in pairs for text in (*(message["content"] for message in messages), answer)]
+    phrases = find_phrases([answer for _, answer in pairs], special) if blueprint.learns == "programs" else []
     tokenizer = Tokenizer(models.BPE())
-    programs = blueprint.learns == "programs"
-    splitter: Any = pre_tokenizers.Digits(individual_digits=True)
-    if programs:  # merges may cross spaces and brackets, but not names and beginnings of lines
-        splitter = pre_tokenizers.Split(Regex(sudoku_demos.name_pattern()), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not programs)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=blueprint.vocabulary,
-        special_tokens=[_PAD_TOKEN, _TURN_TOKEN, _END_TOKEN],
+        vocab_size=blueprint.vocabulary - len(phrases),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["system\nuser\nassistant\n", *_sample_texts(blueprint)], trainer)
-    if not programs:
-        # Not special: special tokens are dropped in decoding, and the grader would not find the tags.
-        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in answers.TAGS])
+    tokenizer.train_from_iterator(remove_phrases(["system\nuser\nassistant\n", *texts], phrases), trainer)
+    # Not special: special tokens are dropped in decoding, and the grader would not find the tags.
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in phrases or answers.TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=_END_TOKEN,
@@ -221,15 +222,6 @@ def train_tokenizer(blueprint: Blueprint) -> Any:
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
     )
-
-
-def _sample_texts(blueprint: Blueprint) -> list[str]:
-    """Return questions and answers to train the tokenizer on."""
-    return [
-        text
-        for messages, answer in _demonstration_pairs(blueprint, 2000)
-        for text in (*(message["content"] for message in messages), answer)
-    ]
 
 
 def _demonstration_pairs(blueprint: Blueprint, size: int) -> list[tuple[tuple[Message, ...], str]]:
