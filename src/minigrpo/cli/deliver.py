@@ -30,6 +30,36 @@ LicenceOption = Annotated[
         "--license", metavar="ID", help="The Hub's: apache-2.0, mit ...", show_default="the recipe's or base's"
     ),
 ]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context", "--ctx", min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096"
+    ),
+]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        metavar="N",
+        help="Requests at a time. llama.cpp: each takes memory of its own; vLLM: at most.",
+        show_default="1; llama-server's and vLLM's own",
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar=["MINIGRPO_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY"],
+        help="Clients without it are refused. Better set it in the environment, which no process list shows.",
+        show_default=False,
+    ),
+]
+CorsOption = Annotated[
+    str | None,
+    typer.Option(metavar="ORIGIN", help="Whose web pages may read answers; * for all.", show_default="none"),
+]
 
 
 @contextmanager
@@ -180,36 +210,10 @@ def serve(
         str | None, typer.Option(metavar="TEXT", help="Asked first.", show_default="a problem of the run's task")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", "--ctx", min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096"
-        ),
-    ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=256,
-            metavar="N",
-            help="Requests at a time. llama.cpp: each takes memory of its own; vLLM: at most.",
-            show_default="1; llama-server's and vLLM's own",
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar=["MINIGRPO_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY"],
-            help="Clients without it are refused. Better set it in the environment, which no process list shows.",
-            show_default=False,
-        ),
-    ] = None,
-    cors: Annotated[
-        str | None,
-        typer.Option(metavar="ORIGIN", help="Whose web pages may read answers; * for all.", show_default="none"),
-    ] = None,
+    context: ContextOption = None,
+    parallel: ParallelOption = None,
+    api_key: KeyOption = None,
+    cors: CorsOption = None,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that it may be silent while it starts.")] = 600.0,
     vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of the environment that holds vLLM.")] = None,
     llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Where llama-server is.")] = None,

@@ -44,6 +44,7 @@ from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
+from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
@@ -148,9 +149,7 @@ def _distance_fault(row: Divergence, source: TrainedSource) -> str:
 
 
 def _gguf_reference(run: RunDir, reference: ParityReference, merged: Sequence[Any]) -> GgufReference:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    tokenizer = open_tokenizer(run.merged)
     return GgufReference(
         *(
             open_base(run.merged),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.safetensors_io import StoredTensor, read_header
+from minigrpo.models.safetensors_io import FLOAT_DTYPES, SafetensorsHeader, StoredTensor, read_header
 
+ADAPTER_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _TENSOR_ENDINGS = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude"},
@@ -81,12 +82,8 @@ class LoraPair:
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (left, right) in float32: left @ right is added to the weight. Raise ArtifactError on NaN."""
         a_RI, b_OR = self.a.read().float(), self.b.read().float()
-        for stored, values in ((self.a, a_RI), (self.b, b_OR)):
-            if not torch.isfinite(values).all():
-                raise ArtifactError(
-                    f"{stored.file}: {stored.name} holds values that are not finite, so the training failed. "
-                    "Take an earlier checkpoint, or train again at a lower train.lr."
-                )
+        _require_finite(self.a, a_RI)
+        _require_finite(self.b, b_OR)
         return (a_RI.T.contiguous(), self.scale * b_OR.T) if self.flipped else (self.scale * b_OR, a_RI)
 
 
@@ -119,12 +116,10 @@ def read_adapter(folder: Path) -> Adapter:
     Raise ArtifactError where a file is missing or damaged, ModelError for a kind of adapter that is not supported.
     """
     config = read_adapter_config(folder)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ArtifactError(f"{file} is missing. Copy or download the adapter again, or train it.")
+    file = folder / ADAPTER_FILE
     parts: dict[str, dict[str, StoredTensor]] = {}
     whole: dict[str, StoredTensor] = {}
-    for key, stored in read_header(file).tensors.items():
+    for key, stored in read_adapter_header(folder).tensors.items():
         name = key.removeprefix(_PEFT_PREFIX)
         end = next((end for end in _TENSOR_ENDINGS if name.endswith(end)), None)
         if end is not None:
@@ -139,6 +134,43 @@ def read_adapter(folder: Path) -> Adapter:
     if not pairs and not whole:
         raise ArtifactError(f"{file} holds no tensors: nothing was saved. Train again.")
     return Adapter(folder, config, pairs, whole)
+
+
+def read_adapter_header(folder: Path) -> SafetensorsHeader:
+    """Read which tensors an adapter holds. Raise ArtifactError where PEFT's file is missing or damaged, or where its
+    names are another tool's."""
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        if (old := folder / "adapter_model.bin").is_file():
+            raise ArtifactError(
+                f"{file} is missing; {old.name} is a pickle, which may run anything when it is read. If you trust it, "
+                "write it anew in Python: safetensors.torch.save_file(torch.load(BIN, weights_only=True), FILE)"
+            )
+        raise ArtifactError(f"{file} is missing. Copy or download the adapter again, or train it.")
+    header = read_header(file)
+    foreign = next((name for name in header.tensors if not name.startswith(_PEFT_PREFIX)), None)
+    if foreign is not None:
+        raise ArtifactError(
+            f"{file} holds {foreign}, but names of PEFT's adapters begin with {_PEFT_PREFIX}: another tool wrote it. "
+            "Save it again with PEFT, or merge it with that tool."
+        )
+    return header
+
+
+def require_finite_adapter(folder: Path) -> None:
+    """Raise ArtifactError where a value of an adapter is NaN or infinite, or its file is not PEFT's."""
+    for stored in read_adapter_header(folder).tensors.values():
+        if stored.dtype in FLOAT_DTYPES:
+            for first, last in stored.blocks():
+                _require_finite(stored, stored.read(first, last))
+
+
+def _require_finite(stored: StoredTensor, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ArtifactError(
+            f"{stored.file}: {stored.name} holds values that are not finite (NaN or infinity), so the training failed. "
+            "Take an earlier checkpoint, or train again at a lower train.lr."
+        )
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

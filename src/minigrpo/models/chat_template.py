@@ -77,8 +77,9 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:
     """Return warnings about a tokenizer; raise ModelError where no prompt can be rendered or no answer could end."""
     if not tokenizer.chat_template:
         raise ModelError(
-            f"The tokenizer of {_name_of(tokenizer)} has no chat template, so messages cannot become a prompt. Use the "
-            "instruct version of the model, or put a chat_template.jinja beside its tokenizer files."
+            f"The tokenizer of {_name_of(tokenizer)} has no chat template, as is usual for base models, so messages "
+            "cannot become a prompt. Use the instruct version of the model, or put a chat_template.jinja beside its "
+            "tokenizer files."
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(

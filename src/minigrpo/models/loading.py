@@ -148,19 +148,69 @@ def open_model(
 
 
 def _load(source: str, revision: str | None, dtype_of: Callable[[Any], torch.dtype]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
+    config = open_config(source, revision)
+    opener, tokenizer = model_class(config), open_tokenizer(source, revision)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        opener = model_class(config)
-        # Where mistral-common is installed, transformers would take its tokenizer, which knows no chat template.
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, mistral_format=False)
-        return opener.from_pretrained(source, revision=revision, dtype=dtype_of(config)), tokenizer
+        model, info = opener.from_pretrained(
+            source, revision=revision, dtype=dtype_of(config), output_loading_info=True
+        )
     except ModelError:
         raise
     except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
-        reason = " ".join(str(fault).split())[:300]
-        raise ModelError(f"the model at {source} could not be loaded: {type(fault).__name__}: {reason}") from fault
+        raise _not_loaded(f"the model at {source} could not be loaded", fault) from fault
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random values, and warn
+        raise ModelError(
+            f"{source} lacks {missing[0]} (and {len(missing) - 1} others), which its config.json asks for. Download or "
+            "save the model again."
+        )
+    return model, tokenizer
+
+
+def open_config(source: str | Path, revision: str | None = None) -> Any:
+    """Return transformers' config of a folder or Hub id. Raise ModelError where it has none that can be used."""
+    from transformers import AutoConfig
+
+    folder = Path(source)
+    what = f"{folder / 'config.json'} cannot be used"
+    if folder.is_dir():
+        _read_config(folder)
+    else:
+        what = f"the model at {source} could not be loaded"
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except Exception as fault:
+        raise _not_loaded(what, fault) from fault
+
+
+def open_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """Return the tokenizer of a folder or Hub id. Raise ModelError where it has none that reads text."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    file = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    if folder.is_dir() and file is None:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} is missing, so text cannot become tokens. Download it, or save it again: "
+            "tokenizer.save_pretrained(FOLDER)"
+        )
+    what = f"{file or f'the tokenizer of {source}'} could not be loaded"
+    try:
+        # Where mistral-common is installed, transformers would take its tokenizer, which knows no chat template.
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, mistral_format=False)
+        reads = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
+    except Exception as fault:
+        raise _not_loaded(what, fault) from fault
+    if not reads:
+        raise ModelError(f"{what}: it knows no token of the text 'a'. Download or save it again.")
+    return tokenizer
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+"""Files of which a tokenizer has at least one."""
+
+
+def _not_loaded(what: str, fault: Exception) -> ModelError:
+    return ModelError(f"{what}: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}")
 
 
 def model_class(config: Any) -> Any:
@@ -223,14 +273,43 @@ def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder} holds no config.json, so it is not a model folder. Give the folder that has it.")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise ModelError(f"{config} is damaged: {fault}. Download or save the model again.") from None
+    _read_config(folder)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ModelError(
             f"{folder} has a config.json but no weights (*.safetensors). Download or save the model again."
         )
+
+
+def _read_config(folder: Path) -> None:
+    """Raise ModelError where a folder's config.json is missing, damaged or asks for impossible sizes."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} holds no config.json, so it is not a model folder. Give the folder that has it.")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise ModelError(f"{config} is damaged: {fault}. Download or save the model again.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{config} is damaged: it is no JSON object. Download or save the model again.")
+    check_sizes(found, config)
+
+
+_LARGEST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 1 << 24),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 1 << 14),
+    "max_position_embeddings": 1 << 40,
+}
+"""Sizes in config.json, each with a number that no model comes near: more is a damaged file, and would be allocated."""
+
+
+def check_sizes(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError where config.json asks for a size that no model has. null stands for a default."""
+    inner = config.get("text_config")
+    parts = (config, inner if isinstance(inner, dict) else {})
+    for name, value in ((name, part[name]) for part in parts for name in part.keys() & _LARGEST.keys()):
+        for size in value if isinstance(value, list) else [value]:
+            if size is not None and not (type(size) is int and 0 < size <= _LARGEST[name]):
+                raise ModelError(
+                    f"{file}: {name} is {str(size)[:40]}, and must be between 1 and {_LARGEST[name]}. Download or "
+                    "save the model again."
+                )

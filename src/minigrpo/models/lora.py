@@ -23,11 +23,10 @@ from torch import nn
 from minigrpo.config.schema import AdapterConfig
 from minigrpo.errors import ArtifactError, ModelError, RecipeError
 from minigrpo.models import lora_linear
+from minigrpo.models.adapter import ADAPTER_FILE, require_finite_adapter
 from minigrpo.models.lora_linear import SeededDropout
 from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
@@ -91,13 +90,14 @@ def linear_layer_names(model: Any) -> list[str]:
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
     """Return the model under a finished adapter, as PEFT reads it.
 
-    Raise ArtifactError for a file that is damaged, and ModelError where the two do not belong together.
+    Raise ArtifactError for a file that is missing, damaged or not finite, and ModelError where the two do not belong
+    together.
     """
     mute_bitsandbytes()
     from peft import PeftModel
 
-    if (folder / ADAPTER_FILE).is_file():
-        read_header(folder / ADAPTER_FILE)
+    if folder.is_dir():
+        require_finite_adapter(folder)
     with _without_peft_warning():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else the rest would stay as it began
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models.loading import resolve_model_path
+from minigrpo.models.loading import check_sizes, resolve_model_path
 from minigrpo.models.safetensors_io import FLOAT_DTYPES, SafetensorsHeader, StoredTensor, read_header
 from minigrpo.models.vllm_compat import ministral3_attention_scale
 from minigrpo.runs.rundir import digest
@@ -148,6 +148,7 @@ def open_base(folder: Path) -> BaseFiles:
     Raise ModelError for one that cannot be merged into, and ArtifactError where a shard is missing or damaged.
     """
     config = _read_json(folder / "config.json", f"{folder} holds no config.json, so it is not a model folder.")
+    check_sizes(config, folder / "config.json")
     _refuse_quantised(folder, config)
     headers = {name: read_header(folder / name) for name in _shard_names(folder)}
     tensors = {name: stored for header in headers.values() for name, stored in header.tensors.items()}

@@ -20,7 +20,8 @@ from minigrpo.delivery.parity.compare import compare_texts, find_task, load_stri
 from minigrpo.delivery.parity.kl import MAX_KL, MAX_RELATIVE_KL, Divergence
 from minigrpo.delivery.parity.texts import HeldTexts, StoredLogprobs
 from minigrpo.errors import MinigrpoError
-from minigrpo.models.chat_template import PROBE_QUESTION
+from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer
+from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
@@ -95,9 +96,8 @@ class GgufProof:
 
 def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
     """Open the merged model in float32, score the held texts, and release it."""
-    from transformers import AutoTokenizer
-
-    tokenizer, task = AutoTokenizer.from_pretrained(folder), find_task(run)
+    tokenizer, task = open_tokenizer(folder), find_task(run)
+    check_tokenizer(tokenizer)
     held, merged = score_held_texts(load_strictly(folder).eval(), tokenizer, run, task)
     return GgufReference(open_base(folder), held, merged, comparison_prompts(task), tokenizer, _base_kl(run))
 

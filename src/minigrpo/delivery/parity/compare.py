@@ -37,7 +37,7 @@ from minigrpo.delivery.parity.texts import (
     text_logprobs,
 )
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
-from minigrpo.models.loading import model_class, open_model, pick_device
+from minigrpo.models.loading import model_class, open_config, open_model, open_tokenizer, pick_device
 from minigrpo.models.lora import attach_adapter
 from minigrpo.models.model_files import BaseFiles
 from minigrpo.runs.rundir import RunDir
@@ -237,8 +237,6 @@ def open_in_float32(
     folder: Path, source: TrainedSource, device: torch.device, *, four_bit: bool = False
 ) -> Iterator[tuple[Any, Any]]:
     """Open (model, tokenizer) in float32 and release them at the end. The tokenizer is the one that training used."""
-    from transformers import AutoTokenizer
-
     gc.collect()
     saved = (source.folder / "tokenizer_config.json").is_file()
     loaded = open_model(
@@ -250,7 +248,7 @@ def open_in_float32(
         template={} if saved else source.recipe.model.template,
         four_bit=four_bit,
     )
-    tokenizer = AutoTokenizer.from_pretrained(source.folder) if saved else loaded.tokenizer
+    tokenizer = open_tokenizer(source.folder) if saved else loaded.tokenizer
     try:
         yield loaded.model, tokenizer
     finally:
@@ -260,10 +258,8 @@ def open_in_float32(
 
 def load_strictly(folder: Path) -> Any:
     """Load a model with transformers. Raises ModelError for missing, unexpected or mismatched weights."""
-    from transformers import AutoConfig
-
     gc.collect()
-    opener = model_class(AutoConfig.from_pretrained(folder))
+    opener = model_class(open_config(folder))
     with no_progress_bars():
         model, info = opener.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

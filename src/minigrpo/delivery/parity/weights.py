@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from minigrpo.delivery.artifacts.merged_weights import duplicate_heads, target_dtype
 from minigrpo.errors import ArtifactError, ModelError
-from minigrpo.models.adapter import Adapter
-from minigrpo.models.loading import model_class
-from minigrpo.models.lora import ADAPTER_FILE, mute_bitsandbytes
+from minigrpo.models.adapter import ADAPTER_FILE, Adapter
+from minigrpo.models.loading import model_class, open_config
+from minigrpo.models.lora import mute_bitsandbytes
 from minigrpo.models.model_files import BaseFiles
 from minigrpo.models.safetensors_io import StoredTensor, read_header
 
@@ -199,9 +199,8 @@ def _merged_by_peft(base: BaseFiles, adapter: Adapter) -> Iterator[tuple[str, Te
 def _skeleton(base: Path, adapter: Path) -> Any:
     """Return the base's architecture under the adapter, as PEFT builds it from its config, without any value."""
     from peft import LoraConfig, PeftModel
-    from transformers import AutoConfig
 
-    config, pair = AutoConfig.from_pretrained(base), LoraConfig.from_pretrained(str(adapter))
+    config, pair = open_config(base), LoraConfig.from_pretrained(str(adapter))
     pair.init_lora_weights = True  # some ways to begin compute with the weights, and here are none
     with torch.device("meta"):
         return PeftModel(model_class(config).from_config(config, dtype=torch.float32), pair)

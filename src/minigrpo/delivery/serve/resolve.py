@@ -23,6 +23,7 @@ from minigrpo.delivery.serve.access import OPEN, Access
 from minigrpo.delivery.serve.commands import LOCALHOST, VllmModel, find_vllm
 from minigrpo.delivery.serve.server import STARTUP_SILENCE_S
 from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.models.adapter import require_finite_adapter
 from minigrpo.runs.manifest import hash_files, read_sealed, slug
 from minigrpo.runs.rundir import FoundRun, RunDir, digest, find_run
 
@@ -151,9 +152,11 @@ def _from_folder(path: Path, options: ServeOptions) -> Servable:
 
 
 def _adapter_with_base(source: TrainedSource) -> VllmModel:
-    """Return an adapter with its base. Raises ModelError where the two do not belong together."""
+    """Return an adapter with its base. Raises ModelError where the two do not belong together, ArtifactError for an
+    adapter that is not finite."""
     base, adapter = source.open()
     weight_changes(base, adapter)
+    require_finite_adapter(source.folder)
     return VllmModel(str(base.folder), source.folder)
 
 
