@@ -192,9 +192,14 @@ def serve(
     from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
 
-    found = {"vllm": vllm, "llama_cpp": llama_cpp, "access": Access(api_key or None, cors)}
+    tuned = {"context": context, "parallel": parallel}
+    programs = {"vllm": vllm, "llama_cpp": llama_cpp}
     wanted = ServeOptions(
-        engine, host, port, kind, adapter, base=base, context=context, wait=wait, parallel=parallel, **found
+        *(engine, host, port, kind, adapter, base),
+        wait=wait,
+        access=Access(api_key or None, cors),
+        **tuned,
+        **programs,
     )
 
     def tell(ready: ReadyServer) -> None:
