@@ -192,14 +192,9 @@ def serve(
     from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
 
-    tuned = {"context": context, "parallel": parallel}
-    programs = {"vllm": vllm, "llama_cpp": llama_cpp}
     wanted = ServeOptions(
-        *(engine, host, port, kind, adapter, base),
-        wait=wait,
+        *(engine, host, port, kind, adapter, base, context, wait, vllm, llama_cpp, parallel),
         access=Access(api_key or None, cors),
-        **tuned,
-        **programs,
     )
 
     def tell(ready: ReadyServer) -> None:
