@@ -229,9 +229,9 @@ def serve(
     from minigrpo.delivery.serve.resolve import ServeOptions
     from minigrpo.delivery.serve.serve import ReadyServer, plan_lines, plan_server, ready_lines, serve
 
-    found = {"vllm": vllm, "llama_cpp": llama_cpp, "access": Access(api_key or None, cors)}
     wanted = ServeOptions(
-        engine, host, port, kind, adapter, base=base, context=context, wait=wait, parallel=parallel, **found
+        *(engine, host, port, kind, adapter, base, context, wait, vllm, llama_cpp, parallel),
+        access=Access(api_key or None, cors),
     )
 
     def tell(ready: ReadyServer) -> None:

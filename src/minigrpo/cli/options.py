@@ -75,7 +75,7 @@ EXAMPLES: dict[str, str] = {
         minigrpo serve runs/my --question "What is 7 x 8?" --once
         minigrpo serve runs/my --engine vllm --adapter --port 8001
         minigrpo serve model.gguf --ctx 8192 --parallel 4  # four requests at a time
-        MINIGRPO_API_KEY=$(openssl rand -hex 32) minigrpo serve runs/my --host 0.0.0.0
+        minigrpo serve runs/my --host 0.0.0.0  # set MINIGRPO_API_KEY first: clients send it
         minigrpo serve runs/my --cors http://localhost:3000  # a web page of that origin may ask, too
         minigrpo serve runs/my --dry-run  # the command lines only""",
     "run": """
