@@ -74,6 +74,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(other: Other, tmp_p
 RECIPE = "model:\n  path: no/such\n"
 NO_MODEL = ("--model.path", "no/such", "--run", "RUN")  # whatever gets past the lock is soon refused
 WRITING: dict[str, tuple[str, ...]] = {
+    "adopt": ("adopt", "no/such", "--task.name", "wordproblems", "--run", "RUN"),
     "preflight": ("preflight", "quickstart", *NO_MODEL),
     "warmup": ("warmup", "quickstart", "--warmup.steps", "1", *NO_MODEL),
     "train": ("train", "quickstart", *NO_MODEL),

@@ -34,19 +34,19 @@ def adopt(
     from minigrpo.models.model_files import find_base
 
     knobs = list(knobs)
-    if (found := find_run(folder)) is not None:
-        raise ArtifactError(f"{folder} belongs to the run {found.run.path} already.")
-    if recipe is None and all(name != "task.name" for name, _ in knobs):
-        raise RecipeError("No task was named. Say by which it is judged: --task.name NAME, or --recipe RECIPE")
-    adapter = read_adapter(folder)
-    named = base or adapter.base
-    if named is None:
-        raise ArtifactError(f"{folder / 'adapter_config.json'} names no base model. Say which: --base MODEL")
-    theirs = load_recipe(recipe, [*_facts(adapter.config, named), *knobs])
-    files = find_base(theirs.model.path, revision=theirs.model.revision, seed=theirs.seed)
-    weight_changes(files, adapter)
     with run_lock(run):
+        if (found := find_run(folder)) is not None:
+            raise ArtifactError(f"{folder} belongs to the run {found.run.path} already.")
+        if recipe is None and all(name != "task.name" for name, _ in knobs):
+            raise RecipeError("No task was named. Say by which it is judged: --task.name NAME, or --recipe RECIPE")
+        adapter = read_adapter(folder)
+        named = base or adapter.base
+        if named is None:
+            raise ArtifactError(f"{folder / 'adapter_config.json'} names no base model. Say which: --base MODEL")
+        theirs = load_recipe(recipe, [*_facts(adapter.config, named), *knobs])
         check_folder(theirs, run, resume=False)
+        files = find_base(theirs.model.path, revision=theirs.model.revision, seed=theirs.seed)
+        weight_changes(files, adapter)
         create_run(theirs, run)
         settle_base(run, theirs.model.path, files.fingerprint())
         _copy_adapter(folder, run, theirs)
