@@ -10,7 +10,14 @@ import torch
 
 from minigrpo.config.schema import AdapterConfig, Recipe
 from minigrpo.errors import ModelError, RecipeError
-from minigrpo.models.limits import check_engine, check_experts, check_trainable, convert_command, packing_method
+from minigrpo.models.limits import (
+    check_engine,
+    check_experts,
+    check_trainable,
+    convert_command,
+    expert_count,
+    packing_method,
+)
 from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import open_policy
 from minigrpo.training.memory.estimate import read_sketch
@@ -96,39 +103,49 @@ def test_weights_in_bin_files_are_refused_with_a_command_that_converts_them(fold
     assert read_sketch(recipe_of(f"{old}-safetensors")).config.model_type == "qwen2"
 
 
-def mixture(shared=False):
+def mixture(kind, **experts):
     import transformers
 
-    kind = transformers.Qwen2MoeConfig if shared else transformers.Qwen3MoeConfig
-    more = {"shared_expert_intermediate_size": 32} if shared else {"head_dim": 8}
-    config = kind(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=260,
         hidden_size=32,
         intermediate_size=64,
-        moe_intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_experts=4,
+        head_dim=8,
         num_experts_per_tok=2,
-        **more,
+        eos_token_id=3,
+        **experts,
     )
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(
-    ("shared", "targets"), [(True, "all-linear"), (False, "q_proj,gate_proj"), (False, "mlp.experts.down_proj")]
+    ("kind", "experts"),
+    [
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 16}),
+        ("Mixtral", {"num_local_experts": 4}),
+        ("GptOss", {"num_local_experts": 4}),
+    ],
 )
-def test_an_adapter_on_fused_experts_is_refused_before_anything_is_sampled(shared, targets):
-    with pytest.raises(RecipeError, match="experts of this model are one tensor"):
-        add_lora(mixture(shared), AdapterConfig(targets=targets), seed=0)
+def test_a_mixture_of_experts_is_refused_by_plan_and_training_alike(tmp_path, kind, experts):
+    model = mixture(kind, **experts)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    for look in (read_sketch, open_policy):
+        with pytest.raises(ModelError, match=r"is a mixture of experts.*could be trained, but not be merged"):
+            look(recipe_of(tmp_path))
+    with pytest.raises(ModelError, match="is a mixture of experts"):  # where the config does not tell
+        check_experts(model, "x")
 
 
-def test_the_attention_of_a_mixture_can_be_adapted():
-    check_experts(mixture(), "all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"])
-    with pytest.raises(RecipeError, match=r"Train the rest alone: --lora\.targets q_proj"):
-        check_experts(mixture(), "x", ["q_proj", "up_proj"])
+def test_dense_models_are_no_mixtures():
+    for model in (build_model("qwen2"), build_model("lfm2"), build_mistral3()):
+        assert expert_count(model.config) == 1
+        check_experts(model, "x")
+    assert expert_count(SimpleNamespace(num_experts=None, num_local_experts=1)) == 1
+    assert expert_count(SimpleNamespace(text_config=SimpleNamespace(n_routed_experts=64))) == 64
 
 
 @pytest.mark.parametrize("engine", ["native", "slots", "vllm"])

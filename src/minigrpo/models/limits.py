@@ -1,15 +1,14 @@
 """What cannot be trained or delivered, said when a model is opened: the one place that knows.
 
 Asked for the recipe's model by preflight, plan, warm-up and training alike, before anything is sampled; a model that is
-only judged need not fulfil it. `check_trainable` needs a config and a folder, `check_experts` a model (weights or
-not), `check_engine` a model under its adapter.
+only judged need not fulfil it. `check_trainable` needs a config, `check_experts` the model for what its config does not
+tell, and `check_engine` the model under its adapter.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from minigrpo.errors import ModelError, RecipeError
 _PACKED_ENDING = re.compile(
     r"(-unsloth)?-(bnb-)?[48]-?bit$|-(gptq|awq)(-int\d)?$|-(gptq|awq)-\dbit$|[-.]w\d+a\d+$|-mxfp4$", re.IGNORECASE
 )
-_EXPERT_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"})
-"""Names of an expert's layers on the disk."""
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names under which configs tell the number of experts."""
 
 
 def check_trainable(config: Any, source: str, revision: str | None = None) -> None:
-    """Raise ModelError where the weights are packed already, or lie in files that no stage after training reads.
+    """Raise ModelError where the weights are packed already, lie in files that no stage after training reads, or are a
+    mixture of experts.
 
     `source`: a folder or a Hub id; of the latter, files are seen once they have been downloaded.
     """
@@ -37,6 +37,8 @@ def check_trainable(config: Any, source: str, revision: str | None = None) -> No
             f"the weights at {source} are packed already ({method}): they can be run, but neither trained here nor "
             f"merged into. Give the 16-bit original as --model.path; to train it in 4 bit: --model.quantize nf4.{name}"
         )
+    if expert_count(config) > 1:
+        raise ModelError(_mixture_message(source))
     if folder is not None and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{source} holds its weights in *.bin files alone, which could be trained, but not be merged or exported. "
@@ -98,27 +100,24 @@ def is_fp8(config: Any) -> bool:
     return "fp8" in method or (method == "compressed-tensors" and "float" in str(quantization.get("format", "")))
 
 
-def check_experts(model: Any, targets: str, names: Iterable[str]) -> None:
-    """Raise RecipeError where an adapter with these layers could not be merged into a mixture of experts.
+def check_experts(model: Any, source: str) -> None:
+    """Raise ModelError where the experts of a layer are one parameter, with a dimension for the expert."""
+    if any(weight.dim() == 3 and "experts." in name for name, weight in model.named_parameters()):
+        raise ModelError(_mixture_message(source))
 
-    transformers holds all experts of a layer as one tensor, the files hold each expert's layers: an adapter on layers
-    of those names, shared experts included, cannot be told from one that lacks the others. `targets`: as the recipe
-    names them.
-    """
-    layers = list(names)
-    if not has_fused_experts(model) or not _EXPERT_LAYERS & {name.rsplit(".", 1)[-1] for name in layers}:
-        return
-    rest = [name for name in layers if name.rsplit(".", 1)[-1] not in _EXPERT_LAYERS]
-    cure = f"Train the rest alone: --lora.targets {','.join(rest)}" if rest else "Use a dense model"
-    raise RecipeError(
-        f"lora.targets {targets!r}: the experts of this model are one tensor in memory, and an adapter on its layers "
-        f"{', '.join(sorted(set(layers) - set(rest)))} could be trained, but not be merged. {cure}"
+
+def expert_count(config: Any) -> int:
+    """Return how many experts a layer chooses from, as config.json says; 1 for a dense model."""
+    inner = getattr(config, "text_config", None)
+    told = [getattr(part, name, None) for part in (config, inner) for name in _EXPERT_COUNTS]
+    return max((count for count in told if isinstance(count, int)), default=1)
+
+
+def _mixture_message(source: str) -> str:
+    return (
+        f"the model at {source} is a mixture of experts, which are one tensor in memory and many in its files: it "
+        "could be trained, but not be merged or exported. Use a dense model"
     )
-
-
-def has_fused_experts(model: Any) -> bool:
-    """Tell whether the experts of a layer are one parameter, with a dimension for the expert."""
-    return any(weight.dim() == 3 and "experts." in name for name, weight in model.named_parameters())
 
 
 def check_engine(model: Any, engine: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer, render, set_template_options
-from minigrpo.models.limits import check_trainable, refuse_fp8
+from minigrpo.models.limits import check_experts, check_trainable, refuse_fp8
 from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
@@ -150,6 +150,7 @@ def open_model(
         model, tokenizer = _load(source, revision, dtype_of)
     if trained:  # now the files of a Hub id are there, too
         check_trainable(model.config, source, revision)
+        check_experts(model, source)
     set_template_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)

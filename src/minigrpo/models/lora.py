@@ -24,7 +24,6 @@ from torch import nn
 from minigrpo.config.schema import AdapterConfig
 from minigrpo.errors import ArtifactError, ModelError, RecipeError
 from minigrpo.models import lora_linear
-from minigrpo.models.limits import check_experts
 from minigrpo.models.lora_linear import SeededDropout
 from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
@@ -37,7 +36,6 @@ def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any
     mute_bitsandbytes()
     from peft import LoraConfig, get_peft_model
 
-    check_experts(model, config.targets, _layer_names(model, config.targets))
     targets = lora_targets(model, config.targets)
     lora_config = LoraConfig(
         r=config.rank,
