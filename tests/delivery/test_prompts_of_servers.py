@@ -72,8 +72,9 @@ def test_a_server_that_closes_the_message_is_refused():
 
 
 def test_a_server_that_puts_the_message_into_a_block_that_training_did_not_open_is_refused():
-    with pytest.raises(MinigrpoError, match="after the <think> that the chat template opens"):
-        LlamaLike(THINKING).render((QUESTION, BEGUN))
+    for ask in (LlamaLike(THINKING).render, LlamaLike(THINKING).chat):
+        with pytest.raises(MinigrpoError, match="after the <think> that the chat template opens"):
+            ask((QUESTION, BEGUN))
     assert LlamaLike(THINKING).render((QUESTION,)) == render(build_tokenizer(THINKING), Prompt("p", (QUESTION,))).ids
 
 

@@ -81,7 +81,9 @@ class ServerClient:
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
     ) -> str:
         """Return the answer's text, including any markup for thinking; of an answer that the last message begins, the
-        rest."""
+        rest. Raises MinigrpoError where llama.cpp would not continue it as training did."""
+        if self.engine == "llama.cpp" and is_continued(messages):
+            self.render_text(messages)
         payload = {"model": self.model, "messages": [dict(message) for message in messages], **self.options(messages)}
         reply = self.ask(
             "/v1/chat/completions", {**payload, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
