@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Message = Mapping[str, str]
-"""One turn of a conversation: {"role": ..., "content": ...}."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: {"role": ..., "content": ...}, both text; an assistant's may have tool_calls beside."""
 
 Finish = Literal["stop", "length"]
 """Why a completion ended: the model stopped, or the limit cut it off."""
@@ -54,13 +54,20 @@ class Sampling:
 class Completion:
     """One sampled answer. `token_ids` *are* the sample (the stop token included): nothing is tokenised again.
 
-    `logprobs`: the sampler's own log-probability of each token, at the sampling temperature, in nats.
+    `logprobs`: the sampler's own log-probability of each token, at the sampling temperature, in nats. `opening`: the
+    beginning of the answer's form, where it stands in the prompt already (`models/chat_template.py`).
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
+    opening: str = ""
+
+    @property
+    def answer(self) -> str:
+        """Return what is graded: the text, with what the prompt began of it."""
+        return self.opening + self.text
 
 
 @dataclass(frozen=True, slots=True)

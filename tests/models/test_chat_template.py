@@ -69,9 +69,12 @@ def test_a_turn_that_eos_does_not_close_is_warned_of(make_tokenizer):
 
 
 def test_a_role_that_the_template_refuses_is_reported_with_the_prompt(make_tokenizer, template):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
-    with pytest.raises(ModelError, match=r"prompt p \(no system role\).*system, user"):
-        render(make_tokenizer(strict), PROMPT)
+    strict = (
+        "{% for m in messages if m['role'] == 'tool' %}{{ raise_exception('no tool role') }}{% endfor %}" + template
+    )
+    called = Prompt("p", (*PROMPT.messages, {"role": "tool", "content": "4"}))
+    with pytest.raises(ModelError, match=r"prompt p \(no tool role\).*system, user, tool"):
+        render(make_tokenizer(strict), called)
 
 
 THINKING = "{%- if think is defined and not think %}{{ 'quick ' }}{%- endif %}{% generation %}{% endgeneration %}"

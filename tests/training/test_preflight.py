@@ -68,6 +68,25 @@ def test_a_missing_form_is_answered_with_the_command_that_teaches_it(check, reci
     assert "--warmup.steps 80" in reason.change
 
 
+def test_a_form_that_the_template_began_is_not_missing(check, policy, echo_task, template, monkeypatch):
+    opens = template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    assert opens != template
+    monkeypatch.setattr(policy.tokenizer, "chat_template", opens)
+
+    def grade(prompt, text):
+        solved = text == f"<think>\n{prompt.target}"
+        return Grade(float(solved), formed=text.startswith("<think>"), solved=solved)
+
+    task = replace(echo_task, grade=grade, gold=None)
+    verdict = check(lambda prompt, sibling: prompt.target if sibling else "no", task=task)
+    assert verdict.go
+    assert (verdict.figures.formed, verdict.figures.solved) == (1.0, 0.75)
+    assert verdict.samples[0]["text"].startswith("<think>\n")
+    (reason,) = check(["no", "not"], task=task).reasons
+    assert "The prompt itself begins each answer, with '<think>\\n'" in reason.change
+    assert "warmup" not in reason.change
+
+
 def test_only_a_missing_form_is_mended_by_a_warm_up(check):
     assert check(["no idea"[:6]]).warms
     assert check(["a very long answer"]).warms  # it has no form either, and right answers end

@@ -44,6 +44,7 @@ from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ArtifactError
+from minigrpo.models.chat_template import render_ids, template_messages
 from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import hash_files, read_sealed
@@ -200,8 +201,7 @@ def _served_row(
             "Is it this run's model? If so, serve a finer type: minigrpo export RUN --format F16"
         )
     for messages in gguf.prompts[:SERVER_PROMPTS]:
-        whole = gguf.tokenizer.apply_chat_template([*messages], add_generation_prompt=True, return_dict=True)
-        if server.render(messages) != tuple(whole["input_ids"]):
+        if server.render(template_messages(gguf.tokenizer, messages)) != render_ids(gguf.tokenizer, messages):
             faults.append(f"{name} renders a prompt as other tokens than training did: its chat template is another.")
             break
     return row.to_dict()

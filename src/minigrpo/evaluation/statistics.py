@@ -117,6 +117,7 @@ def _answer_records(group: Group) -> list[dict[str, Any]]:
             "prompt": group.prompt.id,
             "messages": [dict(message) for message in group.prompt.messages],
             "target": group.prompt.target,
+            **({"opening": completion.opening} if completion.opening else {}),
             "text": completion.text,
             "tokens": len(completion.token_ids),
             "finish": completion.finish,

@@ -1,7 +1,8 @@
 """Render messages to token ids: the only caller of a chat template, so training and evaluation cannot differ in it.
 
-Nothing downstream sees the rendered text; the ids are the prompt. What a tokenizer must have is checked here once,
-along with the faults that make a model babble or never stop.
+Nothing downstream sees the rendered text; the ids are the prompt. A conversation whose last message is the assistant's
+is continued, not closed. What a tokenizer must have is checked here once, along with the faults that make a model
+babble or never stop.
 """
 
 from __future__ import annotations
@@ -9,30 +10,186 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import ModelError
-from minigrpo.types import Message, Prompt, Rendered
+from minigrpo.types import Completion, Message, Prompt, Rendered
 
 PROBE_QUESTION: Message = {"role": "user", "content": "What is 2 + 2?"}
 PROBE_REPLY = "It is 4."
+_PROBE_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+
+_TAG = re.compile(r"</?[A-Za-z][\w-]*>|```")
+TAG_OPENED_AT_END = re.compile(r"<[A-Za-z][\w-]*>\s*\Z")
 
 
 def render(tokenizer: Any, prompt: Prompt) -> Rendered:
-    """Tokenise the prompt's messages, with the template's opening of the assistant's turn."""
+    """Tokenise the prompt's messages, with the template's opening of the assistant's turn.
+
+    Raise ModelError where the template refuses them.
+    """
     # jinja2 comes with transformers; templates raise its error for roles they do not take.
     from jinja2 import TemplateError
 
     try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        return Rendered(prompt, render_ids(tokenizer, prompt.messages))
     except TemplateError as fault:
         raise ModelError(
             f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault}). Change the roles of its "
             f"messages ({', '.join(message['role'] for message in prompt.messages)}) or use another model."
         ) from None
-    return Rendered(prompt, tuple(int(token) for token in encoded["input_ids"]))
+    except (ValueError, TypeError) as fault:
+        if not is_continued(prompt.messages):
+            raise
+        raise ModelError(
+            f"Prompt {prompt.id} ends with the assistant's words, which the chat template of {_name_of(tokenizer)} "
+            f"does not leave as they are ({str(fault).splitlines()[0][:160]}). End it with the user's message, or use "
+            "another model."
+        ) from None
+
+
+def render_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Return the ids that the model answers: the assistant's turn is opened, or its last message continued."""
+    encoded = tokenizer.apply_chat_template(
+        template_messages(tokenizer, messages), **turn_options(messages), tokenize=True, return_dict=True
+    )
+    return tuple(int(token) for token in encoded["input_ids"])
+
+
+def render_text(tokenizer: Any, messages: Sequence[Message], opened: bool = False) -> str:
+    """Return the rendered text. `opened`: as the model answers it, else with every turn closed."""
+    options = turn_options(messages) if opened else {"add_generation_prompt": False}
+    return str(tokenizer.apply_chat_template(template_messages(tokenizer, messages), **options, tokenize=False))
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Tell whether the answer continues the last message: it is the assistant's own."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def turn_options(messages: Sequence[Message]) -> dict[str, bool]:
+    """Return the options of a chat template that open the assistant's turn, or leave it open: TRL's rule, and vLLM's
+    names."""
+    continued = is_continued(messages)
+    return {"add_generation_prompt": not continued, **({"continue_final_message": True} if continued else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A chat template's text, with the special tokens that it may name: enough to see what it does with a message."""
+
+    text: str | None
+    specials: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate:
+        text = getattr(tokenizer, "chat_template", None)
+        text = text.get("default") if isinstance(text, dict) else text
+        specials = getattr(tokenizer, "special_tokens_map", {})
+        return cls(text or None, tuple((name, token) for name, token in specials.items() if isinstance(token, str)))
+
+    @classmethod
+    def beside(cls, folder: Path) -> ChatTemplate:
+        """Read the template of a tokenizer's folder, without opening the tokenizer."""
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            return cls(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        except (OSError, ValueError, AttributeError):
+            return cls(None)
+        return cls(found if isinstance(found, str) else None)
+
+    def render(self, messages: Sequence[Message], *, opened: bool) -> str | None:
+        """Return the text; None where the template raises an error."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, _ = render_jinja_template(
+                [[dict(message) for message in messages]],
+                chat_template=self.text,
+                add_generation_prompt=opened,
+                **dict(self.specials),
+            )
+        except TemplateError:
+            return None
+        return str(texts[0])
+
+    @property
+    def refuses_system(self) -> bool:
+        """Tell whether it raises an error on a system message, and takes the conversation without it."""
+        return self.text is not None and "raise_exception" in self.text and _raises_on_system(self)
+
+    def fold_system(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Put the system message before the first user message, with a blank line between, where it is refused."""
+        given = [dict(message) for message in messages]
+        if not given or given[0]["role"] != "system" or not self.refuses_system:
+            return given
+        words, rest = given[0]["content"], given[1:]
+        place = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+        if place is None:
+            return [{"role": "user", "content": words}, *rest]
+        joined = f"{words}\n\n{rest[place]['content']}" if words else rest[place]["content"]
+        return [*rest[:place], {**rest[place], "content": joined}, *rest[place + 1 :]]
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """Return the beginning of the answer's form that stands in the prompt; "" where there is none.
+
+        It is a tag that the template itself opens after the assistant's header (<think>), or the assistant's message
+        that the answer continues, if that has a tag or a code fence. Plain words ("The answer is") are part of the
+        question.
+        """
+        if is_continued(messages):
+            begun = str(messages[-1].get("content") or "")
+            return begun if _TAG.search(begun) else ""
+        if self.text is None:
+            return ""
+        asked = self.fold_system(messages)
+        found = TAG_OPENED_AT_END.search(self.render(asked, opened=True) or "")
+        if found is None:
+            return ""
+        reply: Message = {"role": "assistant", "content": PROBE_REPLY}
+        header = (self.render([*asked, reply], opened=False) or "").rpartition(PROBE_REPLY)[0]
+        return "" if header.endswith(found[0]) else found[0]  # a header that looks like a tag begins no answer
+
+
+@cache
+def _raises_on_system(template: ChatTemplate) -> bool:
+    refused = template.render([_PROBE_SYSTEM, PROBE_QUESTION], opened=True) is None
+    return refused and template.render([PROBE_QUESTION], opened=True) is not None
+
+
+def template_messages(tokenizer: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages as the tokenizer's template takes them: see `ChatTemplate.fold_system`."""
+    return ChatTemplate.of(tokenizer).fold_system(messages)
+
+
+def opening(tokenizer: Any, prompt: Prompt) -> str:
+    """Return what the prompt begins of its answer: see `ChatTemplate.opening`."""
+    return ChatTemplate.of(tokenizer).opening(prompt.messages)
+
+
+def with_opening(tokenizer: Any, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    """Return the completions with what their prompt began of them."""
+    begun = opening(tokenizer, prompt)
+    return tuple(replace(one, opening=begun) for one in completions) if begun else tuple(completions)
+
+
+def whole_answer(begun: str, answer: str) -> str:
+    """Return a written answer with what the prompt begins of it, whether it was written with that or without."""
+    return answer if answer.startswith(begun.rstrip()) else begun + answer
+
+
+def after_opening(begun: str, answer: str) -> str:
+    """Return what is left of a written answer where the prompt has begun it."""
+    tag = begun.rstrip()
+    if not tag or not answer.startswith(tag):
+        return answer
+    return answer.removeprefix(tag).removeprefix(begun[len(tag) :])
 
 
 def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
@@ -107,6 +264,11 @@ def _opens_assistant_turn(tokenizer: Any) -> bool:
 def _template_warnings(tokenizer: Any) -> list[str]:
     """Return faults that do not stop training but often explain why a model behaves strangely elsewhere."""
     found = []
+    if template_messages(tokenizer, [_PROBE_SYSTEM, PROBE_QUESTION])[0]["role"] != "system":
+        found.append(
+            "The chat template refuses the system role: a system message is put before the first user message, with a "
+            "blank line between."
+        )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = render(tokenizer, Prompt("template check", (PROBE_QUESTION,))).ids
     if bos is not None and ids[:2] == (bos, bos):
@@ -130,10 +292,6 @@ def _template_warnings(tokenizer: Any) -> list[str]:
             "model may not stop there."
         )
     return found
-
-
-def render_text(tokenizer: Any, messages: Sequence[Message], opened: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False))
 
 
 def _name_of(tokenizer: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer, render, set_template_options
+from minigrpo.models.limits import check_experts, check_trainable, refuse_fp8
 from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
@@ -119,13 +120,15 @@ def open_model(
     full: bool = False,
     template: Mapping[str, Any] | None = None,
     four_bit: bool = False,
+    trained: bool = False,
     report: Report = no_report,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
     `dtype` and `full`: as in `pick_dtype`. `template`: options of the chat template, which the tokenizer keeps from
     then on. `four_bit`: linear layers are packed (quantize.py), one by one, so the device never holds the model
-    unpacked. Raise ModelError where the model is missing or broken, or its tokenizer cannot render a conversation.
+    unpacked. `trained`: it is to be trained and delivered, not only judged (limits.py). Raise ModelError where the
+    model is missing or broken, cannot be trained, or its tokenizer cannot render a conversation.
     """
     source = resolve_model_path(path, seed, report)
     folder = Path(source).expanduser()
@@ -137,8 +140,17 @@ def open_model(
             f"model.path {path!r}: there is no such folder, and it is not a Hub id (owner/name). "
             "To try without a model of your own: --model.path seedling"
         )
+
+    def dtype_of(config: Any) -> torch.dtype:
+        if trained:
+            check_trainable(config, source, revision)
+        return pick_dtype(dtype, device, config, full=full)
+
     with no_progress_bars():
-        model, tokenizer = _load(source, revision, lambda config: pick_dtype(dtype, device, config, full=full))
+        model, tokenizer = _load(source, revision, dtype_of)
+    if trained:  # now the files of a Hub id are there, too
+        check_trainable(model.config, source, revision)
+        check_experts(model, source)
     set_template_options(tokenizer, template or {})
     warnings = check_tokenizer(tokenizer)
     _check_vocabulary(model, tokenizer, source)
@@ -149,11 +161,10 @@ def open_model(
 
 def _load(source: str, revision: str | None, dtype_of: Callable[[Any], torch.dtype]) -> tuple[Any, Any]:
     config = open_config(source, revision)
-    opener, tokenizer = model_class(config), open_tokenizer(source, revision)
+    chosen, opener = dtype_of(config), model_class(config)
+    tokenizer = open_tokenizer(source, revision)
     try:
-        model, info = opener.from_pretrained(
-            source, revision=revision, dtype=dtype_of(config), output_loading_info=True
-        )
+        model, info = opener.from_pretrained(source, revision=revision, dtype=chosen, output_loading_info=True)
     except ModelError:
         raise
     except Exception as fault:  # transformers, safetensors and the Hub client raise some twenty kinds between them
@@ -224,24 +235,10 @@ def model_class(config: Any) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    if is_fp8(config):
-        name = str(config.name_or_path).rstrip("/")
-        other = name[: -len("-FP8")] if name.upper().endswith("-FP8") else f"{name}-BF16"
-        raise ModelError(
-            f"the weights at {name} are quantised to FP8: they can be run, but not be trained. Give their BF16 variant "
-            f"as --model.path: its name usually is {other}"
-        )
+    refuse_fp8(config)
     reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if reads_pictures and not writes else AutoModelForCausalLM
-
-
-def is_fp8(config: Any) -> bool:
-    """Tell whether config.json declares FP8 weights: by the method's name, or as a format of compressed-tensors."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(quantization.get("quant_method", ""))
-    return "fp8" in method or (method == "compressed-tensors" and "float" in str(quantization.get("format", "")))
 
 
 def adapter_base(folder: Path) -> str | None:

@@ -8,11 +8,12 @@ and off wherever log-probabilities are compared.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,41 @@ def lora_targets(model: Any, targets: str) -> str | list[str]:
     """Return `targets` as PEFT takes them: names of layers, or one pattern of whole names.
 
     A pattern where the model has linear layers beside its decoder and head: those of a vision tower bear the same
-    names as the decoder's, and stay as they are.
+    names as the decoder's, and stay as they are. Raise RecipeError for a name that no layer has.
     """
     names = [target.strip() for target in targets.split(",")]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     own = {id(module) for module in decoder.modules()}
+    if targets != "all-linear":
+        _check_names(model, targets, [name for name, m in model.named_modules() if id(m) in own or m is head])
     if all(id(m) in own or m is head for m in model.modules() if isinstance(m, nn.Linear)):
         return targets if targets == "all-linear" else names
-    names = linear_layer_names(model) if targets == "all-linear" else names
+    names = _layer_names(model, targets)
     names_by_id = {id(module): name for name, module in model.named_modules()}
     alternatives = "|".join(re.escape(name) for name in names)
     pattern = rf"{re.escape(names_by_id[id(decoder)])}\.(.+\.)?({alternatives})"
     # Named, the head must be met, so that it is refused and not passed over.
     return rf"{pattern}|{re.escape(names_by_id[id(head)])}" if names_by_id[id(head)] in names else pattern
+
+
+def _layer_names(model: Any, targets: str) -> list[str]:
+    return linear_layer_names(model) if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+
+
+def _check_names(model: Any, targets: str, layers: Sequence[str]) -> None:
+    """Raise RecipeError for names that fit none of these layers by PEFT's rule: a name's last parts."""
+    names = _layer_names(model, targets)
+    missing = [name for name in names if not any(f".{layer}".endswith(f".{name}") and name for layer in layers)]
+    if not missing:
+        return
+    what = " and ".join(repr(name) if name else "an empty name" for name in dict.fromkeys(missing))
+    linear = linear_layer_names(model)
+    near = [close for name in missing for close in difflib.get_close_matches(name, linear, n=1)]
+    hint = f" Did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
+    raise RecipeError(
+        f"lora.targets {targets!r}: {what} fits no layer of this model.{hint} Its linear layers: {', '.join(linear)}; "
+        "or all-linear"
+    )
 
 
 def linear_layer_names(model: Any) -> list[str]:

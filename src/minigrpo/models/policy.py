@@ -270,7 +270,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
     """Open the recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
-    policy = _open_without_adapter(recipe.model.path, recipe, report)
+    policy = _open_without_adapter(recipe.model.path, recipe, report, trained=True)
     if recipe.train.full:
         _prepare_full_training(policy, recipe)
     else:
@@ -291,7 +291,7 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
     return policy
 
 
-def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report) -> Policy:
+def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report, *, trained: bool = False) -> Policy:
     """Open any model as a policy without an adapter, with the recipe's dtype, head and chat template."""
     device = pick_device(recipe.model.device)
     loaded = open_model(
@@ -303,6 +303,7 @@ def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report)
         full=recipe.train.full,
         template=recipe.model.template,
         four_bit=recipe.model.quantize == "nf4",
+        trained=trained,
         report=report,
     )
     if recipe.model.head_float32 and loaded.model.dtype != torch.float32:

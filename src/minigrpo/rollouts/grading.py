@@ -23,7 +23,7 @@ def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
     shown = copy_prompt(prompt)
     if task.grade_group is None:
         for completion in completions:
-            yield judge(task, shown, completion.text)
+            yield judge(task, shown, completion.answer)
         return
     where = f"prompt {prompt.id}"
     try:
@@ -39,7 +39,7 @@ def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
             "Return a list with a minigrpo.Grade for each, in their order."
         )
     for grade, completion in zip(grades, completions, strict=True):
-        yield check_grade(task, grade, answer_label(prompt, completion.text))
+        yield check_grade(task, grade, answer_label(prompt, completion.answer))
 
 
 def judge(task: Task, prompt: Prompt, text: str) -> Grade:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigrpo.errors import TaskError
-from minigrpo.models.chat_template import render
+from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import judge_group
 from minigrpo.types import Completion, Engine, Group, Progress, Prompt, Ready, Sampling, Split, Task
@@ -37,17 +37,17 @@ def rollout(
     rendered = [render(tokenizer, prompt) for prompt in prompts]
     progress = _report_tokens(report, len(rendered) * n) if report else None
     if grader is None:
-        answers = engine.generate(rendered, n, sampling, observe, progress=progress)
+        answers = _answers(engine.generate(rendered, n, sampling, observe, progress=progress), prompts, tokenizer)
         graded = [judge_group(task, question.prompt, own) for question, own in zip(rendered, answers, strict=True)]
     else:
         pending = grader.open_batch(prompts)
 
         def ready(index: int, completions: tuple[Completion, ...]) -> None:
-            pending.submit(index, completions)
+            pending.submit(index, with_opening(tokenizer, prompts[index], completions))
             if observe:
                 observe(index, completions)
 
-        answers = engine.generate(rendered, n, sampling, ready, progress=progress)
+        answers = _answers(engine.generate(rendered, n, sampling, ready, progress=progress), prompts, tokenizer)
         graded = pending.collect(answers)
     groups = [
         Group(question.prompt, question.ids, own, grades)
@@ -55,6 +55,12 @@ def rollout(
     ]
     report_unscored(task, groups, grader)
     return groups
+
+
+def _answers(
+    sampled: Sequence[tuple[Completion, ...]], prompts: Sequence[Prompt], tokenizer: Any
+) -> list[tuple[Completion, ...]]:
+    return [with_opening(tokenizer, prompt, own) for prompt, own in zip(prompts, sampled, strict=True)]
 
 
 def _report_tokens(report: Report, completions: int) -> Progress:

@@ -148,6 +148,7 @@ def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[s
         "target": group.prompt.target,
         "completions": [
             {
+                **({"opening": completion.opening} if completion.opening else {}),
                 "text": completion.text,
                 "tokens": len(completion.token_ids),
                 "finish": completion.finish,

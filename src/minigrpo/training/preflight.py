@@ -19,7 +19,7 @@ from typing import Any
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import GroupsConfig, Recipe
-from minigrpo.models.chat_template import render
+from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import judge_group
 from minigrpo.rollouts.groups import prompts_of, rollout
@@ -174,7 +174,8 @@ def _is_enough(groups: Sequence[Group], times: Sequence[float], config: GroupsCo
 
 def _judge_ended(task: Task, policy: Any, prompt: Prompt, completions: tuple[Completion, ...]) -> Group:
     """Make a group of completions that had all ended when their rollout was interrupted."""
-    return Group(prompt, render(policy.tokenizer, prompt).ids, completions, judge_group(task, prompt, completions))
+    own = with_opening(policy.tokenizer, prompt, completions)
+    return Group(prompt, render(policy.tokenizer, prompt).ids, own, judge_group(task, prompt, own))
 
 
 def measure_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:
@@ -297,7 +298,7 @@ def sample_to_dict(name: str, group: Group, completion: Completion, grade: Grade
         "which": name,
         "prompt": group.prompt.messages[-1]["content"],
         "target": group.prompt.target,
-        "text": completion.text,
+        "text": completion.answer,
         "reward": grade.reward if grade.scored else None,
         "parts": {name: amount if math.isfinite(amount) else None for name, amount in grade.parts.items()},
         "formed": grade.formed,

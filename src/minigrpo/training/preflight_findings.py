@@ -201,6 +201,14 @@ def explain_ties(figures: Figures, groups: Sequence[Group], recipe: Recipe, task
             f"Every completion earned {figures.reward_mean:g}, as much as the task's own right answers: choose a "
             "harder task, or let the reward tell better answers from good ones.",
         )
+    begun = next((one.opening for group in groups for one in group.completions if one.opening), "")
+    if figures.solved == 0 and begun:
+        return PreflightFinding(
+            what,
+            f"None is right. The prompt itself begins each answer, with {begun!r}: functions that take `completions` "
+            "are passed only what follows, as in TRL, and must not ask for that beginning. If they do not, make the "
+            f"task easier, or look longer for a lucky answer: --rollout.completions {more}.",
+        )
     if figures.solved == 0:
         return PreflightFinding(
             what,

@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
-from minigrpo.models.chat_template import render
+from minigrpo.models.chat_template import after_opening, opening, render, whole_answer
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
 from minigrpo.rollouts.grading import judge
@@ -114,7 +114,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     report(config.steps, config.steps, "what it does now")
     after = measure()
     warnings = (
-        *answer_warnings(task, taught, lessons, recipe.rollout.max_tokens),
+        *answer_warnings(task, whole_answers(taught, policy), lessons, recipe.rollout.max_tokens),
         *memorised_warnings(before, after),
         *too_short_warnings(config, after),
     )
@@ -227,8 +227,7 @@ def make_written_answer(
     messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
     if not is_conversation(messages):
         raise TaskError(
-            f'{place}: "prompt" must be a prompt id of the task, a question, or messages [{{"role", "content"}}, ...] '
-            "of which the last is not the assistant's."
+            f'{place}: "prompt" must be a prompt id of the task, a question, or messages [{{"role", "content"}}, ...].'
         )
     return WrittenAnswer(Prompt(place, tuple(messages)), answer, place, known=False)
 
@@ -236,10 +235,9 @@ def make_written_answer(
 def is_conversation(messages: Any) -> bool:
     if not isinstance(messages, list) or not messages:
         return False
-    whole = all(
+    return all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
-    return whole and messages[-1]["role"] != "assistant"
 
 
 def split_answers(answers: Sequence[WrittenAnswer]) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:
@@ -268,7 +266,11 @@ def tokenize_answers(answers: Sequence[WrittenAnswer], policy: Policy) -> list[S
     """Tokenize answers, each ending with the eos token. Raises TaskError where some do not fit into the context."""
     tokenizer = policy.tokenizer
     context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    lessons = [SftExample(render(tokenizer, a.prompt).ids, answer_ids(a.answer, tokenizer)) for a in answers]
+    rests = [after_opening(opening(tokenizer, a.prompt), a.answer) for a in answers]
+    lessons = [
+        SftExample(render(tokenizer, a.prompt).ids, answer_ids(rest, tokenizer))
+        for a, rest in zip(answers, rests, strict=True)
+    ]
     long = [(a, lesson) for a, lesson in zip(answers, lessons, strict=True) if context and len(lesson) > context]
     if long:
         places = ", ".join(answer.place for answer, _ in long[:5]) + (" ..." if len(long) > 5 else "")
@@ -277,6 +279,12 @@ def tokenize_answers(answers: Sequence[WrittenAnswer], policy: Policy) -> list[S
             f"{context} at most. Shorten or leave out what is too long ({len(long)} in all)."
         )
     return lessons
+
+
+def whole_answers(answers: Sequence[WrittenAnswer], policy: Policy) -> list[WrittenAnswer]:
+    """Return the answers as they are graded, with what their prompts begin of them."""
+    begun = [opening(policy.tokenizer, one.prompt) for one in answers]
+    return [replace(one, answer=whole_answer(words, one.answer)) for one, words in zip(answers, begun, strict=True)]
 
 
 def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:

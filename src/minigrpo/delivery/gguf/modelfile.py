@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minigrpo.models.chat_template import render_text
+from minigrpo.models.chat_template import ChatTemplate, render_text
 from minigrpo.types import Message
 
 SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
@@ -55,6 +55,8 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     not take."""
     from jinja2 import TemplateError
 
+    if ChatTemplate.of(tokenizer).refuses_system:
+        return None
     try:
         # llama.cpp and Ollama add the beginning-of-text token themselves where the file asks for it.
         bos = tokenizer.bos_token or ""

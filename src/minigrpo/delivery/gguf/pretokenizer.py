@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import PROBE_REPLY, render_text
+from minigrpo.models.chat_template import PROBE_REPLY, render_ids, render_text
 from minigrpo.types import Message
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def token_faults(llama: LlamaCpp, tokenizer: Any, prompts: Sequence[Sequence[Mes
         yield "The file asks for an end-of-text token after every prompt, so the model would see its answer ended."
     bos = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else None
     for messages in prompts:
-        text, ids = render_text(tokenizer, messages, opened=True), _render_ids(tokenizer, messages)
+        text, ids = render_text(tokenizer, messages, opened=True), render_ids(tokenizer, messages)
         stripped = text.removeprefix(bos) if bos and facts.adds_bos else text
         if fault := _describe_difference(ids, llama.tokenize(stripped, special=True), facts.bos, "a rendered prompt"):
             yield fault
@@ -113,11 +113,6 @@ def token_faults(llama: LlamaCpp, tokenizer: Any, prompts: Sequence[Sequence[Mes
         ):
             yield fault
             break
-
-
-def _render_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    whole = tokenizer.apply_chat_template([*messages], add_generation_prompt=True, tokenize=True, return_dict=True)
-    return tuple(whole["input_ids"])
 
 
 def _tokenize_plain(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
 from minigrpo.delivery.parity.table import read_parity, unusable_reason
 from minigrpo.errors import ArtifactError
+from minigrpo.models.chat_template import ChatTemplate
 from minigrpo.models.model_files import local_config
 from minigrpo.models.vllm_compat import (
     VLLM_LORA_RANKS,
@@ -62,6 +63,7 @@ class CardFacts:
     recipe: dict[str, Any]
     datasets: tuple[str, ...]
     system: str
+    template: ChatTemplate
     repos: Mapping[str, str]
     rewards: tuple[tuple[int, float], ...]
     comparisons: Mapping[str, Any]
@@ -97,6 +99,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
         recipe=shown,
         datasets=(data,) if data else (),
         system=system_message(run),
+        template=ChatTemplate.beside(run.adapter),
         repos=repos,
         rewards=tuple(_rewards(run)),
         comparisons=_comparisons(run),
@@ -366,7 +369,7 @@ def how_to_run(facts: CardFacts, what: str) -> str:
 
 def _messages(facts: CardFacts) -> list[dict[str, str]]:
     system = [{"role": "system", "content": facts.system}] if facts.system else []
-    return [*system, {"role": "user", "content": SAMPLE_QUESTION}]
+    return facts.template.fold_system([*system, {"role": "user", "content": SAMPLE_QUESTION}])
 
 
 def _answer(facts: CardFacts) -> str:

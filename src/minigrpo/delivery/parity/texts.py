@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minigrpo.delivery.parity.varied_texts import VARIED_TEXTS
 from minigrpo.errors import ArtifactError, TaskError
-from minigrpo.models.chat_template import PROBE_QUESTION, render
+from minigrpo.models.chat_template import PROBE_QUESTION, after_opening, opening, render
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.logger import read_groups
 from minigrpo.runs.rundir import RunDir
@@ -178,7 +178,8 @@ def _truncate_texts(texts: Sequence[ScoredText], vocabulary: int) -> tuple[Score
 
 def _tokenize_text(prompt: Prompt, text: str, ended: bool, tokenizer: Any) -> ScoredText:
     ids = render(tokenizer, prompt).ids
-    said = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    rest = after_opening(opening(tokenizer, prompt), text)
+    said = tuple(tokenizer(rest, add_special_tokens=False)["input_ids"])
     return ScoredText((*ids, *said, *((tokenizer.eos_token_id,) if ended else ())), len(ids))
 
 

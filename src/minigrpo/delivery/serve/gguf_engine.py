@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ class Renderer:
         self._client = client
         self.name_or_path = name
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> dict[str, list[int]]:
-        """Return the rendered ids. The answer is always opened, and ids are always returned."""
-        return {"input_ids": list(self._client.render(messages))}
+    @cached_property
+    def chat_template(self) -> str | None:
+        return self._client.chat_template()
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **_: Any
+    ) -> dict[str, list[int]] | str:
+        """Return the rendered ids, or the text. The answer is always opened, or continued."""
+        return {"input_ids": list(self._client.render(messages))} if tokenize else self._client.render_text(messages)

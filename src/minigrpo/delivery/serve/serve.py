@@ -11,9 +11,10 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -34,7 +35,7 @@ from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
 from minigrpo.errors import MinigrpoError
-from minigrpo.models.chat_template import PROBE_QUESTION
+from minigrpo.models.chat_template import PROBE_QUESTION, ChatTemplate, is_continued, turn_options, whole_answer
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
 from minigrpo.ui.progress import stage
@@ -108,8 +109,11 @@ def ask(server: ServerProcess, servable: Servable, question: str | None = None) 
 
     began = time.perf_counter()
     task, prompt = _choose_prompt(servable, question)
-    answer = server.client.chat(prompt.messages, max_tokens=answer_tokens(server.command, servable))
-    grade: Grade | None = judge(task, prompt, answer) if task else None
+    template = _template_of(servable)
+    asked = template.fold_system(prompt.messages)
+    answer = server.client.chat(asked, max_tokens=answer_tokens(server.command, servable))
+    whole = whole_answer(template.opening(prompt.messages), answer)
+    grade: Grade | None = judge(task, prompt, whole) if task else None
     return ServedAnswer(
         question=prompt.messages[-1]["content"],
         answer=answer,
@@ -123,6 +127,13 @@ def ask(server: ServerProcess, servable: Servable, question: str | None = None) 
 def answer_tokens(command: ServerCommand, servable: Servable) -> int:
     """Return the length of an answer in tokens: as in training, if half of the context holds it."""
     return min(servable.tokens, command.context // 2) if command.context else servable.tokens
+
+
+def _template_of(servable: Servable) -> ChatTemplate:
+    """Return the chat template that the artefact renders with, read from the files beside it."""
+    places = [servable.run.adapter, servable.run.merged] if servable.run else []
+    places += [Path(servable.model.source)] if servable.model else []
+    return next((found for place in places if (found := ChatTemplate.beside(place)).text), ChatTemplate(None))
 
 
 def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | None, Prompt]:
@@ -142,11 +153,12 @@ def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | Non
 # Showing
 
 
-def _chat_body(command: ServerCommand, messages: tuple[Message, ...] | list[Message]) -> dict[str, Any]:
-    return {"model": command.model, "messages": [dict(message) for message in messages]}
+def _chat_body(command: ServerCommand, messages: Sequence[Message]) -> dict[str, Any]:
+    more = turn_options(messages) if command.engine == "vllm" and is_continued(messages) else {}
+    return {"model": command.model, "messages": [dict(message) for message in messages], **more}
 
 
-def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
+def curl_command(command: ServerCommand, messages: Sequence[Message]) -> str:
     """Return a curl command, quoted for a POSIX shell."""
     body = json.dumps(_chat_body(command, messages), ensure_ascii=False)
     url = f"{command.url}/v1/chat/completions"
@@ -155,8 +167,10 @@ def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
     return f"{shlex.join(['curl', url, '-H', 'Content-Type: application/json'])}{key} {shlex.join(['-d', body])}"
 
 
-def python_snippet(command: ServerCommand, messages: tuple[Message, ...]) -> str:
-    arguments = f"model={command.model!r}, messages={[dict(message) for message in messages]!r}"
+def python_snippet(command: ServerCommand, messages: Sequence[Message]) -> str:
+    body = _chat_body(command, messages)
+    more = {name: value for name, value in body.items() if name not in ("model", "messages")}
+    arguments = f"model={command.model!r}, messages={body['messages']!r}" + (f", extra_body={more!r}" if more else "")
     head, key = "from openai import OpenAI\n", '"none"'
     if command.access.key:
         head, key = f"import os\n{head}", f'os.environ["{API_KEY}"]'
@@ -230,7 +244,7 @@ def serve(
 def _describe_server(
     command: ServerCommand, servable: Servable, question: str | None, parallel: int | None
 ) -> ReadyServer:
-    messages = _choose_prompt(servable, question)[1].messages
+    messages = tuple(_template_of(servable).fold_system(_choose_prompt(servable, question)[1].messages))
     docker = container_command(command, servable, parallel)
     return ReadyServer(command, curl_command(command, messages), python_snippet(command, messages), docker)
 

@@ -37,6 +37,7 @@ from minigrpo.delivery.serve.commands import (
 )
 from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.errors import MinigrpoError
+from minigrpo.models.chat_template import TAG_OPENED_AT_END, is_continued, turn_options
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.http import StatusError, exchange
@@ -90,12 +91,23 @@ class ServerClient:
     def chat(
         self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
     ) -> str:
-        """Return the answer's text, including any markup for thinking."""
-        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        """Return the answer's text, including any markup for thinking; of an answer that the last message begins, the
+        rest. Raises MinigrpoError where llama.cpp would not continue it as training did."""
+        if self.engine == "llama.cpp" and is_continued(messages):
+            self.render_text(messages)
+        payload = {"model": self.model, "messages": [dict(message) for message in messages], **self.options(messages)}
         reply = self.ask(
             "/v1/chat/completions", {**payload, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         )
-        return str(reply["choices"][0]["message"]["content"] or "")
+        said = str(reply["choices"][0]["message"]["content"] or "")
+        return said.removeprefix(str(messages[-1]["content"])) if is_continued(messages) else said
+
+    def options(self, messages: Sequence[Message]) -> dict[str, bool]:
+        """Return what a request must say so that an answer that the last message begins is continued.
+
+        llama.cpp continues by itself.
+        """
+        return turn_options(messages) if self.engine == "vllm" and is_continued(messages) else {}
 
     def tokenize(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return token ids; names of special tokens in the text are parsed. `special`: with the beginning that the
@@ -108,11 +120,36 @@ class ServerClient:
         return tuple(self.ask("/tokenize", payload)["tokens"])
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return a conversation's token ids, rendered by the server's own chat template with its answer opened."""
-        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        """Return a conversation's token ids, rendered by the server's own chat template with its answer opened, or
+        continued where the last message begins it."""
         if self.engine == "llama.cpp":
-            return self.tokenize(self.ask("/apply-template", payload)["prompt"], special=True)
-        return tuple(self.ask("/tokenize", {**payload, "add_generation_prompt": True})["tokens"])
+            return self.tokenize(self.render_text(messages), special=True)
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        return tuple(self.ask("/tokenize", {**payload, **turn_options(messages)})["tokens"])
+
+    def render_text(self, messages: Sequence[Message]) -> str:
+        """Return the text that llama.cpp renders. Raises MinigrpoError where it does not continue the last message as
+        training did."""
+        payload = {"model": self.model, "messages": [dict(message) for message in messages]}
+        text = str(self.ask("/apply-template", payload)["prompt"])
+        if is_continued(messages):
+            begun = str(messages[-1]["content"])
+            if not text.endswith(begun):
+                raise MinigrpoError(
+                    f"This llama.cpp closes the assistant's message {begun[:40]!r} in place of continuing it. Use a "
+                    "newer one, without --no-prefill-assistant."
+                )
+            if opened := TAG_OPENED_AT_END.search(text.removesuffix(begun)):
+                raise MinigrpoError(
+                    f"llama.cpp puts the assistant's message {begun[:40]!r} after the {opened[0].strip()} that the "
+                    "chat template opens, and training did not. Serve the merged model with vLLM, or begin no answer."
+                )
+        return text
+
+    def chat_template(self) -> str | None:
+        """Return the chat template of llama.cpp's file; None where the server does not tell."""
+        found = self.ask("/props").get("chat_template") if self.engine == "llama.cpp" else None
+        return found if isinstance(found, str) else None
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
         """Return the greedy continuation, up to `count` tokens; the token that ends an answer may be left out."""

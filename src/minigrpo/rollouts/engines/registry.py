@@ -7,6 +7,7 @@ from typing import Any
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError, RecipeError
+from minigrpo.models.limits import check_engine, has_dora
 from minigrpo.types import Engine
 
 
@@ -19,16 +20,12 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
 
     name = recipe.rollout.engine
     if name == "auto":
-        name = "native" if decoder_supports(policy.model) and not _has_dora(policy.model) else "transformers"
+        name = "native" if decoder_supports(policy.model) and not has_dora(policy.model) else "transformers"
     elif name in ("native", "slots") and not decoder_supports(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
+    check_engine(policy.model, name)
     return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
-
-
-def _has_dora(model: Any) -> bool:
-    """Return whether an adapter is a DoRA, whose rescaling of rows the native decoder does not compute."""
-    return any(any(dict(module.use_dora).values()) for module in model.modules() if hasattr(module, "use_dora"))
 
 
 def stop_ids(policy: Any) -> frozenset[int]:

@@ -3,9 +3,10 @@
     {"prompt": "What is 2 + 2?", "answer": "4", "level": 1}
     {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "answer": "4"}
 
-All columns but the prompt are the target, which only reward functions see. Where there is no test split, a hash of the
-prompt decides, so that a question is never in both splits: about one in ten is in the test split, and at least one.
-Whatever is wrong with a row raises TaskError with its place.
+A prompt may be named `messages`, and a content may be in parts of text, as in TRL's data. All columns but the prompt
+are the target, which only reward functions see. Where there is no test split, a hash of the prompt decides, so that a
+question is never in both splits: about one in ten is in the test split, and at least one. Whatever is wrong with a row
+raises TaskError with its place.
 """
 
 from __future__ import annotations
@@ -202,11 +203,18 @@ def _parse_row(row: Any, where: str) -> DatasetRow:
         raise TaskError(f"{where} is {shorten_repr(row)}, not a row: an object of columns with a prompt.")
     if odd := [name for name in row if not isinstance(name, str)]:
         raise TaskError(f"{where} has a column named {shorten_repr(odd[0])}. Names are text.")
-    if "prompt" not in row:
+    asked = "prompt" if "prompt" in row else "messages"
+    if asked not in row:
         names = ", ".join(row) or "nothing"
         raise TaskError(f"{where} has no 'prompt', but {shorten_repr(names)}. Name the question's column prompt.")
-    columns = {name: value for name, value in row.items() if name != "prompt"}
-    return DatasetRow(_check_prompt(row["prompt"], where), columns, where)
+    columns = {name: value for name, value in row.items() if name != asked}
+    prompt = _check_prompt(row[asked], where)
+    if asked == "messages" and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise TaskError(
+            f"{where}: its messages end with the assistant's, which would give the answer away. Leave that message "
+            "out; or name the column prompt, and the model continues it."
+        )
+    return DatasetRow(prompt, columns, where)
 
 
 def _check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
@@ -218,21 +226,55 @@ def _check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
 
 
 def _check_message(message: Any, where: str) -> Message:
-    """Return the message without keys whose value is None: files with many columns fill those in."""
-    whole = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
-    texts = all(isinstance(part, str) for pair in whole.items() for part in pair)
+    """Return the message with its content as text, and without keys that say nothing.
+
+    Files with many columns fill in None, and an empty list where no tool was called. Calls of tools stay as they are,
+    for the chat template to write.
+    """
+    whole = {k: v for k, v in message.items() if v is not None and v != []} if isinstance(message, Mapping) else {}
+    if "content" in whole:
+        whole["content"] = _join_parts(whole["content"], where)
+    elif "tool_calls" in whole or (isinstance(message, Mapping) and message.get("content") == []):
+        whole["content"] = ""
+    texts = all(isinstance(k, str) and (isinstance(v, str) or k == "tool_calls") for k, v in whole.items())
     if not texts or not {"role", "content"} <= whole.keys():
         raise TaskError(f'{where}: {shorten_repr(message)} is no message. Write {{"role": "user", "content": "..."}}.')
-    return {name: check_prompt_text(part, where) if name == "content" else part for name, part in whole.items()}
+    if whole["role"] in ("assistant", "tool"):  # they may say nothing: beside a call, or yet
+        _refuse_half_characters(whole["content"], where)
+    else:
+        check_prompt_text(whole["content"], where)
+    return whole
+
+
+def _join_parts(content: Any, where: str) -> Any:
+    """Return the text of a content given in parts, [{"type": "text", "text": "..."}], as templates write it: without
+    anything between them.
+
+    What is no list is returned itself. Raise TaskError for a part that is no text.
+    """
+    if not isinstance(content, list | tuple):
+        return content
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            raise TaskError(
+                f"{where}: its content has a part that is {shorten_repr(kind or part)}. Prompts are text here: "
+                '[{"type": "text", "text": "..."}].'
+            )
+    return "".join(part["text"] for part in content)
 
 
 def check_prompt_text(value: str, where: str) -> str:
     """Return the text. Raise TaskError where a tokenizer could not read it: it is blank, or has a lone surrogate."""
     if not value.strip():
         raise TaskError(f"{where}: its prompt is empty.")
+    _refuse_half_characters(value, where)
+    return value
+
+
+def _refuse_half_characters(value: str, where: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise TaskError(f"{where}: its prompt holds half a character (a lone surrogate), which is no text.")
-    return value
 
 
 def split_rows(rows: Sequence[DatasetRow], source: str) -> SplitRows:

@@ -160,7 +160,7 @@ def score_group(function: RewardCallable, group: GroupView, log: RewardLog) -> l
     """
     if function.kind == "batch":
         return _score_batch(function, group, log)
-    return [_score_row(function, group, one.text) for one in group.completions]
+    return [_score_row(function, group, one.answer) for one in group.completions]
 
 
 def _score_row(function: RewardCallable, group: GroupView, text: str) -> float | None:

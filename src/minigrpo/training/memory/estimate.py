@@ -12,6 +12,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
 from minigrpo.models.chat_template import set_template_options
 from minigrpo.models.context_window import longest_prompt
+from minigrpo.models.limits import check_trainable
 from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
@@ -61,7 +62,8 @@ def _this_machine(recipe: Recipe, config: Any) -> Device:
 
 
 def read_sketch(recipe: Recipe) -> ModelSketch:
-    """Read config and tokenizer. Raises ModelError where the folder or Hub id holds no readable config or tokenizer."""
+    """Read config and tokenizer. Raises ModelError where the folder or Hub id holds no readable config or tokenizer, or
+    its model cannot be trained."""
     from minigrpo.models.embedded import seedling
 
     path, revision = recipe.model.path, recipe.model.revision
@@ -77,5 +79,6 @@ def read_sketch(recipe: Recipe) -> ModelSketch:
     except Exception as fault:  # transformers and the Hub client raise some twenty kinds between them
         reason = " ".join(str(fault).split())[:300]
         raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault
+    check_trainable(config, source, revision)
     set_template_options(tokenizer, recipe.model.template)
     return ModelSketch(config, tokenizer)
