@@ -182,7 +182,8 @@ class Game:
         except Wrong as wrong:
             return Outcome("wrong", printable(str(wrong)), None, self.calls, self.cpu_s)
         except Ended as ended:
-            return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s)
+            compiled = ended.compiled or self.calls > 0  # a program that has answered was compiled
+            return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s, compiled)
 
     def _play_with_retries(self, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         job, reason = self._job(), ""
@@ -199,7 +200,7 @@ class Game:
         try:
             return codec.encode([self.limits.output_bytes, self.source, self.entry], self.limits.input_bytes)
         except codec.CodecError as fault:
-            raise Ended("error", f"SyntaxError: the program is {fault}") from None
+            raise Ended("error", f"SyntaxError: the program is {fault}", compiled=False) from None
 
     def _play(self, worker: Worker, job: bytes, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         """Play from this call on, until the referee ends or the program fails."""

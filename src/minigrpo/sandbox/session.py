@@ -26,9 +26,10 @@ CPU_LIMIT_SHARE = 0.9
 class Ended(Exception):  # noqa: N818
     """The session is over, with this verdict."""
 
-    def __init__(self, verdict: Verdict, detail: str = "") -> None:
+    def __init__(self, verdict: Verdict, detail: str = "", *, compiled: bool = True) -> None:
         super().__init__(detail)
         self.verdict: Verdict = verdict
+        self.compiled = compiled
         self.detail = printable(detail)
 
 
@@ -139,7 +140,9 @@ def decode_answer(kind: bytes, body: bytes) -> Plain:
         except codec.CodecError as fault:
             raise Ended("blocked", f"it wrote what is no value: {fault}") from None
         return value
+    words = body.decode(errors="replace") or "no memory left"
+    if kind == program.UNREADABLE:
+        raise Ended("error", words, compiled=False)
     if kind not in KINDS:
         raise Ended("blocked", "it wrote what is no answer")
-    words = body.decode(errors="replace") or "no memory left"
     raise Ended(KINDS[kind], words)
