@@ -5,7 +5,7 @@ Most are the same search in other clothes. What they share, `FREE` and `SOLVE`, 
 
 from __future__ import annotations
 
-from textwrap import dedent
+from textwrap import dedent, indent
 
 HEAD = "def strategy(board, initial):\n"
 FREE = """
@@ -75,13 +75,14 @@ WINNERS = {
     "annotations of the future and type aliases": "from __future__ import annotations\nimport typing as t\n"
     "Grid = t.List[t.List[int]]\nMove = t.Tuple[int, int, int]\n"
     + SOLVE
-    + PLAY.replace("(board, initial):", "(board: Grid, initial: Grid) -> Move:\n    Row = t.List[int]\n    x: Row = []"),
+    + PLAY.replace("(board, initial):", "(board: Grid, initial: Grid) -> Move:\n    Row = t.List[int]"),
     "an import for annotations inside": inside("""
         from typing import Dict, List
         seen: Dict[int, List[int]] = {}
     """),
     "a dataclass beside the function": "from dataclasses import dataclass, field\nfrom typing import List\n"
-    "@dataclass(order=True)\nclass Cell:\n    row: int\n    col: int\n    options: List[int] = field(default_factory=list)\n"
+    "@dataclass(order=True)\nclass Cell:\n    row: int\n    col: int\n"
+    "    options: List[int] = field(default_factory=list)\n"
     + inside("cells = [Cell(r, c, free(board, r, c)) for r, c in empties(board)]\nassert str(cells[0])[:4] == 'Cell'"),
     "a frozen dataclass with string annotations": "import dataclasses\n@dataclasses.dataclass(frozen=True)\n"
     "class Move:\n    '''One move.'''\n    row: 'int'\n    col: 'int'\n    number: 'int' = 0\n"
@@ -167,9 +168,9 @@ WINNERS = {
     + inside("assert len(squares) == 81 and len(units['A1']) == 2"),
     "a helper with defaults": "def clamp(n, low=min(1, 2), high=9, seen=set()):\n    return max(low, min(n, high))\n"
     + inside("assert clamp(20) == 9"),
-    "everything inside": HEAD + "".join(f"    {line}\n" for line in (SOLVE + PLAY.split(HEAD)[1]).splitlines()).replace(
-        "        r, c = empties(board)[0]\n        solve(board)\n        return", "    r, c = empties(board)[0]\n    solve(board)\n    return"
-    ),
+    "everything inside": HEAD
+    + indent(SOLVE, "    ")
+    + "    r, c = empties(board)[0]\n    solve(board)\n    return r, c, board[r][c]\n",
     "a class of its own with a method": HEAD
     + """
     class Solver:
@@ -274,7 +275,10 @@ class Grid(list):
         print(text, len(text))
     """),
     "formatting of an object's attributes": CELL
-    + inside("cell = Cell(*empties(board)[0], board)\nprint('{0.row},{0.col} {c.__class__.__name__}'.format(cell, c=cell))"),
+    + inside("""
+        cell = Cell(*empties(board)[0], board)
+        print('{0.row},{0.col} {c.__class__.__name__}'.format(cell, c=cell))
+    """),
     "errors that are caught and printed": inside("""
         try:
             board[0].index(0)
@@ -347,7 +351,10 @@ class Grid(list):
 
 LOSERS = {
     "the first legal number": FREE
-    + ends("r, c = next((r, c) for r in range(9) for c in range(9) if not board[r][c])\nreturn r, c, free(board, r, c)[0]", ""),
+    + ends(
+        "r, c = next((r, c) for r in range(9) for c in range(9) if not board[r][c])\nreturn r, c, free(board, r, c)[0]",
+        "",
+    ),
     "the first number of a cell in a set of objects": CELL.replace("class", FREE + "class", 1)
     + ends("""
         cells = {Cell(r, c, board) for r in range(9) for c in range(9) if not board[r][c]}

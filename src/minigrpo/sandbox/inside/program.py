@@ -94,7 +94,7 @@ def define(code: CodeType, entry: str) -> Any:
 
 
 def describe_error(fault: BaseException) -> tuple[bytes, bytes]:
-    """Return (kind, text) of an exception. The kind follows from what happened, never from the exception's name or text.
+    """Return (kind, text) of an exception. The kind follows from what happened, never from a name or text.
 
     Formatting runs the exception's own code, which may fail again.
     """

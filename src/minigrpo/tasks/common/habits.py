@@ -19,8 +19,35 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _COMPUTING = (ast.Assign, ast.AugAssign, ast.For, ast.Expr)
 _NO_VALUE = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
 _PURE_BUILTINS = frozenset(
-    "abs all any bool chr dict divmod enumerate filter float frozenset int len list map max min ord range reversed "
-    "round set sorted str sum tuple zip".split()
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "chr",
+        "dict",
+        "divmod",
+        "enumerate",
+        "filter",
+        "float",
+        "frozenset",
+        "int",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "ord",
+        "range",
+        "reversed",
+        "round",
+        "set",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "zip",
+    ]
 )
 
 
@@ -113,9 +140,8 @@ def _changed_names(node: ast.stmt) -> Iterator[str]:
             yield part.id
         elif isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
             yield from _root_name(part)
-        elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
-            if isinstance(part.value.func, ast.Attribute):
-                yield from _root_name(part.value.func)
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
+            yield from _root_name(part.func)
 
 
 def _root_name(node: ast.AST) -> list[str]:

@@ -16,7 +16,9 @@ from minigrpo.tasks.common.harmless_imports import imports_name
 
 IsInternal = Callable[[str], bool]
 
-_MATCHED_WHOLE = frozenset("bool bytearray bytes dict float frozenset int list set str tuple".split())
+_MATCHED_WHOLE = frozenset(
+    ["bool", "bytearray", "bytes", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"]
+)
 """Built-in classes whose positional pattern is the value itself, no attribute."""
 
 _PLAIN_BASES = _MATCHED_WHOLE | {"object", "Exception", "ValueError", "KeyError"}
