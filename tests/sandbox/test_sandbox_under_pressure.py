@@ -52,6 +52,60 @@ def test_an_exit_code_alone_is_an_error() -> None:
         assert (ended.verdict, ended.detail) == ("error", "it ended its own process (exit code 70)")
 
 
+HOLDS = """
+import os, sys
+from minigrpo.sandbox import Limits, Sandbox
+first, last = int(sys.argv[1]), int(sys.argv[2])
+held = os.open("/dev/null", os.O_RDONLY)
+for number in range(first, last):
+    if number != held: os.dup2(held, number)
+def ask(): return (yield (7,))
+with Sandbox(Limits(cpu_s=2.0), workers=2) as sandbox:
+    for _ in range(3): print(sandbox.run("def f(x): return x", "f", ask()).result)
+    with sandbox.worker() as worker: print(worker.report["locks"]["landlock"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "closed"),
+    [(3, 97, ""), (3, 98, ""), (3, 99, ""), (3, 100, ""), (3, 101, ""), (3, 300, ""), (50, 50, "<&- >&3")],
+)
+def test_it_starts_whatever_descriptors_the_trainer_holds(first: int, last: int, closed: str) -> None:
+    """The control socket gets the first free number: also 100, which Landlock's rules have, and also that of stdin."""
+    command = f'exec "$0" -c "$1" {first} {last} 3>&1 {closed}'
+    arguments = ["sh", "-c", command, sys.executable, HOLDS]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    *answers, landlock = done.stdout.split("\n")[:4]
+    assert answers == ["7"] * 3, done.stderr
+    with Sandbox(workers=1) as sandbox, sandbox.worker() as worker:
+        assert landlock == worker.report["locks"]["landlock"]
+
+
+GIVES_AWAY = [
+    "import os\ndef f(x):\n    while True: os.sched_yield()",
+    "import os\ndef f(x):\n    for _ in range(10 ** 9): os.sched_yield()\n    return x",
+    "import os, time\ndef f(x):\n    end = time.monotonic() + 0.25\n"
+    "    while time.monotonic() < end: os.sched_yield()\n    return x",
+]
+
+
+@pytest.mark.parametrize("source", GIVES_AWAY)
+def test_giving_the_processor_away_is_charged_like_any_other_work(source: str) -> None:
+    with Sandbox(Limits(cpu_s=0.5), workers=1) as sandbox:
+        outcome = sandbox.run(source, "f", ask(*range(40)))
+        assert outcome.verdict == "timeout"
+        assert 0.45 <= outcome.cpu_s < 0.8
+
+
+@pytest.mark.parametrize("left", [0.05, 0.2, 0.4])
+def test_runs_may_share_one_limit(left: float) -> None:
+    with Sandbox(Limits(cpu_s=2.0), workers=1) as sandbox:
+        outcome = sandbox.run("def f(x):\n    while True: pass", "f", ask(1), cpu_s=left)
+        assert outcome.verdict == "timeout"
+        assert outcome.cpu_s < 0.9
+        assert sandbox.run(PLAIN, "f", ask(1), cpu_s=left).verdict == "ok"
+
+
 FORKS = """
 import os, resource, socket, time
 from minigrpo.sandbox.inside import zygote

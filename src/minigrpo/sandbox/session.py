@@ -40,12 +40,12 @@ class Fault(Exception):  # noqa: N818
 class Session:
     """A session with one child of a worker. Always `close` it."""
 
-    def __init__(self, worker: Worker, job: bytes) -> None:
+    def __init__(self, worker: Worker, job: bytes, cpu_s: float | None = None) -> None:
         self.worker, self.limits = worker, worker.limits
         self.cpu_s = 0.0
         self.channel: Channel | None = None
         try:
-            self.channel = worker.take()
+            self.channel = worker.take(cpu_s)
             self._send(b"-", job)
         except WorkerLost as fault:
             raise Fault("a worker was lost") from fault
@@ -104,7 +104,7 @@ class Session:
 
     def _hung(self) -> Exception:
         report = self._end(waited=True)
-        if report["cpu_s"] >= CPU_LIMIT_SHARE * self.limits.cpu_s:
+        if report["cpu_s"] >= CPU_LIMIT_SHARE * self.worker.cpu_s:
             return timeout(self.limits)
         if report["state"] == "S":
             return Ended("timeout", "it waits for something that never comes")

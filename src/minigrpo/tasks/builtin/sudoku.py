@@ -36,6 +36,7 @@ from minigrpo.tasks.common.code_task import (
     find_program,
     format_code_block,
     grade_sandbox_failure,
+    longest_grading,
     open_sandbox,
 )
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
@@ -130,7 +131,15 @@ def sudoku_task(recipe: Recipe) -> Task:
         return grade_strategy(prompt, find_program(text, _FUNCTION_NAME, _PARAMETERS), weights, recipe.sandbox)
 
     about = "write a strategy that wins at sudoku; puzzles are generated"
-    return Task("sudoku", prompts, grade, _gold_answer, about, unseen=_puzzle_keys)
+    return Task(
+        "sudoku",
+        prompts,
+        grade,
+        _gold_answer,
+        about,
+        unseen=_puzzle_keys,
+        grading_seconds=lambda side_by_side: longest_grading(recipe.sandbox, config.games + 1, side_by_side),
+    )
 
 
 def _puzzle_keys(prompt: Prompt) -> list[str]:

@@ -21,7 +21,7 @@ import math
 import symtable
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.schema import SandboxConfig
@@ -46,6 +46,7 @@ _SYSTEM_PROMPT = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
 )
+_RUNS_OF_CASES = 2  # they share one limit; a process for each error, and its start, come on top
 _TEST_ONE_IN = 5  # one problem in five is in the test split
 
 
@@ -268,7 +269,14 @@ def code_task(
         return format_code_block(by_name[prompt.target["function"]].gold)
 
     has_gold = all(problem.gold for problem in by_name.values())
-    return Task(name, prompts, grade, gold if has_gold else None, about="functions judged by cases")
+    return Task(
+        name,
+        prompts,
+        grade,
+        gold if has_gold else None,
+        about="functions judged by cases",
+        grading_seconds=lambda side_by_side: longest_grading(config, _RUNS_OF_CASES, side_by_side),
+    )
 
 
 def _split_problems(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split, list[Problem]]:
@@ -320,18 +328,27 @@ def grade_sandbox_failure(outcome: Outcome) -> Grade:
 
 
 def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) -> tuple[int, Outcome | None]:
-    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself."""
+    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself.
+
+    All cases share one limit of CPU time, also those that a fresh process goes on with after an error.
+    """
     sandbox = open_sandbox(config)
+    left = sandbox.limits.cpu_s
     passed: list[bool] = []
     first: Outcome | None = None
     while len(passed) < len(problem.cases):
-        outcome = sandbox.run(program.source, problem.name, _case_referee(problem.cases[len(passed) :], passed))
+        outcome = sandbox.run(
+            program.source, problem.name, _case_referee(problem.cases[len(passed) :], passed), cpu_s=left
+        )
         if outcome.verdict == "ok":
             break
         first = first or outcome
         if outcome.verdict != "error":
             return sum(passed), outcome
         passed.append(False)
+        left -= outcome.cpu_s
+        if left <= 0:
+            return sum(passed), replace(outcome, verdict="timeout", detail="the cases used up their CPU time")
     return sum(passed), first
 
 
@@ -341,6 +358,15 @@ def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
 
     limits = Limits(cpu_s=cpu_s or config.cpu_seconds, memory_mb=config.memory_mb)
     return shared_sandbox(limits, workers=config.workers, unsafe=config.unsafe)
+
+
+def longest_grading(config: SandboxConfig, runs: int, side_by_side: int) -> float:
+    """Return the seconds that grading may take within the sandbox's own limits: `runs` programs, one after the other.
+
+    `side_by_side`: completions that are graded at once, and wait for the same workers.
+    """
+    sandbox = open_sandbox(config)
+    return runs * math.ceil(side_by_side / sandbox.workers) * sandbox.limits.wall
 
 
 def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], passed: list[bool]) -> Referee[None]:

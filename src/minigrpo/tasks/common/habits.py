@@ -18,37 +18,11 @@ _LITERAL_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Unar
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _COMPUTING = (ast.Assign, ast.AugAssign, ast.For, ast.Expr)
 _NO_VALUE = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
-_PURE_BUILTINS = frozenset(
-    [
-        "abs",
-        "all",
-        "any",
-        "bool",
-        "chr",
-        "dict",
-        "divmod",
-        "enumerate",
-        "filter",
-        "float",
-        "frozenset",
-        "int",
-        "len",
-        "list",
-        "map",
-        "max",
-        "min",
-        "ord",
-        "range",
-        "reversed",
-        "round",
-        "set",
-        "sorted",
-        "str",
-        "sum",
-        "tuple",
-        "zip",
-    ]
+_PURE_NAMES = (
+    "abs all any bool chr dict divmod enumerate filter float frozenset int len list map max min ord range reversed "
+    "round set sorted str sum tuple zip"
 )
+_PURE_BUILTINS = frozenset(_PURE_NAMES.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from minigrpo.tasks.common.harmless_imports import imports_name
 
 IsInternal = Callable[[str], bool]
 
-_MATCHED_WHOLE = frozenset(
-    ["bool", "bytearray", "bytes", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"]
-)
+_MATCHED_NAMES = "bool bytearray bytes dict float frozenset int list set str tuple"
+_MATCHED_WHOLE = frozenset(_MATCHED_NAMES.split())
 """Built-in classes whose positional pattern is the value itself, no attribute."""
 
 _PLAIN_BASES = _MATCHED_WHOLE | {"object", "Exception", "ValueError", "KeyError"}
