@@ -40,9 +40,9 @@ class Channel:
     was silent, returns the seconds until it wants to be called again, and may end the waiting by raising WallHit.
     """
 
-    def __init__(self, handle: int, seconds: float, check: Callable[[bool], float]) -> None:
+    def __init__(self, handle: int, seconds: float, check: Callable[[bool], float], first_check: float) -> None:
         self.check = check
-        self.until_check = CHECK_INTERVAL_S
+        self.until_check = first_check
         self.socket = socket.socket(fileno=handle)
         self.socket.setblocking(False)
         self.left = seconds
@@ -140,7 +140,8 @@ class Worker:
             raise WorkerLost from fault
         self._idle = 0
         wall = self.limits.wall * self.cpu_s / self.limits.cpu_s
-        channel = Channel(handles[0], wall, self._check_child) if handles else None
+        first = min(self.cpu_s, CHECK_INTERVAL_S)
+        channel = Channel(handles[0], wall, self._check_child, first) if handles else None
         try:
             report = self._receive()
         except BaseException:
