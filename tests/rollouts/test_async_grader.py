@@ -105,7 +105,7 @@ def test_a_group_that_hangs_is_left_out_from_there_on_and_told_once(echo_task, t
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize(("each", "limit", "own"), [(0.15, 0.3, 0.0), (0.15, 0.01, 0.4), (0.02, 0.05, 0.0)])
+@pytest.mark.parametrize(("each", "limit", "own"), [(0.2, 0.5, 0.0), (0.15, 0.01, 0.4), (0.1, 0.25, 0.0)])
 def test_a_group_from_which_grades_still_come_is_not_hung(echo_task, tokenizer, workers, each, limit, own):
     """Each sibling keeps the limit, the group of three does not; `own` is the limit that the task knows itself."""
     task = replace(slowly(echo_task, each), grading_seconds=lambda side_by_side: own)
