@@ -29,6 +29,11 @@ CALL, DEFINE = b"C", b"D"
 VALUE, ERROR, MEMORY, BLOCKED, UNREADABLE = b"V", b"E", b"M", b"B", b"U"
 MAX_TEXT_CHARS = 300
 MAX_CHAIN = 100
+CONTEXT: Any = BaseException.__context__
+CAUSE: Any = BaseException.__cause__
+MEMBERS: Any = BaseExceptionGroup.exceptions
+ERRNO: Any = OSError.errno
+"""Python's own fields of exceptions."""
 RESERVE_BYTES = 2**18
 NAME = "program"
 NO_MEMORY = 72
@@ -114,7 +119,7 @@ def describe_error(fault: BaseException) -> tuple[bytes, bytes]:
 def chain_of(fault: BaseException) -> list[BaseException]:
     """Return an exception, those in whose place it was raised, and the members of groups, up to a bound.
 
-    Python's own fields are read, not what a class of the program puts over them.
+    Their own fields are read, not what a class of the program puts over them.
     """
     chain: list[BaseException] = []
     waiting: list[BaseException | None] = [fault]
@@ -122,14 +127,14 @@ def chain_of(fault: BaseException) -> list[BaseException]:
         link = waiting.pop()
         if link is not None and not any(link is seen for seen in chain):
             chain.append(link)
-            waiting += [field.__get__(link) for field in (BaseException.__context__, BaseException.__cause__)]
-            waiting += BaseExceptionGroup.exceptions.__get__(link) if isinstance(link, BaseExceptionGroup) else ()
+            waiting += [CONTEXT.__get__(link), CAUSE.__get__(link)]
+            waiting += MEMBERS.__get__(link) if isinstance(link, BaseExceptionGroup) else ()
     return chain
 
 
 def is_refusal(fault: BaseException) -> bool:
     """Return whether the kernel refused a call."""
-    return isinstance(fault, OSError) and OSError.errno.__get__(fault) == errno.EPERM
+    return isinstance(fault, OSError) and ERRNO.__get__(fault) == errno.EPERM
 
 
 def read(size: int) -> bytes:

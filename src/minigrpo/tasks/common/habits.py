@@ -166,7 +166,8 @@ def _without_type_aliases(module: ast.Module) -> ast.Module:
     imports = [node for node in ast.walk(module) if isinstance(node, Import)]
     pairs = [(node, alias) for node in imports for alias in node.names if is_for_annotations(node, alias)]
     names = frozenset(alias.asname or alias.name for _, alias in pairs)
-    return _WithoutAliases(names).visit(module) if names else module  # type: ignore[no-any-return]
+    replaced: ast.Module = _WithoutAliases(names).visit(module)
+    return replaced
 
 
 class _WithoutAliases(ast.NodeTransformer):
