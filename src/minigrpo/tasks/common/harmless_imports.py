@@ -68,7 +68,7 @@ class ImportUse:
         if (alias.asname or alias.name).startswith("__"):
             return False
         if isinstance(node, ast.ImportFrom):
-            places = names or [None]
+            places: list[ast.Name | None] = [*names] or [None]
             return not node.level and all(self._may_use(node.module or "", alias.name, name) for name in places)
         if isinstance(self.parents.get(id(node)), ast.ClassDef):  # the module would be an attribute of the class
             return False
