@@ -126,7 +126,9 @@ class Task:
     `gold(prompt)` returns a right answer in full, so that anyone can check that the grader rewards it. `grade_group`,
     if given, grades all siblings at once, in their order, in place of `grade`. `unseen(prompt)` names what must not
     occur in training if the prompt is to be a fair test: None means the words of the prompt; a task whose prompts read
-    alike, but are graded by something hidden, names each hidden thing.
+    alike, but are graded by something hidden, names each hidden thing. `grading_seconds(n)`, if given, is the longest
+    that grading one completion takes within the task's own limits while n are graded side by side: no grader that takes
+    less is taken for hung.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Task:
     about: str = ""
     grade_group: Callable[[Prompt, Sequence[Completion]], Sequence[Grade]] | None = None
     unseen: Callable[[Prompt], Sequence[str]] | None = None
+    grading_seconds: Callable[[int], float] | None = None
 
 
 Ready = Callable[[int, tuple[Completion, ...]], None]

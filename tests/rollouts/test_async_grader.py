@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.engines.scripted import Scripted
 from minigrpo.rollouts.groups import rollout
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade, Sampling
 
 SAY = ["1", "2", "no"]
@@ -100,6 +102,27 @@ def test_a_group_that_hangs_is_left_out_from_there_on_and_told_once(echo_task, t
     assert groups[1].grades[2].notes == {"grader": "took longer than 0.5 s"}
     assert len(said) == 1
     assert "train-1" in said[0]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("each", "limit", "own"), [(0.2, 0.5, 0.0), (0.15, 0.01, 0.4), (0.1, 0.25, 0.0)])
+def test_a_group_from_which_grades_still_come_is_not_hung(echo_task, tokenizer, workers, each, limit, own):
+    """Each sibling keeps the limit, the group of three does not; `own` is the limit that the task knows itself."""
+    task = replace(slowly(echo_task, each), grading_seconds=lambda side_by_side: own)
+    with Grader(task, workers=workers, seconds=limit) as grader:
+        assert roll(task, tokenizer, grader, count=4) == roll(echo_task, tokenizer, count=4)
+
+
+@pytest.mark.parametrize(
+    ("games", "cpu_seconds", "side_by_side", "workers", "seconds"),
+    [(3, 5.0, 1, 2, 200.0), (3, 5.0, 4, 2, 400.0), (1, 0.5, 3, 8, 60.0), (1, 5.0, 8, 3, 300.0)],
+)
+def test_the_time_for_programs_follows_from_the_limits_of_the_sandbox(
+    games, cpu_seconds, side_by_side, workers, seconds
+):
+    sandbox = {"cpu_seconds": cpu_seconds, "workers": workers, "memory_mb": 63 + workers}
+    recipe = Recipe.model_validate({"task": {"name": "sudoku", "games": games}, "sandbox": sandbox})
+    assert Grader(open_task(recipe), workers=side_by_side).seconds == seconds
 
 
 def test_three_groups_that_hang_in_a_row_end_the_run(echo_task, tokenizer):

@@ -1,5 +1,6 @@
 """What a sandbox does when the machine, or the program, runs short: of memory, and of processes in the middle."""
 
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,67 @@ def test_an_exit_code_alone_is_an_error() -> None:
     with Sandbox(Limits(cpu_s=2.0), workers=1) as sandbox:
         ended = sandbox.run("import os\ndef f(x): os._exit(70)", "f", ask(1))
         assert (ended.verdict, ended.detail) == ("error", "it ended its own process (exit code 70)")
+
+
+HOLDS = """
+import os, sys
+from minigrpo.sandbox import Limits, Sandbox
+held = os.open("/dev/null", os.O_RDONLY)
+for number in eval(sys.argv[1]) - {held}: os.dup2(held, number)
+def ask(): return (yield (7,))
+with Sandbox(Limits(cpu_s=2.0), workers=2) as sandbox:
+    for _ in range(3): print(sandbox.run("def f(x): return x", "f", ask()).result)
+    with sandbox.worker() as worker: print(worker.report["locks"]["landlock"])
+"""
+HELD = [
+    *("{*range(3, 97)}", "{*range(3, 98)}", "{*range(3, 99)}", "{*range(3, 100)}", "{*range(3, 300)}"),
+    *("{*range(3, 300)} - {99, 100}", "{*range(3, 300)} - {7, 100}", "{*range(3, 300)} - {98, 99, 100}"),
+]
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("closed", ["", "<&- 2>&-"])
+def test_it_starts_whatever_descriptors_the_trainer_holds(held: str, closed: str) -> None:
+    """The control socket gets any number: also 100, which Landlock's rules have, and also that of a closed stdin."""
+    arguments = ["sh", "-c", f'exec "$0" -c "$1" "$2" {closed}', sys.executable, HOLDS, held]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    with Sandbox(workers=1) as sandbox, sandbox.worker() as worker:
+        landlock = worker.report["locks"]["landlock"]
+    assert done.stdout == f"7\n7\n7\n{landlock}\n", done.stderr
+
+
+GIVES_AWAY = [
+    "import os\ndef f(x):\n    while True: os.sched_yield()",
+    "import os\ndef f(x):\n    for _ in range(10 ** 9): os.sched_yield()\n    return x",
+    "import os, time\ndef f(x):\n    end = time.monotonic() + 0.25\n"
+    "    while time.monotonic() < end: os.sched_yield()\n    return x",
+]
+
+
+@pytest.mark.parametrize("source", GIVES_AWAY)
+def test_giving_the_processor_away_is_charged_like_any_other_work(source: str) -> None:
+    """Beside a process that takes it at once the timer's ticks hardly ever meet the program: it had twice its limit."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with Sandbox(Limits(cpu_s=0.4), workers=1) as sandbox:
+            outcome = sandbox.run(source, "f", ask(*range(40)))
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, cores)
+    assert outcome.verdict == "timeout"
+    assert 0.3 <= outcome.cpu_s < 0.6
+
+
+@pytest.mark.parametrize("left", [0.05, 0.2, 0.4])
+def test_runs_may_share_one_limit(left: float) -> None:
+    with Sandbox(Limits(cpu_s=2.0), workers=1) as sandbox:
+        outcome = sandbox.run("def f(x):\n    while True: pass", "f", ask(1), cpu_s=left)
+        assert outcome.verdict == "timeout"
+        assert outcome.cpu_s < left + 0.2
+        assert sandbox.run(PLAIN, "f", ask(1), cpu_s=left).verdict == "ok"
 
 
 FORKS = """

@@ -46,6 +46,19 @@ def test_a_function_earns_the_share_of_its_cases(body: str, works: float, passed
     assert bool(grade.notes) is (not works or "//" in body or "10 **" in body)
 
 
+@pytest.mark.parametrize("failure", ["raise ValueError", "return object()", "return unknown"])
+def test_all_cases_share_one_limit_of_time(failure: str) -> None:
+    """Twelve cases that fail, each within the limit of 0.3 s, leave nothing for the one that would pass."""
+    cases = [((n,), 2 * n) for n in range(-12, 1)]
+    problem = Problem("double", ("n",), "Twice it.", cases)
+    grade = graded(
+        f"def double(n):\n    if n < 0:\n        sum(range(4 * 10**6))\n        {failure}\n    return 0", problem
+    )
+    assert grade.parts == {"works": 0.0, "passed": 0.0}
+    brief = graded(f"def double(n):\n    if n < 0:\n        {failure}\n    return 0", problem)
+    assert brief.parts == {"works": 1.0, "passed": 1 / 13}
+
+
 def test_the_task_gives_right_answers_for_both_splits() -> None:
     task = code_task([DOUBLE], test=[OTHER])
     assert task.gold is not None

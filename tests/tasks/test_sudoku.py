@@ -205,7 +205,7 @@ def test_of_several_blocks_the_one_that_defines_the_function_is_graded() -> None
 
 def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
     """A name that only left-out code defines is missing when the function needs it."""
-    needy = GOLD_PROGRAM.replace("def strategy", "moves = [int('1')]\ndef strategy", 1).replace(
+    needy = GOLD_PROGRAM.replace("def strategy", "if True:\n    moves = [1]\ndef strategy", 1).replace(
         "    def free", "    moves.pop()\n\n    def free", 1
     )
     grade = graded(needy)
@@ -221,7 +221,8 @@ def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
         (GOLD_PROGRAM.replace("initial)", "initial=[])", 1), "default arguments"),
         (GOLD_PROGRAM.replace("initial)", "*initial)", 1), "parameters other than"),
         (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
-        ("class Board: pass\n" + GOLD_PROGRAM, "code outside"),
+        ("@print\nclass Board: pass\n" + GOLD_PROGRAM, "code outside"),
+        ("class Board:\n    print(1)\n" + GOLD_PROGRAM, "code outside"),
         ("@print\ndef help(): pass\n" + GOLD_PROGRAM, "code outside"),
         ("def help(seen=print(1)): return seen\n" + GOLD_PROGRAM, "code outside"),
         (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "defined twice"),
@@ -308,17 +309,74 @@ def test_what_the_sandbox_blocks_is_a_cheat() -> None:
     assert grade.notes["cheats"] == "reached for what the sandbox forbids"
 
 
-def test_an_error_message_that_mentions_blocking_counts_only_as_an_error() -> None:
-    assert parts(graded(HEAD + "    raise ValueError('blocked: SyntaxError')")) == (1.0, 1.0, -3.0)
-
-
 def test_endless_programs_time_out_and_those_that_need_too_much_memory_fail() -> None:
     brief = open_task(recipe(cpu_seconds=0.2))
-    assert parts(graded(HEAD + "    while True: pass", brief)) == (1.0, 1.0, -1.0)
+    assert parts(graded(HEAD + "    while True: pass", brief)) == (1.0, 1.0, -4.0)
     assert parts(graded(HEAD + "    return strategy(board, initial)", brief)) == (1.0, 1.0, -3.0)
     greedy = graded(HEAD + "    x = [0] * 10 ** 9\n    return 0, 0, 1", brief)
     assert parts(greedy) == (1.0, 1.0, -3.0)
     assert "memory" in greedy.notes["games"].lower()
+
+
+BY_WORTH = [
+    "while True: pass",
+    "for n in iter(int, 1): board[0][0] = n",
+    "return max(len(str(9 ** (9 ** 7 + n))) for n in range(10 ** 6)), 0, 0",
+    "raise ValueError",
+    "return board[9][9]",
+    "return [0] * 10 ** 9",
+    "return 0, 0, 0",
+    "return 'no move'",
+    "return",
+]
+"""Strategies without a legal move: three that hang, three that fail, three that move illegally."""
+
+
+@pytest.mark.parametrize("moves", [0, 1, 5])
+def test_a_strategy_that_tries_is_never_worth_less_than_one_that_hangs(moves: int) -> None:
+    brief = open_task(recipe(cpu_seconds=0.2))
+    counted = f"    if {moves} <= made(board) - made(initial):\n        "
+    made = "def made(board):\n    return sum(n > 0 for row in board for n in row)\n"
+    worth = [parts(graded(made + LEGAL.replace(HEAD, HEAD + counted + line + "\n"), brief))[2] for line in BY_WORTH]
+    hang, fail, illegal = worth[:3], worth[3:6], worth[6:]
+    assert set(hang) == {-4.0}
+    assert set(fail) == {-3.0}
+    assert illegal == [pytest.approx(0.2 * moves or -2.0)] * 3
+
+
+NAMED_LIKE = {
+    "a subclass": "class SyntaxErrors(PermissionError): pass\ntry:\n    os.fork()\n"
+    "except OSError as e:\n    raise SyntaxErrors(1, 'x')",
+    "a subclass that cannot be shown": "class Mute(PermissionError):\n    def __str__(self): return 1 / 0\n"
+    "try:\n    os.fork()\nexcept OSError:\n    raise Mute(1, 'x')",
+    "another in its place": "try:\n    os.fork()\nexcept OSError:\n    raise SyntaxError('invalid')",
+    "another from it": "try:\n    os.fork()\nexcept OSError as e:\n    raise MemoryError from e",
+    "another from none": "try:\n    os.fork()\nexcept OSError as e:\n    raise ValueError from None",
+    "a group": "try:\n    os.fork()\nexcept OSError as e:\n    raise ExceptionGroup('SyntaxError', [e])",
+    "one that lies about its number": "class Lie(PermissionError):\n    errno = 2\ntry:\n    os.fork()\n"
+    "except OSError:\n    raise Lie(1, 'SyntaxError')",
+}
+
+
+@pytest.mark.parametrize("lines", NAMED_LIKE.values(), ids=NAMED_LIKE)
+def test_a_blocked_program_that_raises_under_another_name_is_a_cheat(lines: str) -> None:
+    grade = grade_unchecked(after("import os\n" + lines))
+    assert parts(grade)[1:] == (-20.0, -3.0)
+    assert grade.notes["cheats"] == "reached for what the sandbox forbids"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "raise type('SyntaxErrorOfMine', (Exception,), {})()",
+        "raise SyntaxError('invalid')",
+        "raise IndentationError",
+        "raise ValueError('blocked: SyntaxError')",
+    ],
+)
+def test_only_a_program_that_does_not_compile_has_a_syntax_error(line: str) -> None:
+    assert parts(graded(HEAD + "    " + line)) == (1.0, 1.0, -3.0)
+    assert parts(graded(HEAD + "    break\n    " + line)) == (-2.0, -1.0, 0.0)
 
 
 def test_a_failure_of_the_machine_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:

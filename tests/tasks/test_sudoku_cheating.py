@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
         "import math\n" + GOLD_PROGRAM,
         after("__import__('os')"),
         after("eval('1')"),
-        after("getattr(board, 'pop')"),
+        after("getattr(board, 'po' + 'p')"),
         after("board.__class__"),
         after("match board:\n    case object(__class__=kind):\n        pass"),
         after("(1 for _ in ()).gi_frame"),
@@ -77,6 +77,71 @@ def test_a_name_that_the_program_defines_is_no_cheat(lines: str) -> None:
 def test_a_name_defined_beside_the_function_is_no_cheat() -> None:
     beside = "def help(): return 1\n" + after("help()") + "\nif __name__ == '__main__':\n    help()\n"
     assert parts(graded(beside)) == (1.0, 1.0, 30.0)
+
+
+ANY_VALUE = "class Any(type):\n    def __instancecheck__(cls, value): return True\n"
+NAMED_BY_A_TEXT = [
+    "getattr(board, '__class__')",
+    "get = getattr\nget(board, 'pop')",
+    "getattr(board, *['pop'])",
+    "list(map(getattr, [board], ['pop']))",
+    "'{0.__class__}'.format(board)",
+    "'{0:{1.gi_frame}}'.format(board, 1)",
+    "try:\n    '{0.x.y}'.format(board)\nexcept AttributeError as error:\n    error.obj",
+    "try:\n    ('{0' + '.x}').format(board)\nexcept AttributeError as error:\n    getattr(error, 'obj')",
+    "try:\n    board.x\nexcept AttributeError as error:\n    match error:\n        case Exception(obj=found): pass",
+    "class Own:\n    obj = 1\n    def __exit__(self, kind, error, trace): return error.obj",
+    "class Own:\n    tb_frame = 1\n    def __exit__(self, kind, error, trace): return trace.tb_frame",
+]
+NAMED_BY_A_PATTERN = [
+    ANY_VALUE + "class P(metaclass=Any):\n    __match_args__ = ('gi_frame',)",
+    ANY_VALUE + "class P(metaclass=Any):\n    __match_args__ = ('harmless',)",
+    ANY_VALUE + "class Q(metaclass=Any): pass\nclass P(Q): pass",
+    "P = type('P', (), {'__match_args__': ('__class__',)})",
+    "class P: pass\nP = type('P', (), {})",
+    "class P(type('Q', (), {})): pass",
+    "class P:\n    __match_args__ = ('__dict__',)",
+    "class P:\n    __match_args__ = ('__di' + 'ct__',)",
+    "class P:\n    for __match_args__ in [('x',)]: pass",
+    "class P:\n    match ('x',):\n        case __match_args__: pass",
+    "class P:\n    __dict__: int",
+    "def turned(kind): return kind\n@turned\nclass P: pass",
+    "int = P = board",
+]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    NAMED_BY_A_TEXT + [f"{lines}\nmatch board:\n    case P(found): pass" for lines in NAMED_BY_A_PATTERN],
+)
+def test_an_attribute_that_a_text_or_a_pattern_names_is_a_cheat(lines: str) -> None:
+    program = find_program(format_code_block(after(lines)), "strategy", ("board", "initial"))
+    assert program.cheats
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from collections import Counter\nCounter.memo = board",
+        "from collections import Counter\nkept = Counter",
+        "from collections import Counter\ntype(Counter()).memo = board",
+        "from collections import Counter\nclass Own(Counter): pass",
+        "from collections import Counter\nCounter().__class__ == board",
+        "from collections import namedtuple\nnamedtuple.memo = board",
+        "from dataclasses import dataclass\ndataclass.memo = board",
+        "from dataclasses import make_dataclass",
+        "from collections import _sys",
+        "from collections import deque as __builtins__",
+        "import collections\ncollections._sys",
+        "import collections\ncollections.deque = board",
+        "import collections\nkept = collections",
+        "class Own:\n    import collections",
+        "import typing, os",
+    ],
+)
+def test_an_imported_object_that_could_keep_notes_is_a_cheat(lines: str) -> None:
+    program = find_program(format_code_block(after(lines)), "strategy", ("board", "initial"))
+    assert program.cheats == ("import",)
 
 
 @pytest.mark.parametrize("line", ["seen = []", "seen = {}", "seen = 0"])

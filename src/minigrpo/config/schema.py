@@ -113,7 +113,7 @@ class TaskConfig(Config):
     weights: dict[str, float] = field({}, "weight of each reward function by name, over the task's own weights")
     workers: int = field(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
     seconds: float = field(
-        60.0, "longest time to grade one group; what is not graded by then is left out of it", "seconds", gt=0
+        60.0, "longest time until the next grade of a group; what is not graded by then is left out", "seconds", gt=0
     )
     games: int = field(
         3, "sudoku: puzzles that each strategy plays; a win is to solve them all", "puzzles", ge=1, le=100

@@ -4,9 +4,9 @@
         groups = rollout(engine, task, prompts, ..., grader=grader)
 
 Groups are judged in the order in which they end, and come back in the order of their prompts: the outcome is that of
-judging them one after the other. A group that takes too long is given up: what was judged of it stays, the rest gets a
-reward of NaN with a note. Python cannot stop a thread, so the one that hangs is left behind and replaced; threads are
-daemons and never keep the process from ending.
+judging them one after the other. A group from which no grade comes for `seconds`, or for as long as the task's own
+limits allow, is given up: what was judged of it stays, the rest gets a reward of NaN with a note. Python cannot stop a
+thread, so the one that hangs is left behind and replaced; threads are daemons and never keep the process from ending.
 
 Not covered: graders that only work in the main thread (those that set signals), and, with several workers, graders
 whose calls disturb one another. A hang inside a C extension that holds Python's lock stops everything.
@@ -34,13 +34,15 @@ MAX_HUNG_GROUPS = 3
 
 @dataclass(slots=True)
 class GradingJob:
-    """One group being graded. `closed`: it timed out, and later results of its worker are ignored."""
+    """One group being graded. `since`: when it began, or its last grade came. `closed`: it timed out, and later results
+    of its worker are ignored.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     grades: list[Grade] = field(default_factory=list)
     fault: BaseException | None = None
-    began: float = math.inf
+    since: float = math.inf
     closed: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -51,7 +53,8 @@ class Grader:
     def __init__(
         self, task: Task, *, workers: int = 1, seconds: float = 60.0, say: Callable[[str], None] | None = None
     ) -> None:
-        self.task, self.workers, self.seconds = task, workers, seconds
+        self.task, self.workers = task, workers
+        self.seconds = max(seconds, task.grading_seconds(workers) if task.grading_seconds else 0.0)
         self._say = say or warnings.warn
         self._said: set[str] = set()
         self._jobs: queue.SimpleQueue[GradingJob | None] = queue.SimpleQueue()
@@ -91,7 +94,7 @@ class Grader:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             with self._lock:
-                job.began = time.monotonic()
+                job.since = time.monotonic()
                 self._running.append(job)
             self._judge(job)
             with self._lock:
@@ -114,13 +117,14 @@ class Grader:
         with self._lock:
             if not job.closed:
                 job.grades.append(grade)
+                job.since = time.monotonic()
             return not job.closed
 
     def wait(self, job: GradingJob) -> None:
         """Wait until the job has ended or timed out."""
         while not job.ended.is_set():
             with self._lock:
-                soonest = min((running.began for running in self._running), default=math.inf) + self.seconds
+                soonest = min((running.since for running in self._running), default=math.inf) + self.seconds
             left = min(soonest - time.monotonic(), self.seconds)
             job.ended.wait(max(left, 0.0) + 1e-3)
             self.give_up_late_ones()
@@ -129,7 +133,7 @@ class Grader:
         """Close jobs that timed out. Raises TaskError after MAX_HUNG_GROUPS in a row."""
         now = time.monotonic()
         with self._lock:
-            late = [job for job in self._running if now - job.began > self.seconds]
+            late = [job for job in self._running if now - job.since > self.seconds]
             for job in late:
                 self._running.remove(job)
                 self._hung += 1

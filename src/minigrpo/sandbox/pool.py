@@ -71,13 +71,15 @@ class Sandbox:
             worker.close()
         self._reset()
 
-    def run(self, source: str, entry: str, referee: Referee[Any]) -> Outcome:
+    def run(self, source: str, entry: str, referee: Referee[Any], *, cpu_s: float | None = None) -> Outcome:
         """Play the referee's game with the function `entry` of a program, in a fresh process.
+
+        `cpu_s`: what is left of the CPU time where several runs share one limit.
 
         The referee runs here, in this process, and what it raises besides `Wrong` is raised here.
         """
         try:
-            return Game(self, source, entry).play(referee)
+            return Game(self, source, entry, cpu_left_s=cpu_s).play(referee)
         finally:
             referee.close()
 
@@ -169,9 +171,17 @@ def missing(report: dict[str, Any]) -> list[str]:
 class Game:
     """Plays one program against one referee. A call that the machine interrupts is repeated in another process."""
 
-    def __init__(self, sandbox: Sandbox, source: str, entry: str, kind: bytes = program.CALL) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        source: str,
+        entry: str,
+        kind: bytes = program.CALL,
+        *,
+        cpu_left_s: float | None = None,
+    ) -> None:
         self.sandbox, self.limits, self.kind = sandbox, sandbox.limits, kind
-        self.source, self.entry = source, entry
+        self.source, self.entry, self.cpu_left_s = source, entry, cpu_left_s
         self.calls, self.cpu_s = 0, 0.0
 
     def play(self, referee: Referee[Any]) -> Outcome:
@@ -182,7 +192,8 @@ class Game:
         except Wrong as wrong:
             return Outcome("wrong", printable(str(wrong)), None, self.calls, self.cpu_s)
         except Ended as ended:
-            return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s)
+            compiled = ended.compiled or self.calls > 0  # a program that has answered was compiled
+            return Outcome(ended.verdict, ended.detail, None, self.calls, self.cpu_s, compiled)
 
     def _play_with_retries(self, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         job, reason = self._job(), ""
@@ -199,12 +210,12 @@ class Game:
         try:
             return codec.encode([self.limits.output_bytes, self.source, self.entry], self.limits.input_bytes)
         except codec.CodecError as fault:
-            raise Ended("error", f"SyntaxError: the program is {fault}") from None
+            raise Ended("error", f"SyntaxError: the program is {fault}", compiled=False) from None
 
     def _play(self, worker: Worker, job: bytes, referee: Referee[Any], arguments: tuple[Plain, ...]) -> Outcome:
         """Play from this call on, until the referee ends or the program fails."""
         try:
-            session = Session(worker, job)
+            session = Session(worker, job, self.cpu_left_s)
             try:
                 while True:
                     value = session.ask(self.kind, self._encode_arguments(arguments))

@@ -50,6 +50,7 @@ class Outcome:
 
     wrong: the referee rejects its value. error: the program's own exception, or a value that is not plain. timeout,
     memory: beyond a limit. blocked: it tried something forbidden. infrastructure: the machine's fault, never graded.
+    `compiled`: False where the program is an error because it does not compile.
     """
 
     verdict: Verdict
@@ -57,6 +58,7 @@ class Outcome:
     result: Any = None
     calls: int = 0
     cpu_s: float = 0.0
+    compiled: bool = True
 
 
 def printable(text: str) -> str:

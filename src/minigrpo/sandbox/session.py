@@ -26,9 +26,10 @@ CPU_LIMIT_SHARE = 0.9
 class Ended(Exception):  # noqa: N818
     """The session is over, with this verdict."""
 
-    def __init__(self, verdict: Verdict, detail: str = "") -> None:
+    def __init__(self, verdict: Verdict, detail: str = "", *, compiled: bool = True) -> None:
         super().__init__(detail)
         self.verdict: Verdict = verdict
+        self.compiled = compiled
         self.detail = printable(detail)
 
 
@@ -39,12 +40,12 @@ class Fault(Exception):  # noqa: N818
 class Session:
     """A session with one child of a worker. Always `close` it."""
 
-    def __init__(self, worker: Worker, job: bytes) -> None:
+    def __init__(self, worker: Worker, job: bytes, cpu_s: float | None = None) -> None:
         self.worker, self.limits = worker, worker.limits
         self.cpu_s = 0.0
         self.channel: Channel | None = None
         try:
-            self.channel = worker.take()
+            self.channel = worker.take(cpu_s)
             self._send(b"-", job)
         except WorkerLost as fault:
             raise Fault("a worker was lost") from fault
@@ -103,7 +104,7 @@ class Session:
 
     def _hung(self) -> Exception:
         report = self._end(waited=True)
-        if report["cpu_s"] >= CPU_LIMIT_SHARE * self.limits.cpu_s:
+        if report["cpu_s"] >= CPU_LIMIT_SHARE * self.worker.cpu_s:
             return timeout(self.limits)
         if report["state"] == "S":
             return Ended("timeout", "it waits for something that never comes")
@@ -139,7 +140,9 @@ def decode_answer(kind: bytes, body: bytes) -> Plain:
         except codec.CodecError as fault:
             raise Ended("blocked", f"it wrote what is no value: {fault}") from None
         return value
+    words = body.decode(errors="replace") or "no memory left"
+    if kind == program.UNREADABLE:
+        raise Ended("error", words, compiled=False)
     if kind not in KINDS:
         raise Ended("blocked", "it wrote what is no answer")
-    words = body.decode(errors="replace") or "no memory left"
     raise Ended(KINDS[kind], words)

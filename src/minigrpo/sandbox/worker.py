@@ -21,7 +21,7 @@ from minigrpo.sandbox.protocol import Limits
 
 BOOT = "import sys; sys.path.append(sys.argv[1]); from inside import zygote; zygote.main()"
 START_TIMEOUT_S, REPLY_TIMEOUT_S, EXIT_TIMEOUT_S = 60.0, 30.0, 2.0
-CHECK_INTERVAL_S, MAX_IDLE_CHECKS = 0.5, 2
+CHECK_INTERVAL_S, MIN_CHECK_INTERVAL_S, MAX_IDLE_CHECKS = 0.5, 0.02, 2
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -36,11 +36,13 @@ class WallHit(Exception):  # noqa: N818
 class Channel:
     """The byte stream to a child, with one budget of waiting time for the whole session.
 
-    `check` is called after every half second of silence, and may end the waiting by raising WallHit.
+    `check` is called after every half second of waiting, or sooner where it says so. It is told whether half a second
+    was silent, returns the seconds until it wants to be called again, and may end the waiting by raising WallHit.
     """
 
-    def __init__(self, handle: int, seconds: float, check: Callable[[], None]) -> None:
+    def __init__(self, handle: int, seconds: float, check: Callable[[bool], float], first_check: float) -> None:
         self.check = check
+        self.until_check = first_check
         self.socket = socket.socket(fileno=handle)
         self.socket.setblocking(False)
         self.left = seconds
@@ -74,15 +76,20 @@ class Channel:
     def _wait(self, event: int) -> None:
         poll = select.poll()
         poll.register(self.socket, event)
+        silence = 0.0
         while True:
             began = time.monotonic()
-            ready = poll.poll(max(0, math.ceil(min(self.left, CHECK_INTERVAL_S) * 1000)))
-            self.left -= time.monotonic() - began
+            ready = poll.poll(max(0, math.ceil(min(self.left, self.until_check) * 1000)))
+            waited = time.monotonic() - began
+            self.left, self.until_check, silence = self.left - waited, self.until_check - waited, silence + waited
             if ready:
                 return
             if self.left <= 0:
                 raise WallHit
-            self.check()
+            if self.until_check <= 0:
+                silent = silence >= CHECK_INTERVAL_S
+                silence = 0.0 if silent else silence
+                self.until_check = self.check(silent)
 
     def close(self) -> None:
         self.socket.close()
@@ -93,6 +100,8 @@ class Worker:
 
     def __init__(self, limits: Limits, *, unsafe: bool = False, selftest: bool = True) -> None:
         self.limits = limits
+        self.cpu_s = limits.cpu_s
+        """CPU seconds of the running child."""
         self.owner = os.getpid()
         self.sound = False
         """Whether no child runs and the zygote waits for a command."""
@@ -101,8 +110,8 @@ class Worker:
         ours.settimeout(START_TIMEOUT_S)
         self.control = ours
         try:
-            with theirs:
-                self.process = start_zygote(theirs.fileno())
+            with theirs, above_standard_streams(theirs) as passed:
+                self.process = start_zygote(passed.fileno())
             config = {"cpu_s": limits.cpu_s, "memory": limits.memory_mb * 2**20}
             self._send(config | {"unsafe": unsafe, "selftest": selftest})
             self.report = self._receive()
@@ -117,16 +126,22 @@ class Worker:
             self.close()
             raise
 
-    def take(self) -> Channel:
-        """Take a fresh locked child. Raise SandboxError where the machine has no process left for it."""
+    def take(self, cpu_s: float | None = None) -> Channel:
+        """Take a fresh locked child, for `cpu_s` of CPU time where that is less than the limit.
+
+        Raise SandboxError where the machine has no process left for it.
+        """
         self.sound = False
+        self.cpu_s = self.limits.cpu_s if cpu_s is None else min(cpu_s, self.limits.cpu_s)
         try:
             self.control.sendall(b"T")
             _, handles, _, _ = socket.recv_fds(self.control, 1, 1, CLOSE_ON_EXEC)
         except OSError as fault:
             raise WorkerLost from fault
         self._idle = 0
-        channel = Channel(handles[0], self.limits.wall, self._check_child) if handles else None
+        wall = self.limits.wall * self.cpu_s / self.limits.cpu_s
+        first = min(self.cpu_s, CHECK_INTERVAL_S)
+        channel = Channel(handles[0], wall, self._check_child, first) if handles else None
         try:
             report = self._receive()
         except BaseException:
@@ -142,15 +157,25 @@ class Worker:
         self.pid = report["pid"]
         return channel
 
-    def _check_child(self) -> None:
-        """Raise WallHit where the child was found waiting several times: it has all it needs, so it waits in vain."""
+    def _check_child(self, silent: bool) -> float:
+        """Return the seconds until the next check. Raise WallHit where the child has used its CPU time up, or waits.
+
+        By the clock, because its own timer misses what it spends in giving the processor away. A child that was found
+        waiting several times has all it needs, so it waits in vain.
+        """
         try:
             self.control.sendall(b"S")
         except OSError as fault:
             raise WorkerLost from fault
-        self._idle = self._idle + 1 if self._receive()["state"] == "S" else 0
-        if self._idle >= MAX_IDLE_CHECKS:
+        report = self._receive()
+        if report["state"] != "S":
+            self._idle = 0
+        elif silent:
+            self._idle += 1
+        left = self.cpu_s - report["cpu_s"]
+        if self._idle >= MAX_IDLE_CHECKS or left <= 0:
             raise WallHit
+        return min(max(left, MIN_CHECK_INTERVAL_S), CHECK_INTERVAL_S)
 
     def end(self, *, waited: bool = False) -> dict[str, Any]:
         """Kill the child. Return its wait status, CPU seconds and, if it `waited`, its process state."""
@@ -203,6 +228,13 @@ class Worker:
                 raise WorkerLost
             data += piece
         return data
+
+
+def above_standard_streams(handle: socket.socket) -> socket.socket:
+    """Return a copy of a socket with a number above 2: in a process without stdin it may have that one."""
+    import fcntl
+
+    return socket.socket(fileno=fcntl.fcntl(handle.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def start_zygote(control: int) -> subprocess.Popen[bytes]:

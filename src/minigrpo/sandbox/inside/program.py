@@ -26,8 +26,14 @@ HEAD = struct.Struct("!I8sc")
 """The head of a message: length of what follows, the call's nonce, and the kind of message."""
 
 CALL, DEFINE = b"C", b"D"
-VALUE, ERROR, MEMORY, BLOCKED = b"V", b"E", b"M", b"B"
+VALUE, ERROR, MEMORY, BLOCKED, UNREADABLE = b"V", b"E", b"M", b"B", b"U"
 MAX_TEXT_CHARS = 300
+MAX_CHAIN = 100
+CONTEXT: Any = BaseException.__context__
+CAUSE: Any = BaseException.__cause__
+MEMBERS: Any = BaseExceptionGroup.exceptions
+ERRNO: Any = OSError.errno
+"""Python's own fields of exceptions."""
 RESERVE_BYTES = 2**18
 NAME = "program"
 NO_MEMORY = 72
@@ -64,7 +70,8 @@ def compile_program(source: str) -> tuple[CodeType | None, tuple[bytes, bytes] |
     try:
         return compile(source, f"<{NAME}>", "exec", dont_inherit=True), None
     except BaseException as fault:
-        return None, describe_error(fault)
+        kind, words = describe_error(fault)
+        return None, (UNREADABLE if kind == ERROR else kind, words)
 
 
 def answer_call(code: CodeType | None, entry: str, arguments: Any, output: int) -> tuple[bytes, bytes]:
@@ -92,16 +99,42 @@ def define(code: CodeType, entry: str) -> Any:
 
 
 def describe_error(fault: BaseException) -> tuple[bytes, bytes]:
-    """Return (kind, text) of an exception. Formatting runs the exception's own code, which may fail again."""
+    """Return (kind, text) of an exception. The kind follows from what happened, never from a name or text.
+
+    Formatting runs the exception's own code, which may fail again.
+    """
     try:
-        if isinstance(fault, MemoryError):
-            return MEMORY, b""
-        kind = BLOCKED if isinstance(fault, OSError) and fault.errno == errno.EPERM else ERROR
+        refused = any(map(is_refusal, chain_of(fault)))
+        kind = BLOCKED if refused else MEMORY if isinstance(fault, MemoryError) else ERROR
+    except BaseException:
+        kind = MEMORY if isinstance(fault, MemoryError) else ERROR
+    try:
         name = "SyntaxError" if isinstance(fault, SyntaxError) else type(fault).__name__
-        words = f"{name}: {str(fault)[:MAX_TEXT_CHARS]}"
+        words = "" if kind == MEMORY else f"{name}: {str(fault)[:MAX_TEXT_CHARS]}"
         return kind, words.encode(errors="replace")[:MAX_TEXT_CHARS]
     except BaseException:
-        return ERROR, b"an exception that cannot be shown"
+        return kind, b"an exception that cannot be shown"
+
+
+def chain_of(fault: BaseException) -> list[BaseException]:
+    """Return an exception, those in whose place it was raised, and the members of groups, up to a bound.
+
+    Their own fields are read, not what a class of the program puts over them.
+    """
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [fault]
+    while waiting and len(chain) < MAX_CHAIN:
+        link = waiting.pop()
+        if link is not None and not any(link is seen for seen in chain):
+            chain.append(link)
+            waiting += [CONTEXT.__get__(link), CAUSE.__get__(link)]
+            waiting += MEMBERS.__get__(link) if isinstance(link, BaseExceptionGroup) else ()
+    return chain
+
+
+def is_refusal(fault: BaseException) -> bool:
+    """Return whether the kernel refused a call."""
+    return isinstance(fault, OSError) and ERRNO.__get__(fault) == errno.EPERM
 
 
 def read(size: int) -> bytes:

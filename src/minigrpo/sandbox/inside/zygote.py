@@ -5,7 +5,7 @@ that the lock holds, and then keeps one locked child in reserve. Each child has 
 the program: neither programs nor results pass through the zygote, so a program finds nothing in it.
 
 Commands, one byte each: T take the reserved child, E end the running child, W the same and report its state, S report
-the running child's state. When the other side closes the socket or dies, everything here ends.
+the running child's state and CPU seconds. When the other side closes the socket or dies, everything here ends.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ stays, because wait4 looks it up."""
 
 Work = Callable[[dict[str, str]], int]
 FORK_TRIES, FORK_PAUSE = 40, 0.05
+PROCESS_CPU_CLOCK = 2
+"""With the inverted process id above it, Linux's number of a process's CPU clock (clock_getcpuclockid)."""
+CONTROL = 3
+"""The descriptor of the control socket in the zygote; in a child, that of its channel."""
 PARENT_CHECK_S = 2.0
 """Seconds between checks whether the parent process is still alive."""
 
@@ -66,7 +70,8 @@ class Zygote:
                 if command == b"T":
                     self.take()
                 elif command == b"S":
-                    self.send({"state": self.state(self.running.pid) if self.running else "?"})
+                    pid = self.running.pid if self.running else 0
+                    self.send({"state": self.state(pid) if pid else "?", "cpu_s": cpu_seconds(pid) if pid else 0.0})
                 else:
                     self.end(command == b"W")
         finally:
@@ -199,6 +204,14 @@ class Zygote:
         self.control.sendall(codec.LENGTH.pack(len(data)) + data)
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process by the scheduler's clock, which charges what a timer's ticks may miss."""
+    try:
+        return time.clock_gettime((~pid << 3) | PROCESS_CPU_CLOCK)
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def report_faults(faults: dict[str, str]) -> int:
     os.write(syscalls.CHANNEL, codec.encode(faults, codec.MAX_CONTROL_BYTES))
     return 0
@@ -206,11 +219,11 @@ def report_faults(faults: dict[str, str]) -> int:
 
 def main() -> None:
     """Run the zygote, started by `worker`; the second argument is the number of the control descriptor."""
-    control = socket.socket(fileno=int(sys.argv[2]))
+    control = socket.socket(fileno=low_descriptor(int(sys.argv[2])))
     control.settimeout(PARENT_CHECK_S)
     zygote = Zygote(control)
     try:
-        drop_inheritance(control.fileno())
+        drop_inheritance()
         size = zygote.receive(codec.LENGTH.size)
         config = codec.decode(zygote.receive(codec.LENGTH.unpack(size)[0])) if size else None
         if config is None:
@@ -225,10 +238,16 @@ def main() -> None:
     os._exit(0)  # nothing here needs a clean shutdown
 
 
-def drop_inheritance(control: int) -> None:
+def low_descriptor(control: int) -> int:
+    """Move the control socket to a low number: a parent with many open files gives it any, also that of Landlock's."""
+    if control != CONTROL:
+        os.dup2(control, CONTROL, inheritable=False)
+    return CONTROL
+
+
+def drop_inheritance() -> None:
     """Drop what was inherited from the parent: descriptors, environment, signals, paths."""
-    os.closerange(3, control)
-    os.closerange(control + 1, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(CONTROL + 1, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     os.chdir("/")
     os.umask(0o077)

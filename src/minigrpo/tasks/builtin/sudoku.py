@@ -13,10 +13,11 @@ some games get different rewards, so that the siblings of a group can be compare
 |---|---|
 | function_works | 1: it can be run; -1: it cannot be locked down; -2: there is none, or a syntax error |
 | no_cheating | 1; -20: an import, a hidden one, or state carried from call to call; -1: there is no function |
-| strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -1 no time; -3 failed |
+| strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -3 failed; -4 no time |
 
 Attempts that gain nothing, because every call starts fresh and gets copies, are named in the notes. A strategy that won
-every game is asked about the boards of one game again, in reverse order: if its answers differ, it has kept state.
+every game is asked about the boards of one game again, in reverse order: if its answers are others, and wrong, it has
+kept state. Other right answers are no sign of it: sets of objects come in another order in every process.
 
 Not covered: a strategy that guesses, and happens to be right in all K games.
 """
@@ -35,6 +36,7 @@ from minigrpo.tasks.common.code_task import (
     find_program,
     format_code_block,
     grade_sandbox_failure,
+    longest_grading,
     open_sandbox,
 )
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 _FUNCTION_NAME, _PARAMETERS = "strategy", ("board", "initial")
 _TEST_SIZE = 1000
 
-_WIN_REWARD, _MOVE_REWARD, _NO_MOVE_REWARD, _TIMEOUT_REWARD, _ERROR_REWARD = 30.0, 0.2, -2.0, -1.0, -3.0
+_WIN_REWARD, _MOVE_REWARD, _NO_MOVE_REWARD, _ERROR_REWARD = 30.0, 0.2, -2.0, -3.0
+_TIMEOUT_REWARD = -4.0  # below all others: a strategy that tries is never worth less than one that hangs
 _CHEAT_REWARD = -20.0
 
 _QUESTION = "Sudoku with {cells} empty cells. Write strategy(board, initial) -> (row, col, number)."
@@ -101,6 +104,7 @@ class _GameRecord:
     state: GameState
     moves: int
     calls: tuple[tuple[Any, Any], ...]
+    solution: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,15 @@ def sudoku_task(recipe: Recipe) -> Task:
         return grade_strategy(prompt, find_program(text, _FUNCTION_NAME, _PARAMETERS), weights, recipe.sandbox)
 
     about = "write a strategy that wins at sudoku; puzzles are generated"
-    return Task("sudoku", prompts, grade, _gold_answer, about, unseen=_puzzle_keys)
+    return Task(
+        "sudoku",
+        prompts,
+        grade,
+        _gold_answer,
+        about,
+        unseen=_puzzle_keys,
+        grading_seconds=lambda side_by_side: longest_grading(recipe.sandbox, config.games + 1, side_by_side),
+    )
 
 
 def _puzzle_keys(prompt: Prompt) -> list[str]:
@@ -175,7 +187,7 @@ def grade_strategy(prompt: Prompt, program: ParsedProgram, weights: dict[str, fl
         outcome = sandbox.run(program.source, _FUNCTION_NAME, _play_referee(SudokuGame(game["cells"], game["seed"])))
         if outcome.verdict == "infrastructure":
             return grade_sandbox_failure(outcome)
-        if outcome.detail.startswith("SyntaxError"):  # some errors show only when it is compiled
+        if not outcome.compiled:  # some errors show only then
             return _grade_unplayed(ParsedProgram(missing=outcome.detail), weights)
         scores.append(_score_game(outcome))
         if outcome.verdict == "timeout":  # the remaining games are harder
@@ -247,7 +259,7 @@ def _play_referee(game: SudokuGame) -> Referee[_GameRecord]:
         calls.append(((game.board(), game.initial_board()), move))
         row, col, number = move if _is_move(move) else (None, None, None)
         game.place_number(row, col, number)
-    return _GameRecord(game.state(), game.moves(), tuple(calls))
+    return _GameRecord(game.state(), game.moves(), tuple(calls), game.solution())
 
 
 def _is_move(answer: Any) -> TypeGuard[Sequence[object]]:
@@ -255,9 +267,17 @@ def _is_move(answer: Any) -> TypeGuard[Sequence[object]]:
 
 
 def _replay_referee(game: _GameRecord) -> Referee[bool]:
-    """Show the boards of a game from the last to the first; return whether the answers are the same as before."""
+    """Show the boards of a game from the last to the first; return whether the answers are right, or those of then."""
     for boards, before in reversed(game.calls):
         answer = yield boards
-        if repr(answer) != repr(before):
+        if repr(answer) != repr(before) and not _is_right(answer, boards[0], game.solution):
             return False
     return True
+
+
+def _is_right(answer: Any, board: Sequence[Sequence[int]], solution: Sequence[Sequence[int]]) -> bool:
+    """Return whether an answer fills an empty cell with its digit."""
+    if not _is_move(answer) or not all(type(part) is int for part in answer):
+        return False
+    empty = ((row, col) for row in range(9) for col in range(9) if not board[row][col])
+    return any(tuple(answer) == (row, col, solution[row][col]) for row, col in empty)

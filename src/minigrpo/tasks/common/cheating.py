@@ -11,6 +11,14 @@ import symtable
 import types
 from collections.abc import Iterator
 
+from minigrpo.tasks.common.harmless_imports import find_imports
+from minigrpo.tasks.common.hidden_access import (
+    catches_errors,
+    find_hidden_access,
+    is_literal_getattr,
+    receives_tracebacks,
+)
+
 _HIDING_BUILTINS = frozenset(
     {
         *("breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open", "vars"),
@@ -20,8 +28,14 @@ _HIDING_BUILTINS = frozenset(
 )
 """Built-ins with which a program can hide what it does, or keep state. No honest program needs them."""
 
-_HARMLESS_DUNDERS = frozenset({"__name__", "__init__", "__len__", "__iter__", "__next__", "__contains__"})
-"""Dunder names that honest programs use, and that give access to nothing."""
+_OPERATIONS = (
+    "name init len iter next contains repr str eq ne lt le gt ge hash bool int float index round abs neg pos invert "
+    "getitem setitem delitem missing reversed call enter exit format doc qualname new post_init slots "
+    "add sub mul truediv floordiv mod divmod pow and or xor lshift rshift radd rsub rmul rand ror rxor "
+    "iadd isub imul iand ior ixor"
+)
+_HARMLESS_DUNDERS = frozenset(f"__{name}__" for name in _OPERATIONS.split())
+"""Dunder names that honest programs use: operations and names, which give access to nothing."""
 
 _DISGUISING_DUNDERS = frozenset({"__builtins__", "__class__", "__import__"})
 """Dunder names that no honest program even assigns (unlike `__slots__`): they fake a class or a built-in."""
@@ -39,25 +53,54 @@ _FRAME_ATTRIBUTES = _internal_attributes(*_FRAME_TYPES)
 """Attributes of frames, code and tracebacks; allowed where the program sets that name on its own objects."""
 _GENERATOR_ATTRIBUTES = _internal_attributes(*_GENERATOR_TYPES)
 """The only attributes without underscores that lead to a frame or code: never allowed, even if the program sets one."""
+_TYPE_ATTRIBUTES = frozenset({"mro"})
+"""The attribute without underscores that leads from a class to classes that outlive a call."""
 
 
 def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
     """Yield what a program must not use. Without `scopes` (it does not compile) use of built-ins is not checked."""
     if scopes is not None:
-        own = _assigned_names(scopes)
-        yield from (f"uses {name}" for name in _outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
-    set_here = frozenset(_assigned_attributes(tree))
+        own = _assigned_names(scopes) | _written_out_uses(tree)
+        yield from (f"uses {name}" for name in outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
+    yield from ("import" for _ in find_imports(tree))
+    barred = _GENERATOR_ATTRIBUTES | _TYPE_ATTRIBUTES | ({"obj"} if catches_errors(tree) else set())
+    set_here = frozenset() if receives_tracebacks(tree) else frozenset(_assigned_attributes(tree))
+
+    def is_internal(attribute: str) -> bool:
+        return _is_dunder(attribute) or attribute in barred or attribute in _FRAME_ATTRIBUTES - set_here
+
+    yield from (f"uses {name}" for name in find_hidden_access(tree, is_internal))
+    harmless = {id(node) for node in _harmless_classes(tree)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield "import"
-        elif isinstance(node, ast.Name) and _is_dunder(node.id) and (_is_read(node) or node.id in _DISGUISING_DUNDERS):
+        if isinstance(node, ast.Name) and _is_dunder(node.id) and (_is_read(node) or node.id in _DISGUISING_DUNDERS):
             yield "import" if node.id == "__import__" else f"uses {node.id}"
         elif isinstance(node, ast.Global):
             yield from (f"uses {name}" for name in node.names if _is_dunder(name))
-        elif isinstance(node, ast.Attribute) and _is_internal(node.attr, set_here):
+        elif isinstance(node, ast.Attribute) and is_internal(node.attr) and id(node) not in harmless:
             yield f"uses {node.attr}"
-        elif isinstance(node, ast.MatchClass):  # case object(__class__=kind) reads an attribute too
-            yield from (f"uses {name}" for name in node.kwd_attrs if _is_internal(name, set_here))
+
+
+def _harmless_classes(tree: ast.AST) -> Iterator[ast.expr]:
+    """Yield each `x.__class__` that is only named, called or compared: `type(x)` would do the same."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__"):
+            found = [node.value]
+        elif isinstance(node, ast.Call):
+            found = [node.func]
+        elif isinstance(node, ast.Compare):
+            found = [node.left, *node.comparators]
+        else:
+            continue
+        yield from (
+            one for one in found if isinstance(one, ast.Attribute) and one.attr == "__class__" and _is_read(one)
+        )
+
+
+def _written_out_uses(tree: ast.AST) -> frozenset[str]:
+    """Return getattr where a program only ever calls it with the attribute's name written out."""
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "getattr"]
+    plain = [node for node in ast.walk(tree) if is_literal_getattr(node)]
+    return frozenset({"getattr"}) if len(uses) == len(plain) else frozenset()
 
 
 def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:
@@ -65,7 +108,7 @@ def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:
     return frozenset(symbol.get_name() for symbol in scopes.get_symbols() if symbol.is_assigned())
 
 
-def _outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
+def outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
     """Yield names that are read, in this scope or one inside it, and that may refer to built-ins.
 
     A name that a function binds anywhere is local to the function. A class body differs: a name not yet bound there is
@@ -76,7 +119,7 @@ def _outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
         if symbol.is_referenced() and outside:
             yield symbol.get_name()
     for child in scope.get_children():
-        yield from _outer_names(child)
+        yield from outer_names(child)
 
 
 def _assigned_attributes(tree: ast.AST) -> Iterator[str]:
@@ -90,20 +133,9 @@ def _assigned_attributes(tree: ast.AST) -> Iterator[str]:
             yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
 
 
-def _is_read(node: ast.Name) -> bool:
+def _is_read(node: ast.Name | ast.Attribute) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
 def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name not in _HARMLESS_DUNDERS
-
-
-def _is_internal(attribute: str, set_here: frozenset[str]) -> bool:
-    """Return whether an attribute gives access to Python's internals: dunder names, and those that lead to frames or
-    code.
-    """
-    return (
-        _is_dunder(attribute)
-        or attribute in _GENERATOR_ATTRIBUTES
-        or (attribute in _FRAME_ATTRIBUTES and attribute not in set_here)
-    )

@@ -4,8 +4,9 @@
 
 The form is strict, so that the intended function is graded: one fenced block that defines a function of the required
 name and parameters. Text around the block is allowed, and other blocks that do not define it. Habits that gain nothing
-are taken or stripped, because most models have them: helper functions and constants beside the function stay; the
-module's docstring, annotations, imports from typing, example calls and a `__main__` block are left out and never run.
+are taken or stripped, because most models have them: helper functions, classes and the values that they use stay beside
+the function; the module's docstring, annotations and their imports, example calls and a `__main__` block are left out
+and never run (habits.py).
 Everything else is refused with a reason. The program is only parsed here; it is executed only in the sandbox, where the
 whole of it is executed afresh for every call, so that nothing outside the function can keep state.
 
@@ -20,12 +21,13 @@ import math
 import symtable
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.schema import SandboxConfig
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.cheating import find_cheats
+from minigrpo.tasks.common.habits import StrippedProgram, is_docstring, is_plain_value, strip_habits
 from minigrpo.types import Grade, Prompt, Split, Task
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module=_SOURCE_NAME)
 _MAX_CHARS = 20_000  # far above any honest program
 _FENCE = "```"
 _LANGUAGES = ("", "python", "python3", "py")
-_LITERAL_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.Load)
+_CLASS_LINES = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Pass)
 _SYSTEM_PROMPT = (
     "Answer with one Python function in one fenced block (```python ... ```). Put every helper inside the function, "
     "and import nothing."
 )
+_RUNS_OF_CASES = 2  # they share one limit; a process for each error, and its start, come on top
 _TEST_ONE_IN = 5  # one problem in five is in the test split
 
 
@@ -85,7 +88,7 @@ def find_program(text: str, name: str, parameters: Sequence[str]) -> ParsedProgr
     except (RecursionError, MemoryError):
         return ParsedProgram(missing="nested too deeply")
     try:
-        kept = _strip_habits(tree, name)
+        kept = strip_habits(tree, name)
         return _check_program(source if not kept.habits else kept.source, kept, name, tuple(parameters))
     except RecursionError:
         return ParsedProgram(missing="nested too deeply")
@@ -117,63 +120,7 @@ def _extract_code_block(text: str, name: str) -> tuple[str, str]:
     return source.replace("\r\n", "\n"), ""
 
 
-@dataclass(frozen=True, slots=True)
-class _StrippedProgram:
-    """A program without what is only a habit: its statements, their source, and the habits that were left out."""
-
-    tree: ast.Module
-    source: str
-    habits: tuple[str, ...]
-
-
-def _strip_habits(tree: ast.Module, name: str) -> _StrippedProgram:
-    """Leave out top-level statements other than definitions and constants, and the annotations of functions."""
-    kept, habits = [], set()
-    for node in tree.body:
-        habit = _name_habit(node, name)
-        habits.add(habit)
-        if not habit:
-            kept.append(node)
-    stripped = _Unannotated()
-    module = ast.Module([stripped.visit(node) for node in kept], tree.type_ignores)
-    if stripped.found:
-        habits.add("annotations")
-    return _StrippedProgram(module, ast.unparse(module), tuple(sorted(habits - {""})))
-
-
-def _name_habit(node: ast.stmt, name: str) -> str:
-    """Name the habit that a top-level statement is; "" where it is none, and stays."""
-    match node:
-        case ast.Expr(value=ast.Constant(value=str())):
-            return "a module docstring"
-        case ast.ImportFrom(module="typing" | "__future__", level=0):
-            return "an import of annotations"
-        case ast.Import(names=[ast.alias(name="typing", asname=None)]):
-            return "an import of annotations"
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Import() | ast.ImportFrom():
-            return ""
-    return "" if _is_constant(node) else f"code beside {name}"
-
-
-class _Unannotated(ast.NodeTransformer):
-    """Removes the annotations of functions, which would be evaluated when a function is defined."""
-
-    def __init__(self) -> None:
-        self.found = False
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        arguments = node.args
-        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-        for argument in filter(None, every):
-            self.found |= argument.annotation is not None
-            argument.annotation = None
-        self.found |= node.returns is not None
-        node.returns = None
-        self.generic_visit(node)
-        return node
-
-
-def _check_program(source: str, kept: _StrippedProgram, name: str, parameters: tuple[str, ...]) -> ParsedProgram:
+def _check_program(source: str, kept: StrippedProgram, name: str, parameters: tuple[str, ...]) -> ParsedProgram:
     tree = kept.tree
     scopes, fault = _read_scopes(source)
     cheats = tuple(sorted(set(find_cheats(tree, scopes))))
@@ -231,22 +178,20 @@ def _find_refusals(
 
 
 def _is_helper(node: ast.stmt) -> bool:
-    """Return whether a top-level statement only defines: a plain function, or a constant."""
-    if not isinstance(node, ast.FunctionDef):
-        return _is_constant(node)
-    defaults = (*node.args.defaults, *filter(None, node.args.kw_defaults))
-    return not node.decorator_list and all(map(_is_written_out, defaults))
+    """Return whether a top-level statement may stand beside the function: a plain function or class, or a value."""
+    if isinstance(node, ast.ClassDef):
+        return all(map(_is_dataclass_decorator, node.decorator_list)) and all(
+            isinstance(line, _CLASS_LINES) or is_docstring(line) for line in node.body
+        )
+    if isinstance(node, ast.FunctionDef):
+        defaults = (*node.args.defaults, *filter(None, node.args.kw_defaults))
+        return not node.decorator_list and all(map(is_plain_value, defaults))
+    return not isinstance(node, ast.AsyncFunctionDef)
 
 
-def _is_constant(node: ast.stmt) -> bool:
-    """Return whether a statement gives names to a value that is written out."""
-    if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
-        return False
-    return _is_written_out(node.value)
-
-
-def _is_written_out(value: ast.expr) -> bool:
-    return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(value))
+def _is_dataclass_decorator(node: ast.expr) -> bool:
+    maker = node.func if isinstance(node, ast.Call) else node
+    return ast.unparse(maker) in ("dataclass", "dataclasses.dataclass")
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
@@ -324,7 +269,14 @@ def code_task(
         return format_code_block(by_name[prompt.target["function"]].gold)
 
     has_gold = all(problem.gold for problem in by_name.values())
-    return Task(name, prompts, grade, gold if has_gold else None, about="functions judged by cases")
+    return Task(
+        name,
+        prompts,
+        grade,
+        gold if has_gold else None,
+        about="functions judged by cases",
+        grading_seconds=lambda side_by_side: longest_grading(config, _RUNS_OF_CASES, side_by_side),
+    )
 
 
 def _split_problems(problems: Sequence[Problem], test: Sequence[Problem]) -> dict[Split, list[Problem]]:
@@ -376,18 +328,27 @@ def grade_sandbox_failure(outcome: Outcome) -> Grade:
 
 
 def _run_cases(program: ParsedProgram, problem: Problem, config: SandboxConfig) -> tuple[int, Outcome | None]:
-    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself."""
+    """Return (cases passed, the first outcome that went wrong). A case that raises an error fails only itself.
+
+    All cases share one limit of CPU time, also those that a fresh process goes on with after an error.
+    """
     sandbox = open_sandbox(config)
+    left = sandbox.limits.cpu_s
     passed: list[bool] = []
     first: Outcome | None = None
     while len(passed) < len(problem.cases):
-        outcome = sandbox.run(program.source, problem.name, _case_referee(problem.cases[len(passed) :], passed))
+        outcome = sandbox.run(
+            program.source, problem.name, _case_referee(problem.cases[len(passed) :], passed), cpu_s=left
+        )
         if outcome.verdict == "ok":
             break
         first = first or outcome
         if outcome.verdict != "error":
             return sum(passed), outcome
         passed.append(False)
+        left -= outcome.cpu_s
+        if left <= 0:
+            return sum(passed), replace(outcome, verdict="timeout", detail="the cases used up their CPU time")
     return sum(passed), first
 
 
@@ -397,6 +358,15 @@ def open_sandbox(config: SandboxConfig, cpu_s: float | None = None) -> Sandbox:
 
     limits = Limits(cpu_s=cpu_s or config.cpu_seconds, memory_mb=config.memory_mb)
     return shared_sandbox(limits, workers=config.workers, unsafe=config.unsafe)
+
+
+def longest_grading(config: SandboxConfig, runs: int, side_by_side: int) -> float:
+    """Return the seconds that grading may take within the sandbox's own limits: `runs` programs, one after the other.
+
+    `side_by_side`: completions that are graded at once, and wait for the same workers.
+    """
+    sandbox = open_sandbox(config)
+    return runs * math.ceil(side_by_side / sandbox.workers) * sandbox.limits.wall
 
 
 def _case_referee(cases: Sequence[tuple[tuple[Any, ...], Any]], passed: list[bool]) -> Referee[None]:

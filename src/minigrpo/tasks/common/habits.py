@@ -1,0 +1,213 @@
+"""Leave out of a program what is only a habit: its docstring, annotations, example calls and `__main__` block.
+
+What the functions and classes of a program use stays: each other, constants, and the statements that compute the values
+they read. Everything else at its top level is left out, and never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import symtable
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minigrpo.tasks.common.cheating import outer_names
+from minigrpo.tasks.common.harmless_imports import Import, ImportUse, is_for_annotations
+
+_LITERAL_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.Load)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_COMPUTING = (ast.Assign, ast.AugAssign, ast.For, ast.Expr)
+_NO_VALUE = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+_PURE_NAMES = (
+    "abs all any bool chr dict divmod enumerate filter float frozenset int len list map max min ord range reversed "
+    "round set sorted str sum tuple zip"
+)
+_PURE_BUILTINS = frozenset(_PURE_NAMES.split())
+
+
+@dataclass(frozen=True, slots=True)
+class StrippedProgram:
+    """A program without what is only a habit: its statements, their source, and the habits that were left out."""
+
+    tree: ast.Module
+    source: str
+    habits: tuple[str, ...]
+
+
+def strip_habits(tree: ast.Module, name: str) -> StrippedProgram:
+    """Leave out annotations, and top-level statements other than definitions and what these use.
+
+    `name`: the function that is asked for. A statement that calls it is an example.
+    """
+    plain = _Unannotated()
+    body = [plain.visit(node) for node in tree.body]
+    habits = {"annotations"} if plain.found else set()
+    kept = []
+    feeding = _feeding_statements(body, name)
+    for node in body:
+        if isinstance(node, (*_DEFINITIONS, Import)) or _is_constant(node) or id(node) in feeding:
+            kept.append(node)
+        else:
+            habits.add("a module docstring" if is_docstring(node) else f"code beside {name}")
+    module = _without_type_aliases(ast.Module(kept, tree.type_ignores))
+    without = _WithoutImports(ImportUse(module))
+    module = ast.fix_missing_locations(without.visit(module))
+    if without.found:
+        habits.add("an import of annotations")
+    return StrippedProgram(module, ast.unparse(module), tuple(sorted(habits)))
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    """Return whether a statement is only a text, or another constant."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def is_plain_value(value: ast.expr) -> bool:
+    """Return whether an expression only computes: literals, names, comprehensions, calls of built-ins that do so."""
+    parts = list(ast.walk(value))
+    calls = [part.func for part in parts if isinstance(part, ast.Call)]
+    return not any(isinstance(part, _NO_VALUE) for part in parts) and all(
+        isinstance(function, ast.Name) and function.id in _PURE_BUILTINS for function in calls
+    )
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    """Return whether a statement gives names to a value that is written out."""
+    if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
+        return False
+    return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(node.value))
+
+
+def _feeding_statements(body: list[ast.stmt], name: str) -> set[int]:
+    """Return the ids of the statements that compute what the definitions read, directly or through one another."""
+    needed = _needed_names([node for node in body if isinstance(node, _DEFINITIONS)])
+    waiting = [node for node in body if isinstance(node, _COMPUTING) and name not in _read_names(node)]
+    found: set[int] = set()
+    grown = True
+    while grown:
+        feeding = [node for node in waiting if id(node) not in found and needed & set(_changed_names(node))]
+        needed = needed.union(*map(_read_names, feeding))
+        found.update(map(id, feeding))
+        grown = bool(feeding)
+    return found
+
+
+def _needed_names(definitions: list[ast.stmt]) -> frozenset[str]:
+    """Return the names that definitions read from outside; none where they do not compile."""
+    try:
+        source = ast.unparse(ast.Module(definitions, []))
+        return frozenset(outer_names(symtable.symtable(source, "<definitions>", "exec")))
+    except SyntaxError:
+        return frozenset()
+
+
+def _read_names(node: ast.AST) -> frozenset[str]:
+    return frozenset(
+        part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+    )
+
+
+def _changed_names(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement binds, or whose value it changes by an item or a method."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            yield part.id
+        elif isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
+            yield from _root_name(part)
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
+            yield from _root_name(part.func)
+
+
+def _root_name(node: ast.AST) -> list[str]:
+    while isinstance(node, ast.Subscript | ast.Attribute):
+        node = node.value
+    return [node.id] if isinstance(node, ast.Name) else []
+
+
+class _Unannotated(ast.NodeTransformer):
+    """Removes annotations, which would be evaluated; a field of a class keeps one that says nothing."""
+
+    def __init__(self) -> None:
+        self.found = False
+        self.fields: set[int] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        arguments = node.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        for argument in filter(None, every):
+            self.found |= argument.annotation is not None
+            argument.annotation = None
+        self.found |= node.returns is not None
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
+                self.found = True
+                line.annotation = ast.Constant("object")
+                self.fields.add(id(line))
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        if id(node) in self.fields:
+            return node
+        self.found = True
+        if node.value is None:
+            node.annotation = ast.Constant("object")
+            return node
+        return ast.copy_location(ast.Assign([node.target], node.value), node)
+
+
+def _without_type_aliases(module: ast.Module) -> ast.Module:
+    """Replace types that are written as values, such as `Grid = List[List[int]]`."""
+    imports = [node for node in ast.walk(module) if isinstance(node, Import)]
+    pairs = [(node, alias) for node in imports for alias in node.names if is_for_annotations(node, alias)]
+    names = frozenset(alias.asname or alias.name for _, alias in pairs)
+    replaced: ast.Module = _WithoutAliases(names).visit(module)
+    return replaced
+
+
+class _WithoutAliases(ast.NodeTransformer):
+    """Replaces `List[int]` by None, where `List`, or the module before it, is one of these imported names."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        root = node.value.value if isinstance(node.value, ast.Attribute) else node.value
+        if isinstance(root, ast.Name) and root.id in self.names and isinstance(node.ctx, ast.Load):
+            return ast.copy_location(ast.Constant(None), node)
+        self.generic_visit(node)
+        return node
+
+
+class _WithoutImports(ast.NodeTransformer):
+    """Removes imports that were for annotations, unless what they bring is used and harmless."""
+
+    def __init__(self, use: ImportUse) -> None:
+        self.use = use
+        self.found = False
+
+    def visit_Import(self, node: ast.Import) -> ast.stmt | None:
+        return self._visit_import(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | None:
+        return self._visit_import(node)
+
+    def _visit_import(self, node: Import) -> ast.stmt | None:
+        kept = [
+            alias
+            for alias in node.names
+            if not is_for_annotations(node, alias) or (self.use.uses(alias) and self.use.is_harmless(node, alias))
+        ]
+        self.found |= len(kept) < len(node.names)
+        node.names = kept
+        return node if kept else None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
