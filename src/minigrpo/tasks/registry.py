@@ -156,6 +156,7 @@ def _task_from_rewards(value: Any, module: ModuleType, spec: str, config: TaskCo
         system=getattr(module, "system", None),
         gold=getattr(module, "gold", None),
         weights=config.weights,
+        names={id(held): variable for variable, held in vars(module).items() if not variable.startswith("_")},
     )
 
 
