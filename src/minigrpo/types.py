@@ -119,7 +119,8 @@ class Task:
     `gold(prompt)` returns a right answer in full, so that anyone can check that the grader rewards it. `grade_group`,
     if given, grades all siblings at once, in their order, in place of `grade`. `unseen(prompt)` names what must not
     occur in training if the prompt is to be a fair test: None means the words of the prompt; a task whose prompts read
-    alike, but are graded by something hidden, names each hidden thing.
+    alike, but are graded by something hidden, names each hidden thing. `closing` is called when grading ends; it
+    returns sentences for the user: what was asked of a model that judges, say.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Task:
     about: str = ""
     grade_group: Callable[[Prompt, Sequence[Completion]], Sequence[Grade]] | None = None
     unseen: Callable[[Prompt], Sequence[str]] | None = None
+    closing: Callable[[], Sequence[str]] | None = None
 
 
 Ready = Callable[[int, tuple[Completion, ...]], None]

@@ -80,6 +80,8 @@ class Grader:
         with self._lock:
             left = list(self._running)
         self._stop_awaiting(left)  # after Ctrl-C or a fault: nobody will collect them
+        for sentence in self.task.closing() if self.task.closing else ():
+            self._say(sentence)
 
     def _stop_awaiting(self, jobs: Sequence[GradingJob]) -> None:
         for job in jobs:

@@ -19,7 +19,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -119,6 +119,31 @@ def await_result(awaitable: Awaitable[Any]) -> Any:
     finally:
         with _lock:
             _awaited.pop(thread, None)
+
+
+async def run_in_daemon_thread(call: Callable[[], Any]) -> Any:
+    """Return what a function that blocks returns, from a thread of its own that keeps no process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, fault: BaseException | None) -> None:
+        if done.done():  # cancelled meanwhile
+            return
+        done.set_result((value, fault))
+
+    def work() -> None:
+        try:
+            outcome: Outcome = call(), None
+        except BaseException as fault:
+            outcome = None, fault
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, name="call of an async function", daemon=True).start()
+    value, fault = await done
+    if fault is not None:
+        raise fault
+    return value
 
 
 def _wait_for(awaited: Future[Outcome]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 from urllib import error, request
 
@@ -11,27 +12,39 @@ DIRECT = request.build_opener(request.ProxyHandler({}))
 
 
 class StatusError(Exception):
-    """A server's refusal of a request: the status code, and its own message as bytes."""
+    """A server's refusal of a request: the status code, and its own message as bytes.
 
-    def __init__(self, code: int, raw: bytes) -> None:
+    `retry_after`: seconds after which it wants to be asked again, where it says so.
+    """
+
+    def __init__(self, code: int, raw: bytes, retry_after: float | None = None) -> None:
         super().__init__(f"HTTP status {code}")
-        self.code, self.raw = code, raw
+        self.code, self.raw, self.retry_after = code, raw, retry_after
 
 
 def exchange(
-    url: str, body: dict[str, Any] | None = None, *, timeout: float | None = None, direct: bool = False
+    url: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: float | None = None,
+    direct: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """Send one request, a POST of JSON where it has a body, and return the answer.
 
     `timeout`: seconds without an answer; None waits for ever. `direct`: without the proxy that the environment names.
+    `headers`: further ones, which are not sent on to where a server redirects.
     Raise StatusError where the server refuses, OSError where it does not answer, ValueError for a malformed URL.
     """
     data = None if body is None else json.dumps(body).encode()
     message = request.Request(url, data, {"Content-Type": "application/json"})
+    for name, value in (headers or {}).items():
+        message.add_unredirected_header(name, value)
     opened = DIRECT.open if direct else request.urlopen
     try:
         with opened(message, timeout=timeout) as answer:
             raw: bytes = answer.read()
             return raw
     except error.HTTPError as fault:
-        raise StatusError(fault.code, fault.read()) from None
+        seconds = str(fault.headers.get("Retry-After") or "")
+        raise StatusError(fault.code, fault.read(), float(seconds) if seconds.isdecimal() else None) from None

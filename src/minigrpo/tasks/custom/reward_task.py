@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.dataset import DatasetRow, SplitRows, parse_rows, rows_to_prompts, split_rows
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
+from minigrpo.tasks.custom.ready_made import open_ready_made
 from minigrpo.tasks.custom.reward_functions import (
     GroupView,
     RewardCallable,
@@ -32,7 +34,7 @@ _NOTHING_APPLIED = "no reward function applied"
 
 
 def reward_task(
-    *functions: Callable[..., Any],
+    *functions: Callable[..., Any] | str,
     rows: Rows,
     test_rows: Rows | None = None,
     name: str = "rewards",
@@ -42,10 +44,12 @@ def reward_task(
 ) -> Task:
     """Build the task.
 
-    `weights`: the weight of each function by its name, 1 by default. Raise TaskError for unusable rows.
+    `functions`: reward functions, and judge:FILE or classifier:FOLDER as text. `weights`: the weight of each by its
+    name, 1 by default. Raise TaskError for unusable rows.
     """
     table = read_rows(rows, test_rows)
-    return build_reward_task(functions, table, name=name, system=system, gold=gold, weights=weights or {})
+    opened = open_ready_made(functions, Path.cwd())
+    return build_reward_task(opened, table, name=name, system=system, gold=gold, weights=weights or {})
 
 
 def read_rows(rows: Rows, test_rows: Rows | None) -> SplitRows:
@@ -100,7 +104,12 @@ def build_reward_task(
 
     own_gold = gold or ((lambda prompt: str(prompt.target["answer"])) if answers else None)
     about = f"reward functions: {', '.join(function.name for function in known)}"
-    return Task(name, prompts_of, grade, own_gold, about, grade_group)
+    closing = [told for function in known if (told := getattr(function.call, "closing_words", None))]
+
+    def closing_sentences() -> list[str]:
+        return [sentence for told in closing if (sentence := told())]
+
+    return Task(name, prompts_of, grade, own_gold, about, grade_group, closing=closing_sentences if closing else None)
 
 
 def _is_answer(value: Any) -> bool:
