@@ -76,7 +76,7 @@ configs:
 - config_name: other
   data_files:
   - split: train
-    path: train.jsonl
+    path: more/train-*
 ---
 # A data set
 """
@@ -84,6 +84,7 @@ configs:
 
 def test_the_configs_of_a_card_are_followed(tmp_path):
     folder = splits(tmp_path / "mine", "main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet")
+    put(folder / "more/train-00000-of-00001.parquet", OTHERS)
     put(folder / "train.jsonl", OTHERS)
     plain = rows_of(folder, "train") + rows_of(folder, "test")
     assert sorted(plain, key=str) == OTHERS  # without a card, train.jsonl is the data
