@@ -128,7 +128,8 @@ class Task:
     occur in training if the prompt is to be a fair test: None means the words of the prompt; a task whose prompts read
     alike, but are graded by something hidden, names each hidden thing. `grading_seconds(n)`, if given, is the longest
     that grading one completion takes within the task's own limits while n are graded side by side: no grader that takes
-    less is taken for hung.
+    less is taken for hung. `closing` is called when grading ends; it returns sentences for the user: what was asked of
+    a model that judges, say.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Task:
     grade_group: Callable[[Prompt, Sequence[Completion]], Sequence[Grade]] | None = None
     unseen: Callable[[Prompt], Sequence[str]] | None = None
     grading_seconds: Callable[[int], float] | None = None
+    closing: Callable[[], Sequence[str]] | None = None
 
 
 Ready = Callable[[int, tuple[Completion, ...]], None]

@@ -226,13 +226,13 @@ def roll(task, script, tokenizer):
 
 def test_a_completion_that_nothing_applies_to_is_left_out_and_counted(tokenizer):
     task = reward_task(lambda completion: 1.0 if completion == "a" else None, rows=ROWS)
-    with pytest.warns(UserWarning, match=r"Left out.*<lambda> gave None.*first on prompt train-1"):
+    with pytest.warns(UserWarning, match=r"Left out.*lambda gave None.*first on prompt train-1"):
         groups = roll(task, ["a", "b"], tokenizer)
     figures = group_metrics(groups)
-    assert (figures["unscored"], figures["reward"], figures["rewards/<lambda>/mean"]) == (0.5, 1.0, 1.0)
+    assert (figures["unscored"], figures["reward"], figures["rewards/lambda/mean"]) == (0.5, 1.0, 1.0)
     assert math.isnan(figures["reward_std"])  # no group has two to compare
 
 
 def test_a_step_in_which_nothing_applies_is_refused_with_the_functions(tokenizer):
-    with pytest.raises(TaskError, match=r"could not score one completion of this step.*<lambda> gave None"):
+    with pytest.raises(TaskError, match=r"could not score one completion of this step.*lambda gave None"):
         roll(reward_task(lambda completion: None, rows=ROWS), ["a", "b"], tokenizer)

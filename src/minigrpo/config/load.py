@@ -29,7 +29,9 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 WIDTH = 110
 PATHS = ("model.path", "task.name", "task.data", "task.rates", "warmup.data")
-"""Knobs that may name a file or a folder; task.name as FILE.py:NAME."""
+"""Knobs that may name a file or a folder; task.name as FILE.py:NAME or judge:FILE, task.data as FOLDER:CONFIG."""
+REWARD_KINDS = ("judge:", "classifier:")
+"""Beginnings of a task.name that goes on with a path."""
 BLANK = ("task.system",)  # here an empty text differs from null, on the command line, too
 
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
@@ -103,11 +105,15 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _absolute_path(value: str, leaf: str) -> str:
-    file, colon, name = value.rpartition(":") if leaf == "name" else (value, "", "")
     if leaf == "path" and value.partition(":")[0] == "seedling":
         return value
+    kind = next((kind for kind in REWARD_KINDS if leaf == "name" and value.startswith(kind)), "")
+    rest = value.removeprefix(kind)
+    named = (leaf == "name" and not kind) or (leaf == "data" and not os.path.exists(os.path.expanduser(rest)))
+    file, colon, name = rest.rpartition(":") if named else (rest, "", "")
     path = os.path.expanduser(file)
-    return f"{os.path.abspath(path)}{colon}{name}" if file and os.path.exists(path) else value
+    exists = bool(file) and os.path.exists(path) and (bool(name) or not colon)
+    return f"{kind}{os.path.abspath(path)}{colon}{name}" if exists else value
 
 
 def dump_recipe(recipe: Recipe) -> str:

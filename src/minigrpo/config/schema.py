@@ -91,7 +91,9 @@ class AdapterConfig(Config):
 
 class TaskConfig(Config):
     name: str = field(
-        "wordproblems", "a task of `minigrpo tasks`, FILE.py:NAME for your own, or rg:NAME of reasoning-gym"
+        "wordproblems",
+        "a task of `minigrpo tasks`, FILE.py:NAME for your own, rg:NAME of reasoning-gym, or judge:FILE or "
+        "classifier:FOLDER, a model that judges task.data",
     )
     data: str | None = field(
         None,

@@ -5,8 +5,9 @@
 
 Groups are judged in the order in which they end, and come back in the order of their prompts: the outcome is that of
 judging them one after the other. A group from which no grade comes for `seconds`, or for as long as the task's own
-limits allow, is given up: what was judged of it stays, the rest gets a reward of NaN with a note. Python cannot stop a
-thread, so the one that hangs is left behind and replaced; threads are daemons and never keep the process from ending.
+limits allow, is given up: what was judged of it stays, the rest gets a reward of NaN with a note. What an async
+function awaits is cancelled then, and gives back the locks that it holds. Python cannot stop a thread, so one that
+hangs is left behind and replaced; threads are daemons and never keep the process from ending.
 
 Not covered: graders that only work in the main thread (those that set signals), and, with several workers, graders
 whose calls disturb one another. A hang inside a C extension that holds Python's lock stops everything.
@@ -27,6 +28,7 @@ from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.grading import iter_grades
 from minigrpo.types import Completion, Grade, Prompt, Task
+from minigrpo.utils.event_loop import stop_awaiting
 
 MAX_HUNG_GROUPS = 3
 """Groups in a row that may time out before the run stops."""
@@ -43,6 +45,7 @@ class GradingJob:
     grades: list[Grade] = field(default_factory=list)
     fault: BaseException | None = None
     since: float = math.inf
+    thread: threading.Thread | None = None
     closed: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -61,6 +64,7 @@ class Grader:
         self._lock = threading.Lock()
         self._running: list[GradingJob] = []
         self._hung = 0
+        self._grace = min(1.0, seconds / 4)
 
     @classmethod
     def of(cls, task: Task, config: TaskConfig, say: Callable[[str], None] | None = None) -> Grader:
@@ -76,6 +80,16 @@ class Grader:
             self._jobs.get()
         for _worker in range(self.workers):
             self._jobs.put(None)
+        with self._lock:
+            left = list(self._running)
+        self._stop_awaiting(left)  # after Ctrl-C or a fault: nobody will collect them
+        for sentence in self.task.closing() if self.task.closing else ():
+            self._say(sentence)
+
+    def _stop_awaiting(self, jobs: Sequence[GradingJob]) -> None:
+        for job in jobs:
+            if job.thread is not None:
+                stop_awaiting(job.thread, self._grace)
 
     def open_batch(self, prompts: Sequence[Prompt]) -> PendingGrades:
         return PendingGrades(self, prompts)
@@ -94,7 +108,7 @@ class Grader:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             with self._lock:
-                job.since = time.monotonic()
+                job.since, job.thread = time.monotonic(), threading.current_thread()
                 self._running.append(job)
             self._judge(job)
             with self._lock:
@@ -144,6 +158,7 @@ class Grader:
                 job.ended.set()
                 self._start_worker()
             hung = self._hung
+        self._stop_awaiting(late)
         if late and hung >= MAX_HUNG_GROUPS:
             raise TaskError(
                 f"The grader of task {self.task.name} took longer than {self.seconds:g} s on {hung} groups in a row, "

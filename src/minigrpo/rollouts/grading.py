@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.tasks.common.rewards import LARGEST_REWARD, as_number, shorten_repr
 from minigrpo.types import Completion, Grade, Prompt, Task
+from minigrpo.utils.faults import describe_fault, is_ctrl_c
 
 
 def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Grade, ...]:
@@ -30,7 +30,9 @@ def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
         grades = task.grade_group(shown, completions)
     except MinigrpoError:
         raise
-    except (Exception, SystemExit) as fault:
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
         raise grader_error(task, fault, where) from fault
     if not isinstance(grades, list | tuple) or len(grades) != len(completions):
         what = f"{len(grades)} grades" if isinstance(grades, list | tuple) else type(grades).__name__
@@ -48,17 +50,18 @@ def judge(task: Task, prompt: Prompt, text: str) -> Grade:
         grade = task.grade(prompt, text)
     except MinigrpoError:
         raise
-    except (Exception, SystemExit) as fault:
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
         raise grader_error(task, fault, answer_label(prompt, text)) from fault
     return check_grade(task, grade, answer_label(prompt, text))
 
 
 def grader_error(task: Task, fault: BaseException, where: str) -> TaskError:
     """Say which grader raised what, in which line, on which answer."""
-    last = traceback.extract_tb(fault.__traceback__)[-1]
     return TaskError(
-        f"The grader of task {task.name} raised {type(fault).__name__}: {fault} ({last.filename}:{last.lineno}) on "
-        f"{where}. A grader must judge any text: give what it cannot read a reward, such as 0."
+        f"The grader of task {task.name} raised {describe_fault(fault)} on {where}. A grader must judge any text: give "
+        "what it cannot read a reward, such as 0."
     )
 
 
@@ -73,16 +76,21 @@ def check_grade(task: Task, grade: Any, where: str) -> Grade:
         )
     untold = not grade.parts and "grader" in grade.notes
     amounts = {"reward": 0.0 if untold and not grade.scored else grade.reward, **grade.parts, **grade.metrics}
-    faulty = [f"{name} = {amount}" for name, amount in amounts.items() if not is_finite(amount)]
+    faulty = [f"{name} = {shorten_number(amount)}" for name, amount in amounts.items() if not is_finite(amount)]
     if faulty:
         raise TaskError(
-            f"The grader of task {task.name} gave {', '.join(faulty)} on {where}. Rewards must be finite numbers."
+            f"The grader of task {task.name} gave {', '.join(faulty)} on {where}. Rewards must be finite numbers "
+            f"of at most {LARGEST_REWARD:g}: their squares are summed."
         )
     return grade
 
 
 def is_finite(amount: Any) -> bool:
-    return not isinstance(amount, str) and hasattr(amount, "__float__") and math.isfinite(amount)
+    return abs(as_number(amount)) <= LARGEST_REWARD  # a comparison with NaN is false
+
+
+def shorten_number(amount: Any) -> str:
+    return str(amount) if isinstance(amount, float | str) else shorten_repr(amount)
 
 
 def answer_label(prompt: Prompt, text: str) -> str:

@@ -1,8 +1,10 @@
-"""Open a task by name: a built-in one, rg:NAME of reasoning-gym, or your own as FILE.py:NAME.
+"""Open a task by name: a built-in one, rg:NAME of reasoning-gym, judge:FILE or classifier:FOLDER, which score rows, or
+your own as FILE.py:NAME.
 
-NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions. Reward
-functions need rows: `task.data`, or `rows` (and `test_rows`) in the same file, a list or a function that returns one.
-The file may also define `system`, a system prompt for rows whose prompt is text, and `gold(prompt)`, a right answer.
+NAME is a Task, a function from the Recipe to a Task, a reward function, or a list of reward functions, among which
+judge:FILE and classifier:FOLDER may stand as text. Reward functions need rows: `task.data`, or `rows` (and `test_rows`)
+in the same file, a list or a function that returns one. The file may also define `system`, a system prompt for rows
+whose prompt is text, and `gold(prompt)`, a right answer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
 from minigrpo.tasks.common.dataset import read_data
+from minigrpo.tasks.custom.ready_made import is_ready_made, open_ready_made
 from minigrpo.tasks.custom.reward_functions import function_kind
 from minigrpo.tasks.custom.reward_task import build_reward_task, read_rows
 from minigrpo.tasks.custom.reward_task import reward_task as reward_task
@@ -74,6 +77,8 @@ def _open_by_name(recipe: Recipe) -> Task:
         raise TaskError(
             f"task.example has no meaning for {name}: only {' and '.join(_TASKS_WITH_EXAMPLE)} can show one."
         )
+    if is_ready_made(name):
+        return _open_ready_made_task(name, recipe.task)
     if ".py" in name:
         return _open_custom_task(name, recipe)
     if recipe.task.data and (name in TASKS or name.startswith("rg:")) and name not in _TASKS_WITH_DATA:
@@ -87,7 +92,19 @@ def _open_by_name(recipe: Recipe) -> Task:
         return reasoning_gym.reasoning_gym_task(name.removeprefix("rg:"), recipe)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(TASKS)}."
-    raise TaskError(f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME.")
+    raise TaskError(
+        f"No task is called {name!r}. {hint} For your own: FILE.py:NAME; of reasoning-gym: rg:NAME; "
+        "a model that judges: judge:FILE.yaml or classifier:FOLDER."
+    )
+
+
+def _open_ready_made_task(spec: str, config: TaskConfig) -> Task:
+    """Open the task whose only reward is a judge or a classifier. Its rows come from `task.data`."""
+    if not config.data:
+        raise TaskError(f"{spec} scores rows, but there are none. Give --task.data FILE, a folder or a Hub data set.")
+    function = open_ready_made(spec, Path.cwd())
+    task = build_reward_task([function], read_data(config.data), name=function.__name__, weights=config.weights)
+    return _limit_train_prompts(task, config.size)
 
 
 def _open_custom_task(spec: str, recipe: Recipe) -> Task:
@@ -104,7 +121,7 @@ def _open_custom_task(spec: str, recipe: Recipe) -> Task:
     if not hasattr(module, name):
         names = ", ".join(_list_candidates(module)) or "none"
         raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
-    value = getattr(module, name)
+    value = open_ready_made(getattr(module, name), path.parent)
     if _is_reward_functions(value, f"{name} in {path}"):
         return _limit_train_prompts(_task_from_rewards(value, module, spec, recipe.task), recipe.task.size)
     if recipe.task.data and isinstance(value, Task):
@@ -156,6 +173,7 @@ def _task_from_rewards(value: Any, module: ModuleType, spec: str, config: TaskCo
         system=getattr(module, "system", None),
         gold=getattr(module, "gold", None),
         weights=config.weights,
+        names={id(held): variable for variable, held in vars(module).items() if not variable.startswith("_")},
     )
 
 

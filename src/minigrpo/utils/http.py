@@ -11,11 +11,14 @@ DIRECT = request.build_opener(request.ProxyHandler({}))
 
 
 class StatusError(Exception):
-    """A server's refusal of a request: the status code, and its own message as bytes."""
+    """A server's refusal of a request: the status code, and its own message as bytes.
 
-    def __init__(self, code: int, raw: bytes) -> None:
+    `retry_after`: seconds after which it wants to be asked again, where it says so.
+    """
+
+    def __init__(self, code: int, raw: bytes, retry_after: float | None = None) -> None:
         super().__init__(f"HTTP status {code}")
-        self.code, self.raw = code, raw
+        self.code, self.raw, self.retry_after = code, raw, retry_after
 
 
 def exchange(
@@ -42,4 +45,5 @@ def exchange(
             raw: bytes = answer.read()
             return raw
     except error.HTTPError as fault:
-        raise StatusError(fault.code, fault.read()) from None
+        seconds = str(fault.headers.get("Retry-After") or "")
+        raise StatusError(fault.code, fault.read(), float(seconds) if seconds.isdecimal() else None) from None

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +44,18 @@ RowParser = Callable[[Sequence[tuple[str, Any]], str], list[DatasetRow]]
 
 
 def read_data(source: str, check: RowParser | None = None) -> SplitRows:
-    """Read the rows of a file, of a folder with train.* (and test.*), or of a Hub data set. Raise TaskError for faulty
-    ones.
+    """Read the rows of a file, of a folder, or of a Hub data set. Raise TaskError for faulty ones.
 
-    `check` parses rows that have other columns than a prompt.
+    A folder holds train.* (and test.*), or a data set as it is laid out on the Hub or by `save_to_disk`;
+    `FOLDER:CONFIG` names one of its configurations. `check` parses rows that have other columns than a prompt.
     """
     check = check or parse_rows
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, check)
+    folder, colon, config = source.rpartition(":")
+    if colon and config and Path(folder).expanduser().is_dir():
+        return _read_laid_out(Path(folder).expanduser(), config, check)
     if path.is_file():
         return split_rows(_read_file(path, check), source)
     if path.suffix.lower() in _FILE_TYPES or source.count("/") > 1 or source.startswith((".", "/", "~")):
@@ -60,17 +64,64 @@ def read_data(source: str, check: RowParser | None = None) -> SplitRows:
 
 
 def _read_folder(folder: Path, check: RowParser) -> SplitRows:
+    plain = any((folder / f"train{kind}").is_file() for kind in _FILE_TYPES)
+    if not plain or _declares_configs(folder / "README.md"):
+        return _read_laid_out(folder, None, check)
     files: dict[Split, list[Path]] = {"train": [], "test": []}
     for split, found in files.items():
         found += [folder / f"{split}{kind}" for kind in _FILE_TYPES if (folder / f"{split}{kind}").is_file()]
         if len(found) > 1:
             raise TaskError(f"{folder} has {found[0].name} and {found[1].name}. Leave one of them.")
-    if not files["train"]:
-        raise TaskError(f"{folder} has no train file. Put train.jsonl into it (or {', '.join(_FILE_TYPES[1:])}).")
     train = _read_file(files["train"][0], check)
     if not files["test"]:
         return split_rows(train, str(folder))
     return {"train": train, "test": _read_file(files["test"][0], check)}
+
+
+def _declares_configs(readme: Path) -> bool:
+    """Tell whether the data set's card says which files its configurations have: a `configs:` among its metadata."""
+    import yaml
+
+    if not readme.is_file():
+        return False
+    opening, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        metadata = yaml.safe_load(rest.partition("\n---")[0]) if not opening.strip("\ufeff") else None
+    except yaml.YAMLError:
+        return False
+    return isinstance(metadata, dict) and bool(metadata.get("configs"))
+
+
+_SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes: of several splits, of one."""
+
+
+def _read_laid_out(folder: Path, config: str | None, check: RowParser) -> SplitRows:
+    """Read a folder as `datasets` does: data/train-*.parquet, main/, README.md's configs, `save_to_disk`."""
+    import datasets
+
+    where = f"{folder}:{config}" if config else str(folder)
+    try:
+        if any((folder / name).is_file() for name in _SAVED_BY_DATASETS):
+            found = datasets.load_from_disk(str(folder / (config or "")))
+        else:
+            found = datasets.load_dataset(str(folder.absolute()), config)
+    except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError):
+        raise TaskError(
+            f"{folder} has no train file. Put train.jsonl into it (or {', '.join(_FILE_TYPES[1:])}), or a data set as "
+            "the Hub lays it out."
+        ) from None
+    except Exception as fault:  # pyarrow, pandas and the builders raise some twenty classes of errors
+        reason = _say_reason(fault)
+        hint = f" Name one: --task.data {shlex.quote(f'{folder}:CONFIG')}" if "Config name is missing" in reason else ""
+        raise TaskError(f"{where} could not be read as a data set: {reason}{hint}") from fault
+    return _take_splits(found if isinstance(found, dict) else {"train": found}, where, check)
+
+
+def _say_reason(fault: BaseException) -> str:
+    """Return class and words of an error; those of a builder stand in its cause."""
+    cause = fault.__cause__ if fault.__cause__ is not None else fault
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
 
 
 def _read_file(path: Path, check: RowParser) -> list[DatasetRow]:
@@ -146,14 +197,16 @@ def read_hub_dataset(source: str, check: RowParser, revision: str | None = None)
             f"task.data {source!r} is no file, and could not be loaded as a Hub data set: "
             f"{type(fault).__name__}: {reason}"
         ) from fault
+    return _take_splits(found, source, check)
+
+
+def _take_splits(found: Mapping[str, Iterable[Any]], source: str, check: RowParser) -> SplitRows:
     if "train" not in found:
         raise TaskError(f"The data set {source} has no train split, but {', '.join(found)}. Save it as train.jsonl.")
     train = _parse_hub_split(found["train"], f"{source} train", check)
-    return (
-        {"train": train, "test": _parse_hub_split(found["test"], f"{source} test", check)}
-        if "test" in found
-        else split_rows(train, source)
-    )
+    if "test" not in found:
+        return split_rows(train, source)
+    return {"train": train, "test": _parse_hub_split(found["test"], f"{source} test", check)}
 
 
 def _parse_hub_split(rows: Iterable[Any], where: str, check: RowParser) -> list[DatasetRow]:

@@ -13,6 +13,10 @@ from dataclasses import dataclass, replace
 from minigrpo.errors import TaskError
 from minigrpo.types import Grade, Prompt, RewardFunction
 
+LARGEST_REWARD = 1e16
+"""Squares of rewards are summed over a step, and float32 ends at 3.4e38: a million squares of this."""
+_SMALLER = "Their squares would overflow: return smaller numbers, such as their logarithm."
+
 
 @dataclass(frozen=True, slots=True)
 class Reward:
@@ -48,9 +52,15 @@ def graded(rewards: Sequence[Reward], prompt: Prompt, text: str, *, formed: bool
 def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Return the weighted sum of the parts; NaN where there are none.
 
-    The sum is exact, so the order does not matter.
+    The sum is exact, so the order does not matter. Raise TaskError where it is too large.
     """
-    return math.fsum(weights.get(name, 1.0) * part for name, part in parts.items()) if parts else math.nan
+    if not parts:
+        return math.nan
+    terms = [weights.get(name, 1.0) * part for name, part in parts.items()]
+    if max(map(abs, terms)) > LARGEST_REWARD:
+        shown = ", ".join(f"{weights.get(name, 1.0):g} x {name} = {part:g}" for name, part in parts.items())
+        raise TaskError(f"The weighted rewards ({shorten_repr(shown)}) go beyond {LARGEST_REWARD:g}. {_SMALLER}")
+    return math.fsum(terms)
 
 
 def _call_reward(reward: Reward, prompt: Prompt, text: str) -> float:
@@ -59,17 +69,32 @@ def _call_reward(reward: Reward, prompt: Prompt, text: str) -> float:
 
 
 def check_finite(value: object, name: str, where: str) -> float:
-    """Return the value as a float; raise TaskError unless it is a finite number. True is 1, and text is no number."""
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    """Return the value as a float; raise TaskError unless it is a finite number of at most LARGEST_REWARD.
+
+    True is 1, and text is no number.
+    """
+    number = as_number(value)
     if not math.isfinite(number):
         raise TaskError(f"The reward function {name} gave {shorten_repr(value)} for {where}. Return a finite number.")
+    if abs(number) > LARGEST_REWARD:
+        raise TaskError(
+            f"The reward function {name} gave {shorten_repr(value)} for {where}, beyond {LARGEST_REWARD:g}. {_SMALLER}"
+        )
     return number
+
+
+def as_number(value: object) -> float:
+    """Return the value as a float; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except Exception:  # __float__ of arbitrary classes: a tensor of several numbers, a signalling NaN
+        return math.nan
 
 
 def shorten_repr(value: object, longest: int = 80) -> str:
     """Return the repr of a value, cut to `longest` characters, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # __repr__ of arbitrary classes
+        text = f"a {type(value).__name__}"
     return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -13,19 +13,21 @@ models as reward functions.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import difflib
+import functools
 import inspect
-import threading
-import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.common.rewards import check_finite, shorten_repr
 from minigrpo.types import Completion
+from minigrpo.utils.event_loop import await_result
+from minigrpo.utils.faults import describe_fault, is_ctrl_c
 
 FunctionKind = Literal["row", "batch"]
 _ROW_PARAMETERS = ("completion", "prompt")
@@ -54,9 +56,10 @@ class RewardCallable:
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """One group as functions see it. `prompt`: text, or messages where the rows are conversations."""
+    """One group as functions see it. `prompt`: text, or messages where the rows are conversations. `row`: its place."""
 
     id: str
+    row: str
     prompt: str | list[dict[str, str]]
     columns: Mapping[str, Any]
     completions: Sequence[Completion]
@@ -128,15 +131,63 @@ def inspect_function(value: Callable[..., Any], where: str) -> RewardCallable:
     if nameless:
         raise TaskError(f"{where} takes {nameless[0]} by position alone. Reward functions are called by names.")
     named = [one for one in found if one.kind is not one.VAR_KEYWORD]
-    name = getattr(value, "__name__", None) or type(value).__name__
     return RewardCallable(
-        name=name,
+        name=_base_name(value),
         call=value,
         kind=kind,
         needs=tuple(one.name for one in named if one.default is one.empty),
         takes=tuple(one.name for one in named),
         takes_all=len(named) < len(found),
     )
+
+
+def tell_apart(functions: Sequence[RewardCallable], names: Mapping[int, str]) -> list[RewardCallable]:
+    """Give each function a name under which it is logged and weighted.
+
+    `names`: the variables of the user's file that hold an object, by its id(). A function without a name of its own (a
+    lambda, functools.partial, a callable object, a bound method, what a factory made) is called after its variable,
+    else after what it was made of, with a number where several would be called alike.
+    """
+    owned = [_has_own_name(one.call) for one in functions]
+    called = [
+        one.name if own else names.get(id(one.call)) or _variable_of(one.call) or one.name
+        for one, own in zip(functions, owned, strict=True)
+    ]
+    counts, seen = Counter(called), Counter[str]()
+    twice = {key for key, count in Counter(id(one.call) for one in functions).items() if count > 1}
+    taken = {name for name, own in zip(called, owned, strict=True) if own or counts[name] == 1}
+    told = []
+    for function, own, name in zip(functions, owned, called, strict=True):
+        seen[name] += 1
+        unique = name
+        # The same object twice is a mistake, which the check of weights refuses.
+        if not own and counts[name] > 1 and id(function.call) not in twice:
+            numbers = range(seen[name], len(taken) + seen[name] + 1)
+            unique = next(option for number in numbers if (option := f"{name}_{number}") not in taken)
+            taken.add(unique)
+        told.append(replace(function, name=unique))
+    return told
+
+
+def _has_own_name(value: Callable[..., Any]) -> bool:
+    """Tell whether the value comes from a `def` that makes no other function of that name."""
+    name, place = getattr(value, "__name__", ""), str(getattr(value, "__qualname__", "<locals>"))
+    return inspect.isfunction(value) and name != "<lambda>" and "<locals>" not in place
+
+
+def _base_name(value: Callable[..., Any]) -> str:
+    """Return a function's name, that of what a partial calls, or an object's class."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    name = getattr(value, "__name__", None)
+    name = name if isinstance(name, str) and name else type(value).__name__
+    return "lambda" if name == "<lambda>" else name
+
+
+def _variable_of(value: Callable[..., Any]) -> str | None:
+    """Return the name of the variable that holds this very function in the module that made it."""
+    scope = getattr(value, "__globals__", {})
+    return next((name for name, held in scope.items() if held is value and not name.startswith("_")), None)
 
 
 def check_columns(function: RewardCallable, columns: Sequence[str], where: str) -> None:
@@ -158,9 +209,17 @@ def score_group(function: RewardCallable, group: GroupView, log: RewardLog) -> l
 
     Raise TaskError for anything else.
     """
-    if function.kind == "batch":
-        return _score_batch(function, group, log)
-    return [_score_row(function, group, one.answer) for one in group.completions]
+    try:
+        if function.kind == "batch":
+            return _score_batch(function, group, log)
+        return [_score_row(function, group, one.answer) for one in group.completions]
+    except TaskError as fault:
+        raise name_row(fault, group) from fault.__cause__
+
+
+def name_row(fault: TaskError, group: GroupView) -> TaskError:
+    """Return the error with the place of the row that it is about."""
+    return TaskError(f"{fault} Its row: {group.row}.")
 
 
 def _score_row(function: RewardCallable, group: GroupView, text: str) -> float | None:
@@ -218,50 +277,21 @@ def _copy_value(value: Any) -> Any:
 def _call_function(function: RewardCallable, given: dict[str, Any], where: str) -> Any:
     try:
         value = function.call(**given)
-        return _run_awaitable(value) if inspect.isawaitable(value) else value
+        return await_result(value) if inspect.isawaitable(value) else value
     except MinigrpoError:
         raise
-    except (Exception, SystemExit) as fault:
-        last = traceback.extract_tb(fault.__traceback__)[-1]
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
         raise TaskError(
-            f"The reward function {function.name} raised {type(fault).__name__}: {fault} "
-            f"({last.filename}:{last.lineno}) on {where}. It must judge any text: return 0, or None for what it "
-            "cannot judge."
+            f"The reward function {function.name} raised {describe_fault(fault)} on {where}. It must judge any text: "
+            "return 0, or None for what it cannot judge."
         ) from fault
-
-
-def _run_awaitable(awaitable: Any) -> Any:
-    """Return the result of an async function.
-
-    In a notebook this thread already runs a loop, so another thread runs it.
-    """
-
-    async def whole() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(whole())
-    found: list[Any] = []
-    faults: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(asyncio.run(whole()))
-        except BaseException as fault:
-            faults.append(fault)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    if faults:
-        raise faults[0]
-    return found[0]
 
 
 def _as_list(value: Any) -> list[Any] | None:
     """Return a list, tuple, array or tensor as a list; None for anything else, such as text."""
     if hasattr(value, "tolist") and not isinstance(value, list | tuple):
-        value = value.tolist()
+        with suppress(Exception):  # a tensor of another kind or device: it is no list then
+            value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else None

@@ -1,0 +1,33 @@
+"""Describe what a user's function raised, whatever it is."""
+
+from __future__ import annotations
+
+import dis
+import traceback
+
+LONGEST_MESSAGE = 300
+"""Characters of an exception's own words that are repeated."""
+
+
+def describe_fault(fault: BaseException) -> str:
+    """Return its class, its own words and the line that raised it."""
+    try:
+        words = str(fault)
+    except BaseException as second:  # __str__ is a user's code too
+        words = f"(its text raised {type(second).__name__})"
+    words = words if len(words) <= LONGEST_MESSAGE else f"{words[:LONGEST_MESSAGE]} ..."
+    frames = traceback.extract_tb(fault.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(fault).__name__}: {words}{where}"
+
+
+def is_ctrl_c(fault: BaseException) -> bool:
+    """Tell whether somebody pressed Ctrl-C: a KeyboardInterrupt that no `raise` of the program raised."""
+    if not isinstance(fault, KeyboardInterrupt):
+        return False
+    deepest = fault.__traceback__
+    while deepest is not None and deepest.tb_next is not None:
+        deepest = deepest.tb_next
+    if deepest is None:
+        return True
+    return deepest.tb_frame.f_code.co_code[deepest.tb_lasti] != dis.opmap["RAISE_VARARGS"]
