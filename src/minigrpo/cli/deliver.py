@@ -97,11 +97,15 @@ def export(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q4_K_M ...; may be repeated.", show_default="Q8_0"
+            "--format",
+            metavar="TYPE",
+            help="F32, F16, Q8_0, Q4_K_M ...; for vLLM FP8, W4A16, NVFP4; may be repeated.",
+            show_default="Q8_0",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the files go.", show_default="RUN/gguf")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the files go.", show_default="RUN/gguf, RUN/compressed"),
     ] = None,
     llama_cpp: Annotated[
         Path | None,
@@ -110,23 +114,42 @@ def export(
     writer: Annotated[
         Writer, typer.Option(help="auto: llama.cpp's converter if it can be had, else our own for a few architectures.")
     ] = "auto",
+    compressor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON", help="Of the environment that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The merged model as GGUF files, each proved by llama.cpp.
+    """The merged model as GGUF files, each proved by llama.cpp, or in compressed formats for vLLM.
 
     Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
     far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
+    FP8, W4A16 and NVFP4 are folders that vLLM serves, made by llm-compressor: every weight is unpacked and compared.
     """
+    from minigrpo.delivery.compressed.export import compress, compressed_table
+    from minigrpo.delivery.compressed.schemes import split_formats
     from minigrpo.delivery.gguf.export import export, exported_table
 
+    kinds, schemes = split_formats(formats or ["Q8_0"])
+    found = packed = None
     with stdout_for_json(as_json), lock_run_of(run):
-        found = export(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
+        if kinds or not schemes:
+            found = export(run, kinds, out=out, llama_cpp=llama_cpp, writer=writer, force=force)
+        if schemes:
+            packed = compress(run, schemes, out=out, compressor=compressor, force=force)
+    ok = found is None or found.ok
     if as_json:
-        print_json(found.to_dict())
-    else:
+        print_json(
+            {"ok": ok, **(found.to_dict() if found else {}), **({"compressed": packed.to_dict()} if packed else {})}
+        )
+    elif found:
         Console().print(exported_table(found))
-    raise typer.Exit(0 if found.ok else 1)
+    if packed and not as_json:
+        Console().print(compressed_table(packed), soft_wrap=True)
+    raise typer.Exit(0 if ok else 1)
 
 
 def serve(

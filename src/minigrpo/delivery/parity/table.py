@@ -16,7 +16,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
 
-_STAGE_ORDER = ("base", "merged", "gguf", "served")
+_STAGE_ORDER = ("base", "merged", "gguf", "compressed", "served")
 """From the base to the server."""
 PARITY_TITLE = "distance from the trained policy, nats a token"
 
