@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ from minigrpo.config.schema import DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import find_run, tidy
+
+if TYPE_CHECKING:
+    from minigrpo.delivery.compressed.export import Compressed
+    from minigrpo.delivery.gguf.export import Exported
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
@@ -129,27 +133,31 @@ def export(
     far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
     FP8, W4A16 and NVFP4 are folders that vLLM serves, made by llm-compressor: every weight is unpacked and compared.
     """
-    from minigrpo.delivery.compressed.export import compress, compressed_table
+    from minigrpo.delivery.compressed.export import compress
     from minigrpo.delivery.compressed.schemes import split_formats
-    from minigrpo.delivery.gguf.export import export, exported_table
+    from minigrpo.delivery.gguf.export import export
 
     kinds, schemes = split_formats(formats or ["Q8_0"])
-    found = packed = None
+    options: dict[str, Any] = {"out": out, "force": force}
     with stdout_for_json(as_json), lock_run_of(run):
-        if kinds or not schemes:
-            found = export(run, kinds, out=out, llama_cpp=llama_cpp, writer=writer, force=force)
-        if schemes:
-            packed = compress(run, schemes, out=out, compressor=compressor, force=force)
-    ok = found is None or found.ok
+        gguf = None if schemes and not kinds else export(run, kinds, llama_cpp=llama_cpp, writer=writer, **options)
+        packed = compress(run, schemes, compressor=compressor, **options) if schemes else None
+    _print_exports(gguf, packed, as_json)
+    raise typer.Exit(0 if gguf is None or gguf.ok else 1)
+
+
+def _print_exports(gguf: Exported | None, packed: Compressed | None, as_json: bool) -> None:
+    from minigrpo.delivery.compressed.export import compressed_table
+    from minigrpo.delivery.gguf.export import exported_table
+
     if as_json:
-        print_json(
-            {"ok": ok, **(found.to_dict() if found else {}), **({"compressed": packed.to_dict()} if packed else {})}
-        )
-    elif found:
-        Console().print(exported_table(found))
-    if packed and not as_json:
-        Console().print(compressed_table(packed), soft_wrap=True)
-    raise typer.Exit(0 if ok else 1)
+        told = gguf.to_dict() if gguf else {"ok": True}
+        print_json(told | {"compressed": packed.to_dict()} if packed else told)
+        return
+    if gguf:
+        Console().print(exported_table(gguf))
+    if packed:
+        Console().print(compressed_table(packed))
 
 
 def serve(

@@ -1,4 +1,4 @@
-"""Find llm-compressor, which pins older versions of our libraries and so has an environment of its own, and run it there.
+"""Find llm-compressor, which pins older versions of our libraries and so has an environment of its own; run it there.
 
     --compressor PYTHON or MINIGRPO_COMPRESSOR   the python of that environment
     this python                                  where it has llm-compressor
@@ -100,7 +100,7 @@ class Compressor:
 
 
 def find_compressor(named: Path | None) -> Compressor:
-    """Find the python that has llm-compressor. Raises MinigrpoError where it is nowhere, with the commands to get it."""
+    """Find the python that has llm-compressor. Raises MinigrpoError, with the commands to get it."""
     chosen = named or (Path(os.environ[COMPRESSOR_PYTHON]) if os.environ.get(COMPRESSOR_PYTHON) else None)
     python = Path(shutil.which(chosen.expanduser()) or chosen) if chosen else Path(sys.executable)
     probe = f"import importlib.metadata as m; print(m.version({PACKAGE!r}))"

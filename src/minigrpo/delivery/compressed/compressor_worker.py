@@ -7,7 +7,8 @@
                                                      log-probabilities [N, V] in float32
 
 Started by path, so this file imports nothing of the package. {"refused": why} stands for an answer where a library ends
-with an error, {"misread": what} where tensors are missing or left over. It ends when its standard input does, so that a killed export leaves no process that goes on writing.
+with an error, {"misread": what} where tensors are missing or left over. It ends when its standard input does, so that a
+killed export leaves no process that goes on writing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class MisreadError(Exception):
     """Tensors of the folder have no place in the model, or places no tensor."""
 
 
-def exit_with_parent() -> None:
+def exit_when_stdin_closes() -> None:
     """Exit when standard input closes: a pipe that the parent holds open and writes to only once."""
 
     def wait() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the libraries print is no answer
     request = read_request()
-    exit_with_parent()
+    exit_when_stdin_closes()
     try:
         {"make": make, "score": score}[request.pop("do")](out, **request)
     except MisreadError as fault:

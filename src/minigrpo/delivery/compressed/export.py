@@ -224,8 +224,8 @@ def _reject(job: CompressJob, scheme: Scheme, draft: Path, fault: str) -> None:
     draft.rename(rejected)
     rejected.chmod(0o755)
     raise ArtifactError(
-        f"What {job.compressor.name} made of {job.model} is not that model as {scheme.name}: {fault.rstrip('.')}. It is "
-        f"kept for a look: {rejected}. Again: {job.command(scheme)}; if it stays so, report it with the model's name"
+        f"What {job.compressor.name} made of {job.model} is not that model as {scheme.name}: {fault.rstrip('.')}. It "
+        f"is kept for a look: {rejected}. Again: {job.command(scheme)}; if it stays so, report it with the model's name"
     )
 
 

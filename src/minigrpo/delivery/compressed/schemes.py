@@ -29,8 +29,9 @@ _IN_LAYER = re.compile(r"\blayers\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A format. `preset`: llm-compressor's name. `layout`: the name in config.json. `group`: values that share a scale;
-    0: a row. `end`: a group's largest value over its scale. `parts`: what is stored of a layer in place of its weight."""
+    """A format. `preset`: llm-compressor's name. `layout`: the name in config.json. `group`: values that share a
+    scale; 0: a row. `end`: a group's largest value over its scale. `parts`: what is stored of a layer in place of its
+    weight."""
 
     name: str
     preset: str
