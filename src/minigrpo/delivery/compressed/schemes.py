@@ -55,7 +55,7 @@ class Scheme:
             return stored_OX.float()
         nibbles_OX = stored_OX.contiguous().view(torch.uint8)  # the first value is in the lower half of the first byte
         codes_OI = torch.stack((nibbles_OX & 15, nibbles_OX >> 4), -1).flatten(1)
-        return codes_OI.float() - 8 if self.name == "W4A16" else _E2M1_VALUES[codes_OI.int()]
+        return codes_OI.float() - 8 if self.name == "W4A16" else _E2M1_VALUES[codes_OI.long()]
 
     def half_step(self, sizes: Tensor) -> Tensor:
         """Return half of the grid's step at each size, in units of the scale."""

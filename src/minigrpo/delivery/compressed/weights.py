@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def prove_packed(folder: Path, merged: BaseFiles, scheme: Scheme, plan: PackingP
         layer = _Layer(scheme, {part: here[f"{module}.{part}"] for part in scheme.parts})
         layer.compare(module, merged.tensors[f"{module}.weight"])
         layers.append(layer)
-        faults += [f"{module}: {fault}" for fault in layer.faults()]
+        faults += [f"{module}: {fault}"] if (fault := layer.fault()) else []
     faults += _fused_faults(layers) if scheme.name == "NVFP4" else []
     packed = {f"{module}.weight" for module in plan.packed}
     for name in sorted(merged.tensors.keys() - packed) if proved else ():
@@ -156,13 +156,14 @@ class _Layer:
     def error(self) -> float:
         return math.sqrt(self.loss / self.size) if self.size else 0.0
 
-    def faults(self) -> Iterator[str]:
-        if self.shape_fault:
-            yield "weight_shape is not the weight's shape"
+    def fault(self) -> str | None:
+        """Say what is wrong with the layer; None where nothing is."""
+        told = ["weight_shape is not the weight's shape"] if self.shape_fault else []
         if self.wrong_scales:
-            yield f"{self.wrong_scales:,} of {self.scales:,} scales are not what the values ask for"
+            told.append(f"{self.wrong_scales:,} of {self.scales:,} scales are not what the values ask for")
         if self.outside:
-            yield f"{self.outside:,} of {self.values:,} values are beyond what {self.scheme.name} rounds"
+            told.append(f"{self.outside:,} of {self.values:,} values are beyond what {self.scheme.name} rounds")
+        return ", ".join(told) or None
 
 
 def _scales_fit(stored_OG: Tensor, asked_OG: Tensor, dtype: torch.dtype) -> Tensor:
