@@ -238,7 +238,7 @@ def test_without_llm_compressor_the_two_commands_are_told(tmp_path: Path, monkey
         find_compressor(None)
 
 
-@pytest.mark.env(COMPRESSOR_PYTHON)
+@pytest.mark.env("MINIGRPO_COMPRESSOR")
 def test_a_run_is_packed_proved_measured_and_sealed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_run_is_packed_proved_measured_and_sealed(
     assert compress(run, [SCHEMES["W4A16"]], force=True, quiet=True).folders[0].verdict == "weights proved"
 
 
-@pytest.mark.env(COMPRESSOR_PYTHON)
+@pytest.mark.env("MINIGRPO_COMPRESSOR")
 def test_a_model_that_reads_pictures_is_packed_and_runs(tmp_path: Path) -> None:
     model_folder(tmp_path / "m", "mistral3", dtype=torch.bfloat16)
     (found,) = compress(tmp_path / "m", [SCHEMES["FP8"]], quiet=True).folders
@@ -277,7 +277,7 @@ def test_a_model_that_reads_pictures_is_packed_and_runs(tmp_path: Path) -> None:
     assert found.rows
 
 
-@pytest.mark.env(COMPRESSOR_PYTHON)
+@pytest.mark.env("MINIGRPO_COMPRESSOR")
 def test_a_folder_that_is_not_the_model_is_kept_under_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,7 +193,7 @@ def _make_folder(
         rows, notes = _measure(job, scheme, draft, reference)
         notes = [*_kept_notes(scheme, plan), *notes]
         bits = 8 * sum(file.stat().st_size for file in draft.glob("*.safetensors")) / _count(job.base)
-        facts = {"format": scheme.name, "bits": bits, "proof": proof.to_dict(), "rows": rows, "notes": notes}
+        facts = {"scheme": scheme.name, "bits": bits, "proof": proof.to_dict(), "rows": rows, "notes": notes}
         seal_folder(draft, job.made(scheme), {**facts, "texts": describe_texts(reference)})
     shutil.rmtree(target.with_name(target.name + REJECTED), ignore_errors=True)
     if job.run is not None and rows:
