@@ -83,7 +83,10 @@ def main() -> None:
     request = read_request()
     exit_when_stdin_closes()
     try:
-        {"make": make, "score": score}[request.pop("do")](out, **request)
+        if request.pop("do") == "make":
+            make(out, **request)
+        else:
+            score(out, **request)
     except MisreadError as fault:
         answer(out, misread=str(fault))
     except Exception as fault:

@@ -212,20 +212,23 @@ def _file_faults(folder: Path, merged: BaseFiles, here: Mapping[str, StoredTenso
 def _config_faults(folder: Path, merged: BaseFiles, scheme: Scheme, plan: PackingPlan) -> list[str]:
     """Compare config.json with the merged model's, and its quantization_config with what was packed."""
     config = read_json(folder / "config.json")
-    said = config.pop("quantization_config", None) if isinstance(config, dict) else None
+    said: Any = config.pop("quantization_config", None) if isinstance(config, dict) else None
     faults = [] if config == json.loads(json.dumps(merged.config)) else ["config.json is not the merged model's"]
     try:
         (group,) = said["config_groups"].values()
-        right = (
-            *(said["quant_method"] == "compressed-tensors", said["quantization_status"] == "compressed"),
-            *(said["format"] == group["format"] == scheme.layout, group["targets"] == ["Linear"]),
-            *(said["ignore"] == list(plan.ignored), not said.get("kv_cache_scheme"), not said.get("transform_config")),
-            *(_says(group["weights"], scheme.arguments), group.get("output_activations") is None),
-            _says(group["input_activations"], scheme.activations),
+        is_right = all(
+            (
+                *(said["quant_method"] == "compressed-tensors", said["quantization_status"] == "compressed"),
+                *(said["format"] == group["format"] == scheme.layout, group["targets"] == ["Linear"]),
+                *(said["ignore"] == list(plan.ignored), not said.get("kv_cache_scheme")),
+                *(not said.get("transform_config"), group.get("output_activations") is None),
+                _says(group["weights"], scheme.arguments),
+                _says(group["input_activations"], scheme.activations),
+            )
         )
     except (TypeError, KeyError, ValueError, AttributeError):
-        right = (False,)
-    if not all(right):
+        is_right = False
+    if not is_right:
         faults.append(f"config.json does not say what {scheme.name} is")
     return faults
 
