@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 NETWORK = "MINIGRPO_NETWORK"
 VARIABLES = {
+    "MINIGRPO_COMPRESSOR": "the python of an environment that has llm-compressor",
     "MINIGRPO_GSM8K": "a folder with GSM8K's train.jsonl and test.jsonl",
     "MINIGRPO_REAL_MODEL": "a folder with a pretrained instruct model, such as Qwen2.5-0.5B-Instruct",
     "MINIGRPO_TRANSFORMERS4": "the python of an environment that has transformers 4.57",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ from minigrpo.config.schema import DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import RunDir, find_run, tidy
+
+if TYPE_CHECKING:
+    from minigrpo.delivery.compressed.export import Compressed
+    from minigrpo.delivery.gguf.export import Exported
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
@@ -165,11 +169,15 @@ def export(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q4_K_M ...; may be repeated.", show_default="Q8_0"
+            "--format",
+            metavar="TYPE",
+            help="F32, F16, Q8_0, Q4_K_M ...; for vLLM FP8, W4A16, NVFP4; may be repeated.",
+            show_default="Q8_0",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the files go.", show_default="RUN/gguf")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the files go.", show_default="RUN/gguf, RUN/compressed"),
     ] = None,
     llama_cpp: Annotated[
         Path | None,
@@ -178,23 +186,46 @@ def export(
     writer: Annotated[
         Writer, typer.Option(help="auto: llama.cpp's converter if it can be had, else our own for a few architectures.")
     ] = "auto",
+    compressor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON", help="Of the environment that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The merged model as GGUF files, each proved by llama.cpp.
+    """The merged model as GGUF files, each proved by llama.cpp, or in compressed formats for vLLM.
 
     Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
     far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
+    FP8, W4A16 and NVFP4 are folders that vLLM serves, made by llm-compressor: every weight is unpacked and compared.
     """
-    from minigrpo.delivery.gguf.export import export, exported_table
+    from minigrpo.delivery.compressed.export import compress
+    from minigrpo.delivery.compressed.schemes import split_formats
+    from minigrpo.delivery.gguf.export import export
 
+    kinds, schemes = split_formats(formats or ["Q8_0"])
+    options: dict[str, Any] = {"out": out, "force": force}
     with stdout_for_json(as_json), lock_run_of(run):
-        found = export(run, formats or ["Q8_0"], out=out, llama_cpp=llama_cpp, writer=writer, force=force)
+        gguf = None if schemes and not kinds else export(run, kinds, llama_cpp=llama_cpp, writer=writer, **options)
+        packed = compress(run, schemes, compressor=compressor, **options) if schemes else None
+    _print_exports(gguf, packed, as_json)
+    raise typer.Exit(0 if gguf is None or gguf.ok else 1)
+
+
+def _print_exports(gguf: Exported | None, packed: Compressed | None, as_json: bool) -> None:
+    from minigrpo.delivery.compressed.export import compressed_table
+    from minigrpo.delivery.gguf.export import exported_table
+
     if as_json:
-        print_json(found.to_dict())
-    else:
-        Console().print(exported_table(found))
-    raise typer.Exit(0 if found.ok else 1)
+        told = gguf.to_dict() if gguf else {"ok": True}
+        print_json(told | {"compressed": packed.to_dict()} if packed else told)
+        return
+    if gguf:
+        Console().print(exported_table(gguf))
+    if packed:
+        Console().print(compressed_table(packed))
 
 
 def serve(

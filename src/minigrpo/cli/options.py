@@ -60,6 +60,7 @@ EXAMPLES: dict[str, str] = {
     "export": """
         minigrpo export runs/my  # leaves runs/my/gguf/my-Q8_0.gguf
         minigrpo export runs/my --format F16 --format Q4_K_M
+        minigrpo export runs/my --format FP8 --compressor compressor/bin/python  # for vLLM: runs/my/compressed/my-FP8
         minigrpo export ./model --format BF16 --llama-cpp ~/llama.cpp --json  # any model folder""",
     "verify": """
         minigrpo verify runs/my  # all that is there, measured again

@@ -1,6 +1,6 @@
 """Open everything that a run made again and compare it with the policy that was trained: one row for each stage.
 
-    seals     every byte of the merged folder and of the GGUF files is as it was when it was proved
+    seals     every byte of the merged folder, the GGUF files and the folders for vLLM is as it was when it was proved
     tokens    rendered prompts, id by id: tokenizer, file, server
     numbers   KL(stage || trained) / KL(base || trained) on held texts, within the limit of each type
 
@@ -22,6 +22,7 @@ from rich.console import Group as Stack
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.source import TrainedSource, require_merged, source_of
+from minigrpo.delivery.compressed.export import sealed_rows
 from minigrpo.delivery.gguf.parity import (
     RELATIVE_LIMITS,
     GgufReference,
@@ -109,6 +110,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
             for count, (file, kind) in enumerate(files):
                 report(2 + count, 2 + len(files), file.name)
                 rows += _file_rows(file, kind, gguf, faults)
+            rows += sealed_rows(run, faults)
             rows += list(_served_rows(files, gguf, faults, serve=serve, served=served))
     _replace_rows(run, rows)
     return Verified(run.path, tuple(rows), tuple(faults), reference.held.source)

@@ -1,7 +1,7 @@
 """The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
 runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
-          merged/  gguf/NAME-Q8_0.gguf  parity.json  evals/*.json
+          merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -113,6 +113,11 @@ class RunDir:
     def gguf(self) -> Path:
         """The merged model in llama.cpp's format: one file for each number type."""
         return self.path / "gguf"
+
+    @property
+    def compressed(self) -> Path:
+        """The merged model in the formats of compressed-tensors, which vLLM reads: one folder for each."""
+        return self.path / "compressed"
 
     @property
     def parity(self) -> Path:
@@ -243,7 +248,7 @@ def remove_folder(path: Path) -> None:
 
 def tidy(run: RunDir) -> None:
     """Finish or undo what killed processes left half done. The caller must hold the run's lock."""
-    for folder in (run.path, run.checkpoints, run.gguf, run.evals):
+    for folder in (run.path, run.checkpoints, run.gguf, run.compressed, run.evals):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
             with writing(path):
                 _settle(path)

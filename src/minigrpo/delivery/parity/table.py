@@ -16,7 +16,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
 
-_STAGE_ORDER = ("base", "merged", "gguf", "served")
+_STAGE_ORDER = ("base", "merged", "gguf", "compressed", "served")
 """From the base to the server."""
 MIN_TOP1 = 0.9
 """Share of positions with the same likeliest token below which a rounded file is of no use: where one in ten differs,
