@@ -6,7 +6,6 @@ once and in the summary, and the run goes on without it. An artefact that fails 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from rich.text import Text
 
 from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
-from minigrpo.errors import ArtifactError, ModelError, install_hint
+from minigrpo.errors import ArtifactError, ModelError, command_line, install_hint
 from minigrpo.pipeline import tables
 from minigrpo.runs.logger import system_message
-from minigrpo.runs.manifest import existing_result, seconds_of, timed
+from minigrpo.runs.manifest import existing_result, seconds_of, slug, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
 from minigrpo.ui.tables import plain_table, titled
@@ -88,9 +87,8 @@ def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
 def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
     """Publish, after the run's summary. Raise ArtifactError where an exported file was rejected."""
     if delivered.exported and not delivered.exported.ok:
-        raise ArtifactError(
-            f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
-        )
+        again = command_line("minigrpo", "export", run.path)
+        raise ArtifactError(f"Not every file that was exported is the merged model. Look at: {again}")
     if config.repo and delivered.merged:
         from minigrpo.delivery.hub.publish import publish, published_table
 
@@ -164,7 +162,7 @@ def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivere
     yield tables.times_table(seconds_of(run))
     for sentence in delivered.missing:
         yield Text(f"note: {sentence}", style="yellow")
-    yield Text("Use it:\n" + "\n".join(f"  {line}" for line in _commands(run, delivered)))
+    yield Text("Use it:\n" + "\n".join(f"  {line}" for line in commands_to_use(run, delivered)))
 
 
 def _answer_panel(answer: ServedAnswer) -> RenderableType:
@@ -193,14 +191,15 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _commands(run: RunDir, delivered: Delivered) -> Iterator[str]:
-    yield f"minigrpo evaluate {run.path} -n 8"
+def commands_to_use(run: RunDir, delivered: Delivered) -> Iterator[str]:
+    """Yield the command lines by which what was made is used."""
+    yield command_line("minigrpo", "evaluate", run.path, "-n", 8)
     if delivered.exported and delivered.exported.ok:
         file = delivered.exported.files[-1].file
-        yield f"minigrpo serve {run.path}"
+        yield command_line("minigrpo", "serve", run.path)
         system = system_message(run)
-        yield f"llama-cli -m {file}" + (f" -sys {shlex.quote(system)}" if system else "")
-        yield f"ollama create {run.path.absolute().name} -f {file.with_suffix('.Modelfile')}"
+        yield command_line("llama-cli", "-m", file, *(("-sys", system) if system else ()))
+        yield command_line("ollama", "create", slug(run.path.absolute().name), "-f", file.with_suffix(".Modelfile"))
     if delivered.merged:
-        yield f"vllm serve {run.merged}"
-        yield f"minigrpo publish {run.path} --repo USER/{run.path.absolute().name}"
+        yield command_line("vllm", "serve", run.merged)
+        yield command_line("minigrpo", "publish", run.path, "--repo", f"USER/{slug(run.path.absolute().name)}")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed
@@ -32,9 +32,10 @@ def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
         warm_up(opened, run, console)
         go, _ = preflight_verdict(opened, run, console)
     if not go:
+        again = command_line("minigrpo", "train", run.recipe, "--run", run.path, "--resume")
         raise MinigrpoError(
             f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names; "
-            f"to train all the same: minigrpo train {run.recipe} --run {run.path} --resume"
+            f"to train all the same: {again}"
         )
     warm_up(opened, run, console)
 

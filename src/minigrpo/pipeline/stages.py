@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe, TrainConfig
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
@@ -67,7 +67,8 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
             prepare.check_warmup_answers(opened)
             prepare.begin_run(opened, run)
             prepare.warm_up(opened, run, console)
-        console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
+        following = command_line("minigrpo", "train", run.path, "--resume")
+        console.print(Text(f"Warmed up: {run.warmup}\nNext: {following}"), soft_wrap=True)
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
     return {name: value for name, value in figures.items() if name != "made"} | {"run": str(run.path)}
 
@@ -85,7 +86,8 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
-    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: minigrpo evaluate {run.path}"))
+    following = command_line("minigrpo", "evaluate", run.path)
+    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"), soft_wrap=True)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from minigrpo.delivery.gguf.parity import (
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
 from minigrpo.delivery.parity.table import format_kl
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import (
@@ -118,10 +118,10 @@ class ExportJob:
     def lossless(self) -> str:
         return GGUF_DTYPES.get(self.base.dtype, "F32")
 
-    @property
-    def command(self) -> str:
-        out = f" --out {self.folder}" if self.run and self.folder != self.run.gguf else ""
-        return f"minigrpo export {self.run.path if self.run else self.model}{out}"
+    def command(self, *options: object) -> str:
+        """Write the command that makes this export, with further options."""
+        out = ("--out", self.folder) if self.run and self.folder != self.run.gguf else ()
+        return command_line("minigrpo", "export", self.run.path if self.run else self.model, *out, *options)
 
     def file(self, kind: str) -> Path:
         return self.folder / f"{self.name}-{kind}.gguf"
@@ -214,9 +214,9 @@ def _finished_files(job: ExportJob, kinds: Sequence[str]) -> dict[str, ExportedF
         if not file.exists():
             continue
         if then is None or digest(file) != then["sha256"]:
+            again = job.command("--format", kind, "--force")
             raise ArtifactError(
-                f"{file} was put there or changed by somebody. To put a fresh export in its place: {job.command} "
-                f"--format {kind} --force"
+                f"{file} was put there or changed by somebody. To put a fresh export in its place: {again}"
             )
         if then["from"] == job.made["from"]:
             entries[kind] = ExportedFile(
@@ -281,8 +281,8 @@ def _convert(job: ExportJob, kind: str, file: Path) -> None:
     free = shutil.disk_usage(job.folder).free
     if free < need:
         raise ArtifactError(
-            f"{job.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, or name "
-            f"another place: {job.command} --out FOLDER"
+            f"{job.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, then go "
+            f"on with the same command, or name another place, --out FOLDER: {job.command('--format', kind)}"
         )
     job.converter.convert(job.model, file, kind, job.name)
 
@@ -319,7 +319,7 @@ def _disk_is_full(job: ExportJob, reason: str) -> str:
     free = shutil.disk_usage(job.folder).free / 1e9
     return (
         f"{job.folder} could not be written: {reason} ({free:.2f} GB left). Formats that are there are whole. Make "
-        f"room, then go on with the same command: {job.command}"
+        f"room, then go on with the same command: {job.command()}"
     )
 
 

@@ -8,7 +8,6 @@ compare   every file of the repository, size and hash; on request downloaded aga
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from minigrpo.delivery.hub.contents import (
     refuse_secrets,
     run_contents,
 )
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
 from minigrpo.ui.tables import plain_table, titled
@@ -108,7 +107,7 @@ def publish(
     only report what would go where, without a network. Raises MinigrpoError; the same command then goes on.
     """
     run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
-    command = _command([str(run.path), *(word for each in what for word in ("--what", each))], repo, private, force)
+    command = _command([run.path, *(word for each in what for word in ("--what", each))], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
     for kind in what or REPO_SUFFIX:
         check_repo_name(repo + REPO_SUFFIX.get(kind, ""))
@@ -134,15 +133,15 @@ def publish_folder(
 ) -> Published:
     """Publish any folder as it is; the options are those of `publish`."""
     folder = folder.expanduser()
-    command = _command(["--folder", str(folder)], repo, private, force)
+    command = _command(["--folder", folder], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
     check_repo_name(repo)
     return _publish([folder_contents(folder, repo)], job)
 
 
-def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str:
-    words = ["minigrpo", "publish", *first, "--repo", repo]
-    return shlex.join([*words, *([] if private else ["--public"]), *(["--force"] if force else [])])
+def _command(first: Sequence[object], repo: str, private: bool, force: bool) -> str:
+    marks = [*([] if private else ["--public"]), *(["--force"] if force else [])]
+    return command_line("minigrpo", "publish", *first, "--repo", repo, *marks)
 
 
 def _publish(repos: Sequence[RepoContents], job: PublishJob) -> Published:
@@ -188,8 +187,8 @@ def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, 
             f"{words} {_first_names(names)}" for words, names in (("replace", changed), ("remove", others)) if names
         ]
         raise MinigrpoError(
-            f"{contents.repo} is there with other content, which was not published from here. To {' and '.join(parts)} "
-            f"(its history keeps them): {job.command} --force. Or take another name: --repo USER/NAME"
+            f"{contents.repo} is there with other content, which was not published from here. Take another name, "
+            f"--repo USER/NAME; or {' and '.join(parts)} (its history keeps them): {job.command} --force"
         )
     return others
 

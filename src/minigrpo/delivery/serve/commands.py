@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import GgufHeader
-from minigrpo.errors import MinigrpoError, install_hint
+from minigrpo.errors import MinigrpoError, command_line, install_hint
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
 EngineName = Literal["llama.cpp", "vllm"]
@@ -221,9 +220,8 @@ def docker_command(command: ServerCommand, model: VllmModel, temperature: float)
     for here, there in mounts.items():
         line += ["-v", f"{here}:{there}"]
     options: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
-    return shlex.join(
-        [*line, VLLM_IMAGE, *vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)]
-    )
+    served = vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)
+    return command_line(*line, VLLM_IMAGE, *served)
 
 
 def _mount(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
@@ -248,7 +246,8 @@ def adapter_max_rank(adapter: Path) -> int:
     from minigrpo.models.adapter import read_adapter_config
 
     config = read_adapter_config(adapter)
-    whole = f"Serve the merged model: leave --adapter out, after minigrpo merge {adapter}"
+    merge = command_line("minigrpo", "merge", adapter)
+    whole = f"Serve the merged model: leave --adapter out, after {merge}"
     for key, kind in {"use_dora": "is a DoRA adapter", "modules_to_save": "holds layers trained as a whole"}.items():
         if config.get(key):
             raise MinigrpoError(f"{adapter} {kind}, which vLLM cannot serve unmerged. {whole}")
@@ -275,7 +274,8 @@ def find_vllm(named: Path | None) -> Path | None:
             "/opt/vllm/bin/python"
         ) from None
     if code:
-        raise MinigrpoError(f"{chosen} has no vLLM. In its environment: {chosen} -m pip install vllm")
+        install = command_line(chosen, "-m", "pip", "install", "vllm")
+        raise MinigrpoError(f"{chosen} has no vLLM. In its environment: {install}")
     return python
 
 

@@ -7,7 +7,6 @@ distribution unless a client asks for less.
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import threading
 import time
@@ -32,7 +31,7 @@ from minigrpo.delivery.serve.commands import (
 )
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.models.chat_template import PROBE_QUESTION
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
@@ -89,10 +88,11 @@ def server_command(servable: Servable, options: ServeOptions) -> ServerCommand:
     assert servable.model is not None
     python = find_vllm(options.vllm)
     if python is None:
+        made = servable.run.path if servable.run else servable.model.source
         raise MinigrpoError(
             f"{servable.model.source} is served by vLLM, which is not installed. Install it in an environment of its "
             "own (pip install vllm), and name its python: --vllm ENV/bin/python. Or serve a GGUF file with llama.cpp: "
-            f"minigrpo export {servable.run.path if servable.run else servable.model.source}"
+            f"{command_line('minigrpo', 'export', made)}"
         )
     return vllm_command(servable.model, **common, port=reserve_port(options.host, options.port), python=python)
 
@@ -149,7 +149,7 @@ def curl_command(command: ServerCommand, messages: tuple[Message, ...]) -> str:
     """Return a curl command, quoted for a POSIX shell."""
     body = json.dumps(_chat_body(command, messages), ensure_ascii=False)
     url = f"{command.url}/v1/chat/completions"
-    return shlex.join(["curl", url, "-H", "Content-Type: application/json", "-d", body])
+    return command_line("curl", url, "-H", "Content-Type: application/json", "-d", body)
 
 
 def python_snippet(command: ServerCommand, messages: tuple[Message, ...]) -> str:
@@ -185,7 +185,7 @@ class ReadyServer:
 
     def to_dict(self) -> dict[str, Any]:
         server = {"engine": self.command.engine, "url": self.command.url, "model": self.command.model}
-        lines = {"command": shlex.join(self.command.program), "curl": self.curl, "docker": self.docker}
+        lines = {"command": command_line(*self.command.program), "curl": self.curl, "docker": self.docker}
         asked = {"log": self.log, "answer": self.answer.to_dict() if self.answer else None}
         return {**server, "context": self.command.context, **lines, "python": self.python, **asked}
 
@@ -265,4 +265,4 @@ def ready_lines(ready: ReadyServer, *, stays: bool = True) -> RenderableType:
 
 
 def plan_lines(ready: ReadyServer) -> RenderableType:
-    return Stack(*[Text(line) for line in (shlex.join(ready.command.program), ready.docker) if line])
+    return Stack(*[Text(line) for line in (command_line(*ready.command.program), ready.docker) if line])
