@@ -198,3 +198,13 @@ def test_the_commands_of_a_summary_can_be_pasted(tmp_path: Path) -> None:
     assert lines[4] == ["vllm", "serve", str(run.merged)]
     assert lines[5][2:] == [str(run.path), "--repo", "USER/it-s-a-run"]
     assert not [why for line in lines if line[0] == "minigrpo" and (why := refusal(line[1:]))]
+
+
+@pytest.mark.parametrize("option", ["-n", "--limit", "--rollout.completions", "--rollout.max_tokens"])
+def test_no_count_is_without_a_bound(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from minigrpo.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "tiny", option, "999999999999"])
+    assert ended.value.code == 2
+    assert re.search(r"\b(65536|10000000|16777216)\b", capsys.readouterr().err)

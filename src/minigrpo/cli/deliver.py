@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
-from minigrpo.config.schema import DtypeName
+from minigrpo.config.schema import MOST_TOKENS, DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import find_run, tidy
@@ -143,7 +143,10 @@ def serve(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
     context: Annotated[
-        int | None, typer.Option(min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096")
+        int | None,
+        typer.Option(
+            min=16, max=MOST_TOKENS, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096"
+        ),
     ] = None,
     wait: Annotated[float, typer.Option(min=1, help="Seconds that it may be silent while it starts.")] = 600.0,
     vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of the environment that holds vLLM.")] = None,

@@ -25,7 +25,7 @@ from minigrpo.cli.options import (
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, Recipe
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
@@ -174,9 +174,14 @@ def evaluate(
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this one, prompt by prompt.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of unseen prompts.", show_default="eval.limit of the recipe")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROMPTS, help="Number of unseen prompts.", show_default="eval.limit of the recipe"
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Answers to each prompt.")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", "-n", min=1, max=MOST_ANSWERS, help="Answers to each prompt, all in memory at once.")
+    ] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
@@ -257,7 +262,7 @@ def check_task_command(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
     *,
-    limit: Annotated[int, typer.Option(min=2, help="Prompts tried, half of each split.")] = 32,
+    limit: Annotated[int, typer.Option(min=2, max=MOST_PROMPTS, help="Prompts tried, half of each split.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Try a task's grader on right and wrong answers.
