@@ -160,9 +160,9 @@ def refusals(run: RunDir) -> Iterator[str]:
         lambda: read_parity(run),
         lambda: require_gguf(run, "Q8_0"),
         lambda: load_adapter(None, run.adapter),
-        lambda: run_contents(run, "me/it", ()),
-        lambda: run_contents(run, "me/it", ("gguf",)),
-        lambda: run_contents(run, "me/it", ("adapter",)),
+        lambda: run_contents(run, "me/it", (), None),
+        lambda: run_contents(run, "me/it", ("gguf",), None),
+        lambda: run_contents(run, "me/it", ("adapter",), None),
         lambda: resolve_servable(str(other), ServeOptions("vllm")),
         lambda: load_recipe(str(run.path / "none.yaml")),
     )

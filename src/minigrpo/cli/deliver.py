@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
 from minigrpo.config.schema import MOST_TOKENS, DtypeName
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import find_run, tidy
+from minigrpo.ui.screen import Screen
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or that of a PEFT adapter.")]
 Writer = Literal["auto", "official", "own"]
@@ -59,7 +59,7 @@ def check(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(checked_table(found))
+        Screen().show(checked_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -88,7 +88,7 @@ def merge(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(merged_table(found))
+        Screen().show(merged_table(found))
 
 
 def export(
@@ -125,7 +125,7 @@ def export(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(exported_table(found))
+        Screen().show(exported_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -171,7 +171,7 @@ def serve(
             print_json(ready.to_dict())
         else:
             lines = plan_lines(ready) if dry_run else ready_lines(ready, stays=not once)
-            Console().print(lines, soft_wrap=True)  # commands are to be copied
+            Screen().show(lines)
 
     if dry_run:
         tell(plan_server(what, wanted, question))
@@ -200,7 +200,7 @@ def verify(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(verified_table(found))
+        Screen().show(verified_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -247,7 +247,7 @@ def publish(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(published_table(found), soft_wrap=True)
+        Screen().show(published_table(found))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from minigrpo.cli import deliver
 from minigrpo.cli.doctor import sandbox
@@ -29,6 +28,7 @@ from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, Recipe
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
+from minigrpo.ui.screen import Screen, lenient_streams, print_result, stdout_encodes
 
 app = typer.Typer(
     help="From a base model and a reward function to a fine-tuned model, on the machine you have. "
@@ -279,7 +279,7 @@ def check_task_command(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(task_check_table(found))
+        Screen().show(task_check_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -298,7 +298,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json(report)
         raise typer.Exit(0 if report["ok"] else 1)
-    Console().print(doctor_table(findings))
+    Screen().show(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)
 
 
@@ -327,7 +327,8 @@ def recipes(
     if as_json:
         print_json(loaded.model_dump(mode="json"))
     else:
-        print(dump_recipe(loaded), end="")
+        text = dump_recipe(loaded)
+        print_result(text if stdout_encodes(text) else dump_recipe(loaded, ascii_only=True), end="")
 
 
 def folder(recipe: str, run: Path | None) -> RunDir:
@@ -339,14 +340,15 @@ def folder(recipe: str, run: Path | None) -> RunDir:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line: an error that the user can mend ends as a sentence with exit code 2, any other with a
-    traceback."""
-    try:
-        app(args=args, prog_name="minigrpo")
-    except MinigrpoError as fault:
-        print_error(fault)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    traceback. What cannot be displayed changes no exit code; a result for stdout that is lost there is an error."""
+    with lenient_streams():
+        try:
+            app(args=args, prog_name="minigrpo")
+        except MinigrpoError as fault:
+            print_error(fault)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.source import TrainedSource, require_merged, source_of
@@ -48,6 +48,7 @@ from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 COMPARED_PROMPTS, SERVER_PROMPTS = 200, 8
 """Number of rendered prompts whose ids are compared: with a file, and with a server."""
@@ -88,7 +89,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     base, adapter = source.open()
     run, faults = source.run, list[str]()
     files = list(_sealed_files(source, faults))
-    with stage("verify", 2 + len(files), Console(stderr=True, quiet=quiet)) as report:
+    with stage("verify", 2 + len(files), Screen(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
         written = open_base(run.merged) if run.merged.is_dir() and not faults else None
         reference = trained_reference(source, base, written)

@@ -23,6 +23,7 @@ from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import existing_result, seconds_of, slug, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Delivered:
         }
 
 
-def check_delivery(recipe: Recipe, console: Console) -> None:
+def check_delivery(recipe: Recipe, console: Screen) -> None:
     """Report, before training takes its hours, what the stages after it will lack.
 
     Raise MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
@@ -68,7 +69,7 @@ def check_delivery(recipe: Recipe, console: Console) -> None:
         Hub(*find_token(), command="the same command").whoami()
 
 
-def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
+def deliver(config: ExportConfig, run: RunDir, console: Screen) -> Delivered:
     """Check, merge, export, ask one question. Raise ArtifactError where the merge is not what was trained."""
     if not _check(run, console):
         return Delivered(False, missing=("Nothing was merged: the check above says why.",))
@@ -84,7 +85,7 @@ def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
     return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
 
 
-def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
+def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Screen) -> None:
     """Publish, after the run's summary. Raise ArtifactError where an exported file was rejected."""
     if delivered.exported and not delivered.exported.ok:
         again = command_line("minigrpo", "export", run.path)
@@ -93,7 +94,7 @@ def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, co
         from minigrpo.delivery.hub.publish import publish, published_table
 
         with timed(run, "publish"):
-            console.print(published_table(publish(run, config.repo, private=not config.public)))
+            console.show(published_table(publish(run, config.repo, private=not config.public)))
 
 
 def _no_library() -> str | None:
@@ -104,7 +105,7 @@ def _no_library() -> str | None:
     return None
 
 
-def _check(run: RunDir, console: Console) -> bool:
+def _check(run: RunDir, console: Screen) -> bool:
     from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
     if has_passed_check(run):
@@ -112,23 +113,23 @@ def _check(run: RunDir, console: Console) -> bool:
         return True
     with timed(run, "check"):
         result = check(run)
-    console.print(checked_table(result))
+    console.show(checked_table(result))
     return result.ok
 
 
-def _merge(run: RunDir, console: Console) -> None:
+def _merge(run: RunDir, console: Screen) -> None:
     from minigrpo.delivery.merge.merge import merge, merged_table
 
     with timed(run, "merge"):
-        console.print(merged_table(merge(run)))
+        console.show(merged_table(merge(run)))
 
 
-def _export(config: ExportConfig, run: RunDir, console: Console) -> Exported:
+def _export(config: ExportConfig, run: RunDir, console: Screen) -> Exported:
     from minigrpo.delivery.gguf.export import export, exported_table
 
     with timed(run, "export"):
         exported = export(run, [config.formats])
-    console.print(exported_table(exported))
+    console.show(exported_table(exported))
     return exported
 
 
@@ -139,15 +140,15 @@ def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
         return ask_once(run, format=exported.files[-1].format)
 
 
-def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
-    """Print the summary, and save it as RUN/summary.txt: before and after, parity, files, times, commands to use it."""
+def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Screen) -> None:
+    """Save the summary as RUN/summary.txt, and print it: before and after, parity, files, times, commands to use it."""
     parts = list(_summary(run, comparisons, delivered))
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, Text))  # commands are to be copied
-    with writing(run.summary), run.summary.open("w", encoding="utf-8") as stream:
-        paper = Console(file=stream, width=WIDTH, no_color=True)
+    with writing(run.summary), run.summary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        paper = Console(file=stream, width=WIDTH, no_color=True)  # of rich, which fails where the disk is full
         for part in parts:
             paper.print(part, soft_wrap=isinstance(part, Text))
+    for part in parts:
+        console.show(part)
 
 
 def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered) -> Iterator[RenderableType]:

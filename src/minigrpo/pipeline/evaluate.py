@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
@@ -25,6 +24,7 @@ from minigrpo.runs.manifest import existing_result, fits, result_path, slug, sta
 from minigrpo.runs.rundir import RunDir, find_run, read_json, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.delivery.serve.gguf_engine import GgufEngine
@@ -57,7 +57,7 @@ def evaluate(
     from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
-    console = Console(quiet=quiet)
+    console = Screen(quiet=quiet)
     found = find_run(model)
     recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
     task = open_task(recipe)
@@ -69,18 +69,16 @@ def evaluate(
         after = evaluate_model(model, ask, file)
     content: dict[str, Any] = after.to_dict()
     figures = {"model": after.summary()}
-    if before:
-        comparison = compare(before, after)
+    comparison = compare(before, after) if before else None
+    if before and comparison:
         figures = comparison.summary()
         content |= {"base": before.to_dict(), "change": figures["change"]}
-        console.print(tables.comparison_table([comparison]))
-    else:
-        console.print(tables.evaluation_table(after))
-    for answer in pick_examples(after):
-        console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
     write_json(file, content | {"made": stamp("evaluate", recipe)})
     for name in (model, base):
         journal_beside(file, name or "").unlink(missing_ok=True)
+    console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
+    for answer in pick_examples(after):
+        console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
     console.print(Text(f"Every answer: {file}"))
     return figures | {"file": str(file)}
 
@@ -95,7 +93,7 @@ class EvalSide:
     made: dict[str, Any]
 
 
-def before_and_after(opened: OpenedRun, run: RunDir, console: Console) -> list[Comparison]:
+def before_and_after(opened: OpenedRun, run: RunDir, console: Screen) -> list[Comparison]:
     """Evaluate the model before and after training on the same unseen prompts, at each temperature."""
     from minigrpo.evaluation.evaluate import compare
 
@@ -134,7 +132,7 @@ class EvalRequest:
     limit: int
     n: int
     temperature: float
-    console: Console
+    console: Screen
     split: Split = "test"
 
     @property
@@ -154,7 +152,7 @@ class EvalRequest:
 
         prompts = prompts_of(self.task, self.split, self.limit)
         identity = {"made": side.made["from"], "sampling": asdict(self.sampling), "n": self.n, "split": self.split}
-        console = Console(stderr=True, quiet=self.console.quiet)
+        console = Screen(stderr=True, quiet=self.console.quiet)
         grading = Grader.of(self.task, self.recipe.task, console.print)
         with stage(f"evaluate {side.name}", len(prompts), console) as report, grading as grader:
             return evaluate(

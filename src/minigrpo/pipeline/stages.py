@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe, TrainConfig
@@ -23,6 +22,7 @@ from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.manifest import check_folder, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison
@@ -38,7 +38,7 @@ def preflight(recipe: Recipe, run: RunDir | None = None, *, seconds: float | Non
     sampled, saves nothing and raises KeyboardInterrupt.
     """
     with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
-        return prepare.run_preflight(open_all(recipe, run), run, Console(), seconds=seconds)
+        return prepare.run_preflight(open_all(recipe, run), run, Screen(), seconds=seconds)
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
     from minigrpo.training.memory.estimate import forecast
 
     memory_plan = forecast(recipe, gpu_memory)
-    Console().print(tables.plan_table(memory_plan))
+    Screen().print(tables.plan_table(memory_plan))
     return memory_plan
 
 
@@ -57,7 +57,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
     """
     from minigrpo.training.sft_warmup import require_warmup_steps
 
-    console = Console()
+    console = Screen()
     require_warmup_steps(recipe.warmup)
     with begin_stage(recipe, run, resume):
         if prepare.is_warm(recipe, run):
@@ -75,7 +75,7 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
     """Train, and leave the adapter (or the model) in the run's folder."""
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         if result_path(run, recipe.train).exists():
             console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
@@ -117,7 +117,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
 
     Return the figures, which are also in evals/comparison.json.
     """
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
         deliver.finish_delivery(recipe.publish, run, delivered, console)
@@ -128,7 +128,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     """Do `run_all`, then show answers before and after, and what to try next."""
     from minigrpo.evaluation.evaluate import pick_example_pairs
 
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
         deliver.finish_delivery(recipe.publish, run, delivered, console)
@@ -149,7 +149,7 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
 
 
 def _run_all(
-    recipe: Recipe, run: RunDir, console: Console, show_samples: bool
+    recipe: Recipe, run: RunDir, console: Screen, show_samples: bool
 ) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
     console.print(Text(f"run {run.path}: {road}", style="bold"))
@@ -162,7 +162,7 @@ def _run_all(
     return figures, comparisons, delivered
 
 
-def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
+def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Screen, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, alive, writing
+from minigrpo.ui.screen import Screen
 
 LOCKED_ERRNOS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 """Error numbers by which a kernel says that another process has the lock; any other means that there are no locks."""
@@ -109,7 +109,7 @@ def _claim(run: RunDir, handle: int) -> None:
         warning = (
             f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
         )
-        Console(stderr=True).print(Text(warning), soft_wrap=True)
+        Screen(stderr=True).print(Text(warning), soft_wrap=True)
 
 
 def _in_use(run: RunDir) -> ArtifactError:

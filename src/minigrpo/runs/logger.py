@@ -23,6 +23,7 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
+from minigrpo.ui.screen import Screen
 
 
 class RunLogger:
@@ -37,7 +38,7 @@ class RunLogger:
         self.run = run
         self.total_steps = total_steps
         self.show_samples = show_samples
-        self._console = console or Console(stderr=True)
+        self._console = console or Screen(stderr=True)
         view = LivePanel if panel_fits(self._console) else PlainLog
         self._view: ProgressView = view(self._console, total_steps)
         self._snapshot = Snapshot()

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
@@ -56,6 +56,7 @@ from minigrpo.runs.rundir import (
     writing,
 )
 from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
 
@@ -155,7 +156,7 @@ def export(
     with (
         report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
-        stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
+        stage("export", len(missing), Screen(stderr=True, quiet=quiet)) as report,
     ):
         if missing:
             report(0, len(missing), "what the merged model says")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.hub.client import (
@@ -40,6 +40,7 @@ from minigrpo.delivery.hub.contents import (
 from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 
 PublishVerdict = Literal["published", "there already", "would be published"]
@@ -254,7 +255,7 @@ def _progress(contents: RepoContents, job: PublishJob, name: str = "upload") -> 
     draws a progress bar; elsewhere: our own progress lines."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    console = Console(stderr=True, quiet=job.quiet)
+    console = Screen(stderr=True, quiet=job.quiet)
     if console.is_terminal and not job.quiet:
 
         def report(done: int, note: str) -> None:

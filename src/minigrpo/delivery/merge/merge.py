@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.config.schema import DtypeName
@@ -49,6 +49,7 @@ from minigrpo.models.model_files import BaseFiles, open_base, write_companions
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
 from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.screen import Screen
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 
@@ -99,7 +100,7 @@ def merge(
     made["from"] |= {"asked": dtype, "proved": proof}
     if found := _existing_merge(target, made, force, source):
         return found
-    with stage("merge", _PARTS, Console(stderr=True, quiet=quiet)) as report:
+    with stage("merge", _PARTS, Screen(stderr=True, quiet=quiet)) as report:
         report(0, _PARTS, "what rounding would do to the change")
         chosen, measured, notes = choose_dtype(files, changes, dtype)
         _check_room(files, chosen, target)

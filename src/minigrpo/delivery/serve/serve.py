@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.gguf.header import read_header
@@ -36,6 +36,7 @@ from minigrpo.models.chat_template import PROBE_QUESTION
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.types import Grade
@@ -71,7 +72,7 @@ def run_server(
     """Start the server and yield it once it is healthy. Its log is RUN/serve.log."""
     command = server_command(servable, options)
     log = servable.run.path / "serve.log" if servable.run else None
-    with stage(f"start {command.engine}", 0, Console(stderr=True, quiet=quiet)) as report:
+    with stage(f"start {command.engine}", 0, Screen(stderr=True, quiet=quiet)) as report:
         server = ServerProcess(command, log=log, silence=options.wait, report=report)
     with server:
         yield server, servable
