@@ -21,7 +21,7 @@ from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
-from minigrpo.runs.rundir import RunDir, find_run, read_json, write_json
+from minigrpo.runs.rundir import RunDir, find_run, read_json, staying, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
@@ -64,16 +64,16 @@ def evaluate(
     ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = found.run.evals if found else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
-    with process_settings(recipe.train.threads):
+    in_use = [Path(name).expanduser() for name in (model, base) if name] + ([found.run.path] if found else [])
+    with staying(*in_use, file.parent), process_settings(recipe.train.threads):
         before = evaluate_model(base, ask, file) if base else None
         after = evaluate_model(model, ask, file)
-    content: dict[str, Any] = after.to_dict()
-    figures = {"model": after.summary()}
-    comparison = compare(before, after) if before else None
-    if before and comparison:
-        figures = comparison.summary()
-        content |= {"base": before.to_dict(), "change": figures["change"]}
-    write_json(file, content | {"made": stamp("evaluate", recipe)})
+        comparison = compare(before, after) if before else None
+        figures = comparison.summary() if comparison else {"model": after.summary()}
+        content: dict[str, Any] = after.to_dict()
+        if before:
+            content |= {"base": before.to_dict(), "change": figures["change"]}
+        write_json(file, content | {"made": stamp("evaluate", recipe)})
     for name in (model, base):
         journal_beside(file, name or "").unlink(missing_ok=True)
     console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))

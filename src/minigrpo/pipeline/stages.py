@@ -21,7 +21,7 @@ from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.manifest import check_folder, result_path, seconds_of, stamp, timed
-from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
+from minigrpo.runs.rundir import RunDir, complete_folder, read_json, staying, tidy, write_json
 from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
     Inside the block the process has the run's settings; afterwards it has its own again.
     """
-    with run_lock(run):
+    with run_lock(run), staying(Path(recipe.model.path).expanduser()):
         check_folder(recipe, run, resume)
         tidy(run)
         with settings_of(recipe.train, run):

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import RunDir, alive, writing
+from minigrpo.runs.rundir import RunDir, alive, staying, writing
 from minigrpo.ui.screen import Screen
 
 LOCKED_ERRNOS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
@@ -52,7 +52,8 @@ class Holder:
 def run_lock(run: RunDir) -> Iterator[None]:
     """Hold the run's folder for this process alone. Make it where it is missing; remove it again if it stays empty.
 
-    Raise ArtifactError where another process holds it, naming that process, and where the folder cannot be written to.
+    Raise ArtifactError where another process holds it, naming that process, where the folder cannot be written to, and
+    where somebody moves or removes it meanwhile.
     """
     with writing(run.path):
         if run.path.exists() and not run.path.is_dir():
@@ -62,7 +63,8 @@ def run_lock(run: RunDir) -> Iterator[None]:
     try:
         with writing(run.lock):
             _write_holder(handle)
-        yield
+        with staying(run.path):
+            yield
     finally:
         _release(run.lock, handle)
         with suppress(OSError):  # in use by now: it stays

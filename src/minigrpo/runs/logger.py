@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import RunDir, sync, writing
+from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
@@ -191,7 +191,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     A full disk can leave half a line; `rewind` cuts it off.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with writing(path), path.open("a", encoding="ascii", newline="\n") as stream:
         stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
 

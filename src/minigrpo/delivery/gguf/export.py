@@ -50,7 +50,9 @@ from minigrpo.runs.rundir import (
     RunDir,
     digest,
     find_run,
+    make_folder,
     report_full_disk,
+    staying,
     sync,
     write_whole,
     writing,
@@ -153,7 +155,9 @@ def export(
     done = {} if force else _finished_files(job, kinds)
     missing = [kind for kind in kinds if kind not in done]
     reference = None
+    in_use = (job.model, job.folder, *([job.run.path] if job.run else []))
     with (
+        staying(*in_use),
         report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
         stage("export", len(missing), Screen(stderr=True, quiet=quiet)) as report,
@@ -233,7 +237,7 @@ def _export_missing(
 ) -> None:
     """Make each missing format and add it to `done`. Quantised files are made from a proved float file, requested or
     not."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     own = job.draft(job.lossless)
     try:
         for count, kind in enumerate(kinds):

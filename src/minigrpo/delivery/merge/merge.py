@@ -47,7 +47,7 @@ from minigrpo.delivery.parity.weights import WeightsProof, prove_weights
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base, write_companions
 from minigrpo.runs.manifest import read_sealed
-from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
+from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk, staying
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
 
@@ -100,7 +100,8 @@ def merge(
     made["from"] |= {"asked": dtype, "proved": proof}
     if found := _existing_merge(target, made, force, source):
         return found
-    with stage("merge", _PARTS, Screen(stderr=True, quiet=quiet)) as report:
+    in_use = (source.folder, files.folder, target.parent)
+    with staying(*in_use), stage("merge", _PARTS, Screen(stderr=True, quiet=quiet)) as report:
         report(0, _PARTS, "what rounding would do to the change")
         chosen, measured, notes = choose_dtype(files, changes, dtype)
         _check_room(files, chosen, target)
