@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,13 @@ def test_json_stays_json_in_ascii(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_bytes(listed.stdout)
     assert load_recipe(str(again)) == load_recipe(str(own))
+
+
+def test_everything_is_printed_with_a_screen() -> None:
+    """Of rich's own consoles there is one: it writes the summary's file, where a full disk must be noticed."""
+    source = Path(__file__).parents[2] / "src" / "minigrpo"
+    found = {
+        path.relative_to(source).as_posix(): len(re.findall(r"\bConsole\(", path.read_text(encoding="utf-8")))
+        for path in source.rglob("*.py")
+    }
+    assert {name: count for name, count in found.items() if count} == {"pipeline/deliver.py": 1}

@@ -63,7 +63,7 @@ def check_delivery(recipe: Recipe, console: Screen) -> None:
 
         parse_formats([recipe.export.formats])
         if reason := _no_library():
-            console.print(Text(f"note: {reason}", style="yellow"))
+            console.show(Text(f"note: {reason}", style="yellow"))
     if recipe.publish.repo:
         check_repo_name(recipe.publish.repo)
         Hub(*find_token(), command="the same command").whoami()
@@ -109,7 +109,7 @@ def _check(run: RunDir, console: Screen) -> bool:
     from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
     if has_passed_check(run):
-        console.print(Text(f"{run.check} is there already."))
+        console.show(Text(f"{run.check} is there already."))
         return True
     with timed(run, "check"):
         result = check(run)

@@ -79,7 +79,7 @@ def evaluate(
     console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
     for answer in pick_examples(after):
         console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
-    console.print(Text(f"Every answer: {file}"))
+    console.show(Text(f"Every answer: {file}"))
     return figures | {"file": str(file)}
 
 

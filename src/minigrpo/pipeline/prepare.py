@@ -28,7 +28,7 @@ def prepare(opened: OpenedRun, run: RunDir, console: Screen) -> None:
     """Do preflight and warm-up unless they are done. Raise MinigrpoError where training would teach nothing."""
     go, warms = preflight_verdict(opened, run, console)
     if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
-        console.print(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
+        console.show(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
         warm_up(opened, run, console)
         go, _ = preflight_verdict(opened, run, console)
     if not go:
@@ -43,7 +43,7 @@ def prepare(opened: OpenedRun, run: RunDir, console: Screen) -> None:
 def preflight_verdict(opened: OpenedRun, run: RunDir, console: Screen) -> tuple[bool, bool]:
     """Return preflight's (go, whether a warm-up would mend the faults), from a saved verdict if that still holds."""
     if verdict_holds(opened.recipe, run):
-        console.print(Text(f"{run.preflight} is there already."))
+        console.show(Text(f"{run.preflight} is there already."))
     else:
         with timed(run, "preflight"):
             run_preflight(opened, run, console)

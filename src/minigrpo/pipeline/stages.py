@@ -46,7 +46,7 @@ def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
     from minigrpo.training.memory.estimate import forecast
 
     memory_plan = forecast(recipe, gpu_memory)
-    Screen().print(tables.plan_table(memory_plan))
+    Screen().show(tables.plan_table(memory_plan))
     return memory_plan
 
 
@@ -61,14 +61,14 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
     require_warmup_steps(recipe.warmup)
     with begin_stage(recipe, run, resume):
         if prepare.is_warm(recipe, run):
-            console.print(Text(f"{run.warmup} is there already."))
+            console.show(Text(f"{run.warmup} is there already."))
         else:
             opened = open_all(recipe, run)
             prepare.check_warmup_answers(opened)
             prepare.begin_run(opened, run)
             prepare.warm_up(opened, run, console)
         following = command_line("minigrpo", "train", run.path, "--resume")
-        console.print(Text(f"Warmed up: {run.warmup}\nNext: {following}"), soft_wrap=True)
+        console.show(Text(f"Warmed up: {run.warmup}\nNext: {following}"))
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
     return {name: value for name, value in figures.items() if name != "made"} | {"run": str(run.path)}
 
@@ -78,7 +78,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
     console = Screen()
     with begin_stage(recipe, run, resume):
         if result_path(run, recipe.train).exists():
-            console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
+            console.show(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
@@ -87,7 +87,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         with timed(run, "train"):
             _train(opened, run, show_samples)
     following = command_line("minigrpo", "evaluate", run.path)
-    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"), soft_wrap=True)
+    console.show(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"))
 
 
 @contextmanager
@@ -135,15 +135,14 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
-    console.print(
+    console.show(
         Text(
             "What next:\n"
             "  minigrpo recipes quickstart > mine.yaml  # a recipe of your own to change\n"
             "  minigrpo run mine.yaml                   # the same stages with it\n"
             "  minigrpo tasks                           # what else can be learned\n"
             f"All of this stands in {run.summary}"
-        ),
-        soft_wrap=True,  # commands are to be copied
+        )
     )
     return figures
 
@@ -152,7 +151,7 @@ def _run_all(
     recipe: Recipe, run: RunDir, console: Screen, show_samples: bool
 ) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
-    console.print(Text(f"run {run.path}: {road}", style="bold"))
+    console.show(Text(f"run {run.path}: {road}", style="bold"))
     deliver.check_delivery(recipe, console)
     comparisons = _train_and_evaluate(recipe, run, console, show_samples)
     # Only now, when no policy is in memory any more: each of these opens models of its own, in float32.
@@ -170,7 +169,7 @@ def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Screen, show_sampl
     if result_path(run, recipe.train).exists():
         _restore(opened, result_path(run, recipe.train))
         opened.engine.update(opened.policy)
-        console.print(Text(f"{result_path(run, recipe.train)} is there already."))
+        console.show(Text(f"{result_path(run, recipe.train)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):

@@ -111,7 +111,7 @@ def _claim(run: RunDir, handle: int) -> None:
         warning = (
             f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
         )
-        Screen(stderr=True).print(Text(warning), soft_wrap=True)
+        Screen(stderr=True).show(Text(warning))
 
 
 def _in_use(run: RunDir) -> ArtifactError:
