@@ -126,7 +126,7 @@ def test_an_evaluation_whose_run_leaves_says_so(
     run = tmp_path / "run"
     shutil.copytree(model.with_name("elsewhere"), run / "model")
     (run / "recipe.yaml").write_text(f"model:\n  path: {model.with_name('elsewhere')}\ntrain:\n  full: true\n")
-    task = leaving_task(tmp_path / "other.py", run, "moved", 1)
+    task = leaving_task(tmp_path / "other.py", run, "removed", 1)
     with pytest.raises(SystemExit) as ended:
         main.main(["evaluate", str(run), *knobs[:1], task, *knobs[2:]])
     assert ended.value.code == 2
