@@ -188,8 +188,8 @@ def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, 
             f"{words} {_first_names(names)}" for words, names in (("replace", changed), ("remove", others)) if names
         ]
         raise MinigrpoError(
-            f"{contents.repo} is there with other content, which was not published from here. Take another name: --repo "
-            f"USER/NAME. To {' and '.join(parts)} (its history keeps them): {job.command} --force"
+            f"{contents.repo} is there with other content, which was not published from here. Take another name: "
+            f"--repo USER/NAME. To {' and '.join(parts)} (its history keeps them): {job.command} --force"
         )
     return others
 
