@@ -92,7 +92,7 @@ class Screen(Console):
     def file(self) -> IO[str]:
         found: Any = super().file
         lenient: Any = found if isinstance(found, Lenient) else Lenient(found)
-        return lenient  # type: ignore[no-any-return]
+        return lenient
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:
