@@ -116,7 +116,7 @@ def lenient_streams() -> Iterator[None]:
     _open_standard_handles()
     before = sys.stdout, sys.stderr
     out, err = (Lenient(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115 (the process's own)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield
     finally:
