@@ -89,10 +89,10 @@ def test_a_command_in_a_table_of_results_is_not_broken() -> None:
 def test_a_training_goes_on_where_nothing_can_be_shown(
     gone: str, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDir(tmp_path / "run")
+    run, model = RunDir(tmp_path / "run"), tiny_folder()
     monkeypatch.setattr(sys, gone, Gone())
     with pytest.raises(SystemExit) as ended:
-        main.main(["train", "quickstart", *BRIEF, "--model.path", str(tiny_folder()), "--run", str(run.path)])
+        main.main(["train", "quickstart", *BRIEF, "--model.path", str(model), "--run", str(run.path)])
     assert not ended.value.code
     assert (run.adapter / "adapter_model.safetensors").is_file()
     assert len(run.metrics.read_text().splitlines()) == 2
