@@ -11,6 +11,11 @@
 Anything else that escapes is a fault of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
 
 class MinigrpoError(Exception):
     """Base class of errors that the user can mend."""
@@ -38,6 +43,16 @@ class SandboxError(MinigrpoError):
 
 class DivergenceError(MinigrpoError):
     pass
+
+
+def command_line(*words: object) -> str:
+    """Write a command that can be pasted into a POSIX shell, whatever the names in it hold:
+    command_line("minigrpo", "merge", run.path, "--force").
+
+    A path that begins with a dash is written so that no program takes it for an option.
+    """
+    texts = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return shlex.join(texts)
 
 
 def install_hint(extra: str) -> str:

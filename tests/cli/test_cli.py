@@ -115,7 +115,7 @@ def test_every_knob_is_in_the_help_with_its_default_unit_and_range(
     assert max(map(len, lines)) <= int(width)
     flat = " ".join(" ".join(line.strip("│ ") for line in lines).split())
     assert all(f"--{knob.name} " in flat for knob in field_table())
-    assert "longest completion [default 256 tokens, >= 1]" in flat
+    assert "longest completion [default 256 tokens, 1 to 16777216]" in flat
     assert "rank of the adapter [default 64, 1 to 4096]" in flat
 
 

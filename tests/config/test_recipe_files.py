@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line_in_order(tmp_path: Pat
 def test_a_refusal_says_what_the_knob_does_its_unit_range_and_default() -> None:
     told = refusal(None, {"rollout.max_token": "5"})
     assert "--rollout.max_token" in told
-    assert "rollout.max_tokens: longest completion (unit: tokens; a whole number, >= 1; default 256)" in told
+    assert "rollout.max_tokens: longest completion (unit: tokens; a whole number, 1 to 16777216; default 256)" in told
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,40 @@ def test_the_token_is_that_of_the_environment_then_of_env_then_of_the_login(
         "export HF_TOKEN='hf_x'",
         "HF_TOKEN=hf_x # mine",
         "HF_TOKEN=no\nHF_TOKEN=hf_x",
+        "HF_TOKEN=hf_x\t# mine",
+        "HF_TOKEN='hf_x'\t# mine",
+        "HF_TOKEN=“hf_x”",
+        "HF_TOKEN=`hf_x`",
+        "NOTE=it's mine\r\nHF_TOKEN=hf_x\r",
+        "AGE=1$x\nHF_TOKEN=hf_x\nEMPTY",
     ],
 )
 def test_env_files_are_read_as_people_write_them(tmp_path: Path, line: str) -> None:
     (tmp_path / ".env").write_text(f"# HF_TOKEN=old\nMY_HF_TOKEN=other\n{line}\n")
     assert read_dotenv_token(tmp_path / ".env") == "hf_x"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_token_is_read_as_editors_and_shells_save_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / ".env").write_bytes("HF_TOKEN=hf_x\r\nOTHER=é\r\n".encode(encoding))
+    assert read_dotenv_token(tmp_path / ".env") == "hf_x"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_login_in_another_encoding_is_read_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_bytes("hf_x".encode(encoding))
+    if encoding == "utf-8-sig":
+        assert find_token()[0] == "hf_x"
+    else:
+        with pytest.raises(MinigrpoError, match="hf auth login"):
+            find_token()
 
 
 @pytest.mark.parametrize("token", ["hf_a b", "hf_\u00e4", "hf_a\nX-Evil: 1"])

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from minigrpo.cli.options import OVERRIDES, AsJson, Command, QuietRecipeCommand, print_json, stdout_for_json
-from minigrpo.config.schema import DtypeName
-from minigrpo.errors import MinigrpoError
+from minigrpo.config.schema import MOST_TOKENS, DtypeName
+from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.rundir import RunDir, find_run, tidy
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.delivery.compressed.export import Compressed
@@ -37,7 +38,13 @@ LicenceOption = Annotated[
 ContextOption = Annotated[
     int | None,
     typer.Option(
-        "--context", "--ctx", min=16, metavar="TOKENS", help="Of prompt and answer.", show_default="up to 4096"
+        "--context",
+        "--ctx",
+        min=16,
+        max=MOST_TOKENS,
+        metavar="TOKENS",
+        help="Of prompt and answer.",
+        show_default="up to 4096",
     ),
 ]
 ParallelOption = Annotated[
@@ -109,7 +116,7 @@ def adopt(
     if as_json:
         print_json({"run": str(target.path)})
     else:
-        Console().print(f"Adopted: {target.path}\nNext: minigrpo check {target.path}", soft_wrap=True)
+        Screen().show(Text(f"Adopted: {target.path}\nNext: {command_line('minigrpo', 'check', target.path)}"))
 
 
 def check(
@@ -131,7 +138,7 @@ def check(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(checked_table(found))
+        Screen().show(checked_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -160,7 +167,7 @@ def merge(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(merged_table(found))
+        Screen().show(merged_table(found))
 
 
 def export(
@@ -223,9 +230,9 @@ def _print_exports(gguf: Exported | None, packed: Compressed | None, as_json: bo
         print_json(told | {"compressed": packed.to_dict()} if packed else told)
         return
     if gguf:
-        Console().print(exported_table(gguf))
+        Screen().show(exported_table(gguf))
     if packed:
-        Console().print(compressed_table(packed))
+        Screen().show(compressed_table(packed))
 
 
 def serve(
@@ -270,7 +277,7 @@ def serve(
             print_json(ready.to_dict())
         else:
             lines = plan_lines(ready) if dry_run else ready_lines(ready, stays=not once)
-            Console().print(lines, soft_wrap=True)  # commands are to be copied
+            Screen().show(lines)
 
     if dry_run:
         tell(plan_server(what, wanted, question))
@@ -299,7 +306,7 @@ def verify(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(verified_table(found))
+        Screen().show(verified_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -349,7 +356,7 @@ def publish(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(published_table(found), soft_wrap=True)
+        Screen().show(published_table(found))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from minigrpo.cli.options import AsJson, print_json, stdout_for_json
 from minigrpo.errors import install_hint
 from minigrpo.sandbox.doctor import Finding, Level
+from minigrpo.ui.screen import Screen
 from minigrpo.utils.cache_dir import cache_dir
 from minigrpo.utils.cpu import bfloat16_instructions
 from minigrpo.versions import installed
@@ -215,5 +216,5 @@ def sandbox(
     if as_json:
         print_json(report)
     else:
-        Console().print(doctor_table(findings))
+        Screen().show(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from minigrpo.cli import deliver
 from minigrpo.cli.doctor import sandbox
@@ -25,10 +24,11 @@ from minigrpo.cli.options import (
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
-from minigrpo.config.schema import Recipe
+from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, Recipe
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
+from minigrpo.ui.screen import Screen, lenient_streams, print_result, stdout_encodes
 
 app = typer.Typer(
     help="From a base model and a reward function to a fine-tuned model, on the machine you have. "
@@ -174,9 +174,14 @@ def evaluate(
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this one, prompt by prompt.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of unseen prompts.", show_default="eval.limit of the recipe")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROMPTS, help="Number of unseen prompts.", show_default="eval.limit of the recipe"
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Answers to each prompt.")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", "-n", min=1, max=MOST_ANSWERS, help="Answers to each prompt, all in memory at once.")
+    ] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
@@ -259,7 +264,7 @@ def check_task_command(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
     *,
-    limit: Annotated[int, typer.Option(min=2, help="Prompts tried, half of each split.")] = 32,
+    limit: Annotated[int, typer.Option(min=2, max=MOST_PROMPTS, help="Prompts tried, half of each split.")] = 32,
     as_json: AsJson = False,
 ) -> None:
     """Try a task's grader on right and wrong answers.
@@ -276,7 +281,7 @@ def check_task_command(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(task_check_table(found))
+        Screen().show(task_check_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -295,7 +300,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json(report)
         raise typer.Exit(0 if report["ok"] else 1)
-    Console().print(doctor_table(findings))
+    Screen().show(doctor_table(findings))
     raise typer.Exit(0 if report["ok"] else 1)
 
 
@@ -324,7 +329,8 @@ def recipes(
     if as_json:
         print_json(loaded.model_dump(mode="json"))
     else:
-        print(dump_recipe(loaded), end="")
+        text = dump_recipe(loaded)
+        print_result(text if stdout_encodes(text) else dump_recipe(loaded, ascii_only=True), end="")
 
 
 def folder(recipe: str, run: Path | None) -> RunDir:
@@ -336,14 +342,15 @@ def folder(recipe: str, run: Path | None) -> RunDir:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line: an error that the user can mend ends as a sentence with exit code 2, any other with a
-    traceback."""
-    try:
-        app(args=args, prog_name="minigrpo")
-    except MinigrpoError as fault:
-        print_error(fault)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    traceback. What cannot be displayed changes no exit code; a result for stdout that is lost there is an error."""
+    with lenient_streams():
+        try:
+            app(args=args, prog_name="minigrpo")
+        except MinigrpoError as fault:
+            print_error(fault)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from typer.core import TyperCommand
 
 from minigrpo.config.fields import Field, field_table, fields_by_name, nearest
 from minigrpo.errors import MinigrpoError, RecipeError
+from minigrpo.ui.screen import Screen, print_result, stdout_encodes
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
 OVERRIDES = "minigrpo.overrides"
@@ -117,7 +117,7 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         lines = [line.strip() for line in EXAMPLES[str(self.name)].splitlines() if line.strip()]
-        Console().print(_panel(Text("\n").join(_example(line) for line in lines), "Examples"))
+        Screen().print(_panel(Text("\n").join(_example(line) for line in lines), "Examples"))
 
 
 class RecipeCommand(Command):
@@ -135,7 +135,7 @@ class RecipeCommand(Command):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         if self.lists_knobs:
-            Console().print(field_panel())
+            Screen().print(field_panel())
 
 
 class QuietRecipeCommand(RecipeCommand):
@@ -212,8 +212,8 @@ def _panel(content: Any, title: str) -> Panel:
 
 def print_error(fault: MinigrpoError) -> None:
     """Print the error to stderr, without breaking lines, so that a command in it can be copied."""
-    console = Console(stderr=True)
-    console.print(Text.assemble(("error: ", "bold red"), str(fault)), soft_wrap=True)
+    console = Screen(stderr=True)
+    console.show(Text.assemble(("error: ", "bold red"), str(fault)))
 
 
 @contextlib.contextmanager
@@ -224,7 +224,10 @@ def stdout_for_json(as_json: bool) -> Iterator[None]:
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    """Print JSON to stdout, with escapes where it cannot encode all characters. Raise MinigrpoError where that cannot
+    take it."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    print_result(text if stdout_encodes(text) else json.dumps(data, indent=2, default=str))
 
 
 def print_list(rows: dict[str, str], as_json: bool) -> None:
@@ -236,7 +239,7 @@ def print_list(rows: dict[str, str], as_json: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     for name, about in rows.items():
         table.add_row(name, plain(about))
-    Console().print(table)
+    Screen().print(table)
 
 
 def plain(text: str) -> str:

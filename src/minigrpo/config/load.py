@@ -116,8 +116,11 @@ def _absolute_path(value: str, leaf: str) -> str:
     return f"{kind}{os.path.abspath(path)}{colon}{name}" if exists else value
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Write the recipe as YAML that `load_recipe` reads back: every knob, with a comment that says what it does."""
+def dump_recipe(recipe: Recipe, *, ascii_only: bool = False) -> str:
+    """Write the recipe as YAML that `load_recipe` reads back: every knob, with a comment that says what it does.
+
+    `ascii_only`: with escapes for other characters.
+    """
     lines = []
     for knob in field_table():
         section, _, leaf = knob.name.rpartition(".")
@@ -125,7 +128,7 @@ def dump_recipe(recipe: Recipe) -> str:
         if section and f"{section}:" not in lines:
             lines += ["", f"{section}:"]
         indent = "  " if section else ""
-        text = f"{indent}{leaf}: {_scalar(value)}"
+        text = f"{indent}{leaf}: {_scalar(value, ascii_only)}"
         if len(beside := f"{text:<32}  # {knob.about}") > WIDTH and knob.name != "about":
             lines += textwrap.wrap(knob.about, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
             beside = text
@@ -243,9 +246,10 @@ def _report(faults: list[RecipeFault]) -> str:
     return f"{len(faults)} mistakes:\n" + "\n".join(str(fault) for fault in faults)
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: Any, ascii_only: bool) -> str:
     """Write a value as YAML on one line, with quotes exactly where a reader would need them."""
     # Line breaks and control characters fit on one line only as escapes, which need double quotes.
     style = '"' if isinstance(value, str) and not value.isprintable() else None
-    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    wide: dict[str, Any] = {"width": float("inf"), "allow_unicode": not ascii_only}
+    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, **wide)
     return text.removesuffix("\n").removesuffix("\n...")

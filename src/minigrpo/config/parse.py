@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from minigrpo.config.fields import fields_by_name, format_value, sections
-from minigrpo.errors import RecipeError
+from minigrpo.errors import RecipeError, command_line
 
 MAX_FILE_BYTES = 1 << 20  # a recipe is a page; a weights file given by mistake should not be read to its end
 MAX_KNOBS = 1000  # in a file; YAML's aliases can make billions from a few lines
@@ -40,7 +40,8 @@ def read_entries(path: Path) -> list[Entry]:
         with path.open("rb") as stream:
             raw = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{path} is missing. `minigrpo recipes NAME > {path}` writes one to start from.") from None
+        begin = f"{command_line('minigrpo', 'recipes', 'quickstart')} > {command_line(path)}"
+        raise RecipeError(f"{path} is missing. To write one to start from: {begin}") from None
     except OSError as fault:
         raise RecipeError(f"{path} cannot be read: {fault.strerror or fault}.") from None
     if len(raw) > MAX_FILE_BYTES or b"\0" in raw:

@@ -26,6 +26,16 @@ OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
+MOST_ANSWERS = 65_536
+"""Answers, and prompts, that are sampled and graded as one batch: all of them are in memory at the same time, hundreds
+of times as many as any published training has."""
+MOST_PROMPTS = 10_000_000
+"""Prompts of a task, which are held in memory: some ten GB."""
+MOST_TOKENS = 2**24
+"""Tokens of one text: more than any model can read."""
+MOST_STEPS = 10_000_000
+"""Steps of a run: four months at one a second."""
+
 
 def field(default: Any, about: str, unit: str = "", **limits: Any) -> Any:
     """Define a field of the recipe; help and error messages show `unit` and `limits` (ge, gt, le, lt)."""
@@ -111,7 +121,9 @@ class TaskConfig(Config):
     )
     hardest: float = field(0.0, "least share of right answers in task.rates", ge=0, le=1)
     easiest: float = field(1.0, "largest share of right answers in task.rates", ge=0, le=1)
-    size: int = field(512, "training prompts; they come round again when a run needs more", "prompts", ge=1)
+    size: int = field(
+        512, "training prompts; they come round again when a run needs more", "prompts", ge=1, le=MOST_PROMPTS
+    )
     weights: dict[str, float] = field({}, "weight of each reward function by name, over the task's own weights")
     workers: int = field(1, "groups graded side by side, while others are still being sampled", "groups", ge=1, le=256)
     seconds: float = field(
@@ -125,10 +137,10 @@ class TaskConfig(Config):
 
 
 class RolloutConfig(Config):
-    prompts: int = field(8, "prompts a step", "prompts", ge=1)
-    completions: int = field(8, "completions of each prompt: the group", "completions", ge=2)
+    prompts: int = field(8, "prompts a step", "prompts", ge=1, le=MOST_ANSWERS)
+    completions: int = field(8, "completions of each prompt: the group", "completions", ge=2, le=MOST_ANSWERS)
     temperature: float = field(1.0, "sampling temperature in training; scoring uses the same", gt=0, le=10)
-    max_tokens: int = field(256, "longest completion", "tokens", ge=1)
+    max_tokens: int = field(256, "longest completion", "tokens", ge=1, le=MOST_TOKENS)
     engine: EngineName = field(
         "auto",
         "who samples; auto: native where the architecture is known to it; slots: the same at fixed shapes, recorded "
@@ -136,7 +148,7 @@ class RolloutConfig(Config):
     )
     server: str | None = field(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
     share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
-    rows: int = field(256, "completions decoded side by side", "rows", ge=1)
+    rows: int = field(256, "completions decoded side by side", "rows", ge=1, le=MOST_ANSWERS)
 
 
 class GroupsConfig(Config):
@@ -204,7 +216,7 @@ class ObjectiveConfig(Config):
 
 
 class TrainConfig(Config):
-    steps: int = field(100, "rollouts, each followed by its updates", "steps", ge=1)
+    steps: int = field(100, "rollouts, each followed by its updates", "steps", ge=1, le=MOST_STEPS)
     inner_epochs: int = field(1, "updates from each rollout", "updates", ge=1, le=64)
     lr: float = field(1e-5, "peak learning rate", gt=0, le=1)
     schedule: Schedule = field("constant", "learning rate after warm-up")
@@ -220,7 +232,7 @@ class TrainConfig(Config):
     reference: Literal["auto", "device", "cpu"] = field(
         "auto", "where the frozen copy of train.full with a KL term lies; auto: on the device where the plan has room"
     )
-    threads: int = field(0, "CPU threads; 0: all cores", "threads", ge=0)
+    threads: int = field(0, "CPU threads; 0: all cores", "threads", ge=0, le=4096)
 
 
 class SaveConfig(Config):
@@ -230,9 +242,11 @@ class SaveConfig(Config):
 
 
 class EvalConfig(Config):
-    limit: int = field(500, "unseen prompts in the evaluation", "prompts", ge=1)
+    limit: int = field(500, "unseen prompts in the evaluation", "prompts", ge=1, le=MOST_PROMPTS)
     every: int = field(0, "steps between evaluations during training; 0: none", "steps", ge=0)
-    held_out: int = field(64, "training prompts kept aside for them, where eval.every is set", "prompts", ge=1)
+    held_out: int = field(
+        64, "training prompts kept aside for them, where eval.every is set", "prompts", ge=1, le=MOST_PROMPTS
+    )
 
 
 class WatchConfig(Config):
@@ -248,11 +262,11 @@ class WatchConfig(Config):
 class WarmupConfig(Config):
     """A supervised start, for a model that never shows the asked-for form."""
 
-    steps: int = field(0, "supervised steps before GRPO; 0: none", "steps", ge=0)
+    steps: int = field(0, "supervised steps before GRPO; 0: none", "steps", ge=0, le=MOST_STEPS)
     data: str | None = field(
         None, "JSON lines with written answers: {prompt, completion}; null: the task's own right answers"
     )
-    rows: int = field(16, "written answers a step", "answers", ge=1)
+    rows: int = field(16, "written answers a step", "answers", ge=1, le=MOST_ANSWERS)
     lr: float = field(1e-4, "peak learning rate", gt=0, le=1)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.source import TrainedSource, require_merged, source_of
@@ -44,13 +44,14 @@ from minigrpo.delivery.parity.table import parity_table, proof_title
 from minigrpo.delivery.parity.texts import ScoredText
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.chat_template import render_ids, template_messages
 from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 COMPARED_PROMPTS, SERVER_PROMPTS = 200, 8
 """Number of rendered prompts whose ids are compared: with a file, and with a server."""
@@ -91,7 +92,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     base, adapter = source.open()
     run, faults = source.run, list[str]()
     files = list(_sealed_files(source, faults))
-    with stage("verify", 2 + len(files), Console(stderr=True, quiet=quiet)) as report:
+    with stage("verify", 2 + len(files), Screen(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
         written = open_base(run.merged) if run.merged.is_dir() and not faults else None
         reference = trained_reference(source, base, written)
@@ -123,7 +124,8 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
     assert run is not None
     if not run.merged.is_dir():
         if run.gguf.is_dir():
-            faults.append(f"{run.merged} is missing, and GGUF files are held to it. Merge: minigrpo merge {run.path}")
+            merge = command_line("minigrpo", "merge", run.path)
+            faults.append(f"{run.merged} is missing, and GGUF files are held to it. Merge: {merge}")
         return
     try:
         require_merged(run)
@@ -135,7 +137,8 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
     known = read_sealed(seal)["files"] if seal.is_file() else {}
     for file in sorted(run.gguf.glob("*.gguf")):
         entry = known.get(file.name)
-        again = f"Export again: minigrpo export {run.path} --format {entry['format'] if entry else 'Q8_0'} --force"
+        kind = entry["format"] if entry else "Q8_0"
+        again = f"Export again: {command_line('minigrpo', 'export', run.path, '--format', kind, '--force')}"
         if entry is None or digest(file) != entry["sha256"]:
             faults.append(f"{file} was put there or changed by somebody, so nothing is proved about it. {again}")
         elif entry["from"]["model"] != sums:
@@ -145,10 +148,8 @@ def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Pa
 
 
 def _distance_fault(row: Divergence, source: TrainedSource) -> str:
-    return (
-        f"The merged model is not what was trained: {row.excess}. Merge again, in more bits: minigrpo merge "
-        f"{source.command} --dtype float32 --force"
-    )
+    finer = command_line("minigrpo", "merge", source.named, "--dtype", "float32", "--force")
+    return f"The merged model is not what was trained: {row.excess}. Merge again, in more bits: {finer}"
 
 
 def _gguf_reference(run: RunDir, reference: ParityReference, merged: Sequence[Any]) -> GgufReference:

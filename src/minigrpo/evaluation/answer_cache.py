@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.rollouts.serialize import group_data, group_of
-from minigrpo.runs.rundir import writing
+from minigrpo.runs.rundir import make_folder, writing
 from minigrpo.types import Group, Prompt
 
 
@@ -28,7 +28,7 @@ class AnswerCache:
         by_id = {prompt.id: prompt for prompt in prompts}
         rows = [row for row in self._rows() if row["prompt"] in by_id]
         with writing(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.file.parent)
             lines = [self.header, *(json.dumps(row) for row in rows)]
             self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return {row["prompt"]: group_of(row, by_id) for row in rows}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from minigrpo.config.schema import MOST_ANSWERS
 from minigrpo.errors import ArtifactError, RecipeError
 from minigrpo.evaluation.answer_cache import AnswerCache
 from minigrpo.evaluation.statistics import PairedDifference, Scores, paired_difference, score_groups
@@ -92,6 +93,10 @@ def evaluate(
     """
     if n > 1 and sampling.temperature == 0:
         raise RecipeError(f"{n} samples at temperature 0 are all the same. Add --temperature 1, or leave -n at 1.")
+    if n > MOST_ANSWERS:
+        raise RecipeError(
+            f"{n} answers to one prompt are in memory at once; {MOST_ANSWERS} are the most. Ask for fewer."
+        )
     start = time.perf_counter()
     scores = grade_prompts(
         engine,

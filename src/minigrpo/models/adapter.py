@@ -178,7 +178,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{file} is missing, so {folder} is no adapter. Train first: minigrpo train") from None
+        raise ArtifactError(
+            f"{file} is missing, so {folder} is no adapter. Train first: minigrpo train RECIPE"
+        ) from None
     except (ValueError, RecursionError) as fault:
         raise ArtifactError(f"{file} is damaged ({fault}). Copy or download the adapter again, or train it.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

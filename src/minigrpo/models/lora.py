@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from minigrpo.config.schema import AdapterConfig
-from minigrpo.errors import ArtifactError, ModelError, RecipeError
+from minigrpo.errors import ArtifactError, ModelError, RecipeError, command_line
 from minigrpo.models import lora_linear
 from minigrpo.models.adapter import ADAPTER_FILE, require_finite_adapter
 from minigrpo.models.lora_linear import SeededDropout
@@ -127,9 +127,9 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
             return PeftModel.from_pretrained(model, str(folder)).eval()
         except (UserWarning, RuntimeError, ValueError, KeyError) as fault:
             reason = " ".join(str(fault).split())[:200]
+            look = command_line("minigrpo", "check", folder, "--base", "MODEL")
             raise ModelError(
-                f"PEFT cannot put {folder} on its base: {reason}. Is that the model it was trained on? Look: minigrpo "
-                f"check {folder} --base MODEL"
+                f"PEFT cannot put {folder} on its base: {reason}. Is that the model it was trained on? Look: {look}"
             ) from None
 
 
@@ -153,7 +153,8 @@ def load_adapter(model: Any, folder: Path) -> None:
 
     file = folder / ADAPTER_FILE
     if not file.is_file():
-        raise ArtifactError(f"{file} is missing. Train first: minigrpo train RECIPE --run {folder.parent}")
+        train = command_line("minigrpo", "train", "RECIPE", "--run", folder.parent)
+        raise ArtifactError(f"{file} is missing. Train first: {train}")
     read_header(file)
     outcome = set_peft_model_state_dict(model, load_file(file))
     unexpected = [key for key in outcome.unexpected_keys if "lora_" in key]

@@ -6,7 +6,6 @@ once and in the summary, and the run goes on without it. An artefact that fails 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from rich.text import Text
 
 from minigrpo.config.schema import ExportConfig, PublishConfig, Recipe
 from minigrpo.delivery.hub.client import Hub, check_repo_name, find_token, format_bytes
-from minigrpo.errors import ArtifactError, ModelError, install_hint
+from minigrpo.errors import ArtifactError, ModelError, command_line, install_hint
 from minigrpo.pipeline import tables
 from minigrpo.runs.logger import system_message
-from minigrpo.runs.manifest import existing_result, seconds_of, timed
+from minigrpo.runs.manifest import existing_result, seconds_of, slug, timed
 from minigrpo.runs.rundir import RunDir, writing
 from minigrpo.ui.live import printable
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Delivered:
         }
 
 
-def check_delivery(recipe: Recipe, console: Console) -> None:
+def check_delivery(recipe: Recipe, console: Screen) -> None:
     """Report, before training takes its hours, what the stages after it will lack.
 
     Raise MinigrpoError for formats that do not exist, and for a Hub that would not take the result.
@@ -63,13 +63,13 @@ def check_delivery(recipe: Recipe, console: Console) -> None:
 
         parse_formats([recipe.export.formats])
         if reason := _no_library():
-            console.print(Text(f"note: {reason}", style="yellow"))
+            console.show(Text(f"note: {reason}", style="yellow"))
     if recipe.publish.repo:
         check_repo_name(recipe.publish.repo)
         Hub(*find_token(), command="the same command").whoami()
 
 
-def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
+def deliver(config: ExportConfig, run: RunDir, console: Screen) -> Delivered:
     """Check, merge, export, ask one question. Raise ArtifactError where the merge is not what was trained."""
     if not _check(run, console):
         return Delivered(False, missing=("Nothing was merged: the check above says why.",))
@@ -85,17 +85,16 @@ def deliver(config: ExportConfig, run: RunDir, console: Console) -> Delivered:
     return Delivered(True, exported, _answer(run, exported) if exported.ok else None)
 
 
-def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Console) -> None:
+def finish_delivery(config: PublishConfig, run: RunDir, delivered: Delivered, console: Screen) -> None:
     """Publish, after the run's summary. Raise ArtifactError where an exported file was rejected."""
     if delivered.exported and not delivered.exported.ok:
-        raise ArtifactError(
-            f"Not every file that was exported is the merged model. Look at: minigrpo export {run.path}"
-        )
+        again = command_line("minigrpo", "export", run.path)
+        raise ArtifactError(f"Not every file that was exported is the merged model. Look at: {again}")
     if config.repo and delivered.merged:
         from minigrpo.delivery.hub.publish import publish, published_table
 
         with timed(run, "publish"):
-            console.print(published_table(publish(run, config.repo, private=not config.public)))
+            console.show(published_table(publish(run, config.repo, private=not config.public)))
 
 
 def _no_library() -> str | None:
@@ -106,31 +105,31 @@ def _no_library() -> str | None:
     return None
 
 
-def _check(run: RunDir, console: Console) -> bool:
+def _check(run: RunDir, console: Screen) -> bool:
     from minigrpo.delivery.merge.check import check, checked_table, has_passed_check
 
     if has_passed_check(run):
-        console.print(Text(f"{run.check} is there already."))
+        console.show(Text(f"{run.check} is there already."))
         return True
     with timed(run, "check"):
         result = check(run)
-    console.print(checked_table(result))
+    console.show(checked_table(result))
     return result.ok
 
 
-def _merge(run: RunDir, console: Console) -> None:
+def _merge(run: RunDir, console: Screen) -> None:
     from minigrpo.delivery.merge.merge import merge, merged_table
 
     with timed(run, "merge"):
-        console.print(merged_table(merge(run)))
+        console.show(merged_table(merge(run)))
 
 
-def _export(config: ExportConfig, run: RunDir, console: Console) -> Exported:
+def _export(config: ExportConfig, run: RunDir, console: Screen) -> Exported:
     from minigrpo.delivery.gguf.export import export, exported_table
 
     with timed(run, "export"):
         exported = export(run, [config.formats])
-    console.print(exported_table(exported))
+    console.show(exported_table(exported))
     return exported
 
 
@@ -141,15 +140,15 @@ def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
         return ask_once(run, format=exported.files[-1].format)
 
 
-def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Console) -> None:
-    """Print the summary, and save it as RUN/summary.txt: before and after, parity, files, times, commands to use it."""
+def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Screen) -> None:
+    """Save the summary as RUN/summary.txt, and print it: before and after, parity, files, times, commands to use it."""
     parts = list(_summary(run, comparisons, delivered))
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, Text))  # commands are to be copied
-    with writing(run.summary), run.summary.open("w", encoding="utf-8") as stream:
-        paper = Console(file=stream, width=WIDTH, no_color=True)
+    with writing(run.summary), run.summary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        paper = Console(file=stream, width=WIDTH, no_color=True)  # of rich, which fails where the disk is full
         for part in parts:
             paper.print(part, soft_wrap=isinstance(part, Text))
+    for part in parts:
+        console.show(part)
 
 
 def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered) -> Iterator[RenderableType]:
@@ -164,7 +163,7 @@ def _summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivere
     yield tables.times_table(seconds_of(run))
     for sentence in delivered.missing:
         yield Text(f"note: {sentence}", style="yellow")
-    yield Text("Use it:\n" + "\n".join(f"  {line}" for line in _commands(run, delivered)))
+    yield Text("Use it:\n" + "\n".join(f"  {line}" for line in commands_to_use(run, delivered)))
 
 
 def _answer_panel(answer: ServedAnswer) -> RenderableType:
@@ -193,14 +192,15 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _commands(run: RunDir, delivered: Delivered) -> Iterator[str]:
-    yield f"minigrpo evaluate {run.path} -n 8"
+def commands_to_use(run: RunDir, delivered: Delivered) -> Iterator[str]:
+    """Yield the command lines by which what was made is used."""
+    yield command_line("minigrpo", "evaluate", run.path, "-n", 8)
     if delivered.exported and delivered.exported.ok:
         file = delivered.exported.files[-1].file
-        yield f"minigrpo serve {run.path}"
+        yield command_line("minigrpo", "serve", run.path)
         system = system_message(run)
-        yield f"llama-cli -m {file}" + (f" -sys {shlex.quote(system)}" if system else "")
-        yield f"ollama create {run.path.absolute().name} -f {file.with_suffix('.Modelfile')}"
+        yield command_line("llama-cli", "-m", file, *(("-sys", system) if system else ()))
+        yield command_line("ollama", "create", slug(run.path.absolute().name), "-f", file.with_suffix(".Modelfile"))
     if delivered.merged:
-        yield f"vllm serve {run.merged}"
-        yield f"minigrpo publish {run.path} --repo USER/{run.path.absolute().name}"
+        yield command_line("vllm", "serve", run.merged)
+        yield command_line("minigrpo", "publish", run.path, "--repo", f"USER/{slug(run.path.absolute().name)}")

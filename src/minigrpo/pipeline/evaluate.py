@@ -14,19 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
-from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, write_json
+from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, staying, write_json
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.delivery.serve.gguf_engine import GgufEngine
@@ -60,7 +60,7 @@ def evaluate(
     from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
-    console = Console(quiet=quiet)
+    console = Screen(quiet=quiet)
     found = find_run(model)
     recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
     task = open_task(recipe)
@@ -68,24 +68,22 @@ def evaluate(
     folder = found.run.evals if found else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
     require_free(file)
-    with process_settings(recipe.train.threads):
+    in_use = [Path(name).expanduser() for name in (model, base) if name] + ([found.run.path] if found else [])
+    with staying(*in_use, file.parent), process_settings(recipe.train.threads):
         before = evaluate_model(base, ask, file) if base else None
         after = evaluate_model(model, ask, file)
-    content: dict[str, Any] = after.to_dict()
-    figures = {"model": after.summary()}
-    if before:
-        comparison = compare(before, after)
-        figures = comparison.summary()
-        content |= {"base": before.to_dict(), "change": figures["change"]}
-        console.print(tables.comparison_table([comparison]))
-    else:
-        console.print(tables.evaluation_table(after))
-    for answer in pick_examples(after):
-        console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
-    write_json(file, content | {"made": stamp("evaluate", recipe)})
+        comparison = compare(before, after) if before else None
+        figures = comparison.summary() if comparison else {"model": after.summary()}
+        content: dict[str, Any] = after.to_dict()
+        if before:
+            content |= {"base": before.to_dict(), "change": figures["change"]}
+        write_json(file, content | {"made": stamp("evaluate", recipe)})
     for name in (model, base):
         journal_beside(file, name or "").unlink(missing_ok=True)
-    console.print(Text(f"Every answer: {file}"))
+    console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
+    for answer in pick_examples(after):
+        console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
+    console.show(Text(f"Every answer: {file}"))
     return figures | {"file": str(file)}
 
 
@@ -98,7 +96,7 @@ def require_free(file: Path) -> None:
     if run and file.expanduser().resolve().parent != run.evals:
         raise ArtifactError(
             f"{file} lies among the files of the run {run.path}, which no evaluation may touch. Name another place: "
-            f"--out {run.evals / file.name}"
+            f"{command_line('--out', run.evals / file.name)}"
         )
     if not os.path.lexists(file):
         return
@@ -123,7 +121,7 @@ class EvalSide:
     made: dict[str, Any]
 
 
-def before_and_after(opened: OpenedRun, run: RunDir, console: Console) -> list[Comparison]:
+def before_and_after(opened: OpenedRun, run: RunDir, console: Screen) -> list[Comparison]:
     """Evaluate the model before and after training on the same unseen prompts, at each temperature."""
     from minigrpo.evaluation.evaluate import compare
 
@@ -162,7 +160,7 @@ class EvalRequest:
     limit: int
     n: int
     temperature: float
-    console: Console
+    console: Screen
     split: Split = "test"
 
     @property
@@ -182,7 +180,7 @@ class EvalRequest:
 
         prompts = prompts_of(self.task, self.split, self.limit)
         identity = {"made": side.made["from"], "sampling": asdict(self.sampling), "n": self.n, "split": self.split}
-        console = Console(stderr=True, quiet=self.console.quiet)
+        console = Screen(stderr=True, quiet=self.console.quiet)
         grading = Grader.of(self.task, self.recipe.task, console.print)
         with stage(f"evaluate {side.name}", len(prompts), console) as report, grading as grader:
             return evaluate(

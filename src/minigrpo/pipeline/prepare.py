@@ -9,40 +9,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
 
 
-def prepare(opened: OpenedRun, run: RunDir, console: Console) -> None:
+def prepare(opened: OpenedRun, run: RunDir, console: Screen) -> None:
     """Do preflight and warm-up unless they are done. Raise MinigrpoError where training would teach nothing."""
     go, warms = preflight_verdict(opened, run, console)
     if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
-        console.print(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
+        console.show(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
         warm_up(opened, run, console)
         go, _ = preflight_verdict(opened, run, console)
     if not go:
+        again = command_line("minigrpo", "train", run.recipe, "--run", run.path, "--resume")
         raise MinigrpoError(
             f"Preflight found that this would teach nothing (see above, and {run.preflight}). Change what it names; "
-            f"to train all the same: minigrpo train {run.recipe} --run {run.path} --resume"
+            f"to train all the same: {again}"
         )
     warm_up(opened, run, console)
 
 
-def preflight_verdict(opened: OpenedRun, run: RunDir, console: Console) -> tuple[bool, bool]:
+def preflight_verdict(opened: OpenedRun, run: RunDir, console: Screen) -> tuple[bool, bool]:
     """Return preflight's (go, whether a warm-up would mend the faults), from a saved verdict if that still holds."""
     if verdict_holds(opened.recipe, run):
-        console.print(Text(f"{run.preflight} is there already."))
+        console.show(Text(f"{run.preflight} is there already."))
     else:
         with timed(run, "preflight"):
             run_preflight(opened, run, console)
@@ -63,9 +64,9 @@ def verdict_stamp(recipe: Recipe, run: RunDir) -> dict[str, Any]:
 
 
 def run_preflight(
-    opened: OpenedRun, run: RunDir | None, console: Console, *, seconds: float | None = None
+    opened: OpenedRun, run: RunDir | None, console: Screen, *, seconds: float | None = None
 ) -> PreflightResult:
-    """Sample the task, print what was seen, and save the verdict in the run's folder, if one is given.
+    """Sample the task, save the verdict in the run's folder, if one is given, and print what was seen.
 
     Raise KeyboardInterrupt where the user stopped the sampling, after printing what was seen; then nothing is saved.
     """
@@ -83,11 +84,11 @@ def run_preflight(
             report,
             seconds=DEFAULT_SECONDS if seconds is None else seconds,
         )
-    console.print(tables.verdict_table(verdict))
+    if run and not verdict.interrupted:
+        write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
+    console.show(tables.verdict_table(verdict))
     if verdict.interrupted:
         raise KeyboardInterrupt("Stopped: the verdict is of what had been sampled, and was not saved.")
-    if run:
-        write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
     return verdict
 
 
@@ -113,7 +114,7 @@ def check_warmup_answers(opened: OpenedRun) -> None:
         check_warmup(opened.recipe, opened.task, opened.policy)
 
 
-def warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
+def warm_up(opened: OpenedRun, run: RunDir, console: Screen) -> None:
     """If the recipe has a warm-up, do it unless it is done, and let the policy begin with its adapter."""
     if not opened.recipe.warmup.steps:
         return
@@ -133,16 +134,16 @@ def begin_with_warmup(opened: OpenedRun, run: RunDir) -> None:
     opened.engine.update(opened.policy)
 
 
-def _warm_up(opened: OpenedRun, run: RunDir, console: Console) -> None:
+def _warm_up(opened: OpenedRun, run: RunDir, console: Screen) -> None:
     from minigrpo.training.sft_warmup import warmup
 
     recipe = opened.recipe
     with stage("warmup", recipe.warmup.steps) as report:
         warmed = warmup(recipe, opened.task, opened.policy, opened.engine, report)
-    console.print(tables.warmup_table(warmed))
     with complete_folder(run.warmup) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", warmed.to_dict() | {"made": _warmup_stamp(recipe)})
+    console.show(tables.warmup_table(warmed))
 
 
 def _warmup_stamp(recipe: Recipe) -> dict[str, Any]:

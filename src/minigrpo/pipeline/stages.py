@@ -11,18 +11,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.config.schema import Recipe, TrainConfig
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.manifest import check_folder, result_path, seconds_of, stamp, timed
-from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
+from minigrpo.runs.rundir import RunDir, complete_folder, read_json, staying, tidy, write_json
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison
@@ -38,7 +38,7 @@ def preflight(recipe: Recipe, run: RunDir | None = None, *, seconds: float | Non
     sampled, saves nothing and raises KeyboardInterrupt.
     """
     with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
-        return prepare.run_preflight(open_all(recipe, run), run, Console(), seconds=seconds)
+        return prepare.run_preflight(open_all(recipe, run), run, Screen(), seconds=seconds)
 
 
 def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, gpu_memory: float | None = None) -> Any:
     from minigrpo.training.memory.estimate import forecast
 
     memory_plan = forecast(recipe, gpu_memory)
-    Console().print(tables.plan_table(memory_plan))
+    Screen().show(tables.plan_table(memory_plan))
     return memory_plan
 
 
@@ -57,27 +57,28 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
     """
     from minigrpo.training.sft_warmup import require_warmup_steps
 
-    console = Console()
+    console = Screen()
     require_warmup_steps(recipe.warmup)
     with begin_stage(recipe, run, resume):
         if prepare.is_warm(recipe, run):
-            console.print(Text(f"{run.warmup} is there already."))
+            console.show(Text(f"{run.warmup} is there already."))
         else:
             opened = open_all(recipe, run)
             prepare.check_warmup_answers(opened)
             prepare.begin_run(opened, run)
             prepare.warm_up(opened, run, console)
-        console.print(Text(f"Warmed up: {run.warmup}\nNext: minigrpo train {run.path} --resume"))
+        following = command_line("minigrpo", "train", run.path, "--resume")
+        console.show(Text(f"Warmed up: {run.warmup}\nNext: {following}"))
         figures: dict[str, Any] = read_json(run.warmup / "made.json")
     return {name: value for name, value in figures.items() if name != "made"} | {"run": str(run.path)}
 
 
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
     """Train, and leave the adapter (or the model) in the run's folder."""
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         if result_path(run, recipe.train).exists():
-            console.print(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
+            console.show(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
@@ -85,7 +86,8 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
             _train(opened, run, show_samples)
-    console.print(Text(f"Trained: {result_path(run, recipe.train)}\nNext: minigrpo evaluate {run.path}"))
+    following = command_line("minigrpo", "evaluate", run.path)
+    console.show(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"))
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
     Inside the block the process has the run's settings; afterwards it has its own again.
     """
-    with run_lock(run):
+    with run_lock(run), staying(Path(recipe.model.path).expanduser()):
         check_folder(recipe, run, resume)
         tidy(run)
         with settings_of(recipe.train, run):
@@ -115,7 +117,7 @@ def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: 
 
     Return the figures, which are also in evals/comparison.json.
     """
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         figures, _, delivered = _run_all(recipe, run, console, show_samples)
         deliver.finish_delivery(recipe.publish, run, delivered, console)
@@ -126,31 +128,30 @@ def quickstart(recipe: Recipe, run: RunDir, *, resume: bool = False, show_sample
     """Do `run_all`, then show answers before and after, and what to try next."""
     from minigrpo.evaluation.evaluate import pick_example_pairs
 
-    console = Console()
+    console = Screen()
     with begin_stage(recipe, run, resume):
         figures, comparisons, delivered = _run_all(recipe, run, console, show_samples)
         deliver.finish_delivery(recipe.publish, run, delivered, console)
     for before, after in pick_example_pairs(comparisons[0]):
         console.print(tables.answer_panel(before, "before"))
         console.print(tables.answer_panel(after, "after"))
-    console.print(
+    console.show(
         Text(
             "What next:\n"
             "  minigrpo recipes quickstart > mine.yaml  # a recipe of your own to change\n"
             "  minigrpo run mine.yaml                   # the same stages with it\n"
             "  minigrpo tasks                           # what else can be learned\n"
             f"All of this stands in {run.summary}"
-        ),
-        soft_wrap=True,  # commands are to be copied
+        )
     )
     return figures
 
 
 def _run_all(
-    recipe: Recipe, run: RunDir, console: Console, show_samples: bool
+    recipe: Recipe, run: RunDir, console: Screen, show_samples: bool
 ) -> tuple[dict[str, Any], list[Comparison], deliver.Delivered]:
     road = "preflight, train, evaluate, check, merge" + (", export" if recipe.export.formats else "")
-    console.print(Text(f"run {run.path}: {road}", style="bold"))
+    console.show(Text(f"run {run.path}: {road}", style="bold"))
     deliver.check_delivery(recipe, console)
     comparisons = _train_and_evaluate(recipe, run, console, show_samples)
     # Only now, when no policy is in memory any more: each of these opens models of its own, in float32.
@@ -160,7 +161,7 @@ def _run_all(
     return figures, comparisons, delivered
 
 
-def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samples: bool) -> list[Comparison]:
+def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Screen, show_samples: bool) -> list[Comparison]:
     with timed(run, "model"):
         opened = open_all(recipe, run)
         prepare.check_warmup_answers(opened)
@@ -168,7 +169,7 @@ def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Console, show_samp
     if result_path(run, recipe.train).exists():
         _restore(opened, result_path(run, recipe.train))
         opened.engine.update(opened.policy)
-        console.print(Text(f"{result_path(run, recipe.train)} is there already."))
+        console.show(Text(f"{result_path(run, recipe.train)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import RunDir, alive, writing
+from minigrpo.runs.rundir import RunDir, alive, staying, writing
+from minigrpo.ui.screen import Screen
 
 LOCKED_ERRNOS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 """Error numbers by which a kernel says that another process has the lock; any other means that there are no locks."""
@@ -52,7 +52,8 @@ class Holder:
 def run_lock(run: RunDir) -> Iterator[None]:
     """Hold the run's folder for this process alone. Make it where it is missing; remove it again if it stays empty.
 
-    Raise ArtifactError where another process holds it, naming that process, and where the folder cannot be written to.
+    Raise ArtifactError where another process holds it, naming that process, where the folder cannot be written to, and
+    where somebody moves or removes it meanwhile.
     """
     with writing(run.path):
         if run.path.exists() and not run.path.is_dir():
@@ -62,7 +63,8 @@ def run_lock(run: RunDir) -> Iterator[None]:
     try:
         with writing(run.lock):
             _write_holder(handle)
-        yield
+        with staying(run.path):
+            yield
     finally:
         _release(run.lock, handle)
         with suppress(OSError):  # in use by now: it stays
@@ -109,7 +111,7 @@ def _claim(run: RunDir, handle: int) -> None:
         warning = (
             f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
         )
-        Console(stderr=True).print(Text(warning), soft_wrap=True)
+        Screen(stderr=True).show(Text(warning))
 
 
 def _in_use(run: RunDir) -> ArtifactError:

@@ -20,9 +20,10 @@ from typing import Any
 from rich.console import Console
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import RunDir, sync, writing
+from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
+from minigrpo.ui.screen import Screen
 
 
 class RunLogger:
@@ -37,7 +38,7 @@ class RunLogger:
         self.run = run
         self.total_steps = total_steps
         self.show_samples = show_samples
-        self._console = console or Console(stderr=True)
+        self._console = console or Screen(stderr=True)
         view = LivePanel if panel_fits(self._console) else PlainLog
         self._view: ProgressView = view(self._console, total_steps)
         self._snapshot = Snapshot()
@@ -191,7 +192,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     A full disk can leave half a line; `rewind` cuts it off.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with writing(path), path.open("a", encoding="ascii", newline="\n") as stream:
         stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from minigrpo.config.load import dump_recipe, load_recipe
 from minigrpo.config.schema import Recipe, TrainConfig
-from minigrpo.errors import ArtifactError, RecipeError
+from minigrpo.errors import ArtifactError, RecipeError, command_line
 from minigrpo.runs.rundir import DRAFT, RunDir, digest, read_json, write_json, write_whole, writing
 from minigrpo.versions import installed, this_version
 
@@ -166,9 +166,8 @@ def existing_result(run: RunDir) -> Path:
     for path in (run.adapter, run.model):
         if path.exists():
             return path
-    raise ArtifactError(
-        f"{run.path} has trained nothing yet. Go on with it: minigrpo train {run.recipe} --run {run.path} --resume"
-    )
+    again = command_line("minigrpo", "train", run.recipe, "--run", run.path, "--resume")
+    raise ArtifactError(f"{run.path} has trained nothing yet. Go on with it: {again}")
 
 
 def stamp(verb: str, recipe: Recipe, *sources: Path) -> dict[str, Any]:

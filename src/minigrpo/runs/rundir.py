@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +201,44 @@ def _artefact(names: list[str]) -> Artefact | None:
     return None
 
 
+_staying: list[Path] = []
+"""Folders in use, as absolute paths: they were there, and are never made again."""
+
+
+@contextmanager
+def staying(*folders: Path) -> Iterator[None]:
+    """Report a folder that somebody moves or removes in the block, in which nothing is made in its place.
+
+    Raise ArtifactError that names it, whatever else the loss led to. What is missing at the beginning does not count.
+    """
+    there = [folder.absolute() for folder in folders if folder.is_dir()]
+    _staying.extend(there)
+    try:
+        yield
+    except Exception as fault:
+        _require_there(there, fault)
+        raise
+    finally:
+        for folder in there:
+            _staying.remove(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raise ArtifactError where one that is in use was moved or removed."""
+    _require_there([folder for folder in _staying if path.absolute().is_relative_to(folder)])
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _require_there(folders: Sequence[Path], fault: Exception | None = None) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"{folder} was moved or removed while it was in use, so this cannot go on. If it was moved, what had "
+                "been saved is in it: put it back, or name it where it is now, and give the same command (--resume "
+                "where it trains). If it was removed, begin again."
+            ) from fault
+
+
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; it gets the name `target` when the block ends well, and then survives a power cut.
@@ -208,7 +246,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     Raise ArtifactError where the disk is full or does not let us write.
     """
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=DRAFT, dir=target.parent))
         try:
             yield draft
@@ -225,7 +263,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once: a reader, or a crash, sees the old content or the new, never half of it."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         draft = path.with_name(f".{path.name}.{os.getpid()}{DRAFT}")
         try:
             draft.write_text(text, encoding="utf-8", newline="\n")

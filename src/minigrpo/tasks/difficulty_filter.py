@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.config.schema import TaskConfig
-from minigrpo.errors import TaskError
+from minigrpo.errors import TaskError, command_line
 from minigrpo.types import Prompt, Split, Task
 
 
@@ -72,26 +72,25 @@ def _select_within_range(prompts: Sequence[Prompt], rates: Mapping[str, float], 
 
 def _read_rates(path: Path, task: str) -> dict[str, float]:
     """Return each prompt's share of right answers from an evaluation's JSON. Raise TaskError for any other file."""
-    measure = "Make it with: minigrpo evaluate MODEL --split train -n 8 --out"
+    words = ("minigrpo", "evaluate", "MODEL", "--split", "train", "-n", 8, "--out", path)
+    measure = f"Make it with: {command_line(*words)}"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TaskError(f"task.rates {str(path)!r} is missing. {measure} {path}") from None
+        raise TaskError(f"task.rates {str(path)!r} is missing. {measure}") from None
     except OSError as fault:
         raise TaskError(f"task.rates {str(path)!r} cannot be read: {fault.strerror or fault}.") from None
     except (ValueError, RecursionError):
-        raise TaskError(f"task.rates {str(path)!r} is no JSON. {measure} {path}") from None
+        raise TaskError(f"task.rates {str(path)!r} is no JSON. {measure}") from None
     try:
         split, name, answers = found["split"], found["task"], found["scores"]["answers"]
         rates = _solve_rates(answers)
     except (KeyError, TypeError, AttributeError):
-        raise TaskError(f"task.rates {str(path)!r} is no evaluation. {measure} {path}") from None
+        raise TaskError(f"task.rates {str(path)!r} is no evaluation. {measure}") from None
     if split != "train":
-        raise TaskError(f"task.rates {str(path)!r} was measured on the {split} split. {measure} {path}")
+        raise TaskError(f"task.rates {str(path)!r} was measured on the {split} split. {measure}")
     if name != task:
-        raise TaskError(
-            f"task.rates {str(path)!r} was measured on the task {name}, and this is {task}. {measure} {path}"
-        )
+        raise TaskError(f"task.rates {str(path)!r} was measured on the task {name}, and this is {task}. {measure}")
     return rates
 
 

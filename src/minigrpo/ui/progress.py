@@ -11,6 +11,7 @@ from rich.console import Console
 
 from minigrpo.ui.heartbeat import Heartbeat
 from minigrpo.ui.live import duration, panel_fits
+from minigrpo.ui.screen import Screen
 
 
 class Report(Protocol):
@@ -26,7 +27,7 @@ def no_report(done: int, total: int = 0, note: str = "") -> None:
 @contextmanager
 def stage(name: str, total: int, console: Console | None = None) -> Iterator[Report]:
     """Show the progress of a long piece of work: `with stage("evaluate", 500) as report: report(done, total, note)`."""
-    console = console or Console(stderr=True)
+    console = console or Screen(stderr=True)
     began = time.monotonic()
     if not panel_fits(console):
         lines = _StageLines(name, total, console)

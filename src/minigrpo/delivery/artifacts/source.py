@@ -17,7 +17,7 @@ from typing import Any
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
 from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, settle_base, stamp, write_sealed
@@ -37,9 +37,9 @@ class TrainedSource:
     run: RunDir | None
 
     @property
-    def command(self) -> str:
+    def named(self) -> Path:
         """Return the path by which the user names it on the command line."""
-        return str(self.run.path if self.run else self.folder)
+        return self.run.path if self.run else self.folder
 
     def open(self) -> tuple[BaseFiles, Adapter]:
         """Return the base's files and the adapter. For a full-parameter run the adapter replaces every tensor.
@@ -125,21 +125,22 @@ def made_by(folder: Path) -> str | None:
 
 def require_merged(run: RunDir) -> Path:
     """Return the run's merged model for later stages. Raises ArtifactError where it is missing, changed or stale."""
-    again = f"Merge again: minigrpo merge {run.path}"
+    words = ("minigrpo", "merge", run.path)
+    merge = command_line(*words)
     if not run.merged.is_dir():
-        raise ArtifactError(f"{run.merged} is missing. Merge first: minigrpo merge {run.path}")
+        raise ArtifactError(f"{run.merged} is missing. Merge first: {merge}")
     if not (run.merged / "made.json").is_file():
         raise ArtifactError(
             f"{run.merged} holds no made.json, so nothing tells what it was made from. Move it away, then merge again: "
-            f"minigrpo merge {run.path}"
+            + merge
         )
     try:
         sealed = read_seal(run.merged)
     except ArtifactError as fault:
-        raise ArtifactError(f"{fault} {again} --force") from None
+        raise ArtifactError(f"{fault} Merge again: {command_line(*words, '--force')}") from None
     trained = existing_result(run)
     if sealed["made"]["from"].get(trained.name) != digest(trained):
-        raise ArtifactError(f"{run.merged} is stale: it was made from another {trained}. {again}")
+        raise ArtifactError(f"{run.merged} is stale: it was made from another {trained}. Merge again: {merge}")
     return run.merged
 
 
@@ -153,7 +154,5 @@ def refuse_changed(path: Path) -> None:
         require_merged(run)
     known = read_sealed(made)["files"].get(path.name) if found.artefact == "gguf file" and made.is_file() else None
     if known is not None and digest(path) != known["sha256"]:
-        raise ArtifactError(
-            f"{path} was changed after it was proved. Export again: minigrpo export {run.path} --format "
-            f"{known['format']} --force"
-        )
+        export = command_line("minigrpo", "export", run.path, "--format", known["format"], "--force")
+        raise ArtifactError(f"{path} was changed after it was proved. Export again: {export}")

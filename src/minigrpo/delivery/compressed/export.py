@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
@@ -33,11 +33,12 @@ from minigrpo.delivery.parity.compare import compare_texts
 from minigrpo.delivery.parity.kl import record_parity
 from minigrpo.delivery.parity.table import format_kl
 from minigrpo.delivery.parity.texts import StoredLogprobs
-from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.errors import ArtifactError, ModelError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, slug
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, find_run, report_full_disk
 from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
 
@@ -91,8 +92,9 @@ class CompressJob:
         return self.parent / f"{self.name}-{scheme.name}"
 
     def command(self, scheme: Scheme) -> str:
-        out = f" --out {self.out}" if self.out else ""
-        return f"minigrpo export {self.run.path if self.run else self.model} --format {scheme.name}{out}"
+        out = ("--out", self.out) if self.out else ()
+        subject = self.run.path if self.run else self.model
+        return command_line("minigrpo", "export", subject, "--format", scheme.name, *out)
 
     def made(self, scheme: Scheme) -> dict[str, Any]:
         versions = {package: installed(package) for package in ("minigrpo", "transformers")}
@@ -123,7 +125,7 @@ def compress(
             require_replaceable(job.target(scheme), "export")
     missing = [scheme for scheme in schemes if scheme.name not in done]
     total = _STEPS * len(missing) + 1
-    with stage("export", total if missing else 0, Console(stderr=True, quiet=quiet)) as report:
+    with stage("export", total if missing else 0, Screen(stderr=True, quiet=quiet)) as report:
         if missing:
             report(0, total, "what the merged model says")
             reference = gguf_reference(job.model, job.run)
@@ -267,7 +269,7 @@ def sealed_rows(run: RunDir, faults: list[str]) -> list[Mapping[str, Any]]:
         kind = folder.name.rpartition("-")[2]
         if folder.name.startswith(".") or kind not in SCHEMES:
             continue
-        again = f"Export again: minigrpo export {run.path} --format {kind} --force"
+        again = f"Export again: {command_line('minigrpo', 'export', run.path, '--format', kind, '--force')}"
         try:
             sealed = read_seal(folder)
         except ArtifactError as fault:
@@ -295,5 +297,6 @@ def compressed_table(compressed: Compressed) -> RenderableType:
     lines: list[RenderableType] = [titled(title, table), Text(f"written by {compressed.by}", style="dim")]
     for each in compressed.folders:
         lines += [Text(f"note: {note}", style="yellow") for note in each.notes]
-    lines += [Text(f"exported: vllm serve {each.folder}", style="bold green") for each in compressed.folders]
+    commands = [command_line("vllm", "serve", each.folder) for each in compressed.folders]
+    lines += [Text(f"exported: {command}", style="bold green") for command in commands]
     return Stack(*lines)

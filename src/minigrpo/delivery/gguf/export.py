@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.config.load import load_recipe
@@ -40,7 +40,7 @@ from minigrpo.delivery.gguf.parity import (
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
 from minigrpo.delivery.parity.table import format_kl, unusable_reason
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import (
@@ -51,12 +51,15 @@ from minigrpo.runs.rundir import (
     digest,
     enclosing_run,
     find_run,
+    make_folder,
     report_full_disk,
+    staying,
     sync,
     write_whole,
     writing,
 )
 from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.versions import installed
 
@@ -141,10 +144,10 @@ class ExportJob:
         """Return where the files go unless the user names another folder."""
         return self.run.gguf if self.run else self.model.with_name(f"{self.model.name}-gguf")
 
-    @property
-    def command(self) -> str:
-        out = f" --out {self.folder}" if self.run and self.folder != self.run.gguf else ""
-        return f"minigrpo export {self.run.path if self.run else self.model}{out}"
+    def command(self, *options: object) -> str:
+        """Write the command that makes this export, with further options."""
+        out = ("--out", self.folder) if self.run and self.folder != self.run.gguf else ()
+        return command_line("minigrpo", "export", self.run.path if self.run else self.model, *out, *options)
 
     def file(self, kind: str) -> Path:
         return self.folder / f"{self.name}-{kind}.gguf"
@@ -176,10 +179,12 @@ def export(
     done = _finished_files(job, kinds, force)
     missing = [kind for kind in kinds if kind not in done]
     reference = None
+    in_use = (job.model, job.folder, *([job.run.path] if job.run else []))
     with (
+        staying(*in_use),
         report_full_disk(partial(_disk_is_full, job)),
         writing(job.folder / "made.json"),
-        stage("export", len(missing), Console(stderr=True, quiet=quiet)) as report,
+        stage("export", len(missing), Screen(stderr=True, quiet=quiet)) as report,
     ):
         if missing:
             report(0, len(missing), "what the merged model says")
@@ -262,9 +267,9 @@ def _finished_files(job: ExportJob, kinds: Sequence[str], force: bool) -> dict[s
             continue
         assert then is not None
         if digest(file) != then["sha256"]:
+            again = job.command("--format", kind, "--force")
             raise ArtifactError(
-                f"{file} was put there or changed by somebody. To put a fresh export in its place: {job.command} "
-                f"--format {kind} --force"
+                f"{file} was put there or changed by somebody. To put a fresh export in its place: {again}"
             )
         if then["from"] == job.made["from"]:
             entries[kind] = ExportedFile(
@@ -280,7 +285,7 @@ def _export_missing(
 ) -> None:
     """Make each missing format and add it to `done`. Quantised files are made from a proved float file, requested or
     not."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     for count, kind in enumerate(kinds):
         report(count, len(kinds), kind)
         source = done.get(job.lossless) or done.get(INTERMEDIATE)
@@ -365,8 +370,8 @@ def _convert(job: ExportJob, kind: str, file: Path) -> None:
     free = shutil.disk_usage(job.folder).free
     if free < need:
         raise ArtifactError(
-            f"{job.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, or name "
-            f"another place: {job.command} --out FOLDER"
+            f"{job.folder} needs {need / 1e9:.2f} GB for {kind} and has {free / 1e9:.2f} GB left. Make room, then go "
+            f"on with the same command, or name another place, --out FOLDER: {job.command('--format', kind)}"
         )
     job.converter.convert(job.model, file, kind, job.name)
 
@@ -399,7 +404,7 @@ def _disk_is_full(job: ExportJob, reason: str) -> str:
     free = shutil.disk_usage(job.folder).free / 1e9
     return (
         f"{job.folder} could not be written: {reason} ({free:.2f} GB left). Formats that are there are whole. Make "
-        f"room, then go on with the same command: {job.command}"
+        f"room, then go on with the same command: {job.command()}"
     )
 
 

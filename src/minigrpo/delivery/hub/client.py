@@ -9,7 +9,9 @@ Not covered: datasets, spaces, branches and pull requests; several publishers of
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import json
 import os
 import re
@@ -83,15 +85,13 @@ class RepoState:
 def find_token(folder: Path | None = None) -> tuple[str, str]:
     """Return the token and where it was found: HF_TOKEN, a file .env in the working directory, the Hub's own login.
     Raises MinigrpoError where there is none."""
-    from huggingface_hub import get_token
-
     sources = {
         "the environment's HF_TOKEN": lambda: os.environ.get("HF_TOKEN"),
         "HF_TOKEN in .env": lambda: read_dotenv_token((folder or Path.cwd()) / ".env"),
-        "the login of huggingface_hub": get_token,
+        "the login of huggingface_hub": _login_token,
     }
     for source, look in sources.items():
-        token = (look() or "").strip()
+        token = (look() or "").strip().strip("\ufeff")
         if not token:
             continue
         if not re.fullmatch(r"[\x21-\x7e]+", token):
@@ -104,14 +104,34 @@ def find_token(folder: Path | None = None) -> tuple[str, str]:
 
 
 def read_dotenv_token(file: Path) -> str | None:
-    """Return HF_TOKEN of a .env file: NAME=value, with or without `export` and quotes. None where there is none."""
+    """Return HF_TOKEN of a .env file, as python-dotenv reads it. None where there is none."""
+    from dotenv import dotenv_values
+
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        raw = file.read_bytes() if file.is_file() else b""
     except OSError:
         return None
-    found = [re.fullmatch(r"\s*(?:export\s+)?HF_TOKEN\s*=\s*(.*?)\s*", line) for line in lines]
-    values = [match[1] for match in found if match]
-    return re.sub(r"^(['\"])(.*)\1$", r"\2", values[-1].partition(" #")[0].strip()) if values else None
+    value = dotenv_values(stream=io.StringIO(_decode(raw)), interpolate=False).get("HF_TOKEN")
+    # Word processors and chats make other quotes of those that were typed; some programs quote with backticks.
+    return value and value.strip().strip("“”„‘’‚«»`")
+
+
+def _decode(raw: bytes) -> str:
+    """Decode a file of an editor or a shell: PowerShell writes UTF-16, some Windows editors a byte-order mark."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace")
+    if b"\0" in raw[:2]:  # UTF-16 without a mark, which begins with a letter or a comment sign
+        return raw.decode("utf-16-be" if raw[:1] == b"\0" else "utf-16-le", "replace")
+    return raw.decode("utf-8-sig", "replace")
+
+
+def _login_token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except UnicodeError:
+        raise MinigrpoError("The login of huggingface_hub is no text. Log in again: hf auth login") from None
 
 
 def check_repo_name(repo: str) -> None:

@@ -23,7 +23,7 @@ from minigrpo.delivery.hub.client import RepoFile, repo_file
 from minigrpo.delivery.hub.model_card import CURVE_FILE, NO_LICENCE, card_facts, card_metadata, hub_name, render_card
 from minigrpo.delivery.hub.page import merge_pages, parse_header, split_page
 from minigrpo.delivery.hub.reward_svg import render_reward_svg
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
@@ -97,12 +97,14 @@ def run_contents(
     publish.license, else the base's.
     """
     if not run.exists():
-        raise ArtifactError(f"{run.path} is no run. To publish any folder as it is: --folder {run.path}")
+        as_it_is = command_line("--folder", run.path)
+        raise ArtifactError(f"{run.path} is no run. To publish any folder as it is: {as_it_is}")
     if unknown := [name for name in what if name not in RUN_KINDS]:
         raise MinigrpoError(f"--what {unknown[0]} is not known. There are: {', '.join(RUN_KINDS)}")
     kinds = [kind for kind in RUN_KINDS if kind in what] if what else _available_kinds(run)
     if not kinds:
-        raise ArtifactError(f"{run.path} has nothing to publish yet. Merge first: minigrpo merge {run.path}")
+        merge = command_line("minigrpo", "merge", run.path)
+        raise ArtifactError(f"{run.path} has nothing to publish yet. Merge first: {merge}")
     contents = {kind: FILE_COLLECTORS[kind](run) for kind in kinds}
     origin = {"run": run.path.absolute().name, "begun": digest(run.made if run.made.is_file() else run.recipe)}
     others = [
@@ -154,18 +156,17 @@ def _merged_files(run: RunDir) -> tuple[RepoFile, ...]:
 
 def _adapter_files(run: RunDir) -> tuple[RepoFile, ...]:
     if not run.adapter.is_dir():
-        raise ArtifactError(
-            f"{run.adapter} is missing. Train first: minigrpo train {run.recipe} --run {run.path} --resume"
-        )
+        train = command_line("minigrpo", "train", run.recipe, "--run", run.path, "--resume")
+        raise ArtifactError(f"{run.adapter} is missing. Train first: {train}")
+    check = command_line("minigrpo", "check", run.path)
     now = digest(run.adapter)
     checked = read_json(run.check) if run.check.is_file() else {}
     if checked.get("made", {}).get("from", {}).get("adapter") == now and not checked["ok"]:
-        raise ArtifactError(f"{run.adapter} did not pass its check. What is wrong: minigrpo check {run.path}")
+        raise ArtifactError(f"{run.adapter} did not pass its check. What is wrong: {check}")
     sealed = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
     if now not in (each.get("made", {}).get("from", {}).get("adapter") for each in (checked, sealed)):
         raise ArtifactError(
-            f"{run.adapter} is not as it was when it was checked or merged, or it never was. Check it: minigrpo check "
-            f"{run.path}"
+            f"{run.adapter} is not as it was when it was checked or merged, or it never was. Check it: {check}"
         )
     files = [file for file in sorted(run.adapter.iterdir()) if file.is_file() and not file.name.startswith(".")]
     kept = [file for file in files if file.name != "made.json"]
@@ -200,23 +201,25 @@ REWRITTEN_FILES: dict[str, Callable[[Path], Path | bytes]] = {
 
 def _gguf_files(run: RunDir) -> tuple[RepoFile, ...]:
     made = run.gguf / "made.json"
-    again = f"Export again: minigrpo export {run.path}"
+    words = ("minigrpo", "export", run.path)
     if not made.is_file():
-        raise ArtifactError(f"{run.gguf} holds no proved files. Export first: minigrpo export {run.path}")
+        raise ArtifactError(f"{run.gguf} holds no proved files. Export first: {command_line(*words)}")
     sums, items = hash_files(require_merged(run)), list[RepoFile]()
     for name, entry in read_sealed(made)["files"].items():
         file = run.gguf / name
         if not file.is_file():
             continue  # removed by its owner
         if entry["from"]["model"] != sums:
-            raise ArtifactError(f"{file} was made from another merged model. {again} --format {entry['format']}")
+            again = command_line(*words, "--format", entry["format"])
+            raise ArtifactError(f"{file} was made from another merged model. Export again: {again}")
         items.append(repo_file(name, file))
         if items[-1].sha256 != entry["sha256"]:
-            raise ArtifactError(f"{file} was changed after it was proved. {again} --format {entry['format']} --force")
+            again = command_line(*words, "--format", entry["format"], "--force")
+            raise ArtifactError(f"{file} was changed after it was proved. Export again: {again}")
         recipe = file.with_suffix(".Modelfile")
         items += [repo_file(recipe.name, recipe)] if recipe.is_file() else []
     if not items:
-        raise ArtifactError(f"{run.gguf} holds no proved files. {again}")
+        raise ArtifactError(f"{run.gguf} holds no proved files. Export again: {command_line(*words)}")
     recipes = [each.content for each in items if isinstance(each.content, Path) and each.name.endswith(".Modelfile")]
     texts = ollama_files(recipes[0].read_text(encoding="utf-8")) if recipes else {}
     return (*items, *(repo_file(name, text.encode()) for name, text in texts.items()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
 from minigrpo.delivery.parity.table import read_parity, unusable_reason
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.chat_template import ChatTemplate
 from minigrpo.models.model_files import local_config
 from minigrpo.models.vllm_compat import (
@@ -397,18 +396,21 @@ def _run_merged(facts: CardFacts) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
         f'model = {kind}.from_pretrained("{repo}", dtype="auto", device_map="auto")\n' + _answer(facts)
     )
-    return f"transformers:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_serve_and_ask(facts, f'vllm serve {repo}', repo)}"
+    return (
+        f"transformers:\n\n{fenced(code, 'python')}\n\nvLLM:\n\n{_serve_and_ask(facts, ['vllm', 'serve', repo], repo)}"
+    )
 
 
 def _model_class(facts: CardFacts) -> str:
     return "AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM"
 
 
-def _serve_and_ask(facts: CardFacts, command: str, model: str) -> str:
+def _serve_and_ask(facts: CardFacts, serve: Sequence[object], model: str) -> str:
     body: dict[str, Any] = {"model": model, "messages": _messages(facts), "temperature": 0}
-    text = shlex.quote(json.dumps(body, ensure_ascii=False))
+    text = json.dumps(body, ensure_ascii=False)
     url = "http://localhost:8000/v1/chat/completions"
-    return fenced(f"{command}\ncurl {url} -H 'Content-Type: application/json' -d {text}", "bash")
+    ask = command_line("curl", url, "-H", "Content-Type: application/json", "-d", text)
+    return fenced(f"{command_line(*serve)}\n{ask}", "bash")
 
 
 def _run_adapter(facts: CardFacts) -> str:
@@ -426,9 +428,9 @@ def _run_adapter(facts: CardFacts) -> str:
     if room is None:
         return f"{text}vLLM serves ranks up to {VLLM_LORA_RANKS[-1]} only: merge it first."
     name = repo.partition("/")[2]
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={repo}"
+    serve = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", room, "--lora-modules", f"{name}={repo}"]
     if facts.missing:  # the base's config says it under names that vLLM does not read
-        serve += f" --hf-overrides {shlex.quote(json.dumps(facts.missing))}"
+        serve += ["--hf-overrides", json.dumps(facts.missing)]
     return f"{text}vLLM:\n\n{_serve_and_ask(facts, serve, name)}"
 
 
@@ -439,17 +441,17 @@ def _run_gguf(facts: CardFacts) -> str:
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     temperature = facts.recipe["rollout"]["temperature"]
-    system = f" -sys {shlex.quote(facts.system)}" if facts.system else ""
-    llama = f"llama-cli -hf {repo}:{kind}{system}\n"
+    system = ("-sys", facts.system) if facts.system else ()
+    llama = command_line("llama-cli", "-hf", f"{repo}:{kind}", *system) + "\n"
     if facts.system:
         llama += "# the server takes no system message: whoever asks it sends the one above with each question\n"
-    llama += f"llama-server -hf {repo}:{kind}"
+    llama += command_line("llama-server", "-hf", f"{repo}:{kind}")
     stem = file.removesuffix(".gguf")
     ollama = (
-        f"ollama run hf.co/{repo}:{kind}\n\n"
+        f"{command_line('ollama', 'run', f'hf.co/{repo}:{kind}')}\n\n"
         "# or with the Modelfile beside it: its template, system message, stop words and sampling\n"
-        f"hf download {repo} {file} {stem}.Modelfile --local-dir .\n"
-        f"ollama create {stem.lower()} -f {stem}.Modelfile"
+        f"{command_line('hf', 'download', repo, file, f'{stem}.Modelfile', '--local-dir', '.')}\n"
+        f"{command_line('ollama', 'create', stem.lower(), '-f', f'{stem}.Modelfile')}"
     )
     return (
         f"llama.cpp:\n\n{fenced(llama, 'bash')}\n\nOllama:\n\n{fenced(ollama, 'bash')}\n\n"

@@ -10,15 +10,14 @@ compare   every file of the repository, size and hash; on request downloaded aga
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.config.schema import LICENCE_ID
@@ -42,9 +41,10 @@ from minigrpo.delivery.hub.contents import (
     refuse_secrets,
     run_contents,
 )
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 
 PublishVerdict = Literal["published", "there already", "would be published"]
@@ -116,7 +116,7 @@ def publish(
     run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
     _check_licence(licence)
     words = [*(word for each in what for word in ("--what", each)), *(["--license", licence] if licence else [])]
-    command = _command([str(run.path), *words], repo, private, force)
+    command = _command([run.path, *words], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
     for kind in what or REPO_SUFFIX:
         check_repo_name(repo + REPO_SUFFIX.get(kind, ""))
@@ -142,7 +142,7 @@ def publish_folder(
 ) -> Published:
     """Publish any folder as it is; the options are those of `publish`."""
     folder = folder.expanduser()
-    command = _command(["--folder", str(folder)], repo, private, force)
+    command = _command(["--folder", folder], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
     check_repo_name(repo)
     return _publish([folder_contents(folder, repo)], job)
@@ -156,9 +156,9 @@ def _check_licence(licence: str | None) -> None:
         )
 
 
-def _command(first: Sequence[str], repo: str, private: bool, force: bool) -> str:
-    words = ["minigrpo", "publish", *first, "--repo", repo]
-    return shlex.join([*words, *([] if private else ["--public"]), *(["--force"] if force else [])])
+def _command(first: Sequence[object], repo: str, private: bool, force: bool) -> str:
+    marks = [*([] if private else ["--public"]), *(["--force"] if force else [])]
+    return command_line("minigrpo", "publish", *first, "--repo", repo, *marks)
 
 
 def _publish(repos: Sequence[RepoContents], job: PublishJob) -> Published:
@@ -208,8 +208,8 @@ def _names_to_remove(hub: Hub, contents: RepoContents, state: RepoState | None, 
             f"{words} {_first_names(names)}" for words, names in (("replace", changed), ("remove", others)) if names
         ]
         raise MinigrpoError(
-            f"{contents.repo} is there with other content, which was not published from here. To {' and '.join(parts)} "
-            f"(its history keeps them): {job.command} --force. Or take another name: --repo USER/NAME"
+            f"{contents.repo} is there with other content, which was not published from here. Take another name: "
+            f"--repo USER/NAME. To {' and '.join(parts)} (its history keeps them): {job.command} --force"
         )
     return others
 
@@ -283,7 +283,7 @@ def _progress(contents: RepoContents, job: PublishJob, name: str = "upload") -> 
     draws a progress bar; elsewhere: our own progress lines."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    console = Console(stderr=True, quiet=job.quiet)
+    console = Screen(stderr=True, quiet=job.quiet)
     if console.is_terminal and not job.quiet:
 
         def report(done: int, note: str) -> None:

@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.merged_weights import WeightChange, weight_changes
@@ -28,6 +28,7 @@ from minigrpo.models.model_files import PREFIX_RENAMES, BaseFiles
 from minigrpo.runs.manifest import fits
 from minigrpo.runs.rundir import RunDir, read_json, write_json
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -76,7 +77,7 @@ def check(run: RunDir | Path, *, base: str | None = None, model: bool = True, qu
     """
     source = source_of(run, base=base)
     try:
-        with stage("check", 0, Console(stderr=True, quiet=quiet)):
+        with stage("check", 0, Screen(stderr=True, quiet=quiet)):
             found, made = _run_checks(source, model)
     except MinigrpoError as fault:
         found, made = Checked(source.folder, (str(fault),)), None

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.config.schema import DtypeName
@@ -44,11 +44,12 @@ from minigrpo.delivery.parity.compare import (
 from minigrpo.delivery.parity.kl import Divergence, record_parity
 from minigrpo.delivery.parity.table import parity_table, proof_title
 from minigrpo.delivery.parity.weights import WeightsProof, prove_weights
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base, write_companions
 from minigrpo.runs.manifest import read_sealed
-from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
+from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk, staying
 from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.screen import Screen
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 
@@ -99,7 +100,8 @@ def merge(
     made["from"] |= {"asked": dtype, "proved": proof}
     if found := _existing_merge(target, made, force, source):
         return found
-    with stage("merge", _PARTS, Console(stderr=True, quiet=quiet)) as report:
+    in_use = (source.folder, files.folder, target.parent)
+    with staying(*in_use), stage("merge", _PARTS, Screen(stderr=True, quiet=quiet)) as report:
         report(0, _PARTS, "what rounding would do to the change")
         chosen, measured, notes = choose_dtype(files, changes, dtype)
         _check_room(files, chosen, target)
@@ -202,8 +204,8 @@ def _existing_merge(target: Path, made: Mapping[str, Any], force: bool, source: 
     try:
         sealed = read_seal(target)
     except ArtifactError as fault:
-        out = "" if source.run and target == source.run.merged else f" --out {target}"
-        again = f"minigrpo merge {source.command}{out} --force"
+        out = () if source.run and target == source.run.merged else ("--out", target)
+        again = command_line("minigrpo", "merge", source.named, *out, "--force")
         raise ArtifactError(f"{fault} To put a fresh merge in its place: {again}") from None
     if sealed["made"]["from"] != made["from"]:
         return None
@@ -264,10 +266,8 @@ def _check_room(base: BaseFiles, dtype: torch.dtype, target: Path) -> None:
 
 def _disk_is_full(target: Path, source: TrainedSource, reason: str) -> str:
     """Say that there is nothing to resume."""
-    return (
-        f"{target} could not be written: {reason}. Nothing half-written was left. Make room, then again: minigrpo "
-        f"merge {source.command}"
-    )
+    again = command_line("minigrpo", "merge", source.named)
+    return f"{target} could not be written: {reason}. Nothing half-written was left. Make room, then again: {again}"
 
 
 def merged_table(merged: Merged) -> RenderableType:

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.parity.kl import OTHER_TEXTS
-from minigrpo.errors import ArtifactError
+from minigrpo.errors import ArtifactError, command_line
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.tables import plain_table, titled
 
@@ -32,7 +32,8 @@ def read_parity(run: RunDir) -> list[dict[str, Any]]:
     content = read_json(run.parity)
     rows = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "mean_kl" in row for row in rows):
-        raise ArtifactError(f"{run.parity} is damaged. Remove it, then measure again: minigrpo verify {run.path}")
+        again = command_line("minigrpo", "verify", run.path)
+        raise ArtifactError(f"{run.parity} is damaged. Remove it, then measure again: {again}")
     return sorted(rows, key=lambda row: _stage_order(str(row["name"])))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 from minigrpo.delivery.gguf.header import GgufHeader
 from minigrpo.delivery.serve.access import OPEN, Access
-from minigrpo.errors import MinigrpoError, install_hint
+from minigrpo.errors import MinigrpoError, command_line, install_hint
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 
 EngineName = Literal["llama.cpp", "vllm"]
@@ -254,7 +253,7 @@ def docker_command(command: ServerCommand, model: VllmModel, temperature: float,
     line += ["-e", "VLLM_API_KEY"] if command.access.key else []  # docker takes its value from the environment
     options: dict[str, Any] = {"name": command.model, "context": command.context, "temperature": temperature}
     served = vllm_options(model=model, **options, model_path=model_path, adapter_path=adapter_path)
-    return shlex.join([*line, VLLM_IMAGE, *served, *access_options(command.access, parallel)])
+    return command_line(*line, VLLM_IMAGE, *served, *access_options(command.access, parallel))
 
 
 def _mount(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
@@ -279,7 +278,8 @@ def adapter_max_rank(adapter: Path) -> int:
     from minigrpo.models.adapter import read_adapter_config
 
     config = read_adapter_config(adapter)
-    whole = f"Serve the merged model: leave --adapter out, after minigrpo merge {adapter}"
+    merge = command_line("minigrpo", "merge", adapter)
+    whole = f"Serve the merged model: leave --adapter out, after {merge}"
     for key, kind in {"use_dora": "is a DoRA adapter", "modules_to_save": "holds layers trained as a whole"}.items():
         if config.get(key):
             raise MinigrpoError(f"{adapter} {kind}, which vLLM cannot serve unmerged. {whole}")
@@ -306,7 +306,8 @@ def find_vllm(named: Path | None) -> Path | None:
             "/opt/vllm/bin/python"
         ) from None
     if code:
-        raise MinigrpoError(f"{chosen} has no vLLM. In its environment: {chosen} -m pip install vllm")
+        install = command_line(chosen, "-m", "pip", "install", "vllm")
+        raise MinigrpoError(f"{chosen} has no vLLM. In its environment: {install}")
     return python
 
 

@@ -22,7 +22,7 @@ from minigrpo.delivery.hub.client import download_adapter, read_hub_json
 from minigrpo.delivery.serve.access import OPEN, Access
 from minigrpo.delivery.serve.commands import LOCALHOST, VllmModel, find_vllm
 from minigrpo.delivery.serve.server import STARTUP_SILENCE_S
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.adapter import require_finite_adapter
 from minigrpo.runs.manifest import hash_files, read_sealed, slug
 from minigrpo.runs.rundir import FoundRun, RunDir, digest, find_run
@@ -95,7 +95,10 @@ def resolve_servable(what: str, options: ServeOptions) -> Servable:
 def _from_run(place: FoundRun, options: ServeOptions) -> Servable:
     run, name = place.run, slug(place.run.path.absolute().name)
     if options.adapter or place.artefact == "adapter":
-        _refuse_llama(options, f"An adapter is served unmerged by vLLM only. The whole: minigrpo serve {run.path}")
+        _refuse_llama(
+            options,
+            f"An adapter is served unmerged by vLLM only. The whole: {command_line('minigrpo', 'serve', run.path)}",
+        )
         source = source_of(run, base=options.base)
         if source.full:
             raise ArtifactError(f"{run.path} trained every parameter, so there is no adapter. Leave --adapter out.")
@@ -115,23 +118,26 @@ def require_gguf(run: RunDir, kind: str) -> Path:
     if not file.is_file():  # a run whose folder was renamed has files of its old name
         old = (run.gguf / name for name, entry in entries.items() if entry["format"] == kind)
         file = next((other for other in old if other.is_file()), file)
-    make = f"minigrpo export {run.path} --format {kind}"
+    make = ("minigrpo", "export", run.path, "--format", kind)
     if not file.is_file():
         others = ", ".join(sorted(other.stem.rpartition("-")[2] for other in run.gguf.glob("*.gguf")))
         there = f" There are: {others} (--format)." if others else ""
-        raise ArtifactError(f"{file} is missing.{there} Export first: {make}")
+        raise ArtifactError(f"{file} is missing.{there} Export first: {command_line(*make)}")
     known = entries.get(file.name)
     read_header(file)  # a damaged file is reported as such, not as changed
     if known is None or digest(file) != known["sha256"]:
-        raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {make} --force")
+        again = command_line(*make, "--force")
+        raise ArtifactError(f"{file} was put there or changed by somebody. Export again: {again}")
     if run.merged.is_dir() and known["from"]["model"] != hash_files(require_merged(run)):
-        raise ArtifactError(f"{file} is stale: it was made from another {run.merged}. Export again: {make}")
+        again = command_line(*make)
+        raise ArtifactError(f"{file} is stale: it was made from another {run.merged}. Export again: {again}")
     return file
 
 
 def _from_file(path: Path, options: ServeOptions) -> Servable:
     if options.engine == "vllm" or options.adapter:
-        raise ArtifactError(f"{path}: vLLM serves model folders. This file: minigrpo serve {path} --engine llama.cpp")
+        this = command_line("minigrpo", "serve", path, "--engine", "llama.cpp")
+        raise ArtifactError(f"{path}: vLLM serves model folders. This file: {this}")
     read_header(path)
     refuse_changed(path)
     place = find_run(path)
@@ -140,10 +146,12 @@ def _from_file(path: Path, options: ServeOptions) -> Servable:
 
 def _from_folder(path: Path, options: ServeOptions) -> Servable:
     if (path / "adapter_config.json").is_file():
-        _refuse_llama(options, f"llama.cpp serves GGUF files. Merge and export: minigrpo merge {path}")
+        _refuse_llama(
+            options, f"llama.cpp serves GGUF files. Merge and export: {command_line('minigrpo', 'merge', path)}"
+        )
         return Servable(slug(path.absolute().name), None, model=_adapter_with_base(source_of(path, base=options.base)))
     if (path / "config.json").is_file():
-        _refuse_llama(options, f"llama.cpp serves GGUF files. Export one: minigrpo export {path}")
+        _refuse_llama(options, f"llama.cpp serves GGUF files. Export one: {command_line('minigrpo', 'export', path)}")
         return Servable(slug(path.absolute().name), None, model=VllmModel(str(path)))
     files = sorted(path.glob(f"*{options.format.upper()}.gguf"))
     if len(files) == 1:

@@ -7,7 +7,6 @@ distribution unless a client asks for less.
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import threading
 import time
@@ -17,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
 from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.gguf.header import read_header
@@ -34,11 +33,12 @@ from minigrpo.delivery.serve.commands import (
 from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
-from minigrpo.errors import MinigrpoError
+from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.models.chat_template import PROBE_QUESTION, ChatTemplate, is_continued, turn_options, whole_answer
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
 from minigrpo.ui.progress import stage
+from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
     from minigrpo.types import Grade
@@ -74,7 +74,7 @@ def run_server(
     """Start the server and yield it once it is healthy. Its log is RUN/serve.log."""
     command = server_command(servable, options)
     log = servable.run.path / "serve.log" if servable.run else None
-    with stage(f"start {command.engine}", 0, Console(stderr=True, quiet=quiet)) as report:
+    with stage(f"start {command.engine}", 0, Screen(stderr=True, quiet=quiet)) as report:
         server = ServerProcess(command, log=log, silence=options.wait, report=report)
     with server:
         yield server, servable
@@ -91,10 +91,11 @@ def server_command(servable: Servable, options: ServeOptions) -> ServerCommand:
     assert servable.model is not None
     python = find_vllm(options.vllm)
     if python is None:
+        made = servable.run.path if servable.run else servable.model.source
         raise MinigrpoError(
             f"{servable.model.source} is served by vLLM, which is not installed. Install it in an environment of its "
             "own (pip install vllm), and name its python: --vllm ENV/bin/python. Or serve a GGUF file with llama.cpp: "
-            f"minigrpo export {servable.run.path if servable.run else servable.model.source}"
+            f"{command_line('minigrpo', 'export', made)}"
         )
     return vllm_command(servable.model, **common, port=reserve_port(options.host, options.port), python=python)
 
@@ -164,7 +165,7 @@ def curl_command(command: ServerCommand, messages: Sequence[Message]) -> str:
     url = f"{command.url}/v1/chat/completions"
     # The shell puts in the key: it is never printed.
     key = f' -H "Authorization: Bearer ${API_KEY}"' if command.access.key else ""
-    return f"{shlex.join(['curl', url, '-H', 'Content-Type: application/json'])}{key} {shlex.join(['-d', body])}"
+    return f"{command_line('curl', url, '-H', 'Content-Type: application/json')}{key} {command_line('-d', body)}"
 
 
 def python_snippet(command: ServerCommand, messages: Sequence[Message]) -> str:
@@ -204,7 +205,7 @@ class ReadyServer:
 
     def to_dict(self) -> dict[str, Any]:
         server = {"engine": self.command.engine, "url": self.command.url, "model": self.command.model}
-        lines = {"command": shlex.join(self.command.program), "curl": self.curl, "docker": self.docker}
+        lines = {"command": command_line(*self.command.program), "curl": self.curl, "docker": self.docker}
         asked = {"log": self.log, "answer": self.answer.to_dict() if self.answer else None}
         return {**server, "context": self.command.context, **lines, "python": self.python, **asked}
 
@@ -235,7 +236,7 @@ def serve(
         with suppress(KeyboardInterrupt):  # from here on Ctrl-C is the regular way to end it
             ready = _describe_server(server.command, servable, question, options.parallel)
             if warning := options.access.warning(options.host):
-                Console(stderr=True).print(Text(warning, style="bold"), soft_wrap=True)
+                Screen(stderr=True).show(Text(warning, style="bold"))
             tell(replace(ready, log=log, answer=answer))
             if not once:
                 server.watch()
@@ -289,4 +290,4 @@ def ready_lines(ready: ReadyServer, *, stays: bool = True) -> RenderableType:
 
 
 def plan_lines(ready: ReadyServer) -> RenderableType:
-    return Stack(*[Text(line) for line in (shlex.join(ready.command.program), ready.docker) if line])
+    return Stack(*[Text(line) for line in (command_line(*ready.command.program), ready.docker) if line])

@@ -38,6 +38,7 @@ from minigrpo.delivery.serve.commands import (
 from minigrpo.delivery.serve.llama_server import API_KEY
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import TAG_OPENED_AT_END, is_continued, turn_options
+from minigrpo.runs.rundir import make_folder
 from minigrpo.types import Message
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.http import StatusError, exchange
@@ -342,7 +343,7 @@ def _open_log(log: Path | None) -> Iterator[Any]:
         with NamedTemporaryFile("w", prefix="minigrpo-serve-", suffix=".log", delete=False) as stream:
             yield stream
     else:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         with log.open("w", encoding="utf-8") as stream:
             yield stream
 

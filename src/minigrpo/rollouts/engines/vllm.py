@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.errors import MinigrpoError, ModelError, command_line
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
@@ -191,11 +190,12 @@ class RemoteVllm:
             return {}  # the adapter endpoints answer in plain text
 
     def _start_advice(self) -> str:
-        overrides = f" --hf-overrides {shlex.quote(json.dumps(self.overrides))}" if self.overrides else ""
+        words = ["vllm", "serve", self.model, "--enable-lora", "--max-lora-rank", vllm_max_lora_rank(self.rank)]
+        overrides = ["--hf-overrides", json.dumps(self.overrides)] if self.overrides else []
+        serve = command_line(*words, "--logprobs-mode", "processed_logprobs", *overrides)
         return (
-            f"It is started so: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {self.model} --enable-lora "
-            f"--max-lora-rank {vllm_max_lora_rank(self.rank)} --logprobs-mode processed_logprobs{overrides}. "
-            "A run that was under way goes on with --resume"
+            "A run that was under way goes on with --resume. The server is started so: "
+            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {serve}"
         )
 
 

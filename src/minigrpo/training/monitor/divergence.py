@@ -8,7 +8,6 @@ looks like: nothing is compared, so there is no gradient left that could be larg
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.config.schema import WatchConfig
+from minigrpo.errors import command_line
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.monitor.alarms import is_known
 
@@ -168,8 +168,8 @@ def message(explosion: Explosion, last_good_step: int | None, lr: float, run_pat
     kept = "No checkpoint is older than that."
     if last_good_step is not None:
         kept = f"The weights from before stand in {run.checkpoint(last_good_step)} (step {last_good_step})."
-    command = ["minigrpo", "train", str(run.recipe), "--train.lr", rate, "--run", f"{run_path}-lr{rate}"]
+    again = command_line("minigrpo", "train", run.recipe, "--train.lr", rate, "--run", Path(f"{run_path}-lr{rate}"))
     return (
         f"Training exploded: at step {explosion.step} {explosion.what}, and so it went on. {kept} "
-        f"Begin again with a lower learning rate, in another folder: {shlex.join(command)}"
+        f"Begin again with a lower learning rate, in another folder: {again}"
     )
