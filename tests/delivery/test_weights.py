@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -222,3 +224,30 @@ def test_what_was_compared_is_kept_with_the_merge(tmp_path: Path) -> None:
     assert kept == read_json(run.parity)["weights"]
     assert kept["changed"] == 14
     assert kept["values"] == sum(each.rows * each.width for each in open_base(run.merged).tensors.values())
+
+
+@pytest.fixture(scope="module", name="real_adapter")
+def adapter_of_a_real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a PEFT adapter of the real model, in which every part matters."""
+    from transformers import AutoModelForCausalLM
+
+    base = Path(os.environ["MINIGRPO_REAL_MODEL"])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    return save_adapter(tmp_path_factory.mktemp("real") / "adapter", adapted(model, base, size=0.01))
+
+
+@pytest.mark.long
+@pytest.mark.env("MINIGRPO_REAL_MODEL")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [None, *MUTATIONS])
+def test_of_a_real_model_the_right_merge_passes_and_no_wrong_one(
+    real_adapter: Path, tmp_path: Path, name: str | None
+) -> None:
+    files, adapter = source_of(real_adapter).open()
+    changes = merged_weights.weight_changes(files, adapter)
+    for companion in files.folder.glob("*.json"):
+        shutil.copy(companion, tmp_path)
+    merged_weights.write_merged(files, MUTATIONS[name](changes) if name else changes, torch.bfloat16, tmp_path)
+    fault = prove_weights(open_base(tmp_path), files, adapter, torch.bfloat16).fault
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)  # a gigabyte each
+    assert (fault is None) == (name is None)
