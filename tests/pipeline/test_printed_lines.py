@@ -38,7 +38,7 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 @pytest.fixture(scope="module", name="server")
 def llama_server(run: RunDir) -> Iterator[ServerClient]:
-    with serve_gguf(gguf_of(run), context=2048) as client:
+    with serve_gguf(gguf_of(run), context=1024) as client:
         yield client
 
 
