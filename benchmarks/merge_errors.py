@@ -42,7 +42,7 @@ class WrongMerge:
     relative_kl: float
 
 
-class _Scaled:
+class ScaledPair:
     """A pair whose product is multiplied by a factor."""
 
     def __init__(self, pair: Any, factor: float) -> None:
@@ -66,7 +66,7 @@ def merge_wrongly(
     """Merge with an error into a temporary folder, and measure it."""
     base, adapter = parts
     changes = {
-        name: replace(each, pair=_Scaled(each.pair, 1 + error)) if each.pair else each  # type: ignore[arg-type]
+        name: replace(each, pair=ScaledPair(each.pair, 1 + error)) if each.pair else each  # type: ignore[arg-type]
         for name, each in weight_changes(base, adapter).items()
     }
     with tempfile.TemporaryDirectory() as place:

@@ -81,8 +81,10 @@ def write_packed(model: Path, folder: Path, kind: str, change: Callable[[Tensors
         **{"weights": dict(scheme.arguments), "input_activations": scheme.activations and dict(scheme.activations)},
     }
     said = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": scheme.layout}
-    edit_json(folder / "config.json",
-              quantization_config={**said, "config_groups": {"a": group}, "ignore": list(plan.ignored)})  # fmt: skip
+    edit_json(
+        folder / "config.json",
+        quantization_config={**said, "config_groups": {"a": group}, "ignore": list(plan.ignored)},
+    )
     return folder
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.merge_errors import ScaledPair
 from minigrpo.delivery.artifacts import merged_weights
 from minigrpo.delivery.artifacts.merged_weights import WeightChange
 from minigrpo.delivery.artifacts.source import source_of
@@ -36,32 +37,18 @@ def trained(folder: Path, family: str = "qwen2", dtype: torch.dtype = torch.floa
     return make_run(folder / "run", base, under)
 
 
-class Scaled:
-    """A pair whose product is multiplied by a factor."""
-
-    def __init__(self, pair: Any, factor: float) -> None:
-        self.pair, self.factor = pair, factor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pair, name)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        left, right = self.pair.factors()
-        return self.factor * left, right
-
-
-class Transposed(Scaled):
+class Transposed(ScaledPair):
     """A pair whose product is transposed, for a square weight."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        left, right = self.pair.factors()
+        left, right = self._pair.factors()
         return right.T.contiguous(), left.T.contiguous()
 
 
 def scaled(factor: float, part: str = "") -> Callable[[Changes], Changes]:
     def change(changes: Changes) -> Changes:
         return {
-            name: replace(each, pair=Scaled(each.pair, factor)) if part in name else each  # type: ignore[arg-type]
+            name: replace(each, pair=ScaledPair(each.pair, factor)) if part in name else each  # type: ignore[arg-type]
             for name, each in changes.items()
         }
 

@@ -144,6 +144,28 @@ def require_merged(run: RunDir) -> Path:
     return run.merged
 
 
+@dataclass(frozen=True, slots=True)
+class ExportableModel:
+    """A model folder that can be exported. `name`: of what is made from it. `run`: None for a folder of no run."""
+
+    folder: Path
+    name: str
+    run: RunDir | None
+
+
+def find_exportable(path: RunDir | Path) -> ExportableModel:
+    """Find a run's merged model, named by either, or a model folder. Raises ArtifactError where it is neither, or where
+    the merged model is missing, changed or stale."""
+    found = find_run(path)
+    if found and found.artefact in ("run", "merged"):
+        return ExportableModel(require_merged(found.run), found.run.path.absolute().name, found.run)
+    given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
+    here = given.absolute()
+    if not (here / "config.json").is_file():
+        raise ArtifactError(f"{given} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
+    return ExportableModel(here, here.name, None)
+
+
 def refuse_changed(path: Path) -> None:
     """Raise ArtifactError where a run's merged model or GGUF file differs from what was proved; other files pass."""
     found = find_run(path)

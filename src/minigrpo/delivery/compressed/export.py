@@ -24,7 +24,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
-from minigrpo.delivery.artifacts.source import read_seal, require_merged, require_replaceable, seal_folder
+from minigrpo.delivery.artifacts.source import find_exportable, read_seal, require_replaceable, seal_folder
 from minigrpo.delivery.compressed.compressor import Compressor, find_compressor
 from minigrpo.delivery.compressed.schemes import SCHEMES, PackingPlan, Scheme, packing_plan
 from minigrpo.delivery.compressed.weights import prove_packed
@@ -36,7 +36,7 @@ from minigrpo.delivery.parity.texts import StoredLogprobs
 from minigrpo.errors import ArtifactError, ModelError, command_line
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, slug
-from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, find_run, report_full_disk
+from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
@@ -142,19 +142,15 @@ def _report_step(report: Report, before: int, total: int, done: int, note: str) 
 
 def _compress_job(path: RunDir | Path, out: Path | None, compressor: Path | None) -> CompressJob:
     """Find model and program. Raises ArtifactError where the path is neither a run's folder nor a model's."""
-    found = find_run(path)
-    run = found.run if found and found.artefact in ("run", "merged") else None
-    given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
-    here = given.absolute()
-    if run:
-        model, parent, name = require_merged(run), run.compressed, run.path.absolute().name
-    elif (here / "config.json").is_file():
-        model, parent, name = here, here.parent, here.name
-    else:
-        raise ArtifactError(f"{given} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
-    program, where = find_compressor(compressor), (out or parent).expanduser()
-    return CompressJob(model, run, where, slug(name), base=open_base(model), compressor=program, out=out,
-                       sums=hash_files(model))  # fmt: skip
+    found = find_exportable(path)
+    parent = found.run.compressed if found.run else found.folder.parent
+    return CompressJob(
+        *(found.folder, found.run, (out or parent).expanduser(), slug(found.name)),
+        base=open_base(found.folder),
+        compressor=find_compressor(compressor),
+        out=out,
+        sums=hash_files(found.folder),
+    )
 
 
 def _existing(job: CompressJob, scheme: Scheme) -> CompressedFolder | None:

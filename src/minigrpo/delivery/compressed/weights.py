@@ -75,8 +75,9 @@ def prove_packed(folder: Path, merged: BaseFiles, scheme: Scheme, plan: PackingP
             faults.append(f"{name} is not the merged model's, bit for bit")
     faults += _file_faults(folder, merged, here) + _config_faults(folder, merged, scheme, plan)
     values = sum(layer.values for layer in layers)
-    return PackedProof(len(expected), len(layers), values, max((each.error for each in layers), default=0.0),
-                       tuple(faults))  # fmt: skip
+    return PackedProof(
+        len(expected), len(layers), values, max((each.error for each in layers), default=0.0), tuple(faults)
+    )
 
 
 def _tensors(file: Path) -> Mapping[str, StoredTensor]:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
-from minigrpo.delivery.artifacts.source import made_by, require_merged
+from minigrpo.delivery.artifacts.source import find_exportable, made_by
 from minigrpo.delivery.gguf.converter import Converter, find_converter
 from minigrpo.delivery.gguf.llamacpp import require_library
 from minigrpo.delivery.gguf.modelfile import render_modelfile
@@ -50,7 +50,6 @@ from minigrpo.runs.rundir import (
     RunDir,
     digest,
     enclosing_run,
-    find_run,
     make_folder,
     report_full_disk,
     staying,
@@ -208,21 +207,14 @@ def parse_formats(formats: Sequence[str]) -> list[str]:
 
 def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None, writer: str) -> ExportJob:
     """Find the model and the converter. Raises ArtifactError where the path is neither a run's folder nor a model's."""
-    found = find_run(path)
-    run = found.run if found and found.artefact in ("run", "merged") else None
-    given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
-    here = given.absolute()
-    if run:
-        model, folder, name = require_merged(run), run.gguf, run.path.absolute().name
-    elif (here / "config.json").is_file():
-        model, folder, name = here, here.with_name(f"{here.name}-gguf"), here.name
-    else:
-        raise ArtifactError(f"{given} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")
+    found = find_exportable(path)
+    model, run = found.folder, found.run
+    folder = run.gguf if run else model.with_name(f"{model.name}-gguf")
     converter = find_converter(model, llama_cpp, writer)
     versions = {package: installed(package) for package in ("minigrpo", "gguf", "xllamacpp", "transformers")}
     made = {"verb": "export", "versions": versions, "from": {"model": hash_files(model), "converter": converter.name}}
     return ExportJob(
-        *(model, run, (out or folder).expanduser(), slug(name)),
+        *(model, run, (out or folder).expanduser(), slug(found.name)),
         base=open_base(model),
         converter=converter,
         tools=llama_cpp,
