@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def adopt(
     return run
 
 
-def _facts(config: dict[str, Any] | Any, base: str) -> list[tuple[str, Any]]:
+def _facts(config: Mapping[str, Any], base: str) -> list[tuple[str, Any]]:
     """Return what a recipe can say of the adapter, as knobs."""
     facts: list[tuple[str, Any]] = [
         ("model.path", base),
