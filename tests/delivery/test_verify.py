@@ -149,3 +149,12 @@ def test_rows_are_in_the_order_of_the_stages_and_failures_are_marked(tmp_path: P
     lines = [line.rstrip() for line in text_of(parity_table(found)).splitlines()]
     assert next(line for line in lines if line.startswith("merged")).endswith("failed")
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_the_table_fits_into_eighty_columns() -> None:
+    figures = {"mean_kl": 2.3e-14, "max_kl": 1.3e-12, "relative_kl": 6.3e-14, "top1": 1.0, "ok": True, "limit": 0.1}
+    figures |= {"greedy": 96.0, "greedy_of": 96.0}
+    rows = [{"name": name + texts} | figures for name in ("base", "gguf Q4_K_M") for texts in ("", OTHER_TEXTS)]
+    told = text_of(parity_table(rows))
+    assert told.count("  other texts ") == 2
+    assert max(len(line.rstrip()) for line in told.splitlines()) <= 80

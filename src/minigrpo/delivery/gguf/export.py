@@ -402,7 +402,7 @@ def _disk_is_full(job: ExportJob, reason: str) -> str:
 
 def exported_table(exported: Exported) -> RenderableType:
     """Show one line for each format, the faults of those that were rejected, and the result."""
-    table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "other texts", "")
+    table = plain_table("GB", "bits", "KL", "of training", "worst", "top-1", "elsewhere", "")
     for file in exported.files:
         row: Mapping[str, Any] = file.proof
         figures = (

@@ -43,13 +43,18 @@ def _stage_order(name: str) -> int:
 
 
 def parity_table(stages: Sequence[Mapping[str, Any]], title: str = PARITY_TITLE) -> RenderableType:
-    """Show rows of parity.json. "of training": the distance divided by that of the base, which is what training did."""
+    """Show rows of parity.json. "of training": the distance divided by that of the base, which is what training did.
+
+    A stage's row on other texts follows its own, and need not name it again: 80 columns are few.
+    """
     table = plain_table("KL", "of training", "worst", "top-1", "same start", "")
     for row in stages:
         agrees = f"{row['greedy']:.1f}/{row['greedy_of']:.1f}"
         share = "1" if _is_base(row) else format_kl(row["relative_kl"])
         distances = format_kl(row["mean_kl"]), share, format_kl(row["max_kl"])
-        table.add_row(row["name"], *distances, f"{row['top1']:.1%}", agrees, _verdict_text(row))
+        name = str(row["name"])
+        shown = f"  {OTHER_TEXTS.strip(', ')}" if name.endswith(OTHER_TEXTS) else name
+        table.add_row(shown, *distances, f"{row['top1']:.1%}", agrees, _verdict_text(row))
     return titled(title, table)
 
 
