@@ -161,7 +161,7 @@ def test_only_gsm8k_has_a_worked_example_and_data_of_its_own() -> None:
 
 def test_the_recipes_of_gsm8k_are_there_and_name_it() -> None:
     names = [name for name in recipe_names() if name.startswith("gsm8k-")]
-    assert names == ["gsm8k-best", "gsm8k-fast", "gsm8k-full", "gsm8k-tiny"]
+    assert names == ["gsm8k-best", "gsm8k-cpu", "gsm8k-fast", "gsm8k-full", "gsm8k-tiny"]
     assert {load_recipe(name).task.name for name in names} == {"gsm8k"}
     assert load_recipe("gsm8k-tiny").task.data == gsm8k.GENERATED_DATA
 

@@ -20,7 +20,7 @@ from minigrpo.config.load import dump_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.policy import Policy
-from minigrpo.pipeline import stages
+from minigrpo.pipeline import prepare, stages
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.training.sft_warmup import (
@@ -156,6 +156,26 @@ def test_the_whole_road_warms_up_where_preflight_finds_only_the_form_missing(mak
     greedy = figures["comparisons"]["greedy"]
     assert greedy["before"]["scores"]["formed"]["value"] == 0  # the base is the model without any adapter
     assert greedy["after"]["scores"]["formed"]["value"] > 0.5
+
+
+@pytest.mark.parametrize(("steps", "code"), [(30, 0), (0, 1)])
+def test_a_missing_form_is_no_reason_to_stop_where_the_recipe_warms_up(
+    make_recipe: Any, tmp_path: Path, steps: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(dump_recipe(make_recipe(warmup={"steps": steps})))
+    assert main.app(["preflight", str(tmp_path / "mine.yaml")], standalone_mode=False) == code
+    told = capsys.readouterr().out
+    assert ("verdict: go, by way of the recipe's warm-up" in told) == (code == 0)
+    assert ("change this: " in told) == (code == 1)
+
+
+def test_a_form_that_is_missing_after_the_warm_up_is_a_reason_to_stop(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "is_warm", lambda *_: True)  # as if this very model were the warm one
+    monkeypatch.setattr(prepare, "begin_with_warmup", lambda *_: None)
+    verdict = stages.preflight(make_recipe(), RunDir(tmp_path / "run"))
+    assert (verdict.go, verdict.warms, verdict.after_warmup) == (False, True, False)
 
 
 def test_without_a_warm_up_the_road_stops_and_preflight_names_the_command(make_recipe: Any, tmp_path: Path) -> None:

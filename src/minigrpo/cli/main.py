@@ -83,7 +83,8 @@ def preflight(
     """Try a recipe before hours are spent on it.
 
     Samples groups of the real task until it is sure whether they would teach anything, says what the whole run would
-    take, and ends with one verdict: go (exit code 0), or what to change (exit code 1). Ctrl-C shows what has been seen.
+    take, and ends with one verdict: go (exit code 0), or what to change (exit code 1). What the recipe's own warm-up
+    will mend is no reason to change it. Ctrl-C shows what has been seen.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
@@ -92,7 +93,7 @@ def preflight(
         verdict = stages.preflight(loaded, folder(recipe, run), seconds=seconds)
     if as_json:
         print_json(verdict.to_dict())
-    raise typer.Exit(0 if verdict.go else 1)
+    raise typer.Exit(0 if verdict.go or verdict.after_warmup else 1)
 
 
 @app.command(cls=QuietRecipeCommand)

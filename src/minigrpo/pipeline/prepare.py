@@ -6,6 +6,7 @@ recipe has a warm-up, the warm-up comes first, and preflight judges again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ def prepare(opened: OpenedRun, run: RunDir, console: Screen) -> None:
     """Do preflight and warm-up unless they are done. Raise MinigrpoError where training would teach nothing."""
     go, warms = preflight_verdict(opened, run, console)
     if not go and warms and opened.recipe.warmup.steps and not is_warm(opened.recipe, run):
-        console.show(Text("Here the warm-up of the recipe comes first; then preflight looks again."))
         warm_up(opened, run, console)
         go, _ = preflight_verdict(opened, run, console)
     if not go:
@@ -73,7 +73,8 @@ def run_preflight(
     from minigrpo.training.preflight import DEFAULT_SECONDS, preflight
 
     recipe = opened.recipe
-    if run and is_warm(recipe, run):
+    warm = run is not None and is_warm(recipe, run)
+    if run and warm:
         begin_with_warmup(opened, run)
     with stage("preflight", 0) as report:
         verdict = preflight(
@@ -84,6 +85,7 @@ def run_preflight(
             report,
             seconds=DEFAULT_SECONDS if seconds is None else seconds,
         )
+    verdict = replace(verdict, after_warmup=verdict.warms and bool(recipe.warmup.steps) and not warm)
     if run and not verdict.interrupted:
         write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
     console.show(tables.verdict_table(verdict))

@@ -28,11 +28,17 @@ def verdict_table(verdict: PreflightResult) -> RenderableType:
     lines: list[RenderableType] = [answer_panel(sample, f"{sample['which']} sample") for sample in verdict.samples]
     lines.append(figures_table(verdict.figures))
     lines += [Text(f"warning: {warning}", style="yellow") for warning in verdict.warnings]
-    lines += [Text(f"change this: {reason.what} {reason.change}", style="red") for reason in verdict.reasons]
+    if verdict.after_warmup:
+        lines += [Text(f"the warm-up mends this: {reason.what}", style="yellow") for reason in verdict.reasons]
+    else:
+        lines += [Text(f"change this: {reason.what} {reason.change}", style="red") for reason in verdict.reasons]
     if verdict.go and not verdict.figures.decided:
         lines.append(Text("verdict: go, but undecided: too little was sampled", style="bold yellow"))
     elif verdict.go:
         lines.append(Text("verdict: go", style="bold green"))
+    elif verdict.after_warmup:
+        told = "verdict: go, by way of the recipe's warm-up: `minigrpo run` does it first, then looks again"
+        lines.append(Text(told, style="bold green"))
     else:
         lines.append(Text("verdict: not yet. Training like this would teach nothing.", style="bold red"))
     return Stack(*lines)

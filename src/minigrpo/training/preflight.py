@@ -60,8 +60,9 @@ MEASURED_PROMPTS = 1024
 class PreflightResult:
     """`go`: nothing was found that would keep training from working. `reasons` block, `warnings` do not.
 
-    `warms`: there are reasons, and a warm start would mend them all. `interrupted`: the user stopped the sampling, so
-    the figures are those of what had been sampled.
+    `warms`: there are reasons, and a warm start would mend them all. `after_warmup`: the recipe has that warm-up, and
+    it is still to come. `interrupted`: the user stopped the sampling, so the figures are those of what had been
+    sampled.
     """
 
     go: bool
@@ -71,6 +72,7 @@ class PreflightResult:
     figures: Figures
     samples: tuple[dict[str, Any], ...]
     interrupted: bool = False
+    after_warmup: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
