@@ -131,6 +131,17 @@ def test_the_picture_goes_from_the_lowest_reward_to_the_highest(count: int) -> N
     assert {f"step {rewards[0][0]}", "mean reward over the steps"} <= {each.text for each in root}
 
 
+@pytest.mark.parametrize("rewards", [(0.38, 1.15), (-3.6, 28), (0, 0), (1e-6, 3e-6), (999, 1001)])
+def test_the_numbers_beside_the_picture_are_few_and_short(rewards: tuple[float, float]) -> None:
+    root = ElementTree.fromstring(render_reward_svg(list(enumerate(rewards, 1))))
+    told = [
+        each.text or "" for each in root if each.attrib.get("text-anchor") == "end" and "step" not in (each.text or "")
+    ]
+    assert 3 <= len(told) <= 6
+    assert all(len(text.lstrip("-")) <= 7 for text in told)
+    assert len(set(told)) == len(told)
+
+
 # On the Hub
 
 

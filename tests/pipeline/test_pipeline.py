@@ -126,7 +126,7 @@ def test_several_samples_of_each_prompt_are_graded(done, tmp_path):
 
 def test_a_resumed_run_that_is_done_does_nothing_again(done, make_recipe):
     run, _ = done
-    told_again = ("seconds.json", "comparison.json", "summary.txt")
+    told_again = ("seconds.json", "comparison.json", "summary.txt", "reward.svg")
     files = [path for path in run.path.rglob("*") if path.is_file() and path.name not in told_again]
     before = {path: path.stat().st_mtime_ns for path in files}
     again = stages.run_all(make_recipe(), run, resume=True)

@@ -141,7 +141,15 @@ def _answer(run: RunDir, exported: Exported) -> ServedAnswer:
 
 
 def print_summary(run: RunDir, comparisons: Sequence[Comparison], delivered: Delivered, console: Screen) -> None:
-    """Save the summary as RUN/summary.txt, and print it: before and after, parity, files, times, commands to use it."""
+    """Save the summary as RUN/summary.txt, beside a picture of the reward, and print it.
+
+    It shows before and after, parity, files, times, and commands to use what was made.
+    """
+    from minigrpo.delivery.hub.reward_svg import read_rewards, render_reward_svg
+
+    if rewards := list(read_rewards(run)):
+        with writing(run.reward_curve):
+            run.reward_curve.write_text(render_reward_svg(rewards), encoding="utf-8")
     parts = list(_summary(run, comparisons, delivered))
     with writing(run.summary), run.summary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         paper = Console(file=stream, width=WIDTH, no_color=True)  # of rich, which fails where the disk is full

@@ -130,6 +130,11 @@ class RunDir:
         return self.path / "summary.txt"
 
     @property
+    def reward_curve(self) -> Path:
+        """The mean reward over the steps, as a picture."""
+        return self.path / "reward.svg"
+
+    @property
     def evals(self) -> Path:
         return self.path / "evals"
 

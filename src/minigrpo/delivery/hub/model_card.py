@@ -9,9 +9,8 @@ fence.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
+from minigrpo.delivery.hub.reward_svg import read_rewards
 from minigrpo.delivery.parity.table import read_parity, unusable_reason
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.chat_template import ChatTemplate
@@ -31,7 +31,7 @@ from minigrpo.models.vllm_compat import (
     vllm_max_lora_rank,
     without_attention_scale,
 )
-from minigrpo.runs.logger import read_metrics, system_message
+from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
@@ -100,7 +100,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
         system=system_message(run),
         template=ChatTemplate.beside(run.adapter),
         repos=repos,
-        rewards=tuple(_rewards(run)),
+        rewards=tuple(read_rewards(run)),
         comparisons=_comparisons(run),
         stages=[row for row in read_parity(run) if row.get("ok", True)],
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
@@ -189,12 +189,6 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{file} is damaged. Remove it, and what was measured is left out of the page.") from None
     return found
-
-
-def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
-    for row in read_metrics(run):
-        if isinstance(row.get("reward"), int | float) and math.isfinite(row["reward"]):
-            yield int(row["step"]), float(row["reward"])
 
 
 # Rendering

@@ -1,18 +1,36 @@
 """Draw the reward over the steps as an SVG picture, written by hand: no plotting library is needed to publish.
 
-The picture has a white ground of its own, so that it can be read on dark pages, too.
+The picture has a ground of its own, light or dark as the reader's system is, so that it can be read on any page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from statistics import fmean
+
+from minigrpo.runs.logger import read_metrics
+from minigrpo.runs.rundir import RunDir
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34
 """Margins around the plot, in pixels, with room for the numbers."""
 MAX_POINTS = 200
 """Points of the line: more steps than this are averaged in runs of equal length."""
+
+STYLE = """
+rect { fill: #fff } text { fill: #555 } line { stroke: #ddd } polyline { stroke: #1f6feb }
+@media (prefers-color-scheme: dark) {
+rect { fill: #0d1117 } text { fill: #aaa } line { stroke: #333 } polyline { stroke: #6cb0ff }
+}
+"""
+
+
+def read_rewards(run: RunDir) -> Iterator[tuple[int, float]]:
+    """Yield (step, mean reward) of the steps whose reward could be told."""
+    for row in read_metrics(run):
+        if isinstance(row.get("reward"), int | float) and math.isfinite(row["reward"]):
+            yield int(row["step"]), float(row["reward"])
 
 
 def render_reward_svg(rewards: Sequence[tuple[int, float]]) -> str:
@@ -29,18 +47,18 @@ def render_reward_svg(rewards: Sequence[tuple[int, float]]) -> str:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     lines = []
-    for value in (low + (high - low) * i / 4 for i in range(5)):
+    for value in _round_values(low, high):
         y = place_y(value)
-        lines.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        lines.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.5g}</text>')
     for step, anchor in ((first, "start"), (last, "end")):
         lines.append(f'<text x="{place_x(step):.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">step {step}</text>')
     path = " ".join(f"{place_x(step):.1f},{place_y(value):.1f}" for step, value in points)
-    lines.append(f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="2" stroke-linecap="round"/>')
+    lines.append(f'<polyline points="{path}" fill="none" stroke-width="2" stroke-linecap="round"/>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="sans-serif" font-size="12" fill="#555"><title>mean reward over the steps</title>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>\n' + "\n".join(lines) + "\n</svg>\n"
+        f'font-family="sans-serif" font-size="12"><title>mean reward over the steps</title><style>{STYLE}</style>'
+        f'<rect width="{WIDTH}" height="{HEIGHT}"/>\n' + "\n".join(lines) + "\n</svg>\n"
     )
 
 
@@ -49,3 +67,10 @@ def _averaged(rewards: Sequence[tuple[int, float]]) -> list[tuple[float, float]]
     size = -(-len(rewards) // MAX_POINTS)
     parts = [rewards[i : i + size] for i in range(0, len(rewards), size)]
     return [(fmean(step for step, _ in part), fmean(value for _, value in part)) for part in parts]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Return three to six values between low and high that are short to read: multiples of 1, 2 or 5 times 10**k."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= (high - low) / 5)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
