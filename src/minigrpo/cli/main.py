@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from minigrpo.cli import deliver
 from minigrpo.cli.doctor import sandbox
@@ -320,18 +321,42 @@ def tasks(as_json: AsJson = False) -> None:
 @app.command(cls=Command)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one, every knob of it.")] = None,
+    from_trl: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-trl", metavar="FILE", help="Make one of a script or options for TRL's GRPO, or Unsloth's."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The recipes that come with the package, or one of them as YAML."""
-    if name is None:
+    """The recipes that come with the package, or one of them as YAML.
+
+    With --from-trl: a recipe of what a script (.py, which is read, not run) or a file of options (.yaml, .json) sets;
+    what has no counterpart is told.
+    """
+    if from_trl is not None:
+        loaded = import_from_trl(from_trl)
+    elif name is None:
         print_list({known: load_recipe(known).about for known in recipe_names()}, as_json)
         return
-    loaded = load_recipe(name)
+    else:
+        loaded = load_recipe(name)
     if as_json:
         print_json(loaded.model_dump(mode="json"))
     else:
         text = dump_recipe(loaded)
         print_result(text if stdout_encodes(text) else dump_recipe(loaded, ascii_only=True), end="")
+
+
+def import_from_trl(file: Path) -> Recipe:
+    """Return the recipe that a script or options for TRL come to, and tell what has no counterpart on stderr."""
+    from minigrpo.config.from_trl import recipe_from_trl
+
+    found = recipe_from_trl(file)
+    console = Screen(stderr=True)
+    for note in found.notes:
+        console.show(Text(f"note: {note}"))
+    return found.recipe
 
 
 def folder(recipe: str, run: Path | None) -> RunDir:

@@ -100,7 +100,8 @@ EXAMPLES: dict[str, str] = {
         minigrpo train my.yaml --task.name mine.py:task  # a task of your own""",
     "recipes": """
         minigrpo recipes
-        minigrpo recipes quickstart > my.yaml  # a file of your own to start from""",
+        minigrpo recipes quickstart > my.yaml  # a file of your own to start from
+        minigrpo recipes --from-trl train.py > my.yaml""",
 }
 
 
