@@ -1,5 +1,6 @@
 """The documents say what is true: every command that the README shows is run, every link leads somewhere."""
 
+import ast
 import json
 import re
 import shlex
@@ -132,6 +133,7 @@ PAGES = [page for page in PAGES if page.name not in HISTORY]
 OTHERS_FILES = {
     "mine.py",
     "letters.py",
+    "train.py",
     "FILE.py",
     "convert_hf_to_gguf.py",
     "convert_lora_to_gguf.py",
@@ -171,3 +173,20 @@ def importable(find_spec: Any, name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def test_every_message_that_the_troubleshooting_page_quotes_is_one_of_the_package() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    seen = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
+    quoted = [text for cell in seen for text in re.findall(r"`([^`]*)`", cell) if " " in text]
+    assert len(quoted) >= 6
+    source = [path for path in SOURCES if path.is_relative_to(ROOT / "src")]
+    pieces = [
+        node.value
+        for path in source
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for text in quoted:
+        for part in re.split(r"\.\.\.|\bN%?", text):
+            assert any(part.strip() in piece for piece in pieces), text

@@ -1,8 +1,7 @@
 """Turn the settings of a GRPO training with TRL (or with Unsloth, which uses TRL's trainer) into a recipe.
 
 What has no counterpart here, and what differs, is told in sentences: a recipe that silently trained otherwise would be
-worse than none. Defaults are those of TRL 1.16, whose fields are described in trl/trainer/grpo_config.py and
-transformers/training_args.py.
+worse than none. Defaults are those of GRPOConfig and TrainingArguments as of TRL 1.16 and transformers 5.
 """
 
 from __future__ import annotations
