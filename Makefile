@@ -3,6 +3,7 @@
 #   make quickstart    train the embedded model: no GPU, no network but the package registry
 #   make test          ruff, mypy and pytest: what CI runs
 #   make lint          ruff and mypy alone; `make format` mends what can be mended
+#   make docs          write the pages that follow from the code: knobs, commands, Python
 #   make bench         compare with TRL on this machine
 #   make prove         the tests that take minutes; without the network: make prove MINIGRPO_NETWORK=
 #   make setup         only the environment
@@ -29,7 +30,7 @@ TOOLS := $(VENV)/.minigrpo-tools
 TESTED := $(VENV)/minigrpo-constraints.txt
 TESTED_TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test lint format bench prove clean
+.PHONY: help setup quickstart test lint format docs bench prove clean
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -70,6 +71,9 @@ lint: $(TOOLS)
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(SETUP)
+	$(BIN)/python docs/generate.py
 
 bench: $(TOOLS)
 	$(BIN)/python -m benchmarks $(ARGS)

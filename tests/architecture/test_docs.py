@@ -144,7 +144,9 @@ OTHERS_FILES = {
 
 
 # Not all of the folder: an environment in it has tens of thousands of files.
-SOURCES = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [
+    path for folder in ("src", "tests", "benchmarks", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
