@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minigrpo.cli import deliver
+from minigrpo.cli import deliver, prove
 from minigrpo.cli.doctor import sandbox
 from minigrpo.cli.options import (
     OVERRIDES,
@@ -209,6 +209,7 @@ def evaluate(
 
 
 deliver.add_to(app)
+prove.add_to(app)
 app.command(cls=Command)(sandbox)
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
-runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
-          merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
+runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  chain.jsonl  adapter/  preflight.json
+          check.json  merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json  audit.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -67,6 +67,11 @@ class RunDir:
         return self.path / "groups.jsonl"
 
     @property
+    def chain(self) -> Path:
+        """The chain of hashes from the recipe to what was trained (runs/chain.py)."""
+        return self.path / "chain.jsonl"
+
+    @property
     def machine(self) -> Path:
         """What the run's exact bits depend on: threads, number types, tokens per pass, versions."""
         return self.path / "machine.json"
@@ -128,6 +133,11 @@ class RunDir:
     def summary(self) -> Path:
         """The summary at the end of a whole run, as the screen showed it."""
         return self.path / "summary.txt"
+
+    @property
+    def audit(self) -> Path:
+        """What an audit has shown, and what it has not."""
+        return self.path / "audit.json"
 
     @property
     def evals(self) -> Path:
