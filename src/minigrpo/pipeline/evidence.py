@@ -95,6 +95,14 @@ def checkpoint_fault(run: RunDir, step: int, evidence: Evidence) -> str | None:
     return None
 
 
+def start_fault(run: RunDir, step: int, evidence: Evidence) -> str | None:
+    """Say why no replay can begin at a checkpoint: its own fault, or figures before it that were changed."""
+    if fault := checkpoint_fault(run, step, evidence):
+        return fault
+    then = checkpoint.find_step(run, step).positions.get(run.metrics.name, {"bytes": 0})
+    return None if Prefix(run.metrics).matches(then) else f"{run.metrics} was changed in the lines up to step {step}."
+
+
 def changed_logs(run: RunDir, evidence: Evidence) -> Iterator[tuple[Path, int, int]]:
     """Yield (log, after step, up to step) for each log whose lines of these steps are not what was saved.
 

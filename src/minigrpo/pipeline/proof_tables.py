@@ -13,6 +13,7 @@ from minigrpo.ui.live import duration, printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
+    from minigrpo.pipeline.audit import Audited
     from minigrpo.pipeline.replay import Replayed, Stretch
 
 MOST_SHOWN = 5
@@ -53,6 +54,15 @@ def replayed_table(done: Replayed) -> RenderableType:
         lines.append(Text(f"and {len(done.differences) - MOST_SHOWN} more: --json", style="red"))
     words, style = ("exact", "bold green") if done.ok else ("not exact: the first line above came first", "bold red")
     return Stack(*lines, Text(words, style=style))
+
+
+def audited_table(found: Audited) -> RenderableType:
+    """Show what was shown, what was not, the faults, and the statement."""
+    lines: list[RenderableType] = [Text(f"audit of {found.run}, seed {found.seed}", style="bold")]
+    lines += [Text(f"shown: {sentence}", style="green") for sentence in found.shown]
+    lines += [Text(f"not shown: {sentence}", style="yellow") for sentence in found.unshown]
+    lines += [Text(f"fault: {sentence}", style="red") for sentence in found.faults]
+    return Stack(*lines, "", Text(found.statement, style="bold green" if found.ok else "bold red"))
 
 
 def _where(found: Any) -> str:

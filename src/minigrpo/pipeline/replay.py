@@ -23,7 +23,15 @@ from minigrpo.config.load import load_recipe
 from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.pipeline import prepare
 from minigrpo.pipeline.context import OpenedRun, open_all
-from minigrpo.pipeline.evidence import Evidence, changed_logs, checkpoint_fault, last_step, read_evidence, weight_files
+from minigrpo.pipeline.evidence import (
+    Evidence,
+    changed_logs,
+    checkpoint_fault,
+    last_step,
+    read_evidence,
+    start_fault,
+    weight_files,
+)
 from minigrpo.pipeline.replay_log import ReplayLog, why_graded_otherwise
 from minigrpo.pipeline.stages import settings_of
 from minigrpo.pipeline.step_differences import Difference, open_logged, row_of
@@ -136,11 +144,11 @@ def find_start(run: RunDir, step: int, evidence: Evidence) -> tuple[Stretch, lis
         raise ArtifactError(f"{run.path} {has}, so there is no step {step} to do again.")
     damaged: list[Difference] = []
     for start in reversed([each for each in saved_steps(run) if each < step]):
-        fault = checkpoint_fault(run, start, evidence)
+        fault = start_fault(run, start, evidence)
         if fault is None:
-            return _stretch(run, start, step), damaged
+            return timed_stretch(run, start, step), damaged
         damaged.append(Difference("checkpoint", start, f"{fault} Replayed from an earlier one."))
-    return _stretch(run, 0, step), damaged
+    return timed_stretch(run, 0, step), damaged
 
 
 def stretches(run: RunDir, evidence: Evidence) -> Iterator[Stretch]:
@@ -148,13 +156,13 @@ def stretches(run: RunDir, evidence: Evidence) -> Iterator[Stretch]:
     from minigrpo.training.checkpoint import saved_steps
 
     done = last_step(run)
-    starts = [each for each in saved_steps(run) if each < done and checkpoint_fault(run, each, evidence) is None]
+    starts = [each for each in saved_steps(run) if each < done and start_fault(run, each, evidence) is None]
     starts = sorted({0, *starts})
     for start, until in zip(starts, [*starts[1:], done], strict=True):
-        yield _stretch(run, start, until)
+        yield timed_stretch(run, start, until)
 
 
-def _stretch(run: RunDir, start: int, until: int) -> Stretch:
+def timed_stretch(run: RunDir, start: int, until: int) -> Stretch:
     """Return the stretch, with what it took in the run: by the mean of the steps that were logged last."""
     newest = (row_of(line).get("seconds") for line in islice(lines_backwards(run.metrics), TIMED_STEPS))
     known = [seconds for seconds in newest if isinstance(seconds, int | float)]
@@ -192,7 +200,7 @@ def replay_stretch(
     from minigrpo.training import checkpoint
     from minigrpo.training.grpo import grpo
 
-    sound = run.checkpoint(stretch.start).is_dir() and checkpoint_fault(run, stretch.start, evidence) is None
+    sound = run.checkpoint(stretch.start).is_dir() and start_fault(run, stretch.start, evidence) is None
     start = checkpoint.find_step(run, stretch.start) if sound else None
     began = _machine(run, start, evidence)
     with (

@@ -23,6 +23,13 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.logger import lines_backwards
 from minigrpo.runs.rundir import RunDir, sync, writing
 
+KEYS = {
+    "begin": {"after", "recipe", "code", "base", "warmup", "data", "task", "machine"},
+    "checkpoint": {"step", "files", "logs"},
+    "result": {"step", "name", "digest", "files"},
+}
+"""What a line of each kind holds at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -92,7 +99,7 @@ def _link(line: bytes, end: int) -> Link | None:
         facts = json.loads(line)
         kind, previous = facts.pop("kind"), facts.pop("previous")
         link = Link(kind, facts, previous, hashlib.sha256(line.rstrip(b"\n")).hexdigest(), end)
-        whole = line == f"{link_text(kind, previous, facts)}\n".encode("ascii") and link.step >= 0
+        whole = line == f"{link_text(kind, previous, facts)}\n".encode("ascii") and KEYS[kind] <= facts.keys()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return link if whole else None
