@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -19,15 +19,16 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError, MinigrpoError
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline.audit_answers import AnswerDraw, ask_again, check_scores, draw_answers, read_answers
 from minigrpo.pipeline.audit_chain import Findings, check_chain, is_adopted, open_recipe
 from minigrpo.pipeline.evidence import Evidence, last_step, read_evidence, start_fault
 from minigrpo.pipeline.replay import Replayed, Stretch, open_replay, replay_stretch, timed_stretch
 from minigrpo.pipeline.stages import settings_of
 from minigrpo.rollouts.groups import prompts_of
+from minigrpo.runs.chain import audited_state
 from minigrpo.runs.manifest import read_sealed, result_path, write_sealed
-from minigrpo.runs.rundir import RunDir, digest
+from minigrpo.runs.rundir import RunDir
 from minigrpo.ui.live import duration
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
@@ -98,16 +99,8 @@ def audit(
         again.machine,
         time.monotonic() - began,
     )
-    write_sealed(
-        run.audit, result.to_dict() | {"made": {"verb": "audit", "from": audited_state(run, recipe, evidence)}}
-    )
+    write_sealed(run.audit, result.to_dict() | {"made": {"verb": "audit", "from": audited_state(run)}})
     return result
-
-
-def audited_state(run: RunDir, recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
-    """Return by what an audit is recognised as one of the run as it is now: the chain's last line, and the result."""
-    result = result_path(run, recipe.train)
-    return {"chain": evidence.head, **({result.name: digest(result)} if result.is_dir() else {})}
 
 
 def machine_here(opened: OpenedRun | None = None) -> dict[str, Any]:
@@ -149,8 +142,9 @@ class _Again:
             self.machine = machine_here(opened)
             self._check_data(opened)
             self._steps(opened, steps)
-            if answers and result_path(self.run, self.recipe.train).is_dir():
-                self._answers(opened, answers, read)
+            if result_path(self.run, self.recipe.train).is_dir():
+                self._merged()
+                self._answers(opened, answers, read) if answers else None
 
     def _check_data(self, opened: OpenedRun) -> None:
         from minigrpo.training.origin import hash_prompts, hash_task_files
@@ -228,6 +222,17 @@ class _Again:
         pairs = [(name, then.get(name), self.machine[name]) for name in names]
         return [*found, *(f"{name} was {before}, is {now}" for name, before, now in pairs if before != now)]
 
+    def _merged(self) -> None:
+        """Add base and adapter again, and compare every weight of the merged model."""
+        if not self.run.merged.is_dir():
+            return
+        self.found.check(
+            "Every weight of merged/ is base plus adapter, computed again in another way.", merged_faults(self.run)
+        )
+        if self.run.gguf.is_dir() or self.run.compressed.is_dir():
+            again = command_line("minigrpo", "verify", self.run.path)
+            self.found.unshown.append(f"What rounding did to the exported files was not measured again: {again}")
+
     def _answers(self, opened: OpenedRun, count: int, read: Sequence[Any]) -> None:
         self.draws = draw_answers(self.run, self.recipe, opened, read, count, self.draw)
         total = sum(len(each.drawn) + len(each.suspects) for each in self.draws)
@@ -243,6 +248,24 @@ class _Again:
                 f"{total} of {of} prompts of {', '.join(each.answered.name for each in self.draws)} were asked again: "
                 "the same answers, token counts and grades."
             )
+
+
+def merged_faults(run: RunDir) -> Iterator[str]:
+    """Yield what is wrong with the numbers of a run's merged model."""
+    import torch
+
+    from minigrpo.delivery.artifacts.source import source_of
+    from minigrpo.delivery.parity.weights import prove_weights
+    from minigrpo.models.model_files import open_base
+
+    try:
+        base, adapter = source_of(run).open()
+        dtype = getattr(torch, read_sealed(run.merged / "made.json")["dtype"])
+        fault = prove_weights(open_base(run.merged), base, adapter, dtype).fault
+    except MinigrpoError as error:
+        fault = str(error)
+    if fault:
+        yield f"{run.merged}: {fault}"
 
 
 def drawable(run: RunDir, evidence: Evidence) -> list[Stretch]:

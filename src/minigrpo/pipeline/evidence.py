@@ -42,10 +42,6 @@ class Evidence:
     def begun(self) -> tuple[Link, ...]:
         return tuple(link for link in self.links if link.kind == "begin")
 
-    @property
-    def head(self) -> str | None:
-        return self.links[-1].sha256 if self.links else None
-
 
 def read_evidence(run: RunDir) -> Evidence:
     """Read a run's chain up to its first fault, and what it says was saved."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.logger import lines_backwards
-from minigrpo.runs.rundir import RunDir, sync, writing
+from minigrpo.runs.rundir import RunDir, digest, sync, writing
 
 KEYS = {
     "begin": {"after", "recipe", "code", "base", "warmup", "data", "task", "machine"},
@@ -70,12 +70,17 @@ def read_chain(run: RunDir, *, strict: bool = True) -> Iterator[Link]:
 
 def append_link(run: RunDir, kind: str, facts: Mapping[str, Any]) -> str | None:
     """Add a line, on the disk when this returns. Return the hash of the line before it."""
-    last = next(filter(None, lines_backwards(run.chain)), None)
-    previous = hashlib.sha256(last).hexdigest() if last else None
+    previous = chain_head(run)
     with writing(run.chain), run.chain.open("a", encoding="ascii", newline="\n") as stream:
         stream.write(link_text(kind, previous, facts) + "\n")
     sync(run.chain)
     return previous
+
+
+def chain_head(run: RunDir) -> str | None:
+    """Return the hash of the chain's last line, without reading the others; None where there is none."""
+    last = next(filter(None, lines_backwards(run.chain)), None)
+    return hashlib.sha256(last).hexdigest() if last else None
 
 
 def rewind_chain(run: RunDir, step: int | None) -> None:
@@ -87,6 +92,12 @@ def rewind_chain(run: RunDir, step: int | None) -> None:
     if run.chain.exists() and run.chain.stat().st_size != kept:
         with writing(run.chain):
             os.truncate(run.chain, kept)
+
+
+def audited_state(run: RunDir) -> dict[str, Any]:
+    """Return by what an audit is recognised as one of the run as it is now: the chain's last line, and the results."""
+    made = {path.name: digest(path) for path in (run.adapter, run.model, run.merged, run.gguf) if path.is_dir()}
+    return {"chain": chain_head(run), **made}
 
 
 def link_text(kind: str, previous: str | None, facts: Mapping[str, Any]) -> str:
