@@ -31,7 +31,7 @@ class Saved:
 class Evidence:
     """A run's chain as far as it holds, with the fault that ends it, and what was saved at which step.
 
-    `saved` comes from the chain; where there is none (a run of before), from the checkpoints that are left.
+    `saved` comes from the chain; where there is none yet (a run of before), from the checkpoints that are left.
     """
 
     links: tuple[Link, ...]
@@ -52,9 +52,8 @@ def read_evidence(run: RunDir) -> Evidence:
         fault = str(broken)
         links = list(read_chain(run, strict=False))
     made = [link for link in links if link.kind == "checkpoint"]
-    saved = {link.step: Saved(link.step, link.facts["files"], link.facts["logs"]) for link in made}
-    if not links:
-        saved = {each.step: each for each in _left(run)}
+    saved = {each.step: each for each in _left(run) if not links or each.step <= links[0].step}
+    saved |= {link.step: Saved(link.step, link.facts["files"], link.facts["logs"]) for link in made}
     return Evidence(tuple(links), fault, saved)
 
 
@@ -77,7 +76,7 @@ def checkpoint_fault(run: RunDir, step: int, evidence: Evidence) -> str | None:
         files = read_sealed(found.folder / "made.json")["sha256"]
     except ArtifactError as fault:
         return str(fault)
-    if not evidence.links:
+    if not evidence.links or 0 < step <= evidence.links[0].step:  # of before the chain
         return None
     known = evidence.saved.get(step)
     if known is None:
