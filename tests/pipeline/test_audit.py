@@ -13,6 +13,7 @@ import pytest
 
 from minigrpo import audit
 from minigrpo.cli import main
+from minigrpo.config.load import load_recipe
 from minigrpo.evaluation.evaluate import Evaluation, compare
 from minigrpo.evaluation.statistics import score_groups
 from minigrpo.pipeline import stages
@@ -83,7 +84,7 @@ def rescore(content: dict[str, Any]) -> dict[str, Any]:
 
 def turn_consistently(run: RunDir) -> None:
     """Turn answers with everything that follows from them: scores, seal, comparison."""
-    reseal(run.evals / TUNED, **rescore(turn_answers(run)))
+    reseal(run.evals / TUNED, **rescore(turn_answers(run, 6)))
     sides = [Evaluation.from_dict(read_json(run.evals / name)) for name in ("base-even-test.json", TUNED)]
     told = read_json(run.evals / "comparison.json")
     told["comparisons"]["greedy"] = compare(*sides).summary()
@@ -237,18 +238,38 @@ def test_what_was_forged_with_all_its_hashes_is_found_by_doing_it_again(kind: st
     assert any(re.search(told, fault) for fault in found.faults), found.faults
 
 
-def test_a_run_that_was_killed_and_resumed_audits_cleanly(run: RunDir) -> None:
+def undo_the_end(run: RunDir) -> None:
+    """Take away what came after step 6 was done, and its checkpoint."""
     for folder in (run.adapter, run.merged, run.gguf, run.evals, run.checkpoint(6)):
         shutil.rmtree(folder)
     for file in (run.check, run.parity):
         file.unlink()
-    drop_line(run.metrics, -1)  # as kill -9 in step 6 leaves it: groups logged, figures cut in their middle, and
+    drop_line(run.chain, -1)
+
+
+def kill_in_the_log(run: RunDir) -> None:
+    """As kill -9 while step 6 is logged leaves it: its groups are there, its figures are cut in their middle."""
+    undo_the_end(run)
+    drop_line(run.chain, -1)
+    drop_line(run.metrics, -1)
     append(run.metrics, '{"step": 6, "rew')
-    drop_line(run.chain, -1)  # the chain a line ahead of a checkpoint that got no name
+
+
+def kill_in_the_chain(run: RunDir) -> None:
+    """As kill -9 while the chain's line is written leaves it."""
+    undo_the_end(run)
+    line = run.chain.read_text().splitlines()[-1]
+    drop_line(run.chain, -1)
+    append(run.chain, line[:80])
+
+
+@pytest.mark.parametrize("kill", [undo_the_end, kill_in_the_log, kill_in_the_chain])
+def test_a_run_that_was_killed_and_resumed_audits_cleanly(kill: Tamper, run: RunDir) -> None:
+    kill(run)
     killed = audit(run, steps=9, quiet=True)
     assert killed.faults == ()
-    assert any("after step" in sentence for sentence in killed.unshown)
-    stages.train(recipe_of(), run, resume=True)
+    assert "The run has not ended: there is no result to check." in killed.unshown
+    stages.train(load_recipe("run"), run, resume=True)
     resumed = audit(run, steps=9, quiet=True)
     assert resumed.faults == ()
     assert any("adapter/ is what training ended with" in sentence for sentence in resumed.shown)
@@ -269,10 +290,9 @@ def test_a_run_of_before_the_chain_says_what_cannot_be_shown(run: RunDir) -> Non
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(run: RunDir) -> None:
-    for folder in (run.adapter, run.merged, run.gguf, run.evals, run.checkpoint(6)):
-        shutil.rmtree(folder)
+    undo_the_end(run)
     replace_once(Path("mine.py"), "share > 0.5", "share > 0.6")
-    stages.train(recipe_of(), run, resume=True)
+    stages.train(load_recipe("run"), run, resume=True)
     found = audit(run, steps=0, answers=0, quiet=True)
     assert "After step 4 the run went on with another task." in found.unshown
 

@@ -209,7 +209,7 @@ def evaluate(
 
 
 deliver.add_to(app)
-prove.add_to(app)
+prove.add_proofs_to(app)
 app.command(cls=Command)(sandbox)
 
 

@@ -80,6 +80,6 @@ def audit(
     raise typer.Exit(0 if found.ok else 1)
 
 
-def add_to(app: typer.Typer) -> None:
+def add_proofs_to(app: typer.Typer) -> None:
     for command in (replay, audit):
         app.command(cls=Command)(command)

@@ -12,7 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -115,18 +115,20 @@ def machine_here(opened: OpenedRun | None = None) -> dict[str, Any]:
     return kept | {"minigrpo": this_version(), "code": hash_code()}
 
 
+@dataclass(slots=True)
 class _Again:
     """Does drawn steps and answers again. `replayed` and `draws`: what was done; `same`: answers that came again."""
 
-    def __init__(
-        self, run: RunDir, recipe: Recipe, evidence: Evidence, found: Findings, draw: Random, quiet: bool
-    ) -> None:
-        self.run, self.recipe, self.evidence = run, recipe, evidence
-        self.found, self.draw, self.quiet = found, draw, quiet
-        self.replayed: list[Replayed] = []
-        self.draws: list[AnswerDraw] = []
-        self.same = 0
-        self.machine = machine_here()
+    run: RunDir
+    recipe: Recipe
+    evidence: Evidence
+    found: Findings
+    draw: Random
+    quiet: bool
+    replayed: list[Replayed] = field(default_factory=list)
+    draws: list[AnswerDraw] = field(default_factory=list)
+    same: int = 0
+    machine: dict[str, Any] = field(default_factory=lambda: machine_here())
 
     def do(self, steps: int, answers: int, read: Sequence[Any]) -> None:
         """Do both, in one process with one model. What cannot be done at all is said, and is no fault of the run."""
@@ -234,7 +236,7 @@ class _Again:
             self.found.unshown.append(f"What rounding did to the exported files was not measured again: {again}")
 
     def _answers(self, opened: OpenedRun, count: int, read: Sequence[Any]) -> None:
-        self.draws = draw_answers(self.run, self.recipe, opened, read, count, self.draw)
+        self.draws = draw_answers(self.run, self.recipe, opened, read, count=count, draw=self.draw)
         total = sum(len(each.drawn) + len(each.suspects) for each in self.draws)
         if not total:
             self.found.unshown.append("No answer of an evaluation was asked again: none is of this run's own model.")

@@ -18,7 +18,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError
 from minigrpo.pipeline.audit_chain import Findings, evaluation_files
 from minigrpo.pipeline.context import OpenedRun
-from minigrpo.runs.manifest import result_path, stamp
+from minigrpo.runs.manifest import read_sealed, result_path, stamp
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Completion, Grade, Group, Prompt, Sampling
 from minigrpo.ui.progress import Report
@@ -132,7 +132,7 @@ class AnswerDraw:
 
 
 def draw_answers(
-    run: RunDir, recipe: Recipe, opened: OpenedRun, read: Sequence[Answered], count: int, draw: Random
+    run: RunDir, recipe: Recipe, opened: OpenedRun, read: Sequence[Answered], *, count: int, draw: Random
 ) -> list[AnswerDraw]:
     """Draw prompts over all evaluations that this run's own model answered, and add those that are suspect."""
     own = [each for each in read if side_of(run, recipe, each, opened) is not None]
@@ -149,7 +149,9 @@ def draw_answers(
 def side_of(run: RunDir, recipe: Recipe, answered: Answered, opened: OpenedRun) -> str | None:
     """Return "tuned" or "base" where the evaluation is of the run's own policy, by its recipe; else None."""
     made = answered.made.get("from", {})
-    if made.get("recipe") != stamp("evaluate", recipe)["from"]["recipe"]:
+    # A run's own stages stamp the recipe as it was begun with, later commands as it is read back, with absolute paths.
+    begun = read_sealed(run.made)["sha256"] if run.made.is_file() else None
+    if made.get("recipe") not in (stamp("evaluate", recipe)["from"]["recipe"], begun):
         return None
     if result_path(run, recipe.train).name in made:
         return "tuned"
@@ -247,7 +249,7 @@ def _sample(opened: OpenedRun, answered: Answered, prompts: Sequence[Prompt]) ->
 
     n = answered.evaluation.scores.samples
     sampling: Sampling = answered.evaluation.sampling
-    batch, records = max(1, ROWS // n), {}
+    batch, records = max(1, ROWS // n), dict[str, Any]()
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         groups = rollout(opened.engine, opened.task, part, n=n, sampling=sampling, tokenizer=opened.policy.tokenizer)

@@ -245,7 +245,7 @@ def _check_delivery(run: RunDir, recipe: Recipe, found: Findings) -> None:
         return
     if run.merged.is_dir():
         shown = "merged/ was made from this adapter and base, and no byte of it has changed."
-        found.check(shown, _guarded(_merged_faults, run, recipe))
+        found.check(shown, _guarded(_merged_faults, run))
     if run.gguf.is_dir():
         found.check("Each GGUF file was made from this merged/, and no byte has changed.", _guarded(_gguf_faults, run))
     if run.compressed.is_dir():
@@ -253,13 +253,11 @@ def _check_delivery(run: RunDir, recipe: Recipe, found: Findings) -> None:
         found.check(shown, _guarded(_compressed_faults, run))
 
 
-def _merged_faults(run: RunDir, recipe: Recipe) -> Iterator[str]:
+def _merged_faults(run: RunDir) -> Iterator[str]:
     require_merged(run)
     made = read_sealed(run.merged / "made.json")["made"]["from"]
     if run.base.is_file() and made.get("base") != read_sealed(run.base)["sha256"]:
         yield f"{run.merged} was made from another base than {run.base} names."
-    if run.made.is_file() and made.get("recipe") != read_sealed(run.made)["sha256"]:
-        yield f"{run.merged} was made with another recipe than the run's."
 
 
 def _gguf_faults(run: RunDir) -> Iterator[str]:

@@ -53,8 +53,8 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str:
 
 
 def hash_task_files(config: TaskConfig) -> dict[str, str]:
-    """Hash the files and folders of this machine that the task's knobs name, by their names in the recipe."""
+    """Hash the files and folders of this machine that the task's knobs name, by their names without the folders."""
     kind, _, name = config.name.partition(":")
     own = name if kind in ("judge", "classifier") else config.name.rpartition(":")[0]
-    found = {each: Path(each).expanduser() for each in (own, config.data, config.rates) if each}
-    return {name: digest(path) for name, path in found.items() if path.exists()}
+    found = [Path(each).expanduser() for each in (own, config.data, config.rates) if each]
+    return {path.name: digest(path) for path in found if path.exists()}
