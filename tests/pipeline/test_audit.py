@@ -157,6 +157,7 @@ BY_HASH: dict[str, tuple[Tamper, str]] = {
     "two lines off the chain": (lambda run: [drop_line(run.chain, -1) for _ in "12"], "is in no line of"),
     "a line of the chain left out": (lambda run: drop_line(run.chain, 2), "line 3 does not follow"),
     "a value of the chain": (edit_chain, "line 5 does not follow"),
+    "the chain's first line": (lambda run: flip(run.chain, 3), "line 1 is damaged"),
     "the chain removed": (lambda run: run.chain.unlink(), "chain.jsonl is missing"),
     "a bit of a checkpoint": (lambda run: flip(run.checkpoint(4) / WEIGHTS), f"000004/{WEIGHTS} is damaged"),
     "a checkpoint, sealed again": (flip_and_reseal, f"000004/{WEIGHTS} is not the one that .*chain.jsonl names"),
@@ -319,4 +320,6 @@ def test_the_published_page_carries_the_statement_while_it_is_of_this_run(run: R
     assert "does not prove honesty" in page
     assert found.ok
     append(run.adapter / "x.txt", "?")
-    assert "## Audit" not in render_card(card_facts(run, repos, online=False), "adapter")
+    facts = card_facts(run, repos, online=False)
+    assert "## Audit" not in render_card(facts, "adapter")
+    assert any("Audit again: minigrpo audit run" in remark for remark in facts.remarks)

@@ -44,7 +44,7 @@ def check_chain(run: RunDir, recipe: Recipe, evidence: Evidence, found: Findings
     if not evidence.links and not evidence.fault:
         _without_chain(run, found)
     found.check("The recipe is the one that the run began with.", _guarded(_recipe_faults, run, recipe, evidence))
-    if evidence.links:
+    if evidence.links or evidence.fault:
         count = len(evidence.links)
         found.check(f"The chain of {count} lines is unbroken.", _guarded(_order_faults, run, recipe, evidence))
     found.check("", _guarded(_origin_faults, run, recipe, evidence))
@@ -106,6 +106,8 @@ def _recipe_faults(run: RunDir, recipe: Recipe, evidence: Evidence) -> Iterator[
 def _order_faults(run: RunDir, recipe: Recipe, evidence: Evidence) -> Iterator[str]:
     if evidence.fault:
         yield evidence.fault
+    if not evidence.links:
+        return
     first, ended = evidence.links[0], False
     done, saved = first.step, -1
     for place, link in enumerate(evidence.links, 1):

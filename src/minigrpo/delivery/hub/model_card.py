@@ -92,6 +92,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
     whole = read_json(run.merged / "config.json") if (run.merged / "config.json").is_file() else {}
     config = local_config(recipe.model.path, recipe.model.revision) or without_attention_scale(whole)
     there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
+    audit, stale = audit_statement(run)
     return CardFacts(
         name=run.path.absolute().name,
         base=base,
@@ -106,12 +107,12 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
         rewards=tuple(_rewards(run)),
         comparisons=_comparisons(run),
         stages=[row for row in read_parity(run) if row.get("ok", True)],
-        audit=audit_statement(run),
+        audit=audit,
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
         versions={name: version for name, version in versions.items() if version},
         vision="vision_config" in {**config, **whole},
         missing=vllm_config_overrides(config),
-        remarks=() if chosen else found[1],
+        remarks=(*stale, *(() if chosen else found[1])),
     )
 
 
@@ -195,15 +196,18 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     return found
 
 
-def audit_statement(run: RunDir) -> str:
-    """Return the statement of the run's audit; "" where there is none, or the run has changed since.
+def audit_statement(run: RunDir) -> tuple[str, tuple[str, ...]]:
+    """Return the statement of the run's audit, and remarks; "" where there is none, or the run has changed since.
 
     Raises ArtifactError where audit.json was changed.
     """
     if not run.audit.is_file():
-        return ""
+        return "", ()
     audited = read_sealed(run.audit)
-    return str(audited["statement"]) if audited["made"]["from"] == audited_state(run) else ""
+    if audited["made"]["from"] == audited_state(run):
+        return str(audited["statement"]), ()
+    again = command_line("minigrpo", "audit", run.path)
+    return "", (f"{run.audit} is of this run as it was before, so the page leaves it out. Audit again: {again}",)
 
 
 def _rewards(run: RunDir) -> Iterator[tuple[int, float]]:
