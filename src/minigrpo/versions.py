@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,6 +18,16 @@ def installed(package: str) -> str | None:
 
 def this_version() -> str:
     return installed("minigrpo") or "unknown"
+
+
+@cache
+def hash_code() -> str:
+    """Return the SHA-256 of this package's own source: names and contents of its modules, in sorted order."""
+    here, total = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(here.rglob("*.py")):
+        total.update(f"{file.relative_to(here).as_posix()}\n".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def begun_by_another(recipe: Path) -> str:

@@ -85,8 +85,8 @@ def contents(run: RunDir) -> dict[str, Any]:
             found[name] = without_clock([json.loads(line) for line in lines] if lines is not None else json.loads(text))
         else:
             found[name] = digest(file)
-    own = (run.lock.name, "seconds.json")
-    # A checkpoint's state and its seal hold hashes of the log, whose lines hold seconds.
+    own = (run.lock.name, run.chain.name, "seconds.json")
+    # The chain, a checkpoint's state and its seal hold hashes of the log, whose lines hold seconds.
     return {
         name: value
         for name, value in found.items()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from minigrpo import audit
 from minigrpo.runs.manifest import seconds_of
 from minigrpo.runs.rundir import RunDir
 
@@ -103,6 +104,10 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_left_alone(
     assert logged(whole.metrics) == logged(cut.metrics)
     assert whole.groups.read_bytes() == cut.groups.read_bytes()
     assert checkpoint_names(whole) == checkpoint_names(cut)
+    for run in (whole, cut):
+        found = audit(run, steps=2, answers=0, quiet=True)
+        assert found.faults == ()
+        assert len(found.stretches) in (1, 2)
 
 
 def checkpoint_names(run: RunDir) -> list[str]:

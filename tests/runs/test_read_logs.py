@@ -78,7 +78,7 @@ def test_what_is_read_strictly_is_what_was_logged_to_the_last_digit(tmp_path: Pa
 def test_backwards_is_forwards_turned_round_wherever_the_blocks_meet(tmp_path: Path, block: int, end: bytes) -> None:
     whole = [b"one", b"", "zwölf €".encode(), b"x" * 200, b"last"]
     run = a_run(tmp_path, groups=b"\n".join(whole) + end)
-    found = list(logger._lines_backwards(run.groups, block))
+    found = list(logger.lines_backwards(run.groups, block))
     assert [line for line in found if line] == [line for line in reversed(whole) if line]
 
 

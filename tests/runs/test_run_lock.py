@@ -90,12 +90,14 @@ WRITING: dict[str, tuple[str, ...]] = {
     "export merged": ("export", "RUN/merged"),
     "verify": ("verify", "RUN"),
     "verify adapter": ("verify", "RUN/adapter"),
+    "audit": ("audit", "RUN"),
     "publish": ("publish", "RUN", "--repo", "me/mine"),
     "publish --dry-run": ("publish", "RUN", "--repo", "me/mine", "--dry-run"),
 }
 """Every command that makes or replaces something in a run, or sends what must not change meanwhile."""
 BESIDE: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "RUN"),  # adds a file of its own
+    "replay": ("replay", "RUN", "--step", "1"),
     "serve": ("serve", "RUN", "--once"),
     "merge warmup": ("merge", "RUN/warmup"),  # to look at it while the run trains
     "check checkpoint": ("check", "RUN/checkpoints/000001"),
@@ -136,7 +138,7 @@ def test_a_command_that_replaces_nothing_in_a_run_works_beside_its_holder(
     run.recipe.write_text(RECIPE, encoding="utf-8")
     said = refusal(BESIDE[command], run.path, capsys)
     assert "is in use" not in said
-    assert re.search("has trained nothing|is missing|is not there", said)
+    assert re.search("has trained nothing|has done no step|is missing|is not there", said)
 
 
 def test_of_every_command_it_is_known_whether_it_takes_the_lock() -> None:

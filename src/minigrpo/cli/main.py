@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from minigrpo.cli import deliver
+from minigrpo.cli import deliver, prove
 from minigrpo.cli.doctor import sandbox
 from minigrpo.cli.options import (
     OVERRIDES,
@@ -211,6 +211,7 @@ def evaluate(
 
 
 deliver.add_to(app)
+prove.add_proofs_to(app)
 app.command(cls=Command)(sandbox)
 
 

@@ -66,6 +66,14 @@ EXAMPLES: dict[str, str] = {
         minigrpo verify runs/my  # all that is there, measured again
         minigrpo verify runs/my --serve --json
         minigrpo verify runs/my --served http://127.0.0.1:8000""",
+    "replay": """
+        minigrpo replay runs/my --step 63  # is it what the log says, to the last bit?
+        minigrpo replay runs/my --step 63 --group 4  # with the answers of its fourth prompt
+        minigrpo replay runs/my  # which steps can be done again, and at what cost""",
+    "audit": """
+        minigrpo audit runs/my  # the chain, 3 steps and 5 answers; leaves runs/my/audit.json
+        minigrpo audit runs/my --steps 0 --answers 0  # the hashes alone: seconds
+        minigrpo audit runs/my --steps 20 --seed 7 --json""",
     "publish": """
         minigrpo publish runs/my --repo me/my-model --dry-run  # what would go where; no network
         minigrpo publish runs/my --repo me/my-model  # me/my-model, me/my-model-lora, me/my-model-GGUF; private

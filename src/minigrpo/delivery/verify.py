@@ -48,8 +48,8 @@ from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.chat_template import render_ids, template_messages
 from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import open_base
-from minigrpo.runs.manifest import hash_files, read_sealed
-from minigrpo.runs.rundir import RunDir, digest, read_json, write_json
+from minigrpo.runs.manifest import hash_files, read_sealed, write_sealed
+from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
 
@@ -91,7 +91,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
         raise ArtifactError(f"{path} is no run's folder, so there are no stages to verify. Give one: runs/NAME")
     base, adapter = source.open()
     run, faults = source.run, list[str]()
-    files = list(_sealed_files(source, faults))
+    files = list(sealed_files(source, faults))
     with stage("verify", 2 + len(files), Screen(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
         written = open_base(run.merged) if run.merged.is_dir() and not faults else None
@@ -117,7 +117,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     return Verified(run.path, tuple(rows), tuple(faults), reference.held.source)
 
 
-def _sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Path, str]]:
+def sealed_files(source: TrainedSource, faults: list[str]) -> Iterator[tuple[Path, str]]:
     """Yield GGUF files, with their types, that are unchanged since their proof and were made from the current merged
     model; add a fault for each other file."""
     run = source.run
@@ -223,7 +223,7 @@ def _replace_rows(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> None:
     then: Any = {}
     with suppress(ArtifactError):  # missing, or damaged: written anew
         then = read_json(run.parity)
-    write_json(run.parity, {**(then if isinstance(then, dict) else {}), "stages": rows})
+    write_sealed(run.parity, {**(then if isinstance(then, dict) else {}), "stages": rows})
 
 
 def verified_table(verified: Verified) -> RenderableType:

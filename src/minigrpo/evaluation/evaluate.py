@@ -21,6 +21,9 @@ from minigrpo.rollouts.groups import rollout
 from minigrpo.types import Engine, Prompt, Sampling, Split, Task
 from minigrpo.ui.progress import Report, no_report
 
+ROWS = 256
+"""Completions asked for in one call, so that progress can be shown."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -121,11 +124,11 @@ def grade_prompts(
     sampling: Sampling,
     tokenizer: Any,
     report: Report = no_report,
-    rows: int = 256,
+    rows: int = ROWS,
     grader: Grader | None = None,
     answer_cache: AnswerCache | None = None,
 ) -> Scores:
-    """Sample n answers to every prompt and score them. `rows`: completions a call, so that progress can be shown.
+    """Sample n answers to every prompt and score them. `rows`: completions a call.
 
     What the cache holds is not sampled again; new answers are added to it.
     """

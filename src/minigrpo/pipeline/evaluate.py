@@ -22,8 +22,8 @@ from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
 from minigrpo.rollouts.groups import prompts_of
-from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp
-from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, staying, write_json
+from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp, write_sealed
+from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, staying
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
@@ -77,7 +77,7 @@ def evaluate(
         content: dict[str, Any] = after.to_dict()
         if before:
             content |= {"base": before.to_dict(), "change": figures["change"]}
-        write_json(file, content | {"made": stamp("evaluate", recipe)})
+        write_sealed(file, content | {"made": stamp("evaluate", recipe)})
     for name in (model, base):
         journal_beside(file, name or "").unlink(missing_ok=True)
     console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
@@ -257,6 +257,6 @@ def evaluate_once(run: RunDir, side: EvalSide, ask: EvalRequest) -> Evaluation:
         return Evaluation.from_dict(read_json(file))
     journal = journal_beside(file, side.name)
     evaluation = ask.evaluate_side(side, journal)
-    write_json(file, evaluation.to_dict() | {"made": side.made})
+    write_sealed(file, evaluation.to_dict() | {"made": side.made})
     journal.unlink(missing_ok=True)
     return evaluation

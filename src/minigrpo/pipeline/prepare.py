@@ -16,7 +16,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline import tables
 from minigrpo.pipeline.context import OpenedRun
-from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed
+from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed, write_sealed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
@@ -87,7 +87,7 @@ def run_preflight(
         )
     verdict = replace(verdict, after_warmup=verdict.warms and bool(recipe.warmup.steps) and not warm)
     if run and not verdict.interrupted:
-        write_json(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
+        write_sealed(run.preflight, verdict.to_dict() | {"made": verdict_stamp(recipe, run)})
     console.show(tables.verdict_table(verdict))
     if verdict.interrupted:
         raise KeyboardInterrupt("Stopped: the verdict is of what had been sampled, and was not saved.")

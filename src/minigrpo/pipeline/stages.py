@@ -18,10 +18,11 @@ from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import deliver, prepare, tables
 from minigrpo.pipeline.context import OpenedRun, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
+from minigrpo.runs.chain import append_link
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
-from minigrpo.runs.manifest import check_folder, result_path, seconds_of, stamp, timed
-from minigrpo.runs.rundir import RunDir, complete_folder, read_json, staying, tidy, write_json
+from minigrpo.runs.manifest import check_folder, hash_files, result_path, seconds_of, stamp, timed
+from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, staying, tidy, write_json
 from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
@@ -203,6 +204,9 @@ def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
     with complete_folder(result_path(run, recipe.train)) as draft:
         opened.policy.save(draft)
         write_json(draft / "made.json", stamp("train", recipe))
+        name = result_path(run, recipe.train).name
+        made = {"step": done, "name": name, "digest": digest(draft), "files": hash_files(draft)}
+        append_link(run, "result", made)
 
 
 def _save_figures(run: RunDir, comparisons: list[Comparison], delivered: deliver.Delivered) -> dict[str, Any]:

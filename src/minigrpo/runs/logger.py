@@ -61,7 +61,7 @@ class RunLogger:
     ) -> None:
         """Log step number `step` and show it."""
         # Groups first: whoever sees a step in metrics.jsonl finds its groups.
-        rows = [_group_row(step, group, row_G) for group, row_G in zip(groups, advantages_PG, strict=True)]
+        rows = [group_row(step, group, row_G) for group, row_G in zip(groups, advantages_PG, strict=True)]
         _append(self.run.groups, rows)
         _append(self.run.metrics, [{"step": step, **metrics}])
         self._snapshot = self._snapshot.after(step, metrics, groups, _sample(groups) if self.show_samples else None)
@@ -119,8 +119,12 @@ class Prefix:
         if size < length:
             what = f"has {size} bytes" if self.path.exists() else "is missing"
             raise ArtifactError(f"{self.path} {what}, but the checkpoint was saved with {length}. {advice}")
-        if self._upto(length) != then:
+        if not self.matches(then):
             raise ArtifactError(f"{self.path} was changed since the checkpoint was saved. {advice}")
+
+    def matches(self, then: Mapping[str, Any]) -> bool:
+        """Return whether the file begins with what a checkpoint stored: so many bytes, of that hash."""
+        return then["bytes"] == 0 or (self.path.is_file() and self._upto(then["bytes"]) == then)
 
     def _upto(self, length: int) -> dict[str, Any]:
         if length < self._length:
@@ -131,6 +135,7 @@ class Prefix:
                 while block := stream.read(min(1 << 20, length - self._length)):
                     self._hash.update(block)
                     self._length += len(block)
+        length = self._length  # less, where the file is shorter
         return {"bytes": length, "sha256": self._hash.hexdigest()}
 
 
@@ -141,12 +146,13 @@ def _logged_rewards(run: RunDir) -> Iterator[float]:
             yield float(row["reward"])
 
 
-def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[str, Any]:
+def group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[str, Any]:
     return {
         "step": step,
         "prompt": group.prompt.id,
         "messages": group.prompt.messages,
         "target": group.prompt.target,
+        "ids": hash_ids(group),
         "completions": [
             {
                 **({"opening": completion.opening} if completion.opening else {}),
@@ -163,6 +169,12 @@ def _group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[s
             for completion, grade, advantage in zip(group.completions, group.grades, advantages_G, strict=True)
         ],
     }
+
+
+def hash_ids(group: Group) -> str:
+    """Return the SHA-256 of a group's token ids, those of the prompt and of each completion: the sample itself."""
+    ids = [list(group.prompt_ids), *(list(completion.token_ids) for completion in group.completions)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def _sample(groups: Sequence[Group]) -> str | None:
@@ -194,7 +206,12 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     make_folder(path.parent)
     with writing(path), path.open("a", encoding="ascii", newline="\n") as stream:
-        stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
+        stream.writelines(row_text(row) + "\n" for row in rows)
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """Write a row as its line in the log, without its end."""
+    return json.dumps(_clean(row), allow_nan=False)
 
 
 def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:
@@ -211,7 +228,7 @@ def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False
 
     Lines that hold no group are treated as in `read_metrics`.
     """
-    lines = _lines_backwards(run.groups) if newest_first else _lines(run.groups)
+    lines = lines_backwards(run.groups) if newest_first else _lines(run.groups)
     return _rows(run.groups, ("step", "completions"), lines, strict)
 
 
@@ -250,7 +267,7 @@ def system_message(run: RunDir) -> str:
         return ""
 
 
-def _lines_backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
+def lines_backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
     """Yield the lines from the last to the first, without their ends."""
     if not path.is_file():
         return

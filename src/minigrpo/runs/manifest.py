@@ -54,7 +54,7 @@ def _refuse_misplaced_files(run: RunDir) -> None:
     for folder in (run.checkpoints, run.warmup, run.adapter, run.model, run.evals):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file, where the run keeps a folder. Move it away.")
-    for file in (run.recipe, run.made, run.machine, run.metrics, run.groups):
+    for file in (run.recipe, run.made, run.machine, run.metrics, run.groups, run.chain):
         if file.exists() and not file.is_file():
             raise ArtifactError(f"{file} is a folder, where the run keeps a file. Move it away.")
 
@@ -118,8 +118,12 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON with its format, the version that wrote it, and the hash of its own text."""
-    write_whole(path, _sealed({"format": FORMAT, "minigrpo": this_version(), **data}))
+    """Write JSON with its format, the version that wrote it, and the hash of its own text.
+
+    Data that was read from a sealed file is sealed anew.
+    """
+    facts = {name: value for name, value in data.items() if name != "seal"}
+    write_whole(path, _sealed({"format": FORMAT, "minigrpo": this_version(), **facts}))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _sealed(data: Mapping[str, Any]) -> str:
-    return json.dumps({**data, "seal": _sum(json.dumps(data))}, indent=2) + "\n"
+    return json.dumps({**data, "seal": _sum(json.dumps(data, default=str))}, indent=2, default=str) + "\n"
 
 
 def _sum(text: str) -> str:

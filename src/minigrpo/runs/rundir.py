@@ -1,7 +1,7 @@
 """The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
-runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
-          merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
+runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  chain.jsonl  adapter/  preflight.json
+          check.json  merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json  audit.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -65,6 +65,11 @@ class RunDir:
     @property
     def groups(self) -> Path:
         return self.path / "groups.jsonl"
+
+    @property
+    def chain(self) -> Path:
+        """The chain of hashes from the recipe to what was trained (runs/chain.py)."""
+        return self.path / "chain.jsonl"
 
     @property
     def machine(self) -> Path:
@@ -133,6 +138,11 @@ class RunDir:
     def reward_curve(self) -> Path:
         """The mean reward over the steps, as a picture."""
         return self.path / "reward.svg"
+
+    @property
+    def audit(self) -> Path:
+        """What an audit has shown, and what it has not."""
+        return self.path / "audit.json"
 
     @property
     def evals(self) -> Path:

@@ -4,7 +4,7 @@
     checkpoints/000050.exploded/                   set aside by `discard_after`
 
 made.json holds the step and the SHA-256 of every other file, and is sealed itself (runs/manifest.py), so any
-change is detected.
+change is detected. It also holds the hash of the line before its own in the run's chain (runs/chain.py).
 
 Random numbers need no state here: every draw is named by seed, step and place (utils/rng.py). What does shape the
 arithmetic besides the weights (threads, number types, tokens per pass, rows, versions) is the Machine, stored with
@@ -13,6 +13,7 @@ the run and used again. What the trainer itself remembers from step to step is i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import platform
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ArtifactError
+from minigrpo.runs.chain import append_link, link_text
 from minigrpo.runs.manifest import hash_files, kept_files, read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, remove_folder, write_json, writing
 from minigrpo.versions import this_version
@@ -96,8 +98,26 @@ def save(
         (draft / "trainer.json").write_text(json.dumps(state or {}, separators=(",", ":")), encoding="utf-8")
         machine = asdict(_machine_of(run.machine, read_sealed(run.machine)))
         write_json(draft / "state.json", {"positions": positions, "machine": machine})
-        made = {"verb": "grpo", "step": step, "bytes": _sizes(draft), "sha256": hash_files(draft)}
+        sums = hash_files(draft)
+        previous = append_link(run, "checkpoint", _link_facts(step, sums, positions))
+        made = {"verb": "grpo", "step": step, "bytes": _sizes(draft), "sha256": sums, "previous": previous}
         write_sealed(draft / "made.json", made)
+
+
+def _link_facts(step: int, sums: Mapping[str, str], positions: Positions) -> dict[str, Any]:
+    return {"step": step, "files": sums, "logs": positions}
+
+
+def hash_link(folder: Path) -> str | None:
+    """Return the hash of a checkpoint's line in the chain, from its own folder; None for one that was saved without.
+
+    Raises ArtifactError where the folder is not what was saved.
+    """
+    found, made = _verified(folder), read_sealed(folder / "made.json")
+    if "previous" not in made:
+        return None
+    text = link_text("checkpoint", made["previous"], _link_facts(found.step, made["sha256"], found.positions))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def prune(run: RunDir, keep: int, spare: Collection[int] = frozenset()) -> None:
@@ -149,6 +169,11 @@ def find_step(run: RunDir, step: int) -> Checkpoint:
         there = ", ".join(str(int(folder.name)) for folder in _folders(run)) or "none"
         raise ArtifactError(f"{run.path} has no checkpoint of step {step}. There are: {there}.")
     return _verified(run.checkpoint(step))
+
+
+def saved_steps(run: RunDir) -> list[int]:
+    """Return the steps of the checkpoints that are there, whole or not, in order."""
+    return [int(folder.name) for folder in _folders(run)]
 
 
 def newest_before(run: RunDir, step: int) -> int | None:

@@ -56,15 +56,18 @@ from minigrpo.utils.process import process_settings
 
 
 @process_settings()  # what the run sets for its process (threads, determinism, the heap) is restored at its end
-def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger) -> None:
+def grpo(
+    recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger, *, until: int | None = None
+) -> None:
     """Train the policy, from the newest checkpoint in the logger's run folder if there is one.
 
+    `until`: stop after so many steps, and save; the recipe's own number still shapes the learning rate.
     Raise DivergenceError where training has broken the model.
     """
     objective = open_objective(recipe, inexact_engine=policy.is_sixteen_bit or not engine.is_exact)
     optimizer = open_optimizer(recipe.train, policy)
     with Supervisor(
-        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger
+        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger, until=until
     ) as supervisor:
         for step in supervisor.steps():
             # 1. Sample G completions of each of P prompts from the policy as it is now, and grade their text. A recipe

@@ -25,6 +25,7 @@ from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
+from minigrpo.runs.chain import rewind_chain
 from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_source import GroupSource, StepGroups
@@ -33,6 +34,7 @@ from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
 from minigrpo.training.monitor.alarms import Alarms
 from minigrpo.training.monitor.divergence import DivergenceMonitor, message
 from minigrpo.training.oom import crash_note, pop_crash_note, try_largest_pass
+from minigrpo.training.origin import hash_prompts, record_origin
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.utils.process import compute_repeatably
@@ -45,6 +47,8 @@ MOST_SKIPPED = 5
 
 class Supervisor:
     """One run of the training loop, as a context manager.
+
+    `until`: stop after so many steps, as if somebody had asked to; None: after the recipe's own number.
 
     `tokens_per_pass`: of the next update; it falls where memory runs out. `entropy_weight`: of the entropy bonus.
     """
@@ -59,11 +63,15 @@ class Supervisor:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         logger: RunLogger,
+        until: int | None = None,
     ) -> None:
         self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
         self.optimizer, self.objective = optimizer, objective
         self.logger, self.run = logger, logger.run
-        training, self.held_out = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
+        self._until = until
+        prompts = prompts_of(task, "train")
+        self._data = hash_prompts(prompts)
+        training, self.held_out = split_held_out(prompts, recipe.eval, recipe.seed)
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
@@ -171,7 +179,7 @@ class Supervisor:
             self._clock.lap("eval")
         metrics |= self._clock.metrics(sampled.sampled)
         self._record(step + 1, metrics, sampled, batch)
-        self._stopped = self._interrupted()
+        self._stopped = self._interrupted() or step + 1 == self._until
         self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.steps)
 
     def restore(self, prompt: int, rows: int) -> int:
@@ -183,11 +191,13 @@ class Supervisor:
         """
         if self.policy.device.type == "cpu":
             compute_repeatably()
-        self._settle_machine(prompt, rows)
+        machine = self._settle_machine(prompt, rows)
         newest, complaints = checkpoint.find_latest(self.run)
         for complaint in complaints:
             self.logger.say(complaint)
         self.logger.rewind(newest.positions if newest else {})
+        rewind_chain(self.run, newest.step if newest else None)
+        record_origin(self.run, self.recipe, self._data, machine, after=newest.step if newest else 0)
         if not self.policy.shares_prompts:
             kind = self.policy.model.config.model_type
             self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
@@ -267,8 +277,11 @@ class Supervisor:
             checkpoint.discard_after(self.run, good or 0)
             raise DivergenceError(message(self.explosion, good, self.recipe.train.lr, self.run.path))
 
-    def _settle_machine(self, prompt: int, rows: int) -> None:
-        """Set tokens per pass and threads to those that the run began with; say where the machine differs."""
+    def _settle_machine(self, prompt: int, rows: int) -> checkpoint.Machine:
+        """Set tokens per pass and threads to those that the run began with; say where the machine differs.
+
+        Return the machine as it is now.
+        """
         then = checkpoint.read_machine(self.run)
         threads = then.threads if then else self.recipe.train.threads
         if threads:
@@ -288,6 +301,7 @@ class Supervisor:
                 "Same gradient."
             )
             self._set_tokens_per_pass(self.tokens_per_pass // 2)
+        return replace(now, tokens_per_pass=self.tokens_per_pass)
 
     def _set_tokens_per_pass(self, tokens: int) -> None:
         self.tokens_per_pass = tokens

@@ -31,6 +31,7 @@ from minigrpo.models.vllm_compat import (
     vllm_max_lora_rank,
     without_attention_scale,
 )
+from minigrpo.runs.chain import audited_state
 from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
@@ -52,7 +53,8 @@ TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 class CardFacts:
     """What a card says. `base`: its name on the Hub, or None; `base_words`: what it is, in a sentence. `repos`: all
     that are published together, by kind. `rewards`: (step, mean reward). `gguf`: facts of each exported file, by
-    name. `missing`: settings that vLLM needs and the base's config lacks. `licence_is_set`: the user names it."""
+    name. `audit`: an audit's statement. `missing`: settings that vLLM needs and the base's config lacks.
+    `licence_is_set`: the user names it."""
 
     name: str
     base: str | None
@@ -67,6 +69,7 @@ class CardFacts:
     rewards: tuple[tuple[int, float], ...]
     comparisons: Mapping[str, Any]
     stages: list[dict[str, Any]]
+    audit: str
     gguf: dict[str, dict[str, Any]]
     versions: dict[str, str]
     vision: bool
@@ -89,6 +92,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
     whole = read_json(run.merged / "config.json") if (run.merged / "config.json").is_file() else {}
     config = local_config(recipe.model.path, recipe.model.revision) or without_attention_scale(whole)
     there = {name: entry for name, entry in made["files"].items() if (run.gguf / name).is_file()}
+    audit, stale = audit_statement(run)
     return CardFacts(
         name=run.path.absolute().name,
         base=base,
@@ -103,11 +107,12 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
         rewards=tuple(read_rewards(run)),
         comparisons=_comparisons(run),
         stages=[row for row in read_parity(run) if row.get("ok", True)],
+        audit=audit,
         gguf={name: entry | {"size": (run.gguf / name).stat().st_size} for name, entry in there.items()},
         versions={name: version for name, version in versions.items() if version},
         vision="vision_config" in {**config, **whole},
         missing=vllm_config_overrides(config),
-        remarks=() if chosen else found[1],
+        remarks=(*stale, *(() if chosen else found[1])),
     )
 
 
@@ -191,6 +196,20 @@ def _comparisons(run: RunDir) -> dict[str, Any]:
     return found
 
 
+def audit_statement(run: RunDir) -> tuple[str, tuple[str, ...]]:
+    """Return the statement of the run's audit, and remarks; "" where there is none, or the run has changed since.
+
+    Raises ArtifactError where audit.json was changed.
+    """
+    if not run.audit.is_file():
+        return "", ()
+    audited = read_sealed(run.audit)
+    if audited["made"]["from"] == audited_state(run):
+        return str(audited["statement"]), ()
+    again = command_line("minigrpo", "audit", run.path)
+    return "", (f"{run.audit} is of this run as it was before, so the page leaves it out. Audit again: {again}",)
+
+
 # Rendering
 
 
@@ -203,6 +222,7 @@ def render_card(facts: CardFacts, what: str) -> str:
         _files(facts.gguf) if what == "gguf" else "",
         how_to_run(facts, what),
         _proof(facts.stages),
+        f"## Audit\n\n{plain(facts.audit)}" if facts.audit else "",
         _training(facts),
         _recipe(facts.recipe),
         _versions(facts.versions),

@@ -25,8 +25,8 @@ from minigrpo.delivery.parity.kl import Divergence, json_safe
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.models.adapter import Adapter, PairStats, pair_stats
 from minigrpo.models.model_files import PREFIX_RENAMES, BaseFiles
-from minigrpo.runs.manifest import fits
-from minigrpo.runs.rundir import RunDir, read_json, write_json
+from minigrpo.runs.manifest import fits, write_sealed
+from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
@@ -82,7 +82,7 @@ def check(run: RunDir | Path, *, base: str | None = None, model: bool = True, qu
     except MinigrpoError as fault:
         found, made = Checked(source.folder, (str(fault),)), None
     if source.run:
-        write_json(source.run.check, found.to_dict() | ({"made": made} if made else {}))
+        write_sealed(source.run.check, found.to_dict() | ({"made": made} if made else {}))
     return found
 
 

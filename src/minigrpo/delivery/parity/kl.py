@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import read_json, write_json
+from minigrpo.runs.manifest import write_sealed
+from minigrpo.runs.rundir import read_json
 
 MAX_RELATIVE_KL = 0.1
 """Relative KL beyond which a stage has failed."""
@@ -164,4 +165,4 @@ def record_parity(
     kept = {row["name"]: row for row in then.get("stages", [])}
     fresh = {name: row for name, row in fresh.items() if not (keep and name in kept)}
     if fresh or not keep:
-        write_json(file, {**then, **(about or {}), "stages": list((kept | fresh).values())})
+        write_sealed(file, {**then, **(about or {}), "stages": list((kept | fresh).values())})
