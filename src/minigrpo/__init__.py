@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
+    from minigrpo.pipeline.forks import fork as fork
     from minigrpo.pipeline.stages import evaluate as evaluate
     from minigrpo.pipeline.stages import preflight as preflight
     from minigrpo.pipeline.stages import quickstart as quickstart
@@ -63,6 +64,7 @@ HOMES = {
     "minigrpo.rollouts.engines.scripted": ("Scripted",),
     "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
+    "minigrpo.pipeline.forks": ("fork",),
     "minigrpo.pipeline.stages": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}

@@ -24,8 +24,8 @@ from minigrpo.cli.options import (
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
-from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, Recipe
-from minigrpo.errors import MinigrpoError
+from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, MOST_STEPS, Recipe
+from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
 from minigrpo.ui.screen import Screen, lenient_streams, print_result, stdout_encodes
@@ -206,6 +206,60 @@ def evaluate(
         result = stages.evaluate(model, loaded, base=base, limit=limit, n=n, temperature=heat, split=split, out=out)
     if as_json:
         print_json(result)
+
+
+@app.command(cls=Command)
+def fork(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has trained.")],
+    *,
+    at: Annotated[int, typer.Option(min=0, max=MOST_STEPS, metavar="STEP", help="Of the checkpoint to fork at.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="What is to be otherwise; may be repeated.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_STEPS, help="Steps that each twin does.", show_default="all that the run has left"
+        ),
+    ] = None,
+    times: Annotated[
+        int, typer.Option(min=1, max=1000, help="Draws of random numbers; from 3 on the interval is worth having.")
+    ] = 1,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of RUN/forks/NAME.", show_default="step and change")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=MOST_PROMPTS, help="Unseen prompts that twins are asked.", show_default="eval.limit of the run"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What if one thing had been otherwise?
+
+    Trains twins from a checkpoint of the run, with and without the change, on the same random numbers: without a reward
+    function (--set task.weights.NAME=0), without one group (--set groups.factor.PROMPT=0), with another learning rate or
+    loss. Shows what the change did, prompt by prompt. The run itself is only read; the same command goes on after a stop.
+    """
+    from minigrpo.pipeline import forks
+
+    pairs = [split_change(text) for text in change or ()]
+    with stdout_for_json(as_json):
+        result = forks.fork(
+            RunDir(run), at=at, change=pairs, steps=steps, times=times, name=name, limit=limit, dry_run=dry_run
+        )
+    if as_json:
+        print_json(result)
+
+
+def split_change(text: str) -> tuple[str, str]:
+    """Split KNOB=VALUE. Raise RecipeError for anything else."""
+    knob, equals, value = text.partition("=")
+    if not equals or not knob.strip():
+        raise RecipeError(f"--set {text!r} sets nothing. Write the knob and its value: --set train.lr=5e-4")
+    return knob.strip().removeprefix("--"), value
 
 
 deliver.add_to(app)

@@ -47,6 +47,7 @@ from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.runs.logger import RunLogger
+from minigrpo.training.group_factor import scale_groups
 from minigrpo.training.metrics import epoch_means, sampler_gap
 from minigrpo.training.retry import update_with_retries
 from minigrpo.training.supervisor import Supervisor
@@ -72,8 +73,9 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: Run
             sampled = supervisor.sample_groups(step)
 
             # 2. Compare siblings: in GRPO a completion's advantage is A = (reward - mean) / (std + 1e-4) of its group,
-            #    or 0 where the rewards of the group differ by no more than `tie`.
+            #    or 0 where the rewards of the group differ by no more than `tie`. A what-if may leave a group out.
             advantages_PG = objective.advantages(Rewards.of(sampled.groups), objective.tie)
+            advantages_PG = scale_groups(advantages_PG, sampled.groups, recipe.groups.factor, step + 1)
 
             # 3. Weigh each token: in GRPO by 1 / (completions in the batch * tokens of this completion). The weights
             #    are shares of the whole batch, so the gradients of micro-batches simply add up.

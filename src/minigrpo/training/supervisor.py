@@ -27,6 +27,7 @@ from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.training import checkpoint
+from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import free_memory, tokens_per_pass
 from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
@@ -64,6 +65,7 @@ class Supervisor:
         self.optimizer, self.objective = optimizer, objective
         self.logger, self.run = logger, logger.run
         training, self.held_out = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
+        check_factors(recipe.groups.factor, training)
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
@@ -108,7 +110,7 @@ class Supervisor:
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that are still to be done; no further one once somebody asked to stop."""
-        for step in range(self._start, self.recipe.train.steps):
+        for step in range(self._start, self.recipe.train.last_step):
             self._clock = Clock(self.policy.device.type)
             yield step
             if self._stopped:
@@ -122,7 +124,8 @@ class Supervisor:
         """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
         config = self.recipe.rollout
         # Every step has a random stream of its own, so a resumed run needs none restored.
-        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step))
+        name = ("rollout", step, *([config.stream] if config.stream else []))
+        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, *name))
         ask = partial(self._rollout, n=config.completions, sampling=sampling)
         sampled = self.source.gather(step, ask, is_informative=self._is_informative)
         self._clock.lap("rollout")
@@ -172,7 +175,7 @@ class Supervisor:
         metrics |= self._clock.metrics(sampled.sampled)
         self._record(step + 1, metrics, sampled, batch)
         self._stopped = self._interrupted()
-        self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.steps)
+        self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.last_step)
 
     def restore(self, prompt: int, rows: int) -> int:
         """Take up the newest whole checkpoint, if any; set `tokens_per_pass`; make arithmetic repeatable.
@@ -202,7 +205,7 @@ class Supervisor:
         self.policy.loss_scale = self.policy.loss_scale.restored(newest.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
-        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.steps}.")
+        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.")
         return newest.step
 
     def _keep_smaller_passes(self, tokens: int) -> None:
