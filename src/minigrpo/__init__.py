@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
+    from minigrpo.pipeline.attack import attack_task as attack_task
     from minigrpo.pipeline.forks import fork as fork
     from minigrpo.pipeline.stages import evaluate as evaluate
     from minigrpo.pipeline.stages import preflight as preflight
@@ -64,6 +65,7 @@ HOMES = {
     "minigrpo.rollouts.engines.scripted": ("Scripted",),
     "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
+    "minigrpo.pipeline.attack": ("attack_task",),
     "minigrpo.pipeline.forks": ("fork",),
     "minigrpo.pipeline.stages": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }

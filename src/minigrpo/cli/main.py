@@ -239,9 +239,10 @@ def fork(
 ) -> None:
     """What if one thing had been otherwise?
 
-    Trains twins from a checkpoint of the run, with and without the change, on the same random numbers: without a reward
-    function (--set task.weights.NAME=0), without one group (--set groups.factor.PROMPT=0), with another learning rate or
-    loss. Shows what the change did, prompt by prompt. The run itself is only read; the same command goes on after a stop.
+    Trains twins from a checkpoint of the run, with and without the change, on the same random numbers: without a
+    reward function (--set task.weights.NAME=0), without one group (--set groups.factor.PROMPT=0), with another
+    learning rate or loss. Shows what the change did, prompt by prompt. The run is only read; after a stop the same
+    command goes on.
     """
     from minigrpo.pipeline import forks
 
@@ -319,23 +320,48 @@ def check_task_command(
     recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
     *,
     limit: Annotated[int, typer.Option(min=2, max=MOST_PROMPTS, help="Prompts tried, half of each split.")] = 32,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Train a cheater, which never sees a question, and see what pays it.")
+    ] = False,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, max=MOST_STEPS, help="Of the cheater's training; 0: only what needs no training."),
+    ] = 60,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of its training after so many.")] = 240.0,
     as_json: AsJson = False,
 ) -> None:
-    """Try a task's grader on right and wrong answers.
+    """Try a task's grader on right and wrong answers, or attack it.
 
-    Scores right, empty, wrong, very long and strange answers, and compares the splits. No model is loaded. Exit code 0
-    where all is well, 1 where training would go wrong. The knobs of the recipe are options here too: --task.name.
+    Scores right, empty, wrong, very long and strange answers, and compares the splits. No model is loaded. With
+    --attack the recipe's model, by default the embedded one, is trained on the task without its questions: what it is
+    paid beyond chance is not for solving. Exit code 0 where all is well, 1 where training would go wrong. The knobs of
+    the recipe are options here too: --task.name.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.evaluation.check_task import check_task, task_check_table
     from minigrpo.tasks.registry import open_task
 
+    if attack:
+        return _attack(loaded, steps, seconds, as_json)
     with stdout_for_json(as_json):
         found = check_task(open_task(loaded), loaded.task, limit)
     if as_json:
         print_json(found.to_dict())
     else:
         Screen().show(task_check_table(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _attack(recipe: Recipe, steps: int, seconds: float, as_json: bool) -> None:
+    from minigrpo.evaluation.cheaters import attack_table
+    from minigrpo.pipeline.attack import attack_task
+
+    with stdout_for_json(as_json):
+        found = attack_task(recipe, steps=steps, seconds=seconds)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Screen().show(attack_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 

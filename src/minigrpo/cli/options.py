@@ -94,7 +94,9 @@ EXAMPLES: dict[str, str] = {
         minigrpo quickstart --train.steps 40 --run runs/short""",
     "check-task": """
         minigrpo check-task  # the embedded task
-        minigrpo check-task my.yaml --json  # the task of a recipe; --task.name FILE.py:NAME for one of your own""",
+        minigrpo check-task my.yaml --json  # the task of a recipe; --task.name FILE.py:NAME for one of your own
+        minigrpo check-task my.yaml --attack  # can its reward be earned without the question?
+        minigrpo check-task my.yaml --attack --steps 0  # only the ways that need no training: seconds""",
     "doctor": """
         minigrpo doctor
         minigrpo doctor --json""",

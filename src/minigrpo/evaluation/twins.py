@@ -130,7 +130,7 @@ def twin_table(found: TwinComparison) -> RenderableType:
         table.add_row(FIGURES[figure.name][1], *shown, Text(words, style))
     kl = found.kl
     spread = f" [{max(0.0, kl.low):.2g}, {kl.high:.2g}]" if kl.count > 1 else ""
-    table.add_row("KL from unchanged", "0", f"{kl.value:.2g}{spread}", "nats a token")
+    table.add_row("KL from unchanged", "", "", f"{kl.value:.2g}{spread} nats a token")
     return titled(f"{found.change}: intervals over {found.over}", table, *map(Text, _prompt_lines(found)))
 
 
@@ -168,7 +168,7 @@ def render_twin_svg(found: TwinComparison, unchanged: Curve, changed: Curve) -> 
     steps = widened(step for step, _ in every)
     frame = Frame(_LEFT[0], _TOP, _LEFT[1], _BOTTOM, steps, widened(value for _, value in every))
     parts = [label(_LEFT[0], 16, "right, of the answers of each step"), *frame.grid()]
-    for name, draws, color, at in (("unchanged", unchanged, BLUE, 290), ("changed", changed, ORANGE, 276)):
+    for name, draws, color, at in (("unchanged", unchanged, BLUE, 12), ("changed", changed, ORANGE, 26)):
         columns = [(points[0][0], [value for _, value in points]) for points in zip(*draws, strict=False)]
         low, high = ([(step, pick(values)) for step, values in columns] for pick in (min, max))
         if len(draws) > 1:
@@ -176,7 +176,7 @@ def render_twin_svg(found: TwinComparison, unchanged: Curve, changed: Curve) -> 
         parts.append(frame.line([(step, fmean(values)) for step, values in columns], color))
         parts.append(label(_LEFT[1], at, name, "end", color))
     parts += [label(_LEFT[0], 276, f"step {min(step for step, _ in every):g}")]
-    parts += [label(_LEFT[1] - 90, 276, f"step {max(step for step, _ in every):g}", "end")]
+    parts += [label(_LEFT[1], 276, f"step {max(step for step, _ in every):g}", "end")]
     return picture(WIDTH, HEIGHT, f"what {found.change} did", [*parts, *_prompt_bars(found)])
 
 

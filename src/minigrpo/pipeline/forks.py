@@ -2,9 +2,9 @@
 
 Both twins begin from the same weights, optimizer, prompts and random numbers; one of them has the change. Every draw is
 named by seed, step, prompt and sibling, so until their policies differ they say the same words, and whatever differs
-later comes from the change. The unchanged twin of the first draw is the run itself again, which is checked line by line.
-Further draws (`times`) name other random numbers for the answers of the forked steps (`rollout.stream`); their prompts
-are the same.
+later comes from the change. The unchanged twin of the first draw is the run itself again, which is checked line by
+line. Further draws (`times`) name other random numbers for the answers of the forked steps (`rollout.stream`); their
+prompts are the same.
 
     forks/at50-to75                                the unchanged twin: a run, like every other folder here
     forks/at50-to75-task.weights.format-0          the changed one, with fork.json and fork.svg
@@ -44,7 +44,7 @@ from minigrpo.utils.rng import name_key
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minigrpo.evaluation.twins import TwinComparison, TwinPair
+    from minigrpo.evaluation.twins import TwinPair
     from minigrpo.training.checkpoint import Checkpoint
 
 FIXED = (
@@ -89,7 +89,7 @@ class ForkPlan:
                 recipe = self.changed if changed else self.recipe
                 about = f"{self.run.path.name} from step {self.at} on, {self.change if changed else 'unchanged'}"
                 train = recipe.train.model_copy(update={"until": self.until})
-                sampling = recipe.rollout.model_copy(update={"stream": draw})
+                sampling = recipe.rollout.model_copy(update={"stream": recipe.rollout.stream + draw})
                 yield (
                     recipe.model_copy(update={"about": about, "train": train, "rollout": sampling}),
                     self.folder(draw, changed=changed),
@@ -169,7 +169,7 @@ def plan_fork(
         )
     if times > 1 and not names:
         raise RecipeError(f"--times {times} compares twins, but nothing is changed. Say what: --set KNOB=VALUE")
-    words = ", ".join(f"{knob}={_shown(now[knob])}" for knob in names)
+    words = ", ".join(word for knob in names for word in _changes(knob, then[knob], now[knob]))
     stem = name or slug(f"at{at}-to{until}-{words}")[:_LONGEST_NAME]
     limit = limit or recipe.eval.limit
     twins = 2 * times if names else 1
@@ -177,10 +177,14 @@ def plan_fork(
     return ForkPlan(run, recipe, changed, words, stem, at, until, times, limit, seconds)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {_shown(one)}" for name, one in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _changes(knob: str, then: Any, now: Any) -> Iterator[str]:
+    """Yield KNOB=VALUE for a knob, or for each row of a table that differs."""
+    if isinstance(now, Mapping):
+        for name in (*now, *(name for name in then if name not in now)):
+            if now.get(name) != then.get(name):
+                yield from _changes(f"{knob}.{name}", None, now.get(name))
+    else:
+        yield f"{knob}={now:g}" if isinstance(now, float) else f"{knob}={now}"
 
 
 def expected_seconds(run: RunDir, recipe: Recipe, steps: int, answers: int) -> float | None:
@@ -276,9 +280,9 @@ class RunRepeated:
         if self.first_difference or self.checkpoint is False:
             where = self.first_difference or "the weights of the last checkpoint"
             return (
-                f"The unchanged twin differs from the run, first in {where}: another processor, thread count or version "
-                "of a library, or a reward that is not the same twice. Twins are compared with one another, so what "
-                "follows holds for this machine."
+                f"The unchanged twin differs from the run, first in {where}: another processor, thread count or "
+                "library, or a reward that is not the same twice. Twins are compared with one another, so what follows "
+                "holds for this machine."
             )
         ends = ", and so are weights and optimizer at the end" if self.checkpoint else ""
         if not self.steps:

@@ -45,7 +45,7 @@ class Mean:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:+.3g} [{self.low:.3g}, {self.high:.3g}]" if self.count > 1 else f"{self.value:+.3g}"
+        return f"{self.value:+.2g} [{self.low:.2g}, {self.high:.2g}]" if self.count > 1 else f"{self.value:+.2g}"
 
     @property
     def excludes_zero(self) -> bool:
