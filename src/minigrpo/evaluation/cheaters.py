@@ -138,14 +138,15 @@ def make_cheaters(task: Task, honest: HonestAnswers) -> dict[str, Cheater]:
         "all words of the grader": " ".join(words),
         **{f"a word of the grader, {word!r}": word for word in words[:_MOST_WORDS]},
     }
-    constant = {name: _say(text) for name, text in texts.items()}
+    constant = {name: say(text) for name, text in texts.items()}
     for name, find in _COPIES.items():
         constant[f"copied: {name}"] = _copy(find, "", "")
         constant[f"copied into the form: {name}"] = _copy(find, before, after)
     return constant
 
 
-def _say(text: str) -> Cheater:
+def say(text: str) -> Cheater:
+    """Return a cheater that gives every prompt this answer."""
     return lambda prompt: text
 
 
@@ -354,7 +355,8 @@ def attack_table(found: AttackResult) -> RenderableType:
     lines = [line for exploit in found.exploits for line in _exploit_lines(exploit)]
     verdict = Text(f"no exploit found; {found.tried} ways were tried without a model", "bold green")
     if found.exploits:
-        verdict = Text(f"{len(found.exploits)} ways to be paid without solving", "bold red")
+        count = len(found.exploits)
+        verdict = Text(f"{count} way{'s' if count > 1 else ''} to be paid without solving", "bold red")
     return Stack(titled(title, table), *lines, verdict)
 
 

@@ -13,23 +13,38 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from minigrpo.config.schema import EvalConfig, GroupsConfig, ObjectiveConfig, Recipe, SaveConfig, WarmupConfig
 from minigrpo.errors import DivergenceError
+from minigrpo.evaluation.cheaters import (
+    AttackResult,
+    Chance,
+    Cheater,
+    Exploit,
+    HonestAnswers,
+    best_constant,
+    deal,
+    find_exploit,
+    grade_texts,
+    hide_questions,
+    make_cheaters,
+    mean_reward,
+    say,
+    short_answer,
+)
+from minigrpo.evaluation.check_task import sample_evenly
 from minigrpo.pipeline.context import OpenedRun, open_all
+from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
-from minigrpo.types import Group, Prompt, Sampling, Task
+from minigrpo.tasks.registry import open_task
+from minigrpo.types import Completion, Group, Prompt, Sampling, Task
 from minigrpo.ui.screen import Screen
-
-if TYPE_CHECKING:
-    from minigrpo.evaluation.cheaters import AttackResult, Chance, Exploit, HonestAnswers
-    from minigrpo.rollouts.async_grader import Grader
+from minigrpo.utils.rates import mean_interval
 
 STEPS, SECONDS = 60, 240.0
 """Steps of the cheater's training, and seconds after which no further part of it is begun: on two cores the embedded
@@ -59,10 +74,6 @@ def attack_task(recipe: Recipe, *, steps: int = STEPS, seconds: float = SECONDS)
     `steps`: of the cheater's training, 0 for none; no part of it is begun after `seconds`. Raise TaskError where the
     task cannot judge.
     """
-    from minigrpo.evaluation.cheaters import AttackResult, hide_questions, make_cheaters
-    from minigrpo.rollouts.async_grader import Grader
-    from minigrpo.tasks.registry import open_task
-    from minigrpo.utils.rates import mean_interval
 
     began = time.monotonic()
     task, attacker = open_task(recipe), attack_recipe(recipe, steps)
@@ -77,8 +88,6 @@ def attack_task(recipe: Recipe, *, steps: int = STEPS, seconds: float = SECONDS)
     if opened is not None and steps:
         cheat = OpenedRun(attacker, hidden, opened.policy, opened.engine)
         groups, done = _train_cheater(cheat, ground, steps, began + seconds)
-        from minigrpo.evaluation.cheaters import find_exploit
-
         trained = ground.chance.gain([group.grades for group in groups])
         found = find_exploit("a model, trained without the question", ground.chance, groups)
         exploits += [found] if found else []
@@ -131,8 +140,6 @@ def attack_recipe(recipe: Recipe, steps: int) -> Recipe:
 def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> HonestAnswers:
     """Collect right answers to training questions, or the model's own where the task gives none, and find the one that
     is worth most as an answer to all of them."""
-    from minigrpo.evaluation.cheaters import HonestAnswers, best_constant, grade_texts, short_answer
-    from minigrpo.evaluation.check_task import sample_evenly
 
     asked = sample_evenly(prompts_of(task, "train"), _HONEST)
     if task.gold is not None:
@@ -141,7 +148,7 @@ def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> Hon
         assert opened is not None, "a model answers where the task does not"
         texts = [group.completions[0].answer for group in _sample(opened, task, asked, n=1)]
     answers = dict(zip(texts, (short_answer(*pair) for pair in zip(asked, texts, strict=True)), strict=True))
-    constants = [lambda prompt, text=text: text for text in answers]
+    constants = [say(text) for text in answers]
     judged = sample_evenly(prompts_of(task, "train"), _CHOSEN_ON)
     best = list(answers)[best_constant(grade_texts(grader, judged, constants))]
     return HonestAnswers(tuple(answers), tuple(answers.values()), best, task.gold is not None)
@@ -149,8 +156,6 @@ def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> Hon
 
 def _survey(task: Task, grader: Grader, honest: HonestAnswers) -> _Ground:
     """Grade the best constant answer, answers dealt to other questions, and right ones, on prompts of both splits."""
-    from minigrpo.evaluation.cheaters import Chance, deal, grade_texts, mean_reward
-    from minigrpo.evaluation.check_task import sample_evenly
 
     chosen_on, judged_on = (
         sample_evenly(prompts_of(task, split), count) for split, count in (("train", _CHOSEN_ON), ("test", _JUDGED_ON))
@@ -161,9 +166,8 @@ def _survey(task: Task, grader: Grader, honest: HonestAnswers) -> _Ground:
     return _Ground(chosen_on, judged_on, Chance(then[0], solving[0]), Chance(now[0], solving[1]), mean_reward(now[1]))
 
 
-def _try_without_model(cheaters: dict[str, object], grader: Grader, ground: _Ground) -> Iterator[Exploit]:
+def _try_without_model(cheaters: Mapping[str, Cheater], grader: Grader, ground: _Ground) -> Iterator[Exploit]:
     """Yield the ways that beat chance on training prompts, and again on unseen ones."""
-    from minigrpo.evaluation.cheaters import find_exploit, grade_texts
 
     graded = list(zip(*grade_texts(grader, ground.chosen_on, list(cheaters.values())), strict=True))
     for name, column in zip(cheaters, graded, strict=True):
@@ -174,9 +178,7 @@ def _try_without_model(cheaters: dict[str, object], grader: Grader, ground: _Gro
                 yield found
 
 
-def _as_groups(prompts: Sequence[Prompt], cheater: object, grader: Grader) -> list[Group]:
-    from minigrpo.evaluation.cheaters import grade_texts
-    from minigrpo.types import Completion
+def _as_groups(prompts: Sequence[Prompt], cheater: Cheater, grader: Grader) -> list[Group]:
 
     grades = grade_texts(grader, prompts, [cheater])
     texts = [cheater(prompt) for prompt in prompts]
@@ -216,7 +218,6 @@ def _beats(cheat: OpenedRun, ground: _Ground) -> bool:
 
 
 def _sample(opened: OpenedRun, task: Task, prompts: Sequence[Prompt], *, n: int) -> list[Group]:
-    from minigrpo.rollouts.async_grader import Grader
 
     config = opened.recipe.rollout
     sampling = Sampling(config.temperature, config.max_tokens, opened.recipe.seed)

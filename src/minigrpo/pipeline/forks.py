@@ -28,23 +28,25 @@ from rich.text import Text
 from minigrpo.config.load import Overrides, load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, RecipeError, command_line
+from minigrpo.evaluation.statistics import score_groups
+from minigrpo.evaluation.twins import TwinComparison, TwinPair, render_twin_svg, twin_table
 from minigrpo.pipeline import prepare, stages
 from minigrpo.pipeline.context import OpenedRun, open_all
+from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.manifest import create_run, fits, flat, refuse_other_recipe, result_path, slug, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, tidy, write_json, write_whole
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Group, Sampling
 from minigrpo.ui.live import duration
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
-from minigrpo.utils.rng import name_key
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minigrpo.evaluation.twins import TwinPair
     from minigrpo.training.checkpoint import Checkpoint
 
 FIXED = (
@@ -162,6 +164,8 @@ def plan_fork(
             )
     until = at + steps if steps is not None else recipe.train.last_step
     most = min(recipe.train.steps, changed.train.steps)
+    if at >= most:
+        raise RecipeError(f"The run ends with step {most}, so a fork at step {at} has no step left. Fork earlier: --at")
     if not at < until <= most:
         raise RecipeError(
             f"From step {at} a fork can go on to step {most}, where the learning rate of the run ends, and "
@@ -234,7 +238,6 @@ def _train_twins(plan: ForkPlan, checkpoint: Checkpoint, console: Screen) -> Non
 
 def _refuse_other_prompts(opened: OpenedRun, plan: ForkPlan) -> None:
     """Raise RecipeError where the change leads to other training prompts: twins would not be asked the same."""
-    from minigrpo.tasks.registry import open_task
 
     own = [prompt.id for prompt in prompts_of(opened.task, "train")]
     if plan.change and own != [prompt.id for prompt in prompts_of(open_task(plan.changed), "train")]:
@@ -320,7 +323,6 @@ def _rows_after(run: RunDir, at: int, until: int) -> Iterator[dict[str, Any]]:
 
 def _compare_twins(plan: ForkPlan, figures: Mapping[str, Any], console: Screen) -> dict[str, Any]:
     """Measure every pair, show what the change did, and leave table and plot in the changed twin's folder."""
-    from minigrpo.evaluation.twins import TwinComparison, render_twin_svg, twin_table
 
     found = TwinComparison(plan.change, tuple(_measure_pairs(plan, console)))
     changed = plan.folder(0, changed=True)
@@ -345,7 +347,6 @@ def _accuracy_curve(plan: ForkPlan, twin: RunDir) -> list[tuple[float, float]]:
 def _measure_pairs(plan: ForkPlan, console: Screen) -> list[TwinPair]:
     """Return the answers of every pair, from its file where that still fits; one policy takes up one twin's weights
     after the other's."""
-    from minigrpo.evaluation.twins import TwinPair
 
     pairs: list[TwinPair] = []
     opened: OpenedRun | None = None
@@ -369,8 +370,7 @@ def _measure(opened: OpenedRun, twins: Sequence[RunDir], plan: ForkPlan, draw: i
     import torch
 
     from minigrpo.algorithms.objective import kl_k3
-    from minigrpo.evaluation.statistics import score_groups
-    from minigrpo.evaluation.twins import TwinPair
+    from minigrpo.utils.rng import name_key
 
     config = opened.recipe.rollout
     sampling = Sampling(config.temperature, config.max_tokens, name_key(opened.recipe.seed, "fork", draw))
@@ -385,7 +385,6 @@ def _measure(opened: OpenedRun, twins: Sequence[RunDir], plan: ForkPlan, draw: i
 
 
 def _ask(opened: OpenedRun, plan: ForkPlan, sampling: Sampling) -> list[Group]:
-    from minigrpo.rollouts.async_grader import Grader
 
     prompts = prompts_of(opened.task, "test", plan.limit)
     groups: list[Group] = []
