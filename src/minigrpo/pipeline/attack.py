@@ -74,7 +74,6 @@ def attack_task(recipe: Recipe, *, steps: int = STEPS, seconds: float = SECONDS)
     `steps`: of the cheater's training, 0 for none; no part of it is begun after `seconds`. Raise TaskError where the
     task cannot judge.
     """
-
     began = time.monotonic()
     task, attacker = open_task(recipe), attack_recipe(recipe, steps)
     hidden = hide_questions(task)
@@ -140,7 +139,6 @@ def attack_recipe(recipe: Recipe, steps: int) -> Recipe:
 def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> HonestAnswers:
     """Collect right answers to training questions, or the model's own where the task gives none, and find the one that
     is worth most as an answer to all of them."""
-
     asked = sample_evenly(prompts_of(task, "train"), _HONEST)
     if task.gold is not None:
         texts = [task.gold(prompt) for prompt in asked]
@@ -156,7 +154,6 @@ def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> Hon
 
 def _survey(task: Task, grader: Grader, honest: HonestAnswers) -> _Ground:
     """Grade the best constant answer, answers dealt to other questions, and right ones, on prompts of both splits."""
-
     chosen_on, judged_on = (
         sample_evenly(prompts_of(task, split), count) for split, count in (("train", _CHOSEN_ON), ("test", _JUDGED_ON))
     )
@@ -168,7 +165,6 @@ def _survey(task: Task, grader: Grader, honest: HonestAnswers) -> _Ground:
 
 def _try_without_model(cheaters: Mapping[str, Cheater], grader: Grader, ground: _Ground) -> Iterator[Exploit]:
     """Yield the ways that beat chance on training prompts, and again on unseen ones."""
-
     graded = list(zip(*grade_texts(grader, ground.chosen_on, list(cheaters.values())), strict=True))
     for name, column in zip(cheaters, graded, strict=True):
         then = ground.chance_then
@@ -179,7 +175,6 @@ def _try_without_model(cheaters: Mapping[str, Cheater], grader: Grader, ground: 
 
 
 def _as_groups(prompts: Sequence[Prompt], cheater: Cheater, grader: Grader) -> list[Group]:
-
     grades = grade_texts(grader, prompts, [cheater])
     texts = [cheater(prompt) for prompt in prompts]
     return [
@@ -218,7 +213,6 @@ def _beats(cheat: OpenedRun, ground: _Ground) -> bool:
 
 
 def _sample(opened: OpenedRun, task: Task, prompts: Sequence[Prompt], *, n: int) -> list[Group]:
-
     config = opened.recipe.rollout
     sampling = Sampling(config.temperature, config.max_tokens, opened.recipe.seed)
     with Grader.of(task, opened.recipe.task) as grader:
