@@ -3,7 +3,8 @@
 GRPO finds whatever a reward pays for. This shows in seconds what it should not pay for: right answers that earn too
 little, empty or wrong ones that earn as much, scores that change from call to call, prompts in both splits.
 
-Not covered: clever wrong answers. A grader that passes may still be fooled by others than these.
+Not covered: clever wrong answers. A grader that passes may still be fooled by others than these: an attack
+(pipeline/attack.py) looks for them.
 """
 
 from __future__ import annotations

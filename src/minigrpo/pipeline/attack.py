@@ -198,6 +198,8 @@ def _train_cheater(cheat: OpenedRun, ground: _Ground, steps: int, deadline: floa
                 grpo(recipe, cheat.task, cheat.policy, cheat.engine, RunLogger(run, until, console=Screen(stderr=True)))
             except DivergenceError:
                 break
+            if not run.checkpoint(until).is_dir():
+                raise KeyboardInterrupt  # the signal had waited until the step was done
             done = until
             if _beats(cheat, ground) or 2 * time.monotonic() - start > deadline:
                 break
@@ -215,7 +217,7 @@ def _beats(cheat: OpenedRun, ground: _Ground) -> bool:
 def _sample(opened: OpenedRun, task: Task, prompts: Sequence[Prompt], *, n: int) -> list[Group]:
     config = opened.recipe.rollout
     sampling = Sampling(config.temperature, config.max_tokens, opened.recipe.seed)
-    with Grader.of(task, opened.recipe.task) as grader:
+    with Grader.of(task, opened.recipe.task, Screen(stderr=True).print) as grader:
         return rollout(
             opened.engine, task, prompts, n=n, sampling=sampling, tokenizer=opened.policy.tokenizer, grader=grader
         )

@@ -226,7 +226,7 @@ def _train_twins(plan: ForkPlan, checkpoint: Checkpoint, console: Screen) -> Non
         _begin_twin(plan.run, checkpoint, recipe, twin)
         with stages.begin_stage(recipe, twin, resume=True):
             opened = open_all(recipe, twin)
-            if not done:
+            if not done and plan.change:
                 _refuse_other_prompts(opened, plan)
             prepare.begin_run(opened, twin)
             prepare.warm_up(opened, twin, console)
@@ -237,14 +237,17 @@ def _train_twins(plan: ForkPlan, checkpoint: Checkpoint, console: Screen) -> Non
 
 
 def _refuse_other_prompts(opened: OpenedRun, plan: ForkPlan) -> None:
-    """Raise RecipeError where the change leads to other training prompts: twins would not be asked the same."""
+    """Raise RecipeError where the change leads to other training prompts: twins would not be asked the same. Find now
+    what would else end the changed twin, after the unchanged one was trained: names that the task does not know."""
+    from minigrpo.training.group_factor import check_factors
 
-    own = [prompt.id for prompt in prompts_of(opened.task, "train")]
-    if plan.change and own != [prompt.id for prompt in prompts_of(open_task(plan.changed), "train")]:
+    own, theirs = (prompts_of(task, "train") for task in (opened.task, open_task(plan.changed)))
+    if [prompt.id for prompt in own] != [prompt.id for prompt in theirs]:
         raise RecipeError(
             f"With {plan.change} the task has other training prompts, so the twins would not be asked the same. Begin "
             "a run of its own with it: minigrpo train"
         )
+    check_factors(plan.changed.groups.factor, own)
 
 
 def _begin_twin(run: RunDir, checkpoint: Checkpoint, recipe: Recipe, twin: RunDir) -> None:
