@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from minigrpo.errors import RecipeError as RecipeError
     from minigrpo.errors import SandboxError as SandboxError
     from minigrpo.errors import TaskError as TaskError
+    from minigrpo.pipeline.attack import attack_task as attack_task
     from minigrpo.pipeline.audit import audit as audit
+    from minigrpo.pipeline.forks import fork as fork
     from minigrpo.pipeline.replay import replay as replay
     from minigrpo.pipeline.stages import evaluate as evaluate
     from minigrpo.pipeline.stages import preflight as preflight
@@ -67,6 +69,8 @@ HOMES = {
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
     "minigrpo.pipeline.audit": ("audit",),
     "minigrpo.pipeline.replay": ("replay",),
+    "minigrpo.pipeline.attack": ("attack_task",),
+    "minigrpo.pipeline.forks": ("fork",),
     "minigrpo.pipeline.stages": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}

@@ -106,7 +106,7 @@ def train(recipe: Recipe, run: Place, *, live: bool = True, despite_preflight: b
     folder = run_dir(run)
     if not despite_preflight:
         refuse_failed_preflight(recipe, folder)
-    watching: AbstractContextManager[None] = watch(folder, recipe.train.steps) if live else nullcontext()
+    watching: AbstractContextManager[None] = watch(folder, recipe.train.last_step) if live else nullcontext()
     with watching:
         stages.train(recipe, folder, resume=True)
 

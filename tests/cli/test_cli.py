@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from minigrpo.cli.options import EXAMPLES, split_overrides
 from minigrpo.config.load import field_table, load_recipe, recipe_names
 from minigrpo.config.schema import TASK_NAMES
 from minigrpo.errors import ModelError, RecipeError
-from minigrpo.pipeline import stages
+from minigrpo.evaluation.cheaters import AttackResult, Exploit
+from minigrpo.pipeline import attack, forks, stages
 from minigrpo.runs.rundir import RunDir
+from minigrpo.utils.rates import mean_interval
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
-COMMANDS = (*ROAD, "check-task", "doctor", "tasks", "recipes")
+COMMANDS = (*ROAD, "fork", "check-task", "doctor", "tasks", "recipes")
+DELIVERY = ("check", "merge", "export", "verify", "publish", "serve")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
 
@@ -125,12 +128,12 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     for stage in ("preflight", "train", "evaluate", "run_all", "quickstart", "warmup"):
         spy(stage, {} if stage != "preflight" else VERDICT)
     spy("plan", FakePlan(True))
+    monkeypatch.setattr(attack, "attack_task", lambda *_, **__: NOTHING_FOUND)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
         # Most of these need a trained run, or an adapter.
-        trained = ("adopt", "check", "merge", "export", "verify", "replay", "audit", "publish", "serve")
-        if words[0] not in ("doctor", "sandbox", *trained):
+        if words[0] not in ("doctor", "sandbox", "fork", "replay", "audit", "adopt", *DELIVERY):
             assert minigrpo_says(*words).code == 0, words
 
 
@@ -143,6 +146,22 @@ class FakeVerdict:
 
 
 VERDICT = FakeVerdict(True)
+
+
+NOTHING_FOUND = AttackResult(
+    task="sums",
+    prompts=2,
+    chance=mean_interval([0.1, 0.3]),
+    shuffled=0.1,
+    solving=1.0,
+    right=True,
+    tried=9,
+    trained=mean_interval([0.0, -0.1]),
+    steps=60,
+    hidden=(),
+    exploits=(),
+    seconds=1.0,
+)
 
 
 @dataclass(frozen=True)
@@ -305,6 +324,30 @@ def test_one_answer_is_the_likeliest_by_default(minigrpo_says: Any, spy: Any) ->
     evaluate = spy("evaluate", {})
     minigrpo_says("evaluate", "models/x")
     assert evaluate.options["temperature"] == 0.0
+
+
+def test_a_fork_takes_its_changes_one_by_one(minigrpo_says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Spy({"kl": 0.5})
+    monkeypatch.setattr(forks, "fork", asked)
+    line = ("--set", "task.weights.format=0", "--set", "task.system=a=b", "--steps", "5", "--times", "3")
+    ended = minigrpo_says("fork", "runs/x", "--at", "50", *line, "--json")
+    assert (ended.code, json.loads(ended.out)) == (0, {"kl": 0.5})
+    assert asked.args == (RunDir(Path("runs/x")),)
+    assert asked.options["change"] == [("task.weights.format", "0"), ("task.system", "a=b")]
+    assert (asked.options["at"], asked.options["steps"], asked.options["times"]) == (50, 5, 3)
+    assert "Write the knob and its value" in minigrpo_says("fork", "runs/x", "--at", "50", "--set", "train.lr").err
+
+
+def test_an_attack_that_finds_something_ends_with_one_and_shows_it(
+    minigrpo_says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = Exploit("no text at all", 0.5, mean_interval([0.3, 0.5, 0.4]), {"length": 0.4}, (("[b]", 0.5),))
+    monkeypatch.setattr(attack, "attack_task", lambda *_, **__: replace(NOTHING_FOUND, exploits=(way,)))
+    ended = minigrpo_says("check-task", "--attack")
+    assert ended.code == 1
+    assert all(words in ended.out for words in ("no text at all", "length +0.4", "[b]", "1 way to be paid"))
+    told = minigrpo_says("check-task", "--attack", "--json")
+    assert (told.code, json.loads(told.out)["exploits"][0]["name"]) == (1, "no text at all")
 
 
 def test_recipes_lists_them_and_prints_one_that_can_be_read_back(minigrpo_says: Any, tmp_path: Path) -> None:

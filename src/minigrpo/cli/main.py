@@ -25,8 +25,8 @@ from minigrpo.cli.options import (
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
-from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, Recipe
-from minigrpo.errors import MinigrpoError
+from minigrpo.config.schema import MOST_ANSWERS, MOST_PROMPTS, MOST_STEPS, Recipe
+from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
 from minigrpo.ui.screen import Screen, lenient_streams, print_result, stdout_encodes
@@ -210,6 +210,61 @@ def evaluate(
         print_json(result)
 
 
+@app.command(cls=Command)
+def fork(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has trained.")],
+    *,
+    at: Annotated[int, typer.Option(min=0, max=MOST_STEPS, metavar="STEP", help="Of the checkpoint to fork at.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="What is to be otherwise; may be repeated.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_STEPS, help="Steps that each twin does.", show_default="all that the run has left"
+        ),
+    ] = None,
+    times: Annotated[
+        int, typer.Option(min=1, max=1000, help="Draws of random numbers; from 3 on the interval is worth having.")
+    ] = 1,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of RUN/forks/NAME.", show_default="step and change")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=MOST_PROMPTS, help="Unseen prompts that twins are asked.", show_default="eval.limit of the run"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What if one thing had been otherwise?
+
+    Trains twins from a checkpoint of the run, with and without the change, on the same random numbers: without a
+    reward function (--set task.weights.NAME=0), without one group (--set groups.factor.PROMPT=0), with another
+    learning rate or loss. Shows what the change did, prompt by prompt. The run is only read; after a stop the same
+    command goes on.
+    """
+    from minigrpo.pipeline import forks
+
+    pairs = [split_change(text) for text in change or ()]
+    with stdout_for_json(as_json):
+        result = forks.fork(
+            RunDir(run), at=at, change=pairs, steps=steps, times=times, name=name, limit=limit, dry_run=dry_run
+        )
+    if as_json:
+        print_json(result)
+
+
+def split_change(text: str) -> tuple[str, str]:
+    """Split KNOB=VALUE. Raise RecipeError for anything else."""
+    knob, equals, value = text.partition("=")
+    if not equals or not knob.strip():
+        raise RecipeError(f"--set {text!r} sets nothing. Write the knob and its value: --set train.lr=5e-4")
+    return knob.strip().removeprefix("--"), value
+
+
 deliver.add_to(app)
 prove.add_proofs_to(app)
 app.command(cls=Command)(sandbox)
@@ -268,23 +323,48 @@ def check_task_command(
     recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
     *,
     limit: Annotated[int, typer.Option(min=2, max=MOST_PROMPTS, help="Prompts tried, half of each split.")] = 32,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Train a cheater, which never sees a question, and see what pays it.")
+    ] = False,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, max=MOST_STEPS, help="Of the cheater's training; 0: only what needs no training."),
+    ] = 60,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of its training after so many.")] = 240.0,
     as_json: AsJson = False,
 ) -> None:
-    """Try a task's grader on right and wrong answers.
+    """Try a task's grader on right and wrong answers, or attack it.
 
-    Scores right, empty, wrong, very long and strange answers, and compares the splits. No model is loaded. Exit code 0
-    where all is well, 1 where training would go wrong. The knobs of the recipe are options here too: --task.name.
+    Scores right, empty, wrong, very long and strange answers, and compares the splits. No model is loaded. With
+    --attack the recipe's model, by default the embedded one, is trained on the task without its questions: what it is
+    paid beyond chance is not for solving. Exit code 0 where all is well, 1 where training would go wrong. The knobs of
+    the recipe are options here too: --task.name.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.evaluation.check_task import check_task, task_check_table
     from minigrpo.tasks.registry import open_task
 
+    if attack:
+        return _attack(loaded, steps, seconds, as_json)
     with stdout_for_json(as_json):
         found = check_task(open_task(loaded), loaded.task, limit)
     if as_json:
         print_json(found.to_dict())
     else:
         Screen().show(task_check_table(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _attack(recipe: Recipe, steps: int, seconds: float, as_json: bool) -> None:
+    from minigrpo.evaluation.cheaters import attack_table
+    from minigrpo.pipeline.attack import attack_task
+
+    with stdout_for_json(as_json):
+        found = attack_task(recipe, steps=steps, seconds=seconds)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Screen().show(attack_table(found))
     raise typer.Exit(0 if found.ok else 1)
 
 

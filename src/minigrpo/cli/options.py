@@ -47,6 +47,12 @@ EXAMPLES: dict[str, str] = {
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct
         minigrpo evaluate ./model --recipe my.yaml -n 8 --json > result.json
         minigrpo evaluate ./model --split train -n 8 --limit 9999 --out rates.json  # then train with --task.rates""",
+    "fork": """
+        minigrpo fork runs/my --at 50  # the same again: is it, byte for byte?
+        minigrpo fork runs/my --at 50 --steps 25 --set task.weights.format=0 --times 5  # without this reward
+        minigrpo fork runs/my --at 50 --set train.lr=5e-4 --set objective.name=dr_grpo
+        minigrpo fork runs/my --at 50 --set groups.factor.train-7@51=-1  # one group of step 51, turned
+        minigrpo fork runs/my --at 50 --set train.lr=5e-4 --dry-run  # how long would that take?""",
     "adopt": """
         minigrpo adopt ./adapter --task.name gsm8k  # its config names the base; leaves runs/adapter
         minigrpo adopt ./adapter --base ./base --recipe my.yaml --run runs/theirs""",
@@ -96,7 +102,9 @@ EXAMPLES: dict[str, str] = {
         minigrpo quickstart --train.steps 40 --run runs/short""",
     "check-task": """
         minigrpo check-task  # the embedded task
-        minigrpo check-task my.yaml --json  # the task of a recipe; --task.name FILE.py:NAME for one of your own""",
+        minigrpo check-task my.yaml --json  # the task of a recipe; --task.name FILE.py:NAME for one of your own
+        minigrpo check-task my.yaml --attack  # can its reward be earned without the question?
+        minigrpo check-task my.yaml --attack --steps 0  # only the ways that need no training: seconds""",
     "doctor": """
         minigrpo doctor
         minigrpo doctor --json""",

@@ -149,6 +149,9 @@ class RolloutConfig(Config):
     server: str | None = field(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
     share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
     rows: int = field(256, "completions decoded side by side", "rows", ge=1, le=MOST_ANSWERS)
+    stream: int = field(
+        0, "other answers to the same prompts: names another random stream of sampling alone", ge=0, lt=2**31
+    )
 
 
 class GroupsConfig(Config):
@@ -170,6 +173,11 @@ class GroupsConfig(Config):
         "how much likelier a half-solved prompt is drawn than one always or never solved; 0: all alike",
         ge=0,
         le=10,
+    )
+    factor: dict[str, float] = field(
+        {},
+        "advantages of a group are multiplied by this, by the id of its prompt, or PROMPT@STEP for one step alone: 0 "
+        "leaves the group out, -1 turns it",
     )
 
 
@@ -217,6 +225,13 @@ class ObjectiveConfig(Config):
 
 class TrainConfig(Config):
     steps: int = field(100, "rollouts, each followed by its updates", "steps", ge=1, le=MOST_STEPS)
+    until: int = field(
+        0,
+        "the run ends after this step, and its learning rate is still that of train.steps; 0: train.steps",
+        "steps",
+        ge=0,
+        le=MOST_STEPS,
+    )
     inner_epochs: int = field(1, "updates from each rollout", "updates", ge=1, le=64)
     lr: float = field(1e-5, "peak learning rate", gt=0, le=1)
     schedule: Schedule = field("constant", "learning rate after warm-up")
@@ -233,6 +248,11 @@ class TrainConfig(Config):
         "auto", "where the frozen copy of train.full with a KL term lies; auto: on the device where the plan has room"
     )
     threads: int = field(0, "CPU threads; 0: all cores", "threads", ge=0, le=4096)
+
+    @property
+    def last_step(self) -> int:
+        """Return the number of steps that the run does."""
+        return self.until or self.steps
 
 
 class SaveConfig(Config):
@@ -331,6 +351,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         train.full and recipe.model.quantize != "none",
         "model.quantize packs frozen weights, and train.full trains them: leave one of them at its default",
     )
+    yield train.until > train.steps, "train.until is more than train.steps: the learning rate has no value after them"
     yield recipe.task.fewest > recipe.task.most, "task.fewest is more than task.most: no puzzle has so many empty cells"
     yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
     yield (

@@ -3,7 +3,8 @@
 GRPO finds whatever a reward pays for. This shows in seconds what it should not pay for: right answers that earn too
 little, empty or wrong ones that earn as much, scores that change from call to call, prompts in both splits.
 
-Not covered: clever wrong answers. A grader that passes may still be fooled by others than these.
+Not covered: clever wrong answers. A grader that passes may still be fooled by others than these: an attack
+(pipeline/attack.py) looks for them.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class _Trial:
 def check_task(task: Task, config: TaskConfig, limit: int = 32) -> TaskCheck:
     """Grade made-up answers to `limit` prompts, half of each split. Raise TaskError where a split has none."""
     every = {split: list(prompts_of(task, split)) for split in _SPLITS}
-    asked = [prompt for prompts in every.values() for prompt in _sample_evenly(prompts, max(1, limit // 2))]
+    asked = [prompt for prompts in every.values() for prompt in sample_evenly(prompts, max(1, limit // 2))]
     faults: list[TaskFinding] = []
     trials: list[_Trial] = []
     began = time.perf_counter()
@@ -120,7 +121,7 @@ _PLACEHOLDERS = {"long": "very long", "unicode": "random characters"}
 """Descriptions in place of texts that are unreadable in a message."""
 
 
-def _sample_evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+def sample_evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Return up to `count` prompts, evenly spaced, because files are often sorted."""
     return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else list(prompts)
 

@@ -109,6 +109,12 @@ class Policy:
         with self._dropout_off(), self.adapter_off():
             return self._score(self.model, batch).logprobs_N
 
+    @torch.no_grad()
+    def present(self, batch: MicroBatch) -> Tensor:
+        """Return logprobs_N under the model as it is now; dropout off."""
+        with self._dropout_off():
+            return self._score(self.model, batch).logprobs_N
+
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Switch the adapter off inside the block."""

@@ -6,6 +6,7 @@ recipe has a warm-up, the warm-up comes first, and preflight judges again.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,14 @@ def is_warm(recipe: Recipe, run: RunDir) -> bool:
 def begin_with_warmup(opened: OpenedRun, run: RunDir) -> None:
     opened.policy.begin_with(run.warmup, keep_reference=opened.recipe.objective.kl > 0)
     opened.engine.update(opened.policy)
+
+
+def carry_warmup(run: RunDir, fork: RunDir, recipe: Recipe) -> None:
+    """Copy the run's warm start, if it has one, into a fork with another recipe: it began with the same adapter."""
+    if run.warmup.is_dir():
+        shutil.copytree(run.warmup, fork.warmup)
+        made = read_json(fork.warmup / "made.json")
+        write_json(fork.warmup / "made.json", made | {"made": _warmup_stamp(recipe)})
 
 
 def _warm_up(opened: OpenedRun, run: RunDir, console: Screen) -> None:

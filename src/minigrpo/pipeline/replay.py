@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minigrpo.config.load import load_recipe
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.pipeline import prepare
 from minigrpo.pipeline.context import OpenedRun, open_all
@@ -209,7 +210,7 @@ def replay_stretch(
     ):
         log = ReplayLog(scratch, logged, stretch.start, stretch.until, report=report, group=group)
         with suppress(DivergenceError):  # the run itself ended with it, after the same step
-            grpo(opened.recipe, opened.task, opened.policy, opened.engine, log, until=stretch.until)
+            grpo(up_to(opened.recipe, stretch.until), opened.task, opened.policy, opened.engine, log)
         if log.step < stretch.until:
             raise KeyboardInterrupt(f"Stopped after step {log.step}: {len(log.exact)} steps were exact so far.")
         compared, differing = _compare_saved(run, scratch, evidence, stretch)
@@ -272,6 +273,11 @@ def _copy_beginning(source: Path, target: Path, size: int) -> None:
 def _weights(scratch: RunDir, step: int) -> dict[str, str]:
     saved = [link.facts["files"] for link in read_chain(scratch) if link.kind == "checkpoint" and link.step == step]
     return {name: saved[-1][name] for name in weight_files(saved[-1])} if saved else {}
+
+
+def up_to(recipe: Recipe, step: int) -> Recipe:
+    """Return the recipe of a run that ends after this step, at the learning rates of the whole run."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"until": step})})
 
 
 def _compare_saved(

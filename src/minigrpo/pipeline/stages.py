@@ -86,7 +86,7 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         prepare.begin_run(opened, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
-            _train(opened, run, show_samples)
+            train_opened(opened, run, show_samples)
     following = command_line("minigrpo", "evaluate", run.path)
     console.show(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"))
 
@@ -168,18 +168,18 @@ def _train_and_evaluate(recipe: Recipe, run: RunDir, console: Screen, show_sampl
         prepare.check_warmup_answers(opened)
         prepare.begin_run(opened, run)
     if result_path(run, recipe.train).exists():
-        _restore(opened, result_path(run, recipe.train))
-        opened.engine.update(opened.policy)
+        restore_result(opened, result_path(run, recipe.train))
         console.show(Text(f"{result_path(run, recipe.train)} is there already."))
     else:
         prepare.prepare(opened, run, console)
         with timed(run, "train"):
-            _train(opened, run, show_samples)
+            train_opened(opened, run, show_samples)
     with timed(run, "evaluate"):
         return before_and_after(opened, run, console)
 
 
-def _restore(opened: OpenedRun, folder: Path) -> None:
+def restore_result(opened: OpenedRun, folder: Path) -> None:
+    """Take up the weights of a result, in the policy and in the engine."""
     try:
         opened.policy.restore(folder)
     except ArtifactError as fault:
@@ -187,19 +187,23 @@ def _restore(opened: OpenedRun, folder: Path) -> None:
             f"{fault} Or remove {folder} and give the same command with --resume: it is made again from the last "
             "checkpoint."
         ) from fault
+    opened.engine.update(opened.policy)
 
 
-def _train(opened: OpenedRun, run: RunDir, show_samples: bool) -> None:
+def train_opened(opened: OpenedRun, run: RunDir, show_samples: bool = False) -> None:
+    """Train what was opened, and leave the result in the run's folder. Raise KeyboardInterrupt where the user stopped
+    it, after the step was saved.
+    """
     from minigrpo.training import checkpoint
     from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
-    logger = RunLogger(run, recipe.train.steps, show_samples=show_samples)
+    logger = RunLogger(run, recipe.train.last_step, show_samples=show_samples)
     grpo(recipe, opened.task, opened.policy, opened.engine, logger)
     last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0
-    if done < recipe.train.steps:
-        logger.say(f"Stopped after step {done} of {recipe.train.steps}. The same command with --resume goes on.")
+    if done < recipe.train.last_step:
+        logger.say(f"Stopped after step {done} of {recipe.train.last_step}. The same command with --resume goes on.")
         raise KeyboardInterrupt  # the signal had waited until the step was saved
     with complete_folder(result_path(run, recipe.train)) as draft:
         opened.policy.save(draft)

@@ -47,6 +47,7 @@ from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.runs.logger import RunLogger
+from minigrpo.training.group_factor import scale_groups
 from minigrpo.training.metrics import epoch_means, sampler_gap
 from minigrpo.training.retry import update_with_retries
 from minigrpo.training.supervisor import Supervisor
@@ -56,18 +57,15 @@ from minigrpo.utils.process import process_settings
 
 
 @process_settings()  # what the run sets for its process (threads, determinism, the heap) is restored at its end
-def grpo(
-    recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger, *, until: int | None = None
-) -> None:
+def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger) -> None:
     """Train the policy, from the newest checkpoint in the logger's run folder if there is one.
 
-    `until`: stop after so many steps, and save; the recipe's own number still shapes the learning rate.
     Raise DivergenceError where training has broken the model.
     """
     objective = open_objective(recipe, inexact_engine=policy.is_sixteen_bit or not engine.is_exact)
     optimizer = open_optimizer(recipe.train, policy)
     with Supervisor(
-        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger, until=until
+        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger
     ) as supervisor:
         for step in supervisor.steps():
             # 1. Sample G completions of each of P prompts from the policy as it is now, and grade their text. A recipe
@@ -75,8 +73,9 @@ def grpo(
             sampled = supervisor.sample_groups(step)
 
             # 2. Compare siblings: in GRPO a completion's advantage is A = (reward - mean) / (std + 1e-4) of its group,
-            #    or 0 where the rewards of the group differ by no more than `tie`.
+            #    or 0 where the rewards of the group differ by no more than `tie`. A what-if may leave a group out.
             advantages_PG = objective.advantages(Rewards.of(sampled.groups), objective.tie)
+            advantages_PG = scale_groups(advantages_PG, sampled.groups, recipe.groups.factor, step + 1)
 
             # 3. Weigh each token: in GRPO by 1 / (completions in the batch * tokens of this completion). The weights
             #    are shares of the whole batch, so the gradients of micro-batches simply add up.

@@ -224,7 +224,7 @@ def compute_figures(
         rollout_seconds=rollout_seconds,
         pass_seconds=pass_seconds,
         step_seconds=step_seconds,
-        training_seconds=None if step_seconds is None else recipe.train.steps * step_seconds,
+        training_seconds=None if step_seconds is None else recipe.train.last_step * step_seconds,
         peak_memory_gb=peak / 1e9 if peak else None,
         planned_memory_gb=plan.peak / 1e9 if plan else None,
         short_of_memory=plan is not None and not plan.fits,

@@ -28,6 +28,7 @@ from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.chain import rewind_chain
 from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.training import checkpoint
+from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import free_memory, tokens_per_pass
 from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
@@ -48,8 +49,6 @@ MOST_SKIPPED = 5
 class Supervisor:
     """One run of the training loop, as a context manager.
 
-    `until`: stop after so many steps, as if somebody had asked to; None: after the recipe's own number.
-
     `tokens_per_pass`: of the next update; it falls where memory runs out. `entropy_weight`: of the entropy bonus.
     """
 
@@ -63,15 +62,14 @@ class Supervisor:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         logger: RunLogger,
-        until: int | None = None,
     ) -> None:
         self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
         self.optimizer, self.objective = optimizer, objective
         self.logger, self.run = logger, logger.run
-        self._until = until
         prompts = prompts_of(task, "train")
         self._data = hash_prompts(prompts)
         training, self.held_out = split_held_out(prompts, recipe.eval, recipe.seed)
+        check_factors(recipe.groups.factor, training)
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
@@ -116,7 +114,7 @@ class Supervisor:
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that are still to be done; no further one once somebody asked to stop."""
-        for step in range(self._start, self.recipe.train.steps):
+        for step in range(self._start, self.recipe.train.last_step):
             self._clock = Clock(self.policy.device.type)
             yield step
             if self._stopped:
@@ -130,7 +128,8 @@ class Supervisor:
         """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
         config = self.recipe.rollout
         # Every step has a random stream of its own, so a resumed run needs none restored.
-        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step))
+        name = ("rollout", step, *([config.stream] if config.stream else []))
+        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, *name))
         ask = partial(self._rollout, n=config.completions, sampling=sampling)
         sampled = self.source.gather(step, ask, is_informative=self._is_informative)
         self._clock.lap("rollout")
@@ -179,8 +178,8 @@ class Supervisor:
             self._clock.lap("eval")
         metrics |= self._clock.metrics(sampled.sampled)
         self._record(step + 1, metrics, sampled, batch)
-        self._stopped = self._interrupted() or step + 1 == self._until
-        self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.steps)
+        self._stopped = self._interrupted()
+        self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.last_step)
 
     def restore(self, prompt: int, rows: int) -> int:
         """Take up the newest whole checkpoint, if any; set `tokens_per_pass`; make arithmetic repeatable.
@@ -212,7 +211,7 @@ class Supervisor:
         self.policy.loss_scale = self.policy.loss_scale.restored(newest.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
-        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.steps}.")
+        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.")
         return newest.step
 
     def _keep_smaller_passes(self, tokens: int) -> None:
