@@ -1,7 +1,7 @@
 """The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
-runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  adapter/  preflight.json  check.json
-          merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
+runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  events.jsonl  checkpoints/000100/  adapter/  preflight.json
+          check.json  merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -65,6 +65,11 @@ class RunDir:
     @property
     def groups(self) -> Path:
         return self.path / "groups.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """When training began, went on and ended."""
+        return self.path / "events.jsonl"
 
     @property
     def machine(self) -> Path:
