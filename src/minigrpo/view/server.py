@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
@@ -181,7 +181,7 @@ def page_files() -> dict[str, Path]:
     return {path.relative_to(PAGE_FOLDER).as_posix(): path for path in found}
 
 
-def serve(folder: Path, port: int, tell: Any) -> None:
+def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     """Serve the runs of a folder until Ctrl-C. `tell`: called with the address to open."""
     server = ViewServer(Library(folder), port)
     tell(server.url)
