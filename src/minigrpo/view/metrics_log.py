@@ -49,7 +49,7 @@ class MetricsLog:
 
     def _add(self, row: Mapping[str, Any]) -> None:
         known = {name: number(value) for name, value in row.items() if name != "step"}
-        for name in known.keys() - self.columns.keys():
+        for name in (name for name in known if name not in self.columns):
             self.columns[name] = array("d", [nan]) * len(self.steps)
         for name, column in self.columns.items():
             column.append(known.get(name, nan))

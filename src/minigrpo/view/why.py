@@ -169,7 +169,10 @@ def _wrong_but_paid(rows: Rows) -> list[Mapping[str, Any]]:
 
 
 def _duplicates(rows: Rows) -> list[Mapping[str, Any]]:
-    """Return the groups with the most siblings that say the same, but for case and punctuation; at least half do."""
+    """Return the groups with the most siblings that say the same, but for case and punctuation; at least half do.
+
+    Among equals, those that earn least come first: right answers may well be the same.
+    """
     found = []
     for line, facts in rows:
         most = max(Counter(facts.words).values(), default=0)
@@ -185,4 +188,4 @@ def _duplicates(rows: Rows) -> list[Mapping[str, Any]]:
                     "reward": reward,
                 }
             )
-    return sorted(found, key=lambda row: -row["same"] / row["of"])[:SHOWN]
+    return sorted(found, key=lambda row: (-row["same"] / row["of"], row["reward"] or 0.0))[:SHOWN]

@@ -1,13 +1,14 @@
 // One chart: uPlot's picture, and beside it what a picture lacks: a table, CSV, SVG and PNG, the keyboard.
 
 import { html, useEffect, useRef, useState } from "./vendor/htm-preact-standalone.js";
-import { figure } from "./format.js";
+import { figure, tick } from "./format.js";
 import { download, csvOf, svgOf, pngOf } from "./export.js";
 import { summary } from "./series.js";
 import { axisName, axisValue, colour, lineColour } from "./theme.js";
 
 const HEIGHT = 200;
 const MOST_ROWS = 1000;
+const WHOLE = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10000, 20000, 50000, 100000];
 const MARK_COLOURS = { alarm: "--warn", failed: "--bad", killed: "--bad", resumed: "--accent", stopped: "--soft" };
 
 // `series`: [{label, values, raw?, dash?, dots?, colour?}]; raw is drawn faintly behind, colour is a number. `band`: {low, high} around the first one.
@@ -149,7 +150,7 @@ function optionsOf({ series, band, axis, share, width, drawing, setHover, select
   return {
     width,
     height: HEIGHT,
-    padding: [8, 8, 0, 0],
+    padding: [8, 22, 0, 0],
     legend: { show: false },
     cursor: {
       sync: { key: "minigrpo" },
@@ -160,11 +161,11 @@ function optionsOf({ series, band, axis, share, width, drawing, setHover, select
       x: { time: false },
       y: share
         ? { range: [-0.02, 1.02] }
-        : { range: (_, low, high) => uPlot.rangeNum(low, high === low ? low + (Math.abs(low) || 1) * 0.1 : high, 0.08, true) },
+        : { range: (_, low, high) => rangeOf(low, high) },
     },
     axes: [
-      { ...text, size: 28, values: (_, ticks) => ticks.map((each) => axisValue(axis, each)), space: 70 },
-      { ...text, size: 52, values: (_, ticks) => ticks.map((each) => figure(each)), space: 32 },
+      { ...text, size: 28, values: (_, ticks) => ticks.map((each) => axisValue(axis, each)), space: 70, incrs: axis === "step" ? WHOLE : undefined },
+      { ...text, size: 52, values: (_, ticks) => ticks.map(tick), space: 32 },
     ],
     series: [{}, ...lines, ...(band ? [edge, edge] : [])],
     bands: band ? [{ series: [first + 1, first], fill: lineColour(0) + "22" }] : [],
@@ -183,10 +184,18 @@ function optionsOf({ series, band, axis, share, width, drawing, setHover, select
   };
 }
 
+// Room around the values; a line that never moves stands in the middle.
+function rangeOf(low, high) {
+  if (low === null) return [0, 1];
+  const room = low === high ? (Math.abs(low) || 1) * 0.2 : 0;
+  return uPlot.rangeNum(low - room, high + room, 0.08, true);
+}
+
 function shade(u, windows) {
   windows.forEach((each, n) => {
-    const left = u.valToPos(each.from, "x", true);
-    const right = u.valToPos(each.to, "x", true);
+    const inside = (place) => Math.max(u.bbox.left, Math.min(u.bbox.left + u.bbox.width, place));
+    const left = inside(u.valToPos(each.from, "x", true));
+    const right = inside(u.valToPos(each.to, "x", true));
     u.ctx.fillStyle = colour(n ? "--window-b" : "--window-a");
     u.ctx.fillRect(left, u.bbox.top, Math.max(2, right - left), u.bbox.height);
     u.ctx.fillStyle = colour("--soft");
@@ -197,7 +206,8 @@ function shade(u, windows) {
 }
 
 function drawMarks(u, marks) {
-  for (const mark of marks) {
+  // A kill and the resume after it stand at the same step: the kill on top.
+  for (const mark of [...marks].sort((a, b) => (a.kind === "killed") - (b.kind === "killed"))) {
     const name = MARK_COLOURS[mark.kind];
     const at = u.valToPos(mark.at, "x", true);
     if (!name || at < u.bbox.left || at > u.bbox.left + u.bbox.width) continue;

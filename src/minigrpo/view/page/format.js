@@ -10,6 +10,13 @@ export function figure(value, digits = 3) {
     .replace("-", "−");
 }
 
+// A number on an axis, short.
+export function tick(value) {
+  const size = Math.abs(value);
+  if (size === 0 || (size >= 1e-3 && size < 1e6)) return figure(value);
+  return Number(value.toPrecision(3)).toExponential().replace("e-", "e−").replace("e+", "e").replace(/^-/, "−");
+}
+
 export function signed(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const fixed = Math.abs(value).toFixed(digits);
@@ -55,7 +62,7 @@ export function pieces(text) {
   for (const match of text.matchAll(STEERING)) {
     if (match.index > from) found.push({ text: text.slice(from, match.index) });
     const code = match[0].codePointAt(0);
-    found.push({ sign: code < 32 ? String.fromCodePoint(0x2400 + code) : `U+${code.toString(16).toUpperCase()}` });
+    found.push({ sign: code < 32 ? `\\x${code.toString(16).padStart(2, "0")}` : `U+${code.toString(16).toUpperCase()}` });
     from = match.index + match[0].length;
   }
   if (from < text.length || !found.length) found.push({ text: text.slice(from) });

@@ -68,7 +68,7 @@ export function AxisControls({ query, axes }) {
 
 export function Choice({ label, name, value, options }) {
   return html`<label class="choice"
-    >${label}
+    >${label}${" "}
     <select value=${value} onChange=${(event) => change({ [name]: event.target.value })}>
       ${options.map(([key, text]) => html`<option key=${key} value=${key}>${text}</option>`)}
     </select></label
@@ -85,7 +85,7 @@ export function Field({ label, name, value, placeholder, invalid }) {
     return () => clearTimeout(timer);
   }, [text]);
   return html`<label class="choice"
-    >${label}
+    >${label}${" "}
     <input
       type="search"
       value=${text}

@@ -3,7 +3,7 @@
 import { html, useState } from "./vendor/htm-preact-standalone.js";
 import { pieces } from "./format.js";
 
-const SHOWN = 6000;
+const SHOWN = 4000;
 
 // `mark`: [start, end) to be marked, `find`: words to be marked wherever they stand.
 export function Text({ text, mark, find }) {

@@ -51,9 +51,10 @@ export function Groups({ run, query, turn }) {
 function Step({ run, query, turn }) {
   const asked = query.step;
   const [found, fault] = useLoaded(() => ask("step", { run, step: asked }), [run, asked, asked === undefined && turn]);
+  // Without a choice: a group whose siblings differ, where there is one.
   const chosen = useMemo(() => {
     if (!found?.groups.length) return null;
-    return found.groups.find((group) => String(group.line) === query.line) || found.groups[0];
+    return found.groups.find((group) => String(group.line) === query.line) || found.groups.find((group) => !group.tied) || found.groups[0];
   }, [found, query.line]);
   useEffect(() => {
     const pressed = (event) => {
@@ -75,7 +76,7 @@ function Step({ run, query, turn }) {
     <div class="slider">
       <button type="button" aria-label="step before" disabled=${found.step <= found.first} onClick=${() => go(found.step - 1)}>‹</button>
       <label
-        >step
+        >step${" "}
         <input
           type="number"
           min=${found.first}
@@ -182,7 +183,7 @@ function Sibling({ each, best, query, here }) {
       >
       <b>reward ${each.reward === null ? "unknown" : figure(each.reward)}</b>
       ${Object.entries(each.parts || {}).map(([name, part]) => html`<span key=${name} class="part">${name} ${figure(part)}</span>`)}
-      <span class=${each.advantage < 0 ? "down" : "up"}>advantage ${signed(each.advantage)}</span>
+      <span class=${each.advantage < 0 ? "down" : each.advantage > 0 ? "up" : "soft"}>advantage ${signed(each.advantage)}</span>
       <span>${figure(each.tokens)} tokens</span>
       ${each.finish === "length" && html`<span class="badge cut">cut off</span>`} ${same && html`<span class="soft">the same text</span>`}
       <span class="soft">sibling ${each.sibling + 1}</span>
@@ -225,8 +226,7 @@ function Hits({ run, query, turn }) {
         (hit) => html`<li key=${`${hit.line}-${hit.sibling}`}>
           <a href=${link("groups", run, { ...query, step: hit.step, line: hit.line, sibling: hit.sibling })}
             >step ${hit.step}, ${hit.prompt}</a
-          >
-          <span class="soft">reward ${figure(hit.reward)}</span>
+          >${" "}<span class="soft">reward ${figure(hit.reward)}</span>
           <${Text} text=${hit.text} find=${query.text} />
         </li>`,
       )}

@@ -35,7 +35,7 @@ export function One({ run, query, turn }) {
 // The place of a step on the axis; 0 before the first.
 function place(metrics, x, step) {
   const at = metrics.steps.findLastIndex((each) => each <= step);
-  return at < 0 ? (x === metrics.steps ? 0 : 0) : x[at];
+  return at < 0 ? 0 : x[at];
 }
 
 function Figure({ chart, metrics, x, axis, window, marks, sentence }) {
@@ -80,7 +80,7 @@ function Marks({ run, marks }) {
       ${told.map(
         (mark, n) => html`<li key=${n} class=${mark.kind}>
           <a href=${link("groups", run, { step: mark.step })}>step ${mark.step}</a>
-          ${mark.time && html` <time datetime=${mark.time}>${mark.time.slice(0, 16).replace("T", " ")}</time>`} ${mark.text}
+          ${mark.time && html`, <time datetime=${mark.time}>${mark.time.slice(0, 16).replace("T", " ")}</time>`}: ${mark.text}
         </li>`,
       )}
     </ol>

@@ -65,7 +65,7 @@ function Prompt({ run, id, turn }) {
   return html`<article class="group">
     <h2>${id}</h2>
     <p>
-      Drawn ${times.length === 1 ? "once" : `${times.length} times`}, right at last in ${percent(share(last.right))}.
+      Drawn ${times.length === 1 ? "once" : `${times.length} times`}, right at last in ${percent(share(last.right))}.${" "}
       ${found.rest === null || found.rest === undefined
         ? "No prompt of this run ever rests (groups.rest)."
         : found.rests
@@ -95,7 +95,7 @@ function Time({ run, time, open }) {
     <${Fault} fault=${fault} />
     ${group &&
     html`<${Scroll} label=${`answers of step ${time.step}`}
-      ><table>
+      ><table class="wide-text">
         <thead>
           <tr>
             <th scope="col">Reward</th>

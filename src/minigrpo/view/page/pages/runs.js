@@ -48,7 +48,7 @@ export function Runs({ library, query, turn }) {
                 />
               </td>
               <th scope="row" class="text">
-                ${chosen.includes(each.name) && html`<i class=${`swatch line-${(chosen.indexOf(each.name) % 8) + 1}`}></i>`}
+                ${chosen.includes(each.name) && html`<i class=${`swatch line-${(chosen.indexOf(each.name) % 8) + 1}`}></i>${" "}`}
                 <a href=${link("run", each.name)}>${each.name}</a>
               </th>
               <td class="text"><span class=${`dot ${each.state}`}></span> ${each.state}</td>

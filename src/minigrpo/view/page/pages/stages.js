@@ -107,9 +107,8 @@ function Evaluations({ run, found, query }) {
       ([name, each]) =>
         each.change &&
         html`<p key=${name}>
-          ${name}: ${each.change.gained} prompts gained, ${each.change.lost} lost, ${(100 * each.change.difference).toFixed(1)} points
-          <span class="interval">[${(100 * each.change.low).toFixed(1)}, ${(100 * each.change.high).toFixed(1)}]</span>; by luck alone:
-          p = ${figure(each.change.p)}
+          ${name}: ${each.change.gained} prompts gained, ${each.change.lost} lost, ${(100 * each.change.difference).toFixed(1)} points${" "}
+          <span class="interval">[${(100 * each.change.low).toFixed(1)}, ${(100 * each.change.high).toFixed(1)}]</span>; by luck alone: p = ${figure(each.change.p)}
         </p>`,
     )}
     <${Answers} ...${{ run, found, query }} />
@@ -119,7 +118,9 @@ function Evaluations({ run, found, query }) {
 // The evaluation whose answers are shown, beside the other one of the same sampling.
 function Answers({ run, found, query }) {
   const files = found.evaluations.map((each) => each.file);
-  const file = files.includes(query.file) ? query.file : files.find((name) => name.startsWith("tuned")) || files[0];
+  const tuned = found.evaluations.filter((each) => each.name === "tuned");
+  const first = tuned.find((each) => !each.sampling?.temperature) || tuned[0] || found.evaluations[0];
+  const file = files.includes(query.file) ? query.file : first.file;
   const guess = files.find((name) => name === file.replace(/^tuned/, "base") && name !== file);
   const beside = query.beside === undefined ? guess || "" : query.beside;
   const only = query.only === undefined ? "" : query.only;

@@ -110,15 +110,15 @@ function Found({ run, found }) {
   return html`
     <section class="verdict" aria-label="The change">
       <p class="headline">
-        The mean reward went from <b>${figure(split.before)}</b> to <b>${figure(split.after)}</b>:
-        <b class=${split.total.value < 0 ? "down" : "up"} id="total" data-value=${split.total.value}>${signed(split.total.value)}</b>
+        The mean reward went from <b>${figure(split.before)}</b> to <b>${figure(split.after)}</b>:${" "}
+        <b class=${split.total.value < 0 ? "down" : "up"} id="total" data-value=${split.total.value}>${signed(split.total.value)}</b>${" "}
         <${Interval} term=${split.total} />
       </p>
       <p class="soft">
-        ${a.completions} and ${b.completions} completions of ${a.groups} and ${b.groups} groups. Right
-        ${share("right", percent)}; well-formed ${share("formed", percent)}; cut off ${share("cut", percent)}; length
-        ${share("tokens", figure)} tokens.
-        ${a.unscored + b.unscored > 0 && html` ${a.unscored + b.unscored} completions could not be scored and are left out.`}
+        ${a.completions} and ${b.completions} completions of ${a.groups} and ${b.groups} groups. Right${" "}
+        ${share("right", percent)}; well-formed ${share("formed", percent)}; cut off ${share("cut", percent)}; length${" "}
+        ${share("tokens", figure)} tokens.${" "}
+        ${a.unscored + b.unscored > 0 && html`${a.unscored + b.unscored} completions could not be scored and are left out.`}
       </p>
     </section>
     <div class="splits">
@@ -211,7 +211,7 @@ function Facts({ term }) {
   const { before, after, weight } = term.facts;
   if (before === undefined || before === null || after === null) return null;
   if (term.name === "no prompt in common" || "in both" in term.facts) {
-    return html`<small>${term.facts["in both"]} in both, of ${before} and ${after}</small>`;
+    return html`<small>${term.facts["in both"]} in both windows, of ${before} and ${after}</small>`;
   }
   const isShare = /more or less often/.test(term.name);
   const show = isShare ? percent : figure;
@@ -290,8 +290,7 @@ function Same({ run, rows }) {
     <ul class="plain">
       ${rows.map(
         (row) => html`<li>
-          <a href=${link("groups", run, { step: row.step, line: row.line })}>step ${row.step}, ${row.prompt}</a>: ${row.same} of
-          ${row.of}, mean reward ${figure(row.reward)}
+          <a href=${link("groups", run, { step: row.step, line: row.line })}>step ${row.step}, ${row.prompt}</a>: ${row.same} of ${row.of}, mean reward ${figure(row.reward)}
         </li>`,
       )}
     </ul>
