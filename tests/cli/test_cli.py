@@ -22,7 +22,7 @@ from minigrpo.pipeline import stages
 from minigrpo.runs.rundir import RunDir
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
-COMMANDS = (*ROAD, "check-task", "doctor", "tasks", "recipes")
+COMMANDS = (*ROAD, "check-task", "doctor", "tasks", "recipes", "view")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
 
@@ -129,7 +129,18 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
         # Most of these need a trained run, or an adapter.
-        if words[0] not in ("doctor", "sandbox", "adopt", "check", "merge", "export", "verify", "publish", "serve"):
+        if words[0] not in (
+            "doctor",
+            "sandbox",
+            "adopt",
+            "check",
+            "merge",
+            "export",
+            "verify",
+            "publish",
+            "serve",
+            "view",
+        ):
             assert minigrpo_says(*words).code == 0, words
 
 
