@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minigrpo.view.group_index import CUT, FORMED, RIGHT, GroupIndex
-from minigrpo.view.search import Wanted, search
+from minigrpo.view.search import Wanted, search_completions
 from tests.helpers.logged_runs import HOSTILE, append, completion, group, hostile_run, log_step, logged_run
 
 
@@ -93,7 +93,7 @@ def test_near_duplicates_have_the_same_number(tmp_path: Path) -> None:
 
 
 def found(index: GroupIndex, text: str, *kinds: str) -> list[tuple[int, int]]:
-    hits, following = search(index, Wanted(text, frozenset(kinds)), 0, seconds=10, most=100)
+    hits, following = search_completions(index, Wanted(text, frozenset(kinds)), 0, seconds=10, most=100)
     assert following is None
     return [(hit["step"], hit["sibling"]) for hit in hits]
 
@@ -119,7 +119,7 @@ def test_a_long_search_says_where_it_goes_on(tmp_path: Path) -> None:
     index = opened(logged_run(tmp_path / "run", steps=5))
     seen, line = [], 0
     while line is not None:
-        hits, line = search(index, Wanted("", frozenset()), line, seconds=0, most=100)  # type: ignore[assignment]
+        hits, line = search_completions(index, Wanted("", frozenset()), line, seconds=0, most=100)  # type: ignore[assignment]
         seen += hits
     assert len(seen) == 40
 

@@ -12,8 +12,8 @@ from minigrpo.errors import ArtifactError
 from minigrpo.view.group_index import CHEATS, CUT, RIGHT, Facts
 from minigrpo.view.library import Library, OpenRun, describe
 from minigrpo.view.metrics_log import finite
-from minigrpo.view.search import Wanted, search
-from minigrpo.view.stages import answers, stages
+from minigrpo.view.search import Wanted, search_completions
+from minigrpo.view.stages import read_answers, read_stages
 from minigrpo.view.why import explain
 
 Query = Mapping[str, str]
@@ -108,7 +108,9 @@ def find(library: Library, query: Query) -> Any:
     """Search completions from line `from` on, for a short time; `next` says where to go on, null at the end."""
     index = _run(library, query).groups.refresh()
     wanted = Wanted(query.get("text", ""), frozenset(filter(None, query.get("only", "").split(","))))
-    hits, following = search(index, wanted, _number(query, "from", 0), seconds=SEARCH_SECONDS, most=MOST_ROWS)
+    hits, following = search_completions(
+        index, wanted, _number(query, "from", 0), seconds=SEARCH_SECONDS, most=MOST_ROWS
+    )
     return {"hits": hits, "next": following, "of": len(index)}
 
 
@@ -142,14 +144,14 @@ def prompt(library: Library, query: Query) -> Any:
 
 
 def stage_results(library: Library, query: Query) -> Any:
-    return stages(_run(library, query))
+    return read_stages(_run(library, query))
 
 
 def evaluation(library: Library, query: Query) -> Any:
     """Return answers of an evaluation: `file`, beside those of `beside`; `only` flips, right or wrong ones."""
     start = max(0, _number(query, "from", 0))
     run = _run(library, query)
-    return answers(run, query.get("file", ""), query.get("beside", ""), query.get("only", ""), start)
+    return read_answers(run, query.get("file", ""), query.get("beside", ""), query.get("only", ""), start)
 
 
 def wait(library: Library, query: Query) -> Any:

@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
+class Vendored:
     """An npm package, and which of its files the page takes, by the names that they get."""
 
     package: str
@@ -37,7 +37,7 @@ class Library:
 
 
 LIBRARIES = (
-    Library(
+    Vendored(
         "uplot",
         "MIT",
         {
@@ -46,13 +46,13 @@ LIBRARIES = (
             "uPlot.LICENSE.txt": "LICENSE",
         },
     ),
-    Library(
+    Vendored(
         "htm",
         "Apache-2.0",
         {"htm-preact-standalone.js": "preact/standalone.module.js", "htm.LICENSE.txt": "LICENSE"},
         "htm's standalone build contains a preact 10",
     ),
-    Library("preact", "MIT", {"preact.LICENSE.txt": "LICENSE"}, "its licence alone: its code is in htm's build"),
+    Vendored("preact", "MIT", {"preact.LICENSE.txt": "LICENSE"}, "its licence alone: its code is in htm's build"),
 )
 
 
@@ -64,7 +64,7 @@ def renew_libraries() -> None:
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _fetch(library: Library, scratch: Path) -> dict[str, object]:
+def _fetch(library: Vendored, scratch: Path) -> dict[str, object]:
     command = ["npm", "pack", "--json", library.package]
     packed = json.loads(subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True).stdout)[0]
     with tarfile.open(scratch / packed["filename"]) as package:

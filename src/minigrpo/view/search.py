@@ -29,7 +29,7 @@ class Wanted:
         return json.dumps(self.text.lower())[1:-1].encode() in line.lower()
 
 
-def search(
+def search_completions(
     index: GroupIndex, wanted: Wanted, start: int, *, seconds: float, most: int
 ) -> tuple[list[dict[str, Any]], int | None]:
     """Return the hits from line `start` on, and the line to go on from; None at the end of the file.

@@ -14,6 +14,7 @@ Not covered: whoever may read this process's memory or the terminal reads the to
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -186,5 +187,6 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     server = ViewServer(Library(folder), port)
     tell(server.url)
     with suppress(KeyboardInterrupt):
-        server.serve_forever(poll_interval=60)
+        # Waking up costs time even when nobody asks; Windows hears Ctrl-C only when it wakes up.
+        server.serve_forever(poll_interval=0.5 if os.name == "nt" else 60)
     server.server_close()

@@ -10,12 +10,12 @@ from minigrpo.view.library import OpenRun
 
 HIDDEN = ("answers",)
 """What is left out of an evaluation's figures: it is asked for apart, some at a time."""
-PAGE = 20
+ROWS = 20
 """Answers sent at a time."""
 MOST_FILES = 400
 
 
-def stages(run: OpenRun) -> dict[str, Any]:
+def read_stages(run: OpenRun) -> dict[str, Any]:
     """Return the verdicts and tables of all stages; {} stands for a stage that has not run."""
     folder = run.run
     return {
@@ -48,7 +48,7 @@ def _files(folder: Path) -> Sequence[Mapping[str, Any]]:
     return [{"name": str(path.relative_to(folder)), "bytes": path.stat().st_size} for path in paths[:MOST_FILES]]
 
 
-def answers(run: OpenRun, file: str, beside: str, only: str, start: int) -> dict[str, Any]:
+def read_answers(run: OpenRun, file: str, beside: str, only: str, start: int) -> dict[str, Any]:
     """Return one page of an evaluation's answers, each with that of another evaluation (`beside`) to the same prompt.
 
     `only`: gained or lost against the other, right, wrong, or "" for all. Counts tell how many of each there are.
@@ -59,8 +59,8 @@ def answers(run: OpenRun, file: str, beside: str, only: str, start: int) -> dict
     kinds = [_kinds(answer, before) for answer, before in pairs]
     counts = {kind: sum(kind in each for each in kinds) for kind in ("gained", "lost", "right", "wrong")}
     chosen = [pair for pair, kind in zip(pairs, kinds, strict=True) if not only or only in kind]
-    rows = [{"answer": answer, "before": before} for answer, before in chosen[start : start + PAGE]]
-    following = start + PAGE if start + PAGE < len(chosen) else None
+    rows = [{"answer": answer, "before": before} for answer, before in chosen[start : start + ROWS]]
+    following = start + ROWS if start + ROWS < len(chosen) else None
     return {"rows": rows, "next": following, "found": len(chosen), "of": len(pairs), "counts": counts}
 
 

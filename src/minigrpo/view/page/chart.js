@@ -13,8 +13,8 @@ const MARK_COLOURS = { alarm: "--warn", failed: "--bad", killed: "--bad", resume
 
 // `series`: [{label, values, raw?, dash?, dots?, colour?}]; raw is drawn faintly behind, colour is a number. `band`: {low, high} around the first one.
 // `marks`: [{at, kind, text}] in units of x. `windows`: [{from, to, name}] shaded. `onSelect(from, to)`: of a dragged
-// range. `id` names the files.
-export function Chart({ id, title, x, axis = "step", series, band, marks = [], windows = [], share, onSelect, children }) {
+// range. `id` names the files; `level` is the heading that fits below the one above.
+export function Chart({ id, title, x, axis = "step", series, band, marks = [], windows = [], share, level = "h3", onSelect, children }) {
   const [hover, setHover] = useState(null);
   const box = useRef(null);
   const plot = useRef(null);
@@ -69,7 +69,7 @@ export function Chart({ id, title, x, axis = "step", series, band, marks = [], w
   return html`
     <figure class="chart" id=${`chart-${id}`}>
       <figcaption>
-        <h3>${title}</h3>
+        <${level}>${title}<//>
         ${children}
       </figcaption>
       <div class="legend" aria-live=${hover === null ? "off" : "polite"}>

@@ -12,7 +12,7 @@ export function useMetrics(run, turn) {
     const old = metrics;
     const query = old ? { run, since: old.steps.length, generation: old.generation } : { run };
     ask("metrics", query).then((more) => {
-      if (current && (!old || more.since !== old.steps.length || more.steps.length)) set(joined(old, more));
+      if (current) set(joined(old, more));
     }, () => {});
     return () => (current = false);
   }, [run, turn]);
@@ -21,6 +21,7 @@ export function useMetrics(run, turn) {
 
 export function joined(old, more) {
   if (!old || more.generation !== old.generation || !more.since) return more;
+  if (!more.steps.length) return old;
   const blank = (count) => Array(count).fill(null);
   const names = new Set([...Object.keys(old.columns), ...Object.keys(more.columns)]);
   const columns = {};

@@ -63,7 +63,7 @@ function Figure({ chart, metrics, x, axis, window, marks, sentence }) {
       series[0].values.map((value, n) => (value === null || around[n] === null ? null : value + sign * around[n]));
     return { low: edge(-1), high: edge(1) };
   }, [series]);
-  return html`<${Chart} id=${chart.id} title=${chart.title} ...${{ x, axis, series, band, marks }} share=${chart.share}>
+  return html`<${Chart} id=${chart.id} level="h2" title=${chart.title} ...${{ x, axis, series, band, marks }} share=${chart.share}>
     <${About} sentence=${sentence} />
     ${band && html`<p class="about"><span>The band is one standard deviation among siblings to each side.</span></p>`}
   <//>`;

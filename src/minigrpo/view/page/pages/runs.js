@@ -6,7 +6,7 @@ import { Chart } from "../chart.js";
 import { figure, percent, value } from "../format.js";
 import { change, link } from "../state.js";
 import { AXES, axisOf, smooth } from "../series.js";
-import { About, AxisControls, Field, Scroll, useSentences } from "../parts.js";
+import { About, AxisControls, Field, Scroll, joined, useSentences } from "../parts.js";
 
 const FIRST = "^(reward|accuracy|completions/mean_length|entropy)$";
 const MOST_CHARTS = 24;
@@ -73,8 +73,10 @@ function useSeveral(names, turn) {
   useEffect(() => {
     let current = true;
     for (const run of names) {
-      Promise.all([ask("metrics", { run }), ask("run", { run })]).then(
-        ([metrics, about]) => current && set((old) => ({ ...old, [run]: { metrics, knobs: about.knobs } })),
+      const old = found[run]?.metrics;
+      const since = old && { since: old.steps.length, generation: old.generation };
+      Promise.all([ask("metrics", { run, ...since }), ask("run", { run })]).then(
+        ([more, about]) => current && set((all) => ({ ...all, [run]: { metrics: joined(old, more), knobs: about.knobs } })),
         () => {},
       );
     }

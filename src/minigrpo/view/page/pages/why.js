@@ -43,7 +43,7 @@ export function Why({ run, query, turn }) {
       <${Window} name="b" title="B, after" own=${windows.b} steps=${steps} moving=${moving} setMoving=${setMoving} />
       <${Presets} steps=${steps} />
     </div>
-    <${Chart} id="windows" title="Reward" x=${steps} series=${series} windows=${shaded} onSelect=${select}>
+    <${Chart} id="windows" level="h2" title="Reward" x=${steps} series=${series} windows=${shaded} onSelect=${select}>
       <p class="about">Dragging moves window ${moving.toUpperCase()}.</p>
     <//>
     <${Fault} fault=${fault} />
@@ -234,7 +234,7 @@ function Moved({ run, title, pools, by }) {
   if (!pools.length) return null;
   return html`<section aria-label=${title}>
     <h2>${title}</h2>
-    <${Scroll} label=${title}
+    <${Scroll} label=${`Table: ${title}`}
       ><table>
         <thead>
           <tr>
