@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { figure, tick } from "./format.js";
 import { download, csvOf, svgOf, pngOf } from "./export.js";
-import { summary } from "./series.js";
+import { known, summary } from "./series.js";
 import { axisName, axisValue, colour, lineColour } from "./theme.js";
 
 const HEIGHT = 200;
@@ -77,7 +77,7 @@ export function Chart({ id, title, x, axis = "step", series, band, marks = [], w
         ${series.map(
           (each, n) => html`<span class="key" key=${each.label}>
             <i style=${{ background: each.dash ? "transparent" : lineColour(each.colour ?? n), borderColor: lineColour(each.colour ?? n) }}></i>
-            ${each.label} <b>${figure(each.values[at])}</b>
+            ${each.label} <b>${figure(hover === null ? known(each.values).at(-1) : each.values[at])}</b>
           </span>`,
         )}
       </div>
