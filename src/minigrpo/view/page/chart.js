@@ -4,12 +4,11 @@ import { html, useEffect, useRef, useState } from "./vendor/htm-preact-standalon
 import { figure, tick } from "./format.js";
 import { download, csvOf, svgOf, pngOf } from "./export.js";
 import { known, summary } from "./series.js";
-import { axisName, axisValue, colour, lineColour } from "./theme.js";
+import { MARK_COLOURS, axisName, axisValue, colour, lineColour } from "./theme.js";
 
 const HEIGHT = 200;
 const MOST_ROWS = 1000;
 const WHOLE = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10000, 20000, 50000, 100000];
-const MARK_COLOURS = { alarm: "--warn", failed: "--bad", killed: "--bad", resumed: "--accent", stopped: "--soft" };
 
 // `series`: [{label, values, raw?, dash?, dots?, colour?}]; raw is drawn faintly behind, colour is a number. `band`: {low, high} around the first one.
 // `marks`: [{at, kind, text}] in units of x. `windows`: [{from, to, name}] shaded. `onSelect(from, to)`: of a dragged

@@ -1,8 +1,8 @@
 // Take a chart away: its data as CSV, its picture as SVG or PNG, made here and sent nowhere.
 
-import { figure } from "./format.js";
+import { tick } from "./format.js";
 import { known } from "./series.js";
-import { axisName, axisValue, colour, lineColour } from "./theme.js";
+import { MARK_COLOURS, axisName, axisValue, colour, lineColour } from "./theme.js";
 
 export function download(name, content, type) {
   const address = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
@@ -40,7 +40,8 @@ const escaped = (text) =>
 // The same lines as an SVG of its own ground, so that it can be read on any page.
 export function svgOf({ title, x, axis, series, band, marks = [], share }) {
   const values = known([...series.flatMap((each) => each.values), ...(band ? [...band.low, ...band.high] : [])]);
-  const [low, high] = share ? [0, 1] : span(values);
+  const ticks = share ? [0, 0.25, 0.5, 0.75, 1] : ticksOf(...span(values));
+  const [low, high] = [ticks[0], ticks.at(-1)];
   const [first, last] = span(known(x));
   const toX = (value) => EDGE.left + ((value - first) / (last - first || 1)) * (WIDE - EDGE.left - EDGE.right);
   const toY = (value) => HIGH - EDGE.bottom - ((value - low) / (high - low || 1)) * (HIGH - EDGE.top - EDGE.bottom);
@@ -53,10 +54,10 @@ export function svgOf({ title, x, axis, series, band, marks = [], share }) {
   const [ink, soft, rule, paper] = ["--ink", "--soft", "--rule", "--paper"].map(colour);
   const parts = [`<rect width="${WIDE}" height="${HIGH}" fill="${paper}"/>`];
   parts.push(`<text x="${EDGE.left}" y="24" font-size="16" font-weight="600" fill="${ink}">${escaped(title)}</text>`);
-  for (const value of [0, 1, 2, 3, 4].map((n) => low + ((high - low) * n) / 4)) {
+  for (const value of ticks) {
     const y = toY(value).toFixed(1);
     parts.push(`<line x1="${EDGE.left}" x2="${WIDE - EDGE.right}" y1="${y}" y2="${y}" stroke="${rule}"/>`);
-    parts.push(`<text x="${EDGE.left - 8}" y="${y}" dy="4" text-anchor="end" font-size="12" fill="${soft}">${figure(value)}</text>`);
+    parts.push(`<text x="${EDGE.left - 8}" y="${y}" dy="4" text-anchor="end" font-size="12" fill="${soft}">${tick(value)}</text>`);
   }
   for (const value of [first, (first + last) / 2, last]) {
     const anchor = value === first ? "start" : value === last ? "end" : "middle";
@@ -68,10 +69,10 @@ export function svgOf({ title, x, axis, series, band, marks = [], share }) {
     const lower = band.low.map((value, n) => (value === null ? null : point(value, n))).filter(Boolean);
     parts.push(`<polygon points="${[...upper, ...lower.reverse()].join(" ")}" fill="${lineColour(0)}" opacity="0.13"/>`);
   }
-  for (const mark of marks) {
+  for (const mark of marks.filter(({ kind, at }) => MARK_COLOURS[kind] && at >= first && at <= last)) {
     const at = toX(mark.at).toFixed(1);
     parts.push(
-      `<line x1="${at}" x2="${at}" y1="${EDGE.top}" y2="${HIGH - EDGE.bottom}" stroke="${colour("--warn")}" stroke-dasharray="4 3">` +
+      `<line x1="${at}" x2="${at}" y1="${EDGE.top}" y2="${HIGH - EDGE.bottom}" stroke="${colour(MARK_COLOURS[mark.kind])}" stroke-dasharray="4 3">` +
         `<title>${escaped(mark.text)}</title></line>`,
     );
   }
@@ -90,6 +91,15 @@ export function svgOf({ title, x, axis, series, band, marks = [], share }) {
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDE} ${HIGH}" width="${WIDE}" height="${HIGH}" ` +
     `font-family="system-ui, sans-serif">${parts.join("")}</svg>\n`
   );
+}
+
+// Round numbers around the values, some four steps apart.
+function ticksOf(low, high) {
+  const rough = (high - low) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((each) => each >= rough);
+  const [from, to] = [Math.floor(low / step + 1e-9), Math.ceil(high / step - 1e-9)];
+  return Array.from({ length: to - from + 1 }, (_, n) => Number(((from + n) * step).toPrecision(12)));
 }
 
 function span(values) {

@@ -2,6 +2,9 @@
 
 import { duration, figure } from "./format.js";
 
+// Kinds of marks that are drawn, and in which colour.
+export const MARK_COLOURS = { alarm: "--warn", failed: "--bad", killed: "--bad", resumed: "--accent", stopped: "--soft" };
+
 export function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
