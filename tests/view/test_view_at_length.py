@@ -84,7 +84,8 @@ def long_run(folder: Path) -> Path:
     (folder / "recipe.yaml").write_text(KNOBS)
     draw = random.Random(0)
     words = [
-        " ".join(draw.choice(("so", "then", "three", "adds", "x", "carry")) for _ in range(WORDS)) for _ in range(8)
+        " ".join(draw.choice(("so", "then", "three", "adds", "carry", "numbers")) for _ in range(WORDS))
+        for _ in range(8)
     ]
     lines = [
         json.dumps(group(0, f"PROMPT{at}", [completion(text, at / 10, tokens=WORDS) for text in words]))

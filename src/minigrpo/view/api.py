@@ -18,7 +18,7 @@ from minigrpo.view.why import explain
 
 Query = Mapping[str, str]
 
-POLL, POLL_ALL = 0.5, 1.0
+POLL, POLL_ALL = 0.75, 1.0
 """Seconds between looks at the files of one run, or of all, while a page waits for news of them."""
 LONGEST_WAIT = 50.0
 """Seconds after which a page that waits is answered that nothing happened."""

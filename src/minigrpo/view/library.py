@@ -84,8 +84,12 @@ class OpenRun:
 
     def signature(self) -> tuple[object, ...]:
         """Return what changes when the run does; costs a few calls of stat."""
-        files = (self.run.metrics, self.run.groups, self.run.events, self.run.lock, self.run.evals, self.run.parity)
-        return tuple(map(_stamp, files))
+        return tuple(map(_stamp, self._watched))
+
+    @cached_property
+    def _watched(self) -> tuple[str, ...]:
+        run = self.run
+        return tuple(map(str, (run.metrics, run.groups, run.events, run.lock, run.evals, run.parity)))
 
     def marks(self) -> list[Mark]:
         """Return alarms, beginnings, ends, kills and resumes, in the order of their steps."""
@@ -121,7 +125,7 @@ def _lives(found: Holder) -> bool:
     return found.host != socket.gethostname() or alive(found.pid)
 
 
-def _stamp(path: Path) -> object:
+def _stamp(path: str) -> object:
     try:
         found = os.stat(path)
     except OSError:
