@@ -182,6 +182,23 @@ def test_a_prompt_of_both_windows_gives_a_narrower_interval_than_two_prompts() -
     assert (halves[False] or 0) > 1
 
 
+def test_the_interval_of_paired_prompts_is_that_of_their_mean_difference() -> None:
+    """1.96 standard errors of the mean of 0, 1, 2 and 3: sqrt(5 / 3) / 2."""
+    before = list(itertools.chain(*(many(3, f"p{i}", 10.0 * i) for i in range(4))))
+    after = list(itertools.chain(*(many(3, f"p{i}", 11.0 * i) for i in range(4))))
+    change = decompose(before, after)
+    assert change is not None
+    assert change.total.half == pytest.approx(1.959964 * (5 / 3) ** 0.5 / 2)
+
+
+def test_a_part_that_did_not_apply_counts_as_0() -> None:
+    before = [Answer("a", 0.5, {"one": 0.5, "two": nan}), Answer("b", 1.0, {"one": 1.0})]
+    after = [Answer("a", 3.0, {"one": 1.0, "two": 2.0}), Answer("b", 2.0, {"one": 2.0, "two": nan})]
+    found = split_of(decompose(before, after), "functions")
+    assert found["one"] == pytest.approx(1.5 - 0.75)
+    assert found["two"] == pytest.approx(1.0)
+
+
 def test_one_prompt_alone_has_no_interval() -> None:
     change = decompose(many(2, "p", 0.0), many(2, "p", 1.0))
     assert change is not None
