@@ -171,12 +171,12 @@ def _wrong_but_paid(rows: Rows) -> list[Mapping[str, Any]]:
 def _duplicates(rows: Rows) -> list[Mapping[str, Any]]:
     """Return the groups with the most siblings that say the same, but for case and punctuation; at least half do.
 
-    Among equals, those that earn least come first: right answers may well be the same.
+    Where all are right, they may well be the same. Among equals, those that earn least come first.
     """
     found = []
     for line, facts in rows:
         most = max(Counter(facts.words).values(), default=0)
-        if most > 1 and 2 * most >= len(facts):
+        if most > 1 and 2 * most >= len(facts) and not all(flag & RIGHT for flag in facts.flags):
             reward = finite(fmean(facts.rewards))
             found.append(
                 {

@@ -285,8 +285,8 @@ function Paid({ run, rows }) {
 
 function Same({ run, rows }) {
   if (!rows.length) return null;
-  return html`<section aria-label="Siblings that say the same">
-    <h2>Siblings that say the same (B)</h2>
+  return html`<section aria-label="Siblings that say the same, not all of them right">
+    <h2>Siblings that say the same, not all of them right (B)</h2>
     <ul class="plain">
       ${rows.map(
         (row) => html`<li>
