@@ -92,6 +92,13 @@ def test_what_another_page_may_have_sent_is_refused(asker: Asker, headers: dict[
         assert asker.get(path, **headers)[0] == 403
 
 
+def test_a_link_on_another_page_opens_the_page_and_asks_nothing(asker: Asker) -> None:
+    clicked = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
+    assert asker.get("/", **clicked)[0] == 200
+    assert asker.get("/api/runs", **clicked)[0] == 403
+    assert asker.get("/", **{**clicked, "Sec_Fetch_Dest": "iframe"})[0] == 403
+
+
 def test_the_page_itself_may_ask(asker: Asker) -> None:
     for host in asker.server.hosts:
         headers = {"Host": host, "Origin": f"http://{host}", "Sec_Fetch_Site": "same-origin"}

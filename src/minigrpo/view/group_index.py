@@ -121,13 +121,20 @@ class GroupIndex:
         return self._by_prompt.get(prompt, ())
 
     def raw(self, line: int) -> bytes:
-        with self._lock, self.path.open("rb") as stream:
+        """Read one line as it is; nothing where it is no longer there: a resumed run cut the file back meanwhile."""
+        with self._lock:
+            if not 0 <= line < len(self):
+                return b""
+            return self._at(line)
+
+    def _at(self, line: int) -> bytes:
+        with self.path.open("rb") as stream:
             stream.seek(self._begins[line])
             return stream.read(self._lengths[line])
 
     def group(self, line: int) -> dict[str, Any] | None:
         """Parse one line; None where it is damaged, or is no longer there."""
-        return group_of_line(self.raw(line)) if 0 <= line < len(self) else None
+        return group_of_line(self.raw(line))
 
     def facts(self, line: int) -> Facts | None:
         """Return what is kept of a group; None where its line is damaged."""

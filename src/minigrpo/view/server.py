@@ -131,9 +131,13 @@ class Handler(BaseHTTPRequestHandler):
         if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
             return "Another page may not ask."
         # "none": typed in, or a bookmark.
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            return "Another page may not ask."
-        return None
+        own = self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
+        return None if own or self._follows_link() else "Another page may not ask."
+
+    def _follows_link(self) -> bool:
+        """Return whether somebody clicked on the page's address, in a terminal that is itself a web page, say."""
+        how = self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")
+        return self.path == "/" and how == ("navigate", "document")
 
     def _answer(self, name: str, query: str) -> None:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
