@@ -21,11 +21,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("rollouts",),
     ("training", "evaluation", "delivery"),
-    ("pipeline",),
+    ("pipeline", "view"),
     ("cli", "notebook", "", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-LIGHT = {"types", "errors", "versions", "config", "ui", "sandbox", "runs", "tasks", "cli"}
+LIGHT = {"types", "errors", "versions", "config", "ui", "sandbox", "runs", "tasks", "view", "cli"}
 """What `minigrpo --help` and the graders load: nothing here may load torch when it is imported."""
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES, STRAIGHT_LINES, POSITIONAL, NESTING = 500, 50, 80, 70, 5, 3

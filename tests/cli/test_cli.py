@@ -24,7 +24,7 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.utils.rates import mean_interval
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
-COMMANDS = (*ROAD, "fork", "check-task", "doctor", "tasks", "recipes")
+COMMANDS = (*ROAD, "fork", "check-task", "doctor", "tasks", "recipes", "view")
 DELIVERY = ("check", "merge", "export", "verify", "publish", "serve")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
@@ -133,7 +133,7 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
         # Most of these need a trained run, or an adapter.
-        if words[0] not in ("doctor", "sandbox", "fork", "replay", "audit", "adopt", *DELIVERY):
+        if words[0] not in ("doctor", "sandbox", "fork", "replay", "audit", "adopt", "view", *DELIVERY):
             assert minigrpo_says(*words).code == 0, words
 
 

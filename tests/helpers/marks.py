@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 NETWORK = "MINIGRPO_NETWORK"
 VARIABLES = {
+    "MINIGRPO_AXE": "axe.min.js of npm's axe-core, which looks for what shuts people out of a page",
     "MINIGRPO_COMPRESSOR": "the python of an environment that has llm-compressor",
     "MINIGRPO_GSM8K": "a folder with GSM8K's train.jsonl and test.jsonl",
     "MINIGRPO_REAL_MODEL": "a folder with a pretrained instruct model, such as Qwen2.5-0.5B-Instruct",
@@ -54,7 +55,14 @@ def has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())
 
 
+def has_browser() -> bool:
+    return shutil.which("chromium") is not None and find_spec("playwright") is not None
+
+
 SYSTEM = {
+    "chromium": Need(
+        has_browser, "no chromium on the PATH, or no playwright: apt-get install chromium; pip install playwright"
+    ),
     "clear_refs": Need(
         Path("/proc/self/clear_refs").exists, "peaks of memory are reset in /proc/self/clear_refs: run it on Linux"
     ),

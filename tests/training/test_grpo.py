@@ -27,7 +27,7 @@ from minigrpo.config.schema import (
 from minigrpo.errors import DivergenceError, RecipeError
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.registry import open_engine
-from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.logger import RunLogger, read_events
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo, learning_rate, open_optimizer
@@ -199,6 +199,10 @@ def untimed(file: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
 
 
+def noted(run: Path) -> list[tuple[str, int]]:
+    return [(event["event"], event["step"]) for event in read_events(RunDir(run))]
+
+
 def test_a_run_killed_at_step_three_and_resumed_ends_like_one_that_was_not(recipe_file: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finished(launch(whole, recipe_file))
@@ -212,6 +216,8 @@ def test_a_run_killed_at_step_three_and_resumed_ends_like_one_that_was_not(recip
     assert (whole / weights).read_bytes() == (cut / weights).read_bytes()
     assert (whole / "groups.jsonl").read_bytes() == (cut / "groups.jsonl").read_bytes()
     assert untimed(whole / "metrics.jsonl") == untimed(cut / "metrics.jsonl")
+    assert noted(whole) == [("began", 0), ("ended", 6)]
+    assert noted(cut) == [("began", 0), ("resumed", 2), ("ended", 6)]  # nothing of the kill: there was no time
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -228,6 +234,7 @@ def test_a_polite_signal_finishes_the_step_saves_and_can_be_resumed(
     assert "Traceback" not in out
     assert [p.name for p in sorted((run / "checkpoints").iterdir())][-1] == f"{steps:06d}"
     assert f"Resumed after step {steps} of 6" in finished(launch(run, recipe_file, "--resume"))
+    assert noted(run) == [("began", 0), ("stopped", steps), ("resumed", steps), ("ended", 6)]
 
 
 def test_a_checkpoint_brings_back_weights_and_optimizer_bit_for_bit(

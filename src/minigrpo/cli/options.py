@@ -93,6 +93,10 @@ EXAMPLES: dict[str, str] = {
         minigrpo serve runs/my --host 0.0.0.0  # set MINIGRPO_API_KEY first: clients send it
         minigrpo serve runs/my --cors http://localhost:3000  # a web page of that origin may ask, too
         minigrpo serve runs/my --dry-run  # the command lines only""",
+    "view": """
+        minigrpo view  # all runs in runs/
+        minigrpo view runs/my  # this one first
+        minigrpo view runs --port 8300  # elsewhere: ssh -L 8300:127.0.0.1:8300 HOST, then open its address here""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",

@@ -1,6 +1,7 @@
 """Log a run: one line per step in metrics.jsonl, one per group in groups.jsonl, and the terminal. Read the logs back.
 
-Within a session both files only grow. A checkpoint stores their lengths and a hash of that much (`positions`); a
+events.jsonl tells when training began, went on and ended; only appended to, it is no part of what is resumed. Within a
+session the two others only grow. A checkpoint stores their lengths and a hash of that much (`positions`); a
 resumed run cuts them back to that length (`rewind`), so that no step is logged twice and none has changed. The hash
 grows with the files: a process reads each byte once, from memory that the system still has.
 """
@@ -13,9 +14,10 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -24,6 +26,14 @@ from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
+
+Event = Literal["began", "resumed", "ended", "stopped", "failed"]
+"""stopped: somebody asked for it. A process that is killed notes nothing: then no end follows its beginning."""
+
+METRICS_COLUMNS = ("step",)
+GROUP_COLUMNS = ("step", "completions")
+"""What a line of each file holds at least."""
+EVENT_COLUMNS = ("event", "step")
 
 
 class RunLogger:
@@ -70,6 +80,11 @@ class RunLogger:
     def say(self, text: str) -> None:
         """Print a sentence for the person who watches, above the display."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, event: Event, step: int, text: str = "") -> None:
+        """Note in events.jsonl that training began, went on or ended after so many steps, with the time of day."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        _append(self.run.events, [{"time": now, "event": event, "step": step, "text": text}])
 
     def set_activity(self, words: str) -> None:
         """Say what the step is doing now; the display shows it."""
@@ -186,17 +201,17 @@ def _sample(groups: Sequence[Group]) -> str | None:
     return f"{question.strip()}\n→ {group.completions[0].text.strip()}  [reward {group.grades[0].reward:g}]"
 
 
-def _clean(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Convert a value to what JSON can hold: NaN and infinity become null, an array its numbers."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    return _clean(value.tolist()) if hasattr(value, "tolist") else str(value)
+        return [json_value(item) for item in value]
+    return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -211,7 +226,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def row_text(row: Mapping[str, Any]) -> str:
     """Write a row as its line in the log, without its end."""
-    return json.dumps(_clean(row), allow_nan=False)
+    return json.dumps(json_value(row), allow_nan=False)
 
 
 def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:
@@ -220,7 +235,7 @@ def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any
     Skip a line that holds no step (a crash cut it short, or it is just being written); `strict` raises ArtifactError
     for it.
     """
-    return _rows(run.metrics, ("step",), _lines(run.metrics), strict)
+    return _rows(run.metrics, METRICS_COLUMNS, _lines(run.metrics), strict)
 
 
 def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False) -> Iterator[dict[str, Any]]:
@@ -229,13 +244,28 @@ def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False
     Lines that hold no group are treated as in `read_metrics`.
     """
     lines = lines_backwards(run.groups) if newest_first else _lines(run.groups)
-    return _rows(run.groups, ("step", "completions"), lines, strict)
+    return _rows(run.groups, GROUP_COLUMNS, lines, strict)
+
+
+def read_events(run: RunDir) -> Iterator[dict[str, Any]]:
+    """Yield what `RunLogger.note` noted, in order; nothing for runs of versions that noted nothing."""
+    return _rows(run.events, EVENT_COLUMNS, _lines(run.events), strict=False)
+
+
+def metrics_of_line(line: bytes) -> dict[str, Any] | None:
+    """Read one line of metrics.jsonl; None where it holds no step."""
+    return _row(line, METRICS_COLUMNS)
+
+
+def group_of_line(line: bytes) -> dict[str, Any] | None:
+    """Read one line of groups.jsonl; None where it holds no group."""
+    return _row(line, GROUP_COLUMNS)
 
 
 def _rows(path: Path, columns: Sequence[str], lines: Iterable[bytes], strict: bool) -> Iterator[dict[str, Any]]:
     for line in filter(bytes.strip, lines):
-        row = _row(line)
-        if row is not None and all(column in row for column in columns):
+        row = _row(line, columns)
+        if row is not None:
             yield row
         elif strict:
             raise ArtifactError(
@@ -244,12 +274,12 @@ def _rows(path: Path, columns: Sequence[str], lines: Iterable[bytes], strict: bo
             )
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes, columns: Sequence[str]) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and all(column in row for column in columns) else None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -1,7 +1,8 @@
 """The folder of a run: the names of its artefacts, and writes that are whole or absent.
 
-runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  checkpoints/000100/  chain.jsonl  adapter/  preflight.json
-          check.json  merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json  audit.json
+runs/NAME/recipe.yaml  metrics.jsonl  groups.jsonl  events.jsonl  chain.jsonl  checkpoints/000100/  adapter/
+          preflight.json  check.json  merged/  gguf/NAME-Q8_0.gguf  compressed/NAME-FP8/  parity.json  evals/*.json
+          audit.json
 
 A process can be killed between any two instructions. What it leaves then has a hidden name, and `tidy` finishes or
 undoes it at the next start:  .NAME.*.draft (not yet whole)  .NAME.*.retired (replaced)  .NAME.removed (being deleted)
@@ -70,6 +71,11 @@ class RunDir:
     def chain(self) -> Path:
         """The chain of hashes from the recipe to what was trained (runs/chain.py)."""
         return self.path / "chain.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """When training began, went on and ended."""
+        return self.path / "events.jsonl"
 
     @property
     def machine(self) -> Path:

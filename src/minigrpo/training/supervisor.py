@@ -7,7 +7,7 @@ uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -20,13 +20,13 @@ from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import DivergenceError
+from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.runs.chain import rewind_chain
-from minigrpo.runs.logger import RunLogger, read_metrics
+from minigrpo.runs.logger import Event, RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
@@ -79,7 +79,7 @@ class Supervisor:
         self.skipped_in_a_row = 0
         self.tokens_per_pass = 0
         self.best: tuple[float, float, int] | None = None
-        self._start = 0
+        self._start = self._done = 0
         self._update_bytes = 0
         self._stopped = False
         self._clock = Clock(policy.device.type)
@@ -88,7 +88,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         """Take up the newest checkpoint, try the largest pass, give the engine the weights, open log and grader."""
         prompt_tokens = longest_prompt(self.source.sampler.prompts, self.policy.tokenizer)
-        self._start = self.restore(prompt_tokens, getattr(self.engine, "rows", 0))
+        self._start = self._done = self.restore(prompt_tokens, getattr(self.engine, "rows", 0))
         self._update_bytes, tokens = try_largest_pass(
             self.policy,
             self.objective,
@@ -103,6 +103,9 @@ class Supervisor:
             stack.enter_context(self.logger)
             self._grader = stack.enter_context(Grader.of(self.task, self.recipe.task, self.logger.say))
             self._interrupted = stack.enter_context(finish_first())
+            if self._start < self.recipe.train.steps:
+                self.logger.note("resumed" if self._start else "began", self._start)
+                stack.push(self._note_end)
             self._open = stack.pop_all()
         return self
 
@@ -111,6 +114,11 @@ class Supervisor:
         if fault is None and not self._stopped:
             self._take_best()
             self.engine.update(self.policy)
+
+    def _note_end(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
+        event: Event = "failed" if fault else "stopped" if self._stopped else "ended"
+        with suppress(ArtifactError):  # what ended the training matters more than that this could not be noted
+            self.logger.note(event, self._done, str(fault or ""))
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that are still to be done; no further one once somebody asked to stop."""
@@ -179,6 +187,7 @@ class Supervisor:
         metrics |= self._clock.metrics(sampled.sampled)
         self._record(step + 1, metrics, sampled, batch)
         self._stopped = self._interrupted()
+        self._done = step + 1
         self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.last_step)
 
     def restore(self, prompt: int, rows: int) -> int:

@@ -1,0 +1,5 @@
+"""A local web page that explains runs: what moved the reward, the groups behind it, and the stages after training.
+
+Only reads run folders, with the standard library's HTTP server; loads no torch. May import training.monitor (the alarms
+are told again from the log) and everything below training, but neither pipeline nor cli.
+"""
