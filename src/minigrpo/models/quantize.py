@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minigrpo.errors import ModelError, install_hint
-from minigrpo.models.lora import mute_bitsandbytes
+from minigrpo.models.peft_compat import mute_bitsandbytes
 
 
 def quantize_four_bit(model: Any, device: torch.device) -> Any:
