@@ -69,7 +69,7 @@ class ModelConfig(Config):
     dtype: DtypeName = field(
         "auto",
         "number type of the frozen weights; auto: bfloat16 where the device truly has it and the model is large, else "
-        "float16 on a GPU and float32 on a CPU",
+        "float16 on a GPU and float32 on a CPU; with train.full float32 everywhere",
     )
     device: str = field("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
     quantize: Literal["none", "nf4"] = field(
