@@ -30,6 +30,7 @@ from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_a
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.memory import free_memory
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
 
@@ -345,7 +346,7 @@ def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
     cpu = torch.device("cpu")
     if config.reference != "auto" or policy.device.type != "cuda":
         return cpu if config.reference == "cpu" else policy.device
-    free, _ = torch.cuda.mem_get_info(policy.device)
+    free = free_memory(policy.device)
     weights = weight_bytes(policy.model)
     if config.memory is not None:
         free = min(free, int(config.memory * 1e9) - weights)
