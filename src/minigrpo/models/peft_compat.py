@@ -37,18 +37,22 @@ def prepare_peft() -> None:
 
 def refused_packages() -> Mapping[str, str]:
     """Return the installed packages that PEFT refuses, each with its reason, after making it go on without them."""
-    if present := [package for package in CHECKED if installed(package)]:
+    for package in filter(installed, CHECKED):
         from peft import import_utils
 
-        for package in present:
-            check = getattr(import_utils, CHECKED[package])
-            if reason := _refusal(check):
-                _refused[package] = reason
-                with _hidden(package):
-                    insists = _refusal(check)
-                if insists or _refusal(check):
-                    raise ModelError(f"PEFT does not work beside this {package}: {reason}. pip uninstall {package}")
+        check = getattr(import_utils, CHECKED[package])
+        if reason := _refusal(check):
+            _refused[package] = reason
+            _go_on_without(package, check, reason)
     return dict(_refused)
+
+
+def _go_on_without(package: str, check: Callable[[], bool], reason: str) -> None:
+    """Have PEFT's check answer no, which it keeps. Raise ModelError where it does not."""
+    with _hidden(package):
+        insists = _refusal(check)
+    if insists or _refusal(check):
+        raise ModelError(f"PEFT does not work beside this {package}: {reason}. pip uninstall {package}")
 
 
 def _refusal(check: Callable[[], bool]) -> str:
@@ -63,7 +67,7 @@ def _refusal(check: Callable[[], bool]) -> str:
 @contextmanager
 def _hidden(package: str) -> Iterator[None]:
     """Hide a package from `find_spec` inside the block."""
-    modules: dict[str, Any] = sys.modules  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
     before = {package: modules[package]} if package in modules else {}
     modules[package] = None
     try:

@@ -276,10 +276,12 @@ def with_all_scored(group: Group) -> Group:
 
 def synchronize_device(device: Any) -> None:
     """Wait for a GPU's queued kernels, without which timings mean nothing."""
-    if device.type == "cuda":
-        import torch
+    import torch
 
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def pick_samples(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:

@@ -29,7 +29,6 @@ from minigrpo.models.context_window import MULTIMODAL_WRAPPERS, check_room, cont
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.rollouts.engines.sampling import ProgressCounter, refuse_broken_logits
-from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
@@ -145,7 +144,7 @@ class RemoteVllm:
     `overrides`: changes to the model's config that vLLM needs. `needs`: tokens that it must be able to read.
     """
 
-    length = None
+    length: int | None = None
 
     def __init__(
         self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None, needs: int | None = None
@@ -299,7 +298,7 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
 def needed_length(policy: Any, recipe: Recipe) -> int:
     """Return the tokens of the recipe's longest prompt, of training or evaluation, with the longest answer."""
     task = open_task(recipe)
-    prompts = [*prompts_of(task, "train"), *task.prompts("test")]
+    prompts = [*task.prompts("train"), *task.prompts("test")]
     needed = longest_prompt(prompts, policy.tokenizer) + recipe.rollout.max_tokens
     return min(needed, context_length(policy.model) or needed)
 
