@@ -61,12 +61,10 @@ def test_it_takes_float32_where_that_fits_and_else_the_bits_in_which_the_base_is
 def test_a_merge_is_proved_in_16_bits_where_float32_has_no_room_and_its_record_and_table_say_so(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = merge(run, quiet=True)
-    assert {row["precision"] for row in read_json(run.parity)["stages"]} == {"float32"}
     grant(monkeypatch, run, cpu=0.8)
-    rough = merge(run, force=True, quiet=True)
+    rough = merge(run, quiet=True)
     assert all(row.ok for row in rough.stages)
-    assert rough.stages[2].mean_kl > exact.stages[2].mean_kl  # rounding counts
+    assert rough.stages[2].mean_kl > 1e-6  # rounding counts: in float32 it would be less than a hundredth of that
     for rows in (read_json(run.parity)["stages"], read_seal(run.merged)["stages"]):
         assert {row["precision"] for row in rows} == {"bfloat16"}
     screen = Console(width=200, record=True)

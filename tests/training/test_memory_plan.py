@@ -36,6 +36,7 @@ from minigrpo.training.oom import (
     retry_on_oom,
     split_micro_batch,
 )
+from minigrpo.training.preflight import seconds_per_pass
 from minigrpo.utils import memory
 from minigrpo.utils.memory import ran_out
 from tests.helpers.cards import Card, pretend
@@ -271,6 +272,16 @@ def test_other_errors_pass_through() -> None:
 
     with pytest.raises(RuntimeError, match="shape"):
         retry_on_oom(work, [], 512, clear=lambda: None)
+
+
+def test_preflight_times_its_passes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(double=True)
+    small = Small(policy, 90)
+    monkeypatch.setattr(policy, "logprobs", small.logprobs)
+    recipe = Recipe(train={"tokens_per_pass": 512}, rollout={"max_tokens": 60})  # type: ignore[arg-type]
+    assert seconds_per_pass(policy, made_up_groups(), recipe) > 0
+    assert small.failures > 1
+    assert all(weight.grad is None for weight in policy.trainable)
 
 
 def test_memory_in_pieces_costs_one_more_try_and_halves_nothing() -> None:
