@@ -11,6 +11,7 @@ from rich.console import Console
 
 from minigrpo.delivery.artifacts.source import read_seal
 from minigrpo.delivery.gguf.parity import gguf_reference
+from minigrpo.delivery.hub.model_card import parity_markdown
 from minigrpo.delivery.merge.check import check
 from minigrpo.delivery.merge.merge import merge, merged_table
 from minigrpo.delivery.parity import place
@@ -70,6 +71,7 @@ def test_a_merge_is_proved_in_16_bits_where_float32_has_no_room_and_its_record_a
     screen = Console(width=200, record=True)
     screen.print(merged_table(rough))
     assert "computed in bfloat16, for want of memory" in screen.export_text()
+    assert "| merged (computed in bfloat16) |" in parity_markdown(read_json(run.parity)["stages"])
 
 
 def test_where_nothing_fits_nothing_is_begun(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
