@@ -20,6 +20,7 @@ from benchmarks.ours import recipe_of
 from benchmarks.sides import CallTimer, Setup, StepGate
 from benchmarks.workloads import Workload, task_of
 from minigrpo.algorithms.objective import open_objective
+from minigrpo.models.peft_compat import prepare_peft
 from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Prompt
 
@@ -109,6 +110,7 @@ def open_trainer(setup: Setup, model: Any, **more: Any) -> Any:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
+    prepare_peft()  # TRL meets the same optional packages as we do
     task = task_of(setup.workload, setup.folder)
     prompts = ordered(task.prompts("train"), setup)
     adapter = recipe_of(setup).lora

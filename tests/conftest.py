@@ -10,6 +10,7 @@ echo_task                     "say 3" is solved by "3"
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,15 @@ import pytest
 from minigrpo.types import Grade, Prompt, Task
 from tests.helpers.marks import extras_of, reasons_to_skip
 from tests.helpers.tiny import TEMPLATE, build_model, build_tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from this session and what it starts: tests assume a CPU and float32, where a recipe says auto.
+
+    Those that need a GPU have a session of their own: -m gpu.
+    """
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k: what they leave out is not asked about

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import io
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +27,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
+from minigrpo.utils.memory import empty_cache
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
@@ -76,9 +76,7 @@ def notebook_stage(stage: Callable[P, R]) -> Callable[P, R]:
 def free_memory() -> None:
     """Free what is no longer referenced, on a GPU too, where torch keeps freed memory for its next tensor."""
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
 
 
 @notebook_stage

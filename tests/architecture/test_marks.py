@@ -51,7 +51,7 @@ import os
 
 class cuda:
     def is_available():
-        return "HAS_GPU" in os.environ
+        return "HAS_GPU" in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 """
 EXTRAS = 'here = ["pytest>=8"]\nsome = ["pytest", "no-such-package==1"]\n'
 
@@ -68,7 +68,8 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    own = {name: value for name, value in os.environ.items() if name not in (NETWORK, *VARIABLES, "PYTEST_ADDOPTS")}
+    left_out = (NETWORK, *VARIABLES, "PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES")
+    own = {name: value for name, value in os.environ.items() if name not in left_out}
     own |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]), **variables}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *arguments, "test_tiny.py"]
     return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=120, check=False)
@@ -91,10 +92,16 @@ def test_what_is_missing_is_skipped_with_the_way_to_get_it(tiny: Path) -> None:
 def test_what_is_there_runs(tiny: Path) -> None:
     (tiny / "no_such_package.py").touch()
     (tiny / "llama-quantize").touch(0o755)
-    ended = run(tiny, PATH=str(tiny), HAS_GPU="1", MINIGRPO_NETWORK="1", MINIGRPO_GSM8K="folder")
+    there = {"PATH": str(tiny), "HAS_GPU": "1", "MINIGRPO_NETWORK": "1", "MINIGRPO_GSM8K": "folder"}
+    ended = run(tiny, "-m", "gpu or not gpu", **there)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "7 passed" in ended.stdout
     assert "skipped" not in ended.stdout
+
+
+@pytest.mark.parametrize(("marks", "told"), [("", "2 passed, 5 skipped"), ("gpu", "1 passed, 6 deselected")])
+def test_a_gpu_is_hidden_from_a_session_that_does_not_ask_for_it(tiny: Path, marks: str, told: str) -> None:
+    assert told in run(tiny, "-m", marks, PATH="", HAS_GPU="1", CUDA_VISIBLE_DEVICES="0").stdout
 
 
 def test_torch_is_loaded_only_where_a_test_needs_a_gpu(tiny: Path) -> None:

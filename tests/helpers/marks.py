@@ -103,7 +103,7 @@ def reasons_to_skip(marks: Iterable[pytest.Mark], extras: Mapping[str, tuple[str
 def needs_of(mark: pytest.Mark, extras: Mapping[str, tuple[str, ...]]) -> list[Need]:
     """Return what a mark asks for, nothing for other marks. Raises UsageError where it names no known thing."""
     if mark.name == "gpu":
-        return [Need(has_gpu, "torch finds no CUDA GPU: run it on a machine that has one")]
+        return [Need(has_gpu, "torch finds no CUDA GPU: run it on a machine that has one, with -m gpu")]
     if mark.name == "network":
         return [Need(lambda: os.environ.get(NETWORK) == "1", f"reaches for the network: allow it with {NETWORK}=1")]
     if mark.name == "extra":

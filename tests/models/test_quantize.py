@@ -15,7 +15,7 @@ from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutCo
 from minigrpo.errors import ModelError
 from minigrpo.models.lora_linear import is_four_bit, unpacked_weight
 from minigrpo.models.policy import Policy, open_policy, open_trained
-from minigrpo.models.quantize import quantize_four_bit, weight_bytes
+from minigrpo.models.quantize import eight_bit_adamw, quantize_four_bit, weight_bytes
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.rollouts.engines.transformers import TransformersEngine
@@ -130,6 +130,13 @@ def dense_twin(policy: Policy) -> Policy:
         owner = next(m for m in policy.model.modules() if getattr(m, "base_layer", None) is layer)
         owner.base_layer = plain
     return policy
+
+
+def test_a_device_for_which_bitsandbytes_has_no_kernels_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ModelError, match=r"nf4 .* no kernels for mps.*--model\.device cpu"):
+        quantize_four_bit(build_model("qwen2"), torch.device("mps"))
+    with pytest.raises(ModelError, match=r"adamw8bit .* no kernels for meta"):
+        eight_bit_adamw([torch.nn.Parameter(torch.zeros(8, device="meta"))], lr=1.0, betas=(0.9, 0.9), weight_decay=0.0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from minigrpo.models import sft
 from minigrpo.models.sft import (
     PassLimit,
     SftExample,
@@ -54,6 +55,32 @@ def test_the_gradient_does_not_depend_on_the_passes() -> None:
     for one, other in zip(expected, gradients(policy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_memory_that_runs_out_leaves_the_same_weights(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of more than 40 tokens fail once half of the gradient is there; every later step begins smaller."""
+    schedule = SftSchedule(steps=3, rows=3, lr=1e-2)
+    trained, sizes = [], list[int]()
+    whole = sft._summed_loss
+
+    def short(model: Any, examples: Any) -> torch.Tensor:
+        loss = whole(model, examples)
+        sizes.append(len(examples) * max(map(len, examples)))
+        if sizes[-1] > 40:
+            loss.backward()
+            raise kind("CUDA out of memory.")
+        return loss
+
+    for summed in (whole, short):
+        monkeypatch.setattr(sft, "_summed_loss", summed)
+        policy = make_policy(double=True)
+        with policy.plain_attention():
+            train_sft(policy.model, EXAMPLES, schedule)
+        trained.append([weight.detach().clone() for weight in policy.trainable])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert sum(size > 40 for size in sizes) == (2 if kind is torch.OutOfMemoryError else 1)
 
 
 def test_a_pass_holds_no_more_than_there_is_room_for() -> None:
@@ -116,7 +143,7 @@ def test_in_float16_the_loss_is_scaled_so_that_small_gradients_survive_and_overf
     half = copy.deepcopy(exact).half()
     examples = [SftExample((5, 6, 7), tuple(range(8, 40))) for _ in range(64)]
     accumulate_sft(exact, examples)
-    loss, scale = accumulate_scaled(half, examples, None, LossScale(2.0**24, 0, True))
+    loss, scale, _ = accumulate_scaled(half, examples, None, LossScale(2.0**24, 0, True))
     assert scale.scale < 2.0**24
     assert math.isfinite(loss)
     for fine, coarse in zip(exact.parameters(), half.parameters(), strict=True):

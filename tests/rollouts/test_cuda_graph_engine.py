@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -114,6 +118,38 @@ def test_a_recipe_may_name_it_and_an_architecture_that_it_does_not_know_is_refus
     assert isinstance(open_engine(make_policy("qwen3"), named), SlotEngine)
     with pytest.raises(RecipeError, match="lfm2"):
         open_engine(make_policy("lfm2"), named)
+
+
+def test_a_reward_that_computes_on_the_gpu_in_its_own_thread_does_not_break_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a graph is captured, CUDA refuses calls of any thread in its mode "global", and ours in "thread_local"."""
+    capturing: list[str] = []
+
+    @contextmanager
+    def capture(graph: Any, capture_error_mode: str = "global") -> Iterator[None]:
+        capturing.append(capture_error_mode)
+        yield
+        capturing.clear()
+
+    def reward() -> None:
+        if "global" in capturing:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        graded.append(bool(capturing))
+
+    graded: list[bool] = []
+    for name, fake in {
+        "Stream": MagicMock,
+        "current_stream": MagicMock,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": MagicMock,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    step: Any = lambda own: reward()  # noqa: E731 (what a grader's thread does while the step is captured)
+    step.state = SimpleNamespace(changing_tensors=list)
+    cuda_graph.CapturedStep(step)(64)
+    assert graded == [False, True]  # once before the capture, once inside it
 
 
 @pytest.mark.gpu

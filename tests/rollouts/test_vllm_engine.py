@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
 from minigrpo.models.vllm_compat import vllm_max_lora_rank
 from minigrpo.rollouts.engines.native import NativeEngine
-from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, open_vllm
+from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, needed_length, open_vllm
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
 from tests.helpers.tiny import build_model
@@ -138,6 +139,7 @@ def test_what_the_server_samples_is_the_policy_before_and_after_an_update(server
     engine.update(policy)
     assert gap(engine, policy) < 1e-4
     assert sorted(server.models) == ["policy-2", "the-base"]  # the one before is let go
+    assert [folder.name for folder in Path(engine._folder.name).iterdir()] == ["policy-2"]
 
 
 def test_with_the_adapter_off_the_base_answers(server: StandIn) -> None:
@@ -189,6 +191,8 @@ def test_how_a_server_is_started_says_what_vllm_misses_in_the_config(server: Sta
             engine.update(policy)
         told[family] = str(words.value)
     scale = '{"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}'
+    for words in told.values():
+        assert int(re.findall(r"--max-model-len (\d+)", words)[0]) == needed_length(policy, recipe) < 512
     assert told["ministral3"].endswith(f"--logprobs-mode processed_logprobs --hf-overrides '{scale}'")
     assert told["qwen2"].endswith("--logprobs-mode processed_logprobs")
 

@@ -28,7 +28,18 @@ from minigrpo.training.memory.rollout_cost import (
     slot_rollout_cost,
     transformers_rollout_cost,
 )
-from minigrpo.training.oom import NOTE, crash_note, pop_crash_note, retry_on_oom, split_micro_batch
+from minigrpo.training.oom import (
+    NOTE,
+    crash_note,
+    killed_for_memory,
+    pop_crash_note,
+    retry_on_oom,
+    split_micro_batch,
+)
+from minigrpo.training.preflight import seconds_per_pass
+from minigrpo.utils import memory
+from minigrpo.utils.memory import ran_out
+from tests.helpers.cards import Card, pretend
 from tests.helpers.models import gradients, made_up_groups, make_policy
 from tests.helpers.tiny import tiny_config
 
@@ -263,6 +274,47 @@ def test_other_errors_pass_through() -> None:
         retry_on_oom(work, [], 512, clear=lambda: None)
 
 
+def test_preflight_times_its_passes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(double=True)
+    small = Small(policy, 90)
+    monkeypatch.setattr(policy, "logprobs", small.logprobs)
+    recipe = Recipe(train={"tokens_per_pass": 512}, rollout={"max_tokens": 60})  # type: ignore[arg-type]
+    assert seconds_per_pass(policy, made_up_groups(), recipe) > 0
+    assert small.failures > 1
+    assert all(weight.grad is None for weight in policy.trainable)
+
+
+def test_memory_in_pieces_costs_one_more_try_and_halves_nothing() -> None:
+    sizes: list[int] = []
+
+    def work(parts: Any) -> str:
+        sizes.append(len(parts))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return "done"
+
+    parts = list(pack(made_up_groups(), OBJECTIVES["grpo"], 60).split(10_000))
+    assert retry_on_oom(work, parts, 512, clear=lambda: None) == ("done", 512)
+    assert sizes == [len(parts)] * 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (RuntimeError("CUDA error: out of memory"), "GPU"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)"), "GPU"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), "CPU"),
+        (MemoryError(), "CPU"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), ""),
+        (ValueError("not enough memory of what was said"), ""),
+    ],
+)
+def test_who_ran_out_of_memory_is_told_from_the_fault(fault: Exception, place: str) -> None:
+    assert ran_out(fault) == place
+
+
 def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with crash_note(run, needs=10, free=100, what={}):
@@ -271,8 +323,45 @@ def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_p
         text = (tmp_path / NOTE).read_text()
     assert pop_crash_note(run) is None
     (tmp_path / NOTE).write_text(text)  # as a kill would leave it
-    assert pop_crash_note(run) == {"step": 3, "needs": 90, "free": 100}
+    note = pop_crash_note(run)
+    assert note is not None
+    assert (note["step"], note["needs"], note["free"]) == (3, 90, 100)
     assert pop_crash_note(run) is None
+
+
+def test_a_kill_was_for_memory_where_the_kernel_counts_one_or_the_step_kills_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmstat, boot = tmp_path / "vmstat", tmp_path / "boot_id"
+    monkeypatch.setattr(memory, "VMSTAT", vmstat)
+    monkeypatch.setattr(memory, "BOOT_ID", boot)
+
+    def machine(boot_id: str, kills: int) -> None:
+        boot.write_text(boot_id)
+        vmstat.write_text(f"nr_free_pages 1\noom_kill {kills}\nswap_ra 0\n")
+
+    machine("a", 2)
+    note = {"step": 7, "earlier": [], "kills": memory.count_memory_kills()}
+    assert not killed_for_memory(note)  # by a user
+    machine("b", 0)
+    assert not killed_for_memory(note)  # Colab took the machine away
+    machine("b", 9)
+    assert not killed_for_memory(note)  # what another machine counts says nothing
+    machine("a", 3)
+    assert "killed for memory" in killed_for_memory(json.loads(json.dumps(note)))
+    vmstat.unlink()
+    assert not killed_for_memory({"step": 7, "earlier": [5], "kills": memory.count_memory_kills()})
+    assert "second time" in killed_for_memory({"step": 7, "earlier": [7], "kills": None})
+    assert not killed_for_memory({})
+
+
+@pytest.mark.parametrize(("integrated", "limited"), [(False, False), (True, True)])
+def test_only_main_memory_kills(integrated: bool, limited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of its own raises where its memory ends; one that shares the machine's is killed by the kernel."""
+    pretend(Card(15 * GB, False, 2 * GB, cached=3 * GB, integrated=integrated), monkeypatch)
+    assert memory.free_memory(torch.device("cuda")) == 5 * GB
+    assert (memory.free_before_kill(torch.device("cuda")) == 5 * GB) is limited
+    assert memory.free_before_kill(torch.device("cpu")) < 1 << 62
 
 
 def test_the_place_decides_what_counts() -> None:

@@ -1,7 +1,10 @@
 """Draws are functions of their names."""
 
+import pytest
 import torch
 
+from minigrpo.rollouts.engines.sampling import draw
+from minigrpo.utils import rng
 from minigrpo.utils.rng import keep_mask, mix, name_key, uniform
 
 
@@ -20,6 +23,16 @@ def test_uniform_draws_are_even_and_neighbouring_keys_unrelated() -> None:
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 45  # chi-square, 19 degrees of freedom, p = 0.0007
     both = torch.stack([draws[:-1], draws[1:]])
     assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
+
+
+def test_a_device_without_float64_leaves_its_draws_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor stands for one on an Apple GPU: it cannot be copied to the CPU, so the attempt shows."""
+    monkeypatch.setattr(rng, "WITHOUT_FLOAT64", frozenset({"meta"}))
+    logits_nV = torch.zeros(2, 5000, device="meta")
+    for make in (lambda: uniform(torch.arange(2, device="meta")), lambda: draw(logits_nV, torch.zeros(2), 1.0)):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+            make()
+    assert rng.with_float64(torch.arange(2)).device.type == "cpu"
 
 
 def test_a_name_has_one_key_and_other_names_have_others() -> None:

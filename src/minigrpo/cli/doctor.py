@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minigrpo.cli.options import AsJson, print_json, stdout_for_json
-from minigrpo.errors import install_hint
+from minigrpo.errors import ModelError, install_hint
+from minigrpo.models.peft_compat import refused_packages
 from minigrpo.sandbox.doctor import Finding, Level
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.cache_dir import cache_dir
@@ -53,7 +54,7 @@ GIB = 1024**3
 
 def examine() -> tuple[Finding, ...]:
     """Return all findings in the order of the report. Imports torch."""
-    return (*machine(), *devices(), *disks(), *versions(), *optional_parts())
+    return (*machine(), *devices(), *disks(), *versions(), *optional_parts(), *refused_parts())
 
 
 def doctor_table(findings: Sequence[Finding]) -> RenderableType:
@@ -131,7 +132,9 @@ def devices() -> list[Finding]:
     else:
         found.append(Finding("device", "GPU", "none", "note", "Small models train on the CPU; see the quickstart."))
     if torch.backends.mps.is_available():
-        found.append(Finding("device", "mps", "Apple GPU", "note", "untested; model.device cpu is the safe choice"))
+        found.append(
+            Finding("device", "mps", "Apple GPU, float32", "note", "not run on one yet: --model.device mps takes it")
+        )
     return found
 
 
@@ -193,6 +196,21 @@ def optional_parts() -> list[Finding]:
         value = f"{here}: {purpose}" if here else f"not installed: {purpose}"
         found.append(Finding("optional", module, value, "ok" if here else "note", "" if here else line))
     return found
+
+
+def refused_parts() -> list[Finding]:
+    """Return the installed packages that PEFT refuses: training goes on without them."""
+    try:
+        refused = refused_packages()
+    except (ImportError, ModelError) as fault:  # PEFT itself is missing, which `versions` says, or cannot go on
+        return [Finding("optional", "peft", str(fault), "bad")] if isinstance(fault, ModelError) else []
+    advice = (
+        "Training goes on without it, and no layer of ours needs it; PEFT would take a newer one: pip install -U {}"
+    )
+    return [
+        Finding("optional", name, f"PEFT refuses it: {why}", "note", advice.format(name))
+        for name, why in refused.items()
+    ]
 
 
 def _gib(size: int | None) -> str:

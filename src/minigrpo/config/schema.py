@@ -69,9 +69,9 @@ class ModelConfig(Config):
     dtype: DtypeName = field(
         "auto",
         "number type of the frozen weights; auto: bfloat16 where the device truly has it and the model is large, else "
-        "float16 on a GPU and float32 on a CPU",
+        "float16 on a GPU and float32 on a CPU or an Apple GPU; with train.full float32 everywhere",
     )
-    device: str = field("auto", "cuda, cuda:1, cpu ...; auto: the first GPU, else the CPU")
+    device: str = field("auto", "cuda, cuda:1, mps (Apple's GPU), cpu ...; auto: the first CUDA GPU, else the CPU")
     quantize: Literal["none", "nf4"] = field(
         "none", "nf4: the frozen weights in 4 bit with double quantisation (QLoRA): a quarter of the memory, slower"
     )

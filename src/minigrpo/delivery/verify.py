@@ -36,7 +36,6 @@ from minigrpo.delivery.parity.compare import (
     find_task,
     loading_fault,
     merged_logprobs,
-    pick_proof_device,
     trained_reference,
 )
 from minigrpo.delivery.parity.kl import Divergence, compare_distributions
@@ -95,13 +94,13 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
     with stage("verify", 2 + len(files), Screen(stderr=True, quiet=quiet)) as report:
         report(0, 2 + len(files), "base and trained policy")
         written = open_base(run.merged) if run.merged.is_dir() and not faults else None
-        reference = trained_reference(source, base, written)
+        reference = trained_reference(source, base, written, exact=bool(files))
         rows: list[Mapping[str, Any]] = [row.to_dict() for row in reference.base_rows]
         if written:
             report(1, 2 + len(files), "merged")
             dtype = getattr(torch, read_sealed(run.merged / "made.json")["dtype"])
             weights = prove_weights(written, base, adapter, dtype)
-            measured = merged_logprobs(run.merged, pick_proof_device(source, base), reference.held.all)
+            measured = merged_logprobs(run.merged, reference.place, reference.held.all)
             judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]

@@ -54,8 +54,9 @@ half of the memory. Products of narrow layers are so short that converting their
 def pick_dtype(name: str | torch.dtype, device: torch.device, config: Any, *, full: bool = False) -> torch.dtype:
     """Return the dtype of that name for a model of this config. `full`: every parameter is trained.
 
-    "auto": bfloat16 where a GPU has it in hardware (a T4 only emulates it: float16 there). On a CPU, bfloat16 where it
-    has that in hardware and the model is large, else float32; float32 also where every parameter is trained.
+    "auto": float32 where every parameter is trained, on any device: 16-bit weights round such updates away; and on
+    Apple's GPUs. Else bfloat16 where a GPU has it in hardware (a T4 only emulates it: float16 there); on a CPU,
+    bfloat16 where it has that in hardware and the model is large, else float32.
     """
     if isinstance(name, torch.dtype):
         return name
@@ -63,10 +64,12 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, config: Any, *, fu
         if device.type == "cpu" and TORCH_DTYPES[name] != torch.float32:
             check_dtype_support(name)
         return TORCH_DTYPES[name]
+    if full or device.type == "mps":
+        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     large = int(getattr(config.get_text_config(), "hidden_size", 0)) >= LARGE_WIDTH
-    return torch.bfloat16 if large and not full and _has_bfloat16() else torch.float32
+    return torch.bfloat16 if large and _has_bfloat16() else torch.float32
 
 
 def _has_bfloat16() -> bool:

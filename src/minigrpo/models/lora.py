@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,14 @@ from minigrpo.errors import ArtifactError, ModelError, RecipeError, command_line
 from minigrpo.models import lora_linear
 from minigrpo.models.adapter import ADAPTER_FILE, require_finite_adapter
 from minigrpo.models.lora_linear import SeededDropout
+from minigrpo.models.peft_compat import prepare_peft
 from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
 
 
 def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any, list[SeededDropout]]:
     """Return the model under a fresh PEFT adapter (float32, B = 0), and the dropouts inside it."""
-    mute_bitsandbytes()
+    prepare_peft()
     from peft import LoraConfig, get_peft_model
 
     targets = lora_targets(model, config.targets)
@@ -116,7 +116,7 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
     Raise ArtifactError for a file that is missing, damaged or not finite, and ModelError where the two do not belong
     together.
     """
-    mute_bitsandbytes()
+    prepare_peft()
     from peft import PeftModel
 
     if folder.is_dir():
@@ -161,11 +161,6 @@ def load_adapter(model: Any, folder: Path) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if unexpected or missing:
         raise ArtifactError(f"{file} belongs to another model or another lora setting: {(unexpected + missing)[0]}")
-
-
-def mute_bitsandbytes() -> None:
-    """Silence bitsandbytes: PEFT imports it, and it warns about a faster kernel that it would have to download."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -24,12 +24,13 @@ from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.errors import ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
-from minigrpo.models.loading import LoadedModel, adapter_base, open_model, pick_device
+from minigrpo.models.loading import TORCH_DTYPES, LoadedModel, adapter_base, open_model, pick_device
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, save_adapter
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.memory import free_memory
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
 
@@ -276,6 +277,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
     """Open the recipe's model, ready to train: with a fresh adapter, or with every parameter trainable."""
+    check_full_training(recipe)
     policy = _open_without_adapter(recipe.model.path, recipe, report, trained=True)
     if recipe.train.full:
         _prepare_full_training(policy, recipe)
@@ -317,13 +319,17 @@ def _open_without_adapter(path: str, recipe: Recipe, report: Report = no_report,
     return Policy(loaded, temperature=recipe.rollout.temperature, seed=recipe.seed)
 
 
-def _prepare_full_training(policy: Policy, recipe: Recipe) -> None:
-    if policy.dtype != torch.float32:
+def check_full_training(recipe: Recipe) -> None:
+    """Raise ModelError where every parameter shall be trained, in a number type that is too coarse for it."""
+    if recipe.train.full and TORCH_DTYPES.get(recipe.model.dtype, torch.float32) != torch.float32:
         raise ModelError(
-            f"train.full needs float32 weights, and model.dtype {recipe.model.dtype} gives {str(policy.dtype)[6:]} "
-            "here: 16-bit weights round away updates as small as training makes them. Set --model.dtype float32, or "
-            "train an adapter: --train.full false"
+            f"train.full needs float32 weights, and model.dtype is {recipe.model.dtype}: 16-bit weights round away "
+            "updates as small as training makes them. Leave it at --model.dtype auto, or train an adapter: "
+            "--train.full false"
         )
+
+
+def _prepare_full_training(policy: Policy, recipe: Recipe) -> None:
     if recipe.objective.kl > 0:
         policy.frozen_copy = _frozen_copy(policy, _reference_device(policy, recipe.train))
     policy.model.requires_grad_(False)
@@ -346,7 +352,7 @@ def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
     cpu = torch.device("cpu")
     if config.reference != "auto" or policy.device.type != "cuda":
         return cpu if config.reference == "cpu" else policy.device
-    free, _ = torch.cuda.mem_get_info(policy.device)
+    free = free_memory(policy.device)
     weights = weight_bytes(policy.model)
     if config.memory is not None:
         free = min(free, int(config.memory * 1e9) - weights)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minigrpo.errors import ModelError, install_hint
-from minigrpo.models.lora import mute_bitsandbytes
+from minigrpo.models.peft_compat import mute_bitsandbytes
 
 
 def quantize_four_bit(model: Any, device: torch.device) -> Any:
@@ -25,6 +25,7 @@ def quantize_four_bit(model: Any, device: torch.device) -> Any:
     missing, or the weights are packed already.
     """
     _check_quantizable(model)
+    _require_bitsandbytes_device("model.quantize nf4", device)
     head = model.get_output_embeddings()
     for parent in list(model.get_decoder().modules()):
         for name, layer in parent.named_children():
@@ -55,6 +56,7 @@ def eight_bit_adamw(
 ) -> torch.optim.Optimizer:
     """Make an AdamW whose moments are kept in 8 bit, block by block. Raise ModelError where bitsandbytes is missing."""
     _require_bitsandbytes("train.optimizer adamw8bit")
+    _require_bitsandbytes_device("train.optimizer adamw8bit", parameters[0].device)
     from bitsandbytes.optim import AdamW8bit
 
     found: torch.optim.Optimizer = AdamW8bit(
@@ -78,6 +80,14 @@ def _require_bitsandbytes(knob: str) -> None:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ModelError(f"{knob} needs bitsandbytes, which is not installed: {install_hint('qlora')}") from None
+
+
+def _require_bitsandbytes_device(knob: str, device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(
+            f"{knob} is bitsandbytes' work, which has no kernels for {device.type}. Leave the knob at its default, or "
+            "use --model.device cpu"
+        )
 
 
 def _check_quantizable(model: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.loss_scale import LossScale
+from minigrpo.utils.memory import empty_cache, ran_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,12 @@ class PassLimit:
         kept = longest - min(len(example.prompt_ids) for example in examples)
         return len(examples) * longest <= self.tokens and len(examples) * kept <= self.logits
 
+    @classmethod
+    def half_of(cls, examples: Sequence[SftExample], limit: PassLimit | None) -> PassLimit:
+        """Return half of what the largest pass over these examples has held."""
+        largest = max(len(part) * max(map(len, part)) for part in split_passes(examples, limit))
+        return cls(largest // 2, min(limit.logits if limit else largest, largest) // 2)
+
 
 def train_sft(
     model: Any,
@@ -73,7 +80,8 @@ def train_sft(
     limit: PassLimit | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Train any causal model on the answers, in place; return the smoothed loss. No `limit`: one pass a step."""
+    """Train any causal model on the answers, in place; return the smoothed loss. No `limit`: one pass a step. Where
+    memory runs out, the step is begun again in smaller passes, and so are all later ones."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = random.Random(seed)
@@ -85,7 +93,7 @@ def train_sft(
         batch, queue = queue[: schedule.rows], queue[schedule.rows :]
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step)
-        loss, scale = accumulate_scaled(model, batch, limit, scale)
+        loss, scale, limit = accumulate_scaled(model, batch, limit, scale)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -99,17 +107,38 @@ def train_sft(
 
 def accumulate_scaled(
     model: Any, examples: Sequence[SftExample], limit: PassLimit | None, scale: LossScale
-) -> tuple[float, LossScale]:
-    """Run `accumulate_sft` with a loss scale, which float16 needs; repeat with a smaller one after an overflow."""
+) -> tuple[float, LossScale, PassLimit | None]:
+    """Run `accumulate_sft` with a loss scale, which float16 needs; repeat with a smaller one after an overflow, and in
+    smaller passes where memory runs out. Return the loss, and scale and limit to go on with."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     while True:
-        loss = accumulate_sft(model, examples, limit, scale)
+        loss, limit = _accumulate_within_memory(model, examples, limit, scale)
         scale.unscale(trainable)
         finite = not scale.adapts or all(bool(p.grad.isfinite().all()) for p in trainable if p.grad is not None)
         if finite or not scale.can_fall or not math.isfinite(loss):
-            return loss, scale.after_success()
+            return loss, scale.after_success(), limit
         scale = scale.after_overflow()
         model.zero_grad()
+
+
+def _accumulate_within_memory(
+    model: Any, examples: Sequence[SftExample], limit: PassLimit | None, scale: LossScale
+) -> tuple[float, PassLimit | None]:
+    """Run `accumulate_sft`, on a GPU once more where memory ran out, then in smaller passes as long as they can be
+    cut."""
+    emptied = False
+    while True:
+        try:
+            return accumulate_sft(model, examples, limit, scale), limit
+        except (RuntimeError, MemoryError) as fault:
+            place = ran_out(fault)
+            if not place or all(len(part) == 1 for part in split_passes(examples, limit)):
+                raise
+        model.zero_grad()
+        empty_cache()
+        if place == "CPU" or emptied:
+            limit = PassLimit.half_of(examples, limit)
+        emptied = True
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

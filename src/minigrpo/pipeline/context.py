@@ -9,6 +9,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Engine, Task
 from minigrpo.ui.progress import stage
+from minigrpo.utils.memory import prefer_expandable_segments
 
 if TYPE_CHECKING:
     from minigrpo.models.policy import Policy
@@ -34,6 +35,12 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
     return OpenedRun(recipe, task, policy, open_engine(policy, recipe, count_rows(policy, recipe, task, run)))
+
+
+def set_allocator(recipe: Recipe) -> None:
+    """Set torch's allocator for this recipe, before torch is loaded. vLLM in this process could not sleep with it."""
+    if recipe.rollout.engine != "vllm" or recipe.rollout.server:
+        prefer_expandable_segments()
 
 
 def count_rows(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:

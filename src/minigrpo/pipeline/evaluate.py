@@ -20,7 +20,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import tables
-from minigrpo.pipeline.context import OpenedRun
+from minigrpo.pipeline.context import OpenedRun, set_allocator
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, staying
@@ -56,13 +56,14 @@ def evaluate(
     any model in its folder. Return the figures without the answers, and `file`. Raise ArtifactError where `out` is
     something other than an earlier evaluation.
     """
+    found = find_run(model)
+    recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
+    set_allocator(recipe)
     from minigrpo.evaluation.evaluate import compare, pick_examples
     from minigrpo.tasks.registry import open_task
     from minigrpo.utils.process import process_settings
 
     console = Screen(quiet=quiet)
-    found = find_run(model)
-    recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
     task = open_task(recipe)
     ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
     folder = found.run.evals if found else Path("evals")

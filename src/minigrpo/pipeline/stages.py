@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from minigrpo.config.schema import Recipe, TrainConfig
+from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import deliver, prepare, tables
-from minigrpo.pipeline.context import OpenedRun, open_all
+from minigrpo.pipeline.context import OpenedRun, open_all, set_allocator
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.chain import append_link
 from minigrpo.runs.lock import run_lock
@@ -38,7 +38,7 @@ def preflight(recipe: Recipe, run: RunDir | None = None, *, seconds: float | Non
     `seconds`: begin no further rollout after so many; None: preflight's own default. Ctrl-C prints what has been
     sampled, saves nothing and raises KeyboardInterrupt.
     """
-    with run_lock(run) if run else nullcontext(), settings_of(recipe.train, run):
+    with run_lock(run) if run else nullcontext(), settings_of(recipe, run):
         return prepare.run_preflight(open_all(recipe, run), run, Screen(), seconds=seconds)
 
 
@@ -100,17 +100,18 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
     with run_lock(run), staying(Path(recipe.model.path).expanduser()):
         check_folder(recipe, run, resume)
         tidy(run)
-        with settings_of(recipe.train, run):
+        with settings_of(recipe, run):
             yield
 
 
-def settings_of(config: TrainConfig, run: RunDir | None) -> AbstractContextManager[None]:
+def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
     """Set the process for this run, with as many threads as when the run began, until the block ends."""
+    set_allocator(recipe)
     from minigrpo.training.checkpoint import read_machine
     from minigrpo.utils.process import process_settings
 
     began = read_machine(run) if run else None
-    return process_settings(began.threads if began else config.threads)
+    return process_settings(began.threads if began else recipe.train.threads)
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from minigrpo.errors import TaskError
 from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import judge_group
+from minigrpo.rollouts.oom import generate_with_retries
 from minigrpo.types import Completion, Engine, Group, Progress, Prompt, Ready, Sampling, Split, Task
 from minigrpo.ui.progress import Report
 
@@ -36,8 +38,9 @@ def rollout(
     """
     rendered = [render(tokenizer, prompt) for prompt in prompts]
     progress = _report_tokens(report, len(rendered) * n) if report else None
+    sample = partial(generate_with_retries, engine, rendered, n, sampling, progress=progress)
     if grader is None:
-        answers = _answers(engine.generate(rendered, n, sampling, observe, progress=progress), prompts, tokenizer)
+        answers = _answers(sample(ready=observe), prompts, tokenizer)
         graded = [judge_group(task, question.prompt, own) for question, own in zip(rendered, answers, strict=True)]
     else:
         pending = grader.open_batch(prompts)
@@ -47,7 +50,7 @@ def rollout(
             if observe:
                 observe(index, completions)
 
-        answers = _answers(engine.generate(rendered, n, sampling, ready, progress=progress), prompts, tokenizer)
+        answers = _answers(sample(ready=ready), prompts, tokenizer)
         graded = pending.collect(answers)
     groups = [
         Group(question.prompt, question.ids, own, grades)

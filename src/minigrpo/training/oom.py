@@ -1,8 +1,10 @@
 """Go on when memory runs out: smaller passes, the same gradient.
 
-On a GPU, and where a CPU's allocator says no, the step is begun again with passes of half the size. A kernel that runs
-short kills the process instead, and says nothing: so while memory is tight an update leaves a note in the run's folder,
-and takes it away when it is done. A resumed run that finds one halves its passes before it goes on.
+Where an allocator says no, the step is begun again with passes of half the size; on a GPU it is first tried once more
+as it is, because free memory may only have been in pieces. A kernel that runs short of main memory kills the process
+instead, and says nothing: so while that is tight an update leaves a note in the run's folder, and takes it away when it
+is done. A resumed run that finds one halves its passes where something else says that memory was the reason, too: the
+kernel's count of such kills, or a second kill in the same step. Whoever pulls the plug leaves neither.
 
 Before the first step `try_largest_pass` runs the longest pass that the run could meet: where memory runs out, it does
 so then.
@@ -11,13 +13,11 @@ so then.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
-
-import torch
 
 from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import MicroBatch, PackedGroup, split_group
@@ -25,23 +25,16 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir, write_json
-from minigrpo.training.memory.machine import free_memory, plan_of
+from minigrpo.training.memory.machine import plan_of
 from minigrpo.training.memory.meta import UnplannableError
 from minigrpo.training.memory.planner import largest_micro_batch
+from minigrpo.utils.memory import count_memory_kills, empty_cache, first_line, free_before_kill, free_memory, ran_out
 
 Work = TypeVar("Work")
 
 NOTE = "updating.json"
 TIGHT = 1.5
 """Memory is tight where an update is planned to take more than the free memory divided by this."""
-
-
-def ran_out(fault: BaseException) -> bool:
-    """Tell whether an allocator ran out of memory."""
-    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = str(fault)
-    return isinstance(fault, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
 
 
 def retry_on_oom(
@@ -52,18 +45,21 @@ def retry_on_oom(
     Nothing that a failed try added may stay: `clear` throws its gradients away. Raises RecipeError where no cut is
     left.
     """
+    emptied = False
     while True:
         try:
             return work(parts), budget
         except (RuntimeError, MemoryError) as fault:
-            if not ran_out(fault):
+            place = ran_out(fault)
+            if not place:
                 raise
-            message = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            message = first_line(fault)
         # Beyond the handler: until then the traceback holds the tensors of the pass that failed.
         clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        budget, parts = _halved(parts, budget, message)
+        empty_cache()
+        if place == "CPU" or emptied:
+            budget, parts = _halved(parts, budget, message)
+        emptied = True
 
 
 def _halved(parts: Sequence[MicroBatch], budget: int, message: str) -> tuple[int, list[MicroBatch]]:
@@ -118,7 +114,7 @@ def crash_note(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iter
         yield
         return
     note = run.path / NOTE
-    write_json(note, what | {"needs": needs, "free": free})
+    write_json(note, what | {"needs": needs, "free": free, "kills": count_memory_kills()})
     try:
         yield
     finally:
@@ -126,7 +122,7 @@ def crash_note(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iter
 
 
 def pop_crash_note(run: RunDir) -> dict[str, Any] | None:
-    """Remove and return the note of a killed update, or None. A damaged note counts: only an update writes it."""
+    """Remove and return the note of a killed update, or None. A damaged note is an empty one."""
     note = run.path / NOTE
     if not note.is_file():
         return None
@@ -139,13 +135,34 @@ def pop_crash_note(run: RunDir) -> dict[str, Any] | None:
     return found
 
 
+def killed_for_memory(note: Mapping[str, Any]) -> str:
+    """Return what says that the process which left this note was killed for its memory, or "" where nothing does.
+
+    A note alone says only that it was killed meanwhile: by a user, or with the machine that it ran on.
+    """
+    then, now = note.get("kills"), count_memory_kills()
+    if then and now and then[0] == now[0] and then[1] < now[1]:
+        return "the system has killed for memory since"
+    if note.get("step") in note.get("earlier", ()):
+        return "it is the second time in the same step"
+    return ""
+
+
 def try_largest_pass(
-    policy: Policy, objective: Objective, recipe: Recipe, *, run: RunDir, prompt_tokens: int, tokens_per_pass: int
+    policy: Policy,
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    run: RunDir,
+    prompt_tokens: int,
+    tokens_per_pass: int,
+    killed_in: Sequence[int] = (),
 ) -> tuple[int, int]:
     """Run the largest pass that the recipe could meet forward and back, and throw its gradient away.
 
     Returns the bytes that an update takes at its height, and the tokens per pass that memory had room for. On a CPU
-    the pass is spared where memory is ample. `prompt_tokens`: of the longest prompt.
+    the pass is spared where memory is ample. `prompt_tokens`: of the longest prompt. `killed_in`: steps in whose
+    updates the run was killed.
     """
     try:
         fixed = recipe.train.model_copy(update={"tokens_per_pass": tokens_per_pass})
@@ -157,7 +174,8 @@ def try_largest_pass(
         return needs, tokens_per_pass
     vocabulary = policy.model.config.get_text_config().vocab_size
     micro_batches = [largest_micro_batch(recipe.rollout, prompt_tokens, tokens_per_pass, vocabulary)]
-    with crash_note(run, needs, free_memory(policy.device), {"step": -1, "tokens_per_pass": tokens_per_pass}):
+    what = {"step": -1, "tokens_per_pass": tokens_per_pass, "earlier": list(killed_in)}
+    with crash_note(run, needs, free_before_kill(policy.device), what):
         work = partial(_forward_and_back, policy, objective)
         _, tokens_per_pass = retry_on_oom(work, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
     clear_gradients(policy)

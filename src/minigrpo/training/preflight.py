@@ -16,8 +16,8 @@ from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
 
-from minigrpo.algorithms.objective import OBJECTIVES
-from minigrpo.algorithms.packing import pack
+from minigrpo.algorithms.objective import OBJECTIVES, Objective
+from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import GroupsConfig, Recipe
 from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
@@ -25,6 +25,7 @@ from minigrpo.rollouts.grading import judge_group
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.training.group_source import LOWEST_RATE
 from minigrpo.training.memory.machine import Plan, plan_of_run, tokens_per_pass
+from minigrpo.training.oom import clear_gradients, retry_on_oom
 from minigrpo.training.preflight_findings import (
     Figures,
     PreflightFinding,
@@ -257,7 +258,15 @@ def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> fl
     batch = replace(
         pack([with_all_scored(group) for group in groups], objective, recipe.rollout.max_tokens), needs_all=True
     )
-    parts = sorted(batch.split(tokens_per_pass(policy, recipe)), key=lambda micro_batch: -micro_batch.tokens)
+    budget, clear = tokens_per_pass(policy, recipe), partial(clear_gradients, policy)
+    parts = sorted(batch.split(budget), key=lambda micro_batch: -micro_batch.tokens)
+    seconds, _ = retry_on_oom(partial(_time_passes, policy, objective), parts, budget, clear=clear)
+    clear()
+    return seconds
+
+
+def _time_passes(policy: Any, objective: Objective, parts: Sequence[MicroBatch]) -> float:
+    """Return the seconds of all passes, from the first ones."""
     tokens, start = 0, time.perf_counter()
     for micro_batch in parts:
         objective.loss(policy.logprobs(micro_batch, step=0).logprobs_N, micro_batch).total.backward()
@@ -265,10 +274,7 @@ def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> fl
         if time.perf_counter() - start > MEASURED_SECONDS:
             break
     synchronize_device(policy.device)
-    elapsed = time.perf_counter() - start
-    for parameter in policy.trainable:
-        parameter.grad = None
-    return elapsed * sum(micro_batch.tokens for micro_batch in parts) / tokens
+    return (time.perf_counter() - start) * sum(micro_batch.tokens for micro_batch in parts) / tokens
 
 
 def with_all_scored(group: Group) -> Group:
@@ -278,10 +284,12 @@ def with_all_scored(group: Group) -> Group:
 
 def synchronize_device(device: Any) -> None:
     """Wait for a GPU's queued kernels, without which timings mean nothing."""
-    if device.type == "cuda":
-        import torch
+    import torch
 
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def pick_samples(groups: Sequence[Group]) -> tuple[dict[str, Any], ...]:

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.chat_template import after_opening, opening, render, whole_answer
@@ -109,8 +107,6 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         raise DivergenceError(
             f"The loss of the warm-up is {last}. Nothing was kept. Lower --warmup.lr, or set --model.dtype float32"
         )
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()  # GRPO asks how much is free, and what is only cached does not count
     report(config.steps, config.steps, "what it does now")
     after = measure()
     warnings = (

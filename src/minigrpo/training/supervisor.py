@@ -30,14 +30,15 @@ from minigrpo.runs.logger import Event, RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
-from minigrpo.training.memory.machine import free_memory, tokens_per_pass
+from minigrpo.training.memory.machine import tokens_per_pass
 from minigrpo.training.metrics import Clock, held_out_metrics, step_metrics
 from minigrpo.training.monitor.alarms import Alarms
 from minigrpo.training.monitor.divergence import DivergenceMonitor, message
-from minigrpo.training.oom import crash_note, pop_crash_note, try_largest_pass
+from minigrpo.training.oom import crash_note, killed_for_memory, pop_crash_note, try_largest_pass
 from minigrpo.training.origin import hash_prompts, record_origin
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+from minigrpo.utils.memory import free_before_kill
 from minigrpo.utils.process import compute_repeatably
 from minigrpo.utils.rng import name_key
 from minigrpo.utils.signals import finish_first
@@ -82,6 +83,7 @@ class Supervisor:
         self._start = self._done = 0
         self._update_bytes = 0
         self._stopped = False
+        self._killed_in: tuple[int, ...] = ()
         self._clock = Clock(policy.device.type)
         self._open = ExitStack()
 
@@ -96,6 +98,7 @@ class Supervisor:
             run=self.run,
             prompt_tokens=prompt_tokens,
             tokens_per_pass=self.tokens_per_pass,
+            killed_in=self._killed_in,
         )
         self._keep_smaller_passes(tokens)
         self.engine.update(self.policy)
@@ -144,6 +147,7 @@ class Supervisor:
         return sampled
 
     def _rollout(self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling) -> list[Group]:
+        rows = getattr(self.engine, "rows", 0)
         groups = rollout(
             self.engine,
             self.task,
@@ -154,6 +158,8 @@ class Supervisor:
             grader=self._grader,
             report=self._report_sampling,
         )
+        if (fewer := getattr(self.engine, "rows", 0)) < rows:
+            self._keep_fewer_rows(fewer)
         return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
 
     def _report_sampling(self, done: int, total: int = 0, note: str = "") -> None:
@@ -167,8 +173,8 @@ class Supervisor:
     def update_phase(self, step: int) -> Iterator[None]:
         """Surround an update: time it, and leave a note of it in the run's folder where memory is tight."""
         self.logger.set_activity("updating the policy")
-        free = free_memory(self.policy.device)
-        with crash_note(self.run, self._update_bytes, free, {"step": step, "tokens_per_pass": self.tokens_per_pass}):
+        what = {"step": step, "tokens_per_pass": self.tokens_per_pass, "earlier": list(self._killed_in)}
+        with crash_note(self.run, self._update_bytes, free_before_kill(self.policy.device), what):
             yield
         self._clock.lap("update")
 
@@ -230,6 +236,11 @@ class Supervisor:
                 f"Memory ran out in a pass of {self.tokens_per_pass} tokens: going on with {tokens}. Same gradient."
             )
             self._set_tokens_per_pass(tokens)
+
+    def _keep_fewer_rows(self, rows: int) -> None:
+        """Where memory ran out in a rollout, decode as few rows side by side after a resume, too."""
+        self.logger.say(f"Memory ran out in a rollout: going on with {rows} rows side by side. Same draws.")
+        self._write_machine(rows=rows)
 
     def _record(self, step: int, metrics: Mapping[str, float], sampled: StepGroups, batch: Batch) -> None:
         """Log step number `step`, and print its alarms."""
@@ -302,17 +313,29 @@ class Supervisor:
         elif different := now.differences(then):
             self.logger.say(f"Not the machine that began this run ({'; '.join(different)}): the last bits will differ.")
         note = pop_crash_note(self.run)
-        if note is not None and self.tokens_per_pass > 1:
+        if note is not None:
+            self._go_on_after_kill(note)
+        return replace(now, tokens_per_pass=self.tokens_per_pass)
+
+    def _go_on_after_kill(self, note: Mapping[str, Any]) -> None:
+        """Halve the passes where a kill in an update was for memory."""
+        self._killed_in = (*note.get("earlier", ()), note.get("step", -1))
+        killed = f"This run was killed in an update while memory was tight ({note.get('free', 0) / 1e9:.1f} GB free)"
+        reason = killed_for_memory(note)
+        if not reason:
+            self.logger.say(f"{killed}. Nothing says that memory was the reason, so passes stay as long as they were.")
+        elif self.tokens_per_pass > 1:
             self.logger.say(
-                f"This run was killed in an update while memory was tight ({note.get('free', 0) / 1e9:.1f} GB free): "
-                f"going on with passes of {self.tokens_per_pass // 2} tokens instead of {self.tokens_per_pass}. "
-                "Same gradient."
+                f"{killed}, and {reason}: going on with passes of {self.tokens_per_pass // 2} tokens instead of "
+                f"{self.tokens_per_pass}. Same gradient."
             )
             self._set_tokens_per_pass(self.tokens_per_pass // 2)
-        return replace(now, tokens_per_pass=self.tokens_per_pass)
 
     def _set_tokens_per_pass(self, tokens: int) -> None:
         self.tokens_per_pass = tokens
+        self._write_machine(tokens_per_pass=tokens)
+
+    def _write_machine(self, **changes: int) -> None:
         then = checkpoint.read_machine(self.run)
         assert then is not None, "the machine is written before the first step"
-        checkpoint.write_machine(self.run, replace(then, tokens_per_pass=tokens))
+        checkpoint.write_machine(self.run, replace(then, **changes))  # type: ignore[arg-type]

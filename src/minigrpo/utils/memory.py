@@ -1,6 +1,7 @@
-"""Memory of this process: read its peak since the last reset, and keep freed memory for the next step.
+"""Memory of this process: what is free, its peak since the last reset, and whether it ran out.
 
-A peak is the GPU's where the work is done there, else the process's own.
+A peak is the GPU's where the work is done there, else the process's own. On a GPU torch keeps freed memory for its next
+tensors: that counts as free, though no other program can have it before `empty_cache`.
 
 A training step frees a gigabyte of activations, and the next asks for the same again. glibc hands such memory back to
 the system at once, and fetching it anew costs a page fault for every 4 KB: a tenth of a small model's update. What is
@@ -17,7 +18,107 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Return free bytes of the GPU, or of main memory (within the container's limit)."""
+    if device.type != "cuda":
+        return min(_available(), _cgroup_room())
+    from torch import cuda
+
+    return cuda.mem_get_info(device)[0] + cuda.memory_reserved(device) - cuda.memory_allocated(device)
+
+
+def free_before_kill(device: torch.device) -> int:
+    """Return the free bytes beyond which the kernel kills this process. A GPU with memory of its own has no such limit:
+    its allocator says no."""
+    if device.type == "cuda":
+        from torch import cuda
+
+        if not cuda.get_device_properties(device).is_integrated:
+            return 1 << 70
+    return free_memory(device)
+
+
+VMSTAT, BOOT_ID = Path("/proc/vmstat"), Path("/proc/sys/kernel/random/boot_id")
+
+
+def count_memory_kills() -> tuple[str, int] | None:
+    """Return this boot of the machine, and how many processes its kernel has killed for their memory since.
+
+    Containers are counted in. None where the system does not tell.
+    """
+    try:
+        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(encoding="ascii"), re.MULTILINE)
+        return (BOOT_ID.read_text(encoding="ascii").strip(), int(found[1])) if found else None
+    except OSError:
+        return None
+
+
+def empty_cache() -> None:
+    """Give back what torch keeps on a GPU for its next tensors: another program may have it, and gaps in it close."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Environment variables that set torch's allocator on a GPU. torch takes the first that is set."""
+
+
+def prefer_expandable_segments() -> None:
+    """Let torch's allocator on a GPU grow its blocks, so that lengths that change at every step leave no gaps.
+
+    What the environment sets already is kept. torch reads it once, before its first tensor on a GPU, so it stays for
+    the process.
+    """
+    if sys.platform.startswith("linux") and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[-1]] = "expandable_segments:True"
+
+
+GPU_RAN_OUT = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+CPU_RAN_OUT = ("can't allocate memory", "not enough memory")
+"""Words of torch's errors that have no class of their own."""
+
+
+def ran_out(fault: BaseException) -> Literal["GPU", "CPU", ""]:
+    """Return whose allocator ran out of memory, or "" where the fault is another one."""
+    from torch import OutOfMemoryError
+
+    words = str(fault) if isinstance(fault, RuntimeError) else ""
+    if isinstance(fault, OutOfMemoryError) or any(each in words for each in GPU_RAN_OUT):
+        return "GPU"
+    return "CPU" if isinstance(fault, MemoryError) or any(each in words for each in CPU_RAN_OUT) else ""
+
+
+def first_line(fault: BaseException) -> str:
+    """Return the first line of what an allocator says, which goes on for many."""
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+
+
+def _available() -> int:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+
+
+def _cgroup_room() -> int:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(0, int(limit) - used)
 
 
 def reset_peak(device: str = "cpu") -> bool:

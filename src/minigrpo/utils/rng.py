@@ -32,8 +32,18 @@ def mix(keys: Tensor) -> Tensor:
     return keys ^ _shift(keys, 31)
 
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of device that have no float64, in which draws are made: there the CPU makes them."""
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor where float64 exists: where it is, or on the CPU."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
+
+
 def uniform(keys: Tensor) -> Tensor:
-    """Return one float64 in [0, 1) for each int64 key."""
+    """Return one float64 in [0, 1) for each int64 key: on its device, or on the CPU where that has no float64."""
+    keys = with_float64(keys)
     return _shift(mix(keys), 11).double() * 2.0**-53
 
 

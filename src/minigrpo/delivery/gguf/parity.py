@@ -18,6 +18,7 @@ from minigrpo.delivery.gguf.pretokenizer import token_faults
 from minigrpo.delivery.gguf.weights import TensorsProof, prove_tensors
 from minigrpo.delivery.parity.compare import compare_texts, find_task, load_strictly, score_held_texts
 from minigrpo.delivery.parity.kl import MAX_KL, MAX_RELATIVE_KL, Divergence
+from minigrpo.delivery.parity.place import CPU, pick_proof_place
 from minigrpo.delivery.parity.texts import HeldTexts, StoredLogprobs
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer
@@ -95,7 +96,9 @@ class GgufProof:
 
 
 def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
-    """Open the merged model in float32, score the held texts, and release it."""
+    """Open the merged model in float32, score the held texts, and release it. Raises ModelError where memory has no
+    room."""
+    pick_proof_place(open_base(folder), CPU, exact=True)  # a file in 16 bits is held to what its rounding alone does
     tokenizer, task = open_tokenizer(folder), find_task(run)
     check_tokenizer(tokenizer)
     held, merged = score_held_texts(load_strictly(folder).eval(), tokenizer, run, task)

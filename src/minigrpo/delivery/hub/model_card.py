@@ -330,7 +330,7 @@ def parity_markdown(stages: Sequence[Mapping[str, Any]]) -> str:
     """Render rows of parity.json as a table. `greedy`: tokens before the likeliest one differs, of how many."""
     rows = [
         (
-            plain(stage["name"]),
+            plain(stage["name"]) + _rounded(stage),
             f"{stage['mean_kl']:.2g}" if stage.get("mean_kl") is not None else "-",
             f"{stage['relative_kl']:.2g}" if stage.get("relative_kl") is not None else "-",
             f"{stage['max_kl']:.2g}" if stage.get("max_kl") is not None else "-",
@@ -341,6 +341,12 @@ def parity_markdown(stages: Sequence[Mapping[str, Any]]) -> str:
         for stage in stages
     ]
     return markdown_table(("", "KL", "of training", "worst", "top-1", "greedy", "limit"), rows)
+
+
+def _rounded(stage: Mapping[str, Any]) -> str:
+    """Name the number type of a row that was not computed in float32, where rounding counts as distance."""
+    precision = stage.get("precision", "float32")
+    return "" if precision == "float32" else f" (computed in {plain(precision)})"
 
 
 def _training(facts: CardFacts) -> str:

@@ -37,6 +37,7 @@ from minigrpo.delivery.artifacts.source import (
 from minigrpo.delivery.parity.compare import (
     PACKED_ROW,
     ParityReference,
+    place_of,
     prove_merged,
     trained_in_4bit,
     trained_reference,
@@ -100,6 +101,8 @@ def merge(
     made["from"] |= {"asked": dtype, "proved": proof}
     if found := _existing_merge(target, made, force, source):
         return found
+    if proof:
+        place_of(source, files)  # what will have no room is said before anything is written
     in_use = (source.folder, files.folder, target.parent)
     with staying(*in_use), stage("merge", _PARTS, Screen(stderr=True, quiet=quiet)) as report:
         report(0, _PARTS, "what rounding would do to the change")

@@ -1,4 +1,5 @@
-"""Measure whether an artefact is still the policy that was trained: from the models' own distributions, in float32.
+"""Measure whether an artefact is still the policy that was trained: from the models' own distributions, in float32
+wherever that has room (place.py).
 
 The trained policy is what PEFT makes of base and adapter, so the merge is compared with code other than its own. One
 model is open at a time; of each, only its distributions on a few held texts are kept.
@@ -10,6 +11,7 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigrpo.delivery.artifacts.merged_weights import weight_bytes
 from minigrpo.delivery.artifacts.source import TrainedSource
 from minigrpo.delivery.parity.kl import (
     MAX_KL,
@@ -28,6 +29,7 @@ from minigrpo.delivery.parity.kl import (
     Divergence,
     compare_distributions,
 )
+from minigrpo.delivery.parity.place import ProofPlace, pick_proof_place
 from minigrpo.delivery.parity.texts import (
     HeldTexts,
     ScoredText,
@@ -52,8 +54,9 @@ PACKED_ROW = "merged (4-bit policy)"
 class ParityReference:
     """The trained policy's distributions on all held texts, and how far the base is from it: what all later stages are
     compared with. `base_elsewhere`: on texts of other kinds. `injected`: the distributions of the base's own model with
-    the merged weights in it, where there are any."""
+    the merged weights in it, where there are any. `place`: where all of them were computed, and the rest has to be."""
 
+    place: ProofPlace
     held: HeldTexts
     trained: Sequence[Tensor]
     base: Divergence
@@ -70,34 +73,35 @@ class ParityReference:
         return self.base.mean_kl <= ZERO_KL
 
 
-def pick_proof_device(source: TrainedSource, base: BaseFiles) -> torch.device:
-    """Return the recipe's device if a float32 model fits there, with a tenth to spare for its forward passes; else the
-    CPU."""
-    device = pick_device(source.recipe.model.device)
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * weight_bytes(base, torch.float32):
-        return torch.device("cpu")
-    return device
+def place_of(source: TrainedSource, base: BaseFiles, *, exact: bool = False) -> ProofPlace:
+    """Return where the proofs of a run compute. `exact`: in float32, or not at all. So are weights that were trained as
+    a whole, for 16 bits would round the training away. Raises ModelError where there is no room."""
+    return pick_proof_place(base, pick_device(source.recipe.model.device), exact=exact or source.full)
 
 
-def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles | None = None) -> ParityReference:
+def trained_reference(
+    source: TrainedSource, base: BaseFiles, merged: BaseFiles | None = None, *, exact: bool = False
+) -> ParityReference:
     """Open the base with its adapter and compare the two; for a full-parameter run, open the trained model, then its
-    base. `merged`: weights that are then put into the base's model, which no merged config has any part in.
+    base. `merged`: weights that are then put into the base's model, which no merged config has any part in. `exact`: as
+    in `place_of`.
 
-    Raises ArtifactError where the policy does not say the same twice.
+    Raises ArtifactError where the policy does not say the same twice, ModelError where memory has no room.
     """
-    device = pick_proof_device(source, base)
+    place = place_of(source, base, exact=exact)
     if source.full:
-        held, trained = _full_model_logprobs(source, device)
-        with open_in_float32(base.folder, source, device) as (model, _):
+        held, trained = _full_model_logprobs(source, place)
+        with open_for_proof(base.folder, source, place) as (model, _):
             rows = compare_texts("base", text_logprobs(model, held.all), trained, held)
-            return ParityReference(held, trained, *rows, _injected_logprobs(model, merged, held.all))
-    with open_in_float32(base.folder, source, device) as (model, tokenizer):
+            return ParityReference(place, held, trained, *rows, _injected_logprobs(model, merged, held.all))
+    with open_for_proof(base.folder, source, place) as (model, tokenizer):
         model = attach_adapter(model, source.folder)
         held, trained = _score_trained(model, tokenizer, source)
         _require_repeatable(model, held.texts, trained)
         with model.disable_adapter():
-            rows = compare_texts("base", text_logprobs(model, held.all), trained, held)
-        return ParityReference(held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
+            found = text_logprobs(model, held.all)
+            rows = compare_texts("base", found, trained, held, precision=place.precision)
+        return ParityReference(place, held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
 
 
 def compare_texts(
@@ -108,17 +112,19 @@ def compare_texts(
     *,
     base_kl: float | None = None,
     limit: float | None = None,
+    precision: str = "float32",
 ) -> tuple[Divergence, Divergence | None]:
     """Compare two sets of log-probabilities on the task's texts, and, apart from them, on the others, if there are any.
 
     `limit`: of relative KL on the task's texts. A stage that has one may not be further away than MAX_KL elsewhere.
     """
     here, each = len(held.texts), iter(found)
-    row = compare_distributions(name, islice(each, here), reference[:here], base_kl=base_kl, limit=limit)
+    compare = partial(compare_distributions, precision=precision)
+    row = compare(name, islice(each, here), reference[:here], base_kl=base_kl, limit=limit)
     if not held.others:
         return row, None
     ceiling = None if limit is None else MAX_KL
-    return row, compare_distributions(f"{name}{OTHER_TEXTS}", each, reference[here:], ceiling=ceiling)
+    return row, compare(f"{name}{OTHER_TEXTS}", each, reference[here:], ceiling=ceiling)
 
 
 def _require_repeatable(model: Any, texts: Sequence[ScoredText], then: Sequence[Tensor]) -> None:
@@ -146,22 +152,22 @@ def _injected_logprobs(model: Any, merged: BaseFiles | None, texts: Sequence[Sco
 # Each of these releases its model before the next opens one: two may not fit in memory together.
 
 
-def _full_model_logprobs(source: TrainedSource, device: torch.device) -> tuple[HeldTexts, Sequence[Tensor]]:
-    with open_in_float32(source.folder, source, device) as (model, tokenizer):
+def _full_model_logprobs(source: TrainedSource, place: ProofPlace) -> tuple[HeldTexts, Sequence[Tensor]]:
+    with open_for_proof(source.folder, source, place) as (model, tokenizer):
         return _score_trained(model, tokenizer, source)
 
 
 def _packed_policy_logprobs(
-    base: BaseFiles, source: TrainedSource, device: torch.device, texts: Sequence[ScoredText]
+    base: BaseFiles, source: TrainedSource, place: ProofPlace, texts: Sequence[ScoredText]
 ) -> Sequence[Tensor]:
-    with open_in_float32(base.folder, source, device, four_bit=True) as (model, _):
+    with open_for_proof(base.folder, source, place, four_bit=True) as (model, _):
         return StoredLogprobs(text_logprobs(attach_adapter(model, source.folder), texts))
 
 
-def merged_logprobs(folder: Path, device: torch.device, texts: Sequence[ScoredText]) -> Sequence[Tensor]:
+def merged_logprobs(folder: Path, place: ProofPlace, texts: Sequence[ScoredText]) -> Sequence[Tensor]:
     """Return a merged folder's distributions on the texts, loaded with transformers. Raises ModelError for missing or
     unexpected weights."""
-    model = load_strictly(folder).to(device).eval()
+    model = load_strictly(folder, place.dtype).to(place.device).eval()
     return StoredLogprobs(text_logprobs(model, texts))
 
 
@@ -201,7 +207,7 @@ def prove_merged(
 ) -> tuple[list[Divergence], str | None]:
     """Compare the merged model with the trained policy, and with that of 4 bit, if the base was packed during training;
     also return how it differs from the base's model with the same weights, if it does."""
-    found = merged_logprobs(folder, pick_proof_device(source, base), reference.held.all)
+    found = merged_logprobs(folder, reference.place, reference.held.all)
     return compare_merged(found, source, base, reference), loading_fault(found, reference)
 
 
@@ -209,12 +215,13 @@ def compare_merged(
     found: Sequence[Tensor], source: TrainedSource, base: BaseFiles, reference: ParityReference
 ) -> list[Divergence]:
     """Return the rows of the proof. `found`: the merged model's distributions."""
-    held, base_kl = reference.held, reference.base.mean_kl
-    merged = compare_texts("merged", found, reference.trained, held, base_kl=base_kl, limit=MAX_RELATIVE_KL)
+    held, place = reference.held, reference.place
+    compare = partial(compare_texts, base_kl=reference.base.mean_kl, precision=place.precision)
+    merged = compare("merged", found, reference.trained, held, limit=MAX_RELATIVE_KL)
     rows = [*reference.base_rows, *merged]
     if trained_in_4bit(source) and find_spec("bitsandbytes"):
-        packed = _packed_policy_logprobs(base, source, pick_proof_device(source, base), held.all)
-        rows += compare_texts(PACKED_ROW, found, packed, held, base_kl=base_kl)
+        packed = _packed_policy_logprobs(base, source, place, held.all)
+        rows += compare(PACKED_ROW, found, packed, held)
     return [row for row in rows if row is not None]
 
 
@@ -233,17 +240,18 @@ def loading_fault(found: Sequence[Tensor], reference: ParityReference) -> str | 
 
 
 @contextmanager
-def open_in_float32(
-    folder: Path, source: TrainedSource, device: torch.device, *, four_bit: bool = False
+def open_for_proof(
+    folder: Path, source: TrainedSource, place: ProofPlace, *, four_bit: bool = False
 ) -> Iterator[tuple[Any, Any]]:
-    """Open (model, tokenizer) in float32 and release them at the end. The tokenizer is the one that training used."""
+    """Open (model, tokenizer) at the place of a proof and release them at the end. The tokenizer is the one that
+    training used."""
     gc.collect()
     saved = (source.folder / "tokenizer_config.json").is_file()
     loaded = open_model(
         str(folder),
         revision=None,
-        dtype=torch.float32,
-        device=device,
+        dtype=place.dtype,
+        device=place.device,
         seed=source.recipe.seed,
         template={} if saved else source.recipe.model.template,
         four_bit=four_bit,
@@ -256,12 +264,12 @@ def open_in_float32(
         gc.collect()
 
 
-def load_strictly(folder: Path) -> Any:
-    """Load a model with transformers. Raises ModelError for missing, unexpected or mismatched weights."""
+def load_strictly(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a model with transformers, on the CPU. Raises ModelError for missing, unexpected or mismatched weights."""
     gc.collect()
     opener = model_class(open_config(folder))
     with no_progress_bars():
-        model, info = opener.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = opener.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ModelError(f"{folder} does not load as it should: {kind.replace('_', ' ')}: {sorted(info[kind])[0]}")

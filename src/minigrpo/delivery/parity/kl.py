@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,7 +44,7 @@ class Divergence:
 
     `top1`: share of positions with the same likeliest token. `greedy`: mean number of tokens before the likeliest token
     first differs; `greedy_of`: mean length of the texts. `limit`: of relative_kl; `ceiling`: of mean_kl; None where a
-    stage is only reported.
+    stage is only reported. `precision`: the number type in which both models computed.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Divergence:
     greedy_of: float
     limit: float | None = None
     ceiling: float | None = None
+    precision: str = "float32"
 
     @property
     def ok(self) -> bool:
@@ -68,6 +69,8 @@ class Divergence:
     def excess(self) -> str | None:
         """Say which limit is exceeded, and by what; None where none is. Where training changed nothing, the stage must
         not change anything either."""
+        if self.precision != "float32" and (excess := replace(self, precision="float32").excess):
+            return f"{excess}; both were computed in {self.precision}, whose rounding counts here, too"
         if self.ceiling is not None and not self.mean_kl <= self.ceiling:
             where = "on texts of other kinds " if self.name.endswith(OTHER_TEXTS) else ""
             return f"{where}it is {self.mean_kl:.2g} nats a token from the trained policy (limit {self.ceiling:g})"
@@ -113,6 +116,7 @@ def compare_distributions(
     base_kl: float | None = None,
     limit: float | None = None,
     ceiling: float | None = None,
+    precision: str = "float32",
 ) -> Divergence:
     """Compare two sets of next-token log-probabilities [N, V], text by text, on the same token ids.
 
@@ -147,6 +151,7 @@ def compare_distributions(
         greedy_of=fmean(lengths),
         limit=limit,
         ceiling=ceiling,
+        precision=precision,
     )
 
 

@@ -62,6 +62,8 @@ def proof_title(stages: Sequence[Mapping[str, Any]], source: str) -> str:
     """Say what the rows stand on. `source`: where the task's texts come from."""
     here, *elsewhere = stages[0], *(row for row in stages if str(row["name"]).endswith(OTHER_TEXTS))
     told = f"{PARITY_TITLE}: {here['tokens']:,} tokens of {here['texts']} {source}"
+    if (precision := here.get("precision", "float32")) != "float32":
+        told = f"{told}; computed in {precision}, for want of memory"
     return f"{told}; {elsewhere[0]['tokens']:,} of {elsewhere[0]['texts']} other texts" if elsewhere else told
 
 

@@ -25,8 +25,8 @@ from minigrpo.delivery.artifacts.merged_weights import duplicate_heads, target_d
 from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.adapter import ADAPTER_FILE, Adapter
 from minigrpo.models.loading import model_class, open_config
-from minigrpo.models.lora import mute_bitsandbytes
 from minigrpo.models.model_files import BaseFiles
+from minigrpo.models.peft_compat import prepare_peft
 from minigrpo.models.safetensors_io import StoredTensor, read_header
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -174,7 +174,7 @@ def _merged_by_peft(base: BaseFiles, adapter: Adapter) -> Iterator[tuple[str, Te
 
     The weights of one layer are in memory at a time, in float32.
     """
-    mute_bitsandbytes()
+    prepare_peft()
     from peft.tuners.lora import LoraLayer
 
     wrapped = _skeleton(base.folder, adapter.folder)

@@ -182,7 +182,9 @@ class CapturedStep:
                 tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Rewards are graded meanwhile in threads of their own, which may compute on the GPU: by default that would fail
+        # during a capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.step(c)
         return graph
 
@@ -244,8 +246,12 @@ class SlotEngine:
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
         counter = ProgressCounter(progress, ready)
-        for start, chunk in split_prompts(prompts, n, self.rows):
-            answers += self._decode_batch(chunk, n, sampling, start, counter)
+        try:
+            for start, chunk in split_prompts(prompts, n, self.rows):
+                answers += self._decode_batch(chunk, n, sampling, start, counter)
+        except BaseException:
+            self._graphs = None  # half a state is no use, and its memory is needed where memory ran out
+            raise
         return answers
 
     def _decode_batch(

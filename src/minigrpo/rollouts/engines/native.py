@@ -20,7 +20,7 @@ from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
-from minigrpo.utils.rng import name_key, uniform
+from minigrpo.utils.rng import name_key, uniform, with_float64
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
@@ -175,7 +175,7 @@ class DecodeBatch:
         if so_far % DRAWS_AHEAD == 0:
             at_C1 = torch.arange(so_far, so_far + DRAWS_AHEAD, device=self.decoder.device)[:, None]
             self._uniform_CB = uniform(self.stream_B + at_C1)
-        return self._uniform_CB[so_far % DRAWS_AHEAD].index_select(0, self.row_n)
+        return self._uniform_CB[so_far % DRAWS_AHEAD].index_select(0, with_float64(self.row_n))
 
     def _finished_prompts(self, ended: Tensor, active_M: list[int]) -> list[int]:
         """Return the prompts whose last row has just ended; `active_M` counts active rows by prompt."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minigrpo.errors import ModelError
 from minigrpo.types import Completion, Progress, Ready, Rendered
+from minigrpo.utils.rng import with_float64
 
 BLOCK = 1024
 """Tokens whose probabilities are summed together, where the vocabulary is larger than this."""
@@ -33,14 +34,17 @@ def draw(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tens
     Where a row's logits hold NaN or +inf, its log-probability is not finite, whatever the token, which stays within the
     vocabulary: `refuse_broken_logits` ends such a completion. -inf is a token that cannot be drawn.
     """
+    there, logits_nV = logits_nV.device, with_float64(logits_nV)
     at_once = max(1, ROWS_IN_CACHE_BYTES // (4 * logits_nV.shape[1]))
     if logits_nV.device.type != "cpu" or len(logits_nV) <= at_once:
-        return _draw_rows(logits_nV, uniform_n, temperature)
+        tokens_n, logprobs_n = _draw_rows(logits_nV, uniform_n, temperature)
+        return tokens_n.to(there), logprobs_n.to(there)
     parts = [
         _draw_rows(logits, uniform, temperature)
         for logits, uniform in zip(logits_nV.split(at_once), uniform_n.split(at_once), strict=True)
     ]
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
+    tokens_n, logprobs_n = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return tokens_n.to(there), logprobs_n.to(there)
 
 
 def _draw_rows(logits_nV: Tensor, uniform_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ own way and in its own order, so what it samples is not quite the policy's: `obj
 and the distance is logged at every step (engine_gap).
 
 In this process (`rollout.server` null) vLLM sleeps while the policy trains: it lets its cache go and moves its weights
-to the CPU.
+to the CPU. Before it wakes, torch gives back what it keeps for the trainer's next tensors.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +25,14 @@ from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError, ModelError, command_line
-from minigrpo.models.context_window import check_room, context_length
+from minigrpo.models.context_window import MULTIMODAL_WRAPPERS, check_room, context_length, longest_prompt
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
 from minigrpo.rollouts.engines.sampling import ProgressCounter, refuse_broken_logits
+from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
+from minigrpo.utils.memory import ALLOCATOR_VARIABLES, empty_cache
 from minigrpo.utils.rng import name_key
 
 SEED_RANGE = 2**31
@@ -58,10 +62,12 @@ VllmSample = tuple[tuple[int, ...], tuple[float, ...], str]
 
 
 class VllmHost(Protocol):
-    """Where vLLM runs."""
+    """Where vLLM runs. `length`: most tokens of a prompt with its answer; None: what the model can read."""
+
+    length: int | None
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter; the previous one may be unloaded."""
+        """Load an adapter; the previous one may be unloaded, for its folder is removed afterwards."""
         ...
 
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
@@ -74,14 +80,14 @@ class VllmEngine:
 
     def __init__(self, policy: Any, host: VllmHost, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
-        self.tokenizer, self.context = policy.tokenizer, context_length(policy.model)
+        self.tokenizer, self.context = policy.tokenizer, host.length or context_length(policy.model)
         self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
         self._count = 0
         self.adapter: str | None = None
         self.update(policy)
 
     def update(self, policy: Any) -> None:
-        """Save the current adapter and have vLLM load it; load none where it is switched off."""
+        """Save the current adapter, have vLLM load it, and remove the one before; none where it is switched off."""
         self.adapter = None
         if _adapter_is_off(policy.model):
             return
@@ -91,6 +97,8 @@ class VllmEngine:
         save_adapter(policy.model, folder)
         self.host.load_adapter(name, folder)
         self.adapter = name
+        for earlier in set(folder.parent.iterdir()) - {folder}:
+            shutil.rmtree(earlier)
 
     def generate(
         self,
@@ -133,11 +141,15 @@ def _adapter_is_off(model: Any) -> bool:
 class RemoteVllm:
     """A vLLM server that runs already, on a machine that sees the same files.
 
-    `overrides`: changes to the model's config that vLLM needs.
+    `overrides`: changes to the model's config that vLLM needs. `needs`: tokens that it must be able to read.
     """
 
-    def __init__(self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None) -> None:
-        self.url, self.model, self.rank, self.overrides = url.rstrip("/"), model, rank, overrides
+    length: int | None = None
+
+    def __init__(
+        self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None, needs: int | None = None
+    ) -> None:
+        self.url, self.model, self.rank, self.overrides, self.needs = url.rstrip("/"), model, rank, overrides, needs
         self._loaded: str | None = None
         self.base = str(self._call("/v1/models")["data"][0]["id"])
 
@@ -191,6 +203,7 @@ class RemoteVllm:
 
     def _start_advice(self) -> str:
         words = ["vllm", "serve", self.model, "--enable-lora", "--max-lora-rank", vllm_max_lora_rank(self.rank)]
+        words += ["--max-model-len", self.needs] if self.needs else []
         overrides = ["--hf-overrides", json.dumps(self.overrides)] if self.overrides else []
         serve = command_line(*words, "--logprobs-mode", "processed_logprobs", *overrides)
         return (
@@ -200,29 +213,38 @@ class RemoteVllm:
 
 
 class LocalVllm:
-    """vLLM in this process, on the policy's GPU; it sleeps except during `complete`."""
+    """vLLM in this process, on the policy's GPU; it sleeps except during `complete`.
 
-    def __init__(self, model: str, rank: int, *, recipe: Recipe, rows: int, overrides: dict[str, Any]) -> None:
+    `length`: most tokens of a prompt with its answer. Left to itself, vLLM makes room for all that the model can read:
+    of 262,144 tokens one row alone may be more than the GPU holds.
+    """
+
+    def __init__(self, policy: Any, *, recipe: Recipe, rows: int, length: int, overrides: Mapping[str, Any]) -> None:
         if find_spec("vllm") is None:
             raise ModelError(
                 "rollout.engine vllm needs vLLM, which is not installed here. Install it (pip install vllm), name a "
                 "server that runs elsewhere (--rollout.server http://HOST:8000), or use --rollout.engine auto"
             )
+        _refuse_expandable_segments()
         from vllm import LLM
 
+        self.length: int | None = length
+        empty_cache()  # vLLM begins by looking how much is free
         self.llm = LLM(
-            model=model,
+            model=policy.path,
             revision=recipe.model.revision,
-            dtype="auto" if recipe.model.dtype == "auto" else recipe.model.dtype,
+            dtype=str(policy.dtype).removeprefix("torch."),
             enable_lora=True,
-            max_lora_rank=vllm_max_lora_rank(rank),
+            max_lora_rank=vllm_max_lora_rank(recipe.lora.rank),
             max_loras=1,
             max_num_seqs=rows,
+            max_model_len=length,
             gpu_memory_utilization=recipe.rollout.share,
             enable_sleep_mode=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
-            hf_overrides=overrides,
+            hf_overrides=dict(overrides),
+            **({"limit_mm_per_prompt": {"image": 0}} if policy.model.config.model_type in MULTIMODAL_WRAPPERS else {}),
         )
         self._loaded: tuple[str, int, Path] | None = None
         self.llm.sleep(level=1)
@@ -239,6 +261,7 @@ class LocalVllm:
             name, number, folder = self._loaded
             request = LoRARequest(name, number, str(folder))
         sampling_options = [SamplingParams(**each.sampling_options(), detokenize=False) for each in requests]
+        empty_cache()
         self.llm.wake_up()
         try:
             prompts = [{"prompt_token_ids": list(each.ids)} for each in requests]
@@ -260,13 +283,32 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
         raise ModelError(
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
-    model, rank, server = policy.path, recipe.lora.rank, recipe.rollout.server
+    rank, server = recipe.lora.rank, recipe.rollout.server
     if vllm_max_lora_rank(rank) is None:
         raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
-    overrides = vllm_config_overrides(policy.model.config.to_dict())
+    overrides, length = vllm_config_overrides(policy.model.config.to_dict()), needed_length(policy, recipe)
     host = (
-        RemoteVllm(server, model, rank, overrides=overrides)
+        RemoteVllm(server, policy.path, rank, overrides=overrides, needs=length)
         if server
-        else LocalVllm(model, rank, recipe=recipe, rows=rows, overrides=overrides)
+        else LocalVllm(policy, recipe=recipe, rows=rows, length=length, overrides=overrides)
     )
     return VllmEngine(policy, host, stop_ids=stop_ids)
+
+
+def needed_length(policy: Any, recipe: Recipe) -> int:
+    """Return the tokens of the recipe's longest prompt, of training or evaluation, with the longest answer."""
+    task = open_task(recipe)
+    prompts = [*task.prompts("train"), *task.prompts("test")]
+    needed = longest_prompt(prompts, policy.tokenizer) + recipe.rollout.max_tokens
+    return min(needed, context_length(policy.model) or needed)
+
+
+def _refuse_expandable_segments() -> None:
+    """Raise ModelError where torch's allocator is set so that vLLM cannot sleep: it asserts that, under one name."""
+    for name in ALLOCATOR_VARIABLES:
+        if "expandable_segments:True" in os.environ.get(name, ""):
+            raise ModelError(
+                f"rollout.engine vllm in this process cannot be combined with {name}={os.environ[name]}: vLLM's memory "
+                "could not be given back while the policy trains. Leave it out of the environment of a new process "
+                "(minigrpo does so for this engine), or let vLLM run as a server: --rollout.server http://HOST:8000"
+            )

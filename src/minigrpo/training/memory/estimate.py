@@ -14,6 +14,7 @@ from minigrpo.models.chat_template import set_template_options
 from minigrpo.models.context_window import longest_prompt
 from minigrpo.models.limits import check_trainable
 from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
+from minigrpo.models.policy import check_full_training
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.memory.machine import gpu_of_size, this_device
@@ -32,8 +33,10 @@ class ModelSketch:
 def forecast(recipe: Recipe, gpu_memory: float | None = None) -> Plan:
     """Return the plan of a whole run on a GPU of `gpu_memory` GB, or on this machine.
 
-    Raises ModelError where the model's config or tokenizer cannot be read, or its memory depends on its weights.
+    Raises ModelError where the model's config or tokenizer cannot be read, its memory depends on its weights, or its
+    number type is too coarse for train.full.
     """
+    check_full_training(recipe)
     sketch = read_sketch(recipe)
     device = _gpu(recipe, gpu_memory) if gpu_memory else _this_machine(recipe, sketch.config)
     prompt = longest_prompt(prompts_of(open_task(recipe), "train"), sketch.tokenizer)

@@ -7,7 +7,6 @@ forward pass over a short row is measured instead, and half of the free memory i
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from minigrpo.training.memory.planner import (
     Plan,
     make_plan,
 )
-from minigrpo.utils.memory import resident_bytes
+from minigrpo.utils.memory import free_memory, resident_bytes
 
 PROBE_TOKENS = 64
 PROBE_SHARE = 0.5
@@ -124,27 +123,3 @@ def bytes_per_token(policy: Policy) -> float:
     with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
         policy.logprobs(micro_batch, step=0)
     return max(1.0, sum(kept.values()) / micro_batch.tokens)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return free bytes of the GPU, or of main memory (within the container's limit)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(_available(), _cgroup_room())
-
-
-def _available() -> int:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return 4 << 30  # not Linux: a modest guess is better than none
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
-
-
-def _cgroup_room() -> int:
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(0, int(limit) - used)

@@ -263,7 +263,8 @@ class _Planner:
 
     def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
         if self.device.device != "cpu":
-            return PlanLine("program", CUDA_CONTEXT_BYTES, "always", "CUDA and its libraries")
+            libraries = "CUDA and its libraries" if self.device.device == "cuda" else "the GPU's libraries"
+            return PlanLine("program", CUDA_CONTEXT_BYTES, "always", libraries)
         own = max(0, self.device.resident - self._opened(loaded))
         compiled = COMPILED_PRODUCT_BYTES * onednn_products()
         return PlanLine("program", own + MATMUL_SCRATCH_BYTES + compiled, "always", "Python and its libraries")
