@@ -28,6 +28,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
@@ -164,7 +165,7 @@ def show(run: Place, *, solved: bool | None = None, note: str | None = None, cou
 
 
 def run_dir(run: Place) -> RunDir:
-    return run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
+    return run if isinstance(run, RunDir) else RunDir(user_path(run))
 
 
 def refuse_failed_preflight(recipe: Recipe, run: RunDir) -> None:

@@ -6,7 +6,6 @@ recipe has a warm-up, the warm-up comes first, and preflight judges again.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -19,6 +18,7 @@ from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
@@ -147,7 +147,7 @@ def _warm_up(opened: OpenedRun, run: RunDir, console: Screen) -> None:
 
 
 def _warmup_stamp(recipe: Recipe) -> dict[str, Any]:
-    data = [Path(recipe.warmup.data).expanduser()] if recipe.warmup.data else []
+    data = [user_path(recipe.warmup.data)] if recipe.warmup.data else []
     return stamp("warmup", recipe, *data)
 
 

@@ -32,6 +32,7 @@ from minigrpo.tasks.custom.reward_task import reward_task as reward_task
 from minigrpo.tasks.difficulty_filter import filter_by_difficulty
 from minigrpo.types import Message, Prompt, Split, Task
 from minigrpo.utils.faults import describe_fault, is_ctrl_c, words_of
+from minigrpo.utils.paths import user_path
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {
     "wordproblems": wordproblems.wordproblems_task,
@@ -117,7 +118,7 @@ def _open_custom_task(spec: str, recipe: Recipe) -> Task:
         raise TaskError(
             f"{spec!r} names no task. Write FILE.py:NAME; NAME: a Task, a function Recipe -> Task or a reward."
         )
-    path = Path(file)
+    path = user_path(file)
     if not path.is_file():
         raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
     module = _load_module(path)

@@ -30,6 +30,7 @@ from minigrpo.training.memory.machine import tokens_per_pass
 from minigrpo.training.prompt_sampler import split_held_out
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.paths import user_path
 from minigrpo.utils.rng import name_key
 
 HELD_ASIDE_SHARE = 0.1
@@ -148,7 +149,7 @@ def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
     training, judging = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
     if recipe.warmup.data:
         unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
-        found = list(read_answers(Path(recipe.warmup.data).expanduser(), training, unseen))
+        found = list(read_answers(user_path(recipe.warmup.data), training, unseen))
         return order.sample(found, min(most, len(found)))
     if task.gold is None:
         raise TaskError(

@@ -15,18 +15,24 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.types import Message, Prompt, Split
+from minigrpo.utils.paths import user_path
 
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 _TEST_ONE_IN = 10
+_MOST_FILES = 50_000
+"""Files below a folder of rows: more than a data set of text has. Each would be looked at, for hours where it is
+"/" by mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,12 @@ def read_data(source: str, check: RowParser | None = None) -> SplitRows:
     `FOLDER:CONFIG` names one of its configurations. `check` parses rows that have other columns than a prompt.
     """
     check = check or parse_rows
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return _read_folder(path, check)
     folder, colon, config = source.rpartition(":")
-    if colon and config and Path(folder).expanduser().is_dir():
-        return _read_laid_out(Path(folder).expanduser(), config, check)
+    if colon and config and user_path(folder).is_dir():
+        return _read_laid_out(user_path(folder), config, check)
     if path.is_file():
         return split_rows(_read_file(path, check), source)
     if path.suffix.lower() in _FILE_TYPES or source.count("/") > 1 or source.startswith((".", "/", "~")):
@@ -101,6 +107,9 @@ def _read_laid_out(folder: Path, config: str | None, check: RowParser) -> SplitR
     import datasets
 
     where = f"{folder}:{config}" if config else str(folder)
+    files = (file for _, _, files in os.walk(folder) for file in files)
+    if len(list(islice(files, _MOST_FILES + 1))) > _MOST_FILES:
+        raise TaskError(f"{folder} holds more than {_MOST_FILES} files. Name the file or folder that has the rows.")
     try:
         if any((folder / name).is_file() for name in _SAVED_BY_DATASETS):
             found = datasets.load_from_disk(str(folder / (config or "")))

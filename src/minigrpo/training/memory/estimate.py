@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from minigrpo.tasks.registry import open_task
 from minigrpo.training.memory.machine import gpu_of_size, this_device
 from minigrpo.training.memory.meta import UnplannableError
 from minigrpo.training.memory.planner import Device, Plan, make_plan
+from minigrpo.utils.paths import user_path
 from minigrpo.utils.process import no_progress_bars
 
 
@@ -70,7 +70,7 @@ def read_sketch(recipe: Recipe) -> ModelSketch:
     path, revision = recipe.model.path, recipe.model.revision
     if seedling.is_seedling(path):
         return ModelSketch(*seedling.make_config_and_tokenizer(path, recipe.seed))
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     source = str(folder) if folder.exists() else path
     with no_progress_bars():
         config, tokenizer = open_config(source, revision), open_tokenizer(source, revision)
