@@ -233,6 +233,8 @@ def test_a_prompt_is_an_id_of_the_task_a_question_or_messages(answers: Any) -> N
         ("[1]", 'must have "prompt" and "completion"; it has list'),
         ({"prompt": "a", "text": "b"}, "it has 'prompt', 'text'"),
         (row("a", " "), "must be the text of a right answer"),
+        (row("a", "\ud800"), "its completion holds half a character"),
+        (row("\ud800"), "its prompt holds half a character"),
         (row(7), '"prompt" must be a prompt id'),
         (row([]), '"prompt" must be a prompt id'),
         (row([{"role": "user"}]), "is no message"),
@@ -242,6 +244,11 @@ def test_a_prompt_is_an_id_of_the_task_a_question_or_messages(answers: Any) -> N
 def test_a_line_that_cannot_be_used_is_named(answers: Any, line: Any, words: str) -> None:
     with pytest.raises(TaskError, match=rf"answers\.jsonl:2.*{words}"):
         answers(row("train-1"), line)
+
+
+def test_a_mark_of_byte_order_and_a_separator_within_a_line_are_no_faults(answers: Any) -> None:
+    taught, aside = answers("\ufeff" + json.dumps(row("train-1")), '{"prompt": "train-2", "completion": "a\u2028b"}')
+    assert {one.answer for one in (*taught, *aside)} == {"3", "a\u2028b"}
 
 
 def test_a_missing_file_and_too_few_prompts_are_refused(answers: Any, make_recipe: Any, echo_task: Task) -> None:
