@@ -201,7 +201,7 @@ def test_a_header_that_says_no_sense_is_refused_with_its_file(
         read_header(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("name", ["text_config", "rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ["text_config", "rope_parameters", "rope_scaling", "quantization_config"])
 def test_a_part_of_a_config_that_is_no_object_is_told_by_its_name(parts: Path, tmp_path: Path, name: str) -> None:
     base = Path(shutil.copytree(parts / "base", tmp_path / "base"))
     edit_json(base / "config.json", **{name: 3})

@@ -304,7 +304,7 @@ _LARGEST = {
 
 def check_sizes(config: Mapping[str, Any], file: Path) -> None:
     """Raise ModelError where config.json asks for a size that no model has. null stands for a default."""
-    for name in ("text_config", "rope_parameters", "rope_scaling"):
+    for name in ("text_config", "rope_parameters", "rope_scaling", "quantization_config"):
         if config.get(name) is not None and not isinstance(config[name], dict):
             raise ModelError(f"{file}: {name} is {str(config[name])[:40]}, and must be an object.")
     inner = config.get("text_config")
