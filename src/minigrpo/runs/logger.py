@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.json_values import json_ready
 
 
 class RunLogger:
@@ -174,19 +174,6 @@ def _sample(groups: Sequence[Group]) -> str | None:
     return f"{question.strip()}\n→ {group.completions[0].text.strip()}  [reward {group.grades[0].reward:g}]"
 
 
-def _clean(value: Any) -> Any:
-    """Convert a value to what JSON can hold: NaN and infinity become null, an array its numbers."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    return _clean(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows as ASCII JSON: model output may hold lone surrogates, or separators at which some readers split.
 
@@ -194,7 +181,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     make_folder(path.parent)
     with writing(path), path.open("a", encoding="ascii", newline="\n") as stream:
-        stream.writelines(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
+        stream.writelines(json.dumps(json_ready(row), allow_nan=False) + "\n" for row in rows)
 
 
 def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:

@@ -229,8 +229,8 @@ def _model_of(config: Any, dtype: torch.dtype) -> Any:
     except Exception as fault:  # of transformers, torch, and Python where a number is a word
         reason = " ".join(str(fault).split())[:200]
         raise ModelError(
-            f"No model can be made of config.json in {config.name_or_path}: {type(fault).__name__}: {reason}. Download or "
-            "save the model again."
+            f"No model can be made of config.json in {config.name_or_path}: {type(fault).__name__}: {reason}. Download "
+            "or save the model again."
         ) from fault
 
 
