@@ -28,6 +28,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.memory import empty_cache
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
@@ -162,7 +163,7 @@ def show(run: Place, *, solved: bool | None = None, note: str | None = None, cou
 
 
 def run_dir(run: Place) -> RunDir:
-    return run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
+    return run if isinstance(run, RunDir) else RunDir(user_path(run))
 
 
 def refuse_failed_preflight(recipe: Recipe, run: RunDir) -> None:

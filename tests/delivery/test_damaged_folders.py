@@ -19,6 +19,7 @@ from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.verify import verify
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.loading import check_sizes
+from minigrpo.models.safetensors_io import read_header
 from minigrpo.pipeline.evaluate import evaluate
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import adapted, edit, edit_json, make_run, save_base
@@ -138,3 +139,71 @@ def test_sizes_of_real_configs_pass() -> None:
     check_sizes({"text_config": text, "head_dim": None, "intermediate_size": [64, 128]}, Path("config.json"))
     with pytest.raises(MinigrpoError, match="num_key_value_heads is True"):
         check_sizes({"text_config": json.loads('{"num_key_value_heads": true}')}, Path("config.json"))
+
+
+OPTIONS: dict[str, Any] = {
+    "r": 0,
+    "lora_alpha": "many",
+    "target_modules": "(",
+    "exclude_modules": 3,
+    "modules_to_save": "lm_head",
+    "layers_to_transform": "all",
+    "rank_pattern": {"(": 4},
+    "alpha_pattern": {"q_proj": "many"},
+    "base_model_name_or_path": 3,
+    "revision": ["main"],
+    "use_dora": "no",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_peft_would_not_write_is_told_by_its_name(parts: Path, tmp_path: Path, option: str) -> None:
+    run = RunDir(Path(shutil.copytree(parts / "run", tmp_path / "run")))
+    edit_json(run.adapter / "adapter_config.json", **{option: OPTIONS[option]})
+    with pytest.raises(MinigrpoError, match=rf"adapter_config\.json: {option} is .*, and must be"):
+        merge(run.adapter, base=str(parts / "base"), quiet=True)
+    (fault,) = check(run, quiet=True).faults
+    assert f"adapter_config.json: {option} is" in fault
+
+
+def test_an_adapter_without_its_alpha_is_refused(parts: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(parts / "run", tmp_path / "run")))
+    edit_json(run.adapter / "adapter_config.json", lora_alpha=None)
+    with pytest.raises(MinigrpoError, match="lora_alpha is null, and must be a number"):
+        merge(run.adapter, base=str(parts / "base"), quiet=True)
+
+
+def test_a_pair_of_rank_zero_is_refused(parts: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(parts / "run", tmp_path / "run")))
+    pair = {FIRST: torch.empty(32, 0), FIRST.replace("lora_B", "lora_A"): torch.empty(0, 32)}
+    edit(run.adapter / "adapter_model.safetensors", **pair)
+    with pytest.raises(MinigrpoError, match=r"adapter_model\.safetensors: .*q_proj has an A .*: it is empty"):
+        merge(run, quiet=True, force=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"shape": [1e999]}, "no list of whole numbers"),
+        ({"shape": "12"}, "no list of whole numbers"),
+        ({"data_offsets": [0, 1e999]}, "no list of whole numbers"),
+        ({"shape": [0, 2**70]}, "cannot be read here"),
+        ({"shape": [-1, -1]}, "cannot be read here"),
+    ],
+)
+def test_a_header_that_says_no_sense_is_refused_with_its_file(
+    parts: Path, tmp_path: Path, entry: dict[str, Any], told: str
+) -> None:
+    table = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}
+    raw = json.dumps(table).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(MinigrpoError, match=rf"x\.safetensors is damaged.*{told}"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["text_config", "rope_parameters", "rope_scaling", "quantization_config"])
+def test_a_part_of_a_config_that_is_no_object_is_told_by_its_name(parts: Path, tmp_path: Path, name: str) -> None:
+    base = Path(shutil.copytree(parts / "base", tmp_path / "base"))
+    edit_json(base / "config.json", **{name: 3})
+    with pytest.raises(MinigrpoError, match=rf"config\.json: {name} is 3, and must be an object"):
+        merge(RunDir(parts / "run").adapter, base=str(base), quiet=True)

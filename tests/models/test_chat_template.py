@@ -102,3 +102,51 @@ def test_an_option_that_the_template_does_not_know_is_refused_with_those_that_it
 def test_options_without_a_template_are_refused(make_tokenizer):
     with pytest.raises(ModelError, match="has no chat template"):
         set_template_options(make_tokenizer(template=None), {"think": True})
+
+
+ENDLESS = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+FAILING = {
+    "syntax": ("{% for %}", "Expected an expression"),
+    "division": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "types": ("{{ 'x' + 1 }}", "TypeError"),
+    "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+    "recursion": ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+    "surrogate": ("{{ '\\ud800' }}", "TypeError|UnicodeEncodeError"),
+    "endless": (ENDLESS, r"did not end within 0\.2 s"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_whatever_fails_in_a_template_is_told_before_and_with_the_prompt(make_tokenizer, template, monkeypatch, kind):
+    fault, words = FAILING[kind]
+    monkeypatch.setattr("minigrpo.models.chat_template.LONGEST_RENDERING_S", 0.2)
+    with pytest.raises(ModelError, match=rf"(?s)refuses prompt p \(.*({words})"):
+        render(make_tokenizer(fault + template), PROMPT)
+    if kind != "surrogate":  # the text is one; only its tokens are not
+        with pytest.raises(ModelError, match=rf"cannot be used: .*({words}).*chat_template\.jinja"):
+            check_tokenizer(make_tokenizer(fault + template))
+
+
+def test_a_template_that_writes_nothing_is_refused_with_the_prompt(make_tokenizer):
+    silent = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="makes no text at all of prompt p"):
+        render(make_tokenizer(silent), PROMPT)
+    with pytest.raises(ModelError, match="makes no text at all of prompt template check"):
+        check_tokenizer(make_tokenizer(silent))
+
+
+@pytest.mark.parametrize("odd", [3, [3], {"tool_use": "x"}, {"default": 3}])
+def test_a_template_that_is_no_text_is_refused(make_tokenizer, odd):
+    with pytest.raises(ModelError, match="cannot be used"):
+        check_tokenizer(make_tokenizer(odd))
+
+
+def test_a_template_that_fails_on_answers_is_warned_of(make_tokenizer, template):
+    deaf = "{% for m in messages if m['role'] == 'assistant' %}{{ 1 / 0 }}{% endfor %}" + template
+    (warning,) = check_tokenizer(make_tokenizer(deaf))
+    assert "fails on a message of the assistant's (ZeroDivisionError" in warning
+
+
+def test_options_of_a_template_that_cannot_be_read_are_refused(make_tokenizer):
+    with pytest.raises(ModelError, match="cannot be used: Expected an expression"):
+        set_template_options(make_tokenizer("{% for %}"), {"think": True})

@@ -240,7 +240,7 @@ def row(prompt: Any, completion: str = "3") -> dict[str, Any]:
 def test_a_prompt_is_an_id_of_the_task_a_question_or_messages(answers: Any) -> None:
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}]
     taught, aside = answers(row("train-3"), row("say three"), "", row(talk))
-    found = {one.place.rpartition(" ")[2]: one.prompt for one in (*taught, *aside)}
+    found = {one.place.rpartition(":")[2]: one.prompt for one in (*taught, *aside)}
     assert found["1"].target == "3"
     assert found["2"].messages == ({"role": "user", "content": "say three"},)
     assert found["4"].messages == tuple(talk)
@@ -249,19 +249,26 @@ def test_a_prompt_is_an_id_of_the_task_a_question_or_messages(answers: Any) -> N
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "not JSON"),
+        ("{", "is no JSON"),
         ("[1]", 'must have "prompt" and "completion"; it has list'),
         ({"prompt": "a", "text": "b"}, "it has 'prompt', 'text'"),
         (row("a", " "), "must be the text of a right answer"),
+        (row("a", "\ud800"), "its completion holds half a character"),
+        (row("\ud800"), "its prompt holds half a character"),
         (row(7), '"prompt" must be a prompt id'),
         (row([]), '"prompt" must be a prompt id'),
-        (row([{"role": "user"}]), '"prompt" must be a prompt id'),
+        (row([{"role": "user"}]), "is no message"),
         (row("test-21"), "to be measured on"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(answers: Any, line: Any, words: str) -> None:
-    with pytest.raises(TaskError, match=rf"answers\.jsonl, line 2: .*{words}"):
+    with pytest.raises(TaskError, match=rf"answers\.jsonl:2.*{words}"):
         answers(row("train-1"), line)
+
+
+def test_a_mark_of_byte_order_and_a_separator_within_a_line_are_no_faults(answers: Any) -> None:
+    taught, aside = answers("\ufeff" + json.dumps(row("train-1")), '{"prompt": "train-2", "completion": "a\u2028b"}')
+    assert {one.answer for one in (*taught, *aside)} == {"3", "a\u2028b"}
 
 
 def test_a_missing_file_and_too_few_prompts_are_refused(answers: Any, make_recipe: Any, echo_task: Task) -> None:
@@ -299,7 +306,7 @@ def test_lessons_end_with_the_stop_token_once(answers: Any) -> None:
 def test_a_lesson_longer_than_the_context_is_refused_by_line(make_recipe: Any, tmp_path: Path, echo_task: Task) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text("\n".join(json.dumps(row(f"train-{i}", "x" * (600 if i == 1 else 3))) for i in range(3)))
-    with pytest.raises(TaskError, match=r"long\.jsonl, line 2: .*reads 512 at most"):
+    with pytest.raises(TaskError, match=r"long\.jsonl:2: .*reads 512 at most"):
         check_warmup(make_recipe(warmup={"data": str(file)}), echo_task, make_policy())
 
 

@@ -24,6 +24,7 @@ from minigrpo.sandbox.doctor import Finding, Level
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.cache_dir import cache_dir
 from minigrpo.utils.cpu import bfloat16_instructions
+from minigrpo.utils.paths import user_path
 from minigrpo.versions import installed
 
 TESTED = {
@@ -167,7 +168,7 @@ def hub_cache() -> Path:
     """Return the folder of downloaded models, as huggingface_hub chooses it."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    return user_path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
 
 
 def _disk(name: str, path: Path) -> Finding:

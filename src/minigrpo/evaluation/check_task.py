@@ -24,6 +24,7 @@ from rich.text import Text
 from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError
 from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.grading import gold_answer
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 from minigrpo.ui.tables import plain_table, titled
@@ -132,9 +133,9 @@ def _make_answers(task: Task, prompt: Prompt, asked: Sequence[Prompt]) -> dict[s
     texts = {"empty": "", "long": "and so on " * (_LONG_CHARS // 10), "unicode": _random_characters(rng)}
     if task.gold is None:
         return texts
-    gold = task.gold(prompt)
+    gold = gold_answer(task, prompt)
     strangers = [one for one in asked if _target_key(one) != _target_key(prompt)]
-    other = task.gold(rng.choice(strangers)) if strangers else gold
+    other = gold_answer(task, rng.choice(strangers)) if strangers else gold
     answers = {"gold": gold, "other": other, "noise": _shift_characters(gold)}
     return {kind: text for kind, text in answers.items() if kind == "gold" or text != gold} | texts
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from minigrpo.errors import ArtifactError
 from minigrpo.types import Grade, Group
+from minigrpo.utils.json_values import json_ready
 from minigrpo.utils.rates import Z_95, Rate, wilson_interval
 
 
@@ -116,7 +117,7 @@ def _answer_records(group: Group) -> list[dict[str, Any]]:
         {
             "prompt": group.prompt.id,
             "messages": [dict(message) for message in group.prompt.messages],
-            "target": group.prompt.target,
+            "target": json_ready(group.prompt.target),
             **({"opening": completion.opening} if completion.opening else {}),
             "text": completion.text,
             "tokens": len(completion.token_ids),
@@ -126,7 +127,7 @@ def _answer_records(group: Group) -> list[dict[str, Any]]:
             "formed": grade.formed,
             "solved": grade.solved,
             **({"answer": grade.answer} if grade.answer is not None else {}),
-            **({"notes": dict(grade.notes)} if grade.notes else {}),
+            **({"notes": json_ready(grade.notes)} if grade.notes else {}),
         }
         for completion, grade in zip(group.completions, group.grades, strict=True)
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{file} is missing, so {folder} is no adapter. Train first: minigrpo train RECIPE"
         ) from None
-    except (ValueError, RecursionError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise ArtifactError(f"{file} is damaged ({fault}). Copy or download the adapter again, or train it.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ModelError(f"{file} is of type {kind}; only LoRA and its variants DoRA and rsLoRA are understood.")
+    _check_options(config, file)
     for name, what in _UNSUPPORTED_OPTIONS.items():
         if config.get(name):
             raise ModelError(f"The adapter {folder} {what}, which cannot be read here. Merge it with PEFT.")
@@ -198,12 +200,77 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # a comparison with NaN is false
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_RANK
+
+
+def _is_layers(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(one) is int for one in value))
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_pattern(name) and fits(one) for name, one in value.items())
+
+
+LARGEST_RANK = 1 << 16
+_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, f"a whole number, 1 to {LARGEST_RANK}"),
+    "lora_alpha": (_is_number, "a number"),
+    "target_modules": (lambda value: _is_texts(value) or _is_pattern(value), "a list of names, or a pattern"),
+    "exclude_modules": (lambda value: _is_texts(value) or _is_pattern(value), "a list of names, or a pattern"),
+    "modules_to_save": (_is_texts, "a list of names"),
+    "layers_to_transform": (_is_layers, "a whole number, or a list of them"),
+    "rank_pattern": (lambda value: _is_table(value, _is_rank), "ranks by patterns of names"),
+    "alpha_pattern": (lambda value: _is_table(value, _is_number), "numbers by patterns of names"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "text"),
+    "revision": (lambda value: isinstance(value, str), "text"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "fan_in_fan_out"), (lambda value: isinstance(value, bool), "true or false")
+    ),
+}
+"""Options of an adapter that are read here: a test of the value, and what it may be. null stands for PEFT's default."""
+_NEEDED = ("r", "lora_alpha")
+"""Options without which an adapter says nothing."""
+
+
+def _check_options(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ArtifactError for an option that PEFT would not have written."""
+    for name, (fits, words) in _OPTIONS.items():
+        value = config.get(name)
+        if not fits(value) if value is not None else name in _NEEDED:
+            raise ArtifactError(
+                f"{file}: {name} is {json.dumps(value)[:80]}, and must be {words}. Copy or download the adapter again."
+            )
+
+
 def _pair(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any], file: Path) -> LoraPair:
     if missing := sorted({"A", "B"} - parts.keys()):
         raise ArtifactError(f"{file} has no lora_{missing[0]} for {module}: half of the adapter is missing.")
     a, b, magnitude = parts["A"], parts["B"], parts.get("magnitude")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise ModelError(f"{file}: {module} has an A of shape {a.shape} and a B of shape {b.shape}; no pair of layers.")
+    if not min(*a.shape, *b.shape):
+        raise ArtifactError(f"{file}: {module} has an A of shape {a.shape} and a B of shape {b.shape}: it is empty.")
+    if magnitude is not None and math.prod(magnitude.shape) != b.shape[0]:
+        raise ArtifactError(f"{file}: {module} has {b.shape[0]} rows, and a magnitude of shape {magnitude.shape}.")
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise ArtifactError(f"{file}: {module} and use_dora in adapter_config.json contradict one another.")
     flipped = bool(config.get("fan_in_fan_out")) or "lora_embedding" in a.name

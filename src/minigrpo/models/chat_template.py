@@ -15,8 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minigrpo.errors import ModelError
+from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.types import Completion, Message, Prompt, Rendered
+from minigrpo.utils.deadline import within
+from minigrpo.utils.faults import words_of
 
 PROBE_QUESTION: Message = {"role": "user", "content": "What is 2 + 2?"}
 PROBE_REPLY = "It is 4."
@@ -29,40 +31,73 @@ TAG_OPENED_AT_END = re.compile(r"<[A-Za-z][\w-]*>\s*\Z")
 def render(tokenizer: Any, prompt: Prompt) -> Rendered:
     """Tokenise the prompt's messages, with the template's opening of the assistant's turn.
 
-    Raise ModelError where the template refuses them.
+    Raise ModelError where the template refuses them, fails on them, or makes nothing of them.
     """
+    try:
+        ids = render_ids(tokenizer, prompt.messages)
+    except ChatTemplateError as fault:
+        if fault.continues:
+            raise ModelError(
+                f"Prompt {prompt.id} ends with the assistant's words, which the chat template of "
+                f"{_name_of(tokenizer)} does not leave as they are ({fault.reason}). End it with the user's message, "
+                "or use another model."
+            ) from None
+        raise ModelError(
+            f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault.reason}). Change the roles "
+            f"of its messages ({', '.join(str(message['role']) for message in prompt.messages)}) or use another model."
+        ) from None
+    if not ids:
+        raise ModelError(f"The chat template of {_name_of(tokenizer)} makes no text at all of prompt {prompt.id}.")
+    return Rendered(prompt, ids)
+
+
+class ChatTemplateError(ModelError):
+    """A chat template that raised an error on messages, or did not end. `continues`: the messages end with the
+    assistant's, and what failed is to leave that one open."""
+
+    def __init__(self, tokenizer: Any, reason: str, *, continues: bool = False) -> None:
+        super().__init__(
+            f"The chat template of {_name_of(tokenizer)} cannot be used: {reason}. Mend it (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json) or use another model."
+        )
+        self.reason, self.continues = reason, continues
+
+
+LONGEST_RENDERING_S = 20.0
+"""Seconds after which a template is taken for one that never ends: a long conversation takes milliseconds."""
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+    """Apply the tokenizer's chat template, a stranger's program. Raise ChatTemplateError for whatever it raises."""
     # jinja2 comes with transformers; templates raise its error for roles they do not take.
     from jinja2 import TemplateError
 
     try:
-        return Rendered(prompt, render_ids(tokenizer, prompt.messages))
+        return within(
+            LONGEST_RENDERING_S,
+            lambda: tokenizer.apply_chat_template(template_messages(tokenizer, messages), **options),
+        )
+    except MinigrpoError:
+        raise
     except TemplateError as fault:
-        raise ModelError(
-            f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault}). Change the roles of its "
-            f"messages ({', '.join(message['role'] for message in prompt.messages)}) or use another model."
-        ) from None
-    except (ValueError, TypeError) as fault:
-        if not is_continued(prompt.messages):
-            raise
-        raise ModelError(
-            f"Prompt {prompt.id} ends with the assistant's words, which the chat template of {_name_of(tokenizer)} "
-            f"does not leave as they are ({str(fault).splitlines()[0][:160]}). End it with the user's message, or use "
-            "another model."
-        ) from None
+        raise ChatTemplateError(tokenizer, " ".join(words_of(fault).split())) from None
+    except TimeoutError:
+        raise ChatTemplateError(tokenizer, f"it did not end within {LONGEST_RENDERING_S:g} s") from None
+    except Exception as fault:
+        reason = f"{type(fault).__name__}: {' '.join(words_of(fault).split())[:160]}"
+        raise ChatTemplateError(tokenizer, reason, continues="continue_final_message" in options) from None
 
 
 def render_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     """Return the ids that the model answers: the assistant's turn is opened, or its last message continued."""
-    encoded = tokenizer.apply_chat_template(
-        template_messages(tokenizer, messages), **turn_options(messages), tokenize=True, return_dict=True
-    )
+    encoded = _apply(tokenizer, messages, **turn_options(messages), tokenize=True, return_dict=True)
     return tuple(int(token) for token in encoded["input_ids"])
 
 
 def render_text(tokenizer: Any, messages: Sequence[Message], opened: bool = False) -> str:
     """Return the rendered text. `opened`: as the model answers it, else with every turn closed."""
     options = turn_options(messages) if opened else {"add_generation_prompt": False}
-    return str(tokenizer.apply_chat_template(template_messages(tokenizer, messages), **options, tokenize=False))
+    return str(_apply(tokenizer, messages, **options, tokenize=False))
 
 
 def is_continued(messages: Sequence[Message]) -> bool:
@@ -89,33 +124,36 @@ class ChatTemplate:
         text = getattr(tokenizer, "chat_template", None)
         text = text.get("default") if isinstance(text, dict) else text
         specials = getattr(tokenizer, "special_tokens_map", {})
+        text = text if isinstance(text, str) else None  # a file may hold anything
         return cls(text or None, tuple((name, token) for name, token in specials.items() if isinstance(token, str)))
 
     @classmethod
     def beside(cls, folder: Path) -> ChatTemplate:
         """Read the template of a tokenizer's folder, without opening the tokenizer."""
         file = folder / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"))
         try:
+            if file.is_file():
+                return cls(file.read_text(encoding="utf-8"))
             found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
         except (OSError, ValueError, AttributeError):
             return cls(None)
         return cls(found if isinstance(found, str) else None)
 
     def render(self, messages: Sequence[Message], *, opened: bool) -> str | None:
-        """Return the text; None where the template raises an error."""
-        from jinja2 import TemplateError
+        """Return the text; None where the template raises an error, or does not end."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, _ = render_jinja_template(
-                [[dict(message) for message in messages]],
-                chat_template=self.text,
-                add_generation_prompt=opened,
-                **dict(self.specials),
+            texts, _ = within(
+                LONGEST_RENDERING_S,
+                lambda: render_jinja_template(
+                    [[dict(message) for message in messages]],
+                    chat_template=self.text,
+                    add_generation_prompt=opened,
+                    **dict(self.specials),
+                ),
             )
-        except TemplateError:
+        except Exception:  # a template is a program: it may divide by zero
             return None
         return str(texts[0])
 
@@ -205,11 +243,14 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
             f"model.template sets options, but {_name_of(tokenizer)} has no chat template, or several by name. Leave "
             "model.template empty or use a model with one template."
         )
-    from jinja2 import Environment, meta
+    from jinja2 import Environment, TemplateError, meta
 
     # A tag of transformers' own, which marks the assistant's words: jinja2 alone does not know it.
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)
-    known = meta.find_undeclared_variables(Environment(extensions=_JINJA_EXTENSIONS).parse(plain))
+    try:
+        known = meta.find_undeclared_variables(Environment(extensions=_JINJA_EXTENSIONS).parse(plain))
+    except (TemplateError, RecursionError) as fault:
+        raise ChatTemplateError(tokenizer, words_of(fault)) from None
     offered = sorted(known - _GIVEN_VARIABLES)
     for name, value in options.items():
         if name not in offered:
@@ -283,10 +324,11 @@ def _template_warnings(tokenizer: Any) -> list[str]:
             "The padding token is the eos token. Masks here come from lengths, so this is harmless; tools that mask "
             "by token would never train the model to stop."
         )
-    after_reply = render_text(tokenizer, [PROBE_QUESTION, {"role": "assistant", "content": PROBE_REPLY}]).rpartition(
-        PROBE_REPLY
-    )[2]
-    if tokenizer.eos_token not in after_reply:
+    try:
+        answered = render_text(tokenizer, [PROBE_QUESTION, {"role": "assistant", "content": PROBE_REPLY}])
+    except ChatTemplateError as fault:
+        return [*found, f"The chat template fails on a message of the assistant's ({fault.reason})."]
+    if tokenizer.eos_token not in answered.rpartition(PROBE_REPLY)[2]:
         found.append(
             f"The chat template does not close the assistant's turn with the eos token {tokenizer.eos_token}, so the "
             "model may not stop there."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import ModelError, RecipeError
+from minigrpo.utils.paths import user_path
 
 _PACKED_ENDING = re.compile(
     r"(-unsloth)?-(bnb-)?[48]-?bit$|-(gptq|awq)(-int\d)?$|-(gptq|awq)-\dbit$|[-.]w\d+a\d+$|-mxfp4$", re.IGNORECASE
@@ -47,7 +48,7 @@ def check_trainable(config: Any, source: str, revision: str | None = None) -> No
 
 
 def _local_files(source: str, revision: str | None) -> Path | None:
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         return folder
     if source.count("/") != 1:

@@ -19,6 +19,7 @@ from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.cpu import bfloat16_instructions
+from minigrpo.utils.paths import user_path
 from minigrpo.utils.process import no_progress_bars
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,7 +135,7 @@ def open_model(
     model is missing or broken, cannot be trained, or its tokenizer cannot render a conversation.
     """
     source = resolve_model_path(path, seed, report)
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.exists():
         _check_folder(folder)
         source = str(folder)
@@ -251,8 +252,10 @@ def adapter_base(folder: Path) -> str | None:
         return None
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         raise ModelError(f"{config} is damaged: it is not a PEFT adapter's JSON. Train or download it again.") from None
+    if base is not None and not isinstance(base, str):
+        raise ModelError(f"{config}: base_model_name_or_path is {str(base)[:80]}, and must be text.")
     if not base:
         raise ModelError(f"{config} names no base model (base_model_name_or_path). Add it, or evaluate a merged model.")
     return str(base)
@@ -304,6 +307,9 @@ _LARGEST = {
 
 def check_sizes(config: Mapping[str, Any], file: Path) -> None:
     """Raise ModelError where config.json asks for a size that no model has. null stands for a default."""
+    for name in ("text_config", "rope_parameters", "rope_scaling", "quantization_config"):
+        if config.get(name) is not None and not isinstance(config[name], dict):
+            raise ModelError(f"{file}: {name} is {str(config[name])[:40]}, and must be an object.")
     inner = config.get("text_config")
     parts = (config, inner if isinstance(inner, dict) else {})
     for name, value in ((name, part[name]) for part in parts for name in part.keys() & _LARGEST.keys()):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from minigrpo.config.schema import AdapterConfig
-from minigrpo.errors import ArtifactError, ModelError, RecipeError, command_line
+from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, RecipeError, command_line
 from minigrpo.models import lora_linear
 from minigrpo.models.adapter import ADAPTER_FILE, require_finite_adapter
 from minigrpo.models.lora_linear import SeededDropout
@@ -125,7 +125,9 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
         warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else the rest would stay as it began
         try:
             return PeftModel.from_pretrained(model, str(folder)).eval()
-        except (UserWarning, RuntimeError, ValueError, KeyError) as fault:
+        except MinigrpoError:
+            raise
+        except Exception as fault:  # of PEFT, torch, and Python where adapter_config.json holds something else
             reason = " ".join(str(fault).split())[:200]
             look = command_line("minigrpo", "check", folder, "--base", "MODEL")
             raise ModelError(

@@ -21,6 +21,7 @@ from minigrpo.models.loading import check_sizes, resolve_model_path
 from minigrpo.models.safetensors_io import FLOAT_DTYPES, SafetensorsHeader, StoredTensor, read_header
 from minigrpo.models.vllm_compat import ministral3_attention_scale
 from minigrpo.runs.rundir import digest
+from minigrpo.utils.paths import user_path
 
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -91,7 +92,7 @@ class BaseFiles:
 def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseFiles:
     """Open a base from a folder, a Hub id (downloaded if needed) or the embedded model's name. Raise ModelError."""
     source = resolve_model_path(path, seed)
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise ModelError(
             f"The base model {source} is not there: it was moved or deleted. Say where it is: --base FOLDER"
@@ -102,7 +103,7 @@ def find_base(path: str, *, revision: str | None = None, seed: int = 0) -> BaseF
 def local_fingerprint(path: str, revision: str | None = None) -> str | None:
     """Hash a base in a folder or in the Hub client's cache; None where it lies in no such place, or not in safetensors.
     Nothing is downloaded."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
@@ -120,7 +121,7 @@ def local_config(path: str, revision: str | None = None) -> dict[str, Any]:
     """Return config.json of a base in a folder or in the Hub client's cache, else {}. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    file = Path(path).expanduser() / "config.json"
+    file = user_path(path) / "config.json"
     cached = None
     if not file.is_file() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         cached = try_to_load_from_cache(path, "config.json", revision=revision)

@@ -31,6 +31,7 @@ from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.memory import free_memory
+from minigrpo.utils.paths import user_path
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
 
@@ -291,7 +292,7 @@ def open_policy(recipe: Recipe, report: Report = no_report) -> Policy:
 
 def open_trained(path: str, recipe: Recipe) -> Policy:
     """Open a finished model: a folder, a Hub id, or an adapter folder (its base is read from it)."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     base = adapter_base(folder)
     policy = _open_without_adapter(base or path, recipe)
     if base is not None:

@@ -26,6 +26,8 @@ _TORCH_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_LARGEST_SIZE = 1 << 40
+"""Of one dimension of a tensor: beside a 0, a larger one would pass for the size of the file."""
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a block of rows: 4 MiB in float32, of which a merge holds about six at once."""
 
@@ -103,6 +105,8 @@ def read_header(file: Path) -> SafetensorsHeader:
         table = json.loads(raw if length <= size - 8 else b"")
         metadata = table.pop("__metadata__", {})
         tensors = [_parse_entry(name, entry, file, 8 + length) for name, entry in table.items()]
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its metadata is {str(metadata)[:40]}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ArtifactError(
             f"{file} is damaged: its first bytes are no safetensors header{_reason(fault)}. Copy or download it again."
@@ -125,9 +129,11 @@ def _reason(fault: Exception) -> str:
 
 
 def _parse_entry(name: str, entry: Any, file: Path, origin: int) -> StoredTensor:
-    start, stop = map(int, entry["data_offsets"])
-    shape = tuple(map(int, entry["shape"]))
-    if entry["dtype"] not in _TORCH_DTYPES or min(shape, default=0) < 0:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int for number in (start, stop, *shape)):
+        raise ValueError(f"{name} has a shape or a place that is no list of whole numbers")
+    if entry["dtype"] not in _TORCH_DTYPES or min(shape, default=0) < 0 or max(shape, default=0) > _LARGEST_SIZE:
         raise ValueError(f"{name} is of type {entry['dtype']} and shape {shape}, which cannot be read here")
     return StoredTensor(name, file, entry["dtype"], shape, origin + start, origin + stop)
 

@@ -27,6 +27,7 @@ from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, sta
 from minigrpo.types import Engine, Sampling, Split, Task
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.delivery.serve.gguf_engine import GgufEngine
@@ -69,7 +70,7 @@ def evaluate(
     folder = found.run.evals if found else Path("evals")
     file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
     require_free(file)
-    in_use = [Path(name).expanduser() for name in (model, base) if name] + ([found.run.path] if found else [])
+    in_use = [user_path(name) for name in (model, base) if name] + ([found.run.path] if found else [])
     with staying(*in_use, file.parent), process_settings(recipe.train.threads):
         before = evaluate_model(base, ask, file) if base else None
         after = evaluate_model(model, ask, file)
@@ -94,7 +95,7 @@ def require_free(file: Path) -> None:
     In a run's folder evaluations lie in evals/ alone: elsewhere a file would break a seal, or pass for the run's own.
     """
     run = enclosing_run(file)
-    if run and file.expanduser().resolve().parent != run.evals:
+    if run and user_path(file).resolve().parent != run.evals:
         raise ArtifactError(
             f"{file} lies among the files of the run {run.path}, which no evaluation may touch. Name another place: "
             f"{command_line('--out', run.evals / file.name)}"
@@ -208,14 +209,14 @@ def evaluate_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     from minigrpo.models.policy import open_trained
     from minigrpo.rollouts.engines.registry import open_engine
 
-    found, path = find_run(model), Path(model).expanduser()
+    found, path = find_run(model), user_path(model)
     if path.exists():
         refuse_changed(path)
     if path.suffix == GGUF:
         return evaluate_gguf(path, ask, journal_beside(file, model))
     source = str(existing_result(found.run)) if found and found.artefact == "run" else model
     policy = open_trained(source, ask.recipe)
-    sources = [Path(source).expanduser()] if Path(source).expanduser().exists() else []
+    sources = [user_path(source)] if user_path(source).exists() else []
     made = stamp("evaluate", ask.recipe, *sources)
     made["from"]["model"] = policy.path  # a Hub id, or a folder whose name tells what shaped it
     evaluation = ask.evaluate_side(
@@ -236,7 +237,7 @@ def evaluate_gguf(path: Path, ask: EvalRequest, journal: Path) -> Evaluation:
 
 def name_of(model: str) -> str:
     """Return a short name: a Hub id as it is, the last part of a path, or the run's name for what a run trained."""
-    found, path = find_run(model), Path(model).expanduser()
+    found, path = find_run(model), user_path(model)
     if path.suffix == GGUF:
         return path.stem
     if found and found.artefact in ("run", "adapter", "model", "merged"):

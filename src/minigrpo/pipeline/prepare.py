@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -21,6 +20,7 @@ from minigrpo.runs.manifest import create_run, fits, settle_base, stamp, timed, 
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, write_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
@@ -158,7 +158,7 @@ def _warm_up(opened: OpenedRun, run: RunDir, console: Screen) -> None:
 
 
 def _warmup_stamp(recipe: Recipe) -> dict[str, Any]:
-    data = [Path(recipe.warmup.data).expanduser()] if recipe.warmup.data else []
+    data = [user_path(recipe.warmup.data)] if recipe.warmup.data else []
     return stamp("warmup", recipe, *data)
 
 

@@ -24,6 +24,7 @@ from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.manifest import check_folder, hash_files, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, staying, tidy, write_json
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.evaluation.evaluate import Comparison
@@ -97,7 +98,7 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
     Inside the block the process has the run's settings; afterwards it has its own again.
     """
-    with run_lock(run), staying(Path(recipe.model.path).expanduser()):
+    with run_lock(run), staying(user_path(recipe.model.path)):
         check_folder(recipe, run, resume)
         tidy(run)
         with settings_of(recipe, run):

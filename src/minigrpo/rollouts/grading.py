@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.tasks.common.dataset import has_half_character
 from minigrpo.tasks.common.rewards import LARGEST_REWARD, as_number, shorten_repr
 from minigrpo.types import Completion, Grade, Prompt, Task
 from minigrpo.utils.faults import describe_fault, is_ctrl_c
@@ -55,6 +56,32 @@ def judge(task: Task, prompt: Prompt, text: str) -> Grade:
             raise
         raise grader_error(task, fault, answer_label(prompt, text)) from fault
     return check_grade(task, grade, answer_label(prompt, text))
+
+
+def gold_answer(task: Task, prompt: Prompt) -> str:
+    """Return the task's own right answer. Raise TaskError for whatever its `gold` raises, and for what is no text."""
+    assert task.gold is not None
+    try:
+        answer = task.gold(prompt)
+    except MinigrpoError:
+        raise
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
+        raise TaskError(
+            f"The `gold` of task {task.name} raised {describe_fault(fault)} on prompt {prompt.id}."
+        ) from fault
+    if not isinstance(answer, str):
+        raise TaskError(
+            f"The `gold` of task {task.name} gave {shorten_repr(answer)} on prompt {prompt.id}. Return the text of an "
+            "answer."
+        )
+    if has_half_character(answer):
+        raise TaskError(
+            f"The `gold` of task {task.name} gave half a character (a lone surrogate) on prompt {prompt.id}, which no "
+            "model can write."
+        )
+    return answer
 
 
 def grader_error(task: Task, fault: BaseException, where: str) -> TaskError:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from minigrpo.types import Completion, Grade, Group, Prompt
+from minigrpo.utils.json_values import json_ready
 
 
 def group_data(group: Group) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def group_data(group: Group) -> dict[str, Any]:
         "prompt": group.prompt.id,
         "prompt_ids": group.prompt_ids,
         "completions": [asdict(completion) for completion in group.completions],
-        "grades": [asdict(grade) for grade in group.grades],
+        "grades": [asdict(replace(grade, notes=json_ready(grade.notes))) for grade in group.grades],
     }
 
 

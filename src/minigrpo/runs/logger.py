@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.json_values import json_ready
 
 Event = Literal["began", "resumed", "ended", "stopped", "failed"]
 """stopped: somebody asked for it. A process that is killed notes nothing: then no end follows its beginning."""
@@ -201,19 +201,6 @@ def _sample(groups: Sequence[Group]) -> str | None:
     return f"{question.strip()}\n→ {group.completions[0].text.strip()}  [reward {group.grades[0].reward:g}]"
 
 
-def json_value(value: Any) -> Any:
-    """Convert a value to what JSON can hold: NaN and infinity become null, an array its numbers."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows as ASCII JSON: model output may hold lone surrogates, or separators at which some readers split.
 
@@ -226,7 +213,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def row_text(row: Mapping[str, Any]) -> str:
     """Write a row as its line in the log, without its end."""
-    return json.dumps(json_value(row), allow_nan=False)
+    return json.dumps(json_ready(row), allow_nan=False)
 
 
 def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigrpo.errors import ArtifactError
+from minigrpo.utils.paths import user_path
 
 DRAFT, RETIRED, REMOVED = ".draft", ".retired", ".removed"
 
@@ -179,7 +180,7 @@ def find_run(place: str | Path | RunDir) -> FoundRun | None:
     Looks at the folder itself, the one above, and the one above gguf/ and checkpoints/. The run's path is spelled as
     the user spelled it.
     """
-    path = place.path if isinstance(place, RunDir) else Path(place).expanduser()
+    path = place.path if isinstance(place, RunDir) else user_path(place)
     names: list[str] = []
     while not RunDir(path).exists():
         if len(names) == 2:
@@ -197,7 +198,7 @@ def enclosing_run(path: Path) -> RunDir | None:
 
     A folder that holds a recipe.yaml of the user's and nothing that a run leaves is none.
     """
-    place = path.expanduser().resolve()
+    place = user_path(path).resolve()
     runs = (RunDir(each) for each in (place, *place.parents) if RunDir(each).exists())
     return next((run for run in runs if any(each.exists() for each in _traces(run))), None)
 

@@ -19,6 +19,7 @@ from typing import Any
 from minigrpo.config.schema import TaskConfig
 from minigrpo.errors import TaskError, command_line
 from minigrpo.types import Prompt, Split, Task
+from minigrpo.utils.paths import user_path
 
 
 def filter_by_difficulty(task: Task, config: TaskConfig) -> Task:
@@ -38,7 +39,7 @@ def filter_by_difficulty(task: Task, config: TaskConfig) -> Task:
 
     @cache
     def training() -> Sequence[Prompt]:
-        return _select_within_range(task.prompts("train"), _read_rates(Path(source).expanduser(), task.name), config)
+        return _select_within_range(task.prompts("train"), _read_rates(user_path(source), task.name), config)
 
     def prompts(split: Split) -> Sequence[Prompt]:
         return training() if split == "train" else task.prompts(split)

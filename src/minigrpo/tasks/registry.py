@@ -13,7 +13,8 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,13 +23,16 @@ from typing import Any
 from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
-from minigrpo.tasks.common.dataset import read_data
+from minigrpo.tasks.common.dataset import check_prompt_text, read_data
+from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.tasks.custom.ready_made import is_ready_made, open_ready_made
 from minigrpo.tasks.custom.reward_functions import function_kind
 from minigrpo.tasks.custom.reward_task import build_reward_task, read_rows
 from minigrpo.tasks.custom.reward_task import reward_task as reward_task
 from minigrpo.tasks.difficulty_filter import filter_by_difficulty
 from minigrpo.types import Message, Prompt, Split, Task
+from minigrpo.utils.faults import describe_fault, is_ctrl_c, words_of
+from minigrpo.utils.paths import user_path
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {
     "wordproblems": wordproblems.wordproblems_task,
@@ -114,14 +118,15 @@ def _open_custom_task(spec: str, recipe: Recipe) -> Task:
         raise TaskError(
             f"{spec!r} names no task. Write FILE.py:NAME; NAME: a Task, a function Recipe -> Task or a reward."
         )
-    path = Path(file)
+    path = user_path(file)
     if not path.is_file():
         raise TaskError(f"{path} is missing. task.name {spec!r} asks for it; is the path right from {Path.cwd()}?")
     module = _load_module(path)
     if not hasattr(module, name):
         names = ", ".join(_list_candidates(module)) or "none"
         raise TaskError(f"{path} has no {name!r}. Tasks and functions in it: {names}.")
-    value = open_ready_made(getattr(module, name), path.parent)
+    with _file_named(path):
+        value = open_ready_made(getattr(module, name), path.parent)
     if _is_reward_functions(value, f"{name} in {path}"):
         return _limit_train_prompts(_task_from_rewards(value, module, spec, recipe.task), recipe.task.size)
     if recipe.task.data and isinstance(value, Task):
@@ -150,31 +155,42 @@ def _is_reward_functions(value: object, where: str) -> bool:
 
 def _task_from_rewards(value: Any, module: ModuleType, spec: str, config: TaskConfig) -> Task:
     """Build the task of reward functions and their rows: from `task.data`, else from the same file."""
+    path = Path(str(module.__file__))
     if config.data:
         table = read_data(config.data)
     elif hasattr(module, "rows"):
-        try:
-            table = read_rows(module.rows, getattr(module, "test_rows", None))
-        except MinigrpoError:
-            raise
-        except Exception as fault:
-            raise TaskError(
-                f"{_describe_failure(Path(str(module.__file__)), fault)} It was making the rows."
-            ) from fault
+        with _faults_told(path, "It was making the rows."):
+            table = read_rows(module.rows, getattr(module, "test_rows", None), f"{path}: ")
     else:
         raise TaskError(
             f"{spec} scores rows, but there are none. Give --task.data FILE (.jsonl, .json, .csv, .parquet, a folder, "
             "a Hub data set), or put `rows`, a list or a function that returns one, into the same file."
         )
-    return build_reward_task(
-        value if isinstance(value, list | tuple) else [value],
-        table,
-        name=spec.rpartition(":")[2],
-        system=getattr(module, "system", None),
-        gold=getattr(module, "gold", None),
-        weights=config.weights,
-        names={id(held): variable for variable, held in vars(module).items() if not variable.startswith("_")},
-    )
+    system, gold = _read_system(module, path), _read_gold(module, path)
+    with _file_named(path):
+        return build_reward_task(
+            value if isinstance(value, list | tuple) else [value],
+            table,
+            name=spec.rpartition(":")[2],
+            system=system,
+            gold=gold,
+            weights=config.weights,
+            names={id(held): variable for variable, held in vars(module).items() if not variable.startswith("_")},
+        )
+
+
+def _read_system(module: ModuleType, path: Path) -> str | None:
+    found = getattr(module, "system", None)
+    if found is not None and not isinstance(found, str):
+        raise TaskError(f"{path}: system is {shorten_repr(found)}. Make it text, the system message of all rows.")
+    return check_prompt_text(found, f"{path}: system") if found else None
+
+
+def _read_gold(module: ModuleType, path: Path) -> Callable[[Prompt], str] | None:
+    found = getattr(module, "gold", None)
+    if found is not None and not callable(found):
+        raise TaskError(f"{path}: gold is {shorten_repr(found)}. Make it a function: gold(prompt) -> text.")
+    return found
 
 
 def _load_module(path: Path) -> ModuleType:
@@ -186,11 +202,32 @@ def _load_module(path: Path) -> ModuleType:
         raise TaskError(f"{path} cannot be read as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look up their module by name
-    try:
+    with _faults_told(path, "Mend the file and try again.", ours=True):
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as fault:
-        raise TaskError(f"{_describe_failure(path, fault)} Mend the file and try again.") from fault
     return module
+
+
+@contextmanager
+def _file_named(path: Path) -> Iterator[None]:
+    """Put the user's file before the sentences of the block's errors, which do not know it."""
+    try:
+        yield
+    except TaskError as fault:
+        raise TaskError(f"{path}: {fault}") from fault.__cause__
+
+
+@contextmanager
+def _faults_told(path: Path, rest: str, *, ours: bool = False) -> Iterator[None]:
+    """Raise TaskError, with the line of the user's file, for whatever its code raises: SystemExit, too. Ctrl-C stays.
+
+    `ours`: also for errors that are sentences already, and do not name the file.
+    """
+    try:
+        yield
+    except BaseException as fault:
+        if is_ctrl_c(fault) or (isinstance(fault, MinigrpoError) and not ours):
+            raise
+        raise TaskError(f"{_describe_failure(path, fault)} {rest}") from fault
 
 
 def _build_task(value: object, path: Path, name: str, recipe: Recipe) -> Task:
@@ -198,12 +235,8 @@ def _build_task(value: object, path: Path, name: str, recipe: Recipe) -> Task:
         raise TaskError(
             f"{name} in {path} is a {type(value).__name__}. Make it a Task, a function Recipe -> Task or a reward."
         )
-    try:
+    with _faults_told(path, f"{name} was building the task."):
         task = value(recipe)
-    except MinigrpoError:
-        raise
-    except Exception as fault:
-        raise TaskError(f"{_describe_failure(path, fault)} {name} was building the task.") from fault
     if not isinstance(task, Task):
         raise TaskError(f"{name} in {path} returned a {type(task).__name__}. Return a minigrpo.types.Task.")
     return task
@@ -214,7 +247,7 @@ def _describe_failure(path: Path, fault: BaseException) -> str:
     own = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if Path(frame.filename) == path]
     line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == str(path) else own[-1] if own else None
     where = f"{path}, line {line}" if line else str(path)
-    return f"{where}: {type(fault).__name__}: {fault.msg if isinstance(fault, SyntaxError) else fault}."
+    return f"{where}: {type(fault).__name__}: {fault.msg if isinstance(fault, SyntaxError) else words_of(fault)}."
 
 
 def _list_candidates(module: ModuleType) -> list[str]:
@@ -235,7 +268,7 @@ def _limit_train_prompts(task: Task, size: int) -> Task:
 
 def _check_prompts(task: Task) -> Task:
     def prompts(split: Split) -> Sequence[Prompt]:
-        found = task.prompts(split)
+        found = _ask_prompts(task, split)
         if not len(found):
             raise TaskError(f"The task {task.name} has no {split} prompts.")
         seen: set[str] = set()
@@ -246,3 +279,24 @@ def _check_prompts(task: Task) -> Task:
         return found
 
     return replace(task, prompts=prompts)
+
+
+def _ask_prompts(task: Task, split: Split) -> Sequence[Prompt]:
+    """Return the task's own prompts. Raise TaskError for whatever its function raises, and for what are no prompts."""
+    try:
+        found = task.prompts(split)
+    except MinigrpoError:
+        raise
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
+        raise TaskError(
+            f"The task {task.name} raised {describe_fault(fault)} when it was asked for its {split} prompts."
+        ) from fault
+    odd = [one for one in found if not isinstance(one, Prompt)] if isinstance(found, Sequence) else [found]
+    if odd:
+        raise TaskError(
+            f"Among the {split} prompts of task {task.name} is {shorten_repr(odd[0])}. Return a list of "
+            "minigrpo.Prompt."
+        )
+    return found

@@ -39,6 +39,7 @@ from minigrpo.training.preflight_findings import (
 from minigrpo.training.prompt_sampler import PromptSampler
 from minigrpo.types import Completion, Engine, Grade, Group, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.json_values import json_ready
 from minigrpo.utils.memory import peak_bytes
 
 ENOUGH_GROUPS = 8
@@ -307,7 +308,7 @@ def sample_to_dict(name: str, group: Group, completion: Completion, grade: Grade
     return {
         "which": name,
         "prompt": group.prompt.messages[-1]["content"],
-        "target": group.prompt.target,
+        "target": json_ready(group.prompt.target),
         "text": completion.answer,
         "reward": grade.reward if grade.scored else None,
         "parts": {name: amount if math.isfinite(amount) else None for name, amount in grade.parts.items()},

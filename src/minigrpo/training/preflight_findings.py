@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minigrpo.config.schema import GroupsConfig, Recipe, RolloutConfig, WarmupConfig
+from minigrpo.rollouts.grading import gold_answer, judge
 from minigrpo.types import Completion, Group, Task
 from minigrpo.utils.rates import Rate, wilson_interval
 
@@ -225,7 +226,7 @@ def earn_like_gold(groups: Sequence[Group], task: Task, config: GroupsConfig) ->
     """Return whether no completion earned less than a right answer to its prompt; False where nobody can tell."""
     if task.gold is None:
         return False
-    pairs = [(group, task.grade(group.prompt, task.gold(group.prompt))) for group in groups]
+    pairs = [(group, judge(task, group.prompt, gold_answer(task, group.prompt))) for group in groups]
     return all(min(group.rewards) >= gold.reward - config.min_spread for group, gold in pairs)
 
 

@@ -8,7 +8,6 @@ Not covered: dropout. lora.dropout is off here, for its masks are named by the t
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,14 @@ from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskErr
 from minigrpo.models.chat_template import after_opening, opening, render, whole_answer
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
-from minigrpo.rollouts.grading import judge
+from minigrpo.rollouts.grading import gold_answer, judge
 from minigrpo.rollouts.groups import prompts_of, rollout
+from minigrpo.tasks.common.dataset import check_prompt, has_half_character, read_json_lines
 from minigrpo.training.memory.machine import tokens_per_pass
 from minigrpo.training.prompt_sampler import split_held_out
 from minigrpo.types import Engine, Message, Prompt, Sampling, Task
 from minigrpo.ui.progress import Report, no_report
+from minigrpo.utils.paths import user_path
 from minigrpo.utils.rng import name_key
 
 HELD_ASIDE_SHARE = 0.1
@@ -144,7 +145,7 @@ def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
     training, judging = split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)
     if recipe.warmup.data:
         unseen = {prompt.id for prompt in (*judging, *test_prompts(task))}
-        found = list(read_answers(Path(recipe.warmup.data).expanduser(), training, unseen))
+        found = list(read_answers(user_path(recipe.warmup.data), training, unseen))
         return order.sample(found, min(most, len(found)))
     if task.gold is None:
         raise TaskError(
@@ -156,16 +157,8 @@ def written_answers(recipe: Recipe, task: Task) -> list[WrittenAnswer]:
 
 
 def gold(task: Task, prompt: Prompt) -> str:
-    assert task.gold is not None
-    try:
-        answer = task.gold(prompt)
-    except MinigrpoError:
-        raise
-    except Exception as fault:
-        raise TaskError(
-            f"The `gold` of task {task.name} raised {type(fault).__name__} on prompt {prompt.id}: {fault}"
-        ) from fault
-    if not isinstance(answer, str) or not answer.strip():
+    answer = gold_answer(task, prompt)
+    if not answer.strip():
         raise TaskError(f"The `gold` of task {task.name} gave {answer!r} on {prompt.id}. Return the text of an answer.")
     return answer
 
@@ -179,14 +172,12 @@ def read_answers(path: Path, training: Sequence[Prompt], unseen: set[str]) -> It
         raise TaskError(f"{path} is missing. warmup.data asks for it; is the path right from {Path.cwd()}?")
     known = {prompt.id: prompt for prompt in training}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as fault:
-        raise TaskError(f"{path}: not UTF-8 ({fault.reason} at byte {fault.start}). Save it as UTF-8.") from None
-    for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
-        if line.strip():
-            prompt, answer = parse_answer(line, place)
-            yield make_written_answer(prompt, answer, place, known=known, unseen=unseen)
+        rows = read_json_lines(path)
+    except OSError as fault:
+        raise TaskError(f"{path} cannot be read: {fault.strerror or fault}.") from None
+    for place, row in rows:
+        prompt, answer = parse_answer(row, place)
+        yield make_written_answer(prompt, answer, place, known=known, unseen=unseen)
 
 
 def test_prompts(task: Task) -> Sequence[Prompt]:
@@ -196,17 +187,15 @@ def test_prompts(task: Task) -> Sequence[Prompt]:
         return ()
 
 
-def parse_answer(line: str, place: str) -> tuple[Any, str]:
+def parse_answer(row: Any, place: str) -> tuple[Any, str]:
     """Return the prompt, of any type, and the answer."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as fault:
-        raise TaskError(f'{place}: not JSON ({fault}). Write {{"prompt": ..., "completion": ...}}.') from None
     if not isinstance(row, dict) or "prompt" not in row or "completion" not in row:
         has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
         raise TaskError(f'{place}: it must have "prompt" and "completion"; it has {has or "nothing"}.')
     if not isinstance(row["completion"], str) or not row["completion"].strip():
         raise TaskError(f'{place}: "completion" must be the text of a right answer.')
+    if has_half_character(row["completion"]):
+        raise TaskError(f"{place}: its completion holds half a character (a lone surrogate), which is no text.")
     return row["prompt"], row["completion"]
 
 
@@ -220,20 +209,13 @@ def make_written_answer(
         raise TaskError(
             f"{place}: {prompt!r} is a prompt to be measured on. Leave it out, or the figures mean nothing."
         )
-    messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
-    if not is_conversation(messages):
+    if not isinstance(prompt, str | list) or not prompt:
         raise TaskError(
             f'{place}: "prompt" must be a prompt id of the task, a question, or messages [{{"role", "content"}}, ...].'
         )
-    return WrittenAnswer(Prompt(place, tuple(messages)), answer, place, known=False)
-
-
-def is_conversation(messages: Any) -> bool:
-    if not isinstance(messages, list) or not messages:
-        return False
-    return all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
+    asked = check_prompt(prompt, place)
+    messages = ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
+    return WrittenAnswer(Prompt(place, messages), answer, place, known=False)
 
 
 def split_answers(answers: Sequence[WrittenAnswer]) -> tuple[list[WrittenAnswer], list[WrittenAnswer]]:

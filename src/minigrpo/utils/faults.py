@@ -11,14 +11,18 @@ LONGEST_MESSAGE = 300
 
 def describe_fault(fault: BaseException) -> str:
     """Return its class, its own words and the line that raised it."""
-    try:
-        words = str(fault)
-    except BaseException as second:  # __str__ is a user's code too
-        words = f"(its text raised {type(second).__name__})"
-    words = words if len(words) <= LONGEST_MESSAGE else f"{words[:LONGEST_MESSAGE]} ..."
     frames = traceback.extract_tb(fault.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(fault).__name__}: {words}{where}"
+    return f"{type(fault).__name__}: {words_of(fault)}{where}"
+
+
+def words_of(fault: BaseException) -> str:
+    """Return an exception's own words, or that it has none: its class may be a user's."""
+    try:
+        words = str(fault)
+    except BaseException as second:
+        words = f"(its text raised {type(second).__name__})"
+    return words if len(words) <= LONGEST_MESSAGE else f"{words[:LONGEST_MESSAGE]} ..."
 
 
 def is_ctrl_c(fault: BaseException) -> bool:

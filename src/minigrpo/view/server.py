@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from minigrpo.errors import MinigrpoError
-from minigrpo.runs.logger import json_value
+from minigrpo.utils.json_values import json_ready
 from minigrpo.view.api import QUESTIONS, QueryError
 from minigrpo.view.library import Library
 
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_json(self, data: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
         # ASCII: a model's lone surrogates are no UTF-8.
-        self._send(json.dumps(json_value(data), allow_nan=False).encode("ascii"), TYPES[".json"], status)
+        self._send(json.dumps(json_ready(data), allow_nan=False).encode("ascii"), TYPES[".json"], status)
 
     def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)

@@ -22,6 +22,7 @@ from minigrpo.models.adapter import Adapter, read_adapter, read_adapter_config
 from minigrpo.models.model_files import BaseFiles, find_base, open_base
 from minigrpo.runs.manifest import existing_result, hash_files, read_sealed, settle_base, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, find_run
+from minigrpo.utils.paths import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def source_of(path: Path | RunDir, *, base: str | None = None) -> TrainedSource:
         revision = None if base else recipe.model.revision
         return TrainedSource(folder, recipe, base or recipe.model.path, revision, folder == run.model, run)
     # A warm-up's or a checkpoint's adapter is none of the run's results: it is taken for itself.
-    folder = path.path if isinstance(path, RunDir) else Path(path).expanduser()
+    folder = path.path if isinstance(path, RunDir) else user_path(path)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not there. Give a run's folder (runs/NAME) or the folder of an adapter.")
     config = read_adapter_config(folder)
@@ -159,7 +160,7 @@ def find_exportable(path: RunDir | Path) -> ExportableModel:
     found = find_run(path)
     if found and found.artefact in ("run", "merged"):
         return ExportableModel(require_merged(found.run), found.run.path.absolute().name, found.run)
-    given = path.path if isinstance(path, RunDir) else Path(path).expanduser()
+    given = path.path if isinstance(path, RunDir) else user_path(path)
     here = given.absolute()
     if not (here / "config.json").is_file():
         raise ArtifactError(f"{given} is neither a run's folder nor a model's. Merge first: minigrpo merge RUN")

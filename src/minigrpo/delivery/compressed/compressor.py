@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minigrpo.delivery.compressed.schemes import Scheme
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
+from minigrpo.utils.paths import user_path
 
 COMPRESSOR_PYTHON = "MINIGRPO_COMPRESSOR"
 PACKAGE, VERSION = "llmcompressor", "0.14.0.1"
@@ -102,7 +103,7 @@ class Compressor:
 def find_compressor(named: Path | None) -> Compressor:
     """Find the python that has llm-compressor. Raises MinigrpoError, with the commands to get it."""
     chosen = named or (Path(os.environ[COMPRESSOR_PYTHON]) if os.environ.get(COMPRESSOR_PYTHON) else None)
-    python = Path(shutil.which(chosen.expanduser()) or chosen) if chosen else Path(sys.executable)
+    python = Path(shutil.which(user_path(chosen)) or chosen) if chosen else Path(sys.executable)
     probe = f"import importlib.metadata as m; print(m.version({PACKAGE!r}))"
     try:
         ended = subprocess.run(

@@ -40,6 +40,7 @@ from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, repor
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
+from minigrpo.utils.paths import user_path
 from minigrpo.versions import installed
 
 CompressVerdict = Literal["weights proved", "there already"]
@@ -145,7 +146,7 @@ def _compress_job(path: RunDir | Path, out: Path | None, compressor: Path | None
     found = find_exportable(path)
     parent = found.run.compressed if found.run else found.folder.parent
     return CompressJob(
-        *(found.folder, found.run, (out or parent).expanduser(), slug(found.name)),
+        *(found.folder, found.run, user_path(out or parent), slug(found.name)),
         base=open_base(found.folder),
         compressor=find_compressor(compressor),
         out=out,

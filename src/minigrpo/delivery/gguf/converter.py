@@ -26,6 +26,7 @@ from minigrpo.errors import ArtifactError, ModelError
 from minigrpo.models.model_files import open_base
 from minigrpo.runs.rundir import complete_folder, digest
 from minigrpo.utils.cache_dir import cache_dir
+from minigrpo.utils.paths import user_path
 
 SDIST_PACKAGE, SDIST_VERSION = "llama-cpp-python", "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -127,7 +128,7 @@ def find_converter(folder: Path, given: Path | None, writer: str = "auto") -> Co
         return Converter(None, "as asked")
     named = given or (Path(os.environ["LLAMA_CPP_DIR"]) if os.environ.get("LLAMA_CPP_DIR") else None)
     if named:
-        root = named.expanduser()
+        root = user_path(named)
         if not (root / CONVERTER_SCRIPT).is_file():
             raise ArtifactError(
                 f"{root} holds no {CONVERTER_SCRIPT}. Give the folder of llama.cpp's sources: --llama-cpp DIR"

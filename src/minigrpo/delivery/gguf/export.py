@@ -60,6 +60,7 @@ from minigrpo.runs.rundir import (
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
+from minigrpo.utils.paths import user_path
 from minigrpo.versions import installed
 
 ExportVerdict = Literal["proved", "measured", "rejected", "there already"]
@@ -214,7 +215,7 @@ def export_job(path: RunDir | Path, *, out: Path | None, llama_cpp: Path | None,
     versions = {package: installed(package) for package in ("minigrpo", "gguf", "xllamacpp", "transformers")}
     made = {"verb": "export", "versions": versions, "from": {"model": hash_files(model), "converter": converter.name}}
     return ExportJob(
-        *(model, run, (out or folder).expanduser(), slug(found.name)),
+        *(model, run, user_path(out or folder), slug(found.name)),
         base=open_base(model),
         converter=converter,
         tools=llama_cpp,

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minigrpo.models.chat_template import ChatTemplate, render_text
+from minigrpo.models.chat_template import ChatTemplate, ChatTemplateError, render_text
 from minigrpo.types import Message
 
 SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
@@ -53,8 +53,6 @@ def probe_conversations() -> tuple[list[Message], ...]:
 def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     """Find the text around messages; None where the template does more than that: default messages, roles it does
     not take."""
-    from jinja2 import TemplateError
-
     if ChatTemplate.of(tokenizer).refuses_system:
         return None
     try:
@@ -65,7 +63,7 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
         ]
         whole = render_text(tokenizer, probe_conversations()[1]).removeprefix(bos)
         asked = render_text(tokenizer, probe_conversations()[0]).removeprefix(bos)
-    except TemplateError:
+    except ChatTemplateError:
         return None
     for text in PROBE_WORDS[:4]:
         if whole.count(text) != 1:

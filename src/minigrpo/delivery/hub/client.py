@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from minigrpo.errors import MinigrpoError
 from minigrpo.runs.rundir import digest
+from minigrpo.utils.paths import user_path
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0)
 """Seconds before each retry of a request. Uploads of large files are retried by the Hub's client itself."""
@@ -397,7 +398,7 @@ def hub_cache() -> Path:
     """Return the folder in which the Hub client keeps what it downloads."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser().absolute()
+    return user_path(constants.HF_HUB_CACHE).absolute()
 
 
 def _download_error(repo: str, fault: Exception) -> MinigrpoError:

@@ -36,6 +36,7 @@ from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.markdown import fenced, markdown_table, plain
+from minigrpo.utils.paths import user_path
 
 CURVE_FILE = "reward.svg"
 """The picture of the reward, beside the card."""
@@ -119,7 +120,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
 def hub_name(path: str) -> str | None:
     """Return USER/NAME where a path is one; None for a folder of this machine and for the embedded model."""
     name = path.partition(":")[0]
-    if path.partition(":")[0] == "seedling" or Path(path).expanduser().exists() or path.startswith((".", "~", "/")):
+    if path.partition(":")[0] == "seedling" or user_path(path).exists() or path.startswith((".", "~", "/")):
         return None
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
@@ -135,7 +136,7 @@ def _base_words(path: str, base: str | None) -> str:
 
 def find_licence(path: str, revision: str | None, online: bool) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the licence from the base's own card or LICENSE file, for the front matter; else nothing and a remark."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     page = folder / "README.md" if folder.is_dir() else _find_page(path, revision, online)
     said = read_front_matter(page) if page and page.is_file() else {}
     if isinstance(said.get("license"), str):

@@ -46,6 +46,7 @@ from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
+from minigrpo.utils.paths import user_path
 
 PublishVerdict = Literal["published", "there already", "would be published"]
 HUB_OWN_FILES = (".gitattributes",)
@@ -113,7 +114,7 @@ def publish(
     cache and compare. `force`: replace what a repository holds. `dry_run`: only report what would go where, without a
     network. Raises MinigrpoError; the same command then goes on.
     """
-    run = run if isinstance(run, RunDir) else RunDir(Path(run).expanduser())
+    run = run if isinstance(run, RunDir) else RunDir(user_path(run))
     _check_licence(licence)
     words = [*(word for each in what for word in ("--what", each)), *(["--license", licence] if licence else [])]
     command = _command([run.path, *words], repo, private, force)
@@ -141,7 +142,7 @@ def publish_folder(
     quiet: bool = False,
 ) -> Published:
     """Publish any folder as it is; the options are those of `publish`."""
-    folder = folder.expanduser()
+    folder = user_path(folder)
     command = _command(["--folder", folder], repo, private, force)
     job = PublishJob(command, private, dry_run, fetch, force, message or folder.absolute().name, quiet)
     check_repo_name(repo)

@@ -20,6 +20,7 @@ from torch import Tensor
 from minigrpo.delivery.parity.varied_texts import VARIED_TEXTS
 from minigrpo.errors import ArtifactError, TaskError
 from minigrpo.models.chat_template import PROBE_QUESTION, after_opening, opening, render
+from minigrpo.rollouts.grading import gold_answer
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.logger import read_groups
 from minigrpo.runs.rundir import RunDir
@@ -67,7 +68,7 @@ def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary
             prompts = prompts_of(task, "test", MAX_TEXTS)
         except TaskError:
             prompts = []
-        pairs = [(prompt, task.gold(prompt), True) for prompt in prompts]
+        pairs = [(prompt, gold_answer(task, prompt), True) for prompt in prompts]
         source = "right answers of the task"
     texts = [held for pair in pairs[:MAX_TEXTS] if (held := _tokenize_text(*pair, tokenizer)).scored]
     return HeldTexts(_truncate_texts(texts, vocabulary), source, other_texts(tokenizer)) if texts else None

@@ -25,6 +25,7 @@ from minigrpo.delivery.gguf.header import GgufHeader
 from minigrpo.delivery.serve.access import OPEN, Access
 from minigrpo.errors import MinigrpoError, command_line, install_hint
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
+from minigrpo.utils.paths import user_path
 
 EngineName = Literal["llama.cpp", "vllm"]
 LOCALHOST = "127.0.0.1"
@@ -261,7 +262,7 @@ def _mount(folder: Path, there: str) -> tuple[str, tuple[Path, str]]:
     in the Hub's cache are links to its neighbours, so the whole cache is mounted."""
     from minigrpo.delivery.hub.client import hub_cache
 
-    folder, cache = folder.expanduser().absolute(), hub_cache()
+    folder, cache = user_path(folder).absolute(), hub_cache()
     if folder.is_relative_to(cache):
         return f"{CONTAINER_CACHE}/{folder.relative_to(cache).as_posix()}", _mount_cache()
     return there, (folder, there)
@@ -296,7 +297,7 @@ def find_vllm(named: Path | None) -> Path | None:
     chosen = named or (Path(os.environ[VLLM_PYTHON]) if os.environ.get(VLLM_PYTHON) else None)
     if chosen is None:
         return Path(sys.executable) if find_spec("vllm") is not None else None
-    python = Path(shutil.which(chosen.expanduser()) or chosen)
+    python = Path(shutil.which(user_path(chosen)) or chosen)
     probe = "import sys, importlib.util as u; sys.exit(u.find_spec('vllm') is None)"
     try:
         code = subprocess.run([python, "-c", probe], stdin=subprocess.DEVNULL, capture_output=True).returncode

@@ -26,6 +26,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.adapter import require_finite_adapter
 from minigrpo.runs.manifest import hash_files, read_sealed, slug
 from minigrpo.runs.rundir import FoundRun, RunDir, digest, find_run
+from minigrpo.utils.paths import user_path
 
 EngineChoice = Literal["auto", "llama.cpp", "vllm"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -77,7 +78,7 @@ class Servable:
 
 def resolve_servable(what: str, options: ServeOptions) -> Servable:
     """Find the artefact. Raises ArtifactError where it is missing, stale, or not served by the chosen engine."""
-    path = Path(what).expanduser()
+    path = user_path(what)
     place = find_run(path)
     if place and place.artefact in ("run", "merged", "gguf", "adapter", "model"):
         return _from_run(place, options)

@@ -15,18 +15,24 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.types import Message, Prompt, Split
+from minigrpo.utils.paths import user_path
 
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 _TEST_ONE_IN = 10
+_MOST_FILES = 50_000
+"""Files below a folder of rows: more than a data set of text has. Each would be looked at, for hours where it is
+"/" by mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,12 @@ def read_data(source: str, check: RowParser | None = None) -> SplitRows:
     `FOLDER:CONFIG` names one of its configurations. `check` parses rows that have other columns than a prompt.
     """
     check = check or parse_rows
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return _read_folder(path, check)
     folder, colon, config = source.rpartition(":")
-    if colon and config and Path(folder).expanduser().is_dir():
-        return _read_laid_out(Path(folder).expanduser(), config, check)
+    if colon and config and user_path(folder).is_dir():
+        return _read_laid_out(user_path(folder), config, check)
     if path.is_file():
         return split_rows(_read_file(path, check), source)
     if path.suffix.lower() in _FILE_TYPES or source.count("/") > 1 or source.startswith((".", "/", "~")):
@@ -87,7 +93,7 @@ def _declares_configs(readme: Path) -> bool:
     opening, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
         metadata = yaml.safe_load(rest.partition("\n---")[0]) if not opening.strip("\ufeff") else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date of a 13th month, say
         return False
     return isinstance(metadata, dict) and bool(metadata.get("configs"))
 
@@ -101,6 +107,9 @@ def _read_laid_out(folder: Path, config: str | None, check: RowParser) -> SplitR
     import datasets
 
     where = f"{folder}:{config}" if config else str(folder)
+    files = (file for _, _, files in os.walk(folder) for file in files)
+    if len(list(islice(files, _MOST_FILES + 1))) > _MOST_FILES:
+        raise TaskError(f"{folder} holds more than {_MOST_FILES} files. Name the file or folder that has the rows.")
     try:
         if any((folder / name).is_file() for name in _SAVED_BY_DATASETS):
             found = datasets.load_from_disk(str(folder / (config or "")))
@@ -129,13 +138,15 @@ def _read_file(path: Path, check: RowParser) -> list[DatasetRow]:
     if kind not in _FILE_TYPES:
         raise TaskError(f"{path} is a {kind or 'nameless'} file. Rows come from {', '.join(_FILE_TYPES)}.")
     try:
-        rows = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind](path)
+        rows = {".jsonl": read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[kind](
+            path
+        )
     except OSError as fault:
         raise TaskError(f"{path} cannot be read: {fault.strerror or fault}.") from None
     return check(rows, str(path))
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
     """Read JSON lines, each with its place; skip empty lines."""
     with path.open("rb") as stream:
         pieces = [(f"{path}:{number}", raw) for number, raw in enumerate(stream, 1)]
@@ -176,8 +187,10 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as fault:
-        raise TaskError(f"{path} is no Parquet file: {' '.join(str(fault).split())[:200]}") from None
+    except OSError:
+        raise
+    except Exception as fault:  # of pyarrow, and of Python's types: a year 20000, a time zone that is not known
+        raise TaskError(f"{path} is no Parquet file that can be read: {_say_reason(fault)}") from None
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
@@ -226,12 +239,19 @@ def _parse_json(line: str, where: str) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def take(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it names {shorten_repr(next(n for n in row if names.count(n) > 1))} twice")
+        return row
+
     try:
-        return json.loads(line, parse_constant=refuse)
+        return json.loads(line, parse_constant=refuse, object_pairs_hook=take)
     except json.JSONDecodeError as fault:
         at = where if fault.lineno == 1 else f"{where}:{fault.lineno}"
         raise TaskError(f"{at} is no JSON: {fault.msg} at character {fault.colno}.") from None
-    except ValueError as fault:  # a number of thousands of digits, or NaN
+    except ValueError as fault:  # a number of thousands of digits, NaN, or a name that stands twice
         raise TaskError(f"{where} cannot be read: {fault}.") from None
     except RecursionError:
         raise TaskError(f"{where} is nested without end. A row is an object of columns.") from None
@@ -261,7 +281,7 @@ def _parse_row(row: Any, where: str) -> DatasetRow:
         names = ", ".join(row) or "nothing"
         raise TaskError(f"{where} has no 'prompt', but {shorten_repr(names)}. Name the question's column prompt.")
     columns = {name: value for name, value in row.items() if name != asked}
-    prompt = _check_prompt(row[asked], where)
+    prompt = check_prompt(row[asked], where)
     if asked == "messages" and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise TaskError(
             f"{where}: its messages end with the assistant's, which would give the answer away. Leave that message "
@@ -270,7 +290,8 @@ def _parse_row(row: Any, where: str) -> DatasetRow:
     return DatasetRow(prompt, columns, where)
 
 
-def _check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
+def check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
+    """Return a prompt as a model is asked: text, or messages. Raise TaskError, naming its place, for anything else."""
     if isinstance(value, str):
         return check_prompt_text(value, where)
     if not isinstance(value, list | tuple) or not value:
@@ -282,7 +303,7 @@ def _check_message(message: Any, where: str) -> Message:
     """Return the message with its content as text, and without keys that say nothing.
 
     Files with many columns fill in None, and an empty list where no tool was called. Calls of tools stay as they are,
-    for the chat template to write.
+    for the chat template to write: a list of objects that JSON can hold.
     """
     whole = {k: v for k, v in message.items() if v is not None and v != []} if isinstance(message, Mapping) else {}
     if "content" in whole:
@@ -292,11 +313,26 @@ def _check_message(message: Any, where: str) -> Message:
     texts = all(isinstance(k, str) and (isinstance(v, str) or k == "tool_calls") for k, v in whole.items())
     if not texts or not {"role", "content"} <= whole.keys():
         raise TaskError(f'{where}: {shorten_repr(message)} is no message. Write {{"role": "user", "content": "..."}}.')
-    if whole["role"] in ("assistant", "tool"):  # they may say nothing: beside a call, or yet
-        _refuse_half_characters(whole["content"], where)
-    else:
+    if "tool_calls" in whole:
+        _check_calls(whole["tool_calls"], where)
+    _refuse_half_characters("".join((*whole, *(v for v in whole.values() if isinstance(v, str)))), where)
+    if whole["role"] not in ("assistant", "tool"):  # these may say nothing: beside a call, or yet
         check_prompt_text(whole["content"], where)
     return whole
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    """Raise TaskError where a message's calls of tools are none that a chat template could write."""
+    try:
+        written = json.dumps(calls, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        written = ""
+    if not written or not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise TaskError(
+            f"{where}: its tool_calls are {shorten_repr(calls)}. Give a list of calls that JSON can hold: "
+            '[{"type": "function", "function": {"name": "...", "arguments": {}}}].'
+        )
+    _refuse_half_characters(written, where)
 
 
 def _join_parts(content: Any, where: str) -> Any:
@@ -325,8 +361,13 @@ def check_prompt_text(value: str, where: str) -> str:
     return value
 
 
+def has_half_character(text: str) -> bool:
+    """Tell whether a text holds a lone surrogate: such text has no bytes, and no tokenizer takes it."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _refuse_half_characters(value: str, where: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if has_half_character(value):
         raise TaskError(f"{where}: its prompt holds half a character (a lone surrogate), which is no text.")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minigrpo.errors import TaskError
+from minigrpo.utils.paths import user_path
 
 Text = str | Sequence[Mapping[str, str]]
 """A prompt or a completion: text, or messages."""
@@ -40,7 +41,7 @@ class Classifier:
         max_tokens: int | None = None,
         name: str | None = None,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         if not (self.folder / "config.json").is_file():
             raise TaskError(f"The reward model {self.folder} is no model folder: it holds no config.json.")
         if batch < 1:

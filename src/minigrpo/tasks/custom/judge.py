@@ -33,6 +33,7 @@ from minigrpo.tasks.custom.judge_cache import JudgeCache, JudgeReply, request_ke
 from minigrpo.tasks.custom.judge_settings import PLACEHOLDER, check_judge_settings, read_judge_settings
 from minigrpo.utils.event_loop import run_in_daemon_thread
 from minigrpo.utils.http import StatusError, exchange
+from minigrpo.utils.paths import user_path
 
 _WORTH_REPEATING = (408, 409, 429)
 _LONGEST_PAUSE_S = 60.0
@@ -70,7 +71,7 @@ class Judge:
         """Open the judge that a file describes; it is called after the file."""
         settings = read_judge_settings(path).model_dump()
         if settings["cache"] not in (None, "default"):
-            settings["cache"] = str(path.parent / Path(settings["cache"]).expanduser())
+            settings["cache"] = str(path.parent / user_path(settings["cache"]))
         return cls(name=path.stem, **settings)
 
     def _set_up(self, name: str) -> None:

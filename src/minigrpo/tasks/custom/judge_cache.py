@@ -13,6 +13,7 @@ from typing import Any
 
 from minigrpo.errors import TaskError
 from minigrpo.utils.cache_dir import cache_dir
+from minigrpo.utils.paths import user_path
 
 _BUSY_S = 30.0  # how long one process waits for another that writes
 
@@ -45,7 +46,7 @@ class JudgeCache:
     @classmethod
     def of(cls, name: str | None) -> JudgeCache:
         """Open the file of that name; "default": in the package's cache."""
-        path = cache_dir() / "judge.sqlite" if name == "default" else Path(name).expanduser() if name else None
+        path = cache_dir() / "judge.sqlite" if name == "default" else user_path(name) if name else None
         return cls(path)
 
     def get(self, key: str) -> JudgeReply | None:

@@ -87,6 +87,7 @@ def read_judge_settings(path: Path) -> JudgeSettings:
         given = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as fault:
         raise TaskError(f"The judge's file {path} cannot be read: {fault.strerror or fault}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    # ValueError: other encodings, a date of a 13th month, a number of thousands of digits.
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise TaskError(f"{path} is no YAML: {' '.join(str(fault).split())[:200]}") from None
     return check_judge_settings(given, str(path))

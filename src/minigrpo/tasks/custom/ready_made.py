@@ -12,6 +12,7 @@ from typing import Any
 from minigrpo.errors import TaskError
 from minigrpo.tasks.custom.classifier import Classifier
 from minigrpo.tasks.custom.judge import Judge
+from minigrpo.utils.paths import user_path
 
 READY_MADE: dict[str, Callable[[Path], Callable[..., Any]]] = {"judge": Judge.read, "classifier": Classifier}
 """What opens the file or folder after the colon."""
@@ -33,4 +34,4 @@ def open_ready_made(value: Any, folder: Path) -> Any:
     kind, _, place = value.partition(":")
     if not place:
         raise TaskError(f"{value!r} names nothing. Write judge:FILE.yaml or classifier:FOLDER.")
-    return READY_MADE[kind](folder / Path(place).expanduser())
+    return READY_MADE[kind](folder / user_path(place))

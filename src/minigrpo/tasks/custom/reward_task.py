@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minigrpo.config.schema import MOST_PROMPTS
 from minigrpo.errors import TaskError
 from minigrpo.tasks.common.dataset import DatasetRow, SplitRows, parse_rows, rows_to_prompts, split_rows
 from minigrpo.tasks.common.rewards import Reward, reweighted, weighted_sum
@@ -52,19 +54,22 @@ def reward_task(
     return build_reward_task(opened, table, name=name, system=system, gold=gold, weights=weights or {})
 
 
-def read_rows(rows: Rows, test_rows: Rows | None) -> SplitRows:
-    train = _read_python_rows(rows, "rows")
+def read_rows(rows: Rows, test_rows: Rows | None, file: str = "") -> SplitRows:
+    """Read rows from Python. `file`: what stands before their names in messages."""
+    train = _read_python_rows(rows, f"{file}rows")
     if test_rows is None:
-        return split_rows(train, "rows")
-    return {"train": train, "test": _read_python_rows(test_rows, "test_rows")}
+        return split_rows(train, f"{file}rows")
+    return {"train": train, "test": _read_python_rows(test_rows, f"{file}test_rows")}
 
 
 def _read_python_rows(rows: Any, name: str) -> list[DatasetRow]:
     """Read a list of rows, or call a function without parameters that returns one."""
     try:
-        given = list(rows() if callable(rows) else rows)
+        given = list(islice(rows() if callable(rows) else rows, MOST_PROMPTS + 1))
     except TypeError as fault:
         raise TaskError(f"{name} is neither a list of rows nor a function that returns one: {fault}.") from fault
+    if len(given) > MOST_PROMPTS:
+        raise TaskError(f"{name} gives more than {MOST_PROMPTS} rows, all of which are held in memory. Does it end?")
     return parse_rows([(f"{name}[{number}]", row) for number, row in enumerate(given)], name)
 
 

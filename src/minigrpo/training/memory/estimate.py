@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import set_template_options
+from minigrpo.models.chat_template import check_tokenizer, set_template_options
 from minigrpo.models.context_window import longest_prompt
 from minigrpo.models.limits import check_trainable
-from minigrpo.models.loading import TORCH_DTYPES, pick_device, pick_dtype
+from minigrpo.models.loading import TORCH_DTYPES, open_config, open_tokenizer, pick_device, pick_dtype
 from minigrpo.models.policy import check_full_training
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.registry import open_task
 from minigrpo.training.memory.machine import gpu_of_size, this_device
 from minigrpo.training.memory.meta import UnplannableError
 from minigrpo.training.memory.planner import Device, Plan, make_plan
+from minigrpo.utils.paths import user_path
+from minigrpo.utils.process import no_progress_bars
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,11 @@ def read_sketch(recipe: Recipe) -> ModelSketch:
     path, revision = recipe.model.path, recipe.model.revision
     if seedling.is_seedling(path):
         return ModelSketch(*seedling.make_config_and_tokenizer(path, recipe.seed))
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     source = str(folder) if folder.exists() else path
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, mistral_format=False)
-    except Exception as fault:  # transformers and the Hub client raise some twenty kinds between them
-        reason = " ".join(str(fault).split())[:300]
-        raise ModelError(f"model.path {path!r}: its config or tokenizer could not be read: {reason}") from fault
+    with no_progress_bars():
+        config, tokenizer = open_config(source, revision), open_tokenizer(source, revision)
     check_trainable(config, source, revision)
     set_template_options(tokenizer, recipe.model.template)
+    check_tokenizer(tokenizer)
     return ModelSketch(config, tokenizer)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from minigrpo.algorithms.packing import MicroBatch, PackedGroup
 from minigrpo.config.schema import Recipe
+from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.attention import cpu, shared_prompt
 from minigrpo.models.attention.shared_prompt import TORCH_BACKEND, AttentionBackend
 from minigrpo.models.loading import LoadedModel, model_class
@@ -198,7 +199,7 @@ def meta_policy(
     Raises RecipeError where lora.targets fits no layer, ModelError where the weights could not be trained.
     """
     with META:
-        model = model_class(config).from_config(config, dtype=dtype).eval()
+        model = _model_of(config, dtype)
         if recipe.model.head_float32 and dtype != torch.float32:
             model.set_output_embeddings(Float32Head.of(model.get_output_embeddings()))
         policy = Policy(
@@ -217,6 +218,20 @@ def meta_policy(
     for parameter in policy.trainable:
         parameter.grad = torch.empty_like(parameter)  # from the second micro-batch on they are there
     return policy
+
+
+def _model_of(config: Any, dtype: torch.dtype) -> Any:
+    """Make a model of a config. Raise ModelError where that holds something which no model can be made of."""
+    try:
+        return model_class(config).from_config(config, dtype=dtype).eval()
+    except MinigrpoError:
+        raise
+    except Exception as fault:  # of transformers, torch, and Python where a number is a word
+        reason = " ".join(str(fault).split())[:200]
+        raise ModelError(
+            f"No model can be made of config.json in {config.name_or_path}: {type(fault).__name__}: {reason}. Download "
+            "or save the model again."
+        ) from fault
 
 
 def policy_tensors(policy: Policy) -> list[Tensor]:
