@@ -1,8 +1,9 @@
 """python -m benchmarks.sandboxing: what a locked process costs, on this machine.
 
-Three figures. No-op programs a second from several threads, and the time of one from a single thread, which is all
-overhead. Whole games a second: a backtracker in plain Python fills the 40 empty cells of a 9x9 board, one call a move,
-against the small referee below. And what grows over many programs: memory, descriptors, processes (--long N).
+No-op programs a second from several threads, and the time of one from a single thread, which is all overhead. Whole
+games a second: a backtracker in plain Python fills the 40 empty cells of a 9x9 board, one call a move, against the
+small referee below. The time to read that program, and to look for cheats in its text, before it is run. And what
+grows over many programs: memory, descriptors, processes (--long N).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minigrpo.sandbox import Limits, Referee, Sandbox
+from minigrpo.tasks.common.code_task import find_program, format_code_block
 
 NOOP = "def answer(value):\n    return value"
 BACKTRACKER = """
@@ -61,6 +63,7 @@ def strategy(board, initial):
     r, c = empty[0]
     return (r, c, board[r][c])
 """
+ANSWER = format_code_block(BACKTRACKER)
 EMPTY = 40
 
 
@@ -72,8 +75,10 @@ class Figures:
     threads: int
     noop_per_s: float
     noop_p50_ms: float
+    noop_p95_ms: float
     noop_p99_ms: float
     games_per_s: float
+    reading_ms: float
     programs: int = 0
     grown_mb: float = 0.0
     grown_descriptors: int = 0
@@ -116,6 +121,22 @@ def rate(work: Callable[[int], None], count: int, threads: int) -> float:
     return count / (time.perf_counter() - began)
 
 
+def milliseconds(work: Callable[[int], None], count: int) -> list[float]:
+    """Return the time of each call, one after the other."""
+    times = []
+    for index in range(count):
+        began = time.perf_counter()
+        work(index)
+        times.append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def read(_: int) -> None:
+    program = find_program(ANSWER, "strategy", ("board", "initial"))
+    if not program.runs:
+        raise AssertionError(program.complaint)
+
+
 def measure(count: int, long: int, threads: int) -> Figures:
     with Sandbox(Limits(cpu_s=5.0), workers=threads) as sandbox:
 
@@ -130,16 +151,15 @@ def measure(count: int, long: int, threads: int) -> Figures:
                 raise AssertionError(outcome)
 
         rate(noop, 20 * threads, threads)  # every worker is up
-        times = []
-        for index in range(count):
-            began = time.perf_counter()
-            noop(index)
-            times.append(1000 * (time.perf_counter() - began))
+        times_ms = milliseconds(noop, count)
+        parts = statistics.quantiles(times_ms, n=100)
         found = {
-            "noop_p50_ms": statistics.median(times),
-            "noop_p99_ms": statistics.quantiles(times, n=100)[98],
+            "noop_p50_ms": statistics.median(times_ms),
+            "noop_p95_ms": parts[94],
+            "noop_p99_ms": parts[98],
             "noop_per_s": rate(noop, count, threads),
             "games_per_s": rate(play, max(count // 4, threads), threads),
+            "reading_ms": statistics.median(milliseconds(read, count)),
         }
         before = belongings()
         if long:
@@ -190,8 +210,10 @@ def show(figures: Figures, console: Console) -> None:
     table = Table("", "measured", "wanted", box=None, padding=(0, 2, 0, 0))
     table.add_row("no-op programs a second", f"{figures.noop_per_s:.0f}", ">= 500 on 2 quiet cores")
     table.add_row("one no-op, median", f"{figures.noop_p50_ms:.2f} ms", "<= 5 ms")
+    table.add_row("one no-op, 95 of 100", f"{figures.noop_p95_ms:.2f} ms", "")
     table.add_row("one no-op, 99 of 100", f"{figures.noop_p99_ms:.2f} ms", "<= 25 ms")
     table.add_row("whole games a second", f"{figures.games_per_s:.0f}", ">= 100")
+    table.add_row("reading one program, median", f"{figures.reading_ms:.2f} ms", "<= 3 ms")
     if figures.programs:
         grown = (
             f"{figures.grown_mb:+.1f} MB, {figures.grown_descriptors:+d} files, {figures.grown_processes:+d} processes"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import symtable
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from minigrpo.tasks.common.harmless_imports import find_imports
 from minigrpo.tasks.common.hidden_access import (
@@ -59,19 +59,24 @@ _TYPE_ATTRIBUTES = frozenset({"mro"})
 
 def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
     """Yield what a program must not use. Without `scopes` (it does not compile) use of built-ins is not checked."""
+    # Walked once, because a walk takes longer than most of what is asked here; nearly half of it is Load and the like.
+    nodes = [node for node in ast.walk(tree) if node._fields]
     if scopes is not None:
-        own = _assigned_names(scopes) | _written_out_uses(tree)
+        own = _assigned_names(scopes) | _written_out_uses(nodes)
         yield from (f"uses {name}" for name in outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
-    yield from ("import" for _ in find_imports(tree))
-    barred = _GENERATOR_ATTRIBUTES | _TYPE_ATTRIBUTES | ({"obj"} if catches_errors(tree) else set())
-    set_here = frozenset() if receives_tracebacks(tree) else frozenset(_assigned_attributes(tree))
+    yield from ("import" for _ in find_imports(nodes))
+    given_tracebacks = receives_tracebacks(nodes)
+    barred = _GENERATOR_ATTRIBUTES | _TYPE_ATTRIBUTES
+    if given_tracebacks or catches_errors(nodes):
+        barred |= {"obj"}  # of an AttributeError: whatever lacked the attribute
+    set_here = frozenset() if given_tracebacks else frozenset(_assigned_attributes(nodes))
 
     def is_internal(attribute: str) -> bool:
         return _is_dunder(attribute) or attribute in barred or attribute in _FRAME_ATTRIBUTES - set_here
 
-    yield from (f"uses {name}" for name in find_hidden_access(tree, is_internal))
-    harmless = {id(node) for node in _harmless_classes(tree)}
-    for node in ast.walk(tree):
+    yield from (f"uses {name}" for name in find_hidden_access(nodes, is_internal))
+    harmless = {id(node) for node in _harmless_classes(nodes)}
+    for node in nodes:
         if isinstance(node, ast.Name) and _is_dunder(node.id) and (_is_read(node) or node.id in _DISGUISING_DUNDERS):
             yield "import" if node.id == "__import__" else f"uses {node.id}"
         elif isinstance(node, ast.Global):
@@ -80,9 +85,9 @@ def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[
             yield f"uses {node.attr}"
 
 
-def _harmless_classes(tree: ast.AST) -> Iterator[ast.expr]:
+def _harmless_classes(nodes: Sequence[ast.AST]) -> Iterator[ast.expr]:
     """Yield each `x.__class__` that is only named, called or compared: `type(x)` would do the same."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__"):
             found = [node.value]
         elif isinstance(node, ast.Call):
@@ -96,10 +101,10 @@ def _harmless_classes(tree: ast.AST) -> Iterator[ast.expr]:
         )
 
 
-def _written_out_uses(tree: ast.AST) -> frozenset[str]:
+def _written_out_uses(nodes: Sequence[ast.AST]) -> frozenset[str]:
     """Return getattr where a program only ever calls it with the attribute's name written out."""
-    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "getattr"]
-    plain = [node for node in ast.walk(tree) if is_literal_getattr(node)]
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == "getattr"]
+    plain = [node for node in nodes if is_literal_getattr(node)]
     return frozenset({"getattr"}) if len(uses) == len(plain) else frozenset()
 
 
@@ -122,9 +127,9 @@ def outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
         yield from outer_names(child)
 
 
-def _assigned_attributes(tree: ast.AST) -> Iterator[str]:
+def _assigned_attributes(nodes: Sequence[ast.AST]) -> Iterator[str]:
     """Yield attributes that the program sets, or defines in a class of its own."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
         elif isinstance(node, ast.ClassDef):

@@ -27,11 +27,14 @@ _PURE_BUILTINS = frozenset(_PURE_NAMES.split())
 
 @dataclass(frozen=True, slots=True)
 class StrippedProgram:
-    """A program without what is only a habit: its statements, their source, and the habits that were left out."""
+    """A program without what is only a habit: its statements, and the habits that were left out."""
 
     tree: ast.Module
-    source: str
     habits: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        return ast.unparse(self.tree)
 
 
 def strip_habits(tree: ast.Module, name: str) -> StrippedProgram:
@@ -49,12 +52,13 @@ def strip_habits(tree: ast.Module, name: str) -> StrippedProgram:
             kept.append(node)
         else:
             habits.add("a module docstring" if is_docstring(node) else f"code beside {name}")
-    module = _without_type_aliases(ast.Module(kept, tree.type_ignores))
-    without = _WithoutImports(ImportUse(module))
-    module = ast.fix_missing_locations(without.visit(module))
-    if without.found:
-        habits.add("an import of annotations")
-    return StrippedProgram(module, ast.unparse(module), tuple(sorted(habits)))
+    module = ast.Module(kept, tree.type_ignores)
+    if plain.imports:
+        module = _without_type_aliases(module)
+        without = _WithoutImports(ImportUse(list(ast.walk(module))))
+        module = without.visit(module)
+        habits |= {"an import of annotations"} if without.found else set()
+    return StrippedProgram(module, tuple(sorted(habits)))
 
 
 def is_docstring(node: ast.stmt) -> bool:
@@ -80,8 +84,8 @@ def _is_constant(node: ast.stmt) -> bool:
 
 def _feeding_statements(body: list[ast.stmt], name: str) -> set[int]:
     """Return the ids of the statements that compute what the definitions read, directly or through one another."""
-    needed = _needed_names([node for node in body if isinstance(node, _DEFINITIONS)])
     waiting = [node for node in body if isinstance(node, _COMPUTING) and name not in _read_names(node)]
+    needed = _needed_names([node for node in body if isinstance(node, _DEFINITIONS)]) if waiting else frozenset()
     found: set[int] = set()
     grown = True
     while grown:
@@ -125,11 +129,22 @@ def _root_name(node: ast.AST) -> list[str]:
 
 
 class _Unannotated(ast.NodeTransformer):
-    """Removes annotations, which would be evaluated; a field of a class keeps one that says nothing."""
+    """Removes annotations, which would be evaluated; a field of a class keeps one that says nothing.
+
+    `found`: whether there were any; `imports`: whether it came across an import.
+    """
 
     def __init__(self) -> None:
-        self.found = False
+        self.found = self.imports = False
         self.fields: set[int] = set()
+
+    def visit_Import(self, node: ast.Import) -> ast.Import:
+        self.imports = True
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
+        self.imports = True
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         arguments = node.args

@@ -8,7 +8,7 @@ may only be called, never handed around. An import of anything else is a cheat.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 Import = ast.Import | ast.ImportFrom
 
@@ -29,11 +29,12 @@ _WITH_CLASS = frozenset({"Counter", "field"})
 """Those whose results have a class that could keep notes: beside them no program may ask for the class of a value."""
 
 
-def find_imports(tree: ast.AST) -> Iterator[Import]:
+def find_imports(nodes: Sequence[ast.AST]) -> Iterator[Import]:
     """Yield the imports of a program that are not harmless."""
-    use = ImportUse(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, Import) and not all(use.is_harmless(node, alias) for alias in node.names):
+    imports = [node for node in nodes if isinstance(node, Import)]
+    use = ImportUse(nodes if imports else ())
+    for node in imports:
+        if not all(use.is_harmless(node, alias) for alias in node.names):
             yield node
 
 
@@ -43,17 +44,16 @@ def is_for_annotations(node: Import, alias: ast.alias) -> bool:
     return module in _ANNOTATION_MODULES
 
 
-def imports_name(tree: ast.AST, module: str, name: str) -> bool:
+def imports_name(nodes: Sequence[ast.AST], module: str, name: str) -> bool:
     """Return whether a program takes `name` from `module` and keeps its name."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == module]
     return any(alias.name == name and alias.asname in (None, name) for node in found for alias in node.names)
 
 
 class ImportUse:
     """How a program uses what it imports."""
 
-    def __init__(self, tree: ast.AST) -> None:
-        nodes = list(ast.walk(tree))
+    def __init__(self, nodes: Sequence[ast.AST]) -> None:
         self.parents = {id(child): node for node in nodes for child in ast.iter_child_nodes(node)}
         self.names = [node for node in nodes if isinstance(node, ast.Name)]
         self.asks_class = any(name.id == "type" for name in self.names) or any(map(self._is_class_of, nodes))

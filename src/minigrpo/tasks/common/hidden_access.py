@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 from minigrpo.tasks.common.harmless_imports import imports_name
 
@@ -24,10 +25,10 @@ _PLAIN_BASES = _MATCHED_WHOLE | {"object", "Exception", "ValueError", "KeyError"
 _MATCH_ARGS = "__match_args__"
 
 
-def find_hidden_access(tree: ast.AST, is_internal: IsInternal) -> Iterator[str]:
+def find_hidden_access(nodes: Sequence[ast.AST], is_internal: IsInternal) -> Iterator[str]:
     """Yield the internal attributes that a program reaches by a string or a pattern."""
-    classes = _Classes(tree, is_internal)
-    for node in ast.walk(tree):
+    classes = _Classes(nodes, is_internal)
+    for node in nodes:
         if isinstance(node, ast.Call):
             yield from filter(is_internal, _named_in_call(node))
         elif isinstance(node, ast.MatchClass):
@@ -52,14 +53,14 @@ def is_literal_getattr(node: ast.AST) -> bool:
     )
 
 
-def catches_errors(tree: ast.AST) -> bool:
-    """Return whether a program can get hold of an exception, whose `obj` is whatever lacked an attribute."""
-    return receives_tracebacks(tree) or any(isinstance(node, ast.ExceptHandler) for node in ast.walk(tree))
+def catches_errors(nodes: Sequence[ast.AST]) -> bool:
+    """Return whether a program catches exceptions."""
+    return any(isinstance(node, ast.ExceptHandler) for node in nodes)
 
 
-def receives_tracebacks(tree: ast.AST) -> bool:
+def receives_tracebacks(nodes: Sequence[ast.AST]) -> bool:
     """Return whether a program has an `__exit__`, which is given errors and their tracebacks as arguments."""
-    return any({"__exit__", "__aexit__"} & set(_strings_of(node)) for node in ast.walk(tree))
+    return any(name in ("__exit__", "__aexit__") for node in nodes for name in _strings_of(node))
 
 
 def _named_in_call(node: ast.Call) -> Iterator[str]:
@@ -88,11 +89,13 @@ def _format_attributes(text: str) -> Iterator[str]:
 
 def _strings_of(node: ast.AST) -> list[str]:
     """Return the names that a node itself holds, whatever it does with them; not the text of constants."""
-    if isinstance(node, ast.Constant):
-        return []
-    values = [value for _, value in ast.iter_fields(node)]
-    flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
-    return [part for part in flat if isinstance(part, str)]
+    found: list[str] = []
+    for value in () if isinstance(node, ast.Constant) else vars(node).values():
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [part for part in value if isinstance(part, str)]
+    return found
 
 
 class _Classes:
@@ -102,16 +105,26 @@ class _Classes:
     its fields and `__match_args__` are no internal attributes.
     """
 
-    def __init__(self, tree: ast.AST, is_internal: IsInternal) -> None:
-        nodes = list(ast.walk(tree))
-        self.is_internal = is_internal
-        self.imported = {
-            name: imports_name(tree, module, name)
-            for module, name in (("typing", "NamedTuple"), ("dataclasses", "dataclass"))
-        }
-        self.bound = Counter(name for node in nodes for name in _bound_names(node))
-        self.defined = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-        self.written_out = {
+    def __init__(self, nodes: Sequence[ast.AST], is_internal: IsInternal) -> None:
+        self.nodes, self.is_internal = nodes, is_internal
+
+    # Computed when asked for: few programs have a pattern.
+    @cached_property
+    def imported(self) -> dict[str, bool]:
+        kept = (("typing", "NamedTuple"), ("dataclasses", "dataclass"))
+        return {name: imports_name(self.nodes, module, name) for module, name in kept}
+
+    @cached_property
+    def bound(self) -> Counter[str]:
+        return Counter(name for node in self.nodes for name in _bound_names(node))
+
+    @cached_property
+    def defined(self) -> dict[str, ast.ClassDef]:
+        return {node.name: node for node in self.nodes if isinstance(node, ast.ClassDef)}
+
+    @cached_property
+    def written_out(self) -> set[int]:
+        return {
             id(line.targets[0])
             for node in self.defined.values()
             for line in node.body
