@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._pytree import tree_map
 
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream, capturing
@@ -103,15 +104,31 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         "graph_pool_handle": object,
     }
     library.set_current_device(0)
-    with patch.multiple(torch.cuda, **answers), keeping_parameters(), gpu:
+    with patch.multiple(torch.cuda, **answers), patch.object(torch, "load", load_to_gpu), parameters_exchanged(), gpu:
         yield gpu
 
 
+_load = torch.load
+
+
+def load_to_gpu(file: Any, map_location: Any = None, **options: Any) -> Any:
+    """torch.load, which knows no place for storages of a pretended GPU: tensors are moved there afterwards."""
+    device = torch.device(map_location or "cpu")
+    loaded = _load(file, map_location="cpu", **options)
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, loaded)
+
+
 @contextmanager
-def keeping_parameters() -> Iterator[None]:
+def parameters_exchanged() -> Iterator[None]:
     """Let `module.to` exchange parameters in place: a CPU's storage cannot be put under a GPU's tensor."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
+    plain = torch.nn.Module.to
+
+    def move(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    with patch.object(torch.nn.Module, "to", move):
         yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)

@@ -1,10 +1,10 @@
 """Tensors that say they are on a GPU and hold their numbers in main memory, and the mode that computes with them.
 
 `PretendedGpu` is a dispatch mode: inside it a tensor asked for on "cuda" is a `GpuTensor`, and each operation on one is
-done on the CPU's numbers. What a real GPU refuses is refused: tensors of two devices in one operation, a synchronization
-or a copy from main memory while a CUDA graph is captured. Everything else is counted, with the line of ours that caused
-it: launches (an operation that writes memory; a view is free), synchronizations (the host waits for the GPU) and copies
-from main memory.
+done on the CPU's numbers. What a real GPU refuses is refused: tensors of two devices in one operation, a
+synchronization or a copy from main memory while a CUDA graph is captured. Everything else is counted, with the line of
+ours that caused it: launches (an operation that writes memory; a view is free), synchronizations (the host waits for
+the GPU) and copies from main memory.
 
 It does not show which kernels a GPU has, what they round to, how long they take, how its allocator behaves, or a race
 between streams: docs/gpu.md.
@@ -72,6 +72,9 @@ class GpuTensor(Tensor):
 
     def data_ptr(self) -> int:
         return self.host.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
 
     def tolist(self) -> Any:
         PretendedGpu.active().synchronize("tolist")
@@ -267,6 +270,9 @@ def _wrapped(result: Any, tensors: Sequence[Tensor], target: torch.device) -> An
         if not isinstance(value, Tensor) or isinstance(value, GpuTensor):
             return value
         if id(value) in known:
+            assert known[id(value)].shape == value.shape, (
+                "a wrapper keeps its shape: squeeze_ and the like are not known"
+            )
             return known[id(value)]
         return GpuTensor(value, target) if target.type == "cuda" else value
 

@@ -96,6 +96,7 @@ class Graph:
 
     launches: list[Launch] = field(default_factory=list)
     pool: Any = None
+    mode: str = "global"
     device: int = 0
     replays: int = 0
     made: ClassVar[list[Graph]] = []
@@ -167,7 +168,7 @@ def capturing(graph: Graph, pool: Any = None, stream: Any = None, capture_error_
     gpu = PretendedGpu.active()
     assert gpu.capture is None, "two graphs are captured at once"
     torch.cuda.synchronize()
-    graph.pool, graph.device = pool, torch.cuda.current_device()
+    graph.pool, graph.device, graph.mode = pool, torch.cuda.current_device(), capture_error_mode
     Graph.made.append(graph)
     gpu.capture = Capture(graph)
     try:
