@@ -59,6 +59,12 @@ def has_browser() -> bool:
     return shutil.which("chromium") is not None and find_spec("playwright") is not None
 
 
+def can_pretend_gpu() -> bool:
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None and shutil.which("c++") is not None
+
+
 SYSTEM = {
     "chromium": Need(
         has_browser, "no chromium on the PATH, or no playwright: apt-get install chromium; pip install playwright"
@@ -72,6 +78,10 @@ SYSTEM = {
         lambda: shutil.which("llama-quantize") is not None, "no llama-quantize on the PATH: it comes with llama.cpp"
     ),
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
+    "pretended_gpu": Need(
+        can_pretend_gpu,
+        "a GPU is pretended with a C++ compiler (c++ on the PATH: g++ or clang) and a torch that is built without CUDA",
+    ),
     "procfs": Need(
         Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"
     ),

@@ -183,9 +183,9 @@ class Policy:
     def _score(self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False) -> TokenScores:
         labels_N = torch.tensor(batch.labels, device=device_of(model))
         hidden_ND = self._shared_hidden(model, batch) if self.shares_prompts else self._padded_hidden(model, batch)
-        return TokenScores(
-            *score_tokens(hidden_ND, labels_N, OutputHead.of(model, self.temperature), entropy_learns=entropy_learns)
-        )
+        on_gpu = hidden_ND.device.type not in self.backend.segments_on
+        head = OutputHead.of(model, self.temperature)
+        return TokenScores(*score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu))
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return hidden states of the N scored positions, the last of one packed row."""

@@ -153,11 +153,13 @@ def accumulate_gradient(
         loss = objective.loss(scores.logprobs_N, micro_batch, scores.entropy_N)
         policy.loss_scale.scaled(loss.total).backward()  # the scale is 1 except in float16
         for name, value in {**loss.figures, **sampler_gap(scores, micro_batch)}.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         if micro_batch.old_N is None:
             micro_batch = replace(micro_batch, old_N=scores.logprobs_N.detach())
         done.append(micro_batch)
-    return done, {name: float(total) for name, total in sums.items()}
+    # Read in one piece and only now: a GPU is waited for once, not once for each figure of each pass.
+    totals = torch.stack([total.double() for total in sums.values()]).tolist() if sums else []
+    return done, dict(zip(sums, totals, strict=True))
 
 
 def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, settings: UpdateSettings) -> float:
