@@ -361,7 +361,7 @@ def _take_rewards(draft: _Draft) -> None:
         items = given if isinstance(given, list) else [given] if given else []
         functions = tuple(item.name if isinstance(item, Named) else str(item) for item in items)
         name = functions[0] if len(functions) == 1 else "rewards"
-    if not functions:
+    if len(functions) == 0:
         draft.notes.append("The reward functions could not be read: set task.name to FILE.py:NAME.")
         return
     script = draft.settings.script

@@ -112,7 +112,7 @@ def _read_script(path: Path, tree: ast.Module) -> TrlSettings:
 def _in_order(tree: ast.Module) -> Iterator[ast.AST]:
     """Yield the nodes by line: a name is known before it is used."""
     nodes = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
-    yield from sorted(nodes, key=lambda node: (node.lineno, not isinstance(node, ast.stmt)))  # type: ignore[attr-defined]
+    yield from sorted(nodes, key=lambda node: (node.lineno, not isinstance(node, ast.stmt)))
 
 
 def _is_guarded(block: ast.stmt) -> bool:

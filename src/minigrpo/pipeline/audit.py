@@ -136,7 +136,7 @@ class _Again:
             steps = 0
         with ExitStack() as stack:
             try:
-                stack.enter_context(settings_of(self.recipe.train, self.run))
+                stack.enter_context(settings_of(self.recipe, self.run))
                 opened = open_replay(self.run)
             except MinigrpoError as fault:
                 self.found.unshown.append(f"Nothing was done again, because the run could not be opened here: {fault}")

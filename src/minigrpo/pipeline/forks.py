@@ -353,7 +353,7 @@ def _measure_pairs(plan: ForkPlan, console: Screen) -> list[TwinPair]:
 
     pairs: list[TwinPair] = []
     opened: OpenedRun | None = None
-    with stages.settings_of(plan.recipe.train, plan.run), stage("compare", plan.draws, Screen(stderr=True)) as report:
+    with stages.settings_of(plan.recipe, plan.run), stage("compare", plan.draws, Screen(stderr=True)) as report:
         for draw in range(plan.draws):
             twins = [plan.folder(draw, changed=changed) for changed in (False, True)]
             results = [result_path(twin, plan.recipe.train) for twin in twins]

@@ -106,7 +106,7 @@ def replay(
     stretch, damaged = find_start(run, step, evidence)
     recipe = load_recipe(str(run.path))
     refuse_other_recipe(recipe, run)
-    with settings_of(recipe.train, run):
+    with settings_of(recipe, run):
         opened = open_replay(run)
         with stage(f"replay {stretch.steps} steps", stretch.steps, Screen(stderr=True, quiet=quiet)) as report:
             found = replay_stretch(opened, run, stretch, evidence, threads=threads, group=group, report=report)
