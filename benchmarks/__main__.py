@@ -38,6 +38,7 @@ examples:
   python -m benchmarks --workload tiny --stops draw fixed natural --trl best defaults continuous vllm
   python -m benchmarks --workload half --length long        completions of up to 256 tokens
   python -m benchmarks --workload half 3b --device cuda     32 prompts x 8 completions
+  python -m benchmarks --workload tiny --neighbour 1        on a machine that is shared
   python -m benchmarks --sweep group total                  how cost grows; no TRL
   python -m benchmarks --sweep group --model half --values 4 16
 
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, metavar="N", help="timed steps a side (default: the workload's own)")
     p.add_argument("--warmup", type=int, metavar="N", default=1, help="steps before the timed ones (default: 1)")
     p.add_argument("--threads", type=int, metavar="N", default=os.cpu_count() or 1, help="CPU threads of each side")
+    p.add_argument("--neighbour", type=int, metavar="N", default=0, help="other busy processes beside the timed steps")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--dtype", help="float32 or bfloat16, for minigrpo (default: the workload's own)")
     p.add_argument("--trl-dtype", help="the same for TRL; +autocast: bf16 products over these weights")
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if fault := refuse_reason(args):
         console.print(fault, markup=False, soft_wrap=True)
         return 2
-    machine = describe(args.threads)
+    machine = describe(args.threads, args.neighbour)
     console.print(str(machine), soft_wrap=True, highlight=False)
     file = args.json or Path("bench-results") / f"{datetime.now(UTC):%Y%m%d-%H%M}.json"
     store = ResultStore(file, machine, console)
@@ -171,7 +173,7 @@ def compared(args: argparse.Namespace, scratch: Path, store: ResultStore) -> lis
 
         make_model(setup, setup.folder)
         repeats = args.repeats or setup.workload.repeats
-        plan = Plan(repeats, args.warmup, not args.no_proof, args.trl, store.say, store.save)
+        plan = Plan(repeats, args.warmup, not args.no_proof, args.trl, store.say, store.save, args.neighbour)
         store.results.append(measure(setup, plan))
         store.save()
         show(store.results[-1], store.console)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import ours, proof, trls
 from benchmarks.limit import Kernels, Limit
+from benchmarks.machine import busy_neighbours
 from benchmarks.proof import Proof
 from benchmarks.report import OURS, Result, side_name
 from benchmarks.report import Side as Measured
@@ -21,7 +22,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a workload is measured. `keep` gets the result so far after every repetition."""
+    """How a workload is measured. `keep` gets the result so far after every repetition. `neighbours`: other processes
+    that are busy meanwhile."""
 
     repeats: int
     warmup: int
@@ -29,6 +31,7 @@ class Plan:
     variants: Sequence[str]
     say: Say
     keep: Callable[[Result], None] = lambda result: None
+    neighbours: int = 0
 
 
 def measure(setup: Setup, plan: Plan) -> Result:
@@ -40,6 +43,7 @@ def measure(setup: Setup, plan: Plan) -> Result:
     taken: dict[str, list[Step]] = {}
     with ExitStack() as stack:
         sides = open_sides(setup, plan, stack, absent)
+        stack.enter_context(busy_neighbours(plan.neighbours))
         result = Result(workload, {}, proven, absent)
         began = time.monotonic()
         for repetition in range(plan.warmup + plan.repeats):

@@ -6,7 +6,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,17 +30,19 @@ class Machine:
     python: str
     versions: dict[str, str]
     date: str
+    neighbours: int = 0
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"{self.cpu} ({' '.join(self.features)}), {self.cores} cores, {self.memory_gib:.0f} GiB; "
-            f"{self.threads} threads a side, load {self.load:.1f} at the start; {self.date}; "
+            f"{self.threads} threads a side, load {self.load:.1f} at the start"
+            f"{f', {self.neighbours} busy neighbours' if self.neighbours else ''}; {self.date}; "
             f"Python {self.python}, {versions}"
         )
 
 
-def describe(threads: int) -> Machine:
+def describe(threads: int, neighbours: int = 0) -> Machine:
     """Describe this machine. `load`: processes that wanted a core in the last minute; above 0, others share it."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info)
@@ -52,7 +58,20 @@ def describe(threads: int) -> Machine:
         python=platform.python_version(),
         versions={name: _version(name) for name in PACKAGES},
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        neighbours=neighbours,
     )
+
+
+@contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Keep so many other processes busy inside the block, one thread each, as on a machine that is shared."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def now(device: str = "cpu") -> float:
