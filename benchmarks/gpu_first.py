@@ -60,7 +60,7 @@ def stages(folder: Path, device: str, tiny: bool) -> tuple[Stage, ...]:
     workloads = ("mini",) if tiny else ("half", "3b")
     repeats = "1" if tiny else "3"
     bench_options = ("--device", device, "--repeats", repeats, "--json", str(bench))
-    tests = ("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/rollouts/test_cuda_graph_engine.py")
+    tests = ("pytest", "-p", "no:cacheprovider", "-m", "gpu", "tests/rollouts/test_cuda_graph_engine.py")
     checks = (*module, "benchmarks.gpu_checks")
     return (
         Stage("doctor", (*module, "minigrpo", "doctor", "--json"), 60),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minigrpo.config.schema import Recipe
-from minigrpo.pipeline.context import set_allocator
+from minigrpo.pipeline.context import allocator_for
 from minigrpo.utils.memory import ALLOCATOR_VARIABLES
 
 SET = "PYTORCH_ALLOC_CONF"
@@ -50,18 +50,18 @@ def test_what_the_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch)
     for each in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, "backend:cudaMallocAsync")
-    set_allocator(Recipe())
-    assert {each: os.environ.get(each) for each in ALLOCATOR_VARIABLES if each in os.environ} == {
-        name: "backend:cudaMallocAsync"
-    }
+    with allocator_for(Recipe()):
+        found = {each: os.environ[each] for each in ALLOCATOR_VARIABLES if each in os.environ}
+    assert found == {name: "backend:cudaMallocAsync"}
+    assert os.environ[name] == "backend:cudaMallocAsync"
 
 
 @pytest.mark.needs("linux")
 def test_beside_vllm_in_the_same_process_it_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in ALLOCATOR_VARIABLES:
-        monkeypatch.setenv(each, "")  # so that whatever is set is taken away again
-        monkeypatch.delenv(each)
-    set_allocator(Recipe(rollout={"engine": "vllm"}))  # type: ignore[arg-type]
+        monkeypatch.delenv(each, raising=False)
+    with allocator_for(Recipe(rollout={"engine": "vllm"})):  # type: ignore[arg-type]
+        assert SET not in os.environ
+    with allocator_for(Recipe(rollout={"engine": "vllm", "server": "http://localhost:8000"})):  # type: ignore[arg-type]
+        assert os.environ[SET] == "expandable_segments:True"
     assert SET not in os.environ
-    set_allocator(Recipe(rollout={"engine": "vllm", "server": "http://localhost:8000"}))  # type: ignore[arg-type]
-    assert os.environ[SET] == "expandable_segments:True"

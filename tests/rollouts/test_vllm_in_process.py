@@ -168,3 +168,15 @@ def test_an_allocator_beside_which_it_cannot_sleep_is_named(
     with pytest.raises(ModelError, match=rf"{name}=max_split_size_mb:64.*--rollout\.server"):
         opened(make_policy("qwen2"))
     assert not gpu.opened
+
+
+@pytest.mark.needs("linux")
+def test_so_is_one_that_an_earlier_run_of_the_process_has_set(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has read it then, though the environment no longer says so."""
+    monkeypatch.setattr(memory, "_was_expandable", False)
+    with memory.expandable_segments():
+        pass
+    opened(make_policy("qwen2"))  # nothing was computed on a GPU, so torch has not read it
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ModelError, match="an earlier run of this process"):
+        opened(make_policy("qwen2"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Engine, Task
 from minigrpo.ui.progress import stage
-from minigrpo.utils.memory import prefer_expandable_segments
+from minigrpo.utils.memory import expandable_segments
 
 if TYPE_CHECKING:
     from minigrpo.models.policy import Policy
@@ -37,10 +38,13 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     return OpenedRun(recipe, task, policy, open_engine(policy, recipe, count_rows(policy, recipe, task, run)))
 
 
-def set_allocator(recipe: Recipe) -> None:
-    """Set torch's allocator for this recipe, before torch is loaded. vLLM in this process could not sleep with it."""
-    if recipe.rollout.engine != "vllm" or recipe.rollout.server:
-        prefer_expandable_segments()
+def allocator_for(recipe: Recipe) -> AbstractContextManager[None]:
+    """Set torch's allocator for this recipe inside the block, which begins before torch is loaded.
+
+    vLLM in this process could not sleep with it.
+    """
+    in_process = recipe.rollout.engine == "vllm" and not recipe.rollout.server
+    return nullcontext() if in_process else expandable_segments()
 
 
 def count_rows(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:

@@ -20,7 +20,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import tables
-from minigrpo.pipeline.context import OpenedRun, set_allocator
+from minigrpo.pipeline.context import OpenedRun, allocator_for
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.manifest import existing_result, fits, result_path, slug, stamp, write_sealed
 from minigrpo.runs.rundir import RunDir, enclosing_run, find_run, read_json, staying
@@ -59,34 +59,34 @@ def evaluate(
     """
     found = find_run(model)
     recipe = recipe or (load_recipe(str(found.run.path)) if found else Recipe())
-    set_allocator(recipe)
-    from minigrpo.evaluation.evaluate import compare, pick_examples
-    from minigrpo.tasks.registry import open_task
-    from minigrpo.utils.process import process_settings
+    with allocator_for(recipe):
+        from minigrpo.evaluation.evaluate import compare, pick_examples
+        from minigrpo.tasks.registry import open_task
+        from minigrpo.utils.process import process_settings
 
-    console = Screen(quiet=quiet)
-    task = open_task(recipe)
-    ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
-    folder = found.run.evals if found else Path("evals")
-    file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
-    require_free(file)
-    in_use = [user_path(name) for name in (model, base) if name] + ([found.run.path] if found else [])
-    with staying(*in_use, file.parent), process_settings(recipe.train.threads):
-        before = evaluate_model(base, ask, file) if base else None
-        after = evaluate_model(model, ask, file)
-        comparison = compare(before, after) if before else None
-        figures = comparison.summary() if comparison else {"model": after.summary()}
-        content: dict[str, Any] = after.to_dict()
-        if before:
-            content |= {"base": before.to_dict(), "change": figures["change"]}
-        write_sealed(file, content | {"made": stamp("evaluate", recipe)})
-    for name in (model, base):
-        journal_beside(file, name or "").unlink(missing_ok=True)
-    console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
-    for answer in pick_examples(after):
-        console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
-    console.show(Text(f"Every answer: {file}"))
-    return figures | {"file": str(file)}
+        console = Screen(quiet=quiet)
+        task = open_task(recipe)
+        ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
+        folder = found.run.evals if found else Path("evals")
+        file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
+        require_free(file)
+        in_use = [user_path(name) for name in (model, base) if name] + ([found.run.path] if found else [])
+        with staying(*in_use, file.parent), process_settings(recipe.train.threads):
+            before = evaluate_model(base, ask, file) if base else None
+            after = evaluate_model(model, ask, file)
+            comparison = compare(before, after) if before else None
+            figures = comparison.summary() if comparison else {"model": after.summary()}
+            content: dict[str, Any] = after.to_dict()
+            if before:
+                content |= {"base": before.to_dict(), "change": figures["change"]}
+            write_sealed(file, content | {"made": stamp("evaluate", recipe)})
+        for name in (model, base):
+            journal_beside(file, name or "").unlink(missing_ok=True)
+        console.show(tables.comparison_table([comparison]) if comparison else tables.evaluation_table(after))
+        for answer in pick_examples(after):
+            console.print(tables.answer_panel(answer, "right" if answer["solved"] else "wrong"))
+        console.show(Text(f"Every answer: {file}"))
+        return figures | {"file": str(file)}
 
 
 def require_free(file: Path) -> None:

@@ -7,7 +7,7 @@ that exist and still fit, and makes the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.pipeline import deliver, prepare, tables
-from minigrpo.pipeline.context import OpenedRun, open_all, set_allocator
+from minigrpo.pipeline.context import OpenedRun, allocator_for, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.chain import append_link
 from minigrpo.runs.lock import run_lock
@@ -105,14 +105,16 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
             yield
 
 
-def settings_of(recipe: Recipe, run: RunDir | None) -> AbstractContextManager[None]:
+@contextmanager
+def settings_of(recipe: Recipe, run: RunDir | None) -> Iterator[None]:
     """Set the process for this run, with as many threads as when the run began, until the block ends."""
-    set_allocator(recipe)
-    from minigrpo.training.checkpoint import read_machine
-    from minigrpo.utils.process import process_settings
+    with allocator_for(recipe):
+        from minigrpo.training.checkpoint import read_machine
+        from minigrpo.utils.process import process_settings
 
-    began = read_machine(run) if run else None
-    return process_settings(began.threads if began else recipe.train.threads)
+        began = read_machine(run) if run else None
+        with process_settings(began.threads if began else recipe.train.threads):
+            yield
 
 
 def run_all(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> dict[str, Any]:

@@ -72,14 +72,42 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYT
 """Environment variables that set torch's allocator on a GPU. torch takes the first that is set."""
 
 
-def prefer_expandable_segments() -> None:
+EXPANDABLE = "expandable_segments:True"
+_was_expandable = False
+
+
+@contextmanager
+def expandable_segments() -> Iterator[None]:
     """Let torch's allocator on a GPU grow its blocks, so that lengths that change at every step leave no gaps.
 
-    What the environment sets already is kept. torch reads it once, before its first tensor on a GPU, so it stays for
-    the process.
+    What the environment sets already is kept. torch reads it once, before its first tensor on a GPU: where that comes
+    inside the block, it holds for the process, although the environment is given back.
     """
-    if sys.platform.startswith("linux") and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        os.environ[ALLOCATOR_VARIABLES[-1]] = "expandable_segments:True"
+    global _was_expandable
+    name = ALLOCATOR_VARIABLES[-1]
+    added = sys.platform.startswith("linux") and not any(each in os.environ for each in ALLOCATOR_VARIABLES)
+    if added:
+        os.environ[name] = EXPANDABLE
+        _was_expandable = True
+    try:
+        yield
+    finally:
+        if added:
+            os.environ.pop(name, None)
+
+
+def expandable_setting() -> str | None:
+    """Return what makes torch's allocator grow its blocks in this process, or None where nothing does."""
+    from torch import cuda
+
+    for name in ALLOCATOR_VARIABLES:
+        if EXPANDABLE in os.environ.get(name, ""):
+            return f"{name}={os.environ[name]}"
+    return (
+        f"{EXPANDABLE}, with which an earlier run of this process began"
+        if _was_expandable and cuda.is_initialized()
+        else None
+    )
 
 
 GPU_RAN_OUT = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from minigrpo.rollouts.engines.sampling import ProgressCounter, refuse_broken_lo
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.http import StatusError, exchange
-from minigrpo.utils.memory import ALLOCATOR_VARIABLES, empty_cache
+from minigrpo.utils.memory import empty_cache, expandable_setting
 from minigrpo.utils.rng import name_key
 
 SEED_RANGE = 2**31
@@ -305,10 +304,9 @@ def needed_length(policy: Any, recipe: Recipe) -> int:
 
 def _refuse_expandable_segments() -> None:
     """Raise ModelError where torch's allocator is set so that vLLM cannot sleep: it asserts that, under one name."""
-    for name in ALLOCATOR_VARIABLES:
-        if "expandable_segments:True" in os.environ.get(name, ""):
-            raise ModelError(
-                f"rollout.engine vllm in this process cannot be combined with {name}={os.environ[name]}: vLLM's memory "
-                "could not be given back while the policy trains. Leave it out of the environment of a new process "
-                "(minigrpo does so for this engine), or let vLLM run as a server: --rollout.server http://HOST:8000"
-            )
+    if setting := expandable_setting():
+        raise ModelError(
+            f"rollout.engine vllm in this process cannot be combined with {setting}: vLLM's memory could not be given "
+            "back while the policy trains. Begin a new process without it, or let vLLM run as a server: "
+            "--rollout.server http://HOST:8000"
+        )
