@@ -36,7 +36,7 @@ class Ended:
     def refused(self) -> str:
         """Return the sentence of a refusal. Fails where the command did anything else."""
         assert self.code == REFUSED, f"ended with {self.code}:\n{self.out}\n{self.err}"
-        assert self.err.startswith(("error: ", "Usage")), self.err
+        assert "error: " in self.err or "Usage: " in self.err, self.err  # lines of progress may stand before it
         return self.err
 
 

@@ -308,6 +308,7 @@ def test_an_odd_adapter_is_opened_or_refused_with_its_file(parts: Path, harm: Ha
     named(ended, place)
 
 
+@pytest.mark.extra("gguf")
 @cases(100)
 @given(harm=harms_of_bases, verb=st.sampled_from([checked, merged, adopted, planned, evaluated_base, exported]))
 def test_an_odd_base_is_taken_or_refused_with_its_file(parts: Path, harm: Harm, verb: Callable[..., Ended]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, TrainConfig
-from minigrpo.errors import ModelError
+from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.loading import TORCH_DTYPES, LoadedModel, adapter_base, open_model, pick_device
@@ -294,9 +294,13 @@ def open_trained(path: str, recipe: Recipe) -> Policy:
     """Open a finished model: a folder, a Hub id, or an adapter folder (its base is read from it)."""
     folder = user_path(path)
     base = adapter_base(folder)
-    policy = _open_without_adapter(base or path, recipe)
-    if base is not None:
-        policy.model = attach_adapter(policy.model, folder)
+    if base is None:
+        return _open_without_adapter(path, recipe)
+    try:
+        policy = _open_without_adapter(base, recipe)
+    except MinigrpoError as fault:
+        raise ModelError(f"{fault} It is the base that {folder / 'adapter_config.json'} names.") from fault
+    policy.model = attach_adapter(policy.model, folder)
     return policy
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.errors import MinigrpoError, TaskError
 from minigrpo.tasks.builtin import gsm8k, reasoning_gym, sudoku, wordproblems
-from minigrpo.tasks.common.dataset import check_prompt_text, read_data
+from minigrpo.tasks.common.dataset import has_half_character, read_data
 from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.tasks.custom.ready_made import is_ready_made, open_ready_made
 from minigrpo.tasks.custom.reward_functions import function_kind
@@ -181,9 +181,11 @@ def _task_from_rewards(value: Any, module: ModuleType, spec: str, config: TaskCo
 
 def _read_system(module: ModuleType, path: Path) -> str | None:
     found = getattr(module, "system", None)
-    if found is not None and not isinstance(found, str):
+    if found is None or found == "":
+        return None
+    if not isinstance(found, str) or not found.strip() or has_half_character(found):
         raise TaskError(f"{path}: system is {shorten_repr(found)}. Make it text, the system message of all rows.")
-    return check_prompt_text(found, f"{path}: system") if found else None
+    return found
 
 
 def _read_gold(module: ModuleType, path: Path) -> Callable[[Prompt], str] | None:
