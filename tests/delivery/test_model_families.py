@@ -137,7 +137,7 @@ def text_config(folder: Path) -> dict[str, Any]:
 
 
 def test_200_prompts_have_the_same_ids_in_tokenizer_and_file(case: Case, tmp_path: Path) -> None:
-    prompts = comparison_prompts(find_task(case.run), 200)
+    prompts = comparison_prompts(find_task(case.run), case.reference.tokenizer, 200)
     assert len(prompts) > 200
     writer.write_gguf(case.run.merged, tmp_path / "x.gguf", "F16", "x")
     with LlamaCpp(tmp_path / "x.gguf", context=64) as llama:

@@ -30,6 +30,7 @@ REFUSALS = {
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endfor %}",
     "wants user and assistant in turn": "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}",
+    "leaves it out": "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
 }
 
 
@@ -63,7 +64,9 @@ def test_a_template_that_drops_the_words_to_continue_is_a_sentence(make_tokenize
         render(make_tokenizer(deaf), begun_with("The answer is"))
 
 
-@pytest.mark.parametrize("template", [R1, QWEN_THINKING, R1.replace("<think>", "<reasoning>")])
+@pytest.mark.parametrize(
+    "template", [R1, QWEN_THINKING, *(R1.replace("<think>", tag) for tag in ("<reasoning>", "<seed:think>"))]
+)
 def test_a_tag_that_the_template_opens_begins_the_answer(make_tokenizer, template):
     begun = opening(make_tokenizer(template), conversation(SYSTEM, QUESTION))
     assert begun == ("<reasoning>\n" if "<reasoning>" in template else "<think>\n")
@@ -139,6 +142,21 @@ def test_a_refused_system_message_goes_before_the_first_question(make_tokenizer,
     assert render_ids(tokenizer, [{**SYSTEM, "content": ""}, QUESTION]) == render_ids(tokenizer, [QUESTION])
     (warning,) = check_tokenizer(tokenizer)
     assert "refuses the system role" in warning
+
+
+def test_a_template_that_needs_a_system_message_names_the_prompt_that_has_none(make_tokenizer):
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    tokenizer = make_tokenizer(needs + TEMPLATE)
+    assert check_tokenizer(tokenizer) == ()
+    assert render(tokenizer, conversation(SYSTEM, QUESTION)).ids
+    with pytest.raises(ModelError, match=r"refuses prompt p \(system first\)"):
+        render(tokenizer, conversation(QUESTION))
+
+
+@pytest.mark.parametrize("broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages.none.at.all }}"])
+def test_a_template_that_renders_no_question_is_refused(make_tokenizer, broken):
+    with pytest.raises(ModelError, match="does not render a question of the user"):
+        check_tokenizer(make_tokenizer(broken + TEMPLATE))
 
 
 def test_a_system_message_that_is_taken_stays_where_it_is(make_tokenizer):

@@ -319,6 +319,41 @@ class Grid(list):
                 return self.__class__(self.r, self.c)
         assert Cell(1, 2).copy() == Cell(1, 2) and len({Cell(0, 0), Cell(0, 0)}) == 1
     """),
+    "a counter and a constant of its class": inside("""
+        class Node:
+            count, SIZE = 0, 9
+            def __init__(self):
+                self.__class__.count += 1
+            def cells(self):
+                return self.__class__.SIZE ** 2
+            def copy(self):
+                return self.__class__.make()
+            @classmethod
+            def make(cls):
+                return cls()
+        assert Node().copy().cells() == 81 and Node.count == 2 and type(Node()).count == 3
+    """),
+    "a list of its own kind": inside("""
+        class Stack(list):
+            def __init__(self, *items):
+                super().__init__(items)
+            @property
+            def top(self):
+                return self[-1]
+            @staticmethod
+            def kind():
+                return 'stack'
+        assert Stack(1, 2).top == 2 and Stack.kind() == 'stack'
+    """),
+    "an error of its own that ends the search": inside("""
+        class Found(Exception):
+            pass
+        try:
+            while (cells := empties(board)):
+                raise Found(cells[0])
+        except Found as found:
+            r, c = found.args[0]
+    """),
     "operators as functions": inside("""
         row = board[0]
         assert [row.__getitem__(i) for i in range(9)] == row and list(map(row.__contains__, [10])) == [False]

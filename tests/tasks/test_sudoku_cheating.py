@@ -21,6 +21,9 @@ pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
         after("eval('1')"),
         after("getattr(board, 'po' + 'p')"),
         after("board.__class__"),
+        after("board.__class__.__base__"),
+        after("kind = board.__class__\nkind.pop"),
+        after("board.__class__.mro()"),
         after("match board:\n    case object(__class__=kind):\n        pass"),
         after("(1 for _ in ()).gi_frame"),
         after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
@@ -90,6 +93,8 @@ NAMED_BY_A_TEXT = [
     "try:\n    '{0.x.y}'.format(board)\nexcept AttributeError as error:\n    error.obj",
     "try:\n    ('{0' + '.x}').format(board)\nexcept AttributeError as error:\n    getattr(error, 'obj')",
     "try:\n    board.x\nexcept AttributeError as error:\n    match error:\n        case Exception(obj=found): pass",
+    "try:\n    str.format('{0.__class__.x}', board)\nexcept AttributeError as error:\n    error.obj",
+    "try:\n    board.x\nexcept* AttributeError as group:\n    group.exceptions[0].obj",
     "class Own:\n    obj = 1\n    def __exit__(self, kind, error, trace): return error.obj",
     "class Own:\n    tb_frame = 1\n    def __exit__(self, kind, error, trace): return trace.tb_frame",
 ]

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from minigrpo.cli.options import OVERRIDES, AsJson, Command, QuietRecipeCommand, print_json, stdout_for_json
+from minigrpo.cli.options import (
+    OVERRIDES,
+    AsJson,
+    Command,
+    QuietRecipeCommand,
+    as_typed,
+    print_json,
+    stdout_for_json,
+)
 from minigrpo.config.schema import MOST_TOKENS, DtypeName
 from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.lock import run_lock
@@ -245,7 +253,8 @@ def serve(
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter unmerged, beside its base (vLLM).")] = False,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="An adapter's base, where it lies now.")] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Asked first.", show_default="a problem of the run's task")
+        str | None,
+        typer.Option(metavar="TEXT", parser=as_typed, help="Asked first.", show_default="a problem of the run's task"),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
     context: ContextOption = None,
@@ -328,7 +337,7 @@ def publish(
         bool, typer.Option("--fetch", help="Download it again into the Hub's cache, and compare.")
     ] = False,
     message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Of the commit.", show_default="the run's name")
+        str | None, typer.Option(metavar="TEXT", parser=as_typed, help="Of the commit.", show_default="the run's name")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what a repository holds of somebody's own.")] = False,
     as_json: AsJson = False,

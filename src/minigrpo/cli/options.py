@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from minigrpo.config.fields import Field, field_table, fields_by_name, nearest
+from minigrpo.config.load import PATHS
 from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.ui.screen import Screen, print_result, stdout_encodes
 
@@ -149,7 +150,7 @@ class RecipeCommand(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = [option for param in self.params for option in param.opts]
         rest, overrides = split_overrides(args, [*own, "--help"])
-        ctx.meta[OVERRIDES] = overrides
+        ctx.meta[OVERRIDES] = [(name, text if name in PATHS else as_typed(text)) for name, text in overrides]
         parsed: list[str] = super().parse_args(ctx, rest)
         return parsed
 
@@ -183,6 +184,14 @@ def split_overrides(args: Sequence[str], own: Sequence[str]) -> tuple[list[str],
         else:
             pairs.append((name, _value(name, queue)))
     return rest, pairs
+
+
+def as_typed(text: str) -> str:
+    """Return a text of the command line as it was typed, in UTF-8: where the locale is POSIX, Python read bytes.
+
+    Not for names of files, which must stay as Python read them.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_knob(name: str, own: Sequence[str]) -> bool:

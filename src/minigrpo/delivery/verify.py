@@ -158,7 +158,7 @@ def _gguf_reference(run: RunDir, reference: ParityReference, merged: Sequence[An
             open_base(run.merged),
             reference.held,
             merged,
-            comparison_prompts(find_task(run), COMPARED_PROMPTS),
+            comparison_prompts(find_task(run), tokenizer, COMPARED_PROMPTS),
             tokenizer,
             reference.base.mean_kl,
         ),

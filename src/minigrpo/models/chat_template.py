@@ -24,8 +24,8 @@ PROBE_QUESTION: Message = {"role": "user", "content": "What is 2 + 2?"}
 PROBE_REPLY = "It is 4."
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
-_TAG = re.compile(r"</?[A-Za-z][\w-]*>|```")
-TAG_OPENED_AT_END = re.compile(r"<[A-Za-z][\w-]*>\s*\Z")
+_TAG = re.compile(r"</?[A-Za-z][\w:-]*>|```")
+TAG_OPENED_AT_END = re.compile(r"<[A-Za-z][\w:-]*>\s*\Z")
 
 
 def render(tokenizer: Any, prompt: Prompt) -> Rendered:
@@ -159,8 +159,9 @@ class ChatTemplate:
 
     @property
     def refuses_system(self) -> bool:
-        """Tell whether it raises an error on a system message, and takes the conversation without it."""
-        return self.text is not None and "raise_exception" in self.text and _raises_on_system(self)
+        """Tell whether it raises an error on a system message, or leaves its words out, and takes the conversation
+        without it."""
+        return self.text is not None and _refuses_system(self)
 
     def fold_system(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Put the system message before the first user message, with a blank line between, where it is refused."""
@@ -196,9 +197,10 @@ class ChatTemplate:
 
 
 @cache
-def _raises_on_system(template: ChatTemplate) -> bool:
-    refused = template.render([_PROBE_SYSTEM, PROBE_QUESTION], opened=True) is None
-    return refused and template.render([PROBE_QUESTION], opened=True) is not None
+def _refuses_system(template: ChatTemplate) -> bool:
+    found = template.render([_PROBE_SYSTEM, PROBE_QUESTION], opened=True)
+    taken = found is not None and _PROBE_SYSTEM["content"] in found
+    return not taken and template.render([PROBE_QUESTION], opened=True) is not None
 
 
 def template_messages(tokenizer: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -284,34 +286,52 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:
             f"The tokenizer of {_name_of(tokenizer)} has no eos token, so no answer could ever end. Set eos_token in "
             "its tokenizer_config.json to the token that closes the assistant's turn."
         )
-    if not _opens_assistant_turn(tokenizer):
+    asked = probe_messages(tokenizer)
+    if not _opens_assistant_turn(tokenizer, asked):
         raise ModelError(
             f"The chat template of {_name_of(tokenizer)} ignores add_generation_prompt, so the model would not know "
             "that it is its turn. Add {% if add_generation_prompt %} with the assistant's header to the template."
         )
-    return tuple(_template_warnings(tokenizer))
+    return tuple(_template_warnings(tokenizer, asked))
 
 
-def _opens_assistant_turn(tokenizer: Any) -> bool:
+def probe_messages(tokenizer: Any) -> list[Message]:
+    """Return a question, after a system message where the template needs one.
+
+    Raise ChatTemplateError where it takes neither.
+    """
+    try:
+        render_text(tokenizer, [PROBE_QUESTION], opened=True)
+    except ChatTemplateError as refusal:
+        asked = [_PROBE_SYSTEM, PROBE_QUESTION]
+        try:
+            render_text(tokenizer, asked, opened=True)
+        except ChatTemplateError:
+            raise refusal from None
+        return asked
+    return [PROBE_QUESTION]
+
+
+def _opens_assistant_turn(tokenizer: Any, asked: Sequence[Message]) -> bool:
     """Tell whether the rendered prompt ends where the assistant's words begin."""
-    opening = render_text(tokenizer, [PROBE_QUESTION], opened=True)
-    if opening != render_text(tokenizer, [PROBE_QUESTION]):
+    opening = render_text(tokenizer, asked, opened=True)
+    if opening != render_text(tokenizer, asked):
         return True
     # Mistral's templates have no header for the assistant: [/INST] closes the question and opens the answer at once.
-    conversation = render_text(tokenizer, [PROBE_QUESTION, {"role": "assistant", "content": PROBE_REPLY}])
+    conversation = render_text(tokenizer, [*asked, {"role": "assistant", "content": PROBE_REPLY}])
     return conversation.startswith(opening) and conversation[len(opening) :].lstrip().startswith(PROBE_REPLY)
 
 
-def _template_warnings(tokenizer: Any) -> list[str]:
+def _template_warnings(tokenizer: Any, asked: Sequence[Message]) -> list[str]:
     """Return faults that do not stop training but often explain why a model behaves strangely elsewhere."""
     found = []
     if template_messages(tokenizer, [_PROBE_SYSTEM, PROBE_QUESTION])[0]["role"] != "system":
         found.append(
-            "The chat template refuses the system role: a system message is put before the first user message, with a "
-            "blank line between."
+            "The chat template refuses the system role, or leaves its words out: a system message is put before the "
+            "first user message, with a blank line between."
         )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = render(tokenizer, Prompt("template check", (PROBE_QUESTION,))).ids
+    ids = render(tokenizer, Prompt("template check", tuple(asked))).ids
     if bos is not None and ids[:2] == (bos, bos):
         found.append("The chat template puts two beginning-of-text tokens before the prompt; one is meant.")
     plain = tokenizer("x")["input_ids"]
@@ -325,7 +345,7 @@ def _template_warnings(tokenizer: Any) -> list[str]:
             "by token would never train the model to stop."
         )
     try:
-        answered = render_text(tokenizer, [PROBE_QUESTION, {"role": "assistant", "content": PROBE_REPLY}])
+        answered = render_text(tokenizer, [*asked, {"role": "assistant", "content": PROBE_REPLY}])
     except ChatTemplateError as fault:
         return [*found, f"The chat template fails on a message of the assistant's ({fault.reason})."]
     if tokenizer.eos_token not in answered.rpartition(PROBE_REPLY)[2]:

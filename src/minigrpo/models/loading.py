@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer, render, set_template_options
+from minigrpo.models.chat_template import check_tokenizer, probe_messages, render, set_template_options
 from minigrpo.models.limits import check_experts, check_trainable, refuse_fp8
 from minigrpo.models.quantize import quantize_four_bit
 from minigrpo.types import Prompt
@@ -274,7 +274,7 @@ def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
     Only tokens that are used count: some tokenizer classes add one of their own that no text contains.
     """
     rows = model.get_input_embeddings().num_embeddings
-    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", (PROBE_QUESTION,))).ids]
+    used = [tokenizer.eos_token_id, *render(tokenizer, Prompt("check", tuple(probe_messages(tokenizer)))).ids]
     if max(used) >= rows:
         raise ModelError(
             f"the tokenizer at {source} has a token with id {max(used)}, but the model knows {rows} tokens. "

@@ -21,7 +21,7 @@ from minigrpo.delivery.parity.kl import MAX_KL, MAX_RELATIVE_KL, Divergence
 from minigrpo.delivery.parity.place import CPU, pick_proof_place
 from minigrpo.delivery.parity.texts import HeldTexts, StoredLogprobs
 from minigrpo.errors import MinigrpoError
-from minigrpo.models.chat_template import PROBE_QUESTION, check_tokenizer
+from minigrpo.models.chat_template import check_tokenizer, probe_messages
 from minigrpo.models.loading import open_tokenizer
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.rollouts.groups import prompts_of
@@ -102,13 +102,13 @@ def gguf_reference(folder: Path, run: RunDir | None) -> GgufReference:
     tokenizer, task = open_tokenizer(folder), find_task(run)
     check_tokenizer(tokenizer)
     held, merged = score_held_texts(load_strictly(folder).eval(), tokenizer, run, task)
-    return GgufReference(open_base(folder), held, merged, comparison_prompts(task), tokenizer, _base_kl(run))
+    return GgufReference(open_base(folder), held, merged, comparison_prompts(task, tokenizer), tokenizer, _base_kl(run))
 
 
-def comparison_prompts(task: Task | None, count: int = 8) -> tuple[tuple[Message, ...], ...]:
+def comparison_prompts(task: Task | None, tokenizer: Any, count: int = 8) -> tuple[tuple[Message, ...], ...]:
     """Return conversations whose rendered ids are compared one by one."""
     questions = tuple(tuple(prompt.messages) for prompt in prompts_of(task, "test", count)) if task else ()
-    return (*questions, (PROBE_QUESTION,))
+    return (*questions, tuple(probe_messages(tokenizer)))
 
 
 def _base_kl(run: RunDir | None) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minigrpo.delivery.parity.varied_texts import VARIED_TEXTS
 from minigrpo.errors import ArtifactError, TaskError
-from minigrpo.models.chat_template import PROBE_QUESTION, after_opening, opening, render
+from minigrpo.models.chat_template import after_opening, opening, probe_messages, render
 from minigrpo.rollouts.grading import gold_answer
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.logger import read_groups
@@ -76,7 +76,8 @@ def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary
 
 def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
     """Return the model's greedy answers to a few prompts."""
-    found = prompts_of(task, "test", 4) if task is not None else [Prompt("question", (PROBE_QUESTION,))]
+    asked = Prompt("question", tuple(probe_messages(tokenizer)))
+    found = prompts_of(task, "test", 4) if task is not None else [asked]
     texts = []
     for prompt in found:
         ids = render(tokenizer, prompt).ids

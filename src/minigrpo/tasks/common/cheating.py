@@ -86,9 +86,9 @@ def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[
 
 
 def _harmless_classes(nodes: Sequence[ast.AST]) -> Iterator[ast.expr]:
-    """Yield each `x.__class__` that is only named, called or compared: `type(x)` would do the same."""
+    """Yield each `x.__class__` that is only called, compared or asked for an attribute: `type(x)` would do the same."""
     for node in nodes:
-        if isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__"):
+        if isinstance(node, ast.Attribute):  # which is itself looked at
             found = [node.value]
         elif isinstance(node, ast.Call):
             found = [node.func]
