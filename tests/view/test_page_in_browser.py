@@ -223,6 +223,7 @@ def test_keys_are_enough(browser: Any, server: ViewServer) -> None:
         page.wait_for_selector(".sibling")
         page.keyboard.press(",")
         until(page, "location.hash.includes('step=19')")
+        page.wait_for_selector("article h2:text-is('a1')")
         page.keyboard.press("j")
         page.wait_for_selector("article h2:text-is('z1')")
         page.keyboard.press("?")
