@@ -74,7 +74,8 @@ def step(library: Library, query: Query) -> Any:
     asked = _number(query, "step", steps[-1] if steps else 0)
     nearest = min(steps, key=lambda each: abs(each - asked), default=0)
     groups = [_brief(line, facts) for line, facts in index.all_facts(index.lines_of_step(nearest))]
-    return {"step": nearest, "first": steps[0] if steps else 0, "last": steps[-1] if steps else 0, "groups": groups}
+    ends = {"first": steps[0] if steps else 0, "last": steps[-1] if steps else 0}
+    return {"step": nearest, "asked": asked, **ends, "groups": groups}
 
 
 def _brief(line: int, facts: Facts) -> dict[str, Any]:

@@ -61,7 +61,7 @@ function Step({ run, query, turn }) {
       if (!found || event.target.closest("input, select, textarea, dialog") || event.ctrlKey || event.metaKey) return;
       const now = Number(asked ?? found.step); // keys may be quicker than the server
       if (event.key === "." || event.key === ",") go(now + (event.key === "." ? 1 : -1));
-      if (now !== found.step) return;
+      if (asked !== undefined && now !== found.asked) return;
       const at = found.groups.findIndex((group) => group === chosen);
       const next = found.groups[at + { j: 1, k: -1 }[event.key]];
       if (next) change({ step: found.step, line: next.line, sibling: undefined });
