@@ -196,18 +196,18 @@ def test_runs_stand_side_by_side_with_what_their_recipes_differ_in(browser: Any,
         until(page, "!location.hash.includes('second')")
 
 
-@pytest.mark.parametrize("place", ["groups/third", "prompts/third?id=%3Cscript%3Ex", "groups/third?text=%3Cscript"])
-def test_hostile_answers_are_text(browser: Any, server: ViewServer, place: str) -> None:
-    with opened(browser, server, place) as page:
-        if place == "groups/third":
-            page.wait_for_selector(".sibling:nth-child(4)")
-            texts = page.locator(".siblings").inner_text()
-            assert "<script>document.title" in texts
-            assert re.search(r"safe\s*U\+202E\s*gnissap\s*U\+202C", texts)
-            assert re.search(r"\\x1b\s*\[2J\s*\\x00", texts)
-            assert "U+D800" in texts
-            assert "all 1,000,000 characters" in texts
-        page.wait_for_timeout(100)
+def test_hostile_answers_are_text(browser: Any, server: ViewServer) -> None:
+    with opened(browser, server, "groups/third") as page:
+        page.wait_for_selector(".sibling:nth-child(4)")
+        texts = page.locator(".siblings").inner_text()
+        assert "<script>document.title" in texts
+        assert re.search(r"safe\s*U\+202E\s*gnissap\s*U\+202C", texts)
+        assert re.search(r"\\x1b\s*\[2J\s*\\x00", texts)
+        assert "U+D800" in texts
+        assert "all 1,000,000 characters" in texts
+        for place in ("prompts/third?id=%3Cscript%3Ex", "groups/third?text=%3Cscript", "groups/third?only=%3Cimg"):
+            page.goto(f"http://127.0.0.1:{server.port}/#/{place}")
+            page.wait_for_timeout(150)
         assert "harmed" not in page.title()
         assert page.locator("main script, main img").count() == 0
 
@@ -293,12 +293,13 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("place", PAGES)
-def test_every_page_fits_400_pixels(browser: Any, server: ViewServer, place: str) -> None:
-    with opened(browser, server, place) as page:
+def test_every_page_fits_400_pixels(browser: Any, server: ViewServer) -> None:
+    with opened(browser, server) as page:
         page.set_viewport_size({"width": 400, "height": 800})
-        page.wait_for_timeout(150)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        for place in PAGES:
+            page.goto(f"http://127.0.0.1:{server.port}/#/{place}")
+            page.wait_for_timeout(250)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400, place
 
 
 @pytest.mark.env("MINIGRPO_AXE")
