@@ -6,6 +6,7 @@ import csv
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -76,6 +77,14 @@ def opened(browser: Any, server: ViewServer, place: str = "", **options: Any) ->
         context.close()
 
 
+def until(page: Any, holds: str) -> None:
+    """Wait until an expression holds in the page. Playwright's own way needs eval, which the page forbids."""
+    end = time.monotonic() + 5
+    while not page.evaluate(holds):
+        assert time.monotonic() < end, holds
+        page.wait_for_timeout(20)
+
+
 def test_a_new_step_appears_by_itself_within_two_seconds(browser: Any, server: ViewServer, runs: Path) -> None:
     logged_run(runs / "live", steps=3)
     server.library._looked = -9.0
@@ -85,9 +94,7 @@ def test_a_new_step_appears_by_itself_within_two_seconds(browser: Any, server: V
         page.wait_for_timeout(300)  # until it waits for news
         log_step(runs / "live", 4)
         page.wait_for_selector("[data-step='4']", timeout=2 * SECOND)
-        page.wait_for_function(
-            "document.querySelector('#chart-reward .at').textContent.includes('step 4')", timeout=SECOND
-        )
+        until(page, "document.querySelector('#chart-reward .at').textContent.includes('step 4')")
         with (runs / "live/metrics.jsonl").open("a") as stream:  # a step of which half is written yet
             stream.write('{"step": 5, "rew')
             stream.flush()
@@ -107,8 +114,8 @@ def test_the_parts_that_the_page_shows_sum_to_the_change_of_the_windows_that_are
         page.press("input[aria-label='A, before: last step']", "Enter")
         page.get_by_label("B, after: first step").fill("12")
         page.get_by_label("B, after: first step").blur()
-        page.wait_for_function("location.hash.includes('a=1-8') && location.hash.includes('b=12-20')")
-        page.wait_for_function("document.body.innerText.includes('64 and 72 completions')")
+        until(page, "location.hash.includes('a=1-8') && location.hash.includes('b=12-20')")
+        until(page, "document.body.innerText.includes('64 and 72 completions')")
         total = float(page.get_attribute("#total", "data-value"))
         assert total > 0.3
         splits = page.query_selector_all("[data-split]")
@@ -131,19 +138,21 @@ def test_dragging_over_the_chart_moves_a_window(browser: Any, server: ViewServer
         page.mouse.down()
         page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 50, steps=4)
         page.mouse.up()
-        page.wait_for_function("/b=1[0-3]-1[2-5]/.test(location.hash)")
+        until(page, "/b=1[0-3]-1[2-5]/.test(location.hash)")
 
 
 def test_groups_are_opened_filtered_and_followed_to_their_prompt(browser: Any, server: ViewServer) -> None:
+    rights = [round(4 * step / 20) for step in range(1, 21)]  # of both groups of each step
+    wrong, third = 2 * sum(4 - right for right in rights), 2 * sum(right <= 3 for right in rights)
     with opened(browser, server, "groups/first?step=10") as page:
         page.click(".list .item:nth-child(2)")
         page.wait_for_selector("article h2:text-is('z1')")
         assert page.locator(".sibling").count() == 4
         assert page.locator(".sibling mark").first.inner_text() == "1"  # "say 1" differs from "say 0" in that word
         page.click("button:text-is('wrong')")
-        page.wait_for_selector("[aria-label=Found] >> text=/^40 answers in 40 of 40 groups/")
+        page.wait_for_selector(f"[aria-label=Found] >> text='{wrong} answers in 40 of 40 groups'")
         page.get_by_label("find").fill("SAY 3 OR")
-        page.wait_for_selector("[aria-label=Found] >> text=/^34 answers/")
+        page.wait_for_selector(f"[aria-label=Found] >> text='{third} answers in 40 of 40 groups'")
         page.click("[aria-label=Found] li:nth-child(3) a")
         page.wait_for_selector(".sibling.here mark:text-is('say 3 or')")
         page.click("text=This prompt through time")
@@ -177,28 +186,28 @@ def test_every_chart_gives_its_data_and_its_picture(browser: Any, server: ViewSe
 def test_runs_stand_side_by_side_with_what_their_recipes_differ_in(browser: Any, server: ViewServer) -> None:
     with opened(browser, server) as page:
         page.wait_for_selector("#chart-reward canvas")
-        page.wait_for_selector("section:has(#differ) th:text-is('seed')")
+        page.wait_for_selector("section:has(#differ) code:text-is('seed')")
         page.get_by_label("figures like").fill("length$")
         page.wait_for_selector("h3:text-is('completions/max_length')")
         assert page.locator(".charts .chart").count() == 3
         page.get_by_label("figures like").fill("(")
         page.wait_for_selector("[role=alert]:has-text('No regular expression')")
         page.uncheck("[aria-label='draw second']")
-        page.wait_for_function("!location.hash.includes('second')")
+        until(page, "!location.hash.includes('second')")
 
 
-@pytest.mark.parametrize("place", ["groups/third", "prompts/third?id=%3Cscript%3Ex", "groups/third?text=%3Cscript"])
-def test_hostile_answers_are_text(browser: Any, server: ViewServer, place: str) -> None:
-    with opened(browser, server, place) as page:
-        if place == "groups/third":
-            page.wait_for_selector(".sibling:nth-child(4)")
-            texts = page.locator(".siblings").inner_text()
-            assert "<script>document.title" in texts
-            assert re.search(r"safe\s*U\+202E\s*gnissap\s*U\+202C", texts)
-            assert re.search(r"\\x1b\s*\[2J\s*\\x00", texts)
-            assert "U+D800" in texts
-            assert "all 1,000,000 characters" in texts
-        page.wait_for_timeout(100)
+def test_hostile_answers_are_text(browser: Any, server: ViewServer) -> None:
+    with opened(browser, server, "groups/third") as page:
+        page.wait_for_selector(".sibling:nth-child(4)")
+        texts = page.locator(".siblings").inner_text()
+        assert "<script>document.title" in texts
+        assert re.search(r"safe\s*U\+202E\s*gnissap\s*U\+202C", texts)
+        assert re.search(r"\\x1b\s*\[2J\s*\\x00", texts)
+        assert "U+D800" in texts
+        assert "all 1,000,000 characters" in texts
+        for place in ("prompts/third?id=%3Cscript%3Ex", "groups/third?text=%3Cscript", "groups/third?only=%3Cimg"):
+            page.goto(f"http://127.0.0.1:{server.port}/#/{place}")
+            page.wait_for_timeout(150)
         assert "harmed" not in page.title()
         assert page.locator("main script, main img").count() == 0
 
@@ -211,8 +220,10 @@ def test_keys_are_enough(browser: Any, server: ViewServer) -> None:
         page.wait_for_selector("#chart-reward .at:text-is('step 2')")
         page.keyboard.press("4")
         page.wait_for_selector("h1:text-is('Groups')")
+        page.wait_for_selector(".sibling")
         page.keyboard.press(",")
-        page.wait_for_function("location.hash.includes('step=19')")
+        until(page, "location.hash.includes('step=19')")
+        page.wait_for_selector("article h2:text-is('a1')")
         page.keyboard.press("j")
         page.wait_for_selector("article h2:text-is('z1')")
         page.keyboard.press("?")
@@ -267,7 +278,7 @@ def test_a_page_of_another_origin_cannot_read_it_even_with_the_token(
     page.goto(server.url)  # the browser of somebody who has the view open, too
     page.wait_for_selector("h1")
     page.goto(f"http://127.0.0.1:{stranger.server_address[1]}/")
-    page.wait_for_function("document.title.startsWith('[')")
+    until(page, "document.title.startsWith('[')")
     assert page.title() == '["","","","","",""]'
     assert page.evaluate(
         "frames.length === 0 || (() => { try { return !frames[0].document } catch { return true } })()"
@@ -282,12 +293,13 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("place", PAGES)
-def test_every_page_fits_400_pixels(browser: Any, server: ViewServer, place: str) -> None:
-    with opened(browser, server, place) as page:
+def test_every_page_fits_400_pixels(browser: Any, server: ViewServer) -> None:
+    with opened(browser, server) as page:
         page.set_viewport_size({"width": 400, "height": 800})
-        page.wait_for_timeout(150)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        for place in PAGES:
+            page.goto(f"http://127.0.0.1:{server.port}/#/{place}")
+            page.wait_for_timeout(250)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400, place
 
 
 @pytest.mark.env("MINIGRPO_AXE")

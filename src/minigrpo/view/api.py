@@ -18,7 +18,7 @@ from minigrpo.view.why import explain
 
 Query = Mapping[str, str]
 
-POLL, POLL_ALL = 0.75, 1.0
+POLL = 1.0
 """Seconds between looks at the files of one run, or of all, while a page waits for news of them."""
 LONGEST_WAIT = 50.0
 """Seconds after which a page that waits is answered that nothing happened."""
@@ -74,7 +74,8 @@ def step(library: Library, query: Query) -> Any:
     asked = _number(query, "step", steps[-1] if steps else 0)
     nearest = min(steps, key=lambda each: abs(each - asked), default=0)
     groups = [_brief(line, facts) for line, facts in index.all_facts(index.lines_of_step(nearest))]
-    return {"step": nearest, "first": steps[0] if steps else 0, "last": steps[-1] if steps else 0, "groups": groups}
+    ends = {"first": steps[0] if steps else 0, "last": steps[-1] if steps else 0}
+    return {"step": nearest, "asked": asked, **ends, "groups": groups}
 
 
 def _brief(line: int, facts: Facts) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def wait(library: Library, query: Query) -> Any:
         now = news_of((one or library).signature())
         if now != query.get("news") or time.monotonic() >= end:
             return {"news": now}
-        time.sleep(POLL if one else POLL_ALL)
+        time.sleep(POLL)
 
 
 def news_of(signature: tuple[object, ...]) -> str:

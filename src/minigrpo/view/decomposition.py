@@ -204,11 +204,8 @@ def _by_outcome(windows: Windows) -> Split:
     traits = [_traits(_total(window, weigh)) for window in windows]
     formed = [1 - each[0][0] for each in traits]
     right = [_mean(each[2][0], share) for each, share in zip(traits, formed, strict=True)]
-    facts = (
-        {"before": formed[0], "after": formed[1]},
-        {"before": right[0], "after": right[1]},
-        *(_rewards(*pair) for pair in zip(*traits, strict=True)),
-    )
+    shares: list[dict[str, float | None]] = [{"before": before, "after": after} for before, after in (formed, right)]
+    facts = [*shares, *(_rewards(a, b) for a, b in zip(traits[0], traits[1], strict=True))]
     names = ("well-formed more or less often", "right more or less often, if well-formed")
     return Split("outcome", _named((*names, "malformed", "well-formed and wrong", "right"), valued, facts))
 

@@ -36,7 +36,8 @@ class MetricsLog:
         self.steps = array("q")
         self.columns: dict[str, array[float]] = {}
         self._alarms = Alarms(self._recipe, sixteen_bit=self._sixteen_bit) if self._recipe else None
-        self._judged, self._marks = 0, []
+        self._judged = 0
+        self._marks: list[Mark] = []
         self.generation += 1
 
     def refresh(self) -> MetricsLog:

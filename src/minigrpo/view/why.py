@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from math import isnan
@@ -153,13 +153,13 @@ def _is_longer_for_nothing(pool: Pool) -> bool:
     return pool.tokens[1] >= LONGER * pool.tokens[0] and pool.moved <= 0
 
 
-def _wrong_but_paid(rows: Rows) -> list[Mapping[str, Any]]:
+def _wrong_but_paid(rows: Rows) -> list[dict[str, Any]]:
     """Return wrong answers that earned at least what right ones earn on average, the best paid first."""
     rights = [facts.rewards[at] for _, facts in rows for at in range(len(facts)) if facts.flags[at] & RIGHT]
     usual = fmean(known) if (known := [reward for reward in rights if not isnan(reward)]) else None
     if usual is None:
         return []
-    paid = [
+    paid: list[dict[str, Any]] = [
         {"line": line, "step": facts.step, "prompt": facts.prompt, "sibling": at, "reward": facts.rewards[at]}
         for line, facts in rows
         for at in range(len(facts))
@@ -168,12 +168,12 @@ def _wrong_but_paid(rows: Rows) -> list[Mapping[str, Any]]:
     return sorted(paid, key=lambda row: -float(row["reward"]))[:SHOWN]
 
 
-def _duplicates(rows: Rows) -> list[Mapping[str, Any]]:
+def _duplicates(rows: Rows) -> list[dict[str, Any]]:
     """Return the groups with the most siblings that say the same, but for case and punctuation; at least half do.
 
     Where all are right, they may well be the same. Among equals, those that earn least come first.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for line, facts in rows:
         most = max(Counter(facts.words).values(), default=0)
         if most > 1 and 2 * most >= len(facts) and not all(flag & RIGHT for flag in facts.flags):

@@ -115,7 +115,7 @@ function Closed() {
     <h1>This address is not enough</h1>
     <p>
       The runs are shown only to whoever has the token. Open the whole address that <code>minigrpo view</code> printed in
-      its terminal, from <code>http://</code> to its end; every start has a new one.
+      its terminal, with what stands behind <code>#</code>; every start has a new one.
     </p>
   </main>`;
 }

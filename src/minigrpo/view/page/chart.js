@@ -8,7 +8,11 @@ import { MARK_COLOURS, axisName, axisValue, colour, lineColour } from "./theme.j
 
 const HEIGHT = 200;
 const MOST_ROWS = 1000;
-const WHOLE = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10000, 20000, 50000, 100000];
+// Steps are whole, and time is told in minutes and hours.
+const INCREMENTS = {
+  step: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10000, 20000, 50000, 100000],
+  time: [1, 2, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 432000],
+};
 
 // `series`: [{label, values, raw?, dash?, dots?, colour?}]; raw is drawn faintly behind, colour is a number. `band`: {low, high} around the first one.
 // `marks`: [{at, kind, text}] in units of x. `windows`: [{from, to, name}] shaded. `onSelect(from, to)`: of a dragged
@@ -163,7 +167,7 @@ function optionsOf({ series, band, axis, share, width, drawing, setHover, select
         : { range: (_, low, high) => rangeOf(low, high) },
     },
     axes: [
-      { ...text, size: 28, values: (_, ticks) => ticks.map((each) => axisValue(axis, each)), space: 70, incrs: axis === "step" ? WHOLE : undefined },
+      { ...text, size: 28, values: (_, ticks) => ticks.map((each) => axisValue(axis, each)), space: 70, incrs: INCREMENTS[axis] },
       { ...text, size: 52, values: (_, ticks) => ticks.map(tick), space: 32 },
     ],
     series: [{}, ...lines, ...(band ? [edge, edge] : [])],

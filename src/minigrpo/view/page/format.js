@@ -30,9 +30,10 @@ export function percent(value) {
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   const whole = Math.round(seconds);
+  const two = (count, unit, rest, small) => `${count} ${unit}${rest ? ` ${rest} ${small}` : ""}`;
   if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+  if (whole < 3600) return two(Math.floor(whole / 60), "min", whole % 60, "s");
+  return two(Math.floor(whole / 3600), "h", Math.floor((whole % 3600) / 60), "min");
 }
 
 export function bytes(count) {

@@ -59,14 +59,16 @@ function Step({ run, query, turn }) {
   useEffect(() => {
     const pressed = (event) => {
       if (!found || event.target.closest("input, select, textarea, dialog") || event.ctrlKey || event.metaKey) return;
+      const now = Number(asked ?? found.step); // keys may be quicker than the server
+      if (event.key === "." || event.key === ",") go(now + (event.key === "." ? 1 : -1));
+      if (asked !== undefined && now !== found.asked) return;
       const at = found.groups.findIndex((group) => group === chosen);
-      if (event.key === "." || event.key === ",") go(found.step + (event.key === "." ? 1 : -1));
       const next = found.groups[at + { j: 1, k: -1 }[event.key]];
       if (next) change({ step: found.step, line: next.line, sibling: undefined });
     };
     addEventListener("keydown", pressed);
     return () => removeEventListener("keydown", pressed);
-  }, [found, chosen]);
+  }, [found, chosen, asked]);
   if (fault && !found) return html`<${Fault} fault=${fault} />`;
   if (!found) return html`<p role="status">Reading the groups …</p>`;
   if (!found.groups.length) return html`<p>No group is logged yet.</p>`;
