@@ -18,6 +18,9 @@ from tests.helpers.proved import flip, own_copy, proved_home, replace_once
 __all__ = ["own_copy", "proved_home"]
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+
 def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -75,7 +78,9 @@ def test_a_reward_changed_in_the_log_is_told_from_one_that_was_edited(run: RunDi
     assert (last.kind, "groups.jsonl was changed in the lines of steps 5 to 6" in last.what) == ("log", True)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer.json"])
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", *(pytest.param(name, marks=pytest.mark.long) for name in (WEIGHTS, "trainer.json"))]
+)
 def test_a_bit_flipped_in_a_checkpoint_is_named_and_an_earlier_start_is_taken(file: str, run: RunDir) -> None:
     flip(run.checkpoint(4) / file)
     done = replay(run, 5, quiet=True)
@@ -87,13 +92,13 @@ def test_a_bit_flipped_in_a_checkpoint_is_named_and_an_earlier_start_is_taken(fi
 
 def test_weights_that_a_step_does_not_end_with_are_named_with_their_distance(run: RunDir) -> None:
     folder = run.checkpoint(6)
-    flip(folder / "adapter_model.safetensors", -2)
+    flip(folder / WEIGHTS, -2)
     kinds = {each.kind: each.what for each in replay(run, 6, quiet=True).differences}
     assert kinds.keys() == {"checkpoint"}
     assert "000006/adapter_model.safetensors is damaged" in kinds["checkpoint"]
     run.chain.unlink()  # then the seal of the folder is all that is known of it
     made = read_sealed(folder / "made.json")
-    sums = made["sha256"] | {"adapter_model.safetensors": digest(folder / "adapter_model.safetensors")}
+    sums = made["sha256"] | {WEIGHTS: digest(folder / WEIGHTS)}
     write_sealed(folder / "made.json", {**made, "sha256": sums})
     found = replay(run, 6, quiet=True).differences
     assert [each.kind for each in found] == ["weights"]
@@ -116,7 +121,9 @@ def test_a_log_of_before_token_ids_were_hashed_is_compared_as_texts(run: RunDir)
     assert (done.ok, done.without_ids, done.exact) == (True, True, (1, 2))
 
 
-@pytest.mark.parametrize("name", ["tokens", "ids", "advantage"])
+@pytest.mark.parametrize(
+    "name", ["ids", *(pytest.param(name, marks=pytest.mark.long) for name in ("tokens", "advantage"))]
+)
 def test_every_value_of_a_group_counts(name: str, run: RunDir) -> None:
     lines = run.groups.read_text().splitlines(keepends=True)
     row = json.loads(lines[-1])

@@ -144,9 +144,11 @@ class _Again:
             self.machine = machine_here(opened)
             self._check_data(opened)
             self._steps(opened, steps)
-            if result_path(self.run, self.recipe.train).is_dir():
+            ended = result_path(self.run, self.recipe.train).is_dir()
+            if ended:
                 self._merged()
-                self._answers(opened, answers, read) if answers else None
+            if ended and answers:
+                self._answers(opened, answers, read)
 
     def _check_data(self, opened: OpenedRun) -> None:
         from minigrpo.training.origin import hash_prompts, hash_task_files
