@@ -8,7 +8,7 @@ import pytest
 from minigrpo.config.load import load_recipe
 from minigrpo.pipeline import attack
 from minigrpo.pipeline.attack import attack_task
-from tests.evaluation.test_cheaters import planted as planted  # noqa: PLC0414 (a fixture)
+from tests.helpers.planted import planted_recipe
 
 # Random weights write noise; a grader that pays for small letters pays for more of them.
 TASK = """
@@ -16,8 +16,8 @@ from minigrpo.tasks.common.rewards import Reward, graded
 from minigrpo.types import Prompt, Task
 
 def prompts(split):
-    start = 0 if split == "train" else 50
-    return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},), str(i)) for i in range(start, start + 24)]
+    numbers = range(24) if split == "train" else range(50, 74)
+    return [Prompt(f"{split}-{i}", ({"role": "user", "content": f"say {i}"},), str(i)) for i in numbers]
 
 def right(prompt, text):
     return float(text.strip() == prompt.target)
@@ -68,8 +68,8 @@ def test_without_right_answers_the_models_own_stand_for_them(tiny_folder, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["anywhere", "tagged", "lengthy"])
-def test_the_embedded_model_learns_each_planted_weakness(planted, name):
-    found = attack_task(planted(name))
+def test_the_embedded_model_learns_each_planted_weakness(tmp_path, name):
+    found = attack_task(planted_recipe(tmp_path, name))
     assert "a model, trained without the question" in [way.name for way in found.exploits]
     assert found.seconds < 300
 

@@ -230,8 +230,8 @@ def task(recipe):
     def decoy(prompt, text):
         return float(len(text) % 2 == 0)
 
-    rewards = (Reward("correct", 1.0, part("correct")), Reward("format", 0.2, part("format")), Reward("decoy", 0.1, decoy))
-    rewards = reweighted(rewards, recipe.task.weights)
+    own_parts = [Reward("correct", 1.0, part("correct")), Reward("format", 0.2, part("format"))]
+    rewards = reweighted([*own_parts, Reward("decoy", 0.1, decoy)], recipe.task.weights)
 
     def grade(prompt, text):
         own = plain.grade(prompt, text)
