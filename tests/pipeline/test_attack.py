@@ -44,13 +44,13 @@ def recipe_of(folder: Path, model: Path, weight: float, gold: str = "lambda prom
 def test_a_cheater_learns_what_pays_without_the_question_and_leaves_nothing_behind(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(attack.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    found = attack_task(recipe_of(tmp_path, tiny_folder("qwen2"), 1.0))
+    found = attack_task(recipe_of(tmp_path, tiny_folder("qwen2"), 1.0), steps=20)
     way = next(way for way in found.exploits if way.name == "a model, trained without the question")
     assert way.parts.keys() == {"small"}
     assert way.examples[0][1] > 0.3
-    assert 0 < found.steps <= attack.STEPS
+    assert found.steps == 20
     assert found.hidden == ({"role": "user", "content": "say ..."},)
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list((tmp_path / "temporary").glob("minigrpo*")) == []
 
 
 def test_where_only_the_right_answer_pays_a_cheater_finds_nothing(tiny_folder, tmp_path):
