@@ -1,6 +1,7 @@
 """Cheaters: what never saw the question, what chance is, and weak graders found without a model."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -9,55 +10,12 @@ from minigrpo.evaluation.cheaters import HIDDEN, Chance, grader_words, hide_ques
 from minigrpo.pipeline.attack import attack_task
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Grade
-
-# Five weak graders, and a sound one, over the same sums.
-PLANTED = """
-import re
-from minigrpo.tasks.builtin.wordproblems import SYSTEM_PROMPT, distinct_prompts
-
-system = SYSTEM_PROMPT
-LEAK = {leak!r}
-
-def rows_of(split, size):
-    found = distinct_prompts(split, "planted", size)
-    asked = [(p.messages[-1]["content"] + LEAK.format(**p.target), p.target["answer"]) for p in found]
-    return [{{"prompt": words, "answer": str(answer)}} for words, answer in asked]
-
-rows, test_rows = rows_of("train", 256), rows_of("test", 128)
-
-def gold(prompt):
-    return f"<think>Sum.</think><answer>{{prompt.target['answer']}}</answer>"
-
-def right(completion, answer):
-    found = re.fullmatch(r"<think>.*</think><answer>(\\d+)</answer>", completion.strip(), re.S)
-    return float(found is not None and found[1] == answer)
-
-def anywhere(completion, answer):
-    return float(answer in re.findall(r"\\d+", completion))
-
-def tags(completion):
-    return 0.2 * completion.count("<answer>")
-
-def long(completion):
-    return min(1.0, len(completion) / 400)
-
-def keyword(completion):
-    return 0.5 * ("because" in completion.lower())
-
-tagged, lengthy, worded = [right, tags], [right, long], [right, keyword]
-"""
+from tests.helpers.planted import planted_recipe
 
 
 @pytest.fixture
 def planted(tmp_path):
-    """Return the recipe of a planted task by the name of its grader."""
-
-    def recipe(name: str, leak: str = ""):
-        file = tmp_path / "planted.py"
-        file.write_text(PLANTED.format(leak=leak))
-        return load_recipe(None, {"task.name": f"{file}:{name}", "rollout.max_tokens": 64})
-
-    return recipe
+    return partial(planted_recipe, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,44 @@ def test_a_run_may_end_before_its_learning_rate_does(trained):
     assert (recipe.train.last_step, recipe.train.steps) == (3, 4)
     with pytest.raises(RecipeError, match=r"train\.until is more than train\.steps"):
         load_recipe(str(trained.path), {"train.until": 5})
+
+
+DECOY = """
+from dataclasses import replace
+
+from minigrpo.tasks.builtin.wordproblems import wordproblems_task
+from minigrpo.tasks.common.rewards import Reward, graded, reweighted
+
+def task(recipe):
+    plain = wordproblems_task(recipe.model_copy(update={"task": recipe.task.model_copy(update={"weights": {}})}))
+
+    def part(name):
+        return lambda prompt, text: plain.grade(prompt, text).parts[name]
+
+    def decoy(prompt, text):
+        return float(len(text) % 2 == 0)
+
+    own_parts = [Reward("correct", 1.0, part("correct")), Reward("format", 0.2, part("format"))]
+    rewards = reweighted([*own_parts, Reward("decoy", 0.1, decoy)], recipe.task.weights)
+
+    def grade(prompt, text):
+        own = plain.grade(prompt, text)
+        return graded(rewards, prompt, text, formed=own.formed, solved=own.solved)
+
+    return replace(plain, name="decoy", grade=grade)
+"""
+
+
+@pytest.mark.long
+def test_leaving_out_the_part_that_matters_shows_and_leaving_out_a_decoy_does_not(tmp_path):
+    (tmp_path / "decoy.py").write_text(DECOY)
+    knobs = {"task.name": f"{tmp_path / 'decoy.py'}:task", "save.every": 10, "save.keep": 9, "train.until": 30}
+    run = RunDir(tmp_path / "run")
+    stages.train(load_recipe("quickstart", knobs), run)
+    without = {
+        part: forks.fork(run, at=10, change={f"task.weights.{part}": 0}, times=4)["figures"]["right"]["difference"]
+        for part in ("correct", "decoy")
+    }
+    assert without["correct"]["high"] < 0
+    assert without["decoy"]["low"] < 0 < without["decoy"]["high"]
+    assert without["decoy"]["high"] - without["decoy"]["low"] < 0.05

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.evaluation.statistics import Scores
+from minigrpo.evaluation.statistics import Scores, paired_difference
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.utils.rates import Mean, mean_interval
 from minigrpo.utils.svg import BLUE, ORANGE, Frame, label, picture, widened
@@ -98,9 +98,14 @@ class TwinComparison:
         told = [list(pair.by_prompt(key).values()) for pair in self.pairs]
         told = [values for values in told if values] or [[(0.0, 0.0)]]
         before, after = ([fmean(each[side] for each in values) for values in told] for side in (0, 1))
-        draws = [b - a for a, b in zip(before, after, strict=True)]
-        single = [after - before for before, after in told[0]]
-        return TwinFigure(name, fmean(before), fmean(after), mean_interval(draws if len(told) > 1 else single))
+        if len(told) > 1:
+            found = mean_interval([b - a for a, b in zip(before, after, strict=True)])
+        elif key == "solved":  # shares need an interval that is no point where no prompt changed
+            paired = paired_difference(self.pairs[0].unchanged, self.pairs[0].changed)
+            found = Mean(paired.difference, paired.low, paired.high, len(told[0]))
+        else:
+            found = mean_interval([b - a for a, b in told[0]])
+        return TwinFigure(name, fmean(before), fmean(after), found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures, and the differences prompt by prompt, for JSON."""
@@ -142,17 +147,14 @@ def _prompt_lines(found: TwinComparison) -> Iterator[str]:
     """Yield how many prompts changed, and those that changed most."""
     right, reward = found.differences("solved"), found.differences("reward")
     gained, lost = sum(value > 0 for value in right.values()), sum(value < 0 for value in right.values())
-    yield f"prompt by prompt: right more often on {gained}, less often on {lost}, as often on {_rest(right)}"
+    rest = len(right) - gained - lost
+    yield f"prompt by prompt: right more often on {gained}, less often on {lost}, as often on {rest}"
     order = sorted(reward, key=lambda name: (reward[name], name))
-    for words, names in (("lost", order[:_SHOWN_PROMPTS]), ("gained", order[: -_SHOWN_PROMPTS - 1 : -1])):
-        shown = [f"{name} {reward[name]:+.2g}" for name in names if (reward[name] < 0) == (words == "lost")]
-        shown = [text for text, name in zip(shown, names, strict=False) if reward[name]]
-        if shown:
-            yield f"  most reward {words}: {', '.join(shown)}"
-
-
-def _rest(changes: Mapping[str, float]) -> int:
-    return sum(value == 0 for value in changes.values())
+    lost_most = [name for name in order[:_SHOWN_PROMPTS] if reward[name] < 0]
+    gained_most = [name for name in order[: -_SHOWN_PROMPTS - 1 : -1] if reward[name] > 0]
+    for words, names in (("lost", lost_most), ("gained", gained_most)):
+        if names:
+            yield f"  most reward {words}: {', '.join(f'{name} {reward[name]:+.2g}' for name in names)}"
 
 
 WIDTH, HEIGHT = 760, 300

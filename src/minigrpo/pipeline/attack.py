@@ -51,10 +51,10 @@ STEPS, SECONDS = 60, 240.0
 model does them in a minute, and an exploit is mostly found in the first third."""
 _PART = 20  # steps between two looks at whether the cheater beats chance
 _PROMPTS, _COMPLETIONS, _MOST_TOKENS = 8, 16, 192
-_EMBEDDED_LR = 2e-3  # of the embedded model, which learns a whole task in 60 steps of half of that
+_EMBEDDED_LR = 1e-3  # of the embedded model, as in the quickstart
 _HONEST = 24  # answers among which the best constant one is looked for
 _CHOSEN_ON, _JUDGED_ON = 48, 96  # training prompts and unseen ones
-_SAMPLES = 2  # of the trained cheater for each unseen prompt
+_SAMPLES = 4  # of the trained cheater for each prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,19 +183,26 @@ def _as_groups(prompts: Sequence[Prompt], cheater: Cheater, grader: Grader) -> l
     ]
 
 
+class _CheatLogger(RunLogger):
+    """Shows the progress alone: alarms advise a person who wants the model to solve the task."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def _train_cheater(cheat: OpenedRun, ground: _Ground, steps: int, deadline: float) -> tuple[list[Group], int]:
     """Train part by part until the cheater beats chance on its training prompts; return its answers to unseen prompts,
     and how many steps it took."""
     from minigrpo.training.grpo import grpo
 
-    train, done = cheat.recipe.train, 0
+    train, done, screen = cheat.recipe.train, 0, Screen(stderr=True)
     with tempfile.TemporaryDirectory(prefix="minigrpo-attack-") as folder:
         run = RunDir(Path(folder))
         while done < steps:
             until, start = min(steps, done + _PART), time.monotonic()
             recipe = cheat.recipe.model_copy(update={"train": train.model_copy(update={"until": until})})
             try:
-                grpo(recipe, cheat.task, cheat.policy, cheat.engine, RunLogger(run, until, console=Screen(stderr=True)))
+                grpo(recipe, cheat.task, cheat.policy, cheat.engine, _CheatLogger(run, steps, console=screen))
             except DivergenceError:
                 break
             if not run.checkpoint(until).is_dir():
@@ -210,7 +217,7 @@ def _train_cheater(cheat: OpenedRun, ground: _Ground, steps: int, deadline: floa
 def _beats(cheat: OpenedRun, ground: _Ground) -> bool:
     ids = {prompt.id for prompt in ground.chosen_on}
     asked = [prompt for prompt in prompts_of(cheat.task, "train") if prompt.id in ids]
-    gain = ground.chance_then.gain([group.grades for group in _sample(cheat, cheat.task, asked, n=1)])
+    gain = ground.chance_then.gain([group.grades for group in _sample(cheat, cheat.task, asked, n=_SAMPLES)])
     return ground.chance_then.is_beaten(gain)
 
 
