@@ -138,7 +138,7 @@ def test_a_fork_that_was_stopped_goes_on_and_ends_as_one_that_was_not(trained, t
     whole, cut = (RunDir(tmp_path / name / "run") for name in ("whole", "cut"))
     for run in (whole, cut):
         shutil.copytree(trained.path, run.path, ignore=shutil.ignore_patterns("forks"))
-    ask = {"at": 1, "change": {"train.lr": 0.2}, "limit": 4}
+    ask = {"at": 2, "change": {"train.lr": 0.2}, "limit": 4}
     train, begun = stages.train_opened, []
 
     def stop(opened, run, show_samples=False):
