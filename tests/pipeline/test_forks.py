@@ -113,7 +113,10 @@ def test_one_group_is_left_out_and_another_turned(trained):
     out, turned = chosen[0]["prompt"], chosen[1]["prompt"]
     change = {f"groups.factor.{out}@3": 0, f"groups.factor.{turned}@3": -1, f"groups.factor.{chosen[2]['prompt']}@4": 0}
     forks.fork(trained, at=2, change=change, steps=1, name="regrouped", limit=2)
-    found = [row for row in read_groups(RunDir(trained.path / "forks/regrouped")) if row["step"] == 3]
+    twin = RunDir(trained.path / "forks/regrouped")
+    found = [row for row in read_groups(twin) if row["step"] == 3]
+    rates = [[row["learning_rate"] for row in read_metrics(run)][:3] for run in (trained, twin)]
+    assert rates[0] == rates[1]  # the twin ends a step earlier, and its schedule does not
     advantages = [[[one["advantage"] for one in row["completions"]] for row in rows] for rows in (chosen, found)]
     then, now = advantages
     assert any(then[0])
