@@ -38,7 +38,10 @@ def long(completion):
 def keyword(completion):
     return 0.5 * ("because" in completion.lower())
 
-tagged, lengthy, worded = [right, tags], [right, long], [right, keyword]
+def said(completion):
+    return 0.5 * ("Easy" in completion and "So" in completion)
+
+tagged, lengthy, worded, sayable = [right, tags], [right, long], [right, keyword], [right, said]
 """
 
 

@@ -67,7 +67,7 @@ def test_without_right_answers_the_models_own_stand_for_them(tiny_folder, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["anywhere", "tagged", "lengthy"])
+@pytest.mark.parametrize("name", ["tagged", "lengthy", "sayable"])
 def test_the_embedded_model_learns_each_planted_weakness(tmp_path, name):
     found = attack_task(planted_recipe(tmp_path, name))
     assert "a model, trained without the question" in [way.name for way in found.exploits]
@@ -75,7 +75,7 @@ def test_the_embedded_model_learns_each_planted_weakness(tmp_path, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["quickstart", "gsm8k-tiny", "sudoku-tiny"])
-def test_no_cheater_is_paid_by_the_tasks_of_the_package(name):
-    found = attack_task(load_recipe(name))
+@pytest.mark.parametrize(("name", "steps"), [("quickstart", 60), ("gsm8k-tiny", 60), ("sudoku-tiny", 20)])
+def test_no_cheater_is_paid_by_the_tasks_of_the_package(name, steps):
+    found = attack_task(load_recipe(name), steps=steps)
     assert found.exploits == ()

@@ -113,7 +113,10 @@ def test_one_group_is_left_out_and_another_turned(trained):
     out, turned = chosen[0]["prompt"], chosen[1]["prompt"]
     change = {f"groups.factor.{out}@3": 0, f"groups.factor.{turned}@3": -1, f"groups.factor.{chosen[2]['prompt']}@4": 0}
     forks.fork(trained, at=2, change=change, steps=1, name="regrouped", limit=2)
-    found = [row for row in read_groups(RunDir(trained.path / "forks/regrouped")) if row["step"] == 3]
+    twin = RunDir(trained.path / "forks/regrouped")
+    found = [row for row in read_groups(twin) if row["step"] == 3]
+    rates = [[row["learning_rate"] for row in read_metrics(run)][:3] for run in (trained, twin)]
+    assert rates[0] == rates[1]  # the twin ends a step earlier, and its schedule does not
     advantages = [[[one["advantage"] for one in row["completions"]] for row in rows] for rows in (chosen, found)]
     then, now = advantages
     assert any(then[0])
@@ -138,7 +141,7 @@ def test_a_fork_that_was_stopped_goes_on_and_ends_as_one_that_was_not(trained, t
     whole, cut = (RunDir(tmp_path / name / "run") for name in ("whole", "cut"))
     for run in (whole, cut):
         shutil.copytree(trained.path, run.path, ignore=shutil.ignore_patterns("forks"))
-    ask = {"at": 1, "change": {"train.lr": 0.2}, "limit": 4}
+    ask = {"at": 2, "change": {"train.lr": 0.2}, "limit": 4}
     train, begun = stages.train_opened, []
 
     def stop(opened, run, show_samples=False):

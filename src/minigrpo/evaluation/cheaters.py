@@ -94,7 +94,7 @@ def _shared_words(texts: Sequence[str]) -> str:
     return "".join([*begin, f" {HIDDEN}" if begin else HIDDEN, *end])
 
 
-def _common_beginning(rows: Sequence[Sequence[str]]) -> list[str]:
+def _common_beginning(rows: Sequence[list[str]]) -> list[str]:
     # What the first and the last of sorted rows share, all share.
     pairs = zip(min(rows), max(rows), strict=False)
     return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

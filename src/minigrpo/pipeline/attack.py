@@ -154,9 +154,8 @@ def _honest_answers(task: Task, grader: Grader, opened: OpenedRun | None) -> Hon
 
 def _survey(task: Task, grader: Grader, honest: HonestAnswers) -> _Ground:
     """Grade the best constant answer, answers dealt to other questions, and right ones, on prompts of both splits."""
-    chosen_on, judged_on = (
-        sample_evenly(prompts_of(task, split), count) for split, count in (("train", _CHOSEN_ON), ("test", _JUDGED_ON))
-    )
+    chosen_on = sample_evenly(prompts_of(task, "train"), _CHOSEN_ON)
+    judged_on = sample_evenly(prompts_of(task, "test"), _JUDGED_ON)
     kinds = [lambda prompt: honest.best, deal(honest), *([task.gold] if task.gold else [])]
     then, now = (list(zip(*grade_texts(grader, asked, kinds), strict=True)) for asked in (chosen_on, judged_on))
     solving = [mean_reward(found[2]) if task.gold else None for found in (then, now)]

@@ -305,7 +305,7 @@ def compare_with_run(plan: ForkPlan) -> RunRepeated:
     """Compare the unchanged twin of the first draw with the run, as far as both go."""
     from minigrpo.training.checkpoint import find_step
 
-    twin, steps = plan.folder(0, changed=False), set()
+    twin, steps = plan.folder(0, changed=False), set[int]()
     own, again = (_rows_after(each, plan.at, plan.until) for each in (plan.run, twin))
     for then, now in zip(own, again, strict=False):
         if then != now:

@@ -139,8 +139,8 @@ class Supervisor:
         """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
         config = self.recipe.rollout
         # Every step has a random stream of its own, so a resumed run needs none restored.
-        name = ("rollout", step, *([config.stream] if config.stream else []))
-        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, *name))
+        other = [config.stream] if config.stream else []
+        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step, *other))
         ask = partial(self._rollout, n=config.completions, sampling=sampling)
         sampled = self.source.gather(step, ask, is_informative=self._is_informative)
         self._clock.lap("rollout")
