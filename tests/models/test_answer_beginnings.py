@@ -65,11 +65,15 @@ def test_a_template_that_drops_the_words_to_continue_is_a_sentence(make_tokenize
 
 
 @pytest.mark.parametrize(
-    "template", [R1, QWEN_THINKING, *(R1.replace("<think>", tag) for tag in ("<reasoning>", "<seed:think>"))]
+    ("template", "tag"),
+    [
+        (R1, "<think>"),
+        (QWEN_THINKING, "<think>"),
+        *((R1.replace("<think>", tag), tag) for tag in ("<reasoning>", "<seed:think>")),
+    ],
 )
-def test_a_tag_that_the_template_opens_begins_the_answer(make_tokenizer, template):
-    begun = opening(make_tokenizer(template), conversation(SYSTEM, QUESTION))
-    assert begun == ("<reasoning>\n" if "<reasoning>" in template else "<think>\n")
+def test_a_tag_that_the_template_opens_begins_the_answer(make_tokenizer, template, tag):
+    assert opening(make_tokenizer(template), conversation(SYSTEM, QUESTION)) == f"{tag}\n"
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def held_texts(run: RunDir | None, task: Task | None, tokenizer: Any, vocabulary
 
 def sampled_texts(model: Any, tokenizer: Any, task: Task | None, vocabulary: int) -> HeldTexts:
     """Return the model's greedy answers to a few prompts."""
-    asked = Prompt("question", tuple(probe_messages(tokenizer)))
-    found = prompts_of(task, "test", 4) if task is not None else [asked]
+    question = Prompt("question", tuple(probe_messages(tokenizer)))
+    found = prompts_of(task, "test", 4) if task is not None else [question]
     texts = []
     for prompt in found:
         ids = render(tokenizer, prompt).ids
