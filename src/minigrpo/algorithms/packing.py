@@ -13,7 +13,7 @@ Shapes: M groups in a row, G siblings, S shared prompt tokens, N scored tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, per_token_weights
 from minigrpo.types import Group
+from minigrpo.utils.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,15 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return sum(group.tokens for group in self.groups)
+
+    def beside(self, scores_N: Tensor) -> MicroBatch:
+        """Return it with what the loss needs on the device of these scores and in their type, in one copy."""
+        all_names = ("advantages_N", "weights_N", "shares_N", "engine_N")
+        names = [name for name in all_names if getattr(self, name).device != scores_N.device]
+        if not names:
+            return self
+        moved = to_device(torch.stack([getattr(self, name).to(scores_N.dtype) for name in names]), scores_N.device)
+        return replace(self, **dict(zip(names, moved, strict=True)))
 
     @property
     def lengths(self) -> list[int]:
