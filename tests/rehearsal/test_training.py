@@ -19,6 +19,8 @@ Folder = Callable[..., Path]
 SYNCHRONIZATIONS = 3
 """In which an update may let the host wait for the GPU, however many passes it has."""
 HOST_COPIES_A_PASS = 14
+HEAD_LAUNCHES = 20
+"""Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": 0.02, "grad_norm": 0.02, "entropy": 0.01, "reward": 1e-9}
 """Relative distance of the first step's figures to the CPU's: in 16 bit attention and its gradient round otherwise."""
 
@@ -66,6 +68,13 @@ def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_fold
     found = rehearse("gsm8k-best", "L4", play, tiny_folder)
     judge(found, "gsm8k-best", "L4")
     assert "eval/accuracy" in found["whole"]["figures"][0]
+
+
+def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) -> None:
+    found = play("scoring", "T4", folder=str(tiny_folder()))
+    assert found["tokens"] == 40
+    assert 5 < found["launches"] <= HEAD_LAUNCHES
+    assert not found["synchronizations"]
 
 
 @pytest.mark.long

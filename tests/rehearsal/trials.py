@@ -19,6 +19,7 @@ import torch
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
+from minigrpo.models import logprobs
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines import kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
@@ -27,6 +28,7 @@ from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import grpo
+from minigrpo.training.memory.meta import uniform_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
 from tests.rehearsal.cards import Card, pretended
@@ -149,6 +151,21 @@ def freed_weights(card: Card, guard: Path, *, folder: str) -> list[Any]:
         return said(engine)
 
 
+def scoring(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
+    """Score 40 tokens where a CPU would take one row of logits at a time and a GPU all: count the head's launches."""
+    pieces = {"CHUNK_LOGITS": 260 * 2, "CACHED_LOGITS": 260, "GPU_CHUNK_LOGITS": 260 * 64}
+    with pretended(card, guard) as gpu, patch.multiple(logprobs, **pieces):
+        policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
+        gpu.reset()
+        scores = policy.logprobs(uniform_micro_batch(8, 4, 10, vocabulary=260), step=0)
+        launches = sum(n for (_, where), n in gpu.launches.items() if where.startswith("models/logprobs.py"))
+        return {
+            "tokens": len(scores.logprobs_N),
+            "launches": launches,
+            "synchronizations": _sites(gpu.synchronizations),
+        }
+
+
 def pretence(card: Card, guard: Path, *, act: str) -> Any:
     """Do one thing that a GPU refuses, to see it refused."""
     with pretended(card, guard, count=2):
@@ -266,5 +283,5 @@ def steps_of(folder: Path) -> dict[str, Any]:
 
 
 TRIALS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (engines, a_token, shapes, freed_weights, pretence, train)
+    each.__name__: each for each in (engines, a_token, shapes, freed_weights, scoring, pretence, train)
 }

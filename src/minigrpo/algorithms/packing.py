@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,9 @@ class MicroBatch:
         names = [name for name in all_names if getattr(self, name).device != scores_N.device]
         if not names:
             return self
-        moved = to_device(torch.stack([getattr(self, name).to(scores_N.dtype) for name in names]), scores_N.device)
-        return replace(self, **dict(zip(names, moved, strict=True)))
+        stacked = torch.stack([getattr(self, name).to(scores_N.dtype) for name in names])
+        moved: dict[str, Any] = dict(zip(names, to_device(stacked, scores_N.device), strict=True))
+        return replace(self, **moved)
 
     @property
     def lengths(self) -> list[int]:
