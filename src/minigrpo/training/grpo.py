@@ -157,7 +157,7 @@ def accumulate_gradient(
             micro_batch = replace(micro_batch, old_N=scores.logprobs_N.detach())
         done.append(micro_batch)
     # Read in one piece and only now: a GPU is waited for once, not once for each figure of each pass.
-    totals = torch.stack([total.double() for total in sums.values()]).tolist() if sums else []
+    totals = torch.stack(list(sums.values())).tolist() if sums else []
     return done, dict(zip(sums, totals, strict=True))
 
 
