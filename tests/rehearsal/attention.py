@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 MATH, EFFICIENT = 0, 2
 
@@ -35,7 +34,10 @@ def efficient(
 ) -> tuple[Tensor, ...]:
     """Return the output [B, H, L, D] by the CPU's own attention, and what the backward pass is handed."""
     assert dropout == 0, "dropout of attention is not used"
-    out = scaled_dot_product_attention(query, key, value, bias, 0.0, is_causal, scale=scale)
+    # By name: below a dispatch mode torch would choose its form for tensors that have no kernel.
+    out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+    )[0]
     nothing = torch.zeros((), dtype=torch.long)
     return out, query.new_zeros(query.shape[:3], dtype=torch.float32), nothing, nothing.clone()
 

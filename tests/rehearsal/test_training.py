@@ -19,7 +19,7 @@ Folder = Callable[..., Path]
 SYNCHRONIZATIONS = 3
 """In which an update may let the host wait for the GPU, however many passes it has."""
 HOST_COPIES_A_PASS = 14
-HEAD_LAUNCHES = 20
+HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": 0.02, "grad_norm": 0.02, "entropy": 0.01, "reward": 1e-9}
 """Relative distance of the first step's figures to the CPU's: in 16 bit attention and its gradient round otherwise."""
