@@ -21,8 +21,9 @@ SYNCHRONIZATIONS = 3
 HOST_COPIES_A_PASS = 14
 HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
-CLOSE = {"loss": 0.02, "grad_norm": 0.02, "entropy": 0.01, "reward": 1e-9}
-"""Relative distance of the first step's figures to the CPU's: in 16 bit attention and its gradient round otherwise."""
+CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}
+"""Relative and absolute distance of the first step's figures to the CPU's: in 16 bit attention and its gradient round
+otherwise. The loss is a sum of advantages that cancel out, near 0."""
 
 CHANGES: Mapping[str, Mapping[str, str]] = {
     "gsm8k-best": {"objective.overlong": "4", "eval.every": "1", "eval.held_out": "4"},
@@ -51,8 +52,8 @@ def judge(found: dict[str, Any], recipe: str, card: str) -> None:
     assert first["skipped"] == second["skipped"] == 0
     on_cpu = found["cpu"]["figures"][0]
     assert found["whole"]["texts"][: len(found["cpu"]["texts"])] == found["cpu"]["texts"]
-    for name, distance in CLOSE.items():
-        assert first[name] == pytest.approx(on_cpu[name], rel=distance, abs=1e-4), name
+    for name, (relative, absolute) in CLOSE.items():
+        assert first[name] == pytest.approx(on_cpu[name], rel=relative, abs=absolute), name
     assert json.dumps(found["resumed"]) == json.dumps(found["whole"])
     for update in found["updates"]:
         assert update["launches"] > 100
