@@ -292,12 +292,14 @@ def _wrapped(result: Any, tensors: Sequence[Tensor], target: torch.device) -> An
 
 
 def line_of_ours() -> str:
-    """Return the innermost line of the project on the stack; "backward" where autograd's own code runs."""
+    """Return the innermost line of the project on the stack, of whoever called for a transfer; "backward" where
+    autograd's own code runs.
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         for folder in OURS:
-            if folder in name:
+            if folder in name and not name.endswith("utils/transfer.py"):
                 return f"{name.rpartition(folder)[2] or name.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward"

@@ -18,8 +18,8 @@ Folder = Callable[..., Path]
 
 LAUNCHES_A_LAYER = 56
 """Kernels of a layer and token in a graph of the slot engine: a layer of Qwen2 in 16 bit, with adapters everywhere."""
-LAUNCHES_BESIDES = 90
-"""Those of embedding, masks, head and drawing."""
+LAUNCHES_BESIDES = 72
+"""Those of embedding, masks, head and drawing from a vocabulary of up to 1,024 tokens."""
 NATIVE_LAUNCHES_A_LAYER = 64
 
 

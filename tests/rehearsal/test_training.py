@@ -18,7 +18,7 @@ Folder = Callable[..., Path]
 
 SYNCHRONIZATIONS = 3
 """In which an update may let the host wait for the GPU, however many passes it has."""
-HOST_COPIES_A_PASS = 14
+HOST_COPIES_A_PASS = 8
 HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}

@@ -103,7 +103,7 @@ class Policy:
         device computes there; only the N numbers are moved.
         """
         if self.frozen_copy is not None:
-            return self._score(self.frozen_copy, batch).logprobs_N.to(self.device)
+            return to_device(self._score(self.frozen_copy, batch).logprobs_N, self.device)
         if self.starting_adapter is not None:
             with self._dropout_off(), self._with_starting_adapter(self.starting_adapter):
                 return self._score(self.model, batch).logprobs_N
