@@ -57,7 +57,8 @@ def has_onednn() -> bool:
 def can_pretend_gpu() -> bool:
     import torch
 
-    return torch.version.cuda is None and torch.version.hip is None and shutil.which("c++") is not None
+    built_without = torch.version.cuda is None and torch.version.hip is None
+    return built_without and shutil.which("c++") is not None and hasattr(os, "fork")
 
 
 SYSTEM = {
@@ -72,7 +73,7 @@ SYSTEM = {
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
     "pretended_gpu": Need(
         can_pretend_gpu,
-        "a GPU is pretended with a C++ compiler (c++ on the PATH: g++ or clang) and a torch that is built without CUDA",
+        "a GPU is pretended with a C++ compiler (c++ on the PATH) and a torch that is built without CUDA, not on Windows",
     ),
     "procfs": Need(
         Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"
