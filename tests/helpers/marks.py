@@ -73,7 +73,7 @@ SYSTEM = {
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
     "pretended_gpu": Need(
         can_pretend_gpu,
-        "a GPU is pretended with a C++ compiler (c++ on the PATH) and a torch that is built without CUDA, not on Windows",
+        "a GPU is pretended with a C++ compiler (c++ on the PATH), a torch that is built without CUDA, and no Windows",
     ),
     "procfs": Need(
         Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"
