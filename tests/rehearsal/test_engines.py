@@ -44,6 +44,7 @@ def test_auto_takes_graphs_and_the_cards_own_number_type(
     found = play("engines", card, folder=str(tiny_folder()), engine="auto", dtype="auto")
     assert (found["engine"], found["dtype"]) == ("slots", dtype)
     assert found["gpu"] == found["cpu"]  # log-probabilities, too: the same arithmetic in the same order
+    assert ids(found["gpu"][:1]) != ids(found["gpu"][1:])
     assert found["graphs"] >= 3
     assert (found["streams"], found["pools"], found["modes"]) == (1, 1, ["thread_local"])
 

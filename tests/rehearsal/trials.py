@@ -21,7 +21,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
 from minigrpo.models import logprobs
 from minigrpo.models.policy import Policy, open_policy
-from minigrpo.rollouts.engines import kv_cache
+from minigrpo.rollouts.engines import cuda_graph, kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
