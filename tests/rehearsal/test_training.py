@@ -34,16 +34,15 @@ ARCHITECTURES = {"gsm8k": "qwen2", "sudoku-ministral": "ministral3", "quickstart
 DTYPES = {"T4": "float16", "L4": "bfloat16", "H100": "bfloat16"}
 
 
-def rehearse(recipe: str, card: str, play: Play, tiny_folder: Folder) -> dict[str, Any]:
+def rehearse(recipe: str, card: str, play: Play, tiny_folder: Folder, **more: str) -> dict[str, Any]:
     arch = next(arch for name, arch in ARCHITECTURES.items() if recipe.startswith(name))
-    found: dict[str, Any] = play(
-        "train", card, recipe=recipe, folder=str(tiny_folder(arch)), changes=CHANGES.get(recipe, {})
-    )
+    changes = {**CHANGES.get(recipe, {}), **more}
+    found: dict[str, Any] = play("train", card, recipe=recipe, folder=str(tiny_folder(arch)), changes=changes)
     return found
 
 
 def judge(found: dict[str, Any], recipe: str, card: str) -> None:
-    """Compare the run with the CPU's and with itself, resumed; hold its updates to their ceilings."""
+    """Compare the run with the CPU's and with itself, resumed."""
     full = load_recipe(recipe).train.full
     assert found["device"] == "cuda:0"
     assert (found["engine"], found["dtype"]) == ("slots", "float32" if full else DTYPES[card])
@@ -55,6 +54,9 @@ def judge(found: dict[str, Any], recipe: str, card: str) -> None:
     for name, (relative, absolute) in CLOSE.items():
         assert first[name] == pytest.approx(on_cpu[name], rel=relative, abs=absolute), name
     assert json.dumps(found["resumed"]) == json.dumps(found["whole"])
+
+
+def hold_to_ceilings(found: dict[str, Any]) -> None:
     for update in found["updates"]:
         assert update["launches"] > 100
         assert sum(update["synchronizations"].values()) <= SYNCHRONIZATIONS, update["synchronizations"]
@@ -62,12 +64,15 @@ def judge(found: dict[str, Any], recipe: str, card: str) -> None:
 
 
 def test_a_t4_trains_in_float16_with_a_scaled_loss_and_resumes(play: Play, tiny_folder: Folder) -> None:
-    judge(rehearse("gsm8k-fast", "T4", play, tiny_folder), "gsm8k-fast", "T4")
+    found = rehearse("gsm8k-fast", "T4", play, tiny_folder)
+    judge(found, "gsm8k-fast", "T4")
+    hold_to_ceilings(found)
 
 
 def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_folder: Folder) -> None:
     found = rehearse("gsm8k-best", "L4", play, tiny_folder)
     judge(found, "gsm8k-best", "L4")
+    hold_to_ceilings(found)
     assert "eval/accuracy" in found["whole"]["figures"][0]
 
 
@@ -84,4 +89,13 @@ def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) ->
 def test_every_packaged_recipe_takes_its_first_steps_on_every_card(
     recipe: str, card: str, play: Play, tiny_folder: Folder
 ) -> None:
-    judge(rehearse(recipe, card, play, tiny_folder), recipe, card)
+    found = rehearse(recipe, card, play, tiny_folder)
+    judge(found, recipe, card)
+    hold_to_ceilings(found)
+
+
+@pytest.mark.long
+def test_options_that_no_recipe_takes_hold_on_a_t4_too(play: Play, tiny_folder: Folder) -> None:
+    options = {"top_entropy": "0.5", "entropy": "0.01", "kl": "0.02"}
+    more = {**{f"objective.{name}": value for name, value in options.items()}, "train.inner_epochs": "2"}
+    judge(rehearse("gsm8k-fast", "T4", play, tiny_folder, **more), "gsm8k-fast", "T4")
