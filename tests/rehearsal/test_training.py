@@ -96,7 +96,7 @@ def test_every_packaged_recipe_takes_its_first_steps_on_every_card(
 
 @pytest.mark.long
 def test_options_that_no_recipe_takes_hold_on_a_t4_too(play: Play, tiny_folder: Folder) -> None:
-    options = {"top_entropy": "0.5", "entropy": "0.01", "kl": "0.02"}
+    options = {"entropy": "0.01", "kl": "0.02"}
     more = {
         **{f"objective.{name}": value for name, value in options.items()},
         "train.inner_epochs": "2",
