@@ -62,7 +62,8 @@ def has_browser() -> bool:
 def can_pretend_gpu() -> bool:
     import torch
 
-    return torch.version.cuda is None and torch.version.hip is None and shutil.which("c++") is not None
+    built_without = torch.version.cuda is None and torch.version.hip is None
+    return built_without and shutil.which("c++") is not None and hasattr(os, "fork")
 
 
 SYSTEM = {
@@ -80,7 +81,7 @@ SYSTEM = {
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
     "pretended_gpu": Need(
         can_pretend_gpu,
-        "a GPU is pretended with a C++ compiler (c++ on the PATH: g++ or clang) and a torch that is built without CUDA",
+        "a GPU is pretended with a C++ compiler (c++ on the PATH), a torch that is built without CUDA, and no Windows",
     ),
     "procfs": Need(
         Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._pytree import tree_map
 
+from tests.rehearsal.attention import efficient_attention
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream, capturing
 
@@ -104,7 +105,13 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         "graph_pool_handle": object,
     }
     library.set_current_device(0)
-    with patch.multiple(torch.cuda, **answers), patch.object(torch, "load", load_to_gpu), parameters_exchanged(), gpu:
+    with (
+        patch.multiple(torch.cuda, **answers),
+        patch.object(torch, "load", load_to_gpu),
+        parameters_exchanged(),
+        efficient_attention(),
+        gpu,
+    ):
         yield gpu
 
 

@@ -1,4 +1,4 @@
-"""A stage for the module's trials: the device guard, built once for this torch, and a process that plays them."""
+"""A stage for trials: the device guard, built once for this torch, and a process that plays them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def guard(request: pytest.FixtureRequest) -> Path:
     return library
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def play(guard: Path) -> Iterator[Play]:
     stage = subprocess.Popen(
         [sys.executable, "-m", "tests.rehearsal.stage", str(guard)],

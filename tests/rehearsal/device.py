@@ -4,7 +4,7 @@
 done on the CPU's numbers. What a real GPU refuses is refused: tensors of two devices in one operation, a
 synchronization or a copy from main memory while a CUDA graph is captured. Everything else is counted, with the line of
 ours that caused it: launches (an operation that writes memory; a view is free), synchronizations (the host waits for
-the GPU) and copies from main memory.
+the GPU: it reads a number, or copies to or from memory that is not pinned) and copies that it does not wait for.
 
 It does not show which kernels a GPU has, what they round to, how long they take, how its allocator behaves, or a race
 between streams: docs/gpu.md.
@@ -162,12 +162,16 @@ class PretendedGpu(TorchDispatchMode):
         if self.capture is not None:
             raise CaptureError(f"{what} at {where}: the host cannot wait for the GPU while a graph is captured")
 
-    def copy_in(self, what: str) -> None:
-        """Count a copy from main memory. Raises CaptureError during a capture."""
+    def copy_in(self, what: str, *, waits: bool = True) -> None:
+        """Count a copy from main memory. Raises CaptureError during a capture.
+
+        `waits`: from memory that is not pinned, or by a call that blocks: the host waits for all that came before.
+        """
         where = line_of_ours()
-        self.host_copies[what, where] += 1
         if self.capture is not None:
             raise CaptureError(f"{what} at {where}: a graph would read that main memory again at each replay")
+        counter = self.synchronizations if waits else self.host_copies
+        counter[what, where] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -178,13 +182,17 @@ class PretendedGpu(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         own = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
         to_gpu = asked is not None and torch.device(asked).type == "cuda"
+        if name == "aten._pin_memory.default":
+            pinned = args[0].clone()
+            pinned.is_pinned_for_gpu = True
+            return pinned
         if not own and not to_gpu:
             return func(*args, **kwargs)
         if name == "prim.device.default":
             return own[0].device
         target = self._target(name, own, tensors, asked)
         self._refuse_mixtures(name, own, tensors, args)
-        self._watch_the_host(name, args, target)
+        self._watch_the_host(name, args, kwargs, target)
         if own and name in attention.EMULATED:
             func = attention.EMULATED[name]
         plain_args, plain_kwargs = tree_map(_host_of, (tuple(args), dict(kwargs)))
@@ -229,19 +237,23 @@ class PretendedGpu(TorchDispatchMode):
         if len(devices) > 1:
             raise MixedDevicesError(f"{name} at {line_of_ours()}: tensors on {' and '.join(sorted(devices))}")
 
-    def _watch_the_host(self, name: str, args: Sequence[Any], target: torch.device) -> None:
+    def _watch_the_host(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], target: torch.device) -> None:
         if name in SYNCHRONIZING:
             self.synchronize(name)
         if name in INDEXING:
             for index in args[1]:
                 if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
                     self.synchronize("an index of booleans")
-        if name in COPYING:
-            source = args[0] if name == COPYING[0] else args[1]
-            if isinstance(source, GpuTensor) and target.type == "cpu":
+        if name not in COPYING:
+            return
+        is_copy = name == "aten.copy_.default"
+        source = args[1] if is_copy else args[0]
+        if isinstance(source, GpuTensor):
+            if target.type == "cpu":
                 self.synchronize("a copy to main memory")
-            elif not isinstance(source, GpuTensor) and target.type == "cuda" and source.device.type == "cpu":
-                self.copy_in("a copy from main memory")
+        elif target.type == "cuda" and source.device.type == "cpu":
+            goes_on = kwargs.get("non_blocking", is_copy and len(args) > 2 and args[2])
+            self.copy_in("a copy from main memory", waits=not (goes_on and hasattr(source, "is_pinned_for_gpu")))
 
 
 def _host_of(value: Any) -> Any:
@@ -280,12 +292,14 @@ def _wrapped(result: Any, tensors: Sequence[Tensor], target: torch.device) -> An
 
 
 def line_of_ours() -> str:
-    """Return the innermost line of the project on the stack; "backward" where autograd's own code runs."""
+    """Return the innermost line of the project on the stack, of whoever called for a transfer; "backward" where
+    autograd's own code runs.
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         for folder in OURS:
-            if folder in name:
+            if folder in name and not name.endswith("utils/transfer.py"):
                 return f"{name.rpartition(folder)[2] or name.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward"

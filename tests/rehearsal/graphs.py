@@ -168,7 +168,8 @@ def capturing(graph: Graph, pool: Any = None, stream: Any = None, capture_error_
     gpu = PretendedGpu.active()
     assert gpu.capture is None, "two graphs are captured at once"
     torch.cuda.synchronize()
-    graph.pool, graph.device, graph.mode = pool, torch.cuda.current_device(), capture_error_mode
+    graph.pool = object() if pool is None else pool  # without one, a graph has a pool of its own
+    graph.device, graph.mode = torch.cuda.current_device(), capture_error_mode
     Graph.made.append(graph)
     gpu.capture = Capture(graph)
     try:

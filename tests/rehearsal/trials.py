@@ -19,14 +19,16 @@ import torch
 
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
+from minigrpo.models import logprobs
 from minigrpo.models.policy import Policy, open_policy
-from minigrpo.rollouts.engines import kv_cache
+from minigrpo.rollouts.engines import cuda_graph, kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import grpo
+from minigrpo.training.memory.meta import uniform_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
 from tests.rehearsal.cards import Card, pretended
@@ -59,10 +61,11 @@ def two_rounds(recipe: Recipe) -> tuple[Policy, Engine, list[Any]]:
     set_lora(policy, ADAPTER_SIZES[0])
     engine = open_engine(policy, recipe)
     rounds = []
-    for size in ADAPTER_SIZES:
-        set_lora(policy, size)
-        engine.update(policy)
-        rounds.append(said(engine))
+    with patch.object(cuda_graph, "MIN_OWN_SLOTS", 16):  # several graphs within few tokens
+        for size in ADAPTER_SIZES:
+            set_lora(policy, size)
+            engine.update(policy)
+            rounds.append(said(engine))
     return policy, engine, rounds
 
 
@@ -83,6 +86,7 @@ def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, de
             "device": str(policy.device),
             "dtype": kind,
             "launches": gpu.launches.total(),
+            "graphs": len(Graph.made),
             "replays": sum(graph.replays for graph in Graph.made),
             "streams": len(Stream.made),
             "pools": len({id(graph.pool) for graph in Graph.made}),
@@ -147,6 +151,21 @@ def freed_weights(card: Card, guard: Path, *, folder: str) -> list[Any]:
         said(engine)
         engine.decoder.refresh()  # not engine.update, which sees that addresses changed
         return said(engine)
+
+
+def scoring(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
+    """Score 40 tokens where a CPU would take one row of logits at a time and a GPU all: count the head's launches."""
+    pieces = {"CHUNK_LOGITS": 260 * 2, "CACHED_LOGITS": 260, "GPU_CHUNK_LOGITS": 260 * 64}
+    with pretended(card, guard) as gpu, patch.multiple(logprobs, **pieces):
+        policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
+        gpu.reset()
+        scores = policy.logprobs(uniform_micro_batch(8, 4, 10, vocabulary=260), step=0)
+        launches = sum(n for (_, where), n in gpu.launches.items() if where.startswith("models/logprobs.py"))
+        return {
+            "tokens": len(scores.logprobs_N),
+            "launches": launches,
+            "synchronizations": _sites(gpu.synchronizations),
+        }
 
 
 def pretence(card: Card, guard: Path, *, act: str) -> Any:
@@ -266,5 +285,5 @@ def steps_of(folder: Path) -> dict[str, Any]:
 
 
 TRIALS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (engines, a_token, shapes, freed_weights, pretence, train)
+    each.__name__: each for each in (engines, a_token, shapes, freed_weights, scoring, pretence, train)
 }

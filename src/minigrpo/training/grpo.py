@@ -150,6 +150,7 @@ def accumulate_gradient(
         if objective.kl > 0 and micro_batch.ref_N is None:
             micro_batch = replace(micro_batch, ref_N=policy.reference(micro_batch))
         scores = policy.logprobs(micro_batch, step=step, entropy_learns=objective.entropy > 0)
+        micro_batch = micro_batch.beside(scores.logprobs_N)
         loss = objective.loss(scores.logprobs_N, micro_batch, scores.entropy_N)
         policy.loss_scale.scaled(loss.total).backward()  # the scale is 1 except in float16
         for name, value in {**loss.figures, **sampler_gap(scores, micro_batch)}.items():
@@ -158,7 +159,7 @@ def accumulate_gradient(
             micro_batch = replace(micro_batch, old_N=scores.logprobs_N.detach())
         done.append(micro_batch)
     # Read in one piece and only now: a GPU is waited for once, not once for each figure of each pass.
-    totals = torch.stack([total.double() for total in sums.values()]).tolist() if sums else []
+    totals = torch.stack(list(sums.values())).tolist() if sums else []
     return done, dict(zip(sums, totals, strict=True))
 
 

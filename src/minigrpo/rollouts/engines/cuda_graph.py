@@ -28,6 +28,7 @@ from minigrpo.rollouts.engines.native import prefill_prompts
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
+from minigrpo.utils.transfer import to_device
 
 CHECK_EVERY = 16
 """Tokens between two checks of which rows have ended."""
@@ -327,7 +328,7 @@ class SlotEngine:
                 # All active prompts, then ended ones to fill the slots: no completion may have two slots.
                 order = sorted(range(len(slots)), key=lambda slot: slots[slot] not in active)
                 order = order[: len(narrower[0].length_M)]
-                state.move_up(torch.tensor(order, device=self.decoder.device), n)
+                state.move_up(to_device(torch.tensor(order), self.decoder.device), n)
                 slots = [slots[slot] for slot in order]
                 state, step = narrower
         return [done[prompt_index] for prompt_index in range(len(prompts))]
@@ -339,11 +340,11 @@ class SlotEngine:
         state = graphs.full_state
         if P:  # slots behind the prompt are masked
             prefill_prompts(self.decoder, prompts, self.decoder.rope_table(P), state.shared)
-        rows = torch.arange(len(state.row_B))
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
-        state.stream_B[: M * n] = torch.tensor(streams)
-        state.input_B[: M * n] = torch.tensor([p.ids[-1] for p in prompts for _ in range(n)])
-        state.length_M[:M] = torch.tensor([len(p.ids) - 1 for p in prompts])
+        last_ids = [p.ids[-1] for p in prompts for _ in range(n)]
+        rows = torch.arange(len(state.row_B), device=self.decoder.device)
+        state.stream_B[: M * n], state.input_B[: M * n] = to_device(torch.tensor([streams, last_ids]), rows.device)
+        state.length_M[:M] = to_device(torch.tensor([len(p.ids) - 1 for p in prompts]), rows.device)
         state.row_B.copy_(rows)
         state.active_B.copy_(rows < M * n)
         for tensor in (state.lengths_B, state.stopped_B, state.so_far):

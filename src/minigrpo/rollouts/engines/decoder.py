@@ -101,10 +101,10 @@ class Projection:
         outputs = self.parts(x)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
-    def parts(self, x: Tensor) -> Sequence[Tensor]:
+    def parts(self, x: Tensor) -> list[Tensor]:
         """Map [..., W] to what each layer makes of it, [..., its size]."""
         if self.is_fused:
-            return self(x).split(self.sizes, -1)
+            return list(self(x).split(self.sizes, -1))
         x = x if self.norm is None else self.norm(x)
         outputs: list[Tensor] = [base(x) for base in self.bases]
         if self.joint_A is not None:
