@@ -19,7 +19,7 @@ BY_PROMPT = "prompt"
 MOST_POOLS = 30
 """Different texts beyond which a field of the target names answers, not kinds."""
 MOST_GROUPS = 4000
-"""Groups of a window that are looked at: of more, so many drawn at random, always the same ones. They take some 30 MB."""
+"""Groups of a window that are looked at: of more, so many are drawn at random, always the same. Some 30 MB."""
 SHOWN = 12
 """Rows of each list of examples."""
 LONGER = 1.2
