@@ -216,6 +216,15 @@ def test_the_change_between_two_windows_is_split_exactly(asker: Asker) -> None:
     assert asker.get("/api/why?run=first&before=1&after=2-3")[0] == 400
 
 
+def test_of_a_window_with_too_many_groups_a_sample_is_split(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minigrpo.view.why.MOST_GROUPS", 5)
+    why = asker.ask("why", run="first", before="1-6", after="15-16")
+    assert [(window["groups"], window["of"]) for window in why["windows"]] == [(5, 12), (4, 4)]
+    assert why == asker.ask("why", run="first", before="1-6", after="15-16")
+    for split in why["change"]["splits"]:
+        assert sum(term["value"] for term in split["terms"]) == pytest.approx(why["change"]["total"]["value"])
+
+
 def test_counter_examples_are_found(asker: Asker, runs: Path) -> None:
     from tests.helpers.logged_runs import completion, group
 

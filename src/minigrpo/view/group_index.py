@@ -24,7 +24,7 @@ from minigrpo.view.growing_file import GrowingFile
 HEAD = re.compile(rb'\{"step": (\d{1,9}), "prompt": ("(?:[^"\\]|\\.)*")')
 """How the logger begins a line. A line that begins otherwise is parsed as a whole."""
 MOST_FACTS = 16_384
-"""Groups whose facts are kept: some 15 MB."""
+"""Groups whose facts are kept: some 40 MB."""
 LONGEST_LABEL = 40
 
 FORMED, RIGHT, CUT, CHEATS = 1, 2, 4, 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from minigrpo.view.metrics_log import finite
 BY_PROMPT = "prompt"
 MOST_POOLS = 30
 """Different texts beyond which a field of the target names answers, not kinds."""
+MOST_GROUPS = 4000
+"""Groups of a window that are looked at: of more, so many are drawn at random, always the same. Some 30 MB."""
 SHOWN = 12
 """Rows of each list of examples."""
 LONGER = 1.2
@@ -33,13 +36,14 @@ def explain(index: GroupIndex, before: Window, after: Window, by: str | None = N
 
     The result has no `change` where a window holds no completion that could be scored.
     """
-    windows = [list(index.all_facts(index.lines_of_steps(*window))) for window in (before, after)]
+    lines = [index.lines_of_steps(*window) for window in (before, after)]
+    windows = [list(index.all_facts(_drawn(each))) for each in lines]
     fields = _pooling_fields(chain(*windows))
     chosen = by if by in (BY_PROMPT, *fields) else _default_pooling(windows, fields)
     change = decompose(*([*_answers(rows, chosen)] for rows in windows))
     moved = _moved(windows, chosen)
     return {
-        "windows": [_about(rows, window) for rows, window in zip(windows, (before, after), strict=True)],
+        "windows": [_about(*each) for each in zip(windows, (before, after), map(len, lines), strict=True)],
         "by": chosen,
         "fields": [BY_PROMPT, *fields],
         "change": change and asdict(change),
@@ -83,12 +87,18 @@ def _default_pooling(windows: Sequence[Rows], fields: Sequence[str]) -> str:
     return BY_PROMPT if first & second or not fields else fields[0]
 
 
-def _about(rows: Rows, window: Window) -> dict[str, Any]:
+def _drawn(lines: Sequence[int]) -> Sequence[int]:
+    """Return the lines, or of too many a random sample: where a group stands in its step may say what it is like."""
+    return lines if len(lines) <= MOST_GROUPS else sorted(random.Random(0).sample(lines, MOST_GROUPS))
+
+
+def _about(rows: Rows, window: Window, logged: int) -> dict[str, Any]:
     flags = [flag for _, facts in rows for flag in facts.flags]
     return {
         "first": window[0],
         "last": window[1],
         "groups": len(rows),
+        "of": logged,
         "completions": len(flags),
         "unscored": sum(isnan(reward) for _, facts in rows for reward in facts.rewards),
         "tokens": fmean(count for _, facts in rows for count in facts.tokens) if flags else None,

@@ -118,6 +118,8 @@ function Found({ run, found }) {
         ${a.completions} and ${b.completions} completions of ${a.groups} and ${b.groups} groups. Right${" "}
         ${share("right", percent)}; well-formed ${share("formed", percent)}; cut off ${share("cut", percent)}; length${" "}
         ${share("tokens", figure)} tokens.${" "}
+        ${Math.max(a.of - a.groups, b.of - b.groups) > 0 &&
+        html`These were drawn at random from ${a.of} and ${b.of} groups: more would take too long. `}
         ${a.unscored + b.unscored > 0 && html`${a.unscored + b.unscored} completions could not be scored and are left out.`}
       </p>
     </section>
