@@ -297,7 +297,8 @@ def _of(found: Any) -> str:
 
 def _statement(found: Findings, again: _Again) -> str:
     here = again.machine
-    where = f"on {here['processor']} with {here['threads']} threads, torch {here['torch']}"
+    threads = f"{here['threads']} thread" + ("s" if here["threads"] > 1 else "")
+    where = f"on {here['processor']} with {threads}, torch {here['torch']}"
     if found.faults:
         return f"An audit found {len(found.faults)} faults, {where}. The first: {found.faults[0]}"
     chain = "from the recipe to what lies here" if again.evidence.links else "as far as it has seals (it has no chain)"
