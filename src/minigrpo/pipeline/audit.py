@@ -185,9 +185,10 @@ class _Again:
                 before += each.steps
         reached, done = sum(each.steps for each in reachable), last_step(self.run)
         if reached < done:
+            cost = command_line("minigrpo", "replay", self.run.path)
             self.found.unshown.append(
-                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. "
-                "`minigrpo replay` does them from further back."
+                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. They can "
+                f"be done from further back; what that costs: {cost}"
             )
 
     def _replay(self, opened: OpenedRun, stretch: Stretch, report: Any) -> None:
