@@ -185,9 +185,10 @@ class _Again:
                 before += each.steps
         reached, done = sum(each.steps for each in reachable), last_step(self.run)
         if reached < done:
+            cost = command_line("minigrpo", "replay", self.run.path)
             self.found.unshown.append(
-                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. "
-                "`minigrpo replay` does them from further back."
+                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. They can "
+                f"be done from further back; what that costs: {cost}"
             )
 
     def _replay(self, opened: OpenedRun, stretch: Stretch, report: Any) -> None:
@@ -297,7 +298,8 @@ def _of(found: Any) -> str:
 
 def _statement(found: Findings, again: _Again) -> str:
     here = again.machine
-    where = f"on {here['processor']} with {here['threads']} threads, torch {here['torch']}"
+    threads = f"{here['threads']} thread" + ("s" if here["threads"] > 1 else "")
+    where = f"on {here['processor']} with {threads}, torch {here['torch']}"
     if found.faults:
         return f"An audit found {len(found.faults)} faults, {where}. The first: {found.faults[0]}"
     chain = "from the recipe to what lies here" if again.evidence.links else "as far as it has seals (it has no chain)"

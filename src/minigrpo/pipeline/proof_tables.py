@@ -37,8 +37,8 @@ def replayed_table(done: Replayed) -> RenderableType:
     table = plain_table("")
     table.add_row("done again", f"steps {stretch.start + 1} to {stretch.until}, from {start}")
     table.add_row("exact", f"{len(done.exact)} of {stretch.steps}: prompts, tokens, rewards, advantages, figures")
-    saved = ", ".join(map(str, done.saved)) or "none: nothing was saved after these steps"
-    table.add_row("weights and optimizer", f"compared after step {saved}")
+    saved = f"compared after step {', '.join(map(str, done.saved))}"
+    table.add_row("weights and optimizer", saved if done.saved else "not compared: nothing was saved after these steps")
     for name, sha256 in done.weights.items():
         table.add_row(name, f"{sha256[:16]}... after step {stretch.until}")
     lines: list[RenderableType] = [titled(f"replay of {done.run}", table)]
