@@ -21,6 +21,7 @@ from torch import Tensor
 from minigrpo.delivery.artifacts.merged_weights import weight_bytes
 from minigrpo.delivery.artifacts.source import TrainedSource
 from minigrpo.delivery.parity.kl import (
+    FLOAT32_KL,
     MAX_KL,
     MAX_RELATIVE_KL,
     OTHER_TEXTS,
@@ -51,14 +52,15 @@ PACKED_ROW = "merged (4-bit policy)"
 @dataclass(frozen=True, slots=True)
 class ParityReference:
     """The trained policy's distributions on all held texts, and how far the base is from it: what all later stages are
-    compared with. `base_elsewhere`: on texts of other kinds. `injected`: the distributions of the base's own model with
-    the merged weights in it, where there are any."""
+    compared with. `base_elsewhere`: on texts of other kinds. `unrounded`: how far PEFT's own merge is, in float32.
+    `injected`: the distributions of the base's own model with the merged weights in it. Both where there are any."""
 
     held: HeldTexts
     trained: Sequence[Tensor]
     base: Divergence
     base_elsewhere: Divergence | None
     injected: Sequence[Tensor] | None = None
+    unrounded: Divergence | None = None
 
     @property
     def base_rows(self) -> list[Divergence]:
@@ -81,7 +83,8 @@ def pick_proof_device(source: TrainedSource, base: BaseFiles) -> torch.device:
 
 def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles | None = None) -> ParityReference:
     """Open the base with its adapter and compare the two; for a full-parameter run, open the trained model, then its
-    base. `merged`: weights that are then put into the base's model, which no merged config has any part in.
+    base. `merged`: weights that are then put into the base's model, which no merged config has any part in; before
+    that, PEFT merges the adapter there.
 
     Raises ArtifactError where the policy does not say the same twice.
     """
@@ -97,7 +100,12 @@ def trained_reference(source: TrainedSource, base: BaseFiles, merged: BaseFiles 
         _require_repeatable(model, held.texts, trained)
         with model.disable_adapter():
             rows = compare_texts("base", text_logprobs(model, held.all), trained, held)
-        return ParityReference(held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
+        if merged is None:
+            return ParityReference(held, trained, *rows)
+        plain = model.merge_and_unload()
+        here = trained[: len(held.texts)]
+        unrounded = compare_distributions("merged by PEFT", text_logprobs(plain, held.texts), here)
+        return ParityReference(held, trained, *rows, _injected_logprobs(plain, merged, held.all), unrounded)
 
 
 def compare_texts(
@@ -200,9 +208,9 @@ def prove_merged(
     folder: Path, source: TrainedSource, base: BaseFiles, reference: ParityReference
 ) -> tuple[list[Divergence], str | None]:
     """Compare the merged model with the trained policy, and with that of 4 bit, if the base was packed during training;
-    also return how it differs from the base's model with the same weights, if it does."""
+    also return what is wrong besides the distance, if anything is."""
     found = merged_logprobs(folder, pick_proof_device(source, base), reference.held.all)
-    return compare_merged(found, source, base, reference), loading_fault(found, reference)
+    return compare_merged(found, source, base, reference), broken_link(found, reference)
 
 
 def compare_merged(
@@ -218,16 +226,25 @@ def compare_merged(
     return [row for row in rows if row is not None]
 
 
-def loading_fault(found: Sequence[Tensor], reference: ParityReference) -> str | None:
-    """Say how a merged folder, as transformers loads it, differs from the base's own model with the same weights; None
-    where it does not. `found`: the folder's distributions."""
-    if reference.injected is None:
-        return None
-    row = compare_distributions("loaded", found, reference.injected)
-    if row.mean_kl <= ZERO_KL:
+def broken_link(found: Sequence[Tensor], reference: ParityReference) -> str | None:
+    """Say what is wrong between the trained policy and a merged folder as transformers loads it, besides rounding; None
+    where nothing is. `found`: the folder's distributions.
+
+    PEFT's policy says what PEFT's merge says; every weight is that merge's, rounded once (weights.py); and the folder
+    says what the base's own model says with these weights. What is left is what rounding costs.
+    """
+    unrounded, injected = reference.unrounded, reference.injected
+    if unrounded is not None and not unrounded.mean_kl <= FLOAT32_KL:
+        return (
+            f"PEFT's own merge, in float32, is {unrounded.mean_kl:.2g} nats a token away from the policy that PEFT runs"
+            f" (limit {FLOAT32_KL:g}): its adapter does what merged weights cannot. Serve base and adapter side by "
+            "side."
+        )
+    loaded = compare_distributions("loaded", found, injected) if injected is not None else None
+    if loaded is None or loaded.mean_kl <= ZERO_KL:
         return None
     return (
-        f"Its weights are right, but transformers makes another model of the folder: {row.mean_kl:.2g} nats a token "
+        f"Its weights are right, but transformers makes another model of the folder: {loaded.mean_kl:.2g} nats a token "
         f"away from the base's own with these weights (limit {ZERO_KL:g}). Its config.json differs from the base's."
     )
 
