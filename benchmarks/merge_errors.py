@@ -2,9 +2,10 @@
 
     python -m benchmarks.merge_errors runs/quickstart docs/merge_errors.svg
 
-Left: the share of the changed values that the comparison with PEFT's merge refuses, for each number type. Right: the
-distance on texts, over that of the base, which was the only judge once, with its limit. A merge whose change is
-multiplied by 1 + error is plainly wrong; its distance grows with the square of the error.
+Left: the share of the changed values that the comparison with PEFT's merge refuses, for each number type; one suffices.
+Right: the distance on texts, over that of the base, with the limits of what rounding may cost and of what float32 may
+differ by. A merge whose change is multiplied by 1 + error is plainly wrong; its distance grows with the square of the
+error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from minigrpo.delivery.artifacts.merged_weights import weight_changes, write_merged
 from minigrpo.delivery.artifacts.source import TrainedSource, source_of
 from minigrpo.delivery.parity.compare import ParityReference, prove_merged, trained_reference
-from minigrpo.delivery.parity.kl import MAX_RELATIVE_KL
+from minigrpo.delivery.parity.kl import FLOAT32_KL, MAX_RELATIVE_KL
 from minigrpo.delivery.parity.weights import prove_weights
 from minigrpo.models.adapter import Adapter
 from minigrpo.models.model_files import BaseFiles, open_base, write_companions
@@ -81,11 +82,12 @@ def merge_wrongly(
     return WrongMerge(str(dtype).removeprefix("torch."), error, refused, share or 0.0)
 
 
-def draw(found: list[WrongMerge], file: Path) -> None:
-    """Plot both figures over the error."""
+def draw(found: list[WrongMerge], base_kl: float, file: Path) -> None:
+    """Plot both figures over the error. `base_kl`: the base's distance, nats a token."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters as text: as outlines they are most of the file
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
@@ -95,13 +97,16 @@ def draw(found: list[WrongMerge], file: Path) -> None:
         rows = [row for row in found if row.dtype == str(dtype).removeprefix("torch.") and row.error]
         values = [100 * row.refused if place is left else row.relative_kl for row in rows]
         place.plot([row.error for row in rows], values, "o-", color=colour, label=rows[0].dtype, markersize=4)
-    right.axhline(MAX_RELATIVE_KL, color="#444444", linestyle="--", linewidth=1)
-    right.text(ERRORS[1], MAX_RELATIVE_KL * 1.3, f"limit {MAX_RELATIVE_KL:g}: refused above", fontsize=8)
-    left.set_title("values refused, of those that the adapter changes, %", fontsize=9)
+    limits = (MAX_RELATIVE_KL, "what rounding may cost"), (FLOAT32_KL / base_kl, "what float32 explains")
+    for limit, told in limits:
+        right.axhline(limit, color="#444444", linestyle="--", linewidth=1)
+        right.text(ERRORS[1], limit * 0.6, f"{limit:.1g}: {told}", fontsize=8, verticalalignment="top")
+    left.set_title("values refused, of those that the adapter changes, %: one is enough", fontsize=9)
     right.set_title("distance on texts, of what training did", fontsize=9)
     right.set_yscale("log")
     for axes in (left, right):
         axes.set_xscale("log")
+        axes.minorticks_off()
         axes.set_xlabel("error of the change: it is multiplied by 1 + error")
         axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
@@ -124,7 +129,7 @@ def main() -> None:
             print(f"{found[-1].dtype} {error:g}: {found[-1].refused:.2%} refused, distance {found[-1].relative_kl:.2g}")
     figures = [{name: getattr(row, name) for name in ("dtype", "error", "refused", "relative_kl")} for row in found]
     asked.picture.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    draw(found, asked.picture)
+    draw(found, reference.base.mean_kl, asked.picture)
     print(asked.picture)
 
 

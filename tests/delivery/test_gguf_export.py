@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigrpo.cli import main
+from minigrpo.delivery.gguf import export as exporting
 from minigrpo.delivery.gguf import llamacpp
 from minigrpo.delivery.gguf import writer as gguf_writer
 from minigrpo.delivery.gguf.converter import Converter
@@ -21,6 +22,7 @@ from minigrpo.delivery.gguf.parity import GgufReference, gguf_reference, prove_f
 from minigrpo.delivery.gguf.quantize import choose_tensor_type
 from minigrpo.delivery.parity.kl import OTHER_TEXTS
 from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
+from minigrpo.models.embedded import seedling
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, edit_json
 from tests.helpers.exported import bpe_tokenizer, merged_run, model_folder
@@ -223,6 +225,35 @@ def test_formats_asked_for_one_by_one_are_made_from_one_float_file(
     assert not kept.exists()  # the one that was asked for takes its place
     exported(qwen, "Q3_K_M", out=out)
     assert converted == ["F32"] * 3
+
+
+def test_three_commands_convert_and_prove_the_embedded_models_float_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blueprint = seedling.parse_blueprint("seedling", seed=0)
+    tokenizer = seedling.train_tokenizer(blueprint)
+    seedling.init_model(blueprint, tokenizer).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    converted, proved = list[str](), list[str]()
+    convert, prove = Converter.convert, exporting.prove_file
+
+    def converting(self: Converter, folder: Path, file: Path, kind: str, name: str) -> None:
+        converted.append(kind)
+        convert(self, folder, file, kind, name)
+
+    def proving(file: Path, kind: str, reference: GgufReference) -> Any:
+        proved.append(kind)
+        return prove(file, kind, reference)
+
+    monkeypatch.setattr(Converter, "convert", converting)
+    monkeypatch.setattr(exporting, "prove_file", proving)
+    for kind in ("Q8_0", "Q4_K_M", "Q5_K_M"):
+        with pytest.raises(SystemExit) as ended:
+            main.main(["export", str(tmp_path / "m"), "--format", kind, "--writer", "own"])
+        assert ended.value.code == 0
+    assert converted == ["F32"]
+    assert proved == ["F32", "Q8_0", "Q4_K_M", "Q5_K_M"]
+    assert (tmp_path / "m-gguf" / ".m-F32.kept").is_file()
 
 
 def test_an_export_replaces_nothing_but_an_export(qwen: RunDir, tmp_path: Path) -> None:

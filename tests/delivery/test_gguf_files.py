@@ -214,6 +214,18 @@ def test_a_template_that_reads_the_clock_freezes_no_date(qwen: Any) -> None:
     assert "Today" not in text
 
 
+def test_a_date_beside_every_system_message_is_frozen_neither(qwen: Any) -> None:
+    dated = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + TEMPLATE
+    tokenizer = bpe_tokenizer(template=dated)
+    for system in (None, "Think first."):
+        text = render_modelfile("x.gguf", qwen[0], tokenizer, 1.0, system)
+        assert "Today" not in text
+        assert "TEMPLATE" not in text
+        assert ("SYSTEM" in text) == (system is not None)
+    fixed = bpe_tokenizer(template=dated.replace("strftime_now('%d %b %Y')", "'1 May 2026'"))
+    assert "TEMPLATE" in render_modelfile("x.gguf", qwen[0], fixed, 1.0)
+
+
 def test_a_template_that_ollama_cannot_say_is_left_out_with_a_remark(qwen: Any) -> None:
     tokenizer = bpe_tokenizer(template="{% if messages|length > 3 %}long{% endif %}" + OWN_WORDS)
     text = render_modelfile("x.gguf", qwen[0], tokenizer, 1.0)

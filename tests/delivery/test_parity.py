@@ -305,6 +305,26 @@ def test_a_stage_that_says_other_things_elsewhere_fails_although_it_is_right_on_
     assert other.excess == "on texts of other kinds it is 0.02 nats a token from the trained policy (limit 0.01)"
 
 
+def test_an_adapter_that_does_when_run_what_its_merge_does_not_is_refused(
+    young: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minigrpo.delivery.parity import compare
+
+    attach = compare.attach_adapter
+
+    def attach_with_more(*given: Any) -> Any:
+        model = attach(*given)
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda module, inputs, out: out + 1e-3 * (out - module.base_layer(*inputs)) / YOUNG)
+        return model
+
+    monkeypatch.setattr(compare, "attach_adapter", attach_with_more)
+    with pytest.raises(ArtifactError, match=r"PEFT's own merge, in float32, is .* nats a token away from the policy"):
+        merge(young, dtype="float32", quiet=True)
+    monkeypatch.undo()
+    assert merge(young, dtype="float32", quiet=True).verdict == "merged"
+
+
 def test_another_revision_of_the_base_is_refused_and_a_moved_base_is_not(young: RunDir, tmp_path: Path) -> None:
     base = Path(source_of(young).base)
     settle_base(young, str(base), open_base(base).fingerprint())

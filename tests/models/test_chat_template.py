@@ -3,7 +3,13 @@
 import pytest
 
 from minigrpo.errors import ModelError
-from minigrpo.models.chat_template import check_tokenizer, render, set_template_options
+from minigrpo.models.chat_template import (
+    ChatTemplate,
+    check_tokenizer,
+    clock_warning,
+    render,
+    set_template_options,
+)
 from minigrpo.types import Prompt
 
 PROMPT = Prompt("p", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 3"}))
@@ -97,6 +103,36 @@ def test_an_option_of_the_template_becomes_its_default_and_stays_with_the_tokeni
 def test_an_option_that_the_template_does_not_know_is_refused_with_those_that_it_knows(make_tokenizer, template):
     with pytest.raises(ModelError, match=r"names 'thinking'.*It knows: think\."):
         set_template_options(make_tokenizer(template=THINKING + template), {"thinking": True})
+
+
+CLOCKS = {
+    "always": ("{{ strftime_now('%d %b %Y') }}", True, True),
+    "an hour": ("{{ strftime_now('%H') }}", True, True),
+    "unless told": (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }}",
+        True,
+        True,
+    ),
+    "with a system message": (
+        "{% if messages[0]['role'] == 'system' %}{{ strftime_now('%Y') }}{% endif %}",
+        True,
+        False,
+    ),
+    "without one": ("{% if messages[0]['role'] != 'system' %}{{ strftime_now('%A') }}{% endif %}", False, True),
+    "never": ("{% if strftime_now is defined %}{% set year = strftime_now('%Y') %}{% endif %}", False, False),
+    "a fixed date": ("{% set date_string = '26 Jul 2024' %}{{ date_string }}", False, False),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_whether_a_prompt_tells_the_date_is_found_by_rendering_it(name, make_tokenizer, template):
+    text, with_system, without = CLOCKS[name]
+    tokenizer = make_tokenizer(text + template)
+    assert ChatTemplate.of(tokenizer).reads_clock(PROMPT.messages) == with_system
+    assert ChatTemplate.of(tokenizer).reads_clock(PROMPT.messages[1:]) == without
+    assert bool(clock_warning(tokenizer, PROMPT.messages)) == with_system
+    set_template_options(tokenizer, {"date_string": "1 May 2026"} if name == "unless told" else {})
+    assert ChatTemplate.of(tokenizer).reads_clock(PROMPT.messages) == (with_system and name != "unless told")
 
 
 def test_options_without_a_template_are_refused(make_tokenizer):

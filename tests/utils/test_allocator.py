@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from minigrpo.utils import memory as heap
-from minigrpo.utils.memory import keep_freed_memory
+from minigrpo.utils.memory import keep_freed_memory, return_freed_memory
 
 STEPS = '''
 import ctypes, json, resource
-from minigrpo.utils.memory import keep_freed_memory
+from minigrpo.utils.memory import keep_freed_memory, return_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
@@ -55,9 +55,15 @@ with keep_freed_memory():
     with keep_freed_memory():
         told["nested"] = of_a_step()
     told["outer"] = of_a_step()
+    with return_freed_memory():
+        told["returning"] = of_a_step()
+    told["keeping again"] = of_a_step()
     faults()
 told["end"] = {"holds": resident() - start}
 told["after"] = of_a_step()
+with return_freed_memory():
+    told["returning alone"] = of_a_step()
+told["after that"] = of_a_step()
 print(json.dumps(told))
 '''
 
@@ -71,14 +77,14 @@ def steps() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.needs("linux")
-@pytest.mark.parametrize("when", ["inside", "nested", "outer"])
+@pytest.mark.parametrize("when", ["inside", "nested", "outer", "keeping again"])
 def test_a_step_finds_the_memory_of_those_before(steps: dict[str, dict[str, int]], when: str) -> None:
     assert steps[when]["faults"] < (80 << 20) / resource.getpagesize() / 100
     assert steps[when]["holds"] > 70 << 20
 
 
 @pytest.mark.needs("linux")
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "after that"])
 def test_outside_a_run_freed_memory_goes_back_to_the_system(steps: dict[str, dict[str, int]], when: str) -> None:
     assert steps[when]["faults"] > (80 << 20) / resource.getpagesize() / 2
     assert steps[when]["holds"] < 20 << 20
@@ -90,6 +96,15 @@ def test_after_a_run_both_thresholds_are_those_of_before(steps: dict[str, dict[s
     """`large` before is another thing: there glibc has raised its threshold by itself."""
     assert steps["after"][kind] < 20 << 20
     assert steps["inside"]["small"] > 70 << 20
+
+
+@pytest.mark.needs("linux")
+@pytest.mark.parametrize("when", ["returning", "returning alone"])
+def test_a_proof_gives_large_blocks_back_at_once_whatever_lies_behind_them(
+    steps: dict[str, dict[str, int]], when: str
+) -> None:
+    assert steps[when]["large"] < 20 << 20
+    assert steps[when]["faults"] > (80 << 20) / resource.getpagesize() / 2
 
 
 @pytest.mark.needs("linux")
@@ -118,5 +133,6 @@ def test_what_the_environment_asked_of_the_heap_is_given_back(
 
 def test_another_system_keeps_its_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with keep_freed_memory() as kept:
+    with keep_freed_memory() as kept, return_freed_memory() as returned:
         assert not kept
+        assert not returned

@@ -32,9 +32,9 @@ from minigrpo.delivery.gguf.parity import (
 )
 from minigrpo.delivery.parity.compare import (
     ParityReference,
+    broken_link,
     compare_merged,
     find_task,
-    loading_fault,
     merged_logprobs,
     trained_reference,
 )
@@ -51,6 +51,7 @@ from minigrpo.runs.manifest import hash_files, read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.memory import return_freed_memory
 
 COMPARED_PROMPTS, SERVER_PROMPTS = 200, 8
 """Number of rendered prompts whose ids are compared: with a file, and with a server."""
@@ -78,6 +79,7 @@ class Verified:
         return asdict(self) | {"run": str(self.run), "ok": self.ok}
 
 
+@return_freed_memory()
 def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = None, quiet: bool = False) -> Verified:
     """Verify every stage of a run. `serve`: also start llama.cpp's server on the run's GGUF file and query it;
     `served`: the URL of a server that already runs.
@@ -104,7 +106,7 @@ def verify(path: RunDir | Path, *, serve: bool = False, served: str | None = Non
             judgement = compare_merged(measured, source, base, reference)
             rows = [row.to_dict() for row in judgement]
             faults += [_distance_fault(row, source) for row in judgement if not row.ok]
-            told = (weights.fault, loading_fault(measured, reference))
+            told = (weights.fault, broken_link(measured, reference))
             faults += [f"{run.merged}: {fault}" for fault in told if fault]
             gguf = _gguf_reference(run, reference, measured)
             for count, (file, kind) in enumerate(files):

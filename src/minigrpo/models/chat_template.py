@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from minigrpo.utils.faults import words_of
 PROBE_QUESTION: Message = {"role": "user", "content": "What is 2 + 2?"}
 PROBE_REPLY = "It is 4."
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+
+_TWO_MOMENTS = datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 20, 17, 48, 59)
+"""Different in every part that a date or a time may be told by."""
+
+_CLOCK_FORMAT = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1""")
 
 _TAG = re.compile(r"</?[A-Za-z][\w:-]*>|```")
 TAG_OPENED_AT_END = re.compile(r"<[A-Za-z][\w:-]*>\s*\Z")
@@ -100,7 +106,7 @@ def render_text(tokenizer: Any, messages: Sequence[Message], opened: bool = Fals
     return str(_apply(tokenizer, messages, **options, tokenize=False))
 
 
-def is_continued(messages: Sequence[Message]) -> bool:
+def is_continued(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether the answer continues the last message: it is the assistant's own."""
     return bool(messages) and messages[-1]["role"] == "assistant"
 
@@ -157,6 +163,15 @@ class ChatTemplate:
             return None
         return str(texts[0])
 
+    def reads_clock(self, messages: Sequence[Message]) -> bool:
+        """Tell whether these messages become another text at another time: the template writes the date into them."""
+        if self.text is None:
+            return False
+        asked = self.fold_system(messages)
+        stopped = (replace(self, text=_with_stopped_clock(self.text, now)) for now in _TWO_MOMENTS)
+        then, later = (each.render(asked, opened=not is_continued(asked)) for each in stopped)
+        return then != later
+
     @property
     def refuses_system(self) -> bool:
         """Tell whether it raises an error on a system message, or leaves its words out, and takes the conversation
@@ -194,6 +209,14 @@ class ChatTemplate:
         reply: Message = {"role": "assistant", "content": PROBE_REPLY}
         header = (self.render([*asked, reply], opened=False) or "").rpartition(PROBE_REPLY)[0]
         return "" if header.endswith(found[0]) else found[0]  # a header that looks like a tag begins no answer
+
+
+def _with_stopped_clock(template: str, now: datetime) -> str:
+    """Put a macro in the place of transformers' `strftime_now`, which takes no other clock."""
+    formats = {found[2] for found in _CLOCK_FORMAT.finditer(template)}
+    told = json.dumps({form: now.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
+    read = f"{{{{- {told}.get(format, {json.dumps(str(now))}) -}}}}"
+    return f"{{%- macro strftime_now(format) -%}}{read}{{%- endmacro -%}}{template}"
 
 
 @cache
@@ -245,15 +268,12 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
             f"model.template sets options, but {_name_of(tokenizer)} has no chat template, or several by name. Leave "
             "model.template empty or use a model with one template."
         )
-    from jinja2 import Environment, TemplateError, meta
+    from jinja2 import TemplateError
 
-    # A tag of transformers' own, which marks the assistant's words: jinja2 alone does not know it.
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)
     try:
-        known = meta.find_undeclared_variables(Environment(extensions=_JINJA_EXTENSIONS).parse(plain))
+        offered = _template_options(tokenizer.chat_template)
     except (TemplateError, RecursionError) as fault:
         raise ChatTemplateError(tokenizer, words_of(fault)) from None
-    offered = sorted(known - _GIVEN_VARIABLES)
     for name, value in options.items():
         if name not in offered:
             raise ModelError(
@@ -265,12 +285,36 @@ def set_template_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
         tokenizer.chat_template = default.replace("NAME", name).replace("VALUE", text) + tokenizer.chat_template
 
 
+def _template_options(template: str) -> list[str]:
+    """Return the names of the variables that whoever renders a chat template may set."""
+    from jinja2 import Environment, meta
+
+    # A tag of transformers' own, which marks the assistant's words: jinja2 alone does not know it.
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    known = meta.find_undeclared_variables(Environment(extensions=_JINJA_EXTENSIONS).parse(plain))
+    return sorted(known - _GIVEN_VARIABLES)
+
+
 _JINJA_EXTENSIONS = ("jinja2.ext.loopcontrols", "jinja2.ext.do")
 _GIVEN_VARIABLES = {
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     *("bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"),
 }
 """Variables of a chat template that transformers itself fills in."""
+
+
+def clock_warning(tokenizer: Any, messages: Sequence[Message]) -> str | None:
+    """Warn of a chat template that writes the date into a prompt of these messages; None where it does not."""
+    template = ChatTemplate.of(tokenizer)
+    if not template.reads_clock(messages):
+        return None
+    dates = [name for name in _template_options(template.text or "") if "date" in name]
+    cure = f"--model.template.{dates[0]} '1 January 2026'" if dates else "a fixed date in its chat_template.jinja"
+    return (
+        f"The chat template of {_name_of(tokenizer)} writes the date into the prompt: the same question is other "
+        "tokens on another day, in a run that goes on over midnight, in one that is resumed, and where the model is "
+        f"served. To train on one date: {cure}"
+    )
 
 
 def check_tokenizer(tokenizer: Any) -> tuple[str, ...]:

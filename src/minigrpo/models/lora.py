@@ -110,6 +110,11 @@ def linear_layer_names(model: Any) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
+def own_model(model: Any) -> Any:
+    """Return transformers' own model, without PEFT's around it. An adapter inside it stays active."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attach_adapter(model: nn.Module, folder: Path) -> Any:
     """Return the model under a finished adapter, as PEFT reads it.
 

@@ -26,7 +26,7 @@ from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.loading import TORCH_DTYPES, LoadedModel, adapter_base, open_model, pick_device
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
-from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, save_adapter
+from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, own_model, save_adapter
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
@@ -261,8 +261,7 @@ class Policy:
 
 def decoder_of(model: Any) -> nn.Module:
     """Return the part below the output head: hidden states, no logits. Adapters inside it stay active."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    below_head: nn.Module = base.get_decoder()
+    below_head: nn.Module = own_model(model).get_decoder()
     return below_head
 
 

@@ -6,6 +6,7 @@ uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError
+from minigrpo.models.chat_template import clock_warning, render
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
@@ -81,6 +83,7 @@ class Supervisor:
         self.tokens_per_pass = 0
         self.best: tuple[float, float, int] | None = None
         self._start = self._done = 0
+        self._prompt = ""
         self._update_bytes = 0
         self._stopped = False
         self._killed_in: tuple[int, ...] = ()
@@ -215,6 +218,7 @@ class Supervisor:
         if not self.policy.shares_prompts:
             kind = self.policy.model.config.model_type
             self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
+        self._compare_prompt(newest)
         if newest is None:
             # Whatever would keep a later checkpoint from being written is found now, not after an hour.
             self._save(0)
@@ -228,6 +232,20 @@ class Supervisor:
             self._learn(int(metrics["step"]), metrics)
         self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.")
         return newest.step
+
+    def _compare_prompt(self, newest: checkpoint.Checkpoint | None) -> None:
+        """Say where a prompt is other tokens than when the run began, or, when it begins, that it will be."""
+        prompt, tokenizer = self.source.sampler.prompts[0], self.policy.tokenizer
+        clock, now = clock_warning(tokenizer, prompt.messages), _hash(render(tokenizer, prompt).ids)
+        self._prompt = newest.state.get("prompt", now) if newest else now
+        if newest is None and clock:
+            self.logger.say(clock)
+        if self._prompt != now:
+            why = "its chat template writes the date into it" if clock else "template, tokenizer or task have changed"
+            self.logger.say(
+                f"Prompt {prompt.id} is other tokens than when this run began: {why}. The run goes on with the new "
+                "ones, so it will not end as one that was never stopped."
+            )
 
     def _keep_smaller_passes(self, tokens: int) -> None:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
@@ -280,7 +298,8 @@ class Supervisor:
         return self.alarms.after(step, metrics)
 
     def _save(self, step: int) -> None:
-        state = {"source": self.source.state(), "loss_scale": self.policy.loss_scale.state()}
+        policy = {"loss_scale": self.policy.loss_scale.state(), "prompt": self._prompt}
+        state = {"source": self.source.state(), **policy}
         checkpoint.save(self.run, step, self.policy, self.optimizer, self.logger.positions(), state=state)
         spare = frozenset() if self.best_step is None else frozenset({self.best_step})
         checkpoint.prune(self.run, self.recipe.save.keep, spare)
@@ -339,3 +358,7 @@ class Supervisor:
         then = checkpoint.read_machine(self.run)
         assert then is not None, "the machine is written before the first step"
         checkpoint.write_machine(self.run, replace(then, **changes))  # type: ignore[arg-type]
+
+
+def _hash(ids: Sequence[int]) -> str:
+    return hashlib.sha256(str(list(ids)).encode()).hexdigest()

@@ -60,6 +60,7 @@ from minigrpo.runs.rundir import (
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
+from minigrpo.utils.memory import return_freed_memory
 from minigrpo.utils.paths import user_path
 from minigrpo.versions import installed
 
@@ -156,6 +157,7 @@ class ExportJob:
         return self.folder / f".{self.name}-{kind}.gguf.{os.getpid()}{DRAFT}"
 
 
+@return_freed_memory()
 def export(
     path: RunDir | Path,
     formats: Sequence[str] = ("Q8_0",),

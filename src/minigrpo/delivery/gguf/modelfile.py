@@ -52,8 +52,9 @@ def probe_conversations() -> tuple[list[Message], ...]:
 
 def find_template_parts(tokenizer: Any) -> TemplateParts | None:
     """Find the text around messages; None where the template does more than that: default messages, roles it does
-    not take."""
-    if ChatTemplate.of(tokenizer).refuses_system:
+    not take, the date of the day."""
+    template = ChatTemplate.of(tokenizer)
+    if template.refuses_system or any(template.reads_clock(messages) for messages in probe_conversations()[:2]):
         return None
     try:
         # llama.cpp and Ollama add the beginning-of-text token themselves where the file asks for it.
@@ -77,9 +78,9 @@ def find_template_parts(tokenizer: Any) -> TemplateParts | None:
 def default_system(tokenizer: Any, parts: TemplateParts) -> str | None:
     """Return the system message that the chat template puts in where a conversation has none; None where there is none,
     or where it tells the date, which must not be frozen."""
-    if "strftime_now" in str(tokenizer.chat_template) or "date_string" in str(tokenizer.chat_template):
-        return None
     user = probe_conversations()[2]
+    if ChatTemplate.of(tokenizer).reads_clock(user):
+        return None
     text = render_text(tokenizer, user, opened=True).removeprefix(tokenizer.bos_token or "")
     added, (before, after) = text.removesuffix(parts.render(user)), parts.around["system"]
     if added == text or not added.startswith(before) or not added.endswith(after):

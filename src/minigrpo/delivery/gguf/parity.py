@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from minigrpo.delivery.gguf.llamacpp import LlamaCpp
 from minigrpo.delivery.gguf.pretokenizer import token_faults
+from minigrpo.delivery.gguf.rounding import explain_rounding, max_distance
 from minigrpo.delivery.gguf.weights import TensorsProof, prove_tensors
 from minigrpo.delivery.parity.compare import compare_texts, find_task, load_strictly, score_held_texts
-from minigrpo.delivery.parity.kl import MAX_KL, MAX_RELATIVE_KL, Divergence
+from minigrpo.delivery.parity.kl import FLOAT32_ERROR, MAX_KL, MAX_RELATIVE_KL, Divergence
 from minigrpo.delivery.parity.place import CPU, pick_proof_place
 from minigrpo.delivery.parity.texts import HeldTexts, StoredLogprobs
 from minigrpo.errors import MinigrpoError
@@ -28,14 +30,14 @@ from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.types import Message, Task
 
-MAX_LOGPROB_ERROR = {"F32": 1e-4}
+MAX_LOGPROB_ERROR = {"F32": FLOAT32_ERROR}
 """Largest error of any log-probability, at any position: with the same arithmetic only a wrong mapping exceeds it."""
 RELATIVE_LIMITS = {"F32": MAX_RELATIVE_KL, "F16": MAX_RELATIVE_KL, "BF16": MAX_RELATIVE_KL, "Q8_0": 0.25}
 """Largest relative KL of a type: a file beyond it has failed, however small the KL itself is."""
 ABSOLUTE_LIMITS = {"F16": 2e-5, "BF16": 1e-3, "Q8_0": 1e-2}
-"""Largest KL, in nats a token, where it is unknown what training did. llama.cpp rounds a layer's activations to the
-file's type, so even a lossless BF16 file differs. Chat models of some billions of weights lose about 0.001 in eight
-bits."""
+"""Largest KL, in nats a token, where it is known neither what training did nor how llama.cpp rounds (rounding.py): some
+fifteen times what rounding costs the random models of the tests. llama.cpp rounds a layer's activations to the file's
+type, so even a lossless BF16 file differs."""
 LOSSLESS_LIMITS = {"BF16": ABSOLUTE_LIMITS["BF16"]}
 """KL, in nats a token, up to which the relative limit is not applied: such a file is the source of all others of a
 bfloat16 model, with weights as they were merged, and differs only by llama.cpp's own rounding on a CPU."""
@@ -74,7 +76,8 @@ class GgufProof:
     """The result of a proof. `row`: the distance. `greatest`: largest difference of a log-probability from the merged
     model's.
 
-    `judged`: whether its type has a limit; else it is only reported. `faults`: why the file is refused.
+    `judged`: whether its type has a limit; else it is only reported. `faults`: why the file is refused. `rounding`:
+    what rounding to its type costs the merged model, nats a token, on the task's texts and on others; None: not known.
     """
 
     row: Divergence
@@ -83,6 +86,7 @@ class GgufProof:
     faults: tuple[str, ...]
     tensors: TensorsProof
     elsewhere: Divergence | None = None
+    rounding: tuple[float, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -92,6 +96,7 @@ class GgufProof:
         own = {"greatest": self.greatest, "judged": self.judged, "faults": list(self.faults), "ok": self.ok}
         own["tensors"] = self.tensors.to_dict()
         own["elsewhere"] = self.elsewhere and self.elsewhere.to_dict()
+        own["rounding"] = self.rounding and list(self.rounding)
         return self.row.to_dict() | own
 
 
@@ -121,6 +126,8 @@ def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
     """Load the file in llama.cpp and compare it. `kind`: F16, Q8_0 and the like. Raises MinigrpoError for another
     vocabulary."""
     tensors = prove_tensors(file, reference.model)
+    known = tensors.compared and not tensors.fault
+    costs = explain_rounding(reference.model.folder, kind, reference.held, reference.merged) if known else None
     with LlamaCpp(file, context=reference.longest + 8) as llama:
         if llama.facts.vocabulary != reference.merged[0].shape[-1]:
             raise MinigrpoError(
@@ -129,24 +136,43 @@ def prove_file(file: Path, kind: str, reference: GgufReference) -> GgufProof:
             )
         file_logprobs = StoredLogprobs(llama.distributions(reference.held.all))
         tokens = tuple(token_faults(llama, reference.tokenizer, reference.prompts))
-    references, limit = (
-        reference.trained or reference.merged,
-        RELATIVE_LIMITS.get(kind) if reference.base_kl is not None else None,
-    )
-    row, elsewhere = compare_texts(
-        f"gguf {kind}", file_logprobs, references, reference.held, base_kl=reference.base_kl, limit=limit
-    )
+    limit = RELATIVE_LIMITS.get(kind) if reference.base_kl is not None else None
+    compare = partial(compare_texts, f"gguf {kind}", file_logprobs)
+    trained = reference.trained or reference.merged
+    row, elsewhere = compare(trained, reference.held, base_kl=reference.base_kl, limit=limit)
     greatest = max(
         float((each - other).abs().max()) for each, other in zip(file_logprobs, reference.merged, strict=True)
     )
     faults = ([tensors.fault] if tensors.fault else []) + list(tokens)
-    if not tensors.fault:
-        faults += _distance_faults(row, greatest, kind)
+    from_merged = compare(reference.merged, reference.held) if costs and reference.trained else (row, elsewhere)
+    unexplained = list(_rounding_faults(from_merged, costs, kind)) if costs else []
+    if unexplained:
+        faults += unexplained
+    elif not tensors.fault:
+        faults += _distance_faults(row, greatest, kind, rounding_known=costs is not None)
         faults += _faults_elsewhere(elsewhere, kind)
-    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, tuple(faults), tensors, elsewhere)
+    rounding = tuple(cost.mean_kl for cost in costs if cost) if costs else None
+    return GgufProof(row, greatest, kind in RELATIVE_LIMITS, tuple(faults), tensors, elsewhere, rounding)
 
 
-def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[str]:
+def _rounding_faults(
+    rows: tuple[Divergence, Divergence | None], costs: tuple[Divergence, Divergence | None], kind: str
+) -> Iterator[str]:
+    """Yield a fault where a file is further from the merged model than rounding explains. `rows`: its distances."""
+    for row, cost in zip(rows, costs, strict=True):
+        if row is not None and cost is not None and not row.mean_kl <= max_distance(cost):
+            where = "On texts of other kinds it" if cost is costs[1] else "It"
+            yield (
+                f"{where} is {row.mean_kl:.2g} nats a token from the merged model, and rounding to {kind} explains "
+                f"{cost.mean_kl:.2g} (limit {max_distance(cost):.2g}): settings were written wrongly. Report it with "
+                "the model's name."
+            )
+            return
+
+
+def _distance_faults(row: Divergence, greatest: float, kind: str, *, rounding_known: bool) -> Iterator[str]:
+    """Yield a fault where a file is too far from what was trained to be of use. `rounding_known`: it was found to be no
+    further than rounding explains."""
     if greatest > MAX_LOGPROB_ERROR.get(kind, greatest):
         yield (
             f"In {kind} nothing is rounded, and yet a log-probability differs by {greatest:.2g} (limit "
@@ -154,7 +180,7 @@ def _distance_faults(row: Divergence, greatest: float, kind: str) -> Iterator[st
         )
         return
     share, ceiling = row.relative_kl, MAX_KL if kind in RELATIVE_LIMITS else None
-    limit = ABSOLUTE_LIMITS.get(kind) if share is None else ceiling
+    limit = ceiling if share is not None or rounding_known else ABSOLUTE_LIMITS.get(kind)
     if limit is not None and row.mean_kl > limit:
         yield (
             f"Its distance from the merged model is {row.mean_kl:.2g} nats a token (limit {limit:g}). {_remedy(kind)}"

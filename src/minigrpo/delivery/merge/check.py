@@ -30,6 +30,7 @@ from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.ui.progress import stage
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
+from minigrpo.utils.memory import return_freed_memory
 
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
@@ -69,6 +70,7 @@ class Checked:
         return {"ok": self.ok} | asdict(self) | told
 
 
+@return_freed_memory()
 def check(run: RunDir | Path, *, base: str | None = None, model: bool = True, quiet: bool = False) -> Checked:
     """Check what a run trained, or a PEFT adapter's folder; a run keeps the result as check.json.
 

@@ -4,7 +4,7 @@ trained.
     choose a dtype    the base's own, unless rounding would lose what was learned (merged_weights.py)
     write             shard by shard, into a draft folder
     compare           every weight with what PEFT makes of base and adapter (parity/weights.py)
-    prove             KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
+    prove             what rounding costs: KL(merged || trained) / KL(base || trained) on held texts, at most 0.1
     rename            only after the proof; a merge that fails it is kept as merged.rejected
 
 A full-parameter run has no adapter: its tensors replace the base's, by the same steps.
@@ -51,6 +51,7 @@ from minigrpo.runs.manifest import read_sealed
 from minigrpo.runs.rundir import REJECTED, SPARE, RunDir, complete_folder, report_full_disk, staying
 from minigrpo.ui.progress import Report, stage
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.memory import return_freed_memory
 
 MergeVerdict = Literal["merged", "nothing was learned", "not proved", "there already"]
 
@@ -77,6 +78,7 @@ class Merged:
         return asdict(self) | {"folder": str(self.folder), "stages": stages}
 
 
+@return_freed_memory()
 def merge(
     run: RunDir | Path,
     *,
@@ -133,11 +135,11 @@ class _ProvedMerge:
     weights: WeightsProof
     reference: ParityReference | None = None
     stages: tuple[Divergence, ...] = ()
-    loading_fault: str | None = None
+    broken_link: str | None = None
 
     @property
     def fault(self) -> str | None:
-        return self.weights.fault or self.loading_fault
+        return self.weights.fault or self.broken_link
 
     @property
     def verdict(self) -> MergeVerdict:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minigrpo.delivery.artifacts.source import TrainedSource
 from minigrpo.delivery.parity.kl import (
+    FLOAT32_KL,
     MAX_KL,
     MAX_RELATIVE_KL,
     OTHER_TEXTS,
@@ -53,8 +54,9 @@ PACKED_ROW = "merged (4-bit policy)"
 @dataclass(frozen=True, slots=True)
 class ParityReference:
     """The trained policy's distributions on all held texts, and how far the base is from it: what all later stages are
-    compared with. `base_elsewhere`: on texts of other kinds. `injected`: the distributions of the base's own model with
-    the merged weights in it, where there are any. `place`: where all of them were computed, and the rest has to be."""
+    compared with. `base_elsewhere`: on texts of other kinds. `unrounded`: how far PEFT's own merge is, in float32.
+    `injected`: the distributions of the base's own model with the merged weights in it. Both where there are any.
+    `place`: where all of them were computed, and the rest has to be."""
 
     place: ProofPlace
     held: HeldTexts
@@ -62,6 +64,7 @@ class ParityReference:
     base: Divergence
     base_elsewhere: Divergence | None
     injected: Sequence[Tensor] | None = None
+    unrounded: Divergence | None = None
 
     @property
     def base_rows(self) -> list[Divergence]:
@@ -83,8 +86,8 @@ def trained_reference(
     source: TrainedSource, base: BaseFiles, merged: BaseFiles | None = None, *, exact: bool = False
 ) -> ParityReference:
     """Open the base with its adapter and compare the two; for a full-parameter run, open the trained model, then its
-    base. `merged`: weights that are then put into the base's model, which no merged config has any part in. `exact`: as
-    in `place_of`.
+    base. `merged`: weights that are then put into the base's model, which no merged config has any part in; before
+    that, PEFT merges the adapter there. `exact`: as in `place_of`.
 
     Raises ArtifactError where the policy does not say the same twice, ModelError where memory has no room.
     """
@@ -101,7 +104,14 @@ def trained_reference(
         with model.disable_adapter():
             found = text_logprobs(model, held.all)
             rows = compare_texts("base", found, trained, held, precision=place.precision)
-        return ParityReference(place, held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
+        if merged is None:
+            return ParityReference(place, held, trained, *rows)
+        if place.dtype != torch.float32:  # where PEFT's merge would be rounded, too
+            return ParityReference(place, held, trained, *rows, _injected_logprobs(model.unload(), merged, held.all))
+        plain = model.merge_and_unload()
+        here = trained[: len(held.texts)]
+        unrounded = compare_distributions("merged by PEFT", text_logprobs(plain, held.texts), here)
+        return ParityReference(place, held, trained, *rows, _injected_logprobs(plain, merged, held.all), unrounded)
 
 
 def compare_texts(
@@ -206,9 +216,9 @@ def prove_merged(
     folder: Path, source: TrainedSource, base: BaseFiles, reference: ParityReference
 ) -> tuple[list[Divergence], str | None]:
     """Compare the merged model with the trained policy, and with that of 4 bit, if the base was packed during training;
-    also return how it differs from the base's model with the same weights, if it does."""
+    also return what is wrong besides the distance, if anything is."""
     found = merged_logprobs(folder, reference.place, reference.held.all)
-    return compare_merged(found, source, base, reference), loading_fault(found, reference)
+    return compare_merged(found, source, base, reference), broken_link(found, reference)
 
 
 def compare_merged(
@@ -225,16 +235,25 @@ def compare_merged(
     return [row for row in rows if row is not None]
 
 
-def loading_fault(found: Sequence[Tensor], reference: ParityReference) -> str | None:
-    """Say how a merged folder, as transformers loads it, differs from the base's own model with the same weights; None
-    where it does not. `found`: the folder's distributions."""
-    if reference.injected is None:
-        return None
-    row = compare_distributions("loaded", found, reference.injected)
-    if row.mean_kl <= ZERO_KL:
+def broken_link(found: Sequence[Tensor], reference: ParityReference) -> str | None:
+    """Say what is wrong between the trained policy and a merged folder as transformers loads it, besides rounding; None
+    where nothing is. `found`: the folder's distributions.
+
+    PEFT's policy says what PEFT's merge says; every weight is that merge's, rounded once (weights.py); and the folder
+    says what the base's own model says with these weights. What is left is what rounding costs.
+    """
+    unrounded, injected = reference.unrounded, reference.injected
+    if unrounded is not None and not unrounded.mean_kl <= FLOAT32_KL:
+        return (
+            f"PEFT's own merge, in float32, is {unrounded.mean_kl:.2g} nats a token away from the policy that PEFT runs"
+            f" (limit {FLOAT32_KL:g}): its adapter does what merged weights cannot. Serve base and adapter side by "
+            "side."
+        )
+    loaded = compare_distributions("loaded", found, injected) if injected is not None else None
+    if loaded is None or loaded.mean_kl <= ZERO_KL:
         return None
     return (
-        f"Its weights are right, but transformers makes another model of the folder: {row.mean_kl:.2g} nats a token "
+        f"Its weights are right, but transformers makes another model of the folder: {loaded.mean_kl:.2g} nats a token "
         f"away from the base's own with these weights (limit {ZERO_KL:g}). Its config.json differs from the base's."
     )
 

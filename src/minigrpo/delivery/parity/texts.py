@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, overload
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from minigrpo.delivery.parity.varied_texts import VARIED_TEXTS
 from minigrpo.errors import ArtifactError, TaskError
 from minigrpo.models.chat_template import after_opening, opening, probe_messages, render
+from minigrpo.models.lora import own_model
 from minigrpo.rollouts.grading import gold_answer
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.logger import read_groups
@@ -118,7 +120,7 @@ class StoredLogprobs(Sequence[Tensor]):
         for logprobs_NV in found:
             rows, width = logprobs_NV.shape
             try:
-                self._file.write(logprobs_NV.contiguous().numpy().tobytes())
+                self._file.write(logprobs_NV.contiguous().numpy().data)
             except OSError as fault:
                 raise ArtifactError(
                     f"What a model says on the texts of the proof could not be written to {tempfile.gettempdir()}: "
@@ -139,7 +141,8 @@ class StoredLogprobs(Sequence[Tensor]):
             return _Part(self, range(len(self))[index])
         place = range(len(self))[index]
         self._file.seek(self._starts[place])
-        raw = bytearray(self._file.read(self._starts[place + 1] - self._starts[place]))
+        raw = bytearray(self._starts[place + 1] - self._starts[place])
+        self._file.readinto(raw)
         return torch.frombuffer(raw, dtype=torch.float32).view(self._shapes[place])
 
 
@@ -158,12 +161,18 @@ class _Part(Sequence[Tensor]):
 
 
 def text_logprobs(model: Any, texts: Sequence[ScoredText]) -> Iterator[Tensor]:
-    """Yield log-probabilities [N, V] of each text in float32, on the CPU."""
+    """Yield log-probabilities [N, V] of each text in float32, on the CPU. A prompt's positions get no logits, where the
+    model can leave them out: with 152k tokens in the vocabulary a thousand of them take 0.6 GB."""
+    named = "logits_to_keep" in signature(own_model(model).forward).parameters
     for held in texts:
-        ids = torch.tensor([held.ids[:-1]], device=model.device)
-        with torch.no_grad():
-            logits_NV = model(input_ids=ids, use_cache=False).logits[0, held.start - 1 :]
-        yield logits_NV.float().log_softmax(-1).cpu()
+        yield _scored_logprobs(model, held, {"logits_to_keep": held.scored} if named else {})
+
+
+@torch.no_grad()
+def _scored_logprobs(model: Any, held: ScoredText, options: dict[str, int]) -> Tensor:
+    ids = torch.tensor([held.ids[:-1]], device=model.device)
+    logits_NV = model(input_ids=ids, use_cache=False, **options).logits[0, -held.scored :]
+    return logits_NV.float().log_softmax(-1).cpu()
 
 
 def _truncate_texts(texts: Sequence[ScoredText], vocabulary: int) -> tuple[ScoredText, ...]:
