@@ -54,6 +54,13 @@ def has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())
 
 
+def can_pretend_gpu() -> bool:
+    import torch
+
+    built_without = torch.version.cuda is None and torch.version.hip is None
+    return built_without and shutil.which("c++") is not None and hasattr(os, "fork")
+
+
 SYSTEM = {
     "clear_refs": Need(
         Path("/proc/self/clear_refs").exists, "peaks of memory are reset in /proc/self/clear_refs: run it on Linux"
@@ -64,6 +71,10 @@ SYSTEM = {
         lambda: shutil.which("llama-quantize") is not None, "no llama-quantize on the PATH: it comes with llama.cpp"
     ),
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
+    "pretended_gpu": Need(
+        can_pretend_gpu,
+        "a GPU is pretended with a C++ compiler (c++ on the PATH), a torch that is built without CUDA, and no Windows",
+    ),
     "procfs": Need(
         Path("/proc/self").is_dir, "needs /proc, a folder in which even root can make no file: run it on Linux"
     ),

@@ -1,0 +1,105 @@
+"""Training on a pretended GPU: the CPU's first step, the same again from a checkpoint, and few synchronizations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigrpo.config.load import load_recipe, recipe_names
+from tests.rehearsal.conftest import Play
+
+pytestmark = pytest.mark.needs("pretended_gpu")
+
+Folder = Callable[..., Path]
+
+SYNCHRONIZATIONS = 3
+"""In which an update may let the host wait for the GPU, however many passes it has."""
+HOST_COPIES_A_PASS = 8
+HEAD_LAUNCHES = 24
+"""Of a piece of logits in 16 bit, forward, its gradient included."""
+CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}
+"""Relative and absolute distance of the first step's figures to the CPU's: in 16 bit attention and its gradient round
+otherwise. The loss is a sum of advantages that cancel out, near 0."""
+
+CHANGES: Mapping[str, Mapping[str, str]] = {
+    "gsm8k-best": {"objective.overlong": "4", "eval.every": "1", "eval.held_out": "4"},
+    "gsm8k-full": {"model.dtype": "float32"},
+}
+"""Knobs that make sense at the recipe's own size only."""
+ARCHITECTURES = {"gsm8k": "qwen2", "sudoku-ministral": "ministral3", "quickstart": "qwen3", "sudoku-tiny": "qwen3"}
+DTYPES = {"T4": "float16", "L4": "bfloat16", "H100": "bfloat16"}
+
+
+def rehearse(recipe: str, card: str, play: Play, tiny_folder: Folder, **more: str) -> dict[str, Any]:
+    arch = next(arch for name, arch in ARCHITECTURES.items() if recipe.startswith(name))
+    changes = {**CHANGES.get(recipe, {}), **more}
+    found: dict[str, Any] = play("train", card, recipe=recipe, folder=str(tiny_folder(arch)), changes=changes)
+    return found
+
+
+def judge(found: dict[str, Any], recipe: str, card: str) -> None:
+    """Compare the run with the CPU's and with itself, resumed."""
+    full = load_recipe(recipe).train.full
+    assert found["device"] == "cuda:0"
+    assert (found["engine"], found["dtype"]) == ("slots", "float32" if full else DTYPES[card])
+    assert (found["scale"] > 1) == (found["dtype"] == "float16")
+    first, second = found["whole"]["figures"]
+    assert first["skipped"] == second["skipped"] == 0
+    on_cpu = found["cpu"]["figures"][0]
+    assert found["whole"]["texts"][: len(found["cpu"]["texts"])] == found["cpu"]["texts"]
+    for name, (relative, absolute) in CLOSE.items():
+        assert first[name] == pytest.approx(on_cpu[name], rel=relative, abs=absolute), name
+    assert json.dumps(found["resumed"]) == json.dumps(found["whole"])
+
+
+def hold_to_ceilings(found: dict[str, Any]) -> None:
+    for update in found["updates"]:
+        assert update["launches"] > 100
+        assert sum(update["synchronizations"].values()) <= SYNCHRONIZATIONS, update["synchronizations"]
+        assert sum(update["host_copies"].values()) <= HOST_COPIES_A_PASS * update["passes"], update["host_copies"]
+
+
+def test_a_t4_trains_in_float16_with_a_scaled_loss_and_resumes(play: Play, tiny_folder: Folder) -> None:
+    found = rehearse("gsm8k-fast", "T4", play, tiny_folder)
+    judge(found, "gsm8k-fast", "T4")
+    hold_to_ceilings(found)
+
+
+def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_folder: Folder) -> None:
+    found = rehearse("gsm8k-best", "L4", play, tiny_folder)
+    judge(found, "gsm8k-best", "L4")
+    hold_to_ceilings(found)
+    assert "eval/accuracy" in found["whole"]["figures"][0]
+
+
+def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) -> None:
+    found = play("scoring", "T4", folder=str(tiny_folder()))
+    assert found["tokens"] == 40
+    assert 5 < found["launches"] <= HEAD_LAUNCHES
+    assert not found["synchronizations"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", DTYPES)
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_packaged_recipe_takes_its_first_steps_on_every_card(
+    recipe: str, card: str, play: Play, tiny_folder: Folder
+) -> None:
+    found = rehearse(recipe, card, play, tiny_folder)
+    judge(found, recipe, card)
+    hold_to_ceilings(found)
+
+
+@pytest.mark.long
+def test_options_that_no_recipe_takes_hold_on_a_t4_too(play: Play, tiny_folder: Folder) -> None:
+    options = {"entropy": "0.01", "kl": "0.02"}
+    more = {
+        **{f"objective.{name}": value for name, value in options.items()},
+        "train.inner_epochs": "2",
+        "lora.dropout": "0",
+    }
+    judge(rehearse("gsm8k-fast", "T4", play, tiny_folder, **more), "gsm8k-fast", "T4")
