@@ -58,6 +58,23 @@ def test_chunked_scores_equal_those_of_the_whole_logits_values_and_gradients(
         torch.testing.assert_close(left, right, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("entropy_learns", [True, False])
+def test_the_few_large_pieces_of_a_gpu_give_the_same(entropy_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rows in {"CHUNK_LOGITS": 5, "CACHED_LOGITS": 2, "GPU_CHUNK_LOGITS": 16}.items():
+        monkeypatch.setattr(logprobs, name, 40 * rows)
+    draw = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(23, 6, dtype=torch.float64, generator=draw, requires_grad=True)
+    head = OutputHead(torch.randn(40, 6, dtype=torch.float64, generator=draw), None, 1.0, None, 0.8)
+    labels_N = torch.randint(0, 40, (23,), generator=draw)
+    found = []
+    for on_gpu in (False, True):
+        scores = score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu)
+        loss = scores[0].sum() + (scores[1].square().sum() if entropy_learns else 0.0)
+        found.append([*scores, *torch.autograd.grad(loss, hidden_ND)])
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(small, large, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_whole_logits_tensor_never_exists(frozen: bool) -> None:
     """Neither forward nor backward may hold N x V entries: here 2,048 x 50,000, twelve chunks' worth."""

@@ -13,7 +13,8 @@ Shapes: M groups in a row, G siblings, S shared prompt tokens, N scored tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, per_token_weights
 from minigrpo.types import Group
+from minigrpo.utils.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,16 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return sum(group.tokens for group in self.groups)
+
+    def beside(self, scores_N: Tensor) -> MicroBatch:
+        """Return it with what the loss needs on the device of these scores and in their type, in one copy."""
+        all_names = ("advantages_N", "weights_N", "shares_N", "engine_N")
+        names = [name for name in all_names if getattr(self, name).device != scores_N.device]
+        if not names:
+            return self
+        stacked = torch.stack([getattr(self, name).to(scores_N.dtype) for name in names])
+        moved: dict[str, Any] = dict(zip(names, to_device(stacked, scores_N.device), strict=True))
+        return replace(self, **moved)
 
     @property
     def lengths(self) -> list[int]:

@@ -35,11 +35,18 @@ class LoadedModel:
 
 
 def pick_device(name: str) -> torch.device:
+    """Return the device of that name, and make a GPU with a number the current one.
+
+    What names no device (a graph's capture, the peak of memory, libraries) then means it, too. Raise ModelError where
+    it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).splitlines()[0]
         raise ModelError(f"model.device {name!r} cannot be used here ({reason}). See: minigrpo doctor") from None

@@ -21,6 +21,8 @@ CHUNK_LOGITS = 8 << 20
 """Logits that exist at a time: 32 MB in float32."""
 CACHED_LOGITS = 1 << 20
 """Logits computed at a time, so that they stay in the cache."""
+GPU_CHUNK_LOGITS = 32 << 20
+"""Logits that exist at a time on a GPU, 128 MB in float32: there a launch costs more than a cache saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +92,20 @@ class Float32Head(nn.Linear):
 
 
 def score_tokens(
-    hidden_ND: Tensor, labels_N: Tensor, head: OutputHead, *, entropy_learns: bool = False
+    hidden_ND: Tensor, labels_N: Tensor, head: OutputHead, *, entropy_learns: bool = False, on_gpu: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return logprobs_N of the labels (differentiable in hidden states and head) and entropy_N, in nats.
 
-    `entropy_learns`: the entropy is differentiable as well; it costs a second gradient per token.
+    `entropy_learns`: the entropy is differentiable as well; it costs a second gradient per token. `on_gpu`: in few
+    large pieces.
     """
-    size = max(1, CHUNK_LOGITS // head.weight_VD.shape[0])
+    V = head.weight_VD.shape[0]
+    size = max(1, (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS) // V)
+    at_once = size if on_gpu else max(1, CACHED_LOGITS // V)
     logprobs, entropies = [], []
     for hidden_nD, labels_n in zip(hidden_ND.split(size), labels_N.split(size), strict=True):
         if head.is_frozen:
-            logprobs_n, entropy_n = _FrozenHeadChunk.apply(hidden_nD, labels_n, head, entropy_learns)
+            logprobs_n, entropy_n = _FrozenHeadChunk.apply(hidden_nD, labels_n, head, entropy_learns, at_once)
         else:
             logprobs_n, entropy_n = _TrainedHeadChunk.apply(
                 hidden_nD, head.weight_VD, head.bias_V, labels_n, _TrainedHead(head, entropy_learns)
@@ -127,15 +132,14 @@ class _FrozenHeadChunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: OutputHead, entropy_learns: bool
+        ctx: Any, hidden_nD: Tensor, labels_n: Tensor, head: OutputHead, entropy_learns: bool, at_once: int
     ) -> tuple[Tensor, Tensor]:
-        # A few rows at a time: the result is the same, and what is read repeatedly stays in the processor's cache. The
-        # gradients take the place of the logits that they were computed from.
+        # On a CPU a few rows at once: the result is the same, and what is read repeatedly stays in the processor's
+        # cache. The gradients take the place of the logits that they were computed from.
         raw_nV, n = head.raw_logits(hidden_nD), len(labels_n)
         logit_grads = [raw_nV, *([torch.empty_like(raw_nV)] if entropy_learns else [])]
-        step = max(1, CACHED_LOGITS // raw_nV.shape[1])
         scored = []
-        for rows in (slice(start, start + step) for start in range(0, max(1, n), step)):
+        for rows in (slice(start, start + at_once) for start in range(0, max(1, n), at_once)):
             logits_rV = head.scaled_logits(raw_nV[rows])
             *figures, probs_rV = _score_logits(logits_rV, labels_n[rows])
             scored.append(figures)
@@ -151,10 +155,10 @@ class _FrozenHeadChunk(torch.autograd.Function):
         return logprobs_n, entropy_n
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         pairs = zip(ctx.saved_tensors, gradients, strict=False)
         hidden_grads = [(hidden_grad_nD * grad_n[:, None]).to(hidden_grad_nD.dtype) for hidden_grad_nD, grad_n in pairs]
-        return sum(hidden_grads[1:], hidden_grads[0]), None, None, None
+        return sum(hidden_grads[1:], hidden_grads[0]), None, None, None, None
 
 
 def _score_logits(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:

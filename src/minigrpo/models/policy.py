@@ -32,6 +32,7 @@ from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
 from minigrpo.utils.process import no_progress_bars
 from minigrpo.utils.rng import mix, name_key
+from minigrpo.utils.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Policy:
         device computes there; only the N numbers are moved.
         """
         if self.frozen_copy is not None:
-            return self._score(self.frozen_copy, batch).logprobs_N.to(self.device)
+            return to_device(self._score(self.frozen_copy, batch).logprobs_N, self.device)
         if self.starting_adapter is not None:
             with self._dropout_off(), self._with_starting_adapter(self.starting_adapter):
                 return self._score(self.model, batch).logprobs_N
@@ -173,21 +174,20 @@ class Policy:
                 dropout.step = step
 
     def _score(self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False) -> TokenScores:
-        labels_N = torch.tensor(batch.labels, device=device_of(model))
+        labels_N = to_device(torch.tensor(batch.labels), device_of(model))
         hidden_ND = self._shared_hidden(model, batch) if self.shares_prompts else self._padded_hidden(model, batch)
-        return TokenScores(
-            *score_tokens(hidden_ND, labels_N, OutputHead.of(model, self.temperature), entropy_learns=entropy_learns)
-        )
+        on_gpu = hidden_ND.device.type not in self.backend.segments_on
+        head = OutputHead.of(model, self.temperature)
+        return TokenScores(*score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu))
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return hidden states of the N scored positions, the last of one packed row."""
-        ids, positions = batch.input_row()
-        device = device_of(model)
+        ids_T, positions_T = to_device(torch.tensor(batch.input_row()), device_of(model))
         if self.dropouts:
             self._name_tokens(batch.token_names()[None])
         hidden_1TD = decoder_of(model)(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
             use_cache=False,
             layout=batch.layout,
             backend=self.backend,
@@ -210,16 +210,16 @@ class Policy:
             self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, position_T.expand_as(ids_BT)], -1))
         device = device_of(model)
         hidden_BTD = decoder_of(model)(
-            input_ids=ids_BT.to(device),
-            attention_mask=(position_T < stops).long().to(device),
+            input_ids=to_device(ids_BT, device),
+            attention_mask=to_device((position_T < stops).long(), device),
             use_cache=False,
         ).last_hidden_state
         scored = ((position_T >= starts) & (position_T < stops)).flatten().nonzero().flatten()
-        return hidden_BTD.flatten(0, 1).index_select(0, scored.to(device))
+        return hidden_BTD.flatten(0, 1).index_select(0, to_device(scored, device))
 
     def _name_tokens(self, names: Tensor) -> None:
         """Give every dropout the keys of the next pass's tokens, made from their names [..., 3]."""
-        names = names.to(self.device)
+        names = to_device(names, self.device)
         keys = mix(mix(mix(names[..., 0] + name_key(self.seed, "dropout")) + names[..., 1]) + names[..., 2])
         for dropout in self.dropouts:
             dropout.token_keys = keys

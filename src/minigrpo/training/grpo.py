@@ -148,14 +148,17 @@ def accumulate_gradient(
         if objective.kl > 0 and micro_batch.ref_N is None:
             micro_batch = replace(micro_batch, ref_N=policy.reference(micro_batch))
         scores = policy.logprobs(micro_batch, step=step, entropy_learns=objective.entropy > 0)
+        micro_batch = micro_batch.beside(scores.logprobs_N)
         loss = objective.loss(scores.logprobs_N, micro_batch, scores.entropy_N)
         policy.loss_scale.scaled(loss.total).backward()  # the scale is 1 except in float16
         for name, value in {**loss.figures, **sampler_gap(scores, micro_batch)}.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().cpu()
+            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         if micro_batch.old_N is None:
             micro_batch = replace(micro_batch, old_N=scores.logprobs_N.detach())
         done.append(micro_batch)
-    return done, {name: float(total) for name, total in sums.items()}
+    # Read in one piece and only now: a GPU is waited for once, not once for each figure of each pass.
+    totals = torch.stack(list(sums.values())).tolist() if sums else []
+    return done, dict(zip(sums, totals, strict=True))
 
 
 def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, settings: UpdateSettings) -> float:

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minigrpo.algorithms.packing import PackedLayout
 from minigrpo.models.attention import cpu
+from minigrpo.utils.transfer import to_device
 
 SHARED_PROMPT_ATTENTION = "minigrpo_shared_prompt"
 
@@ -149,7 +150,7 @@ class _Gather(torch.autograd.Function):
 def _slot_of_token(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the T slots, among segments * longest, that hold a token."""
     slots = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return slots.flatten().nonzero().flatten().to(device)
+    return to_device(slots.flatten().nonzero().flatten(), device)
 
 
 def _repeat_for_siblings(x_MHPD: Tensor, siblings: int) -> Tensor:
@@ -177,7 +178,7 @@ def _own_mask(layout: PackedLayout, window: int | None, device: torch.device) ->
     """Return [B, 1, C, P + C], True where a completion's token sees a key; cached for the layers of one pass."""
     G, own_B = layout.siblings, layout.own_B
     P, C = max(layout.shared_M), max(own_B)
-    shared_B1 = torch.tensor(layout.shared_M, device=device).repeat_interleave(G)[:, None]
+    shared_B1 = to_device(torch.tensor(layout.shared_M), device).repeat_interleave(G)[:, None]
     own_position_C = torch.arange(C, device=device)
     shared_position_P = torch.arange(P, device=device)
     query_position_BC1 = (shared_B1 + own_position_C)[..., None]
