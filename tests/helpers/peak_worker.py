@@ -83,7 +83,7 @@ def in_slots(policy: Policy, hollow: Policy, case: dict[str, Any]) -> tuple[int,
     planned = slot_rollout_cost(hollow, RolloutShape(groups, completions, prompt, completion), 1.0, "cpu").peak
     engine.generate(made_up(1, prompt), 2, Sampling(1.0, 4, 1))
     engine.update(policy)
-    engine._graphs = None
+    engine._graph_sets = []
     before = from_here()
     engine.generate(made_up(groups, prompt), completions, Sampling(1.0, completion, 1))
     return planned, status("VmHWM") - before

@@ -59,19 +59,31 @@ def test_a_state_is_used_again_and_nothing_of_an_earlier_call_is_left_in_it() ->
     states = []
     for lengths, seed in calls:
         assert said(fixed, rendered(lengths), seed=seed) == said(native, rendered(lengths), seed=seed)
-        states.append(fixed._graphs)
+        states.append(fixed._graph_sets[0])
     assert states[0] is states[1] is states[2] is states[3]
     assert states[4] is not states[3]  # longer than the room of the first
     assert said(fixed, rendered(PROMPTS), heat=0.0, n=1) == said(native, rendered(PROMPTS), heat=0.0, n=1)
+
+
+def test_an_evaluation_in_between_leaves_training_its_state() -> None:
+    native, fixed = both(make_policy(double=True))
+    said(fixed, rendered(PROMPTS))
+    training = fixed._graph_sets[0]
+    for evaluation in ((PROMPTS, 0.0, 1), ((5, 2), 0.0, 1), ((33,), 0.7, 2)):
+        lengths, heat, n = evaluation
+        assert said(fixed, rendered(lengths), heat, n=n) == said(native, rendered(lengths), heat, n=n)
+        assert said(fixed, rendered(PROMPTS), seed=9) == said(native, rendered(PROMPTS), seed=9)
+        assert fixed._graph_sets[0] is training
+        assert len(fixed._graph_sets) == cuda_graph.KEPT_SHAPES
 
 
 def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "CHECK_EVERY", 4)
     native, fixed = both(make_policy(double=True))
     assert said(fixed, rendered(PROMPTS), n=1) == said(native, rendered(PROMPTS), n=1)
-    assert fixed._graphs is not None
-    assert max(fixed._graphs._sizes) == 5
-    assert min(fixed._graphs._sizes) < 5
+    (graphs,) = fixed._graph_sets
+    assert max(graphs._sizes) == 5
+    assert min(graphs._sizes) < 5
 
 
 def test_prompts_are_told_as_they_end_each_once() -> None:
@@ -100,7 +112,7 @@ def test_update_takes_over_the_weights_where_they_are(sixteen_bit: bool) -> None
     said(fixed, rendered())
     with policy.adapter_off():
         fixed.update(policy)
-        assert (fixed._graphs is None) == sixteen_bit  # there the adapter is a pass of its own, which is gone
+        assert (not fixed._graph_sets) == sixteen_bit  # there the adapter is a pass of its own, which is gone
         _, fresh = both(policy)
         assert said(fixed, rendered()) == said(fresh, rendered())
 

@@ -8,7 +8,8 @@ import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
-from minigrpo.config.schema import Recipe, RolloutConfig
+from minigrpo.config.schema import AdapterConfig, Recipe, RolloutConfig
+from minigrpo.models.lora import add_lora
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.engines import kv_cache
 from minigrpo.rollouts.engines.native import NativeEngine
@@ -158,6 +159,40 @@ def test_in_sixteen_bit_the_adapter_is_a_pass_of_its_own_and_the_base_is_not_cop
     whole = torch.cat([m(normed) for m in projection.modules], -1)
     assert float((projection(x) - whole).abs().max()) < 0.05
     assert not torch.equal(projection(x), torch.cat([m.base_layer(normed) for m in projection.modules], -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_sixteen_bit_the_engine_rounds_as_the_policys_own_layers_do(dtype: torch.dtype) -> None:
+    """Product and sum of the adapter in one call, and one product for all A: to the last bit what training computes."""
+    policy = make_policy(lora=0.05)
+    for parameter in policy.model.get_base_model().parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    (layer, *_), module = open_native(policy).decoder.layers, policy.model.get_base_model().model.layers[0]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    heads = torch.randn(3, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    inner = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+    normed, after = layer.qkv.norm(x), layer.gate_up.norm(x)  # type: ignore[misc]
+    for projection, given, taken in ((layer.qkv, x, normed), (layer.gate_up, x, after)):
+        for part, own in zip(projection.parts(given), projection.modules, strict=True):
+            assert torch.equal(part, own(taken))
+    assert torch.equal(layer.out(heads), module.self_attn.o_proj(heads))
+    assert torch.equal(layer.down(inner), module.mlp.down_proj(inner))
+
+
+def test_in_sixteen_bit_layers_without_an_adapter_stand_beside_those_with_one() -> None:
+    policy = make_policy(lora=None)
+    policy.model.requires_grad_(False)
+    policy.model, _ = add_lora(policy.model.bfloat16(), AdapterConfig(rank=4, targets="q_proj,v_proj,up_proj"), seed=1)
+    set_lora(policy, 0.5)
+    layer = open_native(policy).decoder.layers[0]
+    for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        x = torch.randn(3, projection.bases[0].in_features, generator=torch.Generator().manual_seed(2)).bfloat16()
+        taken = x if projection.norm is None else projection.norm(x)
+        for part, own in zip(projection.parts(x), projection.modules, strict=True):
+            assert torch.equal(part, own(taken))
+    assert [B is not None for B in layer.qkv.Bs] == [True, False, True]
+    assert layer.down.joint_A is None
 
 
 def test_the_norm_that_lies_in_the_weights_is_the_norm() -> None:

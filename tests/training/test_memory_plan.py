@@ -275,6 +275,18 @@ def test_only_a_killed_update_leaves_a_note_and_only_where_memory_is_tight(tmp_p
     assert pop_crash_note(run) is None
 
 
+def test_the_slot_engine_of_a_gpu_keeps_the_caches_of_training_and_evaluation_during_updates() -> None:
+    sampling = {"prompts": 4, "completions": 8, "max_tokens": 64, "rows": 32}
+    slots = planned(10, rollout=sampling)  # "auto"
+    native = planned(10, rollout=sampling | {"engine": "native"})
+    when = {plan: next(line.when for line in plan.lines if line.name == "cache") for plan in (slots, native)}
+    assert (when[slots], when[native]) == ("always", "rollout")
+    shared, own, entry = 128, 64, 2 * 4 * 2 * 64 * 2  # slots a row; keys and values of 4 layers, 2 heads of 64, 16 bit
+    training, evaluation = (4 * shared + 32 * own) * entry, (32 * shared + 32 * own) * entry
+    assert slots.line("cache") == pytest.approx(training + evaluation, rel=0.02)
+    assert slots.at("update") - native.at("update") == slots.line("cache") + slots.line("rollout, passing")
+
+
 def test_the_place_decides_what_counts() -> None:
     config = tiny_config("qwen2")
     place = Device("cpu", torch.float32, 4 * GB, resident=GB, limit=2 * GB)

@@ -143,8 +143,8 @@ class RolloutConfig(Config):
     max_tokens: int = field(256, "longest completion", "tokens", ge=1, le=MOST_TOKENS)
     engine: EngineName = field(
         "auto",
-        "who samples; auto: native where the architecture is known to it; slots: the same at fixed shapes, recorded "
-        "as CUDA graphs on a GPU",
+        "who samples; auto: native, or on a GPU slots, where the architecture is known to them; slots: the same at "
+        "fixed shapes, recorded as CUDA graphs on a GPU",
     )
     server: str | None = field(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
     share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)

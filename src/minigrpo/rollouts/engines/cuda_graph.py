@@ -4,7 +4,8 @@ A small model on a large GPU waits for Python: some hundred kernels a token, eac
 step keeps its address and its shape, sampling and stopping included; so the kernels of a step are captured once (a CUDA
 graph) and replayed for every further token. GPU and CPU synchronize only every few tokens, to see which rows have
 ended. An ended row stays in the batch until half of the prompts have no active row; then the others move together, into
-a graph of half the size.
+a graph of half the size. All graphs share one pool of memory: they are replayed one at a time, and what a step leaves
+behind lies in its `State`.
 
 On a CPU the same step runs without a graph: slower than the native engine, and the same tokens.
 
@@ -27,6 +28,7 @@ from minigrpo.rollouts.engines.native import prefill_prompts
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
+from minigrpo.utils.transfer import to_device
 
 CHECK_EVERY = 16
 """Tokens between two checks of which rows have ended."""
@@ -34,6 +36,8 @@ MIN_OWN_SLOTS = 64
 """Own slots that the first tokens attend over; the number doubles as they fill, with one graph for each."""
 PROMPT_SLOT_STEP = 64
 """Shared slots are a multiple of it, so that batches of similar prompts reuse the graphs of earlier ones."""
+KEPT_SHAPES = 2
+"""Shapes whose states and graphs are kept: training's, and that of an evaluation in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,8 @@ class Step:
         own_key, own_value = s.own[index, 0, :, :, : self._c], s.own[index, 1, :, :, : self._c]
         query_BKRD = query.unflatten(1, (self.decoder.kv_heads, -1)) * layer.scaling
         shared_scores = self._from_grid(self._to_grid(query_BKRD) @ s.shared[index, 0].mT)
-        scores = torch.cat([shared_scores, query_BKRD @ own_key.mT], -1).float() + self._bias[layer.window]
+        # The mask is in float32, so the sum is, too: a conversion of its own would be one kernel more.
+        scores = torch.cat([shared_scores, query_BKRD @ own_key.mT], -1) + self._bias[layer.window]
         shared_probs, own_probs = scores.softmax(-1).to(query.dtype).split([P, self._c], -1)
         attended = own_probs @ own_value + self._from_grid(self._to_grid(shared_probs) @ s.shared[index, 1])
         return attended.flatten(1)
@@ -159,32 +164,39 @@ class Step:
         return x_MKgE.unflatten(2, (self.siblings, -1)).transpose(1, 2).flatten(0, 1)
 
 
+class GraphRecorder:
+    """Captures steps of one engine: on one side stream, into one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def record(self, step: Step, c: int) -> Any:
+        """Capture a graph. Libraries initialize in a first call, which cannot be captured: its changes are undone."""
+        before = [tensor.clone() for tensor in step.state.changing_tensors()]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            step(c)
+            for tensor, old in zip(step.state.changing_tensors(), before, strict=True):
+                tensor.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        # A reward may use the GPU in a thread of its own meanwhile: only this thread is held to what can be captured.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            step(c)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return graph
+
+
 class CapturedStep:
     """A step's kernels, captured at the first call for each number of own slots and replayed afterwards."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, recorder: GraphRecorder) -> None:
+        self.step, self.recorder = step, recorder
         self._graphs: dict[int, Any] = {}
 
     def __call__(self, c: int) -> None:
         if c not in self._graphs:
-            self._graphs[c] = self._record(c)
+            self._graphs[c] = self.recorder.record(self.step, c)
         self._graphs[c].replay()
-
-    def _record(self, c: int) -> Any:
-        """Capture a graph. Libraries initialize in a first call, which cannot be captured: its changes are undone."""
-        before = [tensor.clone() for tensor in self.step.state.changing_tensors()]
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            self.step(c)
-            for tensor, old in zip(self.step.state.changing_tensors(), before, strict=True):
-                tensor.copy_(old)
-        torch.cuda.current_stream().wait_stream(side_stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(c)
-        return graph
 
 
 class GraphSet:
@@ -211,6 +223,42 @@ class GraphSet:
         return self._sizes[size]
 
 
+class Transcript:
+    """What the host knows of the rows of a batch, prompt by prompt: read in one piece, because each reading waits."""
+
+    def __init__(self, state: State, rows: int) -> None:
+        self.state, self.rows = state, rows
+        self.tokens_B: list[list[int]] = [[] for _ in range(rows)]
+        self.logprobs_B: list[list[float]] = [[] for _ in range(rows)]
+        self.lengths_B = [0] * rows
+        self.stopped_B = [False] * rows
+
+    def read(self, so_far: int) -> None:
+        """Read what the rows have come to after so many tokens."""
+        s, rows, fresh = self.state, slice(self.rows), slice(len(self.tokens_B[0]), so_far)
+        columns = (
+            s.lengths_B[rows, None],
+            s.stopped_B[rows, None],
+            s.tokens_BC[rows, fresh],
+            s.logprobs_BC[rows, fresh],
+        )
+        table = torch.cat([column.double() for column in columns], -1)  # float64 holds token ids and float32 alike
+        width = so_far - len(self.tokens_B[0])
+        for row, (length, stopped, *figures) in enumerate(table.tolist()):
+            self.lengths_B[row], self.stopped_B[row] = int(length), bool(stopped)
+            self.tokens_B[row] += map(int, figures[:width])
+            self.logprobs_B[row] += figures[width:]
+
+    def active_prompts(self, siblings: int) -> set[int]:
+        """Return the prompts of which a row goes on."""
+        return {row // siblings for row, stopped in enumerate(self.stopped_B) if not stopped}
+
+    def completion(self, row: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the tokens of a row and their log-probabilities."""
+        length = self.lengths_B[row]
+        return tuple(self.tokens_B[row][:length]), tuple(self.logprobs_B[row][:length])
+
+
 class SlotEngine:
     """Samples from one policy; its graphs read the weights in place."""
 
@@ -222,14 +270,16 @@ class SlotEngine:
         self.decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings())
         self.tokenizer, self.context, self.rows = policy.tokenizer, context_length(policy.model), rows
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.decoder.device)
-        self._graphs: GraphSet | None = None
+        self._recorder = GraphRecorder(self.decoder.device) if self.decoder.device.type == "cuda" else None
+        self._graph_sets: list[GraphSet] = []
+        """The last used comes first."""
 
     def update(self, policy: Any) -> None:
         """Copy the weights to the same addresses; discard the graphs where an adapter was switched on or off."""
         addresses = [tensor.data_ptr() for tensor in self.decoder.weight_copies()]
         self.decoder.refresh()
         if [tensor.data_ptr() for tensor in self.decoder.weight_copies()] != addresses:
-            self._graphs = None
+            self._graph_sets = []
 
     def generate(
         self,
@@ -253,52 +303,58 @@ class SlotEngine:
     ) -> list[tuple[Completion, ...]]:
         graphs = self._start_batch(prompts, n, sampling)
         state, step = graphs.for_prompts(len(prompts))
+        slots = list(range(len(state.length_M)))  # the prompt that each slot holds
+        transcript = Transcript(graphs.full_state, len(prompts) * n)
         done: dict[int, tuple[Completion, ...]] = {}
         for so_far in range(sampling.max_tokens):
             step(own_slots(so_far, sampling.max_tokens))
             last = so_far + 1 == sampling.max_tokens
             if not last and (so_far + 1) % CHECK_EVERY:
                 continue
-            count_M = state.active_B.view(-1, n).sum(1)
-            active_M, counts = count_M > 0, count_M.tolist()
-            prompt_indices = state.row_B.view(-1, n)[:, 0].div(n, rounding_mode="floor").tolist()
-            active = {
-                prompt_index for prompt_index, count in zip(prompt_indices, counts, strict=True) if count and not last
-            }
+            transcript.read(so_far + 1)
+            active = set() if last else transcript.active_prompts(n)
             for prompt_index in sorted(set(range(len(prompts))) - done.keys() - active):
-                done[prompt_index] = self._completions(graphs.full_state, prompts, prompt_index, n)
+                done[prompt_index] = self._completions(transcript, prompts[prompt_index], prompt_index, n)
                 counter.finish(start + prompt_index, done[prompt_index])
             if not active:
                 break
-            counter.show(sum(counts) * (so_far + 1))
-            if len(active) <= len(active_M) // 2:
+            counter.show(transcript.stopped_B.count(False) * (so_far + 1))
+            if len(active) <= len(slots) // 2:
                 narrower = graphs.for_prompts(len(active))
                 # All active prompts, then ended ones to fill the slots: no completion may have two slots.
-                state.move_up(torch.argsort(~active_M, stable=True)[: len(narrower[0].length_M)], n)
+                order = sorted(range(len(slots)), key=lambda slot: slots[slot] not in active)
+                order = order[: len(narrower[0].length_M)]
+                state.move_up(to_device(torch.tensor(order), self.decoder.device), n)
+                slots = [slots[slot] for slot in order]
                 state, step = narrower
         return [done[prompt_index] for prompt_index in range(len(prompts))]
 
     def _start_batch(self, prompts: Sequence[Rendered], n: int, sampling: Sampling) -> GraphSet:
         """Return state and steps filled with these prompts, reusing those of an earlier call where they fit."""
         M, P = len(prompts), max(len(prompt.ids) for prompt in prompts) - 1
-        graphs, key = self._graphs, (n, sampling.max_tokens, sampling.temperature)
-        if graphs is None or not graphs.fits(key, M, P):
-            self._graphs = graphs = None  # free the old one first
-            self._graphs = graphs = self._build_graphs(
-                key, M, -(-P // PROMPT_SLOT_STEP) * PROMPT_SLOT_STEP or PROMPT_SLOT_STEP
-            )
+        graphs = self._graphs_for((n, sampling.max_tokens, sampling.temperature), M, P)
         state = graphs.full_state
         if P:  # slots behind the prompt are masked
             prefill_prompts(self.decoder, prompts, self.decoder.rope_table(P), state.shared)
-        rows = torch.arange(len(state.row_B))
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
-        state.stream_B[: M * n] = torch.tensor(streams)
-        state.input_B[: M * n] = torch.tensor([p.ids[-1] for p in prompts for _ in range(n)])
-        state.length_M[:M] = torch.tensor([len(p.ids) - 1 for p in prompts])
+        last_ids = [p.ids[-1] for p in prompts for _ in range(n)]
+        rows = torch.arange(len(state.row_B), device=self.decoder.device)
+        state.stream_B[: M * n], state.input_B[: M * n] = to_device(torch.tensor([streams, last_ids]), rows.device)
+        state.length_M[:M] = to_device(torch.tensor([len(p.ids) - 1 for p in prompts]), rows.device)
         state.row_B.copy_(rows)
         state.active_B.copy_(rows < M * n)
         for tensor in (state.lengths_B, state.stopped_B, state.so_far):
             tensor.zero_()
+        return graphs
+
+    def _graphs_for(self, key: tuple[int, int, float], prompts: int, shared: int) -> GraphSet:
+        """Return graphs that fit, of an earlier call or new ones; of others, the last used are kept."""
+        fitting = [graphs for graphs in self._graph_sets if graphs.fits(key, prompts, shared)]
+        others = [graphs for graphs in self._graph_sets if graphs.key != key]
+        self._graph_sets = others = others[: KEPT_SHAPES - 1]  # what is let go is freed before anything is built
+        slots = -(-shared // PROMPT_SLOT_STEP) * PROMPT_SLOT_STEP or PROMPT_SLOT_STEP
+        graphs = fitting[0] if fitting else self._build_graphs(key, prompts, slots)
+        self._graph_sets = [graphs, *others]
         return graphs
 
     def _build_graphs(self, key: tuple[int, int, float], prompts: int, shared: int) -> GraphSet:
@@ -307,22 +363,20 @@ class SlotEngine:
 
         def make_step(state: State) -> Callable[[int], None]:
             step = Step(self.decoder, state, n, rope=rope, stop_ids_s=self.stop_ids_s, temperature=temperature)
-            return CapturedStep(step) if self.decoder.device.type == "cuda" else step
+            return step if self._recorder is None else CapturedStep(step, self._recorder)
 
         return GraphSet(key, State.empty(self.decoder, prompts, n, shared=shared, own=longest), make_step)
 
     def _completions(
-        self, state: State, prompts: Sequence[Rendered], prompt_index: int, n: int
+        self, transcript: Transcript, prompt: Rendered, prompt_index: int, n: int
     ) -> tuple[Completion, ...]:
-        rows = slice(prompt_index * n, (prompt_index + 1) * n)
-        lengths, stopped = state.lengths_B[rows].tolist(), state.stopped_B[rows].tolist()
-        done = zip(state.tokens_BC[rows].tolist(), state.logprobs_BC[rows].tolist(), lengths, strict=True)
-        own = [(tuple(ids[:length]), tuple(logprobs[:length])) for ids, logprobs, length in done]
-        refuse_broken_logits(prompts[prompt_index].prompt.id, [logprobs for _, logprobs in own])
+        rows = range(prompt_index * n, (prompt_index + 1) * n)
+        own = [transcript.completion(row) for row in rows]
+        refuse_broken_logits(prompt.prompt.id, [logprobs for _, logprobs in own])
         texts = self.tokenizer.batch_decode([ids for ids, _ in own], skip_special_tokens=True)
         return tuple(
-            Completion(text, ids, logprobs, "stop" if stop else "length")
-            for text, (ids, logprobs), stop in zip(texts, own, stopped, strict=True)
+            Completion(text, ids, logprobs, "stop" if transcript.stopped_B[row] else "length")
+            for text, (ids, logprobs), row in zip(texts, own, rows, strict=True)
         )
 
 

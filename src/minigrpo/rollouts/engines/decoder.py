@@ -54,6 +54,8 @@ class Projection:
         self.is_fused = all(base.weight.dtype == torch.float32 for base in self.bases)
         if self.is_fused:
             self.fused = torch.cat([weight.detach() for weight in self.weights])
+        self.joint_A: Tensor | None = None
+        self.Bs: list[Tensor | None] = [None for _ in modules]
         self.refresh()
 
     @torch.no_grad()
@@ -61,13 +63,7 @@ class Projection:
         """Copy the current weights and adapter."""
         pairs = [active_lora(module) for module in self.modules]
         if not self.is_fused:
-            dtype = compute_dtype(self.bases[0])
-            new_pairs = [pair and (pair[0].to(dtype, copy=True), (pair[1] * pair[2]).to(dtype)) for pair in pairs]
-            old_pairs = getattr(self, "pairs", [None] * len(new_pairs))
-            self.pairs = [
-                new and (copy_in_place(old and old[0], new[0]), copy_in_place(old and old[1], new[1]))
-                for old, new in zip(old_pairs, new_pairs, strict=True)
-            ]
+            self._refresh_adapters(pairs)
             return
         for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
             fused.copy_(weight)
@@ -81,6 +77,17 @@ class Projection:
         biased = any(bias is not None for bias in self.biases)
         self.fused_bias = copy_in_place(getattr(self, "fused_bias", None), torch.cat(filled_biases)) if biased else None
 
+    def _refresh_adapters(self, pairs: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
+        """Copy the adapters beside weights that stay as they are: every A in one piece, since all read the same x."""
+        dtype = compute_dtype(self.bases[0])
+        present = [pair[0] for pair in pairs if pair is not None]
+        self.ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+        self.joint_A = copy_in_place(self.joint_A, torch.cat(present).to(dtype)) if present else None
+        self.Bs = [
+            None if pair is None else copy_in_place(old, (pair[1] * pair[2]).to(dtype))
+            for old, pair in zip(self.Bs, pairs, strict=True)
+        ]
+
     def add_to(self, residual_nW: Tensor, x: Tensor) -> Tensor:
         """Return residual + self(x), in one call where possible."""
         if self.is_fused and self.fused_bias is None and x.ndim == 2:
@@ -91,12 +98,21 @@ class Projection:
         """Map [..., W] to [..., sum of sizes]."""
         if self.is_fused:
             return onednn.linear(x if self.norm is None else self.norm.unit_rms(x), self.fused, self.fused_bias)
-        x = x if self.norm is None else self.norm(x)
-        outputs = []
-        for base, pair in zip(self.bases, self.pairs, strict=True):
-            y = base(x)
-            outputs.append(y if pair is None else y + linear(linear(x, pair[0]), pair[1]))
+        outputs = self.parts(x)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Map [..., W] to what each layer makes of it, [..., its size]."""
+        if self.is_fused:
+            return list(self(x).split(self.sizes, -1))
+        x = x if self.norm is None else self.norm(x)
+        outputs: list[Tensor] = [base(x) for base in self.bases]
+        if self.joint_A is not None:
+            thin_nR = linear(x, self.joint_A).view(-1, len(self.joint_A))
+            for y, thin_nr, B in zip(outputs, thin_nR.split(self.ranks, -1), self.Bs, strict=True):
+                if B is not None:  # product and sum in one call, rounded once, as in the policy's own layer
+                    y.view(-1, y.shape[-1]).addmm_(thin_nr, B.T)
+        return outputs
 
 
 def copy_in_place(old: Tensor | None, new: Tensor) -> Tensor:
@@ -236,7 +252,7 @@ class Decoder:
                 copies += (
                     [projection.fused, projection.fused_bias]
                     if projection.is_fused
-                    else [each for pair in projection.pairs for each in pair or ()]
+                    else [projection.joint_A, *projection.Bs]
                 )
             copies += [layer.qk_norm.weight_HD] if layer.qk_norm else []
         return [tensor for tensor in copies if tensor is not None]
@@ -273,7 +289,7 @@ class Decoder:
         return query if rope.query_scale is None else query * rope.query_scale, key, value
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(x).chunk(2, -1)
+        gate, up = layer.gate_up.parts(x)
         return layer.down.add_to(x, layer.act(gate) * up)
 
     @torch.no_grad()

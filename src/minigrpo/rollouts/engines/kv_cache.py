@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minigrpo.rollouts.engines.decoder import Decoder, Layer
+from minigrpo.utils.transfer import to_device
 
 FIRST_SLOTS = 64
 MAX_COPIED_BYTES = 1 << 23
@@ -115,7 +116,7 @@ class SharedPrompts:
         self.decoder, self.shared, self.siblings, self.max_tokens = decoder, shared, siblings, max_tokens
         L, _, M, K, _, D = shared.shape
         self.own = shared.new_empty(L, 2, M * siblings, K, min(FIRST_SLOTS, max_tokens), D)
-        self.lengths_M = torch.tensor(lengths_M, device=shared.device)
+        self.lengths_M = to_device(torch.tensor(lengths_M), shared.device)
         self.prompt_M = torch.arange(M, device=shared.device)
 
     def assign(self, row_n: Tensor) -> None:

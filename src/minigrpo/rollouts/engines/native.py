@@ -21,6 +21,7 @@ from minigrpo.rollouts.engines.kv_cache import cache_class
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform
+from minigrpo.utils.transfer import to_device
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
 """(tokens_n, row_n, tokens so far) -> which rows end here. `row_n` counts completions of the call, prompt by prompt."""
@@ -120,15 +121,15 @@ class DecodeBatch:
         lengths_M = [len(prompt.ids) - 1 for prompt in prompts]
         self.rope = decoder.rope_table(max(lengths_M) + sampling.max_tokens)
         streams = [name_key(sampling.seed, p.prompt.id, sibling) for p in prompts for sibling in range(n)]
-        self.stream_B = torch.tensor(streams, device=device)
+        self.stream_B = to_device(torch.tensor(streams), device)
         self.tokens_CB = torch.zeros(sampling.max_tokens, B, dtype=torch.long, device=device)
         self.logprobs_CB = torch.zeros(sampling.max_tokens, B, device=device)
         self.lengths_B = torch.full((B,), sampling.max_tokens, device=device)
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
         # Slots 0 .. n - 1 are the active rows; slot i holds completion row_n[i], whose next token is at place_n[i].
         self.row_n = torch.arange(B, device=device)
-        self.input_n = torch.tensor([p.ids[-1] for p in prompts for _ in range(n)], device=device)
-        self.position_n = torch.tensor(lengths_M, device=device).repeat_interleave(n)
+        self.input_n = to_device(torch.tensor([p.ids[-1] for p in prompts for _ in range(n)]), device)
+        self.position_n = to_device(torch.tensor(lengths_M), device).repeat_interleave(n)
         cache_type = cache_class(decoder, lengths_M, n, sampling.max_tokens, device.type)
         self.cache = cache_type(decoder, self._prefill(prompts, max(lengths_M)), lengths_M, n, sampling.max_tokens)
         self.cache.assign(self.row_n)
@@ -200,7 +201,7 @@ def prefill_prompts(decoder: Decoder, prompts: Sequence[Rendered], rope: Rope, s
     """Fill `shared` [L, 2, M, K, P, D] with each prompt without its last token; padding behind it is masked."""
     P = max(len(prompt.ids) for prompt in prompts) - 1
     padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
-    ids_MP = torch.tensor(padded, device=decoder.device)
+    ids_MP = to_device(torch.tensor(padded), decoder.device)
     at_once = max(1, PREFILL_TOKENS // P)
     for start in range(0, len(prompts), at_once):
         span = slice(start, min(start + at_once, len(prompts)))

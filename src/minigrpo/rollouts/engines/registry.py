@@ -18,14 +18,27 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
     """
     from minigrpo.rollouts.engines.decoder import decoder_supports
 
-    name = recipe.rollout.engine
-    if name == "auto":
-        name = "native" if decoder_supports(policy.model) and not has_dora(policy.model) else "transformers"
-    elif name in ("native", "slots") and not decoder_supports(policy.model):
+    name = engine_name(recipe, policy.model, policy.device.type)
+    if name in ("native", "slots") and not decoder_supports(policy.model):
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
     check_engine(policy.model, name)
     return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
+
+
+def engine_name(recipe: Recipe, model: Any, device: str) -> str:
+    """Return the recipe's engine, or the one that "auto" stands for on this kind of device (cpu, cuda ...).
+
+    On a GPU that is `slots`: launching a small model's kernels one by one takes longer than they do. 4-bit layers stay
+    with `native`: nobody has captured their kernels yet.
+    """
+    from minigrpo.rollouts.engines.decoder import decoder_supports
+
+    if recipe.rollout.engine != "auto":
+        return recipe.rollout.engine
+    if not decoder_supports(model) or has_dora(model):
+        return "transformers"
+    return "slots" if device == "cuda" and recipe.model.quantize == "none" else "native"
 
 
 def stop_ids(policy: Any) -> frozenset[int]:

@@ -9,7 +9,7 @@ may exceed that of equally long ones. Where memory runs out all the same, traini
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from minigrpo.models.attention.shared_prompt import CACHED_MASKS
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import moment_bytes
 from minigrpo.rollouts.engines.decoder import decoder_supports
+from minigrpo.rollouts.engines.registry import engine_name
 from minigrpo.training.memory.meta import (
     PassCost,
     UnplannableError,
@@ -41,6 +42,12 @@ from minigrpo.training.memory.rollout_cost import (
 from minigrpo.utils.process import onednn_products
 
 When = Literal["always", "rollout", "update"]
+
+ROLLOUT_COSTS = {
+    "native": native_rollout_cost,
+    "slots": slot_rollout_cost,
+    "transformers": transformers_rollout_cost,
+}
 
 BUDGET_SHARE = 0.9
 """The share of the budget that a plan may fill: an allocator cannot use every gap between two blocks, and other
@@ -295,9 +302,11 @@ class _Planner:
     def _rollout_lines(self, rows: int, cost: RolloutCost) -> tuple[PlanLine, ...]:
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
+        # Graphs know addresses: their caches, and the memory their kernels pass through, are kept between rollouts.
+        when: When = "always" if self.engine == "slots" and self.device.device == "cuda" else "rollout"
         return (
-            PlanLine("cache", cost.cache, "rollout", f"keys and values: {rows} rows, {longest}"),
-            PlanLine("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
+            PlanLine("cache", cost.cache, when, f"keys and values: {rows} rows, {longest}"),
+            PlanLine("rollout, passing", cost.passing, when, f"highest in {cost.phase}"),
         )
 
     @cached_property
@@ -307,12 +316,23 @@ class _Planner:
         if not self.rollout:
             return rows, RolloutCost(0, 0, 0, "")
         while True:
-            cost = max((self._sampled(shape) for shape in self._rollout_shapes(rows)), key=lambda cost: cost.peak)
+            cost = self._side_by_side([self._sampled(shape) for shape in self._rollout_shapes(rows)])
             held = self._held(cost.copies)
             room = BUDGET_SHARE * self._budget(held) - sum(line.bytes for line in held)
             if cost.peak <= room or rows <= self.recipe.rollout.completions:
                 return min(rows, max(shape.rows for shape in self._rollout_shapes(rows))), cost
             rows = max(rows // 2, self.recipe.rollout.completions)
+
+    @cached_property
+    def engine(self) -> str:
+        return engine_name(self.recipe, self.bare.model, self.device.device)
+
+    def _side_by_side(self, costs: Sequence[RolloutCost]) -> RolloutCost:
+        """Return the cost of rollouts of these shapes: of the dearest, but the slot engine keeps the caches of all."""
+        dearest = max(costs, key=lambda cost: cost.peak)
+        if self.engine != "slots":
+            return dearest
+        return replace(dearest, cache=sum(cost.cache for cost in costs), passing=max(cost.passing for cost in costs))
 
     def _rollout_shapes(self, rows: int) -> tuple[RolloutShape, ...]:
         """Return the shapes of training and of evaluation, which has one completion for each prompt."""
@@ -326,9 +346,7 @@ class _Planner:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
             return RolloutCost(0, 0, int(share * self.device.free), "vLLM")
-        engine, supported = self.recipe.rollout.engine, decoder_supports(self.bare.model)
-        ours = slot_rollout_cost if engine == "slots" else native_rollout_cost
-        count = ours if engine != "transformers" and supported else transformers_rollout_cost
+        count = ROLLOUT_COSTS[self.engine] if decoder_supports(self.bare.model) else transformers_rollout_cost
         try:
             return count(self.bare, shape, self.recipe.rollout.temperature, self.device.device)
         except (NotImplementedError, RuntimeError) as fault:
