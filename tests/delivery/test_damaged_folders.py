@@ -215,7 +215,7 @@ def test_layers_that_peft_does_not_find_are_told_when_a_merge_is_proved(
 ) -> None:
     adapter = Path(shutil.copytree(parts / "run" / "adapter", tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", target_modules=targets)
-    with pytest.raises(MinigrpoError, match="PEFT cannot put .*adapter on .*base"):
+    with pytest.raises(MinigrpoError, match=r"PEFT cannot put .*adapter on .*base"):
         merge(adapter, base=str(parts / "base"), out=tmp_path / "merged", quiet=True)
     assert not (tmp_path / "merged").exists()
 
