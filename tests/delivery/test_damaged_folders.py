@@ -207,3 +207,21 @@ def test_a_part_of_a_config_that_is_no_object_is_told_by_its_name(parts: Path, t
     edit_json(base / "config.json", **{name: 3})
     with pytest.raises(MinigrpoError, match=rf"config\.json: {name} is 3, and must be an object"):
         merge(RunDir(parts / "run").adapter, base=str(base), quiet=True)
+
+
+@pytest.mark.parametrize("targets", ["x", ".*"])
+def test_layers_that_peft_does_not_find_are_told_when_a_merge_is_proved(
+    parts: Path, tmp_path: Path, targets: str
+) -> None:
+    adapter = Path(shutil.copytree(parts / "run" / "adapter", tmp_path / "adapter"))
+    edit_json(adapter / "adapter_config.json", target_modules=targets)
+    with pytest.raises(MinigrpoError, match=r"PEFT cannot put .*adapter on .*base"):
+        merge(adapter, base=str(parts / "base"), out=tmp_path / "merged", quiet=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_metadata_of_a_header_that_is_no_text_is_refused_with_its_file(tmp_path: Path) -> None:
+    raw = json.dumps({"__metadata__": {"format": 3}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(MinigrpoError, match=r"x\.safetensors is damaged.*its metadata is"):
+        read_header(tmp_path / "x.safetensors")

@@ -276,6 +276,8 @@ def _scales_attention(config: Mapping[str, Any]) -> bool:
 def _write_config(file: Path, then: Mapping[str, Any], now: Mapping[str, Any], original: Path | None = None) -> None:
     """Write a config; where nothing changed, copy the original byte for byte."""
     if then != now:
-        file.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        text = json.dumps(now, indent=2, ensure_ascii=False) + "\n"
+        # Half a character has no bytes: it is escaped, as JSON does.
+        file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     elif original is not None:
         shutil.copyfile(original, file)

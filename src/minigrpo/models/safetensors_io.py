@@ -105,7 +105,7 @@ def read_header(file: Path) -> SafetensorsHeader:
         table = json.loads(raw if length <= size - 8 else b"")
         metadata = table.pop("__metadata__", {})
         tensors = [_parse_entry(name, entry, file, 8 + length) for name, entry in table.items()]
-        if not isinstance(metadata, dict):
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError(f"its metadata is {str(metadata)[:40]}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ArtifactError(

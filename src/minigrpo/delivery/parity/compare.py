@@ -287,8 +287,14 @@ def load_strictly(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a model with transformers, on the CPU. Raises ModelError for missing, unexpected or mismatched weights."""
     gc.collect()
     opener = model_class(open_config(folder))
-    with no_progress_bars():
-        model, info = opener.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    try:
+        with no_progress_bars():
+            model, info = opener.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except MinigrpoError:
+        raise
+    except Exception as fault:  # transformers and safetensors raise some twenty kinds between them
+        reason = " ".join(str(fault).split())[:200]
+        raise ModelError(f"{folder} could not be loaded: {type(fault).__name__}: {reason}") from fault
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ModelError(f"{folder} does not load as it should: {kind.replace('_', ' ')}: {sorted(info[kind])[0]}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minigrpo.delivery.artifacts.merged_weights import duplicate_heads, target_dtype
-from minigrpo.errors import ArtifactError, ModelError
+from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.adapter import ADAPTER_FILE, Adapter
 from minigrpo.models.loading import model_class, open_config
 from minigrpo.models.model_files import BaseFiles
@@ -200,10 +200,17 @@ def _skeleton(base: Path, adapter: Path) -> Any:
     """Return the base's architecture under the adapter, as PEFT builds it from its config, without any value."""
     from peft import LoraConfig, PeftModel
 
-    config, pair = open_config(base), LoraConfig.from_pretrained(str(adapter))
-    pair.init_lora_weights = True  # some ways to begin compute with the weights, and here are none
-    with torch.device("meta"):
-        return PeftModel(model_class(config).from_config(config, dtype=torch.float32), pair)
+    config = open_config(base)
+    try:
+        pair = LoraConfig.from_pretrained(str(adapter))
+        pair.init_lora_weights = True  # some ways to begin compute with the weights, and here are none
+        with torch.device("meta"):
+            return PeftModel(model_class(config).from_config(config, dtype=torch.float32), pair)
+    except MinigrpoError:
+        raise
+    except Exception as fault:  # of PEFT, and of Python where adapter_config.json holds something else
+        reason = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+        raise ModelError(f"PEFT cannot put {adapter} on {base}: {reason}. Save the adapter again with PEFT.") from fault
 
 
 _ENDS = (
