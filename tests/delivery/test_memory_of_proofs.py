@@ -127,7 +127,7 @@ def test_memory_of_the_weights_proof_does_not_grow_with_the_number_of_layers(tmp
     command = [sys.executable, "-c", GROWTH, *(str(run.path) for run in runs)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) < 16 * (4 * 512 * 4096)  # the largest weight, in float32
+    assert int(ended.stdout) < 24 * (4 * 512 * 4096)  # the largest weight, in float32; the model has 40 of them
 
 
 WHOLE = """

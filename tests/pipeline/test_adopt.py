@@ -9,10 +9,12 @@ import pytest
 
 from minigrpo.cli import main
 from minigrpo.config.load import load_recipe
+from minigrpo.delivery.hub.model_card import card_facts, render_card
 from minigrpo.delivery.merge.check import check
 from minigrpo.delivery.merge.merge import merge
 from minigrpo.delivery.verify import verify
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
+from minigrpo.models.loading import open_tokenizer
 from minigrpo.pipeline.adopt import adopt
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import adapted, edit_json, save_adapter, save_base
@@ -49,6 +51,23 @@ def test_the_command_names_the_next_one_and_leaves_the_given_folder_alone(
     assert "minigrpo check runs/theirs" in capsys.readouterr().out
     assert sorted(file.name for file in adapter.iterdir()) == before
     assert RunDir(tmp_path / "runs" / "theirs").exists()
+
+
+def test_an_adapter_without_a_tokenizer_gets_the_bases(adapter: Path, tmp_path: Path) -> None:
+    for file in [*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")]:
+        file.unlink()
+    run = adopt(adapter, RunDir(tmp_path / "run"), knobs=[("task.name", "wordproblems")])
+    ours, theirs = open_tokenizer(run.adapter), open_tokenizer(tmp_path / "base")
+    assert (ours.chat_template, ours("say 3")["input_ids"]) == (theirs.chat_template, theirs("say 3")["input_ids"])
+
+
+def test_the_page_of_an_adapter_of_another_tool_does_not_say_that_we_trained_it(adapter: Path, tmp_path: Path) -> None:
+    run = adopt(adapter, RunDir(tmp_path / "run"), knobs=[("task.name", "wordproblems")])
+    page = render_card(card_facts(run, {"adapter": "me/theirs-lora"}, online=False), "adapter")
+    assert "trained by another tool, merged and proved by minigrpo" in page
+    assert "LoRA of rank 4" in page
+    for word in ("GRPO", "- grpo", "steps of", "learning rate", "The whole recipe"):
+        assert word not in page
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def adopt(
     """
     from minigrpo.delivery.artifacts.merged_weights import weight_changes
     from minigrpo.models.adapter import read_adapter
+    from minigrpo.models.loading import open_tokenizer
     from minigrpo.models.model_files import find_base
 
     knobs = list(knobs)
@@ -47,9 +48,10 @@ def adopt(
         check_folder(theirs, run, resume=False)
         files = find_base(theirs.model.path, revision=theirs.model.revision, seed=theirs.seed)
         weight_changes(files, adapter)
+        tokenizer = None if (folder / "tokenizer_config.json").is_file() else open_tokenizer(files.folder)
         create_run(theirs, run)
         settle_base(run, theirs.model.path, files.fingerprint())
-        _copy_adapter(folder, run, theirs)
+        _copy_adapter(folder, run, theirs, tokenizer)
     return run
 
 
@@ -66,9 +68,12 @@ def _facts(config: Mapping[str, Any], base: str) -> list[tuple[str, Any]]:
     return [*facts, ("lora.rslora", bool(config.get("use_rslora")))]
 
 
-def _copy_adapter(folder: Path, run: RunDir, recipe: Recipe) -> None:
+def _copy_adapter(folder: Path, run: RunDir, recipe: Recipe, tokenizer: Any) -> None:
+    """Copy the adapter. `tokenizer`: the base's, where it lies without one: whoever loads it looks for it there."""
     with complete_folder(run.adapter) as draft:
         for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
             if file.suffix != ".pt" and file.name != "made.json":  # the optimizer's state, and another tool's stamps
                 shutil.copy2(file, draft / file.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
         write_json(draft / "made.json", {"made": stamp("adopt", recipe)})

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from minigrpo.config.load import load_recipe
+from minigrpo.delivery.artifacts.source import made_by
 from minigrpo.delivery.hub.client import format_bytes
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
 from minigrpo.delivery.hub.reward_svg import read_rewards
@@ -76,6 +77,7 @@ class CardFacts:
     vision: bool
     missing: Mapping[str, Any]
     remarks: tuple[str, ...]
+    adopted: bool
 
 
 def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: str | None = None) -> CardFacts:
@@ -114,6 +116,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
         vision="vision_config" in {**config, **whole},
         missing=vllm_config_overrides(config),
         remarks=(*stale, *(() if chosen else found[1])),
+        adopted=made_by(run.adapter) == "adopt",
     )
 
 
@@ -225,7 +228,7 @@ def render_card(facts: CardFacts, what: str) -> str:
         _proof(facts.stages),
         f"## Audit\n\n{plain(facts.audit)}" if facts.audit else "",
         _training(facts),
-        _recipe(facts.recipe),
+        "" if facts.adopted else _recipe(facts.recipe),  # its knobs are defaults, which trained nothing
         _versions(facts.versions),
     ]
     return render_page(card_metadata(facts, what), "\n\n".join(part for part in parts if part))
@@ -244,7 +247,7 @@ def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
         **library,
         "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
         **facts.licence,
-        "tags": ["grpo", *tags, "minigrpo"],
+        "tags": [*([] if facts.adopted else ["grpo"]), *tags, "minigrpo"],
         **({} if what == "gguf" else _model_index(facts, what)),  # GGUF files are rounded: the scores are not theirs
     }
 
@@ -266,10 +269,11 @@ def _model_index(facts: CardFacts, what: str) -> dict[str, Any]:
 def _opening(facts: CardFacts, what: str) -> str:
     kind = {"merged": "The whole model", "adapter": "The LoRA adapter", "gguf": "GGUF files for llama.cpp and Ollama"}
     others = [f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items() if name != what]
-    text = (
-        f"{kind[what]}: {facts.base_words}, trained with GRPO on the task {plain(facts.recipe['task']['name'])} by "
-        "minigrpo."
-    )
+    task = plain(facts.recipe["task"]["name"])
+    how = f"trained with GRPO on the task {task} by minigrpo"
+    if facts.adopted:
+        how = f"trained by another tool, merged and proved by minigrpo, judged by the task {task}"
+    text = f"{kind[what]}: {facts.base_words}, {how}."
     if facts.vision and what == "gguf":
         text += " Only the part that reads text; the vision tower was not changed, so the base's own `mmproj` serves."
     return text + (f"\n\nThe same model elsewhere: {', '.join(others)}." if others else "")
@@ -352,6 +356,11 @@ def _rounded(stage: Mapping[str, Any]) -> str:
 
 def _training(facts: CardFacts) -> str:
     recipe = facts.recipe
+    if facts.adopted:
+        return (
+            f"## Training\n\nAnother tool trained the adapter (LoRA of rank {recipe['lora']['rank']}). minigrpo was "
+            "given the result, and knows nothing of how it came about."
+        )
     adapter = "every parameter" if recipe["train"]["full"] else f"LoRA of rank {recipe['lora']['rank']}"
     text = (
         f"## Training\n\n{recipe['train']['steps']} steps of {plain(recipe['objective']['name'])} at a learning rate "
@@ -462,6 +471,7 @@ def _run_gguf(facts: CardFacts) -> str:
     kind = "Q8_0" if "Q8_0" in formats else formats[0]
     file = next(name for name, entry in facts.gguf.items() if entry["format"] == kind)
     temperature = facts.recipe["rollout"]["temperature"]
+    begin = "While" if facts.adopted else f"It was trained at temperature {temperature:g}; while"
     system = ("-sys", facts.system) if facts.system else ()
     llama = command_line("llama-cli", "-hf", f"{repo}:{kind}", *system) + "\n"
     if facts.system:
@@ -476,8 +486,7 @@ def _run_gguf(facts: CardFacts) -> str:
     )
     return (
         f"llama.cpp:\n\n{fenced(llama, 'bash')}\n\nOllama:\n\n{fenced(ollama, 'bash')}\n\n"
-        f"It was trained at temperature {temperature:g}; while the repository is private, both need the right to "
-        "read it."
+        f"{begin} the repository is private, both need the right to read it."
     )
 
 
