@@ -187,8 +187,8 @@ class _Again:
         if reached < done:
             cost = command_line("minigrpo", "replay", self.run.path)
             self.found.unshown.append(
-                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. They can "
-                f"be done from further back; what that costs: {cost}"
+                f"{done - reached} of {done} steps could not be drawn: the checkpoints before them were removed. They "
+                f"can be done from further back; what that costs: {cost}"
             )
 
     def _replay(self, opened: OpenedRun, stretch: Stretch, report: Any) -> None:
