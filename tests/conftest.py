@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for reason in reasons_to_skip(item.iter_markers(), extras):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def leaves_threads_as_they_were() -> Iterator[None]:
+    """Fail a test that leaves torch with other threads: those after it would wait for one another."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None and (after := sys.modules["torch"].get_num_threads()) != before:
+        sys.modules["torch"].set_num_threads(before)
+        pytest.fail(f"the test leaves torch with {after} threads in place of {before}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ A name is imported when it is first used, so `import minigrpo` loads no torch. M
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,11 @@ if TYPE_CHECKING:
     from minigrpo.types import Task as Task
 
 __version__ = "0.1.0"
+
+# OpenMP reads it when torch is loaded. By default a thread that has nothing to do spins until the others are done:
+# beside one busy process it holds the core that the last of them needs, and a step takes many times as long
+# (docs/speed.md). One that sleeps is woken within microseconds. It changes no bit, and a value that is set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HOMES = {
     "minigrpo.types": ("Completion", "Engine", "Grade", "Group", "Prompt", "Sampling", "Task"),

@@ -130,6 +130,7 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     spy("plan", FakePlan(True))
     monkeypatch.setattr(attack, "attack_task", lambda *_, **__: NOTHING_FOUND)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
+    (tmp_path / "train.py").write_text("GRPOTrainer(model='M', args=GRPOConfig(max_steps=1))\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
         # Most of these need a trained run, or an adapter.
@@ -140,6 +141,7 @@ def test_every_example_in_the_help_is_a_command_that_parses(
 @dataclass(frozen=True)
 class FakeVerdict:
     go: bool
+    after_warmup: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"go": self.go}

@@ -278,5 +278,5 @@ def test_a_copy_goes_to_the_cpu_where_the_gpu_has_no_room_for_it_beside_what_tra
 def test_training_everything_in_sixteen_bit_is_refused_with_both_ways_out(tiny_folder: Callable[..., Path]) -> None:
     recipe = whole_recipe(tiny_folder())
     recipe = recipe.model_copy(update={"model": ModelConfig(path=recipe.model.path, dtype="bfloat16")})
-    with pytest.raises(ModelError, match=r"gives bfloat16 here.*--model\.dtype float32, or train an adapter"):
+    with pytest.raises(ModelError, match=r"model\.dtype is bfloat16.*--model\.dtype auto, or train an adapter"):
         open_policy(recipe)

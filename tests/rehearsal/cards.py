@@ -75,6 +75,7 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         minor=card.capability[1],
         total_memory=card.memory,
         multi_processor_count=card.multiprocessors,
+        is_integrated=False,
     )
     answers: dict[str, Any] = {
         "is_available": lambda: True,

@@ -139,7 +139,7 @@ def test_a_reward_that_computes_on_the_gpu_in_its_own_thread_does_not_break_a_ca
     capturing: list[str] = []
 
     @contextmanager
-    def capture(graph: Any, capture_error_mode: str = "global") -> Iterator[None]:
+    def capture(graph: Any, capture_error_mode: str = "global", **_: Any) -> Iterator[None]:
         capturing.append(capture_error_mode)
         yield
         capturing.clear()
@@ -155,12 +155,13 @@ def test_a_reward_that_computes_on_the_gpu_in_its_own_thread_does_not_break_a_ca
         "current_stream": MagicMock,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": MagicMock,
+        "graph_pool_handle": MagicMock,
         "graph": capture,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     step: Any = lambda own: reward()  # noqa: E731 (what a grader's thread does while the step is captured)
     step.state = SimpleNamespace(changing_tensors=list)
-    cuda_graph.CapturedStep(step)(64)
+    cuda_graph.CapturedStep(step, cuda_graph.GraphRecorder(torch.device("cuda")))(64)
     assert graded == [False, True]  # once before the capture, once inside it
 
 

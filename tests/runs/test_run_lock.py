@@ -98,11 +98,12 @@ WRITING: dict[str, tuple[str, ...]] = {
 BESIDE: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "RUN"),  # adds a file of its own
     "replay": ("replay", "RUN", "--step", "1"),
+    "fork": ("fork", "RUN", "--at", "1", "--set", "train.lr=1e-5", "--steps", "1"),
     "serve": ("serve", "RUN", "--once"),
     "merge warmup": ("merge", "RUN/warmup"),  # to look at it while the run trains
     "check checkpoint": ("check", "RUN/checkpoints/000001"),
 }
-WITHOUT_RUN = {"plan", "check-task", "doctor", "sandbox", "tasks", "recipes"}
+WITHOUT_RUN = {"plan", "check-task", "doctor", "sandbox", "tasks", "recipes", "view"}  # view: of a folder of runs
 
 
 def refusal(arguments: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]) -> str:
