@@ -151,7 +151,7 @@ def test_a_reward_that_computes_on_the_gpu_in_its_own_thread_does_not_break_a_ca
 
     graded: list[bool] = []
     for name, fake in {
-        "Stream": MagicMock,
+        "Stream": lambda device: MagicMock(),
         "current_stream": MagicMock,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": MagicMock,
