@@ -117,6 +117,7 @@ def test_the_notebook_for_colab_runs_from_top_to_bottom(executed: Any, home: Pat
     assert [file.name for file in (run / "evals").glob("*.json")] == ["tiny-gsm8k-test.json"]
 
 
+@pytest.mark.long
 def test_the_notebook_for_sudoku_runs_from_top_to_bottom(sudoku: Any, home: Path) -> None:
     run = home / "runs/play"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS

@@ -134,6 +134,7 @@ def test_where_nothing_is_forced_only_prompts_must_be_the_same() -> None:
         same_work((), step(3, 2, 4), step(4, 2, 4))
 
 
+@pytest.mark.long
 @pytest.mark.extra("bench")
 def test_the_whole_comparison_runs_and_both_sides_do_the_same_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -234,6 +235,7 @@ def test_the_exponent_is_the_slope_of_logarithms() -> None:
     assert sweeps.slope(x, [5, 5, 5, 5]) == pytest.approx(0)
 
 
+@pytest.mark.long
 @pytest.mark.extra("bench")
 def test_a_sweep_runs_and_says_how_cost_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -92,6 +92,7 @@ def test_reward_rises_the_base_stays_to_the_last_byte_and_checkpoints_hold_the_a
     assert "model.safetensors" not in saved
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_at_the_same_bits(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
     expected = train(recipe_for(tiny_folder(), steps=4), whole)
