@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# OpenMP reads it when torch is loaded. By default a thread that has nothing to do spins until the others are done:
-# beside one busy process it holds the core that the last of them needs, and a step takes many times as long
-# (docs/speed.md). One that sleeps is woken within microseconds. It changes no bit, and a value that is set stays.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# GNU's OpenMP reads it when torch is loaded. By default a thread that has nothing to do spins for a millisecond or so
+# before it sleeps: beside a busy process it holds the core that the last of the others needs, and a step takes many
+# times as long (docs/speed.md). It changes no bit, and what is set already stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 HOMES = {
     "minigrpo.types": ("Completion", "Engine", "Grade", "Group", "Prompt", "Sampling", "Task"),
