@@ -109,6 +109,7 @@ def test_no_output_is_kept_in_a_notebook(path: Path) -> None:
     assert not [cell.id for cell in code if cell.outputs or cell.execution_count is not None]
 
 
+@pytest.mark.long
 def test_the_notebook_for_colab_runs_from_top_to_bottom(executed: Any, home: Path) -> None:
     run = home / "runs/tiny"
     assert (run / "adapter/adapter_model.safetensors").is_file()
@@ -129,6 +130,7 @@ def test_the_notebook_for_sudoku_runs_from_top_to_bottom(sudoku: Any, home: Path
     assert images(outputs(sudoku, "resume")) == []
 
 
+@pytest.mark.long
 def test_the_notebook_for_sudoku_tells_of_locks_puzzles_programs_and_figures(sudoku: Any) -> None:
     assert "forbidden calls" in words(outputs(sudoku, "sandbox"))
     assert re.search(r"\d into row 0, column \d: ongoing after 1 move\n(\+-{7}){3}\+", words(outputs(sudoku, "puzzle")))
@@ -153,6 +155,7 @@ def test_every_command_that_a_notebook_names_is_one_with_these_options(path: Pat
         assert [word for word in rest if word.startswith("--") and word not in told.output] == []
 
 
+@pytest.mark.long
 def test_its_plot_is_one_image_that_followed_the_steps(executed: Any) -> None:
     (live,) = images(outputs(executed, "train"))
     (after,) = images(outputs(executed, "plot"))
@@ -161,6 +164,7 @@ def test_its_plot_is_one_image_that_followed_the_steps(executed: Any) -> None:
     assert live == notebook.draw_png(notebook.read_steps(notebook.run_dir("runs/tiny")), "runs/tiny", STEPS)
 
 
+@pytest.mark.long
 def test_it_prints_what_preflight_found_and_both_accuracies(executed: Any) -> None:
     assert "the whole training" in words(outputs(executed, "preflight"))
     assert f"step {STEPS}/{STEPS}" in words(outputs(executed, "train"))
@@ -168,11 +172,13 @@ def test_it_prints_what_preflight_found_and_both_accuracies(executed: Any) -> No
     assert re.search(r"before: +[\d.]+% right  \[[\d.]+%, [\d.]+%\]\n +after: +[\d.]+% right", told)
 
 
+@pytest.mark.long
 def test_what_is_installed_is_not_installed_again_and_the_command_line_is_at_hand(executed: Any) -> None:
     assert outputs(executed, "install") == []
     assert "torch" in words(outputs(executed, "machine"))
 
 
+@pytest.mark.long
 def test_the_same_cells_once_more_train_nothing_twice(executed: Any, home: Path) -> None:
     before = (home / "runs/tiny/metrics.jsonl").read_bytes()
     notebook.train(notebook.recipe("gsm8k-tiny", KNOBS), "runs/tiny", live=False, despite_preflight=True)

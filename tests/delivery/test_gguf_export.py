@@ -26,6 +26,7 @@ from minigrpo.models.embedded import seedling
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, edit_json
 from tests.helpers.exported import bpe_tokenizer, merged_run, model_folder
+from tests.helpers.marks import rest_is_long
 
 pytestmark = pytest.mark.extra("gguf")
 
@@ -41,7 +42,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return merged_run(tmp_path_factory.mktemp("qwen") / "mine", "qwen2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", rest_is_long(FAMILIES, "qwen2", "ministral3"))
 def test_llama_cpp_says_of_each_family_what_the_merged_model_says(tmp_path: Path, family: str) -> None:
     run = merged_run(tmp_path / "mine", family, tied=family in ("qwen2", "ministral3"))
     found = exported(run, "F32", "F16", "Q8_0")

@@ -27,6 +27,7 @@ from minigrpo.delivery.parity.compare import find_task
 from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import FAMILIES, adapted, build, make_run
 from tests.helpers.exported import bpe_tokenizer
+from tests.helpers.marks import rest_is_long
 from tests.helpers.tiny import yarn
 
 pytestmark = pytest.mark.extra("gguf")
@@ -34,10 +35,9 @@ KINDS = ("F32", "F16", "Q8_0")
 ORIGINAL = 32
 """Ministral3's original context length in these tests: every held text is longer."""
 WIDE, NARROW = ({"hidden_size": 256, "intermediate_size": 256}, {"hidden_size": 64, "intermediate_size": 128})
-FAST = [(family, True, False) for family in FAMILIES]
-REST = [(family, wide, tied) for family in FAMILIES for wide in (True, False) for tied in (False, True)]
-EACH = [*FAST, *(pytest.param(each, marks=pytest.mark.long) for each in REST if each not in FAST)]
-"""The cases of the quick test suite: wide and untied."""
+CASES = [(family, wide, tied) for family in FAMILIES for wide in (True, False) for tied in (False, True)]
+EACH = rest_is_long(CASES, ("qwen2", True, False), ("ministral3", True, False))
+"""At once: wide and untied, of one family whose q and k are permuted in GGUF files and one whose are not."""
 
 
 def peaked(model: Any) -> Any:

@@ -36,6 +36,7 @@ from minigrpo.models.model_files import open_base
 from minigrpo.runs.manifest import settle_base
 from minigrpo.runs.rundir import RunDir, read_json
 from tests.helpers.delivered import adapted, edit, make_run, save_adapter, save_base
+from tests.helpers.marks import rest_is_long
 from tests.helpers.tiny import build_tokenizer
 
 YOUNG = 2e-5
@@ -57,7 +58,7 @@ def log_answers(run: RunDir, *texts: str, step: int = 3) -> None:
         stream.write(json.dumps({"step": step, "prompt": "p", "messages": messages, "completions": said}) + "\n")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral3"])
+@pytest.mark.parametrize("family", rest_is_long(["qwen3", "mistral3"], "mistral3"))
 def test_the_untouched_base_does_not_pass_and_a_good_merge_does(tmp_path: Path, family: str) -> None:
     base = tmp_path / "base"
     run = make_run(tmp_path / "run", base, adapted(save_base(base, family), base))

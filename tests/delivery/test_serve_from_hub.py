@@ -19,6 +19,7 @@ from minigrpo.runs.rundir import RunDir
 from tests.helpers.delivered import edit_json
 from tests.helpers.exported import merged_run
 from tests.helpers.hub_storage import READER, Repo, StandIn
+from tests.helpers.marks import rest_is_long
 from tests.helpers.published import hub_here  # noqa: F401
 from tests.helpers.served import after, told_of
 
@@ -47,7 +48,7 @@ def base_of(run: RunDir) -> Path:
     return run.path.with_name(f"{run.path.name}-base")
 
 
-@pytest.mark.parametrize("family", ["ministral3", "mistral3", "qwen2"])
+@pytest.mark.parametrize("family", rest_is_long(["ministral3", "mistral3", "qwen2"], "mistral3"))
 def test_vllm_is_told_what_a_model_on_the_hub_lacks(tmp_path: Path, hub: StandIn, family: str) -> None:
     run = merged_run(tmp_path / "mine", family)
     put(hub, "me/base", base_of(run))

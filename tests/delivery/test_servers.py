@@ -26,6 +26,7 @@ from minigrpo.rollouts.groups import rollout
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Grade, Prompt, Rendered, Sampling, Task
 from tests.helpers.exported import PICTURES, bpe_tokenizer, merged_run, pictured_run
+from tests.helpers.marks import rest_is_long
 from tests.helpers.served import ASKED, children, exported_run, file_of, gone, program, told_of
 
 pytestmark = pytest.mark.extra("gguf")
@@ -148,7 +149,7 @@ def test_a_program_that_will_not_end_is_killed_with_what_it_started(
     assert gone([int(word) for word in str(told.value).split()[-2:]])
 
 
-@pytest.mark.parametrize("family", ["ministral3", "mistral3", "qwen2"])
+@pytest.mark.parametrize("family", rest_is_long(["ministral3", "mistral3", "qwen2"], "mistral3"))
 def test_vllm_is_told_what_it_misses_in_a_config_and_nothing_else(tmp_path: Path, family: str) -> None:
     run = merged_run(tmp_path / "mine", family)
     scale = {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 32}}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -41,6 +41,16 @@ MODULES = {"ipython": "IPython"}
 class Need:
     is_met: Callable[[], bool]
     reason: str
+
+
+def rest_is_long(values: Iterable[Any], *now: Any) -> list[Any]:
+    """Return the values as parameters of a test: those of `now` run at once, the others in `make prove`.
+
+    For claims that hold for each of many models alike, where one of each kind tells most.
+    """
+    every = list(values)
+    assert set(now) <= set(every), f"{now} are not all among {every}"
+    return [value if value in now else pytest.param(value, marks=pytest.mark.long) for value in every]
 
 
 def has_gpu() -> bool:

@@ -14,10 +14,11 @@ from minigrpo.delivery.merge.merge import merge
 from minigrpo.errors import MinigrpoError
 from minigrpo.pipeline.evaluate import evaluate
 from tests.helpers.delivered import VARIANTS, adapted, edit, save_adapter, save_base
+from tests.helpers.marks import rest_is_long
 from tests.helpers.models import make_policy
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", rest_is_long(VARIANTS, "plain", "dora"))
 def test_an_adapter_gives_the_answers_of_the_model_that_is_merged_from_it(tmp_path: Path, variant: str) -> None:
     base = tmp_path / "base"
     adapter = save_adapter(tmp_path / "mine", adapted(save_base(base, "qwen2"), base, size=0.3, **VARIANTS[variant]))

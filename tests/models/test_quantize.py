@@ -75,6 +75,7 @@ def frozen_bytes(policy: Policy) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in found.items()}
 
 
+@pytest.mark.long
 def test_reward_rises_the_base_stays_to_the_last_byte_and_checkpoints_hold_the_adapter_alone(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.training import checkpoint
 from minigrpo.training.grpo import grpo, learning_rate, open_optimizer
 from minigrpo.types import Completion, Engine, Grade, Prompt, Task
+from tests.helpers.marks import rest_is_long
 from tests.helpers.models import make_policy, set_lora
 from tests.helpers.tiny import build_tokenizer
 
@@ -220,7 +221,7 @@ def test_a_run_killed_at_step_three_and_resumed_ends_like_one_that_was_not(recip
     assert noted(cut) == [("began", 0), ("resumed", 2), ("ended", 6)]  # nothing of the kill: there was no time
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", rest_is_long([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_polite_signal_finishes_the_step_saves_and_can_be_resumed(
     number: signal.Signals, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_warm_up_that_is_there_is_not_done_again(copied: RunDir, make_recipe: 
         stages.warmup(make_recipe(objective={"kl": 0.1}), copied)
 
 
+@pytest.mark.long
 def test_training_goes_on_from_it_and_a_stop_changes_nothing(
     copied: RunDir, make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_training_goes_on_from_it_and_a_stop_changes_nothing(
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # GRPO begins where its reference is
 
 
+@pytest.mark.long
 def test_the_whole_road_warms_up_where_preflight_finds_only_the_form_missing(make_recipe: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "road")
     figures = stages.run_all(make_recipe(train={"steps": 1}), run)
