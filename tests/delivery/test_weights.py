@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,15 @@ def test_right_merges_pass_one_after_the_other(tmp_path: Path, count: int) -> No
         (folder / "config.json").write_bytes((files.folder / "config.json").read_bytes())
         merged_weights.write_merged(files, changes, dtype, folder)
         assert prove_weights(open_base(folder), files, adapter, dtype).fault is None
+
+
+def test_a_merge_warns_of_nothing_that_only_the_makers_of_a_library_can_mend(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        found = merge(run, quiet=True, proof=False)
+    assert found.weights is not None
+    assert found.weights.ok
 
 
 def test_another_revision_of_the_base_is_not_the_base(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 """Compare every tensor of a GGUF file with the merged model's, value by value, as the `gguf` package unpacks it.
 
     F32, F16, BF16    the same number, rounded once: nothing else passes
-    Q8_0              each value within half a step of its block, and what rounding the step itself to 16 bits adds
-    coarser types     within the error that rounding such blocks can have, and neither larger nor smaller as a whole
+    Q8_0              each value the nearest multiple of its block's step, which follows from the largest
+    Q2 to Q6          each value the nearest of the levels that its block has in the file, and within the error that
+                      rounding such blocks can have
+    other types       within that error
+
+No value is taken for chance: a model that was packed before, as many are published, has weights on a grid, and rounding
+them to another one moves whole tensors to one side.
 
 Names and the order of rows are mapped back for the architectures whose layout is known exactly; files of others are
 held to their answers alone.
@@ -29,10 +34,16 @@ from minigrpo.models.safetensors_io import StoredTensor
 
 BLOCK = 32
 """Values that share a step, in every type."""
-DEVIATIONS = 6
-"""Standard deviations of chance that a tensor's scale may be off: once in a thousand million tensors."""
 HALF_ROUNDOFF, HALF_SUBNORMAL = 2.0**-11, 2.0**-25
 """Largest error of rounding to float16: of its value, and where that is tiny."""
+MIDDLE = 127 * 2.0**-22
+"""Steps by which float32 may miss the middle between two: 127 of them, times what two roundings add."""
+_WHOLE = {
+    **{"Q4_0": slice(2, 18), "Q4_1": slice(4, 20), "Q5_0": slice(2, 22), "Q5_1": slice(4, 24)},
+    **{"Q2_K": slice(16, 80), "Q3_K": slice(0, 96), "Q4_K": slice(16, 144), "Q5_K": slice(16, 176)},
+    **{"Q6_K": slice(0, 192)},
+}
+"""Type -> the bytes of a block that hold its whole numbers; the others hold its steps and offsets."""
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -72,27 +83,45 @@ def prove_tensors(file: Path, merged: BaseFiles) -> TensorsProof:
     faults += [f"{name} was added" for name in sorted(here.keys() - right.keys())]
     values, largest = 0, 0.0
     for name in sorted(right.keys() & here.keys()):
-        found = _Tally(here[name].tensor_type.name)
+        kind = here[name].tensor_type
+        found = _Tally(kind.name)
         if tuple(int(size) for size in reversed(here[name].shape)) != tuple(right[name].shape):
             faults.append(f"{name} has another shape")
             continue
-        for unpacked_OI, right_OI in _blocks(here[name], right[name]):
-            found.add(unpacked_OI, right_OI)
+        for part, right_OI in _blocks(here[name], right[name]):
+            found.add(_unpack(part, kind, right_OI), right_OI, _levels(part, kind, right_OI))
         values += found.values
         largest = max(largest, found.error)
         faults += [f"{name}: {fault}"] if (fault := found.fault()) else []
     return TensorsProof(True, len(right), values, largest, tuple(faults))
 
 
-def _blocks(tensor: Any, source: GgufSource) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (unpacked, right) of blocks of rows, in float32."""
+def _blocks(tensor: Any, source: GgufSource) -> Iterator[tuple[Any, Tensor]]:
+    """Yield (packed, right) of blocks of rows: as they are in the file, and the values in float32."""
+    for first, last, right in _read_blocks(source):
+        yield tensor.data[first:last], right.float()
+
+
+def _unpack(part: Any, kind: Any, like: Tensor) -> Tensor:
     import gguf
     import numpy as np
 
-    for first, last, right in _read_blocks(source):
-        part = tensor.data[first:last]
-        unpacked = np.array(gguf.quants.dequantize(part, tensor.tensor_type), dtype=np.float32)
-        yield torch.from_numpy(unpacked).view(right.shape), right.float()
+    return torch.from_numpy(np.array(gguf.quants.dequantize(part, kind), dtype=np.float32)).view(like.shape)
+
+
+def _levels(part: Any, kind: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the first and the last level of each value's block: what a value would be were all bits of its whole
+    number 0, or 1. None for a type whose levels are not evenly spaced."""
+    import gguf
+
+    if kind.name not in _WHOLE:
+        return None
+    ends = []
+    for bits in (0, 255):
+        packed = part.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]).copy()
+        packed[:, _WHOLE[kind.name]] = bits
+        ends.append(_unpack(packed.reshape(part.shape), kind, like))
+    return ends[0], ends[1]
 
 
 def _read_blocks(source: GgufSource) -> Iterator[tuple[int, int, Tensor]]:
@@ -121,20 +150,19 @@ class _Tally:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.values = self.outside = 0
-        self.size = self.along = self.loss = self.chance = 0.0
+        self.size = self.loss = 0.0
 
-    def add(self, unpacked: Tensor, right: Tensor) -> None:
+    def add(self, unpacked: Tensor, right: Tensor, levels: tuple[Tensor, Tensor] | None) -> None:
         self.values += right.numel()
         if self.kind in _FLOATS:
             self.outside += int((unpacked != right.to(_FLOATS[self.kind]).float()).sum())
             return
-        off, right_64 = (unpacked - right).double(), right.double()
-        self.size += float(right_64.square().sum())
-        self.along += float((unpacked.double() * right_64).sum())
-        self.loss += float(off.square().sum())
-        self.chance += float((off * right_64).square().sum())
+        self.size += float(torch.linalg.vector_norm(right, dtype=torch.float64)) ** 2
+        self.loss += float(torch.linalg.vector_norm(unpacked - right, dtype=torch.float64)) ** 2
         if self.kind == "Q8_0":
-            self.outside += int((off.abs() > _q8_bound(right)).sum())
+            self.outside += int((~_nearest_multiple(unpacked, right)).sum())
+        elif levels:
+            self.outside += int((~_nearest_level(unpacked, right, *levels, bits_of(self.kind))).sum())
 
     @property
     def error(self) -> float:
@@ -143,27 +171,44 @@ class _Tally:
     def fault(self) -> str | None:
         """Say what is wrong with the tensor; None where nothing is."""
         if self.outside:
-            return f"{self.outside:,} of {self.values:,} values are beyond what {self.kind} rounds"
+            return f"{self.outside:,} of {self.values:,} values are not what {self.kind} rounds them to"
         if self.kind in _FLOATS or not self.size:
             return None
-        loss, scale = self.loss / self.size, self.along / self.size
-        if loss > (limit := worst_error(self.kind)):
-            return (
-                f"its error is {math.sqrt(loss):.2g} of its size, and {self.kind} makes at most {math.sqrt(limit):.2g}"
-            )
-        # A rounding with the least error shrinks what it rounds by the share of the error; the rest is chance.
-        if abs(scale - 1) > loss + DEVIATIONS * math.sqrt(self.chance) / self.size:
-            return f"it is {scale:.4f} times the merged model's, which {self.kind} does not explain"
+        if self.error > (limit := math.sqrt(worst_error(self.kind))):
+            return f"its error is {self.error:.2g} of its size, and {self.kind} makes at most {limit:.2g}"
         return None
 
 
-def _q8_bound(right: Tensor) -> Tensor:
-    """Return the largest error of each value: half a step, and 127 times the error of the step's own rounding."""
+def _nearest_multiple(unpacked: Tensor, right: Tensor) -> Tensor:
+    """Return where a value of a Q8_0 file is its own rounded to the nearest step.
+
+    llama.cpp divides a block's largest value by 127, rounds all values to whole multiples of that step, and stores the
+    step in float16. Near the middle between two multiples either is right: the division is done in float32.
+    """
     blocks = right.reshape(-1, BLOCK)
     step = blocks.abs().amax(-1, keepdim=True) / 127
-    half_step = step / 2 * (1 + 1e-5)  # 1 / step is rounded to float32 before it is used
-    bound = half_step + 127 * torch.maximum(step * HALF_ROUNDOFF, torch.full_like(step, HALF_SUBNORMAL))
-    return bound.expand_as(blocks).reshape(right.shape).double()
+    stored = step.half().double()
+    whole = blocks.double() / step.double().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((unpacked.reshape(-1, BLOCK).double() - whole * stored).abs() <= stored * (0.5 + MIDDLE)).view(right.shape)
+
+
+def _nearest_level(unpacked: Tensor, right: Tensor, first: Tensor, last: Tensor, bits: int) -> Tensor:
+    """Return where a value of a file is the nearest of its block's levels, 2^bits from first to last.
+
+    Some types look for the level before they round the step and the first level to float16: either of two levels is
+    right where the middle between them is nearer than that rounding.
+    """
+    count = 2**bits - 1
+    step = (last - first) / count
+    index = ((right - first) / step).nan_to_num_(0.0).round_().clamp_(0, count)  # 0 / 0: all levels are one
+    nearest = step.mul_(index).add_(first).sub_(right).abs_()
+    rounding = first.abs_().add_(last.abs_()).mul_(2 * HALF_ROUNDOFF).add_(2 * HALF_SUBNORMAL * count)
+    return (unpacked - right).abs_() <= nearest.add_(rounding)
+
+
+def bits_of(kind: str) -> int:
+    """Return the bits of a value's whole number."""
+    return int(kind[1]) if kind.startswith("Q") else 0
 
 
 def worst_error(kind: str) -> float:
