@@ -139,6 +139,8 @@ slips = st.sampled_from(
         "{% break %}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{% if '0' in messages[-1].content %}{% for i in lipsum(n=10**9) %}{% endfor %}{% endif %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(99) }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{% set messages = 3 %}",
         "{% set add_generation_prompt = false %}",
