@@ -118,6 +118,17 @@ def test_nothing_is_carried_from_call_to_call_by_globals_or_defaults(sandbox: Sa
     assert sandbox.run(source, "f", ask((1,), (2,), (3,))).result == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    "left",
+    ["random.random()", "random.seed(x)", "random.shuffle([1, 2, 3])", "sys.setrecursionlimit(500 + x)"],
+)
+def test_what_a_call_leaves_in_random_and_in_the_recursion_limit_ends_with_it(sandbox: Sandbox, left: str) -> None:
+    found = "found = random.random(), sys.getrecursionlimit()"
+    source = f"import random, sys\ndef f(x):\n    {found}\n    {left}\n    return found"
+    first, *others = sandbox.run(source, "f", ask((1,), (2,), (3,))).result
+    assert others == [first, first]
+
+
 def test_a_program_answers_the_same_in_every_process(sandbox: Sandbox) -> None:
     source = "import random\ndef f():\n    return [random.random(), list({'a', 'b', 'c', 'd', 'e'}), hash('x')]"
     with Sandbox(workers=1) as other:

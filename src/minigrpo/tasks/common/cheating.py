@@ -53,8 +53,8 @@ _FRAME_ATTRIBUTES = _internal_attributes(*_FRAME_TYPES)
 """Attributes of frames, code and tracebacks; allowed where the program sets that name on its own objects."""
 _GENERATOR_ATTRIBUTES = _internal_attributes(*_GENERATOR_TYPES)
 """The only attributes without underscores that lead to a frame or code: never allowed, even if the program sets one."""
-_TYPE_ATTRIBUTES = frozenset({"mro"})
-"""The attribute without underscores that leads from a class to classes that outlive a call."""
+_LASTING_ATTRIBUTES = frozenset({"cache_info", "mro"})
+"""Attributes without underscores that lead to classes that outlive a call: of classes, and of functools' caches."""
 
 
 def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
@@ -66,7 +66,7 @@ def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[
         yield from (f"uses {name}" for name in outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
     yield from ("import" for _ in find_imports(nodes))
     given_tracebacks = receives_tracebacks(nodes)
-    barred = _GENERATOR_ATTRIBUTES | _TYPE_ATTRIBUTES
+    barred = _GENERATOR_ATTRIBUTES | _LASTING_ATTRIBUTES
     if given_tracebacks or catches_errors(nodes):
         barred |= {"obj"}  # of an AttributeError: whatever lacked the attribute
     set_here = frozenset() if given_tracebacks else frozenset(_assigned_attributes(nodes))
