@@ -103,6 +103,13 @@ HONEST = {
     "def f(x):\n    exec('y = 5')\n    return eval('x + 1', {'x': x})": 8,
     "def f(x):\n    open = len\n    match x:\n        case 7: return open('abc')": 3,
     "import random\ndef f(x):\n    return len({random.random() for _ in range(9)})": 9,
+    # What Python imports by itself, in one version or another.
+    "def f(größe):\n    число = größe\n    return 数 if (数 := число) else 0": 7,
+    "def f(x): return '\\N{BULLET}'": "•",
+    "def f(x): return (10**100000 // 3**50000) % 97 + 7**60000 % 97": (10**100000 // 3**50000) % 97 + 7**60000 % 97,
+    "import random\ndef f(x): return random.Random('seed').random() < 1": True,
+    "import datetime\ndef f(x): return datetime.datetime.strptime('2020-05-07', '%Y-%m-%d').day": 7,
+    "def f(x): return 'é€'.encode('cp1252') == b'\\xe9\\x80' and len('é'.encode('utf-16'))": 4,
 }
 
 

@@ -105,6 +105,11 @@ WINNERS = {
     "        self.name, self.depth = name, depth\n    def play(self, board):\n        return solve(board)\n"
     "    def __call__(self, board):\n        return self.play(board)\n"
     + PLAY.replace("solve(board)", "assert Backtracking()(board)"),
+    "names in other alphabets": SOLVE.replace("cells", "celdas_vacías").replace("used", "數字")
+    + PLAY.replace("r, c", "строка, c").replace("[r]", "[строка]"),
+    "states of an enumeration": "from enum import Enum, auto\nclass State(Enum):\n    OPEN, FULL = auto(), 2\n"
+    + inside("state = State.OPEN if empties(board) else State.FULL\nif state == State.FULL:\n    return None"),
+    "a pretty print and a breakpoint": "from pprint import pprint\n" + inside("pprint(board)\nbreakpoint()"),
     "a main function": SOLVE + PLAY + "\ndef print_board(board):\n    for row in board:\n        print(*row)\n"
     "\ndef main():\n    import sys\n    board = eval(input()) if len(sys.argv) > 1 else [[0] * 9] * 9\n"
     "    print_board(board)\n"
@@ -115,6 +120,8 @@ WINNERS = {
 LOSERS = {
     "a random number": "import random\n"
     + ends("r, c = random.choice(empties(board))\nreturn r, c, random.randint(1, 9)"),
+    "a question to the user": ends("r, c = empties(board)[0]\nreturn r, c, int(input(f'number for {r}, {c}: '))"),
+    "an exit": ends("if len(board) == 9:\n    print('solved')\n    exit()\nquit(1)"),
     "a cache of lists": "from functools import lru_cache\n"
     + ends("@lru_cache(None)\ndef full(rows):\n    return solve(rows)\nfull(board)\nreturn 0, 0, board[0][0]"),
     "an assertion that fails": ends("cells = empties(board)\nassert not cells, f'{len(cells)} left'\nreturn cells[0]"),

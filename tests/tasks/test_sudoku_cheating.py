@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from importlib import import_module
 from types import ModuleType
 
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
         after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
         after("__builtins__['memo'] = board"),
         after("quit.memo = board"),
+        after("stop = exit\nstop()"),
+        after("sorted(board, key=help)"),
         after("setattr(strategy, 'memo', 1)"),
         after("global __builtins__\n__builtins__ = {}"),
         after("class Liar:\n    __class__ = int"),
@@ -169,6 +172,8 @@ def test_an_attribute_that_a_text_or_a_pattern_names_is_a_cheat(lines: str) -> N
         "class Own:\n    from collections import Counter\nOwn.Counter.memo = board",
         "class Own:\n    if True:\n        import collections\nOwn.collections._sys",
         "import time\ntime.sleep(1)",
+        "from enum import Enum\nclass Own(Enum): A = 1\ntype(Own).memo = board",
+        "from enum import Enum\nEnum.memo = board",
     ],
 )
 def test_an_imported_object_that_could_keep_notes_is_a_cheat(lines: str) -> None:
@@ -181,6 +186,26 @@ def test_the_place_of_a_cache_that_could_keep_notes_is_a_cheat() -> None:
     assert find_program(format_code_block(after(lines)), "strategy", ("board", "initial")).cheats == (
         "uses cache_info",
     )
+
+
+def test_what_an_enumeration_has_of_all_others_is_barred_where_it_could_keep_notes() -> None:
+    class Own(Enum):
+        A = 1
+
+    def takes_notes(value: object) -> bool:
+        try:
+            value.memo = 1  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):
+            return False
+        del value.memo  # type: ignore[attr-defined]
+        return True
+
+    names = {name for name in dir(Own) if not name.startswith("__") and name != "A"}
+    lasting = {name for name in names if takes_notes(getattr(Own, name))}
+    assert "_generate_next_value_" in lasting
+    for name in lasting:
+        lines = f"from enum import Enum\nclass Own(Enum): A = 1\nOwn.{name}.memo = board"
+        assert find_program(format_code_block(after(lines)), "strategy", ("board", "initial")).cheats
 
 
 EVERY_VALUE = [(module, name) for module, names in VALUES.items() for name in names]

@@ -92,11 +92,12 @@ def _find_used(body: list[ast.stmt], name: str) -> tuple[set[int], frozenset[str
     """Return the ids of the definitions and computing statements that the function uses, directly or through one
     another, and all names that these read from outside; None, and all definitions, where there is nothing to tell."""
     definitions = [node for node in body if isinstance(node, _DEFINITIONS)]
-    if len(body) == 1 or not any(node.name == name for node in definitions):
+    if len(body) == 1:
         return set(map(id, definitions)), None
+    roots = frozenset(node.name for node in definitions)
     waiting = [*definitions, *(node for node in body if isinstance(node, _COMPUTING) and name not in _read_names(node))]
     found: set[int] = set()
-    names = frozenset({name})
+    names = roots & {name} or roots
     grown = True
     while grown:
         used = [node for node in waiting if id(node) not in found and names & set(_changed_names(node))]

@@ -53,9 +53,11 @@ CALLED = {
     "collections": _words("Counter namedtuple"),
     "copy": _words("copy deepcopy"),
     "dataclasses": _words("asdict astuple dataclass field replace"),
+    "enum": _words("Enum IntEnum auto"),
     "functools": _words("cache lru_cache"),
     "heapq": _words("merge nlargest nsmallest"),
     "json": _words("dumps loads"),
+    "pprint": _words("pformat pp pprint"),
     "random": _words("Random"),
     "re": _words("compile findall finditer fullmatch match search split sub"),
     "string": _words("capwords"),
@@ -63,9 +65,12 @@ CALLED = {
 }
 """Python objects that may be called, decorate, or be the base of a class, but may not be passed on as values."""
 
-_WITH_CLASS = _words("ABC Counter Random asdict astuple copy deepcopy field")
+_WITH_CLASS = _words("ABC Counter Enum IntEnum Random asdict astuple auto copy deepcopy field")
 """Those whose results have a class that could keep notes, or that follow what a class says of itself: beside them no
 program may ask for the class of a value."""
+
+_BASES = _words("ABC Enum IntEnum")
+"""Those of them that may still be the base of a class."""
 
 _WITH_ERRORS = _words("copy dataclasses json re")
 """Modules whose errors have such a class, too: it matters where a program may catch them."""
@@ -142,7 +147,7 @@ class ImportUse:
         if isinstance(above, ast.Call):
             return above.func is node
         if isinstance(above, ast.ClassDef):
-            return name not in _WITH_CLASS or name == "ABC"
+            return name not in _WITH_CLASS or name in _BASES
         return node is None or (isinstance(above, ast.FunctionDef) and node in above.decorator_list)
 
     def _is_in_class(self, node: ast.AST) -> bool:
