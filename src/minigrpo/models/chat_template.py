@@ -50,8 +50,8 @@ def render(tokenizer: Any, prompt: Prompt) -> Rendered:
             ) from None
         raise ModelError(
             f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault.reason}). Change its "
-            f"messages (of {', '.join(str(message['role']) for message in prompt.messages)}), mend the template, or use "
-            "another model."
+            f"messages (of {', '.join(str(message['role']) for message in prompt.messages)}), mend it, or use another "
+            "model."
         ) from None
     if not ids:
         raise ModelError(f"The chat template of {_name_of(tokenizer)} makes no text at all of prompt {prompt.id}.")
