@@ -41,7 +41,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "verify": ("ready",),
     "replay": ("ready", "--step", "2"),
     "audit": ("ready", "--steps", "0", "--answers", "0"),
-    "fork": ("ready", "--at", "1", "--set", "train.lr=1e-5", "--steps", "1"),
+    "fork": ("ready", "--at", "0", "--set", "train.lr=1e-5", "--steps", "1"),
     "publish": ("ready", "--repo", "me/tiny", "--what", "adapter", "--what", "merged", "--message", "déjà → vu"),
     "serve": ("ready/gguf/ready-Q8_0.gguf", "--port", "0", "--once", "--question", "7 → 8?"),
     "run": ("quickstart", *KNOBS, "--run", "new"),

@@ -163,6 +163,21 @@ def test_whatever_fails_in_a_template_is_told_before_and_with_the_prompt(make_to
             check_tokenizer(make_tokenizer(fault + template))
 
 
+@pytest.mark.parametrize(
+    "condition",
+    ["'loop' in messages[-1].content", "messages[-1].content | length > 10", "messages[-1].content == 'loop for ever'"],
+)
+def test_a_template_that_never_ends_on_some_contents_is_told_after_others_have_ended(
+    make_tokenizer, template, monkeypatch, condition
+):
+    monkeypatch.setattr("minigrpo.models.chat_template.LONGEST_RENDERING_S", 0.2)
+    tokenizer = make_tokenizer(f"{{% if {condition} %}}{ENDLESS}{{% endif %}}{template}")
+    assert render(tokenizer, Prompt("short", ({"role": "user", "content": "2 + 2"},))).ids
+    with pytest.raises(ModelError, match=r"refuses prompt long \(it did not end within 0\.2 s\)"):
+        render(tokenizer, Prompt("long", ({"role": "user", "content": "loop for ever"},)))
+    assert render(tokenizer, Prompt("short", ({"role": "user", "content": "2 + 2"},))).ids
+
+
 def test_a_template_that_writes_nothing_is_refused_with_the_prompt(make_tokenizer):
     silent = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ModelError, match="makes no text at all of prompt p"):

@@ -162,11 +162,14 @@ def test_an_engine_that_lacks_dora_refuses_it_when_it_is_opened(engine):
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ("q_proj,,zz", r"'q_proj,,zz': an empty name and 'zz' fits no layer"),
-        ("q_proj,v_porj", r"'v_porj' fits no layer of this model\. Did you mean v_proj\?"),
-        ("all-linear,q_proj", r"'all-linear' fits no layer"),
-        ("q_proj,self_attn.gate_proj", r"'self_attn\.gate_proj' fits no layer.*Did you mean gate_proj"),
-        ("q_proj,", r"an empty name fits no layer"),
+        ("q_proj,,zz", r"'q_proj,,zz': an empty name and 'zz' fits no linear layer"),
+        ("q_proj,v_porj", r"'v_porj' fits no linear layer of this model\. Did you mean v_proj\?"),
+        ("all-linear,q_proj", r"'all-linear' fits no linear layer"),
+        ("q_proj,self_attn.gate_proj", r"'self_attn\.gate_proj' fits no linear layer.*Did you mean gate_proj"),
+        ("q_proj,", r"an empty name fits no linear layer"),
+        ("embed_tokens", r"'embed_tokens' fits no linear layer"),
+        ("q_proj,norm", r"'norm' fits no linear layer"),
+        ("self_attn", r"'self_attn' fits no linear layer"),
     ],
 )
 @pytest.mark.parametrize("build", [build_model, build_mistral3])

@@ -144,7 +144,7 @@ def test_an_adapter_is_on_the_text_models_layers_and_nowhere_else(targets: str) 
     assert all("language_model.layers" in name for name in adapted)
 
 
-@pytest.mark.parametrize(("targets", "told"), [("q_proj, lm_head", "output head"), ("linear_1", "linear layers: d")])
+@pytest.mark.parametrize(("targets", "told"), [("q_proj, lm_head", "output head"), ("linear_1", "Those are: d")])
 def test_the_head_and_the_projector_are_refused_as_targets(targets: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         add_lora(build_mistral3(), AdapterConfig(rank=4, targets=targets), seed=1)

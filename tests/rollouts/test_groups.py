@@ -82,3 +82,10 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tokenizer, max_toke
         check_room([short, long], max_tokens, 512)
     with pytest.raises(ModelError, match=r"Prompt over has 512 tokens.* Leave it out"):
         check_room([Rendered(Prompt("over", ()), (1,) * 512)], 1, 512)
+    for text, said in (
+        ("2 + 2?", "Leave it out. Its messages are 6 bytes: the rest is what the chat"),
+        ("你" * 171, "it out."),
+    ):
+        asked = Prompt("over", ({"role": "user", "content": text},))
+        with pytest.raises(ModelError, match=rf"{said}( template adds\.)?$"):
+            check_room([Rendered(asked, (1,) * 512)], 1, 512)

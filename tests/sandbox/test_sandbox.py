@@ -103,6 +103,13 @@ HONEST = {
     "def f(x):\n    exec('y = 5')\n    return eval('x + 1', {'x': x})": 8,
     "def f(x):\n    open = len\n    match x:\n        case 7: return open('abc')": 3,
     "import random\ndef f(x):\n    return len({random.random() for _ in range(9)})": 9,
+    # What Python imports by itself, in one version or another.
+    "def f(größe):\n    число = größe\n    return 数 if (数 := число) else 0": 7,
+    "def f(x): return '\\N{BULLET}'": "•",
+    "def f(x): return (10**100000 // 3**50000) % 97 + 7**60000 % 97": (10**100000 // 3**50000) % 97 + 7**60000 % 97,
+    "import random\ndef f(x): return random.Random('seed').random() < 1": True,
+    "import datetime\ndef f(x): return datetime.datetime.strptime('2020-05-07', '%Y-%m-%d').day": 7,
+    "def f(x): return 'é€'.encode('cp1252') == b'\\xe9\\x80' and len('é'.encode('utf-16'))": 4,
 }
 
 
@@ -116,6 +123,17 @@ def test_honest_programs_run(sandbox: Sandbox, source: str) -> None:
 def test_nothing_is_carried_from_call_to_call_by_globals_or_defaults(sandbox: Sandbox) -> None:
     source = "n = []\ndef f(x, seen=[]):\n    global n\n    seen.append(x); n.append(x)\n    return len(seen) + len(n)"
     assert sandbox.run(source, "f", ask((1,), (2,), (3,))).result == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["random.random()", "random.seed(x)", "random.shuffle([1, 2, 3])", "sys.setrecursionlimit(500 + x)"],
+)
+def test_what_a_call_leaves_in_random_and_in_the_recursion_limit_ends_with_it(sandbox: Sandbox, left: str) -> None:
+    found = "found = random.random(), sys.getrecursionlimit()"
+    source = f"import random, sys\ndef f(x):\n    {found}\n    {left}\n    return found"
+    first, *others = sandbox.run(source, "f", ask((1,), (2,), (3,))).result
+    assert others == [first, first]
 
 
 def test_a_program_answers_the_same_in_every_process(sandbox: Sandbox) -> None:

@@ -53,7 +53,9 @@ calls = st.lists(
     max_size=2,
 )
 parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": words}), min_size=1, max_size=3)
-silent = st.fixed_dictionaries({}, optional={"tool_calls": st.just([]) | st.none(), "name": st.none()})
+silent = st.fixed_dictionaries(
+    {}, optional={"tool_calls": st.just([]) | st.none(), "name": st.none(), "weight": st.floats(0, 1) | st.booleans()}
+)
 questions = st.builds(
     lambda role, content, rest: {"role": role, "content": content, **rest},
     st.sampled_from(["user", "system", "developer"]),

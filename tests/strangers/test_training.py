@@ -54,10 +54,13 @@ def logged(run: Path) -> Iterator[dict[str, Any]]:
         yield from json.loads(line)["completions"]
 
 
-def seen_by(make: str, completion: dict[str, Any]) -> str:
-    """The text that a function of this make is handed: with what the prompt began of it, or as TRL hands it."""
+def seen_by(make: str, completion: dict[str, Any], rows: list[Row]) -> Any:
+    """What a function of this make is handed: the text with what the prompt began of it, or as TRL hands it, where a
+    conversation is answered by a message."""
     text: str = completion["text"]
-    return text if "completions" in make else completion.get("opening", "") + text
+    if "completions" not in make:
+        return completion.get("opening", "") + text
+    return text if isinstance(rows[0]["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 @cases(10)
@@ -74,7 +77,7 @@ def test_a_step_earns_what_the_function_is_worth(rows: list[Row], make: str, gif
         assert ended.code == DONE
         assert gift.worth is not None
         for completion in logged(folder / "run"):
-            assert completion["reward"] == gift.worth(seen_by(make, completion))
+            assert completion["reward"] == gift.worth(seen_by(make, completion, rows))
 
 
 @cases(6)

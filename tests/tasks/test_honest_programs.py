@@ -8,19 +8,22 @@ from minigrpo.config.schema import Recipe, SandboxConfig
 from minigrpo.tasks.builtin.sudoku import grade_strategy
 from minigrpo.tasks.common.code_task import ParsedProgram, find_program, format_code_block
 from minigrpo.tasks.registry import open_task
-from tests.tasks.honest_programs import LOSERS, SOLVE, WINNERS
+from tests.tasks import honest_habits, honest_programs
+from tests.tasks.honest_programs import SOLVE
 from tests.tasks.test_sudoku import graded, parts
 
 pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
+WINNERS = honest_programs.WINNERS | honest_habits.WINNERS
+LOSERS = honest_programs.LOSERS | honest_habits.LOSERS
 EVERY = WINNERS | LOSERS
 EASY = {"task": {"name": "sudoku", "size": 1, "games": 1, "fewest": 20, "most": 24}, "sandbox": {"cpu_seconds": 2.0}}
 TASK = open_task(Recipe.model_validate(EASY))
 PROMPT = TASK.prompts("train")[0]
 
 
-def test_there_are_fifty_of_them() -> None:
-    assert len(WINNERS) >= 40
-    assert len(EVERY) >= 50
+def test_there_are_seventy_of_them() -> None:
+    assert len(WINNERS) >= 60
+    assert len(EVERY) >= 70
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -187,6 +187,11 @@ def free(board, r, c=0, *, seen=[]):
         GOLD_PROGRAM + "\nif __name__ == '__main__':\n    import os\n    os.system('date')\n",
         GOLD_PROGRAM + "\nboard = [[0] * 9 for _ in range(9)]\nresult = strategy(board, board)\nprint(result)\n",
         "print(1)\nwhile True:\n    pass\n" + GOLD_PROGRAM,
+        "import os, sys as system\nfrom numpy import zeros\n"
+        + GOLD_PROGRAM
+        + "\ndef main():\n    os.system(input())\n    system.exit()\n",
+        "def help():\n    return other()\ndef other(): return exec\n@print\nclass Game:\n    play = other()\n"
+        + GOLD_PROGRAM,
     ],
     ids=lambda source: source[:12],
 )
@@ -204,7 +209,7 @@ def test_of_several_blocks_the_one_that_defines_the_function_is_graded() -> None
 
 
 def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
-    """A name that only left-out code defines is missing when the function needs it."""
+    """A name that only left-out code binds is missing when the function needs it."""
     needy = GOLD_PROGRAM.replace("def strategy", "if True:\n    moves = [1]\ndef strategy", 1).replace(
         "    def free", "    moves.pop()\n\n    def free", 1
     )
@@ -221,10 +226,10 @@ def test_what_is_left_out_is_not_run_and_helps_nobody() -> None:
         (GOLD_PROGRAM.replace("initial)", "initial=[])", 1), "default arguments"),
         (GOLD_PROGRAM.replace("initial)", "*initial)", 1), "parameters other than"),
         (GOLD_PROGRAM.replace("board, initial", "grid, initial", 1), "parameters other than"),
-        ("@print\nclass Board: pass\n" + GOLD_PROGRAM, "code outside"),
-        ("class Board:\n    print(1)\n" + GOLD_PROGRAM, "code outside"),
-        ("@print\ndef help(): pass\n" + GOLD_PROGRAM, "code outside"),
-        ("def help(seen=print(1)): return seen\n" + GOLD_PROGRAM, "code outside"),
+        ("@print\nclass Board: pass\n" + after("Board()"), "code outside"),
+        ("class Board:\n    print(1)\n" + after("Board()"), "code outside"),
+        ("@print\ndef help(): pass\n" + after("help()"), "code outside"),
+        ("def help(seen=print(1)): return seen\n" + after("help()"), "code outside"),
         (GOLD_PROGRAM + "\n" + GOLD_PROGRAM, "defined twice"),
         (GOLD_PROGRAM.replace("return r, c, free", "yield r, c, free"), "generator"),
     ],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 
 from minigrpo.tasks.builtin.sudoku import GOLD_PROGRAM
 from minigrpo.tasks.common.code_task import find_program, format_code_block
+from minigrpo.tasks.common.harmless_imports import CALLED, VALUES
 from tests.tasks.test_sudoku import after, graded, parts
 
 pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
@@ -14,9 +19,9 @@ pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
 @pytest.mark.parametrize(
     "source",
     [
-        after("import random"),
-        after("from math import sqrt"),
-        "import math\n" + GOLD_PROGRAM,
+        after("import os"),
+        after("from inspect import stack"),
+        "import numpy as np\n" + after("np.zeros(9)"),
         after("__import__('os')"),
         after("eval('1')"),
         after("getattr(board, 'po' + 'p')"),
@@ -29,6 +34,8 @@ pytestmark = pytest.mark.needs("linux")  # the sandbox runs nowhere else
         after("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__.tb_frame"),
         after("__builtins__['memo'] = board"),
         after("quit.memo = board"),
+        after("stop = exit\nstop()"),
+        after("sorted(board, key=help)"),
         after("setattr(strategy, 'memo', 1)"),
         after("global __builtins__\n__builtins__ = {}"),
         after("class Liar:\n    __class__ = int"),
@@ -142,11 +149,83 @@ def test_an_attribute_that_a_text_or_a_pattern_names_is_a_cheat(lines: str) -> N
         "import collections\nkept = collections",
         "class Own:\n    import collections",
         "import typing, os",
+        "import math, sys\nsys.modules",
+        "import random\nrandom._os",
+        "import random\nrandom.choice = board",
+        "import random\nrandom.setstate((3, tuple(range(625)), None))",
+        "from random import Random\ntype(Random()).memo = board",
+        "from random import SystemRandom",
+        "from functools import wraps",
+        "from functools import lru_cache\nlru_cache.memo = board",
+        "from operator import attrgetter\nattrgetter('__class__')(board)",
+        "from copy import deepcopy\ndeepcopy.memo = board",
+        "from copy import deepcopy\nlist(map(deepcopy, board))",
+        "import copy\nkept = copy.deepcopy",
+        "from copy import copy\nclass Own:\n    def __reduce_ex__(self, way): return lambda: board, (), {'memo': 1}",
+        "from copy import copy\nclass Own:\n    def __getattr__(self, name): return lambda way: (board, (), 1)",
+        "from copy import copy\nclass Own:\n    class __reduce_ex__: pass",
+        "from copy import copy\nOwn = type('Own', (), {'__reduce' + '_ex__': lambda self, way: 'x'})",
+        "from heapq import merge\nmerge.memo = board",
+        "import re\nre.IGNORECASE",
+        "import re\ntry:\n    re.compile('(')\nexcept Exception as error:\n    error.__class__.memo = board",
+        "import json\ntry:\n    json.loads('(')\nexcept ValueError as error:\n    type(error).memo = board",
+        "class Own:\n    from collections import Counter\nOwn.Counter.memo = board",
+        "class Own:\n    if True:\n        import collections\nOwn.collections._sys",
+        "import time\ntime.sleep(1)",
+        "from enum import Enum\nclass Own(Enum): A = 1\ntype(Own).memo = board",
+        "from enum import Enum\nEnum.memo = board",
     ],
 )
 def test_an_imported_object_that_could_keep_notes_is_a_cheat(lines: str) -> None:
     program = find_program(format_code_block(after(lines)), "strategy", ("board", "initial"))
     assert program.cheats == ("import",)
+
+
+def test_the_place_of_a_cache_that_could_keep_notes_is_a_cheat() -> None:
+    lines = "from functools import cache\n@cache\ndef f(x): return x\nf.cache_info()._field_defaults['memo'] = board"
+    assert find_program(format_code_block(after(lines)), "strategy", ("board", "initial")).cheats == (
+        "uses cache_info",
+    )
+
+
+def test_what_an_enumeration_has_of_all_others_is_barred_where_it_could_keep_notes() -> None:
+    class Own(Enum):
+        A = 1
+
+    def takes_notes(value: object) -> bool:
+        try:
+            value.memo = 1  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):
+            return False
+        del value.memo  # type: ignore[attr-defined]
+        return True
+
+    names = {name for name in dir(Own) if not name.startswith("__") and name != "A"}
+    lasting = {name for name in names if takes_notes(getattr(Own, name))}
+    assert "_generate_next_value_" in lasting
+    for name in lasting:
+        lines = f"from enum import Enum\nclass Own(Enum): A = 1\nOwn.{name}.memo = board"
+        assert find_program(format_code_block(after(lines)), "strategy", ("board", "initial")).cheats
+
+
+EVERY_VALUE = [(module, name) for module, names in VALUES.items() for name in names]
+EVERY_NAME = EVERY_VALUE + [(module, name) for module, names in CALLED.items() for name in names]
+
+
+def test_nothing_can_be_attached_to_an_import_that_may_be_used_in_any_way() -> None:
+    for module, name in EVERY_VALUE:
+        value = getattr(import_module(module), name)
+        with pytest.raises((AttributeError, TypeError)):
+            value.memo = 1
+        assert not isinstance(value, ModuleType | list | dict | set)
+
+
+def test_every_harmless_import_costs_nothing_and_can_be_made_in_the_sandbox() -> None:
+    lines = "\n".join(f"from {module} import {name} as {module}_{name}" for module, name in sorted(EVERY_NAME))
+    assert parts(graded(after(lines))) == (1.0, 1.0, 30.0)
+    assert parts(graded(lines + "\n" + GOLD_PROGRAM)) == (1.0, 1.0, 30.0)
+    whole = "".join(f"import {module}\n" for module in sorted({module for module, _ in EVERY_NAME}))
+    assert parts(graded(whole + GOLD_PROGRAM)) == (1.0, 1.0, 30.0)
 
 
 @pytest.mark.parametrize("line", ["seen = []", "seen = {}", "seen = 0"])

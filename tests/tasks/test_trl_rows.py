@@ -34,6 +34,12 @@ def user(content):
         ([user([{"type": "text", "text": "2?", "cache": None}])], [user("2?")]),
         ([{**user("2?"), "tool_calls": []}], [user("2?")]),
         ([{**user("2?"), "tool_calls": None, "name": None}], [user("2?")]),
+        ([{**user("2?"), "weight": 0, "turn": None}], [{**user("2?"), "weight": 0}]),
+        ([{**user("2?"), "timestamp": 1.5, "tags": ["a"]}], [{**user("2?"), "timestamp": 1.5, "tags": ["a"]}]),
+        (
+            [user("2?"), {"role": "assistant", "content": "It is", "prefix": True}],
+            [user("2?"), {"role": "assistant", "content": "It is", "prefix": True}],
+        ),
         (
             [user("2?"), {"role": "assistant", "content": [], "tool_calls": []}],
             [user("2?"), {"role": "assistant", "content": ""}],
@@ -96,6 +102,10 @@ def test_messages_come_from_files_as_well(tmp_path):
         ({"prompt": [user([part(" ")])]}, "its prompt is empty"),
         ({"prompt": [user("2?"), {"role": "assistant", "content": "\ud800"}]}, "half a character"),
         ({"prompt": [{"role": "user", "tool_calls": []}]}, "is no message"),
+        ({"prompt": [{**user("2?"), "when": {1, 2}}]}, "a message has 'when': .*, which JSON cannot hold"),
+        ({"prompt": [{**user("2?"), "score": float("nan")}]}, "a message has 'score': nan, which JSON cannot hold"),
+        ({"prompt": [{**user("2?"), "tags": ["\ud800"]}]}, "half a character"),
+        ({"prompt": [{**user("2?"), 3: "x"}]}, "a message has 3: 'x', which JSON cannot hold"),
     ],
 )
 def test_what_is_no_text_is_named_with_its_row(row, said):

@@ -95,7 +95,7 @@ class AdapterConfig(Config):
     rank: int = field(64, "rank of the adapter", ge=1, le=4096)
     alpha: float = field(128.0, "the adapter's output is scaled by alpha / rank", gt=0)
     dropout: float = field(0.0, "share of the adapter's inputs dropped, in the gradient pass only", ge=0, lt=1)
-    targets: str = field("all-linear", "all-linear, or names of linear layers with commas: q_proj,v_proj")
+    targets: str = field("all-linear", "all-linear, or names of linear layers, each of which must fit: q_proj,v_proj")
     rslora: bool = field(False, "rank-stabilised: scale by alpha / sqrt(rank)")
 
 

@@ -49,8 +49,9 @@ def render(tokenizer: Any, prompt: Prompt) -> Rendered:
                 "or use another model."
             ) from None
         raise ModelError(
-            f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault.reason}). Change the roles "
-            f"of its messages ({', '.join(str(message['role']) for message in prompt.messages)}) or use another model."
+            f"The chat template of {_name_of(tokenizer)} refuses prompt {prompt.id} ({fault.reason}). Change its "
+            f"messages (of {', '.join(str(message['role']) for message in prompt.messages)}), mend it, or use another "
+            "model."
         ) from None
     if not ids:
         raise ModelError(f"The chat template of {_name_of(tokenizer)} makes no text at all of prompt {prompt.id}.")
@@ -73,24 +74,16 @@ LONGEST_RENDERING_S = 20.0
 """Seconds after which a template is taken for one that never ends: a long conversation takes milliseconds."""
 
 
-_ENDED: set[tuple[str, tuple[str, ...], tuple[str, ...]]] = set()
-"""Templates, roles and options with which a rendering has ended before: the next one needs no deadline."""
-
-
 def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
     """Apply the tokenizer's chat template, a stranger's program. Raise ChatTemplateError for whatever it raises."""
     # jinja2 comes with transformers; templates raise its error for roles they do not take.
     from jinja2 import TemplateError
 
-    def call() -> Any:
-        return tokenizer.apply_chat_template(template_messages(tokenizer, messages), **options)
-
-    # A deadline needs a thread of its own, which takes several times as long as the rendering.
-    kind = (str(tokenizer.chat_template), tuple(str(message["role"]) for message in messages), tuple(options))
     try:
-        found = call() if kind in _ENDED else within(LONGEST_RENDERING_S, call)
-        _ENDED.add(kind)
-        return found
+        return within(
+            LONGEST_RENDERING_S,
+            lambda: tokenizer.apply_chat_template(template_messages(tokenizer, messages), **options),
+        )
     except MinigrpoError:
         raise
     except TemplateError as fault:

@@ -35,6 +35,9 @@ def check_room(prompts: Sequence[Rendered], max_tokens: int, context: int | None
         room = context - len(asked.ids)  # type: ignore[operator]
         if room < max_tokens:
             cure = f"Lower --rollout.max_tokens to {room} or leave it out." if room > 0 else "Leave it out."
+            size = sum(len(str(message["content"]).encode("utf-8", "replace")) for message in asked.prompt.messages)
+            if room <= 0 and len(asked.ids) > size:  # a token is a byte at least
+                cure += f" Its messages are {size} bytes: the rest is what the chat template adds."
             raise ModelError(
                 f"Prompt {asked.prompt.id} has {len(asked.ids)} tokens: with rollout.max_tokens {max_tokens} that is "
                 f"more than the {context} that the model can read. {cure}"

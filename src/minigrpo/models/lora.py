@@ -66,13 +66,15 @@ def lora_targets(model: Any, targets: str) -> str | list[str]:
     """Return `targets` as PEFT takes them: names of layers, or one pattern of whole names.
 
     A pattern where the model has linear layers beside its decoder and head: those of a vision tower bear the same
-    names as the decoder's, and stay as they are. Raise RecipeError for a name that no layer has.
+    names as the decoder's, and stay as they are. Raise RecipeError for a name that no linear layer has: an embedding
+    could be trained, and not be merged.
     """
     names = [target.strip() for target in targets.split(",")]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     own = {id(module) for module in decoder.modules()}
     if targets != "all-linear":
-        _check_names(model, targets, [name for name, m in model.named_modules() if id(m) in own or m is head])
+        linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        _check_names(model, targets, [name for name, m in linear if id(m) in own or m is head])
     if all(id(m) in own or m is head for m in model.modules() if isinstance(m, nn.Linear)):
         return targets if targets == "all-linear" else names
     names = _layer_names(model, targets)
@@ -98,7 +100,7 @@ def _check_names(model: Any, targets: str, layers: Sequence[str]) -> None:
     near = [close for name in missing for close in difflib.get_close_matches(name, linear, n=1)]
     hint = f" Did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
     raise RecipeError(
-        f"lora.targets {targets!r}: {what} fits no layer of this model.{hint} Its linear layers: {', '.join(linear)}; "
+        f"lora.targets {targets!r}: {what} fits no linear layer of this model.{hint} Those are: {', '.join(linear)}; "
         "or all-linear"
     )
 

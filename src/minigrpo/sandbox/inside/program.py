@@ -35,6 +35,7 @@ MEMBERS: Any = BaseExceptionGroup.exceptions
 ERRNO: Any = OSError.errno
 """Python's own fields of exceptions."""
 RESERVE_BYTES = 2**18
+RECURSION_LIMIT = sys.getrecursionlimit()
 NAME = "program"
 NO_MEMORY = 72
 """The exit code of a child without memory to read a call or to write an answer."""
@@ -55,7 +56,6 @@ def serve() -> None:
     sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(Nowhere()), errors="replace")
     sys.stdin = None
     vars(sys).update(__stdin__=None, __stdout__=None, __stderr__=None)
-    random.seed(0)  # so that the same program gives the same answers in every run
     gc.enable()
     output, source, entry = codec.decode(read(HEAD.unpack(read(HEAD.size))[0]))
     code, failure = compile_program(source)
@@ -89,6 +89,8 @@ def answer_call(code: CodeType | None, entry: str, arguments: Any, output: int) 
 
 
 def define(code: CodeType, entry: str) -> Any:
+    random.seed(0)  # so that the same call gives the same answer in every run, whatever was called before
+    sys.setrecursionlimit(RECURSION_LIMIT)
     module = ModuleType(NAME)
     sys.modules[NAME] = module  # dataclasses look up their own module
     exec(code, module.__dict__)

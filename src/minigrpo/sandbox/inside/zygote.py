@@ -27,9 +27,17 @@ from . import codec, locks, program, selftest, syscalls
 
 PRELOADED = (
     "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq "
-    "itertools json math numbers operator random re statistics string textwrap time traceback types typing"
+    "itertools json math numbers operator pprint random re statistics string textwrap time traceback types typing"
 )
 """Modules that programs may import: no other can be loaded later. None can do more than the program itself."""
+
+PRELOADED_FOR_PYTHON = (
+    "unicodedata _strptime encodings.latin_1 encodings.utf_16 encodings.cp1252"
+    + (" _pylong" if sys.version_info >= (3, 12) else "")
+    + (" hashlib" if sys.version_info >= (3, 13) else "")
+)
+"""Modules that Python itself loads while a program runs: for names and `\\N{...}` beyond ASCII, dates, encodings, long
+integers, and texts as seeds of `random`."""
 
 HIDDEN = (
     "_ctypes _posixsubprocess _signal _socket ctypes inside select selectors shutil signal socket subprocess tempfile"
@@ -260,7 +268,7 @@ def drop_inheritance() -> None:
 
 
 def preload_modules() -> None:
-    for name in PRELOADED.split():
+    for name in f"{PRELOADED} {PRELOADED_FOR_PYTHON}".split():
         import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN.split()]:
         del sys.modules[name]

@@ -12,7 +12,7 @@ some games get different rewards, so that the siblings of a group can be compare
 | part | |
 |---|---|
 | function_works | 1: it can be run; -1: it cannot be locked down; -2: there is none, or a syntax error |
-| no_cheating | 1; -20: an import, a hidden one, or state carried from call to call; -1: there is no function |
+| no_cheating | 1; -20: a forbidden import, a hidden one, or state carried from call to call; -1: there is no function |
 | strategy_succeeds | mean over the games: 30 won; else 0.2 for each legal move, -2 without one; -3 failed; -4 no time |
 
 Attempts that gain nothing, because every call starts fresh and gets copies, are named in the notes. A strategy that won

@@ -21,12 +21,15 @@ from minigrpo.tasks.common.hidden_access import (
 
 _HIDING_BUILTINS = frozenset(
     {
-        *("breakpoint", "compile", "eval", "exec", "globals", "input", "locals", "open", "vars"),
+        *("compile", "eval", "exec", "globals", "locals", "open", "vars"),
         *("copyright", "credits", "exit", "help", "license", "quit"),
         *("delattr", "getattr", "setattr"),
     }
 )
 """Built-ins with which a program can hide what it does, or keep state. No honest program needs them."""
+
+_CALLED_BUILTINS = frozenset({"copyright", "credits", "exit", "help", "license", "quit"})
+"""Those of them that gain nothing where they are only called: where programs run, there are none."""
 
 _OPERATIONS = (
     "name init len iter next contains repr str eq ne lt le gt ge hash bool int float index round abs neg pos invert "
@@ -53,8 +56,8 @@ _FRAME_ATTRIBUTES = _internal_attributes(*_FRAME_TYPES)
 """Attributes of frames, code and tracebacks; allowed where the program sets that name on its own objects."""
 _GENERATOR_ATTRIBUTES = _internal_attributes(*_GENERATOR_TYPES)
 """The only attributes without underscores that lead to a frame or code: never allowed, even if the program sets one."""
-_TYPE_ATTRIBUTES = frozenset({"mro"})
-"""The attribute without underscores that leads from a class to classes that outlive a call."""
+_LASTING_ATTRIBUTES = frozenset({"cache_info", "mro", "_generate_next_value_", "_missing_"})
+"""Attributes that lead to what outlives a call: classes (of a class, of functools' caches), functions of `Enum`."""
 
 
 def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[str]:
@@ -62,11 +65,11 @@ def find_cheats(tree: ast.AST, scopes: symtable.SymbolTable | None) -> Iterator[
     # Walked once, because a walk takes longer than most of what is asked here; nearly half of it is Load and the like.
     nodes = [node for node in ast.walk(tree) if node._fields]
     if scopes is not None:
-        own = _assigned_names(scopes) | _written_out_uses(nodes)
+        own = _assigned_names(scopes) | _written_out_uses(nodes) | _only_called(nodes)
         yield from (f"uses {name}" for name in outer_names(scopes) if name in _HIDING_BUILTINS and name not in own)
     yield from ("import" for _ in find_imports(nodes))
     given_tracebacks = receives_tracebacks(nodes)
-    barred = _GENERATOR_ATTRIBUTES | _TYPE_ATTRIBUTES
+    barred = _GENERATOR_ATTRIBUTES | _LASTING_ATTRIBUTES
     if given_tracebacks or catches_errors(nodes):
         barred |= {"obj"}  # of an AttributeError: whatever lacked the attribute
     set_here = frozenset() if given_tracebacks else frozenset(_assigned_attributes(nodes))
@@ -106,6 +109,13 @@ def _written_out_uses(nodes: Sequence[ast.AST]) -> frozenset[str]:
     uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == "getattr"]
     plain = [node for node in nodes if is_literal_getattr(node)]
     return frozenset({"getattr"}) if len(uses) == len(plain) else frozenset()
+
+
+def _only_called(nodes: Sequence[ast.AST]) -> frozenset[str]:
+    """Return those of `_CALLED_BUILTINS` that a program only ever calls."""
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    handed = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+    return _CALLED_BUILTINS - handed
 
 
 def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:

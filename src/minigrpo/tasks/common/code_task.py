@@ -185,13 +185,21 @@ def _is_helper(node: ast.stmt) -> bool:
         )
     if isinstance(node, ast.FunctionDef):
         defaults = (*node.args.defaults, *filter(None, node.args.kw_defaults))
-        return not node.decorator_list and all(map(is_plain_value, defaults))
+        return all(map(_is_cache, node.decorator_list)) and all(map(is_plain_value, defaults))
     return not isinstance(node, ast.AsyncFunctionDef)
 
 
 def _is_dataclass_decorator(node: ast.expr) -> bool:
-    maker = node.func if isinstance(node, ast.Call) else node
-    return ast.unparse(maker) in ("dataclass", "dataclasses.dataclass")
+    return _decorator_name(node) in ("dataclass", "dataclasses.dataclass")
+
+
+def _is_cache(node: ast.expr) -> bool:
+    """Return whether a decorator is one of functools' caches, which begin empty at every call like all the rest."""
+    return _decorator_name(node).removeprefix("functools.") in ("cache", "lru_cache")
+
+
+def _decorator_name(node: ast.expr) -> str:
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:

@@ -302,20 +302,23 @@ def check_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
 def _check_message(message: Any, where: str) -> Message:
     """Return the message with its content as text, and without keys that say nothing.
 
-    Files with many columns fill in None, and an empty list where no tool was called. Calls of tools stay as they are,
-    for the chat template to write: a list of objects that JSON can hold.
+    Files with many columns fill in None, and an empty list where no tool was called. Calls of tools and keys of others
+    (`weight`, `timestamp`) stay as they are, for the chat template to write or to leave: whatever JSON can hold.
     """
     whole = {k: v for k, v in message.items() if v is not None and v != []} if isinstance(message, Mapping) else {}
     if "content" in whole:
         whole["content"] = _join_parts(whole["content"], where)
     elif "tool_calls" in whole or (isinstance(message, Mapping) and message.get("content") == []):
         whole["content"] = ""
-    texts = all(isinstance(k, str) and (isinstance(v, str) or k == "tool_calls") for k, v in whole.items())
-    if not texts or not {"role", "content"} <= whole.keys():
+    if not all(isinstance(whole.get(name), str) for name in ("role", "content")):
         raise TaskError(f'{where}: {shorten_repr(message)} is no message. Write {{"role": "user", "content": "..."}}.')
     if "tool_calls" in whole:
         _check_calls(whole["tool_calls"], where)
-    _refuse_half_characters("".join((*whole, *(v for v in whole.values() if isinstance(v, str)))), where)
+    for name, value in whole.items():
+        if (written := _written(value)) is None or not isinstance(name, str):
+            told = f"{shorten_repr(name)}: {shorten_repr(value)}"
+            raise TaskError(f"{where}: a message has {told}, which JSON cannot hold. Leave it out.")
+        _refuse_half_characters(name + written, where)
     if whole["role"] not in ("assistant", "tool"):  # these may say nothing: beside a call, or yet
         check_prompt_text(whole["content"], where)
     return whole
@@ -323,16 +326,23 @@ def _check_message(message: Any, where: str) -> Message:
 
 def _check_calls(calls: Any, where: str) -> None:
     """Raise TaskError where a message's calls of tools are none that a chat template could write."""
-    try:
-        written = json.dumps(calls, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        written = ""
-    if not written or not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+    if (
+        _written(calls) is None
+        or not isinstance(calls, list | tuple)
+        or not all(isinstance(call, Mapping) for call in calls)
+    ):
         raise TaskError(
             f"{where}: its tool_calls are {shorten_repr(calls)}. Give a list of calls that JSON can hold: "
             '[{"type": "function", "function": {"name": "...", "arguments": {}}}].'
         )
-    _refuse_half_characters(written, where)
+
+
+def _written(value: Any) -> str | None:
+    """Return a value as JSON; None where JSON cannot hold it."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _join_parts(content: Any, where: str) -> Any:

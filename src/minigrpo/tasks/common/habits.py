@@ -1,12 +1,13 @@
-"""Leave out of a program what is only a habit: its docstring, annotations, example calls and `__main__` block.
+"""Leave out of a program what is only a habit: its docstring, annotations, example calls, `main` and `__main__` block.
 
-What the functions and classes of a program use stays: each other, constants, and the statements that compute the values
-they read. Everything else at its top level is left out, and never run.
+What the function uses stays: helpers, classes, imports, constants, and the statements that compute the values that
+these read. Everything else at the top level is left out, and never run.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,11 +47,16 @@ def strip_habits(tree: ast.Module, name: str) -> StrippedProgram:
     body = [plain.visit(node) for node in tree.body]
     habits = {"annotations"} if plain.found else set()
     kept = []
-    feeding = _feeding_statements(body, name)
+    used, names = _find_used(body, name)
     for node in body:
-        if isinstance(node, (*_DEFINITIONS, Import)) or _is_constant(node) or id(node) in feeding:
-            kept.append(node)
-        else:
+        one: ast.stmt | None = node
+        if isinstance(node, Import):
+            one = _imported_for(node, names)
+        elif not _is_constant(node) and id(node) not in used:
+            one = None
+        if one is not None:
+            kept.append(one)
+        if one is not node:
             habits.add("a module docstring" if is_docstring(node) else f"code beside {name}")
     module = ast.Module(kept, tree.type_ignores)
     if plain.imports:
@@ -82,25 +88,45 @@ def _is_constant(node: ast.stmt) -> bool:
     return all(isinstance(part, _LITERAL_NODES) for part in ast.walk(node.value))
 
 
-def _feeding_statements(body: list[ast.stmt], name: str) -> set[int]:
-    """Return the ids of the statements that compute what the definitions read, directly or through one another."""
-    waiting = [node for node in body if isinstance(node, _COMPUTING) and name not in _read_names(node)]
-    needed = _needed_names([node for node in body if isinstance(node, _DEFINITIONS)]) if waiting else frozenset()
+def _find_used(body: list[ast.stmt], name: str) -> tuple[set[int], frozenset[str] | None]:
+    """Return the ids of the definitions and computing statements that the function uses, directly or through one
+    another, and all names that these read from outside; None, and all definitions, where there is nothing to tell."""
+    definitions = [node for node in body if isinstance(node, _DEFINITIONS)]
+    if len(body) == 1:
+        return set(map(id, definitions)), None
+    roots = frozenset(node.name for node in definitions)
+    waiting = [*definitions, *(node for node in body if isinstance(node, _COMPUTING) and name not in _read_names(node))]
     found: set[int] = set()
+    names = roots & {name} or roots
     grown = True
     while grown:
-        feeding = [node for node in waiting if id(node) not in found and needed & set(_changed_names(node))]
-        needed = needed.union(*map(_read_names, feeding))
-        found.update(map(id, feeding))
-        grown = bool(feeding)
-    return found
+        used = [node for node in waiting if id(node) not in found and names & set(_changed_names(node))]
+        names = names.union(*map(_outer_names, used))
+        found.update(map(id, used))
+        grown = bool(used)
+    return found, names
 
 
-def _needed_names(definitions: list[ast.stmt]) -> frozenset[str]:
-    """Return the names that definitions read from outside; none where they do not compile."""
+def _imported_for(node: Import, names: frozenset[str] | None) -> Import | None:
+    """Return an import without what nobody reads; None where that is all. What is for annotations stays for now."""
+    kept = [alias for alias in node.names if is_for_annotations(node, alias) or _is_read_by(alias, names)]
+    if len(kept) == len(node.names):
+        return node
+    left: Import = copy.copy(node)
+    left.names = kept
+    return left if kept else None
+
+
+def _is_read_by(alias: ast.alias, names: frozenset[str] | None) -> bool:
+    return names is None or alias.name == "*" or (alias.asname or alias.name.partition(".")[0]) in names
+
+
+def _outer_names(node: ast.stmt) -> frozenset[str]:
+    """Return the names that a statement reads from outside; none where a definition does not compile."""
+    if not isinstance(node, _DEFINITIONS):
+        return _read_names(node)
     try:
-        source = ast.unparse(ast.Module(definitions, []))
-        return frozenset(outer_names(symtable.symtable(source, "<definitions>", "exec")))
+        return frozenset(outer_names(symtable.symtable(ast.unparse(node), "<definition>", "exec")))
     except SyntaxError:
         return frozenset()
 
@@ -113,6 +139,9 @@ def _read_names(node: ast.AST) -> frozenset[str]:
 
 def _changed_names(node: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement binds, or whose value it changes by an item or a method."""
+    if isinstance(node, _DEFINITIONS):
+        yield node.name
+        return
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
             yield part.id

@@ -1,32 +1,83 @@
 """Tell imports that gain nothing from those that are forbidden.
 
-Models import `deque`, `dataclass` and the like out of habit. An imported object stays in the process, so it must offer
-no place for notes that a later call could read: classes written in C take no attribute, and what is written in Python
-may only be called, never handed around. An import of anything else is a cheat.
+Models import `deque`, `deepcopy`, `random` and the like out of habit. An imported object stays in the process, so it
+must offer no place for notes that a later call could read: what is written in C takes no attribute, and what is written
+in Python may only be called, never handed around. (Where `random` and the recursion limit stand is the sandbox's: each
+call begins anew.) An import of anything else is a cheat.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+from minigrpo.tasks.common.hidden_access import catches_errors, holds_name, receives_tracebacks
 
 Import = ast.Import | ast.ImportFrom
 
 _ANNOTATION_MODULES = frozenset({"typing", "__future__", "collections.abc"})
 """Modules that honest programs import for their annotations, which are left out."""
 
-_VALUES = {"collections": frozenset({"OrderedDict", "defaultdict", "deque"})}
-"""Classes to which nothing can be attached: they may be used in any way."""
 
-_CALLED = {
-    "collections": frozenset({"Counter", "namedtuple"}),
-    "dataclasses": frozenset({"dataclass", "field"}),
-    "typing": frozenset({"NamedTuple", "cast"}),
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VALUES = {
+    "bisect": _words("bisect bisect_left bisect_right insort insort_left insort_right"),
+    "collections": _words("OrderedDict defaultdict deque"),
+    "functools": _words("cmp_to_key partial reduce"),
+    "heapq": _words("heapify heappop heappush heappushpop heapreplace"),
+    "itertools": _words(
+        "accumulate chain combinations combinations_with_replacement compress count cycle dropwhile filterfalse "
+        "groupby islice pairwise permutations product repeat starmap takewhile tee zip_longest"
+    ),
+    "math": _words(
+        "acos asin atan atan2 ceil comb cos degrees dist e exp fabs factorial floor fmod fsum gcd hypot inf isclose "
+        "isfinite isinf isnan isqrt lcm log log10 log2 modf nan perm pi pow prod radians sin sqrt tan tau trunc"
+    ),
+    "operator": _words(
+        "add and_ contains eq floordiv ge getitem gt invert itemgetter le lt mod mul ne neg not_ or_ pow "
+        "setitem sub truediv truth xor"
+    ),
+    "random": _words("choice choices gauss getrandbits randint random randrange sample seed shuffle uniform"),
+    "string": _words("ascii_letters ascii_lowercase ascii_uppercase digits hexdigits punctuation whitespace"),
+    "sys": _words("maxsize setrecursionlimit"),
+    "time": _words("monotonic perf_counter perf_counter_ns process_time time time_ns"),
 }
-"""Python objects that may be called, decorate a class or be its base, but may not be passed on as values."""
+"""Objects to which nothing can be attached: they may be used in any way."""
 
-_WITH_CLASS = frozenset({"Counter", "field"})
-"""Those whose results have a class that could keep notes: beside them no program may ask for the class of a value."""
+CALLED = {
+    "abc": _words("ABC abstractmethod"),
+    "collections": _words("Counter namedtuple"),
+    "copy": _words("copy deepcopy"),
+    "dataclasses": _words("asdict astuple dataclass field replace"),
+    "enum": _words("Enum IntEnum auto"),
+    "functools": _words("cache lru_cache"),
+    "heapq": _words("merge nlargest nsmallest"),
+    "json": _words("dumps loads"),
+    "pprint": _words("pformat pp pprint"),
+    "random": _words("Random"),
+    "re": _words("compile findall finditer fullmatch match search split sub"),
+    "string": _words("capwords"),
+    "typing": _words("NamedTuple cast"),
+}
+"""Python objects that may be called, decorate, or be the base of a class, but may not be passed on as values."""
+
+_WITH_CLASS = _words("ABC Counter Enum IntEnum Random asdict astuple auto copy deepcopy field")
+"""Those whose results have a class that could keep notes, or that follow what a class says of itself: beside them no
+program may ask for the class of a value."""
+
+_BASES = _words("ABC Enum IntEnum")
+"""Those of them that may still be the base of a class."""
+
+_WITH_ERRORS = _words("copy dataclasses json re")
+"""Modules whose errors have such a class, too: it matters where a program may catch them."""
+
+_COPIERS = _words("asdict astuple copy deepcopy")
+_COPIED_BY = _words("__getattr__ __getattribute__ __reduce__ __reduce_ex__")
+"""Methods that tell `copy` which attributes to set on which object: no program may define them beside it."""
 
 
 def find_imports(nodes: Sequence[ast.AST]) -> Iterator[Import]:
@@ -44,12 +95,6 @@ def is_for_annotations(node: Import, alias: ast.alias) -> bool:
     return module in _ANNOTATION_MODULES
 
 
-def imports_name(nodes: Sequence[ast.AST], module: str, name: str) -> bool:
-    """Return whether a program takes `name` from `module` and keeps its name."""
-    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == module]
-    return any(alias.name == name and alias.asname in (None, name) for node in found for alias in node.names)
-
-
 class ImportUse:
     """How a program uses what it imports."""
 
@@ -57,6 +102,8 @@ class ImportUse:
         self.parents = {id(child): node for node in nodes for child in ast.iter_child_nodes(node)}
         self.names = [node for node in nodes if isinstance(node, ast.Name)]
         self.asks_class = any(name.id == "type" for name in self.names) or any(map(self._is_class_of, nodes))
+        self.catches = catches_errors(nodes) or receives_tracebacks(nodes)
+        self.guides_copies = holds_name(nodes, _COPIED_BY)
 
     def uses(self, alias: ast.alias) -> list[ast.Name]:
         bound = alias.asname or alias.name.partition(".")[0]
@@ -64,28 +111,51 @@ class ImportUse:
 
     def is_harmless(self, node: Import, alias: ast.alias) -> bool:
         """Return whether neither an import nor any use of its name gains anything."""
-        names = self.uses(alias)
-        if (alias.asname or alias.name).startswith("__"):
+        if (alias.asname or alias.name).startswith("__") or self._is_in_class(node):
             return False
+        if isinstance(node, ast.ImportFrom) and alias.name == "*":
+            return not node.level and self._may_use_all(node.module or "")
+        # A name that means something else elsewhere is still judged wherever it is read.
+        names = [name for name in self.uses(alias) if isinstance(name.ctx, ast.Load)]
         if isinstance(node, ast.ImportFrom):
             places: list[ast.Name | None] = [*names] or [None]
             return not node.level and all(self._may_use(node.module or "", alias.name, name) for name in places)
-        if isinstance(self.parents.get(id(node)), ast.ClassDef):  # the module would be an attribute of the class
-            return False
         members = [self.parents[id(name)] for name in names]
-        return bool(members) and all(
+        return (alias.name in VALUES or alias.name in CALLED) and all(
             isinstance(member, ast.Attribute) and self._may_use(alias.name, member.attr, member) for member in members
         )
 
+    def _may_use_all(self, module: str) -> bool:
+        """Return whether every public name of a module that is read, or might be, gains nothing."""
+        if module not in VALUES and module not in CALLED:
+            return False
+        public = vars(import_module(module))
+        read = [name for name in self.names if isinstance(name.ctx, ast.Load) and name.id in public]
+        return all(self._may_use(module, name.id, name) for name in read)
+
     def _may_use(self, module: str, name: str, node: ast.Name | ast.Attribute | None) -> bool:
         """Return whether an imported object may stand where `node` is; None where it stands nowhere."""
-        if name in _VALUES.get(module, ()):
+        if name in VALUES.get(module, ()):
             return node is None or isinstance(node.ctx, ast.Load)
-        if name not in _CALLED.get(module, ()) or (name in _WITH_CLASS and self.asks_class):
+        if name not in CALLED.get(module, ()):
+            return False
+        if self.asks_class and (name in _WITH_CLASS or (self.catches and module in _WITH_ERRORS)):
+            return False
+        if name in _COPIERS and self.guides_copies:
             return False
         above = self.parents.get(id(node))
-        called = isinstance(above, ast.Call) and above.func is node
-        return node is None or called or (isinstance(above, ast.ClassDef) and name not in _WITH_CLASS)
+        if isinstance(above, ast.Call):
+            return above.func is node
+        if isinstance(above, ast.ClassDef):
+            return name not in _WITH_CLASS or name in _BASES
+        return node is None or (isinstance(above, ast.FunctionDef) and node in above.decorator_list)
+
+    def _is_in_class(self, node: ast.AST) -> bool:
+        """Return whether what a statement binds becomes an attribute of a class."""
+        above = self.parents.get(id(node))
+        while above is not None and not isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            above = self.parents.get(id(above))
+        return isinstance(above, ast.ClassDef)
 
     def _is_class_of(self, node: ast.AST) -> bool:
         """Return whether a node reads the class of a value, and not only its name."""

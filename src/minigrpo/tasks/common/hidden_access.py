@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
-from minigrpo.tasks.common.harmless_imports import imports_name
-
 IsInternal = Callable[[str], bool]
 
 _MATCHED_NAMES = "bool bytearray bytes dict float frozenset int list set str tuple"
@@ -60,7 +58,12 @@ def catches_errors(nodes: Sequence[ast.AST]) -> bool:
 
 def receives_tracebacks(nodes: Sequence[ast.AST]) -> bool:
     """Return whether a program has an `__exit__`, which is given errors and their tracebacks as arguments."""
-    return any(name in ("__exit__", "__aexit__") for node in nodes for name in _strings_of(node))
+    return holds_name(nodes, frozenset({"__exit__", "__aexit__"}))
+
+
+def holds_name(nodes: Sequence[ast.AST], names: frozenset[str]) -> bool:
+    """Return whether one of these names stands in a program, whatever it does with it."""
+    return any(name in names for node in nodes for name in _strings_of(node))
 
 
 def _named_in_call(node: ast.Call) -> Iterator[str]:
@@ -98,6 +101,12 @@ def _strings_of(node: ast.AST) -> list[str]:
     return found
 
 
+def _imports_name(nodes: Sequence[ast.AST], module: str, name: str) -> bool:
+    """Return whether a program takes `name` from `module` and keeps its name."""
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == module]
+    return any(alias.name == name and alias.asname in (None, name) for node in found for alias in node.names)
+
+
 class _Classes:
     """The classes of a program, and whether their positional patterns read nothing but what is written out.
 
@@ -112,7 +121,7 @@ class _Classes:
     @cached_property
     def imported(self) -> dict[str, bool]:
         kept = (("typing", "NamedTuple"), ("dataclasses", "dataclass"))
-        return {name: imports_name(self.nodes, module, name) for module, name in kept}
+        return {name: _imports_name(self.nodes, module, name) for module, name in kept}
 
     @cached_property
     def bound(self) -> Counter[str]:
