@@ -76,6 +76,7 @@ EXAMPLES: dict[str, str] = {
     "replay": """
         minigrpo replay runs/my --step 63  # is it what the log says, to the last bit?
         minigrpo replay runs/my --step 63 --group 4  # with the answers of its fourth prompt
+        minigrpo replay runs/my --steps 50 --seed 7  # fifty steps drawn at random, with one model
         minigrpo replay runs/my  # which steps can be done again, and at what cost""",
     "audit": """
         minigrpo audit runs/my  # the chain, 3 steps and 5 answers; leaves runs/my/audit.json

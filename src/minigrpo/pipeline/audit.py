@@ -23,14 +23,13 @@ from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline.audit_answers import AnswerDraw, ask_again, check_scores, draw_answers, read_answers
 from minigrpo.pipeline.audit_chain import Findings, check_chain, is_adopted, open_recipe
 from minigrpo.pipeline.evidence import Evidence, last_step, read_evidence, start_fault
-from minigrpo.pipeline.replay import Replayed, Stretch, open_replay, replay_stretch, timed_stretch
+from minigrpo.pipeline.replay import Replayed, Stretch, cost_of, open_replay, replay_stretch, timed_stretch
 from minigrpo.pipeline.stages import settings_of
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.chain import audited_state
 from minigrpo.runs.manifest import read_sealed, result_path, write_sealed
 from minigrpo.runs.rundir import RunDir
-from minigrpo.ui.live import duration
-from minigrpo.ui.progress import stage
+from minigrpo.ui.progress import part_of, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.versions import hash_code, this_version
 
@@ -175,12 +174,11 @@ class _Again:
             self.found.unshown.append("No step was done again.")
             return
         console = Screen(stderr=True, quiet=self.quiet)
-        time_ = sum(each.seconds or 0.0 for each in chosen)
-        console.print(f"audit: doing {total} steps again, about {duration(time_)} where the run was made", markup=False)
+        console.print(cost_of(chosen, "audit"), markup=False)
         with stage("audit: steps", total, console) as report:
             before = 0
             for each in chosen:
-                part = _shifted(report, before, total)
+                part = part_of(report, before, total)
                 self._replay(opened, each, part)
                 before += each.steps
         reached, done = sum(each.steps for each in reachable), last_step(self.run)
@@ -285,10 +283,6 @@ def drawable(run: RunDir, evidence: Evidence) -> list[Stretch]:
         until = min((step for step in evidence.saved if start < step <= done), default=done)
         found.append(timed_stretch(run, start, until))
     return found
-
-
-def _shifted(report: Any, before: int, total: int) -> Any:
-    return lambda done, _=0, note="": report(before + done, total, note)
 
 
 def _of(found: Any) -> str:
