@@ -315,7 +315,7 @@ def replay_stretch(
     began = _machine(run, start, evidence)
     with (
         scratch_run(run, start, replace(began, threads=threads or began.threads)) as scratch,
-        open_logged(run, start.positions if start else {}) as logged,
+        open_logged(run, stretch.start, start.positions if start else {}) as logged,
     ):
         log = ReplayLog(scratch, logged, stretch.start, stretch.until, report=report, group=group)
         with suppress(DivergenceError):  # the run itself ended with it, after the same step
@@ -412,7 +412,10 @@ def _compare_saved(
 def _differing_files(
     run: RunDir, scratch: RunDir, step: int, then: Mapping[str, str], now: Mapping[str, str]
 ) -> Iterator[Difference]:
-    kinds = dict.fromkeys(weight_files(then), "weights") | {"optimizer.pt": "optimizer", "trainer.json": "state"}
+    kinds = dict.fromkeys(weight_files({**then, **now}), "weights") | {
+        "optimizer.pt": "optimizer",
+        "trainer.json": "state",
+    }
     for name, kind in kinds.items():
         if then.get(name) != now.get(name):
             what = f"{name} after this step is another than the run saved{_apart(run, scratch, step, name)}."
