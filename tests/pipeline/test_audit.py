@@ -118,6 +118,12 @@ def forge_without_log(run: RunDir) -> None:
     forge(run, lambda kind, facts: kind == "checkpoint" and facts["logs"].pop("groups.jsonl"))
 
 
+def adapter_of_no_checkpoint(run: RunDir) -> None:
+    """Other weights at the end, the chain's last line written anew, and the checkpoints as they were."""
+    flip(run.adapter / WEIGHTS, -2)
+    forge(run)
+
+
 def exchange_checkpoints(run: RunDir) -> None:
     swap(run.checkpoint(4), run.checkpoint(6))
     for step in (4, 6):
@@ -172,6 +178,7 @@ BY_HASH: dict[str, tuple[Tamper, str]] = {
         lambda run: reseal(run.checkpoint(4) / "made.json", previous="0" * 64),
         "000004/made.json names another line before it than .*chain.jsonl has",
     ),
+    "an adapter of no checkpoint": (adapter_of_no_checkpoint, "adapter holds weights that no checkpoint of the chain"),
     "a log without its hash": (forge_without_log, "chain.jsonl: line 2 is damaged"),
     "two checkpoints exchanged": (exchange_checkpoints, "000004/.* is not the one"),
     "a checkpoint renamed": (lambda run: run.checkpoint(4).rename(run.checkpoint(5)), "of step 4, so it was renamed"),

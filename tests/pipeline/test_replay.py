@@ -11,6 +11,7 @@ from minigrpo import replay, replay_steps
 from minigrpo.cli import main
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline.replay import reach
+from minigrpo.pipeline.step_differences import open_logged
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 from tests.helpers.proved import flip, own_copy, proved_home, replace_once
@@ -73,6 +74,16 @@ def test_each_drawn_step_that_is_not_exact_is_named(run: RunDir, capsys: pytest.
         main.main(["replay", "run", "--steps", "99"])
     assert ended.value.code == 1
     assert "steps 2, 5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_log_whose_lines_moved_is_read_from_the_right_step(run: RunDir) -> None:
+    for path in (run.metrics, run.groups):  # lines of equal length, of which one of step 1 is taken out
+        path.write_text("".join(f'{{"step": {step}, "n": {n}}}\n' for step in (1, 2, 3) for n in (1, 2)))
+    line = len('{"step": 1, "n": 1}\n')
+    positions = {path.name: {"bytes": 4 * line} for path in (run.metrics, run.groups)}
+    run.groups.write_text("".join(run.groups.read_text().splitlines(keepends=True)[1:]))
+    with open_logged(run, 2, positions) as logged:
+        assert [row["n"] for row in logged.take(3).groups] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigrpo.cli.deliver import lock_run_of
+from minigrpo.cli.deliver import BaseOption, lock_run_of
 from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
 from minigrpo.config.schema import MOST_STEPS
 from minigrpo.errors import MinigrpoError
@@ -88,19 +88,24 @@ def audit(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the draw.", show_default="a new one, told in audit.json")
     ] = None,
+    base: BaseOption = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option("--model", metavar="PATH", help="Also hold this model to the run: a file or folder; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold a run to its chain of hashes, and do parts of it again.
 
     Recipe, code, base and data -> checkpoints -> logs -> adapter -> merged -> GGUF -> evaluations. Writes audit.json:
-    what was shown, what was not, and on which machine. Exit code 0 where nothing is wrong, 1 where something is. It
-    raises the price of fraud; it does not prove honesty.
+    what was shown, what was not, and on which machine. RUN may also be what publish --with-run has put on the Hub.
+    Exit code 0 where nothing is wrong, 1 where something is. It raises the price of fraud; it does not prove honesty.
     """
     from minigrpo.pipeline.audit import audit
     from minigrpo.pipeline.proof_tables import audited_table
 
     with stdout_for_json(as_json), lock_run_of(run):
-        found = audit(run, steps=steps, answers=answers, seed=seed)
+        found = audit(run, steps=steps, answers=answers, seed=seed, base=base, models=model or ())
     if as_json:
         print_json(found.to_dict())
     else:

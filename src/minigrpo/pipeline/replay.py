@@ -27,7 +27,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.pipeline import prepare
-from minigrpo.pipeline.context import OpenedRun, open_all
+from minigrpo.pipeline.context import OpenedRun, located, open_all
 from minigrpo.pipeline.evidence import (
     Evidence,
     changed_logs,
@@ -279,14 +279,15 @@ def timed_stretch(run: RunDir, start: int, until: int) -> Stretch:
     return Stretch(start, until, fmean(known) * (until - start) if known else None)
 
 
-def open_replay(run: RunDir) -> OpenedRun:
+def open_replay(run: RunDir, recipe: Recipe | None = None) -> OpenedRun:
     """Open the run's task, model and engine as its training did, before its first step; the run is only read.
 
-    Raises ArtifactError where the base is another, or the warm-up that training began with is missing.
+    `recipe`: the run's own as it is to be opened here; None: with what a published run carries. Raises ArtifactError
+    where the base is another, or the warm-up that training began with is missing.
     """
     from minigrpo.models.model_files import local_fingerprint
 
-    recipe = load_recipe(str(run.path))
+    recipe = recipe or located(load_recipe(str(run.path)), run)
     opened = open_all(recipe, run)
     found = local_fingerprint(opened.policy.path, recipe.model.revision)
     if found is not None and run.base.is_file():
