@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minigrpo.pipeline.audit import audit as audit
     from minigrpo.pipeline.forks import fork as fork
     from minigrpo.pipeline.replay import replay as replay
+    from minigrpo.pipeline.replay import replay_steps as replay_steps
     from minigrpo.pipeline.stages import evaluate as evaluate
     from minigrpo.pipeline.stages import preflight as preflight
     from minigrpo.pipeline.stages import quickstart as quickstart
@@ -75,7 +76,7 @@ HOMES = {
     "minigrpo.rollouts.async_grader": ("Grader",),
     "minigrpo.tasks.custom.reward_task": ("reward_task",),
     "minigrpo.pipeline.audit": ("audit",),
-    "minigrpo.pipeline.replay": ("replay",),
+    "minigrpo.pipeline.replay": ("replay", "replay_steps"),
     "minigrpo.pipeline.attack": ("attack_task",),
     "minigrpo.pipeline.forks": ("fork",),
     "minigrpo.pipeline.stages": ("evaluate", "preflight", "quickstart", "run_all", "train", "warmup"),

@@ -98,8 +98,11 @@ def reseal(file: Path, **changes: Any) -> None:
     write_sealed(file, {**{name: value for name, value in content.items() if name != "seal"}, **changes})
 
 
-def forge(run: RunDir) -> None:
-    """Write every hash of a training anew after a change: checkpoints, chain, result. The logs keep their lengths."""
+def forge(run: RunDir, change: Callable[[str, dict[str, Any]], object] = lambda kind, facts: None) -> None:
+    """Write every hash of a training anew after a change: checkpoints, chain, result. The logs keep their lengths.
+
+    `change`: is given each line's kind and facts, and may change these, too.
+    """
     previous: str | None = None
     lines: list[str] = []
     for line in run.chain.read_text().splitlines():
@@ -109,6 +112,7 @@ def forge(run: RunDir) -> None:
             facts |= forged_checkpoint(run, facts, previous)
         if kind == "result":
             facts |= {"digest": digest(run.adapter), "files": hash_files(run.adapter)}
+        change(kind, facts)
         lines.append(link_text(kind, previous, facts))
         previous = hashlib.sha256(lines[-1].encode()).hexdigest()
     run.chain.write_text("".join(f"{line}\n" for line in lines))

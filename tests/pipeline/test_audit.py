@@ -113,6 +113,17 @@ def flip_and_reseal(run: RunDir) -> None:
     reseal_checkpoint(run, 4)
 
 
+def forge_without_log(run: RunDir) -> None:
+    """Every hash written anew, and none of the groups."""
+    forge(run, lambda kind, facts: kind == "checkpoint" and facts["logs"].pop("groups.jsonl"))
+
+
+def adapter_of_no_checkpoint(run: RunDir) -> None:
+    """Other weights at the end, the chain's last line written anew, and the checkpoints as they were."""
+    flip(run.adapter / WEIGHTS, -2)
+    forge(run)
+
+
 def exchange_checkpoints(run: RunDir) -> None:
     swap(run.checkpoint(4), run.checkpoint(6))
     for step in (4, 6):
@@ -163,6 +174,12 @@ BY_HASH: dict[str, tuple[Tamper, str]] = {
     "a bit of a checkpoint": (lambda run: flip(run.checkpoint(4) / WEIGHTS), f"000004/{WEIGHTS} is damaged"),
     "a checkpoint, sealed again": (flip_and_reseal, f"000004/{WEIGHTS} is not the one that .*chain.jsonl names"),
     "another optimizer, sealed": (other_optimizer, "000006/optimizer.pt is not the one"),
+    "a checkpoint's line before it, sealed": (
+        lambda run: reseal(run.checkpoint(4) / "made.json", previous="0" * 64),
+        "000004/made.json names another line before it than .*chain.jsonl has",
+    ),
+    "an adapter of no checkpoint": (adapter_of_no_checkpoint, "adapter holds weights that no checkpoint of the chain"),
+    "a log without its hash": (forge_without_log, "chain.jsonl: line 2 is damaged"),
     "two checkpoints exchanged": (exchange_checkpoints, "000004/.* is not the one"),
     "a checkpoint renamed": (lambda run: run.checkpoint(4).rename(run.checkpoint(5)), "of step 4, so it was renamed"),
     "the adapter's weights": (lambda run: flip(run.adapter / WEIGHTS), f"adapter/{WEIGHTS} was changed after training"),
@@ -214,6 +231,11 @@ def forge_weights(run: RunDir) -> None:
     forge(run)
 
 
+def forge_without_weights(run: RunDir) -> None:
+    """No hash of the weights after step 2, whose checkpoint was removed, and every other hash written anew."""
+    forge(run, lambda kind, facts: facts.get("step") == 2 and facts["files"].pop(WEIGHTS))
+
+
 def forge_merged(run: RunDir) -> None:
     flip(run.merged / "model.safetensors", -2)
     reseal(run.merged / "made.json", sha256=hash_files(run.merged))
@@ -226,6 +248,7 @@ def edit_task(run: RunDir) -> None:
 AGAIN: dict[str, tuple[Tamper, str]] = {
     "a forged log": (forge_log, "step 5, prompt .*, done again: another grade"),
     "forged weights": (forge_weights, r"step 6, done again: adapter_model.safetensors .* 1 of"),
+    "weights without their hash": (forge_without_weights, r"step 2, done again: adapter_model.safetensors after"),
     "forged merged weights": (forge_merged, "merged: .* are not"),
     "an edited reward file": (edit_task, "mine.py is another than when the run began"),
     "turned answers that fit": (turn_consistently, "asked again: solved was"),

@@ -211,6 +211,19 @@ def test_a_dry_run_says_how_long_it_would_take_and_makes_nothing(trained, tmp_pa
     assert "100 twins" in capsys.readouterr().out
 
 
+def test_twins_that_are_there_already_cost_nothing_and_that_is_said(trained, tmp_path, capsys):
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, run.path, ignore=shutil.ignore_patterns("forks"))
+    ask = {"at": 2, "change": {"train.lr": 0.2}, "limit": 2}
+    first = forks.fork(run, dry_run=True, **ask)["seconds"]
+    forks.fork(run, at=2)
+    second = forks.fork(run, dry_run=True, **ask)["seconds"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Of these twins 1 are there already. At the run's own pace the rest takes about" in told
+    forks.fork(run, **ask)
+    assert first > second > forks.fork(run, dry_run=True, **ask)["seconds"] == 0
+
+
 def test_a_run_may_end_before_its_learning_rate_does(trained):
     recipe = load_recipe(str(trained.path), {"train.until": 3})
     assert (recipe.train.last_step, recipe.train.steps) == (3, 4)
@@ -245,6 +258,7 @@ def task(recipe):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # twelve twins: two minutes on a quiet machine
 def test_leaving_out_the_part_that_matters_shows_and_leaving_out_a_decoy_does_not(tmp_path):
     (tmp_path / "decoy.py").write_text(DECOY)
     knobs = {"task.name": f"{tmp_path / 'decoy.py'}:task", "save.every": 10, "save.keep": 9, "train.until": 30}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from minigrpo import replay
+from minigrpo import replay, replay_steps
 from minigrpo.cli import main
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline.replay import reach
+from minigrpo.pipeline.step_differences import open_logged
 from minigrpo.runs.manifest import read_sealed, write_sealed
 from minigrpo.runs.rundir import RunDir, digest
 from tests.helpers.proved import flip, own_copy, proved_home, replace_once
@@ -43,6 +44,63 @@ def test_the_reach_of_each_checkpoint_is_told_with_its_cost(run: RunDir, capsys:
         main.main(["replay", "run"])
     assert ended.value.code == 0
     assert "steps 1 to 4" in capsys.readouterr().out
+
+
+def test_many_drawn_steps_are_done_again_with_one_model(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["replay", "run", "--steps", "3", "--seed", "5", "--json"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert (told["ok"], told["seed"], told["drawn"]) == (True, 5, [3, 5, 6])
+    assert told["exact"] == [1, 2, 3, 5, 6]  # those on the way are compared, too; 4 is not on it
+    assert [(part["stretch"]["start"], part["saved"]) for part in told["parts"]] == [(0, [0, 2]), (4, [6])]
+    assert printed.err.count("\nmodel ") == 1
+    assert "replay: doing 5 steps again, which took" in printed.err
+
+
+def test_each_drawn_step_that_is_not_exact_is_named(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run.groups.read_text().splitlines(keepends=True)
+    for place, line in enumerate(lines):
+        row = json.loads(line)
+        if row["step"] in (2, 5):
+            row["completions"][0]["advantage"] += 1
+            lines[place] = json.dumps(row) + "\n"
+    run.groups.write_text("".join(lines))
+    done = replay_steps(run, 99, seed=1, quiet=True)
+    assert (done.drawn, done.exact, done.inexact) == ((1, 2, 3, 4, 5, 6), (1, 3, 4, 6), (2, 5))
+    assert [(each.kind, each.step) for each in done.differences] == [("log", 1), ("advantage", 2), ("advantage", 5)]
+    with pytest.raises(SystemExit) as ended:
+        main.main(["replay", "run", "--steps", "99"])
+    assert ended.value.code == 1
+    assert "steps 2, 5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_log_whose_lines_moved_is_read_from_the_right_step(run: RunDir) -> None:
+    for path in (run.metrics, run.groups):  # lines of equal length, of which one of step 1 is taken out
+        path.write_text("".join(f'{{"step": {step}, "n": {n}}}\n' for step in (1, 2, 3) for n in (1, 2)))
+    line = len('{"step": 1, "n": 1}\n')
+    positions = {path.name: {"bytes": 4 * line} for path in (run.metrics, run.groups)}
+    run.groups.write_text("".join(run.groups.read_text().splitlines(keepends=True)[1:]))
+    with open_logged(run, 2, positions) as logged:
+        assert [row["n"] for row in logged.take(3).groups] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--steps", "2", "--step", "3"], "give one of them"),
+        (["--group", "2", "--steps", "2"], "--step N"),
+        (["--seed", "1"], "--steps N"),
+    ],
+)
+def test_options_that_do_not_go_together_are_a_sentence(
+    words: list[str], told: str, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["replay", "run", *words])
+    assert ended.value.code == 2
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_reward_file_edited_by_one_character_is_named_by_prompt_and_sibling(run: RunDir) -> None:

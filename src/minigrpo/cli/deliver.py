@@ -330,6 +330,12 @@ def publish(
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Any folder, as it is, in place of a run.")
     ] = None,
+    with_run: Annotated[
+        bool, typer.Option("--with-run", help="Also logs, checkpoints and hashes, by which others can audit the run.")
+    ] = False,
+    with_paths: Annotated[
+        bool, typer.Option("--with-paths", help="Although files of the run name places of this machine.")
+    ] = False,
     licence: LicenceOption = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go where; no network.")] = False,
@@ -356,12 +362,15 @@ def publish(
         )
     if folder is not None and licence is not None:
         raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
+    if folder is not None and (with_run or with_paths):
+        raise MinigrpoError("A folder goes as it is. --with-run and --with-paths are for a run: minigrpo publish RUN")
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
     with stdout_for_json(as_json), lock_run_of(run):
         if run is None:
             found = publish_folder(folder, repo, **options)  # type: ignore[arg-type]
         else:
-            found = publish(run, repo, what=what or (), licence=licence, **options)  # type: ignore[arg-type]
+            own = {"what": what or (), "with_run": with_run, "with_paths": with_paths, "licence": licence}
+            found = publish(run, repo, **own, **options)  # type: ignore[arg-type]
     if as_json:
         print_json(found.to_dict())
     else:

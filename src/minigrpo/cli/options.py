@@ -76,15 +76,18 @@ EXAMPLES: dict[str, str] = {
     "replay": """
         minigrpo replay runs/my --step 63  # is it what the log says, to the last bit?
         minigrpo replay runs/my --step 63 --group 4  # with the answers of its fourth prompt
+        minigrpo replay runs/my --steps 50 --seed 7  # fifty steps drawn at random, with one model
         minigrpo replay runs/my  # which steps can be done again, and at what cost""",
     "audit": """
         minigrpo audit runs/my  # the chain, 3 steps and 5 answers; leaves runs/my/audit.json
         minigrpo audit runs/my --steps 0 --answers 0  # the hashes alone: seconds
-        minigrpo audit runs/my --steps 20 --seed 7 --json""",
+        minigrpo audit runs/my --steps 20 --seed 7 --json
+        minigrpo audit my-run --model my-GGUF  # published with --with-run, downloaded; is this model of it?""",
     "publish": """
         minigrpo publish runs/my --repo me/my-model --dry-run  # what would go where; no network
         minigrpo publish runs/my --repo me/my-model  # me/my-model, me/my-model-lora, me/my-model-GGUF; private
         minigrpo publish runs/my --repo me/my-model --what gguf --public --fetch
+        minigrpo publish runs/my --repo me/my-model --with-run  # me/my-model-run, too: what others need to audit it
         minigrpo publish --folder ./model --repo me/other  # any folder as it is""",
     "serve": """
         minigrpo serve runs/my  # its GGUF file, with llama.cpp, until Ctrl-C

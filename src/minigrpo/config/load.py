@@ -19,11 +19,11 @@ from pydantic import ValidationError
 
 from minigrpo.config.fields import Field, field_table, fields_by_name, nearest, sections
 from minigrpo.config.parse import NULLS, Entry, as_text, read_entries, read_table
-from minigrpo.config.schema import Recipe, contradictions
+from minigrpo.config.schema import Recipe, TaskConfig, contradictions
 from minigrpo.errors import RecipeError
 from minigrpo.versions import begun_by_another
 
-__all__ = ["Field", "dump_recipe", "field_table", "load_recipe", "recipe_names", "recipe_path"]
+__all__ = ["Field", "dump_recipe", "field_table", "load_recipe", "recipe_names", "recipe_path", "task_files"]
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
@@ -114,6 +114,14 @@ def _absolute_path(value: str, leaf: str) -> str:
     path = os.path.expanduser(file)
     exists = bool(file) and os.path.exists(path) and (bool(name) or not colon)
     return f"{kind}{os.path.abspath(path)}{colon}{name}" if exists else value
+
+
+def task_files(task: TaskConfig) -> list[Path]:
+    """Return the files and folders of this machine that a task's knobs name: its code, its data, its rates."""
+    kind, _, name = task.name.partition(":")
+    own = name if f"{kind}:" in REWARD_KINDS else task.name.rpartition(":")[0]
+    found = [Path(each).expanduser() for each in (own, task.data, task.rates) if each]
+    return [path for path in found if path.exists()]
 
 
 def dump_recipe(recipe: Recipe, *, ascii_only: bool = False) -> str:

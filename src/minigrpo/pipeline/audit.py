@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -22,15 +22,16 @@ from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.pipeline.audit_answers import AnswerDraw, ask_again, check_scores, draw_answers, read_answers
 from minigrpo.pipeline.audit_chain import Findings, check_chain, is_adopted, open_recipe
+from minigrpo.pipeline.audit_models import check_models, merged_faults
+from minigrpo.pipeline.context import located
 from minigrpo.pipeline.evidence import Evidence, last_step, read_evidence, start_fault
-from minigrpo.pipeline.replay import Replayed, Stretch, open_replay, replay_stretch, timed_stretch
+from minigrpo.pipeline.replay import Replayed, Stretch, cost_of, open_replay, replay_stretch, timed_stretch
 from minigrpo.pipeline.stages import settings_of
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.runs.chain import audited_state
 from minigrpo.runs.manifest import read_sealed, result_path, write_sealed
 from minigrpo.runs.rundir import RunDir
-from minigrpo.ui.live import duration
-from minigrpo.ui.progress import stage
+from minigrpo.ui.progress import part_of, stage
 from minigrpo.ui.screen import Screen
 from minigrpo.versions import hash_code, this_version
 
@@ -67,22 +68,34 @@ class Audited:
 
 
 def audit(
-    run: RunDir | Path, *, steps: int = 3, answers: int = 5, seed: int | None = None, quiet: bool = False
+    run: RunDir | Path,
+    *,
+    steps: int = 3,
+    answers: int = 5,
+    seed: int | None = None,
+    base: str | None = None,
+    models: Sequence[Path] = (),
+    quiet: bool = False,
 ) -> Audited:
     """Check the chain; do `steps` steps again, with the stretch from the checkpoint before to what was saved next, and
     ask `answers` answers of evaluations again. Write audit.json into the run's folder.
 
-    `seed` of the draw; None: a new one, which nobody knew before. Raises ArtifactError where there is no run.
+    `seed` of the draw; None: a new one, which nobody knew before. `base`: where the base lies here, in place of what
+    the recipe names. `models`: files and folders of models elsewhere, to be held to the run. Raises ArtifactError where
+    there is no run.
     """
     run = run if isinstance(run, RunDir) else RunDir(run)
     began, seed = time.monotonic(), secrets.randbelow(2**32) if seed is None else seed
     recipe, found = open_recipe(run), Findings()
+    here = located(recipe, run, base)
     evidence = read_evidence(run)
     with stage("audit: hashes", 0, Screen(stderr=True, quiet=quiet)):
-        check_chain(run, recipe, evidence, found)
+        check_chain(run, recipe, evidence, found, here=here)
+        merged = check_models(run, models, found)
         read = read_answers(run, found)
         check_scores(run, read, found)
-    again = _Again(run, recipe, evidence, found, Random(seed), quiet)
+    merged = [*([run.merged] if run.merged.is_dir() else []), *merged]
+    again = _Again(run, recipe, evidence, found, Random(seed), quiet, here=here, base=base, merged=merged)
     if steps or answers:
         again.do(steps, answers, read)
     else:
@@ -117,7 +130,8 @@ def machine_here(opened: OpenedRun | None = None) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Again:
-    """Does drawn steps and answers again. `replayed` and `draws`: what was done; `same`: answers that came again."""
+    """Does drawn steps and answers again. `here`: the recipe as it is opened on this machine; `merged`: folders of the
+    merged model. `replayed` and `draws`: what was done; `same`: answers that came again."""
 
     run: RunDir
     recipe: Recipe
@@ -125,6 +139,9 @@ class _Again:
     found: Findings
     draw: Random
     quiet: bool
+    here: Recipe
+    base: str | None
+    merged: Sequence[Path]
     replayed: list[Replayed] = field(default_factory=list)
     draws: list[AnswerDraw] = field(default_factory=list)
     same: int = 0
@@ -137,7 +154,7 @@ class _Again:
         with ExitStack() as stack:
             try:
                 stack.enter_context(settings_of(self.recipe, self.run))
-                opened = open_replay(self.run)
+                opened = open_replay(self.run, self.here)
             except MinigrpoError as fault:
                 self.found.unshown.append(f"Nothing was done again, because the run could not be opened here: {fault}")
                 return
@@ -175,12 +192,11 @@ class _Again:
             self.found.unshown.append("No step was done again.")
             return
         console = Screen(stderr=True, quiet=self.quiet)
-        time_ = sum(each.seconds or 0.0 for each in chosen)
-        console.print(f"audit: doing {total} steps again, about {duration(time_)} where the run was made", markup=False)
+        console.print(cost_of(chosen, "audit"), markup=False)
         with stage("audit: steps", total, console) as report:
             before = 0
             for each in chosen:
-                part = _shifted(report, before, total)
+                part = part_of(report, before, total)
                 self._replay(opened, each, part)
                 before += each.steps
         reached, done = sum(each.steps for each in reachable), last_step(self.run)
@@ -229,11 +245,10 @@ class _Again:
 
     def _merged(self) -> None:
         """Add base and adapter again, and compare every weight of the merged model."""
-        if not self.run.merged.is_dir():
-            return
-        self.found.check(
-            "Every weight of merged/ is base plus adapter, computed again in another way.", merged_faults(self.run)
-        )
+        for folder in self.merged:
+            name = "merged/" if folder == self.run.merged else str(folder)
+            shown = f"Every weight of {name} is base plus adapter, computed again in another way."
+            self.found.check(shown, merged_faults(self.run, folder, base=self.base))
         if self.run.gguf.is_dir() or self.run.compressed.is_dir():
             again = command_line("minigrpo", "verify", self.run.path)
             self.found.unshown.append(f"What rounding did to the exported files was not measured again: {again}")
@@ -255,24 +270,6 @@ class _Again:
             )
 
 
-def merged_faults(run: RunDir) -> Iterator[str]:
-    """Yield what is wrong with the numbers of a run's merged model."""
-    import torch
-
-    from minigrpo.delivery.artifacts.source import source_of
-    from minigrpo.delivery.parity.weights import prove_weights
-    from minigrpo.models.model_files import open_base
-
-    try:
-        base, adapter = source_of(run).open()
-        dtype = getattr(torch, read_sealed(run.merged / "made.json")["dtype"])
-        fault = prove_weights(open_base(run.merged), base, adapter, dtype).fault
-    except MinigrpoError as error:
-        fault = str(error)
-    if fault:
-        yield f"{run.merged}: {fault}"
-
-
 def drawable(run: RunDir, evidence: Evidence) -> list[Stretch]:
     """Return the stretches that cost no more than what lies between two saves: from the beginning and from each
     checkpoint that is left, up to what was saved next."""
@@ -285,10 +282,6 @@ def drawable(run: RunDir, evidence: Evidence) -> list[Stretch]:
         until = min((step for step in evidence.saved if start < step <= done), default=done)
         found.append(timed_stretch(run, start, until))
     return found
-
-
-def _shifted(report: Any, before: int, total: int) -> Any:
-    return lambda done, _=0, note="": report(before + done, total, note)
 
 
 def _of(found: Any) -> str:

@@ -124,9 +124,11 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AnswerDraw:
-    """Prompts of one evaluation to ask again. `drawn` at random; `suspects`: graded otherwise now."""
+    """Prompts of one evaluation to ask again. `side`: whom it asked, "tuned" or "base"; `drawn` at random; `suspects`:
+    graded otherwise now."""
 
     answered: Answered
+    side: str
     drawn: tuple[str, ...]
     suspects: tuple[str, ...]
 
@@ -135,14 +137,15 @@ def draw_answers(
     run: RunDir, recipe: Recipe, opened: OpenedRun, read: Sequence[Answered], *, count: int, draw: Random
 ) -> list[AnswerDraw]:
     """Draw prompts over all evaluations that this run's own model answered, and add those that are suspect."""
-    own = [each for each in read if side_of(run, recipe, each, opened) is not None]
-    places = [(index, group.prompt.id) for index, each in enumerate(own) for group in each.groups]
+    sides = [(each, side_of(run, recipe, each, opened)) for each in read]
+    own = [(each, side) for each, side in sides if side is not None]
+    places = [(index, group.prompt.id) for index, (each, _) in enumerate(own) for group in each.groups]
     chosen = draw.sample(places, min(count, len(places)))
     draws = []
-    for index, each in enumerate(own):
+    for index, (each, side) in enumerate(own):
         drawn = tuple(name for place, name in chosen if place == index)
         suspects = tuple(name for name in graded_otherwise(opened, each) if name not in drawn)
-        draws.append(AnswerDraw(each, drawn, suspects[:MOST_SUSPECTS]))
+        draws.append(AnswerDraw(each, side, drawn, suspects[:MOST_SUSPECTS]))
     return [each for each in draws if each.drawn or each.suspects]
 
 
@@ -209,7 +212,7 @@ def ask_again(
     same, done = 0, 0
     for each in draws:
         report(done, note=each.answered.name)
-        if side_of(run, opened.recipe, each.answered, opened) == "tuned":
+        if each.side == "tuned":
             engine.update(policy)
             same += _ask(opened, each, found, elsewhere)
         else:

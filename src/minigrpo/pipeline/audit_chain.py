@@ -39,8 +39,8 @@ class Findings:
             self.shown.append(shown)
 
 
-def check_chain(run: RunDir, recipe: Recipe, evidence: Evidence, found: Findings) -> None:
-    """Check everything that needs no model: hashes alone."""
+def check_chain(run: RunDir, recipe: Recipe, evidence: Evidence, found: Findings, *, here: Recipe) -> None:
+    """Check everything that needs no model: hashes alone. `here`: the recipe that names the base on this machine."""
     if not evidence.links and not evidence.fault:
         _without_chain(run, found)
     found.check("The recipe is the one that the run began with.", _guarded(_recipe_faults, run, recipe, evidence))
@@ -49,7 +49,7 @@ def check_chain(run: RunDir, recipe: Recipe, evidence: Evidence, found: Findings
         found.check(f"The chain of {count} lines is unbroken.", _guarded(_order_faults, run, recipe, evidence))
     found.check("", _guarded(_origin_faults, run, recipe, evidence))
     found.unshown += _sessions(evidence)
-    _check_base(run, recipe, found)
+    _check_base(run, here, found)
     _check_checkpoints(run, evidence, found)
     _check_logs(run, recipe, evidence, found)
     _check_result(run, recipe, evidence, found)
@@ -319,5 +319,7 @@ def _seal_faults(run: RunDir, path: Path) -> Iterator[str]:
 def open_recipe(run: RunDir) -> Recipe:
     """Load the run's recipe. Raises ArtifactError where there is no run."""
     if not run.exists():
-        raise ArtifactError(f"{run.path} is no run's folder. Give one: runs/NAME")
+        raise ArtifactError(
+            f"{run.path} is no run's folder. Give one: runs/NAME, or what publish --with-run has put on the Hub"
+        )
     return load_recipe(str(run.path))

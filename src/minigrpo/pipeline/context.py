@@ -1,9 +1,11 @@
-"""Open task, policy and engine of a recipe, once for all stages."""
+"""Open task, policy and engine of a recipe, once for all stages; find what a recipe names in a published run."""
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigrpo.config.schema import Recipe
@@ -11,6 +13,7 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Engine, Task
 from minigrpo.ui.progress import stage
 from minigrpo.utils.memory import expandable_segments
+from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.models.policy import Policy
@@ -36,6 +39,30 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
     return OpenedRun(recipe, task, policy, open_engine(policy, recipe, count_rows(policy, recipe, task, run)))
+
+
+def located(recipe: Recipe, run: RunDir, base: str | None = None) -> Recipe:
+    """Return the run's recipe with the files that a published run carries, where this machine lacks what it names.
+
+    `base`: where the base lies here, in place of what the recipe names.
+    """
+    task = recipe.task
+    carried = sorted(run.task_files.iterdir()) if run.task_files.is_dir() else []
+    values = {name: getattr(task, name) for name in ("name", "data", "rates")}
+    changed = {name: _carried(value, file) for name, value in values.items() for file in carried if value}
+    found = {name: value for name, value in changed.items() if value != values[name]}
+    recipe = recipe.model_copy(update={"task": task.model_copy(update=found)}) if found else recipe
+    if base is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base, "revision": None})})
+
+
+def _carried(value: str, file: Path) -> str:
+    """Return a knob of the task with this file in place of one of the same name that is not here."""
+    parts = re.fullmatch(rf"((?:judge|classifier):)?((?:.*[\\/])?{re.escape(file.name)})(:.*)?", value)
+    if parts is None or user_path(parts[2]).exists():
+        return value
+    return f"{parts[1] or ''}{file.absolute()}{parts[3] or ''}"
 
 
 def allocator_for(recipe: Recipe) -> AbstractContextManager[None]:

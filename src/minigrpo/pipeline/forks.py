@@ -67,7 +67,8 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True, slots=True)
 class ForkPlan:
-    """What a fork is going to do. `seconds`: how long the run's own steps say that it will take; None: unknown."""
+    """What a fork is going to do. `there`: twins that an earlier call has trained; `seconds`: how long the run's own
+    steps say that the rest will take; None: unknown."""
 
     run: RunDir
     recipe: Recipe
@@ -78,7 +79,8 @@ class ForkPlan:
     until: int
     draws: int
     limit: int
-    seconds: float | None
+    there: int = 0
+    seconds: float | None = None
 
     def folder(self, draw: int, *, changed: bool) -> RunDir:
         base = self.name if changed else f"at{self.at}-to{self.until}"
@@ -176,9 +178,16 @@ def plan_fork(
     words = ", ".join(word for knob in names for word in _changes(knob, then[knob], now[knob]))
     stem = name or slug(f"at{at}-to{until}-{words}")[:_LONGEST_NAME]
     limit = limit or recipe.eval.limit
-    twins = 2 * times if names else 1
-    seconds = expected_seconds(run, recipe, twins * (until - at), twins * limit if names else 0)
-    return ForkPlan(run, recipe, changed, words, stem, at, until, times, limit, seconds)
+    return _timed_plan(ForkPlan(run, recipe, changed, words, stem, at, until, times, limit))
+
+
+def _timed_plan(plan: ForkPlan) -> ForkPlan:
+    """Return the plan with what is there already, and how long the rest will take."""
+    twins = [result_path(twin, recipe.train).exists() for recipe, twin in plan.twins()]
+    pairs = [plan.folder(draw, changed=True).path / "twin.json" for draw in range(plan.draws if plan.change else 0)]
+    answers = 2 * plan.limit * sum(not pair.is_file() for pair in pairs)
+    seconds = expected_seconds(plan.run, plan.recipe, twins.count(False) * (plan.until - plan.at), answers)
+    return replace(plan, there=twins.count(True), seconds=seconds)
 
 
 def _changes(knob: str, then: Any, now: Any) -> Iterator[str]:
@@ -205,12 +214,14 @@ def describe(plan: ForkPlan) -> str:
     """Say what a fork is going to do, and how long it will take."""
     twins = f"{2 * plan.draws} twins" if plan.change else "The unchanged twin"
     asked = f", and {plan.limit} answers of each" if plan.change else ""
+    there = f" Of these twins {plan.there} are there already." if plan.there else ""
     pace = "The run's log does not say how long a step takes"
     if plan.seconds is not None:
-        pace = f"At the run's own pace that takes about {duration(plan.seconds)}"
+        what = "the rest" if plan.there else "that"
+        pace = f"At the run's own pace {what} takes about {duration(plan.seconds)}"
     return (
-        f"{twins} from step {plan.at} to {plan.until} of {plan.run.path}{asked}. {pace}, besides opening the model. "
-        f"Changed: {plan.change or 'nothing'}."
+        f"{twins} from step {plan.at} to {plan.until} of {plan.run.path}{asked}.{there} {pace}, besides opening the "
+        f"model. Changed: {plan.change or 'nothing'}."
     )
 
 

@@ -14,7 +14,8 @@ from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:
     from minigrpo.pipeline.audit import Audited
-    from minigrpo.pipeline.replay import Replayed, Stretch
+    from minigrpo.pipeline.replay import Replayed, ReplayedSteps, Stretch
+    from minigrpo.pipeline.step_differences import Difference
 
 MOST_SHOWN = 5
 """Differences that are printed; --json gives all."""
@@ -44,16 +45,43 @@ def replayed_table(done: Replayed) -> RenderableType:
     lines: list[RenderableType] = [titled(f"replay of {done.run}", table)]
     if done.group is not None:
         lines.append(_group_table(done.group))
-    if done.machine:
-        lines.append(Text(f"note: not the run's machine: {'; '.join(done.machine)}", style="yellow"))
-    if done.without_ids:
-        note = "note: this log is of before token ids were hashed, so answers were compared as texts"
-        lines.append(Text(note, style="yellow"))
-    lines += [Text(f"{_where(each)}: {each.what}", style="red") for each in done.differences[:MOST_SHOWN]]
-    if len(done.differences) > MOST_SHOWN:
-        lines.append(Text(f"and {len(done.differences) - MOST_SHOWN} more: --json", style="red"))
-    words, style = ("exact", "bold green") if done.ok else ("not exact: the first line above came first", "bold red")
-    return Stack(*lines, Text(words, style=style))
+    return Stack(*lines, *_notes([done]), *_verdict(done.differences))
+
+
+def replayed_steps_table(done: ReplayedSteps) -> RenderableType:
+    """Show what was drawn and done, every step that is not exact, the differences in order, and the verdict."""
+    table = plain_table("")
+    table.add_row("drawn", f"{len(done.drawn)} steps, with seed {done.seed}")
+    for part in done.parts:
+        stretch = part.stretch
+        start = f"checkpoint {stretch.start}" if stretch.start else "the beginning"
+        table.add_row("done again", f"steps {stretch.start + 1} to {stretch.until}, from {start}")
+    exact = len({*done.drawn} & {*done.exact})
+    of = sum(part.stretch.steps for part in done.parts)
+    words = "prompts, tokens, rewards, advantages, figures"
+    table.add_row("exact", f"{exact} of {len(done.drawn)} drawn, {len(done.exact)} of {of} done: {words}")
+    if done.inexact:
+        table.add_row("not exact", f"steps {', '.join(map(str, done.inexact))}")
+    saved = ", ".join(str(step) for part in done.parts for step in part.saved)
+    table.add_row(
+        "weights and optimizer", f"compared after step {saved}" if saved else "not compared: nothing was saved"
+    )
+    return Stack(titled(f"replay of {done.run}", table), *_notes(done.parts), *_verdict(done.differences))
+
+
+def _notes(parts: Sequence[Replayed]) -> list[Text]:
+    machines = dict.fromkeys(f"not the run's machine: {'; '.join(part.machine)}" for part in parts if part.machine)
+    older = "this log is of before token ids were hashed, so answers were compared as texts"
+    notes = [*machines, *([older] if any(part.without_ids for part in parts) else [])]
+    return [Text(f"note: {note}", style="yellow") for note in notes]
+
+
+def _verdict(differences: Sequence[Difference]) -> list[Text]:
+    lines = [Text(f"{_where(each)}: {each.what}", style="red") for each in differences[:MOST_SHOWN]]
+    if len(differences) > MOST_SHOWN:
+        lines.append(Text(f"and {len(differences) - MOST_SHOWN} more: --json", style="red"))
+    words = "not exact: the first line above came first" if differences else "exact"
+    return [*lines, Text(words, style="bold red" if differences else "bold green")]
 
 
 def audited_table(found: Audited) -> RenderableType:
@@ -65,7 +93,7 @@ def audited_table(found: Audited) -> RenderableType:
     return Stack(*lines, "", Text(found.statement, style="bold green" if found.ok else "bold red"))
 
 
-def _where(found: Any) -> str:
+def _where(found: Difference) -> str:
     where = [found.kind, f"step {found.step}"]
     where += [f"prompt {found.prompt}"] if found.prompt else []
     where += [f"sibling {found.sibling}"] if found.sibling else []

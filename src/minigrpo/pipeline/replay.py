@@ -1,5 +1,7 @@
 """Do steps of a run again, from the checkpoint before, and compare all that they log with what the run logged.
 
+One step that is named, or many that are drawn at random, with one model: the steps of one checkpoint together.
+
 Every draw is a function of its name (utils/rng.py), so on the same processor, versions and number of threads each
 token, reward, advantage, figure and weight is the same to the last bit. Elsewhere the first difference is named.
 
@@ -9,12 +11,14 @@ that the metrics up to the checkpoint are read, and both logs once for their has
 
 from __future__ import annotations
 
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +27,7 @@ from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.pipeline import prepare
-from minigrpo.pipeline.context import OpenedRun, open_all
+from minigrpo.pipeline.context import OpenedRun, located, open_all
 from minigrpo.pipeline.evidence import (
     Evidence,
     changed_logs,
@@ -40,7 +44,8 @@ from minigrpo.runs.chain import read_chain
 from minigrpo.runs.logger import lines_backwards
 from minigrpo.runs.manifest import refuse_other_recipe, result_path, settle_base
 from minigrpo.runs.rundir import RunDir, digest
-from minigrpo.ui.progress import Report, stage
+from minigrpo.ui.live import duration
+from minigrpo.ui.progress import Report, part_of, stage
 from minigrpo.ui.screen import Screen
 
 if TYPE_CHECKING:
@@ -93,6 +98,49 @@ class Replayed:
         return asdict(self) | {"run": str(self.run), "ok": self.ok}
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayedSteps:
+    """Many steps done again. `drawn`: those asked for; `parts`: what was done for them, in order, with every step that
+    lies before a drawn one. `seed`: of the draw. `files`: what differs in checkpoints and logs, whatever was done."""
+
+    run: Path
+    seed: int
+    drawn: tuple[int, ...]
+    parts: tuple[Replayed, ...]
+    files: tuple[Difference, ...]
+
+    @property
+    def exact(self) -> tuple[int, ...]:
+        """Return the steps of which every byte is the same, drawn or on the way to a drawn one."""
+        return tuple(step for part in self.parts for step in part.exact)
+
+    @property
+    def inexact(self) -> tuple[int, ...]:
+        """Return the steps that were done again and are not exact."""
+        done = (step for part in self.parts for step in range(part.stretch.start + 1, part.stretch.until + 1))
+        return tuple(sorted({*done} - {*self.exact}))
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        return (*self.files, *(each for part in self.parts for each in part.differences))
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "ok": self.ok,
+            "seed": self.seed,
+            "drawn": list(self.drawn),
+            "exact": list(self.exact),
+            "inexact": list(self.inexact),
+            "differences": [each.to_dict() for each in self.differences],
+            "parts": [part.to_dict() for part in self.parts],
+        }
+
+
 def replay(
     run: RunDir | Path, step: int, *, group: int | None = None, threads: int | None = None, quiet: bool = False
 ) -> Replayed:
@@ -103,53 +151,114 @@ def replay(
     """
     run = run if isinstance(run, RunDir) else RunDir(run)
     evidence = read_evidence(run)
-    stretch, damaged = find_start(run, step, evidence)
+    (part,), damaged = _replay(run, [step], evidence, threads=threads, group=group, quiet=quiet)
+    if part.group is not None and part.group["replayed"] is part.group["logged"] is None:
+        raise ArtifactError(f"Step {step} has the groups 1 to {part.group['of']}; there is no group {group}.")
+    return replace(part, differences=(*damaged, *part.differences, *_changed_files(run, evidence)))
+
+
+def replay_steps(
+    run: RunDir | Path, steps: int, *, seed: int | None = None, threads: int | None = None, quiet: bool = False
+) -> ReplayedSteps:
+    """Draw so many steps of a run at random, and do them again with one model; all of them where it has fewer.
+
+    `seed` of the draw; None: a new one. A step costs all that lie between it and the checkpoint before, and these are
+    compared, too. Raises ArtifactError where the run has done no step, or its recipe or base is another.
+    """
+    run = run if isinstance(run, RunDir) else RunDir(run)
+    evidence, seed = read_evidence(run), secrets.randbelow(2**32) if seed is None else seed
+    done = require_steps(run)
+    drawn = sorted(Random(seed).sample(range(1, done + 1), min(steps, done)))
+    parts, damaged = _replay(run, drawn, evidence, threads=threads, quiet=quiet)
+    return ReplayedSteps(run.path, seed, tuple(drawn), tuple(parts), (*damaged, *_changed_files(run, evidence)))
+
+
+def _replay(
+    run: RunDir,
+    steps: Sequence[int],
+    evidence: Evidence,
+    *,
+    threads: int | None = None,
+    group: int | None = None,
+    quiet: bool = False,
+) -> tuple[list[Replayed], list[Difference]]:
+    """Do steps again, in one process with one model. Return what came of it, and what is wrong with checkpoints."""
+    parts, damaged = find_starts(run, steps, evidence)
     recipe = load_recipe(str(run.path))
     refuse_other_recipe(recipe, run)
+    total, console = sum(each.steps for each in parts), Screen(stderr=True, quiet=quiet)
+    if len(steps) > 1:
+        console.print(cost_of(parts, "replay"), markup=False)
     with settings_of(recipe, run):
         opened = open_replay(run)
-        with stage(f"replay {stretch.steps} steps", stretch.steps, Screen(stderr=True, quiet=quiet)) as report:
-            found = replay_stretch(opened, run, stretch, evidence, threads=threads, group=group, report=report)
+        with stage(f"replay {total} steps", total, console) as report:
+            done: list[Replayed] = []
+            for each in parts:
+                part = part_of(report, sum(one.stretch.steps for one in done), total)
+                options: dict[str, Any] = {"threads": threads, "group": group, "report": part}
+                done.append(replay_stretch(opened, run, each, evidence, **options))
+    return done, damaged
+
+
+def cost_of(parts: Sequence[Stretch], verb: str) -> str:
+    """Say how many steps will be done again, and how long they took in the run."""
+    known = [each.seconds for each in parts if each.seconds is not None]
+    took = f", which took {duration(sum(known))} in the run" if known else ""
+    return f"{verb}: doing {sum(each.steps for each in parts)} steps again{took}"
+
+
+def _changed_files(run: RunDir, evidence: Evidence) -> list[Difference]:
+    """Return what is wrong with the logs, and with the chain."""
     changed = [
         Difference("log", after + 1, f"{path} was changed in the lines of steps {after + 1} to {until}: their hash was "
                    f"saved with step {until}, and is another now.")
         for path, after, until in changed_logs(run, evidence)
     ]  # fmt: skip
-    if evidence.fault:
-        changed.append(Difference("checkpoint", step, evidence.fault))
-    if found.group is not None and found.group["replayed"] is found.group["logged"] is None:
-        raise ArtifactError(f"Step {step} has the groups 1 to {found.group['of']}; there is no group {group}.")
-    return replace(found, differences=(*damaged, *found.differences, *changed))
+    broken = [Difference("checkpoint", last_step(run), evidence.fault)] if evidence.fault else []
+    return [*changed, *broken]
 
 
 def reach(run: RunDir | Path) -> list[Stretch]:
     """Return which steps are done again from where. Raises ArtifactError where the run has done none."""
     run = run if isinstance(run, RunDir) else RunDir(run)
-    evidence = read_evidence(run)
-    find_start(run, max(1, last_step(run)), evidence)
-    return list(stretches(run, evidence))
+    require_steps(run)
+    return list(stretches(run, read_evidence(run)))
 
 
-def find_start(run: RunDir, step: int, evidence: Evidence) -> tuple[Stretch, list[Difference]]:
-    """Return from where a step can be done, and what is wrong with the checkpoints between.
-
-    Raises ArtifactError where the run has not done that step.
-    """
-    from minigrpo.training.checkpoint import saved_steps
-
+def require_steps(run: RunDir) -> int:
+    """Return how many steps the run has done. Raises ArtifactError where there are none."""
     if not run.exists():
         raise ArtifactError(f"{run.path} is no run's folder. Give one: runs/NAME")
     done = last_step(run)
-    if not 1 <= step <= done:
-        has = f"has done the steps 1 to {done}" if done else "has done no step yet"
-        raise ArtifactError(f"{run.path} {has}, so there is no step {step} to do again.")
-    damaged: list[Difference] = []
-    for start in reversed([each for each in saved_steps(run) if each < step]):
+    if not done:
+        raise ArtifactError(f"{run.path} has done no step yet, so there is none to do again.")
+    return done
+
+
+def find_starts(run: RunDir, steps: Sequence[int], evidence: Evidence) -> tuple[list[Stretch], list[Difference]]:
+    """Return from where these steps can be done, the beginning first, and what is wrong with the checkpoints between.
+
+    Steps behind one checkpoint are done together. Raises ArtifactError where the run has not done one of them.
+    """
+    from minigrpo.training.checkpoint import saved_steps
+
+    done = require_steps(run)
+    if missing := [step for step in steps if not 1 <= step <= done]:
+        has = f"has done the steps 1 to {done}"
+        raise ArtifactError(f"{run.path} {has}, so there is no step {missing[0]} to do again.")
+    left, damaged, parts = sorted(steps), list[Difference](), list[Stretch]()
+    for start in reversed(saved_steps(run)):
+        if not left or start >= left[-1]:
+            continue
         fault = start_fault(run, start, evidence)
         if fault is None:
-            return timed_stretch(run, start, step), damaged
-        damaged.append(Difference("checkpoint", start, f"{fault} Replayed from an earlier one."))
-    return timed_stretch(run, 0, step), damaged
+            parts.append(timed_stretch(run, start, left[-1]))
+            left = [step for step in left if step <= start]
+        else:
+            damaged.append(Difference("checkpoint", start, f"{fault} Replayed from an earlier one."))
+    if left:
+        parts.append(timed_stretch(run, 0, left[-1]))
+    return parts[::-1], damaged
 
 
 def stretches(run: RunDir, evidence: Evidence) -> Iterator[Stretch]:
@@ -170,14 +279,15 @@ def timed_stretch(run: RunDir, start: int, until: int) -> Stretch:
     return Stretch(start, until, fmean(known) * (until - start) if known else None)
 
 
-def open_replay(run: RunDir) -> OpenedRun:
+def open_replay(run: RunDir, recipe: Recipe | None = None) -> OpenedRun:
     """Open the run's task, model and engine as its training did, before its first step; the run is only read.
 
-    Raises ArtifactError where the base is another, or the warm-up that training began with is missing.
+    `recipe`: the run's own as it is to be opened here; None: with what a published run carries. Raises ArtifactError
+    where the base is another, or the warm-up that training began with is missing.
     """
     from minigrpo.models.model_files import local_fingerprint
 
-    recipe = load_recipe(str(run.path))
+    recipe = recipe or located(load_recipe(str(run.path)), run)
     opened = open_all(recipe, run)
     found = local_fingerprint(opened.policy.path, recipe.model.revision)
     if found is not None and run.base.is_file():
@@ -206,7 +316,7 @@ def replay_stretch(
     began = _machine(run, start, evidence)
     with (
         scratch_run(run, start, replace(began, threads=threads or began.threads)) as scratch,
-        open_logged(run, start.positions if start else {}) as logged,
+        open_logged(run, stretch.start, start.positions if start else {}) as logged,
     ):
         log = ReplayLog(scratch, logged, stretch.start, stretch.until, report=report, group=group)
         with suppress(DivergenceError):  # the run itself ended with it, after the same step
@@ -303,7 +413,10 @@ def _compare_saved(
 def _differing_files(
     run: RunDir, scratch: RunDir, step: int, then: Mapping[str, str], now: Mapping[str, str]
 ) -> Iterator[Difference]:
-    kinds = dict.fromkeys(weight_files(then), "weights") | {"optimizer.pt": "optimizer", "trainer.json": "state"}
+    kinds = dict.fromkeys(weight_files({**then, **now}), "weights") | {
+        "optimizer.pt": "optimizer",
+        "trainer.json": "state",
+    }
     for name, kind in kinds.items():
         if then.get(name) != now.get(name):
             what = f"{name} after this step is another than the run saved{_apart(run, scratch, step, name)}."

@@ -63,7 +63,7 @@ class ReplayLog(RunLogger):
             self.kept[step] = next(group for group in groups if group.prompt.id == found.prompt)
         if step == self._until and self._wanted is not None:
             self.group = _one_group(self._wanted, then.groups, rows)
-        words = f"{len(self.exact)} exact" + (f", {len(self.differences)} not" if self.differences else "")
+        words = f"not exact: step {self.differences[-1].step}" if self.differences else "exact"
         self._report(step - self._start, self._until - self._start, words)
 
 

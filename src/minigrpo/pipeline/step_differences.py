@@ -70,15 +70,31 @@ class LoggedSteps:
 
 
 @contextmanager
-def open_logged(run: RunDir, positions: Mapping[str, Mapping[str, Any]]) -> Iterator[LoggedSteps]:
-    """Open both logs behind the steps that a checkpoint knows. Raises ArtifactError where one is missing."""
+def open_logged(run: RunDir, start: int, positions: Mapping[str, Mapping[str, Any]]) -> Iterator[LoggedSteps]:
+    """Open both logs behind step `start`, of whose checkpoint these are the positions. Raises ArtifactError where one
+    is missing."""
     for path in (run.metrics, run.groups):
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, so there is nothing to compare a step with.")
     with run.metrics.open("rb") as metrics, run.groups.open("rb") as groups:
         for stream, path in ((metrics, run.metrics), (groups, run.groups)):
-            stream.seek(positions.get(path.name, {"bytes": 0})["bytes"])
+            _seek(stream, positions.get(path.name, {"bytes": 0})["bytes"], start)
         yield LoggedSteps(metrics, groups)
+
+
+def _seek(stream: IO[bytes], position: int, start: int) -> None:
+    """Go to the first line of step `start` + 1: to its position or, where lines before it were changed, by reading."""
+    stream.seek(max(0, position - 1))
+    if position and stream.read(1) == b"\n" and row_of(stream.readline()).get("step") == start + 1:
+        stream.seek(position)
+        return
+    stream.seek(place := 0)
+    while start and (line := stream.readline()):
+        logged = row_of(line).get("step")
+        if isinstance(logged, int) and logged > start:
+            break
+        place += len(line)
+    stream.seek(place)
 
 
 def row_of(line: bytes) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.errors import TaskError
 from minigrpo.tasks.common.dataset import has_half_character
 from minigrpo.tasks.common.rewards import LARGEST_REWARD, as_number, shorten_repr
 from minigrpo.types import Completion, Grade, Prompt, Task
-from minigrpo.utils.faults import describe_fault, is_ctrl_c
+from minigrpo.utils.faults import told_as_task_error
 
 
 def judge_group(task: Task, prompt: Prompt, completions: Sequence[Completion]) -> tuple[Grade, ...]:
@@ -27,14 +28,8 @@ def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
             yield judge(task, shown, completion.answer)
         return
     where = f"prompt {prompt.id}"
-    try:
+    with _grader_told(task, where):
         grades = task.grade_group(shown, completions)
-    except MinigrpoError:
-        raise
-    except BaseException as fault:
-        if is_ctrl_c(fault):
-            raise
-        raise grader_error(task, fault, where) from fault
     if not isinstance(grades, list | tuple) or len(grades) != len(completions):
         what = f"{len(grades)} grades" if isinstance(grades, list | tuple) else type(grades).__name__
         raise TaskError(
@@ -47,30 +42,17 @@ def iter_grades(task: Task, prompt: Prompt, completions: Sequence[Completion]) -
 
 def judge(task: Task, prompt: Prompt, text: str) -> Grade:
     """Ask the task for its grade; raise TaskError naming what a grader failed on, so that its author can repeat it."""
-    try:
+    where = answer_label(prompt, text)
+    with _grader_told(task, where):
         grade = task.grade(prompt, text)
-    except MinigrpoError:
-        raise
-    except BaseException as fault:
-        if is_ctrl_c(fault):
-            raise
-        raise grader_error(task, fault, answer_label(prompt, text)) from fault
-    return check_grade(task, grade, answer_label(prompt, text))
+    return check_grade(task, grade, where)
 
 
 def gold_answer(task: Task, prompt: Prompt) -> str:
     """Return the task's own right answer. Raise TaskError for whatever its `gold` raises, and for what is no text."""
     assert task.gold is not None
-    try:
+    with told_as_task_error(f"The `gold` of task {task.name}", f"on prompt {prompt.id}."):
         answer = task.gold(prompt)
-    except MinigrpoError:
-        raise
-    except BaseException as fault:
-        if is_ctrl_c(fault):
-            raise
-        raise TaskError(
-            f"The `gold` of task {task.name} raised {describe_fault(fault)} on prompt {prompt.id}."
-        ) from fault
     if not isinstance(answer, str):
         raise TaskError(
             f"The `gold` of task {task.name} gave {shorten_repr(answer)} on prompt {prompt.id}. Return the text of an "
@@ -84,12 +66,10 @@ def gold_answer(task: Task, prompt: Prompt) -> str:
     return answer
 
 
-def grader_error(task: Task, fault: BaseException, where: str) -> TaskError:
+def _grader_told(task: Task, where: str) -> AbstractContextManager[None]:
     """Say which grader raised what, in which line, on which answer."""
-    return TaskError(
-        f"The grader of task {task.name} raised {describe_fault(fault)} on {where}. A grader must judge any text: give "
-        "what it cannot read a reward, such as 0."
-    )
+    rest = f"on {where}. A grader must judge any text: give what it cannot read a reward, such as 0."
+    return told_as_task_error(f"The grader of task {task.name}", rest)
 
 
 def check_grade(task: Task, grade: Any, where: str) -> Grade:

@@ -29,6 +29,8 @@ KEYS = {
     "result": {"step", "name", "digest", "files"},
 }
 """What a line of each kind holds at least."""
+LOGS = {"metrics.jsonl", "groups.jsonl"}
+"""Of what a checkpoint's line holds length and hash: a log without them could say anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ def _link(line: bytes, end: int) -> Link | None:
         kind, previous = facts.pop("kind"), facts.pop("previous")
         link = Link(kind, facts, previous, hashlib.sha256(line.rstrip(b"\n")).hexdigest(), end)
         whole = line == f"{link_text(kind, previous, facts)}\n".encode("ascii") and KEYS[kind] <= facts.keys()
+        whole = whole and (kind != "checkpoint" or facts["logs"].keys() >= LOGS)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return link if whole else None

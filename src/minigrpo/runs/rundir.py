@@ -152,6 +152,16 @@ class RunDir:
         return self.path / "audit.json"
 
     @property
+    def task_files(self) -> Path:
+        """The files that the task's knobs name, in a run that was published to be audited."""
+        return self.path / "task"
+
+    @property
+    def seals(self) -> Path:
+        """The seals of the models that were made from it, in a run that was published to be audited without these."""
+        return self.path / "seals"
+
+    @property
     def evals(self) -> Path:
         return self.path / "evals"
 

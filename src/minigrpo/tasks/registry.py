@@ -31,7 +31,7 @@ from minigrpo.tasks.custom.reward_task import build_reward_task, read_rows
 from minigrpo.tasks.custom.reward_task import reward_task as reward_task
 from minigrpo.tasks.difficulty_filter import filter_by_difficulty
 from minigrpo.types import Message, Prompt, Split, Task
-from minigrpo.utils.faults import describe_fault, is_ctrl_c, words_of
+from minigrpo.utils.faults import is_ctrl_c, told_as_task_error, words_of
 from minigrpo.utils.paths import user_path
 
 TASKS: dict[str, Callable[[Recipe], Task]] = {
@@ -285,16 +285,8 @@ def _check_prompts(task: Task) -> Task:
 
 def _ask_prompts(task: Task, split: Split) -> Sequence[Prompt]:
     """Return the task's own prompts. Raise TaskError for whatever its function raises, and for what are no prompts."""
-    try:
+    with told_as_task_error(f"The task {task.name}", f"when it was asked for its {split} prompts."):
         found = task.prompts(split)
-    except MinigrpoError:
-        raise
-    except BaseException as fault:
-        if is_ctrl_c(fault):
-            raise
-        raise TaskError(
-            f"The task {task.name} raised {describe_fault(fault)} when it was asked for its {split} prompts."
-        ) from fault
     odd = [one for one in found if not isinstance(one, Prompt)] if isinstance(found, Sequence) else [found]
     if odd:
         raise TaskError(

@@ -9,9 +9,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from minigrpo.config.load import task_files
 from minigrpo.config.schema import Recipe, TaskConfig
 from minigrpo.runs.chain import append_link, read_chain
 from minigrpo.runs.manifest import read_sealed
@@ -54,7 +54,4 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str:
 
 def hash_task_files(config: TaskConfig) -> dict[str, str]:
     """Hash the files and folders of this machine that the task's knobs name, by their names without the folders."""
-    kind, _, name = config.name.partition(":")
-    own = name if kind in ("judge", "classifier") else config.name.rpartition(":")[0]
-    found = [Path(each).expanduser() for each in (own, config.data, config.rates) if each]
-    return {path.name: digest(path) for path in found if path.exists()}
+    return {path.name: digest(path) for path in task_files(config)}

@@ -24,6 +24,11 @@ def no_report(done: int, total: int = 0, note: str = "") -> None:
     """Report nothing."""
 
 
+def part_of(report: Report, before: int, total: int) -> Report:
+    """Return a report for a part of a piece of work, of which so much was done before."""
+    return lambda done, _=0, note="": report(before + done, total, note)
+
+
 @contextmanager
 def stage(name: str, total: int, console: Console | None = None) -> Iterator[Report]:
     """Show the progress of a long piece of work: `with stage("evaluate", 500) as report: report(done, total, note)`."""

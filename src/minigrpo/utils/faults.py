@@ -1,12 +1,32 @@
-"""Describe what a user's function raised, whatever it is."""
+"""Describe what a user's function raised, whatever it is, and make one sentence of it."""
 
 from __future__ import annotations
 
 import dis
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minigrpo.errors import MinigrpoError, TaskError
 
 LONGEST_MESSAGE = 300
 """Characters of an exception's own words that are repeated."""
+
+
+@contextmanager
+def told_as_task_error(who: str, rest: str) -> Iterator[None]:
+    """Raise TaskError, "{who} raised ... {rest}", for whatever a user's function raises in the block: SystemExit, too.
+
+    Ctrl-C stays what it is, and so do errors that are sentences already.
+    """
+    try:
+        yield
+    except MinigrpoError:
+        raise
+    except BaseException as fault:
+        if is_ctrl_c(fault):
+            raise
+        raise TaskError(f"{who} raised {describe_fault(fault)} {rest}") from fault
 
 
 def describe_fault(fault: BaseException) -> str:

@@ -3,9 +3,10 @@
     USER/NAME       the merged model, as it was sealed
     USER/NAME-lora  the adapter, as it was checked or merged; its base by its public name, or unnamed
     USER/NAME-GGUF  the GGUF files that were proved from that merged model, and their Modelfiles
+    USER/NAME-run   on request, all that an audit of the run needs (hub/run_files.py)
 
 minigrpo.json names the run, every file with its SHA-256, and all proofs as numbers. Nothing that looks like a secret is
-taken, and no path of this machine.
+taken, and no path of this machine but where its owner agrees.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from minigrpo.delivery.hub.client import RepoFile, repo_file
 from minigrpo.delivery.hub.model_card import CURVE_FILE, NO_LICENCE, card_facts, card_metadata, hub_name, render_card
 from minigrpo.delivery.hub.page import merge_pages, parse_header, split_page
 from minigrpo.delivery.hub.reward_svg import render_reward_svg
+from minigrpo.delivery.hub.run_files import remarks_on, run_files
 from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
 from minigrpo.runs.rundir import RunDir, digest, read_json
 from minigrpo.versions import this_version
 
-RepoKind = Literal["merged", "adapter", "gguf", "folder"]
-RUN_KINDS: tuple[RepoKind, ...] = get_args(RepoKind)[:3]
+RepoKind = Literal["merged", "adapter", "gguf", "run", "folder"]
+RUN_KINDS: tuple[RepoKind, ...] = get_args(RepoKind)[:4]
+MODEL_KINDS: tuple[RepoKind, ...] = RUN_KINDS[:3]
 IsPublished = Callable[[str, Mapping[str, str]], bool]
-REPO_SUFFIX: dict[str, str] = {"merged": "", "adapter": "-lora", "gguf": "-GGUF", "folder": ""}
+REPO_SUFFIX: dict[str, str] = {"merged": "", "adapter": "-lora", "gguf": "-GGUF", "run": "-run", "folder": ""}
 MARK_FILE = "minigrpo.json"
 PAGE_FILE = "README.md"
 IGNORED_FOLDERS = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
@@ -42,7 +45,10 @@ SECRET_FILES = re.compile(
 )
 SECRET_WORDS = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 MAX_SCANNED_BYTES = 8 << 20
-"""Size up to which a file is searched for secrets: larger ones are weights."""
+"""Size up to which a file is searched for secrets: larger ones are weights, unless they are TEXT_FILES."""
+TEXT_FILES = (".jsonl", ".json", ".yaml", ".yml", ".toml", ".csv", ".tsv", ".txt", ".md", ".py", ".jinja")
+LONGEST_SECRET = 4096
+"""Bytes by which pieces of a large file overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +94,30 @@ class RepoContents:
 
 
 def run_contents(
-    run: RunDir, repo: str, what: Sequence[str], there: IsPublished | None, licence: str | None = None
+    run: RunDir,
+    repo: str,
+    what: Sequence[str],
+    there: IsPublished | None,
+    licence: str | None = None,
+    *,
+    with_run: bool = False,
 ) -> list[RepoContents]:
     """Collect the repositories of a run. Raises ArtifactError where something requested is missing, stale or changed.
 
     `there`: tells whether a repository was already published from the same origin, so that model cards link to it;
     None: without a network, and no licence is looked up either. `licence`: an ID for the pages; None: the recipe's
-    publish.license, else the base's.
+    publish.license, else the base's. `with_run`: also all that an audit needs.
     """
     if not run.exists():
         as_it_is = command_line("--folder", run.path)
         raise ArtifactError(f"{run.path} is no run. To publish any folder as it is: {as_it_is}")
-    if unknown := [name for name in what if name not in RUN_KINDS]:
-        raise MinigrpoError(f"--what {unknown[0]} is not known. There are: {', '.join(RUN_KINDS)}")
-    kinds = [kind for kind in RUN_KINDS if kind in what] if what else _available_kinds(run)
+    if unknown := [name for name in what if name not in MODEL_KINDS]:
+        raise MinigrpoError(f"--what {unknown[0]} is not known. There are: {', '.join(MODEL_KINDS)}")
+    kinds = [kind for kind in MODEL_KINDS if kind in what] if what else _available_kinds(run)
     if not kinds:
         merge = command_line("minigrpo", "merge", run.path)
         raise ArtifactError(f"{run.path} has nothing to publish yet. Merge first: {merge}")
+    kinds += ["run"] if with_run else []
     contents = {kind: FILE_COLLECTORS[kind](run) for kind in kinds}
     origin = {"run": run.path.absolute().name, "begun": digest(run.made if run.made.is_file() else run.recipe)}
     others = [
@@ -120,9 +133,8 @@ def run_contents(
         whole = (*items, *_licence_files(run, items), *curve)
         mark: dict[str, Any] = {"minigrpo": this_version(), "origin": {**origin, "what": kind}}
         mark |= {"stages": facts.stages, "versions": facts.versions, "front_matter": card_metadata(facts, kind)}
-        repo_contents = RepoContents(
-            kind, repos[kind], whole, mark["origin"], facts.remarks, mark, facts.licence_is_set
-        )
+        remarks = (*facts.remarks, *(remarks_on(run) if kind == "run" else ()))
+        repo_contents = RepoContents(kind, repos[kind], whole, mark["origin"], remarks, mark, facts.licence_is_set)
         repo_contents = repo_contents.with_page(render_card(facts, kind), _local_page_remarks(run, kind))
         refuse_secrets(repo_contents)
         found.append(repo_contents)
@@ -132,8 +144,8 @@ def run_contents(
 def _local_page_remarks(run: RunDir, kind: RepoKind) -> tuple[str, ...]:
     """Say that a page which the user wrote beside the adapter or the GGUF files is not published. (Beside the merged
     model it would break the seal, and is refused.)"""
-    page = {"merged": run.merged, "adapter": run.adapter, "gguf": run.gguf}[kind] / PAGE_FILE
-    if not page.is_file():
+    page = {"merged": run.merged, "adapter": run.adapter, "gguf": run.gguf}.get(kind, run.path) / PAGE_FILE
+    if kind == "run" or not page.is_file():
         return ()
     return (f"{page} stays here. Write into the page on the Hub instead: what you add there is kept.",)
 
@@ -249,7 +261,7 @@ def _licence_files(run: RunDir, items: Sequence[RepoFile]) -> Iterator[RepoFile]
             yield repo_file(file.name, file)
 
 
-FILE_COLLECTORS = {"merged": _merged_files, "adapter": _adapter_files, "gguf": _gguf_files}
+FILE_COLLECTORS = {"merged": _merged_files, "adapter": _adapter_files, "gguf": _gguf_files, "run": run_files}
 
 
 def folder_contents(folder: Path, repo: str) -> RepoContents:
@@ -273,16 +285,22 @@ def folder_contents(folder: Path, repo: str) -> RepoContents:
 
 def refuse_secrets(repo_contents: RepoContents, token: str = "") -> None:
     """Raise MinigrpoError where a file holds this token, or what looks like a token or a private key."""
-    for each, data in _small_files(repo_contents):
-        if (token and token.encode() in data) or SECRET_WORDS.search(data):
+    for each in repo_contents.items:
+        if any((token and token.encode() in data) or SECRET_WORDS.search(data) for data in _scanned(each)):
             where = each.content if isinstance(each.content, Path) else f"{each.name} (made from the run's files)"
             raise MinigrpoError(f"{where} holds an access token or a private key. Nothing was sent. Take it out.")
 
 
-def _small_files(repo_contents: RepoContents) -> Iterator[tuple[RepoFile, bytes]]:
-    for each in repo_contents.items:
-        if each.size <= MAX_SCANNED_BYTES:
-            yield each, each.content if isinstance(each.content, bytes) else each.content.read_bytes()
+def _scanned(file: RepoFile) -> Iterator[bytes]:
+    """Yield a file in pieces that overlap; nothing of a large one that is no text."""
+    if isinstance(file.content, bytes):
+        yield file.content
+    elif file.size <= MAX_SCANNED_BYTES or file.content.suffix in TEXT_FILES:
+        with file.content.open("rb") as stream:
+            begun = b""
+            while block := stream.read(MAX_SCANNED_BYTES):
+                yield begun + block
+                begun = block[-LONGEST_SECRET:]
 
 
 def parse_mark(data: bytes) -> dict[str, Any]:

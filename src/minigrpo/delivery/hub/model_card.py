@@ -20,8 +20,10 @@ import yaml
 from minigrpo.config.load import load_recipe
 from minigrpo.delivery.artifacts.source import made_by
 from minigrpo.delivery.hub.client import format_bytes
+from minigrpo.delivery.hub.local_paths import hide_paths
 from minigrpo.delivery.hub.page import parse_header, render_page, split_page
 from minigrpo.delivery.hub.reward_svg import read_rewards
+from minigrpo.delivery.hub.run_files import how_to_audit
 from minigrpo.delivery.parity.table import read_parity, unusable_reason
 from minigrpo.errors import ArtifactError, command_line
 from minigrpo.models.chat_template import ChatTemplate
@@ -47,6 +49,7 @@ LICENCE_PATTERNS = {
     "gpl-3.0": r"GNU GENERAL PUBLIC",
 }
 NO_LICENCE = "The base's licence could not be found, so the page names none: --license ID writes it."
+EMBEDDED = "the small model that minigrpo builds from nothing"
 TASK_DATASETS = {"gsm8k": "openai/gsm8k"}
 """The Hub's dataset of a task where the recipe names none; other tasks generate their own data."""
 
@@ -87,7 +90,7 @@ def card_facts(run: RunDir, repos: Mapping[str, str], *, online: bool, licence: 
     chosen = licence or recipe.publish.license
     base = hub_name(recipe.model.path)
     found = find_licence(recipe.model.path, recipe.model.revision, online)
-    shown: dict[str, Any] = _hide_paths(recipe.model_dump(mode="json"))
+    shown: dict[str, Any] = hide_paths(recipe.model_dump(mode="json"))
     data = hub_name(recipe.task.data) if recipe.task.data else TASK_DATASETS.get(recipe.task.name)
     made = read_sealed(run.gguf / "made.json") if (run.gguf / "made.json").is_file() else {"files": {}}
     merged = read_sealed(run.merged / "made.json") if (run.merged / "made.json").is_file() else {}
@@ -133,7 +136,7 @@ def _base_words(path: str, base: str | None) -> str:
         return f"[{plain(base)}](https://huggingface.co/{base})"
     if path.partition(":")[0] == "seedling":
         kind = path.partition(":")[2]
-        return f"the small model that minigrpo builds from nothing{f' ({plain(kind)})' if kind else ''}"
+        return f"{EMBEDDED}{f' ({plain(kind)})' if kind else ''}"
     return "a model that is not on the Hub"
 
 
@@ -170,20 +173,6 @@ def _find_page(path: str, revision: str | None, online: bool) -> Path | None:
 def read_front_matter(page: Path) -> dict[str, Any]:
     """Return the YAML header of a model card; {} where there is none that is valid."""
     return parse_header(split_page(page.read_text(encoding="utf-8", errors="replace")).header) or {}
-
-
-def _hide_paths(value: Any) -> Any:
-    """Return a recipe's values with paths cut to their last part and addresses removed: they are of this machine."""
-    if isinstance(value, dict):
-        return {name: _hide_paths(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_hide_paths(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    if "://" in value:
-        return "(an address)"
-    local = re.match(r"(/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/])", value)
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if local and " " not in value else value
 
 
 def _comparisons(run: RunDir) -> dict[str, Any]:
@@ -236,10 +225,12 @@ def render_card(facts: CardFacts, what: str) -> str:
 
 def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
     """Return the front matter, by which the Hub files a model."""
-    relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}[what]
+    relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized", "run": "adapter"}[what]
     base = facts.repos.get("merged", facts.base) if what == "gguf" else facts.base
-    library = {"merged": {"library_name": "transformers"}, "adapter": {"library_name": "peft"}, "gguf": {}}[what]
-    tags = {"merged": ["transformers"], "adapter": ["peft", "lora"], "gguf": ["gguf", "llama.cpp"]}[what]
+    library = {"merged": {"library_name": "transformers"}, "adapter": {"library_name": "peft"}}.get(what, {})
+    tags = {"merged": ["transformers"], "adapter": ["peft", "lora"], "gguf": ["gguf", "llama.cpp"], "run": ["log"]}[
+        what
+    ]
     pictures = facts.vision and what == "merged"
     return {
         **({"base_model": [base], "base_model_relation": relation} if base else {}),
@@ -248,7 +239,8 @@ def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
         "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
         **facts.licence,
         "tags": [*([] if facts.adopted else ["grpo"]), *tags, "minigrpo"],
-        **({} if what == "gguf" else _model_index(facts, what)),  # GGUF files are rounded: the scores are not theirs
+        # GGUF files are rounded, and a run is no model: the scores are not theirs.
+        **({} if what in ("gguf", "run") else _model_index(facts, what)),
     }
 
 
@@ -268,7 +260,9 @@ def _model_index(facts: CardFacts, what: str) -> dict[str, Any]:
 
 def _opening(facts: CardFacts, what: str) -> str:
     kind = {"merged": "The whole model", "adapter": "The LoRA adapter", "gguf": "GGUF files for llama.cpp and Ollama"}
-    others = [f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items() if name != what]
+    kind["run"] = "All that an audit needs (the run's logs, checkpoints and hashes)"
+    links = {name: f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items()}
+    others = [link for name, link in links.items() if name not in (what, "run")]
     task = plain(facts.recipe["task"]["name"])
     how = f"trained with GRPO on the task {task} by minigrpo"
     if facts.adopted:
@@ -276,7 +270,8 @@ def _opening(facts: CardFacts, what: str) -> str:
     text = f"{kind[what]}: {facts.base_words}, {how}."
     if facts.vision and what == "gguf":
         text += " Only the part that reads text; the vision tower was not changed, so the base's own `mmproj` serves."
-    return text + (f"\n\nThe same model elsewhere: {', '.join(others)}." if others else "")
+    text += f"\n\nThe same model elsewhere: {', '.join(others)}." if others else ""
+    return text + (f"\n\nThe run itself, to be audited: {links['run']}." if "run" in links and what != "run" else "")
 
 
 def _evaluation(comparisons: Mapping[str, Any]) -> str:
@@ -393,7 +388,7 @@ SAMPLE_QUESTION = "Your question"
 
 def how_to_run(facts: CardFacts, what: str) -> str:
     """Render how to run the model, with the system message and temperature of training."""
-    return f"## How to run it\n\n{HOW_TO_RUN[what](facts)}"
+    return f"## How to {'audit' if what == 'run' else 'run'} it\n\n{HOW_TO_RUN[what](facts)}"
 
 
 def _messages(facts: CardFacts) -> list[dict[str, str]]:
@@ -490,4 +485,8 @@ def _run_gguf(facts: CardFacts) -> str:
     )
 
 
-HOW_TO_RUN = {"merged": _run_merged, "adapter": _run_adapter, "gguf": _run_gguf}
+def _audit_run(facts: CardFacts) -> str:
+    return fenced(how_to_audit(facts.repos, facts.base, embedded=facts.base_words.startswith(EMBEDDED)), "bash")
+
+
+HOW_TO_RUN = {"merged": _run_merged, "adapter": _run_adapter, "gguf": _run_gguf, "run": _audit_run}

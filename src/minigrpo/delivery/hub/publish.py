@@ -41,6 +41,8 @@ from minigrpo.delivery.hub.contents import (
     refuse_secrets,
     run_contents,
 )
+from minigrpo.delivery.hub.local_paths import refuse_local_paths
+from minigrpo.delivery.hub.run_files import sizes_by_part
 from minigrpo.errors import MinigrpoError, command_line
 from minigrpo.runs.rundir import RunDir, digest
 from minigrpo.ui.progress import stage
@@ -84,7 +86,8 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class PublishJob:
-    """How to publish. `command`: what the user calls to begin again or go on."""
+    """How to publish. `command`: what the user calls to begin again or go on. `with_paths`: a run's files may name
+    places of this machine."""
 
     command: str
     private: bool
@@ -93,6 +96,7 @@ class PublishJob:
     force: bool
     message: str
     quiet: bool
+    with_paths: bool = False
 
 
 def publish(
@@ -100,6 +104,8 @@ def publish(
     repo: str,
     *,
     what: Sequence[str] = (),
+    with_run: bool = False,
+    with_paths: bool = False,
     licence: str | None = None,
     private: bool = True,
     dry_run: bool = False,
@@ -110,6 +116,8 @@ def publish(
 ) -> Published:
     """Publish what a run has made: merged, adapter, gguf; everything that exists where `what` is empty.
 
+    `with_run`: also its logs, checkpoints and seals, by which others can audit it; `with_paths`: although these files
+    name places of this machine.
     `licence`: the Hub's ID for it, in place of the recipe's publish.license. `fetch`: download it again into the Hub's
     cache and compare. `force`: replace what a repository holds. `dry_run`: only report what would go where, without a
     network. Raises MinigrpoError; the same command then goes on.
@@ -117,8 +125,10 @@ def publish(
     run = run if isinstance(run, RunDir) else RunDir(user_path(run))
     _check_licence(licence)
     words = [*(word for each in what for word in ("--what", each)), *(["--license", licence] if licence else [])]
+    words += ["--with-run"] * with_run + ["--with-paths"] * with_paths
     command = _command([run.path, *words], repo, private, force)
-    job = PublishJob(command, private, dry_run, fetch, force, message or f"{run.path.absolute().name}", quiet)
+    name = message or f"{run.path.absolute().name}"
+    job = PublishJob(command, private, dry_run, fetch, force, name, quiet, with_paths)
     for kind in what or REPO_SUFFIX:
         check_repo_name(repo + REPO_SUFFIX.get(kind, ""))
 
@@ -127,7 +137,7 @@ def publish(
         state = hub.repo_state(repo)
         return state is not None and _read_mark(hub, repo, state).get("origin") == origin
 
-    return _publish(run_contents(run, repo, what, None if dry_run else is_published, licence), job)
+    return _publish(run_contents(run, repo, what, None if dry_run else is_published, licence, with_run=with_run), job)
 
 
 def publish_folder(
@@ -163,6 +173,12 @@ def _command(first: Sequence[object], repo: str, private: bool, force: bool) -> 
 
 
 def _publish(repos: Sequence[RepoContents], job: PublishJob) -> Published:
+    for contents in repos:
+        if contents.what == "run":
+            if not job.with_paths:
+                refuse_local_paths(contents.items, job.command)
+            size = f"{contents.repo}: {len(contents.items)} files, {format_bytes(contents.size)}"
+            Screen(stderr=True, quiet=job.quiet).show(Text(f"{size}: {sizes_by_part(contents.items)}"))
     if job.dry_run:
         return Published(tuple(_describe_repo(contents, job, "would be published") for contents in repos))
     hub = Hub(*find_token(), job.command)

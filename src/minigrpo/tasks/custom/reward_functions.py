@@ -23,11 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from minigrpo.errors import MinigrpoError, TaskError
+from minigrpo.errors import TaskError
 from minigrpo.tasks.common.rewards import check_finite, shorten_repr
 from minigrpo.types import Completion
 from minigrpo.utils.event_loop import await_result
-from minigrpo.utils.faults import describe_fault, is_ctrl_c
+from minigrpo.utils.faults import told_as_task_error
 
 FunctionKind = Literal["row", "batch"]
 _ROW_PARAMETERS = ("completion", "prompt")
@@ -275,18 +275,10 @@ def _copy_value(value: Any) -> Any:
 
 
 def _call_function(function: RewardCallable, given: dict[str, Any], where: str) -> Any:
-    try:
+    rest = f"on {where}. It must judge any text: return 0, or None for what it cannot judge."
+    with told_as_task_error(f"The reward function {function.name}", rest):
         value = function.call(**given)
         return await_result(value) if inspect.isawaitable(value) else value
-    except MinigrpoError:
-        raise
-    except BaseException as fault:
-        if is_ctrl_c(fault):
-            raise
-        raise TaskError(
-            f"The reward function {function.name} raised {describe_fault(fault)} on {where}. It must judge any text: "
-            "return 0, or None for what it cannot judge."
-        ) from fault
 
 
 def _as_list(value: Any) -> list[Any] | None:
