@@ -43,8 +43,8 @@ KNOBS = {
     "save.every": 2,
     "lora.rank": 4,
 }
-# So hasty a model earns nothing but ties, of which it would learn nothing: the bonus moves it.
-MOVED = KNOBS | {"objective.entropy": 0.1, "lora.alpha": 8}
+# So hasty a model earns nothing but ties; the bonus moves it all the same, by more than Q8_0 rounds away.
+MOVED = KNOBS | {"objective.entropy": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def delivered(book: Any, run: Path) -> None:
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
     assert (run / "merged/model.safetensors").is_file(), words(outputs(book, "merge"))
     assert list((run / "gguf").glob("*-Q8_0.gguf")), words(outputs(book, "export"))
-    assert "curl" in words(outputs(book, "ask"))
+    assert re.search(r"^answer: ", words(outputs(book, "ask")), re.MULTILINE)
 
 
 def test_the_function_of_the_notebook_pays_for_small_letters_as_many_as_are_wanted() -> None:
