@@ -154,6 +154,9 @@ def test_scripts_in_many_manners_become_recipes(name: str, capsys: pytest.Captur
         ("steps = 50\nfor _ in range(3):\n    steps += 1", None),
         ("steps, rest = split(100)", None),
         ("class Other:\n    steps = 9", None),
+        ("try:\n    steps = 9\nexcept OSError:\n    steps = 8", None),
+        ("match mode:\n    case 1:\n        steps = 9", None),
+        ("steps = 9\ndef other(steps):\n    config = GRPOConfig(learning_rate=steps)", 9),
         ("steps = 2**10**10", None),
     ],
 )
@@ -162,6 +165,15 @@ def test_a_value_is_worked_out_or_named_and_never_guessed(tmp_path: Path, lines:
     unread = any("GRPOConfig(max_steps=steps) could not be read: set it by hand" in note for note in found.notes)
     assert unread is (steps is None)
     assert steps in (None, found.recipe.train.steps)
+
+
+def test_a_parameter_of_a_function_is_not_the_name_of_the_script(tmp_path: Path) -> None:
+    script = (
+        "lr = 7e-6\ndef main(lr=1e-5):\n    GRPOTrainer('M', [], GRPOConfig(learning_rate=lr, max_steps=3))\nmain()"
+    )
+    found = taken(tmp_path, script)
+    assert "GRPOConfig(learning_rate=lr) could not be read: set it by hand." in found.notes
+    assert (found.recipe.train.lr, found.recipe.train.steps) == (TRL_DEFAULTS["learning_rate"], 3)
 
 
 def test_a_mapping_that_is_not_known_is_named(tmp_path: Path) -> None:

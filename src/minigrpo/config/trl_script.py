@@ -145,11 +145,14 @@ def read_trl(path: Path) -> TrlSettings:
 def _read_script(path: Path, tree: ast.Module) -> TrlSettings:
     reading = _Reading()
     branches, fields = _in_branches(tree), _in_classes(tree)
+    shadowed = _shadowed(tree)
     for node in _in_order(tree):
+        hidden = {name: reading.values.pop(name) for name in shadowed.get(id(node), ()) if name in reading.values}
         if isinstance(node, ast.Call):
             _keep_call(reading, node)
         elif id(node) not in fields:
             _keep_statement(reading, node, certain=id(node) not in branches)
+        reading.values |= hidden
     _keep_attributes(reading)
     if not reading.groups.keys() & {"config", "trainer"}:
         raise RecipeError(f"{path} calls neither GRPOConfig nor GRPOTrainer: it is no script for TRL's GRPO.")
@@ -181,8 +184,20 @@ def _called(node: ast.Call) -> str:
 
 def _in_branches(tree: ast.Module) -> set[int]:
     """Return the ids of the nodes that run only sometimes, or more than once: what they set is not known."""
-    branches = (node for node in ast.walk(tree) if isinstance(node, ast.If | ast.For | ast.While))
+    kinds = ast.If | ast.For | ast.AsyncFor | ast.While | ast.ExceptHandler | ast.match_case
+    branches = (node for node in ast.walk(tree) if isinstance(node, kinds))
     return {id(node) for branch in branches if not _is_guarded(branch) for node in ast.walk(branch)}
+
+
+def _shadowed(tree: ast.Module) -> dict[int, set[str]]:
+    """Return, for each node in the body of a function, its parameters: in there, names of the script mean others."""
+    found: dict[int, set[str]] = {}
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        given = function.args
+        names = {each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+        for node in (inner for line in function.body for inner in ast.walk(line)):
+            found[id(node)] = found.get(id(node), set()) | names
+    return found
 
 
 def _in_classes(tree: ast.Module) -> set[int]:
