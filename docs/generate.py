@@ -64,12 +64,12 @@ def commands_page() -> str:
     text = f"{MADE}# Every command\n\n{codes}\n"
     for name, command in commands.items():
         arguments = [param for param in command.params if param.param_type_name == "argument"]
-        shown = " ".join(f"[{one.name}]" if not one.required else one.name for one in arguments)
+        shown = " ".join(f"[{one.name}]" if not one.required else one.name for one in arguments).upper()
         text += f"\n## minigrpo {name}\n\n```\nminigrpo {' '.join((name, shown)).strip()} [OPTIONS]\n```\n\n"
         text += inspect.cleandoc(command.help or "").replace("\f", "") + "\n\n"
         rows = [(_option(param), _plain(param)) for param in command.params]
         if rows:
-            text += markdown_table(("", ""), rows) + "\n"
+            text += markdown_table(("option", "what it does"), rows) + "\n"
         if isinstance(command, RecipeCommand):
             text += "\nEvery [knob](knobs.md) of a recipe is an option, too.\n"
         text += f"\n```bash\n{inspect.cleandoc(EXAMPLES[name])}\n```\n"
