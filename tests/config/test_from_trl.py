@@ -177,8 +177,17 @@ def test_a_parameter_of_a_function_is_not_the_name_of_the_script(tmp_path: Path)
 
 
 def test_a_mapping_that_is_not_known_is_named(tmp_path: Path) -> None:
-    found = taken(tmp_path, "config = GRPOConfig(**vars(arguments))\nGRPOTrainer('M', args=config)")
+    found = taken(tmp_path, "config = GRPOConfig(**vars(arguments))\nGRPOTrainer('M', args=config, **rest)")
     assert "GRPOConfig(**vars(arguments)) could not be read: set it by hand." in found.notes
+    assert "GRPOTrainer(**rest) could not be read: set it by hand." in found.notes
+
+
+@pytest.mark.parametrize("tools", ["[search]", "make_tools()"])
+def test_tools_of_the_trainer_are_told(tmp_path: Path, tools: str) -> None:
+    script = f"def search(words): ...\nGRPOTrainer('M', [], GRPOConfig(), tools={tools}, processing_class=make())"
+    told = " ".join(taken(tmp_path, script).notes)
+    assert "tools has no counterpart: a completion is one answer." in told
+    assert "processing_class" not in told
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _what_was_not_read(settings: TrlSettings) -> Iterator[str]:
         "config": {*SAME_MEANING, *READ_BY_RULE, *SPREAD},
         "lora": {*LORA_FIELDS, "target_modules", *SPREAD},
         "model": {"model_name", "revision", "dtype", "torch_dtype", "load_in_4bit", *SPREAD},
-        "trainer": {"reward_funcs"} if "model" in settings.groups else {"reward_funcs", "model"},
+        "trainer": {"reward_funcs", *SPREAD, *(() if "model" in settings.groups else ("model",))},
         "data": {"path", "name", "data_files", *SPREAD},
         "quantize": {"load_in_4bit", *SPREAD},
     }
@@ -408,7 +408,7 @@ def _take_rewards(draft: _Draft) -> None:
 def _name_the_rest(draft: _Draft) -> None:
     """Name every field that has no counterpart and is not at a value that changes nothing."""
     known = {*SAME_MEANING, *READ_BY_RULE, *HARMLESS, *LORA_FIELDS}
-    for group in ("config", "lora"):
+    for group in ("config", "lora", "trainer"):
         for name, value in draft.group(group).items():
             if name in known or name.startswith(HARMLESS_PREFIXES) or value in NEUTRAL.get(name, ()):
                 continue
