@@ -4,8 +4,10 @@
 #   make test          ruff, mypy and pytest: what CI runs
 #   make lint          ruff and mypy alone; `make format` mends what can be mended
 #   make docs          write the pages that follow from the code: knobs, commands, Python
+#   make site          the pages of docs/ as a web site, build/docs/site: reads from a folder, without a network
 #   make bench         compare with TRL on this machine
 #   make prove         the tests that take minutes; without the network: make prove MINIGRPO_NETWORK=
+#   make release-check build wheel and sdist, install each in a clean environment, run its commands
 #   make setup         only the environment
 #
 # To override:  make setup PYTHON=python3.12 VENV=~/envs/minigrpo
@@ -30,7 +32,7 @@ TOOLS := $(VENV)/.minigrpo-tools
 TESTED := $(VENV)/minigrpo-constraints.txt
 TESTED_TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test lint format docs bench prove clean
+.PHONY: help setup quickstart test lint format docs site bench prove release-check clean
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -75,11 +77,17 @@ format: $(TOOLS)
 docs: $(SETUP)
 	$(BIN)/python docs/generate.py
 
+site: $(TOOLS)
+	$(BIN)/python docs/build_site.py
+
 bench: $(TOOLS)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 prove: $(TOOLS)
 	MINIGRPO_NETWORK=$(MINIGRPO_NETWORK) $(BIN)/python -m pytest -m long $(ARGS)
+
+release-check:
+	$(PYTHON) -m tests.helpers.release
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ import minigrpo
 from minigrpo.cli.main import app
 from minigrpo.cli.options import EXAMPLES, RecipeCommand
 from minigrpo.config.fields import Field, field_table
+from minigrpo.config.load import load_recipe, recipe_names
 from minigrpo.config.schema import Recipe
 from minigrpo.utils.markdown import markdown_table
 
@@ -31,12 +32,16 @@ MADE = "<!-- Made by docs/generate.py: change the code, then run it. -->\n\n"
 
 
 def knobs_page() -> str:
-    """Return every knob of a recipe by section, with its default and what it takes."""
+    """Return the recipes of the package, and every knob by section, with its default and what it takes."""
     text = (
-        f"{MADE}# Every knob\n\nA recipe is a YAML or TOML file of these; each is also an option of `preflight`, "
-        "`train` and `run`: `--lora.rank 16`. `minigrpo recipes NAME > mine.yaml` writes a whole recipe with the same "
-        "words.\n"
+        f"{MADE}# Recipes and knobs\n\nA recipe is a YAML or TOML file of knobs. What it leaves out keeps its default. "
+        "Each knob is also an\noption of `preflight`, `train` and `run`: `--lora.rank 16`. "
+        "`minigrpo recipes NAME > mine.yaml` writes a whole recipe, with\nwhat each knob does.\n\n"
+        "## The recipes of the package\n\n"
     )
+    recipes = [(name, load_recipe(name)) for name in recipe_names()]
+    rows = [(f"`{name}`", f"`{one.model.path}`", str(one.train.steps), one.about) for name, one in recipes]
+    text += markdown_table(("recipe", "model", "steps", "what it is for"), rows) + "\n"
     sections: dict[str, list[Field]] = {}
     for knob in field_table():
         sections.setdefault(knob.name.rpartition(".")[0], []).append(knob)
@@ -59,12 +64,12 @@ def commands_page() -> str:
     text = f"{MADE}# Every command\n\n{codes}\n"
     for name, command in commands.items():
         arguments = [param for param in command.params if param.param_type_name == "argument"]
-        shown = " ".join(f"[{one.name}]" if not one.required else one.name for one in arguments)
+        shown = " ".join(f"[{one.name}]" if not one.required else one.name for one in arguments).upper()
         text += f"\n## minigrpo {name}\n\n```\nminigrpo {' '.join((name, shown)).strip()} [OPTIONS]\n```\n\n"
         text += inspect.cleandoc(command.help or "").replace("\f", "") + "\n\n"
         rows = [(_option(param), _plain(param)) for param in command.params]
         if rows:
-            text += markdown_table(("", ""), rows) + "\n"
+            text += markdown_table(("option", "what it does"), rows) + "\n"
         if isinstance(command, RecipeCommand):
             text += "\nEvery [knob](knobs.md) of a recipe is an option, too.\n"
         text += f"\n```bash\n{inspect.cleandoc(EXAMPLES[name])}\n```\n"

@@ -21,7 +21,12 @@ from tests.helpers.stubs import install_stub
 pytestmark = pytest.mark.extra("notebook")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 COLAB = {"torch": "2.11.0+cu128", "torchao": "0.10.0", "transformers": "5.15.0", "numpy": "2.0.2"}
-EXTRAS = {"gsm8k_colab": {"notebook", "math"}, "sudoku_colab": {"notebook", "qlora", "gguf"}}
+EXTRAS = {
+    "gsm8k_colab": {"notebook", "math"},
+    "own_task": {"notebook", "gguf"},
+    "quickstart": {"notebook", "gguf"},
+    "sudoku_colab": {"notebook", "qlora", "gguf"},
+}
 
 PIP = """
 import json, re, sys

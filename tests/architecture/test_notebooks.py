@@ -15,16 +15,21 @@ from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from minigrpo import notebook
+from minigrpo.config.fields import field_table
+from minigrpo.config.load import load_recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
 from minigrpo.models.embedded import seedling
 
 pytestmark = pytest.mark.extra("notebook")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-COLAB, SUDOKU = (NOTEBOOKS[0].parent / f"{name}_colab.ipynb" for name in ("gsm8k", "sudoku"))
+COLAB, OWN, QUICKSTART, SUDOKU = (
+    NOTEBOOKS[0].parent / f"{name}.ipynb" for name in ("gsm8k_colab", "own_task", "quickstart", "sudoku_colab")
+)
 PNG = b"\x89PNG\r\n"
 STEPS, QUESTIONS = 3, 6
 
@@ -38,6 +43,8 @@ KNOBS = {
     "save.every": 2,
     "lora.rank": 4,
 }
+# So hasty a model earns nothing but ties; the bonus moves it all the same, by more than Q8_0 rounds away.
+MOVED = KNOBS | {"objective.entropy": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,59 @@ def test_the_notebook_for_sudoku_runs_from_top_to_bottom(sudoku: Any, home: Path
     (image,) = images(outputs(sudoku, "train"))
     assert image == notebook.draw_png(notebook.read_steps(notebook.run_dir(run)), "runs/play", STEPS)
     assert images(outputs(sudoku, "resume")) == []
+
+
+@pytest.mark.long
+@pytest.mark.extra("gguf")
+def test_the_quickstart_runs_from_the_machine_to_the_answer_of_the_file(home: Path) -> None:
+    tiny = {"RECIPE": "quickstart", "RUN": "runs/quick", "QUESTIONS": QUESTIONS, "DESPITE_PREFLIGHT": True}
+    book = execute(with_parameters(QUICKSTART, **tiny, KNOBS=MOVED), home)
+    delivered(book, home / "runs/quick")
+    assert re.search(r"after: +[\d.]+% right", words(outputs(book, "figures")))
+
+
+@pytest.mark.long
+@pytest.mark.extra("gguf")
+def test_the_notebook_for_a_task_of_ones_own_runs_from_the_function_to_the_answer_of_the_file(home: Path) -> None:
+    tiny = {"TASK": "letters.py:letters", "RUN": "runs/letters", "DESPITE_PREFLIGHT": True}
+    book = execute(with_parameters(OWN, **tiny, KNOBS=MOVED), home)
+    delivered(book, home / "runs/letters")
+    assert "fit to train on" in words(outputs(book, "check-task"))
+    shown = words(outputs(book, "group")).splitlines()
+    assert re.fullmatch(r"Write \d+ small letters\.", shown[0])
+    earned = [float(line.split()[0]) for line in shown[1:]]
+    assert len(earned) == KNOBS["rollout.completions"]
+    assert earned == sorted(earned, reverse=True)
+
+
+def delivered(book: Any, run: Path) -> None:
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert (run / "merged/model.safetensors").is_file(), words(outputs(book, "merge"))
+    assert list((run / "gguf").glob("*-Q8_0.gguf")), words(outputs(book, "export"))
+    assert re.search(r"^answer: ", words(outputs(book, "ask")), re.MULTILINE)
+
+
+def test_the_function_of_the_notebook_pays_for_small_letters_as_many_as_are_wanted() -> None:
+    (cell,) = [cell for cell in nbformat.read(OWN, as_version=4).cells if cell.id == "task"]
+    head, _, source = cell.source.partition("\n")
+    assert head == "%%writefile letters.py"
+    scope: dict[str, Any] = {}
+    exec(compile(source, "letters.py", "exec"), scope)
+    earned = [scope["letters"](text, wanted=4) for text in ("abcd", "abc", "abcdefgh", "Ab12", "")]
+    assert earned == [1.0, 0.875, 0.5, -0.125, -0.5]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_is_python_and_every_knob_is_one(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    sources = {cell.id: cell.source for cell in book.cells if cell.cell_type == "code"}
+    for ident, source in sources.items():
+        compile(TransformerManager().transform_cell(source), ident, "exec")
+    scope: dict[str, Any] = {}
+    exec(sources["parameters"], scope)
+    load_recipe(scope.get("RECIPE", "quickstart"), scope["KNOBS"])  # refuses what is no knob
+    text = "\n".join(cell.source for cell in book.cells)
+    assert set(re.findall(r'"([a-z_]+\.[a-z_]+)":', text)) <= {knob.name for knob in field_table()}
 
 
 @pytest.mark.long

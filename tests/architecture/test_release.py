@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
 
 import minigrpo
+from tests.helpers.release import FOR_THE_SDIST, compare_contents, shipped
 
 ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+AT_THE_TOP = sorted(ROOT.glob("*.md"))
 
 
 def test_every_place_names_the_same_version() -> None:
@@ -38,13 +43,54 @@ def test_every_workflow_has_jobs_whose_steps_do_one_thing_each(file: Path) -> No
     assert needed <= workflow["jobs"].keys()
 
 
-def test_publishing_checks_the_version_that_the_package_has() -> None:
-    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
-    assert 'version = \\"$version\\"' in text
-    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+@pytest.mark.needs("linux")
+@pytest.mark.parametrize(
+    ("tag", "heading", "passes"),
+    [
+        (f"v{VERSION}", f"## {VERSION} (2026-12-01)", True),
+        (f"v{VERSION}", f"## {VERSION} (unreleased)", False),
+        (f"v{VERSION}", "## 9.9.9 (2026-12-01)", False),
+        ("v9.9.9", f"## {VERSION} (2026-12-01)", False),
+    ],
+)
+def test_a_tag_is_published_where_package_and_changelog_name_its_version_with_a_date(
+    tmp_path: Path, tag: str, heading: str, passes: bool
+) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
+    (step,) = [step for step in workflow["jobs"]["build"]["steps"] if "GITHUB_REF_NAME" in step.get("run", "")]
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n")
+    environment = {"GITHUB_REF_NAME": tag, "PATH": os.environ["PATH"]}
+    ended = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environment, timeout=30)
+    assert (ended.returncode == 0) is passes
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_wheel_is_told_to_hold_every_file_of_the_package() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = [f"minigrpo/{pattern}" for pattern in setuptools["package-data"]["minigrpo"]]
+    for name in map(PurePosixPath, shipped()):
+        if name.suffix == ".py":
+            assert (ROOT / "src" / name.parent / "__init__.py").is_file(), f"{name} lies in no package"
+        else:
+            assert any(name.match(pattern) for pattern in patterns), f"{name} is in no pattern of package-data"
+
+
+def test_files_that_a_release_lacks_or_has_too_many_of_are_named(tmp_path: Path) -> None:
+    files = sorted(shipped())
+    with zipfile.ZipFile(tmp_path / "minigrpo-1-py3-none-any.whl", "w") as wheel:
+        for name in (*files[1:], "minigrpo/notes.txt", "minigrpo-1.dist-info/METADATA"):
+            wheel.writestr(name, "")
+    with tarfile.open(tmp_path / "minigrpo-1.tar.gz", "w:gz") as sdist:
+        for name in (*FOR_THE_SDIST, *(f"src/{name}" for name in files[:-1])):
+            sdist.addfile(tarfile.TarInfo(f"minigrpo-1/{name}"))
+    assert compare_contents(tmp_path) == [
+        f"minigrpo-1-py3-none-any.whl lacks {files[0]}",
+        "minigrpo-1-py3-none-any.whl should not hold minigrpo/notes.txt",
+        f"minigrpo-1.tar.gz lacks src/{files[-1]}",
+    ]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *AT_THE_TOP], ids=lambda page: page.stem)
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")

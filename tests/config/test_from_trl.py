@@ -12,6 +12,7 @@ import pytest
 from minigrpo.cli import main
 from minigrpo.config.from_trl import LORA_DEFAULTS, TRL_DEFAULTS, FromTrl, recipe_from_trl
 from minigrpo.config.load import load_recipe
+from minigrpo.config.trl_script import UNSLOTH_DEFAULTS
 from minigrpo.errors import RecipeError
 
 BASIC = """
@@ -49,6 +50,7 @@ trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=[che
                       args=training_args, train_dataset=dataset)
 trainer.train()
 """
+UNSLOTH_TARGETS = UNSLOTH_DEFAULTS["lora"]["target_modules"]
 
 
 def taken(tmp_path: Path, text: str, name: str = "train.py") -> FromTrl:
@@ -65,6 +67,137 @@ def config(**fields: Any) -> str:
 def knob(found: FromTrl, name: str) -> Any:
     section, _, leaf = name.partition(".")
     return getattr(getattr(found.recipe, section), leaf) if leaf else getattr(found.recipe, section)
+
+
+SCRIPTS = Path(__file__).parents[1] / "data" / "trl"
+WRITTEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "keyword_arguments.py": (
+        {"model.path": "Qwen/Qwen2-0.5B-Instruct", "train.full": True, "train.steps": 200, "rollout.prompts": 1},
+        ("every parameter is trained", "Copy reward_num_unique_chars"),
+    ),
+    "gsm8k_demo.py": (
+        {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "task.data": "openai/gsm8k:main", "lora.alpha": 64},
+        ("max_prompt_length has no counterpart", "The length of the training follows from epochs"),
+    ),
+    "dataclass_overrides.py": (
+        {"train.lr": 2e-5, "lora.rank": 32, "lora.alpha": 64, "rollout.max_tokens": 512, "train.steps": 100},
+        ("Rows are read as they are",),
+    ),
+    "argument_parser.py": (
+        {"train.steps": 300, "rollout.completions": 4, "train.schedule": "constant", "train.full": False},
+        (
+            "What training_args holds could not be read",
+            "training_args.seed = script_args.seed could not be read",
+            "top_p has no counterpart",
+            "What get_peft_config(model_args) holds could not be read",
+        ),
+    ),
+    "cli.yaml": (
+        {
+            "task.weights": {"accuracy_reward": 1.0, "think_format_reward": 0.2},
+            "rollout.engine": "vllm",
+            "lora.rank": 32,
+        },
+        ("Copy accuracy_reward, think_format_reward",),
+    ),
+    "dr_grpo.json": (
+        {
+            "objective.name": "dr_grpo",
+            "objective.compare": "none",
+            "rollout.prompts": 16,
+            "train.steps": 250,
+            "seed": 7,
+        },
+        ("deepspeed has no counterpart", "into 2 updates"),
+    ),
+    "dapo_mappings.py": (
+        {"objective.clip_high": 0.28, "objective.mask_truncated": True, "lora.rslora": True, "rollout.prompts": 4},
+        ("top_k has no counterpart", "Copy accuracy, soft_overlong"),
+    ),
+    "unsloth_fast.py": (
+        {"model.quantize": "nf4", "rollout.max_tokens": 736, "lora.rank": 64, "train.optimizer": "adamw8bit"},
+        ("max_prompt_length has no counterpart", "The rows could not be read"),
+    ),
+    "unsloth_gspo.py": (
+        {"objective.name": "gspo", "model.quantize": "none", "lora.targets": ",".join(UNSLOTH_TARGETS)},
+        ("GRPOConfig(max_completion_length=LENGTH - (longest + 1)) could not be read", "min_p has no counterpart"),
+    ),
+    "vllm_server.py": (
+        {"objective.name": "cispo", "objective.clip_high": 4.0, "model.quantize": "nf4", "task.data": "train.parquet"},
+        ("rollout.engine is left at auto", "some_option_of_next_year has no counterpart", "os.environ['LR']"),
+    ),
+}
+"""Scripts and options in ten manners of writing: some of the knobs that each gives, and of what is told."""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.iterdir()))
+def test_scripts_in_many_manners_become_recipes(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    knobs, told = WRITTEN[name]
+    main.app(["recipes", "--from-trl", str(SCRIPTS / name)], standalone_mode=False)
+    printed = capsys.readouterr()
+    (tmp_path / "mine.yaml").write_text(printed.out)
+    found = FromTrl(load_recipe(str(tmp_path / "mine.yaml")), ())
+    assert {each: knob(found, each) for each in knobs} == knobs
+    notes = " ".join(printed.err.split())
+    assert [sentence for sentence in told if sentence not in notes] == []
+    assert "output_dir" not in notes
+
+
+@pytest.mark.parametrize(
+    ("lines", "steps"),
+    [
+        ("steps = 50\nsteps *= 2", 100),
+        ("steps = 10\nsteps: int = steps + 2**5", 42),
+        ("base, steps = 1, 7", 7),
+        ("class Knobs:\n    steps = 9\nsteps = Knobs().steps", 9),
+        ("steps = 50\nif debug:\n    steps = 2", None),
+        ("steps = 50\nfor _ in range(3):\n    steps += 1", None),
+        ("steps, rest = split(100)", None),
+        ("class Other:\n    steps = 9", None),
+        ("try:\n    steps = 9\nexcept OSError:\n    steps = 8", None),
+        ("match mode:\n    case 1:\n        steps = 9", None),
+        ("steps = 9\ndef other(steps):\n    config = GRPOConfig(learning_rate=steps)", 9),
+        ("steps = 2**10**10", None),
+    ],
+)
+def test_a_value_is_worked_out_or_named_and_never_guessed(tmp_path: Path, lines: str, steps: int | None) -> None:
+    found = taken(tmp_path, f"{lines}\nconfig = GRPOConfig(max_steps=steps)\nGRPOTrainer('M', [], config)")
+    unread = any("GRPOConfig(max_steps=steps) could not be read: set it by hand" in note for note in found.notes)
+    assert unread is (steps is None)
+    assert steps in (None, found.recipe.train.steps)
+
+
+def test_a_parameter_of_a_function_is_not_the_name_of_the_script(tmp_path: Path) -> None:
+    script = (
+        "lr = 7e-6\ndef main(lr=1e-5):\n    GRPOTrainer('M', [], GRPOConfig(learning_rate=lr, max_steps=3))\nmain()"
+    )
+    found = taken(tmp_path, script)
+    assert "GRPOConfig(learning_rate=lr) could not be read: set it by hand." in found.notes
+    assert (found.recipe.train.lr, found.recipe.train.steps) == (TRL_DEFAULTS["learning_rate"], 3)
+
+
+def test_a_mapping_that_is_not_known_is_named(tmp_path: Path) -> None:
+    found = taken(tmp_path, "config = GRPOConfig(**vars(arguments))\nGRPOTrainer('M', args=config, **rest)")
+    assert "GRPOConfig(**vars(arguments)) could not be read: set it by hand." in found.notes
+    assert "GRPOTrainer(**rest) could not be read: set it by hand." in found.notes
+
+
+@pytest.mark.parametrize("tools", ["[search]", "make_tools()"])
+def test_tools_of_the_trainer_are_told(tmp_path: Path, tools: str) -> None:
+    script = f"def search(words): ...\nGRPOTrainer('M', [], GRPOConfig(), tools={tools}, processing_class=make())"
+    told = " ".join(taken(tmp_path, script).notes)
+    assert "tools has no counterpart: a completion is one answer." in told
+    assert "processing_class" not in told
+
+
+@pytest.mark.parametrize(
+    ("option", "quantize"), [("", "nf4"), ("load_in_16bit=True", "none"), ("load_in_4bit=False", "none")]
+)
+def test_what_unsloth_takes_by_itself_is_taken_here(tmp_path: Path, option: str, quantize: str) -> None:
+    opened = f"model, _ = FastLanguageModel.from_pretrained('M', {option})"
+    trained = "GRPOTrainer(FastLanguageModel.get_peft_model(model), [], GRPOConfig(max_steps=1))"
+    recipe = taken(tmp_path, f"{opened}\n{trained}").recipe
+    assert (recipe.model.quantize, recipe.lora.rank, recipe.lora.targets) == (quantize, 16, ",".join(UNSLOTH_TARGETS))
 
 
 def test_a_plain_script_becomes_a_recipe(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ worse than none. Defaults are those of GRPOConfig and TrainingArguments as of TR
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -79,8 +79,13 @@ ELSEWHERE: Mapping[str, str] = {
     "tools": "a completion is one answer",
     "environment_factory": "a completion is one answer",
     "neftune_noise_alpha": "no noise is added to embeddings",
+    "dataset_train_split": "rows come from the split that is called train",
 }
 """Why a field has no counterpart."""
+NOT_IN_4_BIT = ("load_in_8bit", "load_in_16bit", "full_finetuning")
+"""Options of Unsloth's models that go before load_in_4bit, which is on by default there."""
+SPREAD = ("**",)
+"""What an argument is called that holds any number of fields."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_p": (1, None),
     "top_k": (0, -1, None),
@@ -88,6 +93,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1, None),
     "sync_ref_model": (False,),
     "bias": ("none",),
+    "dataset_train_split": ("train",),
     "use_dora": (False,),
 }
 """Values of those fields that change nothing."""
@@ -98,6 +104,7 @@ HARMLESS = (
     *("num_completions_to_print", "wandb_log_unique_prompts", "hub_strategy", "hub_private_repo", "save_strategy"),
     *("use_transformers_continuous_batching", "transformers_continuous_batching_config", "cache_implementation"),
     *("use_peft", "overwrite_output_dir", "save_only_model", "model_init_kwargs", "trust_remote_code", "use_vllm"),
+    *("attn_implementation", "lora_task_type", "task_type"),
 )
 """Fields that say how TRL works or what it reports, not what is trained, and those that are read elsewhere."""
 HARMLESS_PREFIXES = ("logging_", "log_", "dataloader_", "vllm_", "eval_", "per_device_eval", "unsloth_", "ds3_", "run_")
@@ -146,7 +153,7 @@ def recipe_from_trl(path: Path) -> FromTrl:
     """Read a script or a configuration. Raise RecipeError where it is neither, or sets what no recipe can hold."""
     settings = read_trl(path)
     _check_numbers(path, settings)
-    draft = _Draft(settings, notes=[f"{sentence}: set it by hand." for sentence in settings.unread])
+    draft = _Draft(settings, notes=list(_what_was_not_read(settings)))
     for rule in (_take_same, _take_batch, _take_objective, _take_entropy, _take_model, _take_adapter, _take_engine):
         rule(draft)
     for rule in (_take_schedule, _take_data, _take_rewards, _name_the_rest):
@@ -156,6 +163,23 @@ def recipe_from_trl(path: Path) -> FromTrl:
         return FromTrl(load_recipe(None, draft.knobs), tuple(dict.fromkeys(draft.notes)))
     except RecipeError as fault:
         raise RecipeError(f"{path} sets what no recipe can hold. {fault}") from None
+
+
+def _what_was_not_read(settings: TrlSettings) -> Iterator[str]:
+    """Yield a sentence for each setting whose value is not known, and which a recipe would hold."""
+    matter = {
+        "config": {*SAME_MEANING, *READ_BY_RULE, *SPREAD},
+        "lora": {*LORA_FIELDS, "target_modules", *SPREAD},
+        "model": {"model_name", "revision", "dtype", "torch_dtype", "load_in_4bit", *SPREAD},
+        "trainer": {"reward_funcs", *SPREAD, *(() if "model" in settings.groups else ("model",))},
+        "data": {"path", "name", "data_files", *SPREAD},
+        "quantize": {"load_in_4bit", *SPREAD},
+    }
+    for unread in settings.unread:
+        if unread.option in ELSEWHERE:
+            yield f"{unread.option} has no counterpart: {ELSEWHERE[unread.option]}."
+        elif unread.option in matter[unread.group]:
+            yield f"{unread.told}: set it by hand."
 
 
 def _check_numbers(path: Path, settings: TrlSettings) -> None:
@@ -291,7 +315,7 @@ def _take_model(draft: _Draft) -> None:
     if dtype in ("bfloat16", "float16", "float32"):
         draft.knobs["model.dtype"] = dtype
     packing = {**options, **draft.group("quantize")}
-    if packing.get("load_in_4bit"):
+    if packing.get("load_in_4bit") and not any(packing.get(name) for name in NOT_IN_4_BIT):
         draft.knobs["model.quantize"] = "nf4"
     if packing.get("load_in_8bit"):
         draft.notes.append("8-bit weights have no counterpart: model.quantize nf4 packs them in 4 bit.")
@@ -341,8 +365,10 @@ def _take_data(draft: _Draft) -> None:
     data, config = draft.group("data"), draft.group("config")
     name = data.get("path") or config.get("dataset_name")
     part = data.get("name") or config.get("dataset_config")
-    if name in ("json", "csv", "parquet") and isinstance(data.get("data_files"), str):
-        name, part = data["data_files"], None
+    if name in ("json", "csv", "parquet"):
+        files = data.get("data_files")
+        files = files.get("train") if isinstance(files, dict) else files
+        name, part = files[0] if isinstance(files, list) and len(files) == 1 else files, None
     if isinstance(name, str):
         draft.knobs["task.data"] = f"{name}:{part}" if isinstance(part, str) else name
         draft.notes.append(
@@ -371,7 +397,8 @@ def _take_rewards(draft: _Draft) -> None:
     if not usable:
         made = f", and `rewards = [{told}]` below them" if name == "rewards" else ""
         draft.notes.append(
-            f"Copy {told}, and what they use, into rewards.py{made}: a task file is imported, and must not train."
+            f"Copy {told}, with all that is used there, into rewards.py{made}: a task file is imported, and must not "
+            "train."
         )
     weights = draft.config("reward_weights")
     if isinstance(weights, list) and len(weights) == len(functions):
@@ -381,7 +408,7 @@ def _take_rewards(draft: _Draft) -> None:
 def _name_the_rest(draft: _Draft) -> None:
     """Name every field that has no counterpart and is not at a value that changes nothing."""
     known = {*SAME_MEANING, *READ_BY_RULE, *HARMLESS, *LORA_FIELDS}
-    for group in ("config", "lora"):
+    for group in ("config", "lora", "trainer"):
         for name, value in draft.group(group).items():
             if name in known or name.startswith(HARMLESS_PREFIXES) or value in NEUTRAL.get(name, ()):
                 continue
