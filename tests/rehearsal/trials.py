@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,7 @@ import torch
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
 from minigrpo.models import logprobs
+from minigrpo.models.lora_linear import is_four_bit
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines import cuda_graph, kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
@@ -99,7 +101,7 @@ def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, de
 
 def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, Any]:
     """Count what a token costs. `folders`: one model by its number of layers, so that a layer's share can be told."""
-    found: dict[str, Any] = {"slots": {}, "native": {}}
+    found: dict[str, Any] = {"slots": {}, "native": {}, "kinds": {}}
     with pretended(card, guard) as gpu:
         for layers, folder in folders.items():
             policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
@@ -108,6 +110,7 @@ def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str,
             said(slots, limit=4)
             gpu.reset()
             found["slots"][layers] = len(Graph.made[0].launches)
+            found["kinds"][layers] = Counter(launch.function for launch in Graph.made[0].launches)
             native = NativeEngine(policy, stop_ids=[999], rows=64)
             found["native"][layers] = (_launched(gpu, native, 5) - _launched(gpu, native, 3)) / 2
         said(slots, limit=64)
@@ -218,6 +221,15 @@ SMALL = {
 """What makes a packaged recipe's step small; its number type, objective and way of training stay."""
 
 
+@contextmanager
+def bitsandbytes_of_a_cpu() -> Iterator[None]:
+    """Let a pretended GPU's tensors be packed by bitsandbytes' code for CPUs."""
+    from tests.rehearsal.four_bit import four_bit_weights  # not before it is needed: a second
+
+    with four_bit_weights():
+        yield
+
+
 class UpdateCosts:
     """Counts what each update costs, around grpo's own function."""
 
@@ -230,16 +242,19 @@ class UpdateCosts:
         counters = {name: getattr(self.gpu, name) for name in ("launches", "synchronizations", "host_copies")}
         passes = len(list(args[3].split(args[4].tokens_per_pass)))
         sites = {name: _sites(counters[name]) for name in ("synchronizations", "host_copies")}
-        self.costs.append({"passes": passes, "launches": counters["launches"].total(), **sites})
+        packing = {what for what, _ in counters["launches"] if what.startswith("bitsandbytes.")}
+        launches = counters["launches"].total()
+        self.costs.append({"passes": passes, "launches": launches, "bitsandbytes": sorted(packing), **sites})
         return found
 
 
 def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping[str, str]) -> dict[str, Any]:
     """Train for two steps on the card, again from the checkpoint after the first, and one step on the CPU."""
     knobs = {**SMALL, "model.path": folder, **changes}
+    packs = {"model.quantize", "train.optimizer"} & knobs.keys()
     home = Path(tempfile.mkdtemp(prefix="minigrpo-rehearsal-"))
     try:
-        with pretended(card, guard) as gpu:
+        with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
             costs = UpdateCosts(gpu)
             with patch.object(grpo, "update_policy", costs):
                 policy, engine = train_once(load_recipe(recipe, knobs), home / "whole")
@@ -248,6 +263,7 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
             shutil.rmtree(resumed / "checkpoints" / "000002")
             train_once(load_recipe(recipe, knobs), resumed)
             dtype = str(policy.dtype).removeprefix("torch.")
+            packed = sum(is_four_bit(layer) for layer in policy.model.modules() if not hasattr(layer, "base_layer"))
         here = {"model.device": "cpu", "model.dtype": dtype, "rollout.engine": engine}
         with as_on_a_gpu():
             train_once(load_recipe(recipe, {**knobs, **here, "train.steps": "1"}), home / "cpu")
@@ -258,6 +274,7 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
             "device": str(policy.device),
             "dtype": dtype,
             "scale": scale,
+            "packed": packed,
             "updates": costs.costs,
         } | rows
     finally:
