@@ -54,7 +54,7 @@ class Rates:
     batched: float
     bandwidth: float
 
-    def least(self, products: Mapping[Product, int], work: Work, itemsize: int) -> float:
+    def least(self, products: Mapping[Product, int], work: Work, itemsize: float) -> float:
         """Return seconds of a phase's chosen products, its attention and its moves, each at the highest rate or by its
         bytes over the bandwidth, whichever takes longer.
         """

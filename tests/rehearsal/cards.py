@@ -1,11 +1,10 @@
-"""The cards that are pretended, and `torch.cuda` as it would answer on a machine with one."""
+"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,30 +13,11 @@ from unittest.mock import patch
 import torch
 from torch.utils._pytree import tree_map
 
+from benchmarks.cards import Card
 from tests.rehearsal.attention import efficient_attention
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream, capturing
 
-
-@dataclass(frozen=True)
-class Card:
-    """A card as torch describes it: compute capability, memory in bytes, multiprocessors."""
-
-    name: str
-    capability: tuple[int, int]
-    memory: int
-    multiprocessors: int
-
-    @property
-    def has_bfloat16(self) -> bool:
-        return self.capability >= (8, 0)
-
-
-CARDS = {
-    "T4": Card("Tesla T4", (7, 5), 15_828_320_256, 40),
-    "L4": Card("NVIDIA L4", (8, 9), 23_669_440_512, 58),
-    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 85_028_896_768, 132),
-}
 TAKEN_BY_CUDA = 600 << 20
 """What CUDA and its libraries take of a card before the first tensor."""
 
@@ -75,7 +55,7 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         minor=card.capability[1],
         total_memory=card.memory,
         multi_processor_count=card.multiprocessors,
-        is_integrated=False,
+        is_integrated=card.integrated,
     )
     answers: dict[str, Any] = {
         "is_available": lambda: True,

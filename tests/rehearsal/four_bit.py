@@ -2,8 +2,8 @@
 
 Import it before a GPU is pretended: bitsandbytes looks for CUDA's own calls when it is first imported beside one.
 
-bitsandbytes turns a weight in main memory into a GPU's by exchanging its storage. A pretended tensor cannot be exchanged
-like that, so packing returns a new weight, which is what `quantize_four_bit` takes anyway.
+bitsandbytes turns a weight in main memory into a GPU's by exchanging its storage. A pretended tensor cannot be
+exchanged like that, so packing returns a new weight, which is what `quantize_four_bit` takes anyway.
 """
 
 from __future__ import annotations

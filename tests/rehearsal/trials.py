@@ -18,11 +18,12 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.cards import Card
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
 from minigrpo.models import logprobs
 from minigrpo.models.lora_linear import is_four_bit
-from minigrpo.models.policy import Policy, open_policy
+from minigrpo.models.policy import Policy, open_policy, recompute_activations
 from minigrpo.rollouts.engines import cuda_graph, kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
@@ -33,7 +34,7 @@ from minigrpo.training import grpo
 from minigrpo.training.memory.meta import uniform_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
-from tests.rehearsal.cards import Card, pretended
+from tests.rehearsal.cards import pretended
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
 
@@ -99,6 +100,15 @@ def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, de
     return {**found, "gpu": on_gpu, "cpu": on_cpu}
 
 
+def choices(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping[str, str]) -> dict[str, Any]:
+    """Open policy and engine of a recipe on the card: which number type and which engine are taken?"""
+    wanted = load_recipe(recipe, {**SMALL, "model.path": folder, **changes})
+    with bitsandbytes_of_a_cpu() if "model.quantize" in changes else nullcontext(), pretended(card, guard):
+        policy = open_policy(wanted)
+        name = ENGINE_NAMES[type(open_engine(policy, wanted)).__name__]
+        return {"dtype": str(policy.dtype).removeprefix("torch."), "engine": name}
+
+
 def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, Any]:
     """Count what a token costs. `folders`: one model by its number of layers, so that a layer's share can be told."""
     found: dict[str, Any] = {"slots": {}, "native": {}, "kinds": {}}
@@ -118,6 +128,21 @@ def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str,
         said(slots, limit=64)
         found["synchronizations"] = _sites(gpu.synchronizations)
         found["host_copies"] = _sites(gpu.host_copies)
+    return found
+
+
+def a_pass(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, dict[int, int]]:
+    """Count what a pass of training launches, forward and backward, by number of layers; with recomputation, too."""
+    found: dict[str, dict[int, int]] = {"kept": {}, "recomputed": {}}
+    with pretended(card, guard) as gpu:
+        for layers, folder in folders.items():
+            policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
+            for way in found:
+                if way == "recomputed":
+                    recompute_activations(policy.model)
+                gpu.reset()
+                policy.logprobs(uniform_micro_batch(8, 4, 10, vocabulary=260), step=0).logprobs_N.sum().backward()
+                found[way][layers] = gpu.launches.total()
     return found
 
 
@@ -302,5 +327,5 @@ def steps_of(folder: Path) -> dict[str, Any]:
 
 
 TRIALS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (engines, a_token, shapes, freed_weights, scoring, pretence, train)
+    each.__name__: each for each in (engines, choices, a_token, a_pass, shapes, freed_weights, scoring, pretence, train)
 }
