@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_table
 from minigrpo.config.load import load_recipe, recipe_names
-from tests.rehearsal.conftest import Play
+from tests.rehearsal.conftest import Play, saved
 
 pytestmark = pytest.mark.needs("pretended_gpu")
 
@@ -23,6 +24,9 @@ LINEAR_LAYERS = 2 * 7
 """Of the tiny models' two layers; the head is none of them."""
 EIGHT_BIT_MAPS = 2
 """Maps between 8 bit and numbers, which bitsandbytes' optimizer copies to the GPU in its first step."""
+LAUNCHES_A_LAYER_AND_PASS = {"kept": 235, "recomputed": 336}
+"""Forward and backward, a layer of Qwen2 in 16 bit with adapters everywhere; with its activations recomputed."""
+LAUNCHES_BESIDES = 70
 HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}
@@ -79,6 +83,17 @@ def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_fold
     judge(found, "gsm8k-best", "L4")
     hold_to_ceilings(found)
     assert "eval/accuracy" in found["whole"]["figures"][0]
+
+
+def test_a_pass_launches_no_more_than_these(play: Play, tmp_path: Path) -> None:
+    folders = {layers: str(saved(tmp_path / str(layers), "qwen2", num_hidden_layers=layers)) for layers in (2, 4)}
+    found = play("a_pass", "T4", folders=folders)
+    for way, ceiling in LAUNCHES_A_LAYER_AND_PASS.items():
+        a_layer = (found[way]["4"] - found[way]["2"]) / 2
+        assert a_layer <= ceiling, way
+        assert found[way]["2"] - 2 * a_layer <= LAUNCHES_BESIDES
+    estimated = gpu_table.PASS_LAUNCHES, gpu_table.RECOMPUTED_LAUNCHES, gpu_table.HEAD_LAUNCHES
+    assert estimated == (*LAUNCHES_A_LAYER_AND_PASS.values(), LAUNCHES_BESIDES)
 
 
 def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) -> None:

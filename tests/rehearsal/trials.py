@@ -6,13 +6,18 @@ is the only difference.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shlex
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -326,6 +331,68 @@ def steps_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def notebook(card: Card, guard: Path, *, path: str, home: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a notebook's cells on the card, its commands in this process; return what each cell printed.
+
+    `values`: of the cell of parameters. The install cell has tests of its own.
+    """
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    os.chdir(home)
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    names: dict[str, Any] = {}
+    told: dict[str, str] = {}
+    packs = "model.quantize" in values["KNOBS"]
+    with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
+        names["get_ipython"] = lambda: SimpleNamespace(system=lambda line: print(command(line.format(**names))))
+        for cell in cells:
+            if cell.id == "install":
+                continue
+            with redirect_stdout(io.StringIO()) as out:
+                exec(TransformerManager().transform_cell(cell.source), names)
+                names |= values if "parameters" in cell.metadata.get("tags", ()) else {}
+            told[cell.id] = out.getvalue()
+        return {"told": told, "launches": gpu.launches.total()}
+
+
+def command(line: str) -> str:
+    """Run a command of minigrpo in this process and return what it said; refuse any exit code but 0."""
+    from typer.testing import CliRunner
+
+    from minigrpo.cli.main import app
+
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, f"{line}\n{done.output}"
+    return done.output
+
+
+def benchmark(card: Card, guard: Path, *, scratch: str) -> dict[str, Any]:
+    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens."""
+    from benchmarks import gpu_checks, proof
+    from benchmarks.workloads import WORKLOADS
+
+    with pretended(card, guard) as gpu:
+        setup = gpu_checks.setup_of(WORKLOADS["mini"], Path(scratch), "cuda")
+        tokens = list(gpu_checks.same_tokens(setup))
+        gpu.reset()
+        proven = proof.prove(replace(setup, dtype="float32"))
+        return {"tokens": tokens, "gap": proven.gap, "proven": proven.tokens, "launches": gpu.launches.total()}
+
+
 TRIALS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (engines, choices, a_token, a_pass, shapes, freed_weights, scoring, pretence, train)
+    each.__name__: each
+    for each in (
+        engines,
+        choices,
+        a_token,
+        a_pass,
+        shapes,
+        freed_weights,
+        scoring,
+        pretence,
+        train,
+        notebook,
+        benchmark,
+    )
 }
