@@ -176,7 +176,7 @@ def workloads_of(check: str, tiny: bool) -> tuple[Workload, Workload]:
     mini = WORKLOADS["mini"]
     if check == "overhead":
         embedded = replace(WORKLOADS["tiny"], limit=6 if tiny else 64)
-        like_qwen = replace(embedded, name="slim", about="random weights, 1.1 million in Qwen2's shape, long prompts")
+        like_qwen = replace(embedded, name="slim", about="0.7 million random weights in Qwen2's shape, long prompts")
         return embedded, like_qwen
     large = mini if tiny else WORKLOADS["half"].on_gpu()
     return replace(mini, prompts=3, completions=2, limit=6 if tiny else 48), large

@@ -121,8 +121,8 @@ def estimate(case: Case, card_name: str) -> Estimate:
         if found.fits:
             break
     engine = engine_of(case, recipe)
-    hours = tuple(seconds_of_run(case, card, recipe, found, engine, long=long) / 3600 for long in (False, True))
-    return Estimate(card_name, found.dtype, engine, changed, found, (hours[0], hours[1]))
+    short, long = (seconds_of_run(case, card, recipe, found, engine, long=long) / 3600 for long in (False, True))
+    return Estimate(card_name, found.dtype, engine, changed, found, (short, long))
 
 
 def planned(case: Case, card: Card, recipe: Recipe) -> Plan:

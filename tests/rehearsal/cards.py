@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from benchmarks.cards import Card
@@ -89,6 +90,7 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
     with (
         patch.multiple(torch.cuda, **answers),
         patch.object(torch, "load", load_to_gpu),
+        patch("peft.utils.save_and_load.safe_load_file", read_to_gpu),
         parameters_exchanged(),
         efficient_attention(),
         gpu,
@@ -101,22 +103,32 @@ _load = torch.load
 
 def load_to_gpu(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load, which knows no place for storages of a pretended GPU: tensors are moved there afterwards."""
-    device = torch.device(map_location or "cpu")
-    loaded = _load(file, map_location="cpu", **options)
+    return moved(_load(file, map_location="cpu", **options), map_location or "cpu")
+
+
+def read_to_gpu(file: Any, device: Any = "cpu") -> Any:
+    """safetensors' load_file, the same way."""
+    return moved(load_file(file), device)
+
+
+def moved(loaded: Any, device: Any) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, loaded)
 
 
 @contextmanager
 def parameters_exchanged() -> Iterator[None]:
-    """Let `module.to` exchange parameters in place: a CPU's storage cannot be put under a GPU's tensor."""
-    plain = torch.nn.Module.to
+    """Let `to`, `double` and the like exchange parameters: a CPU's storage cannot be put under a GPU's tensor,
+    nor another number type.
+    """
+    plain = torch.nn.Module._apply
 
-    def move(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return plain(self, *args, **kwargs)
         finally:
-            torch.__future__.set_swap_module_params_on_conversion(False)
+            torch.__future__.set_swap_module_params_on_conversion(before)
 
-    with patch.object(torch.nn.Module, "to", move):
+    with patch.object(torch.nn.Module, "_apply", apply):
         yield

@@ -67,7 +67,7 @@ class GpuTensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         assert isinstance(value, GpuTensor), "the storage of a GPU's tensor is exchanged for another GPU's"
-        assert value.shape == self.shape, "a wrapper keeps its shape"
+        assert (value.shape, value.dtype) == (self.shape, self.dtype), "a wrapper keeps its shape and number type"
         self.host = value.host
 
     def data_ptr(self) -> int:
