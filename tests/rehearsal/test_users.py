@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.workloads import WORKLOADS
 from tests.rehearsal.conftest import ROOT, Play, saved
 
 pytestmark = [pytest.mark.needs("pretended_gpu"), pytest.mark.long]
@@ -48,6 +49,7 @@ def test_the_notebook_for_gsm8k_runs_on_a_t4(play: Play, tmp_path: Path) -> None
 
 
 @pytest.mark.extra("notebook", "qlora")
+@pytest.mark.timeout(900)  # beside other programs; alone it takes half a minute
 def test_the_notebook_for_sudoku_runs_on_a_t4_with_its_weights_in_four_bit(play: Play, tmp_path: Path) -> None:
     model = str(saved(tmp_path / "model", "ministral3", max_position_embeddings=8192))
     knobs = {**KNOBS, "model.path": model, "model.quantize": "nf4", "sandbox.workers": 1}
@@ -62,5 +64,5 @@ def test_the_benchmarks_prove_equal_gradients_and_tokens_before_they_time_anythi
     assert [row["engine"] for row in found["tokens"]] == ["native", "slots", "transformers"]
     assert all(row["same"] and row["tokens"] > 10 for row in found["tokens"])
     assert found["gap"] <= 1e-4
-    assert found["proven"] > 5
+    assert found["proven"] == sum(WORKLOADS["mini"].lengths_B[: WORKLOADS["mini"].completions])
     assert found["launches"] > 100
