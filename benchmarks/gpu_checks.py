@@ -2,6 +2,7 @@
 
 engines   what each engine samples there, token for token beside the native engine on the CPU, and how fast each is
 memory    what two steps of training take there, beside the plan
+overhead  native and slots in turns on two small models: on a CPU, what fixed shapes cost where no graph saves anything
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,11 +40,12 @@ from minigrpo.training.memory.machine import plan_of_run, planned_rows
 from minigrpo.types import Engine, Rendered, Sampling, Task
 
 IN_PROCESS = ("native", "slots", "transformers")
+ROUNDS = 9
 STOPS = list(range(3, 40))
 """Tokens that end a completion where random weights sample: rows then end at different times."""
 
 
-def setup_of(workload: Workload, device: str, scratch: Path) -> Setup:
+def setup_of(workload: Workload, scratch: Path, device: str) -> Setup:
     folder = scratch / workload.name
     if not folder.exists():
         workload.kind.make(folder)
@@ -57,7 +61,7 @@ def open_one(setup: Setup, device: str, dtype: str, engine: str) -> tuple[Recipe
 
 def engines(setup: Setup, fast: Setup) -> dict[str, Any]:
     """Compare what the engines sample from `setup`'s model, and time them on `fast`'s."""
-    return {"tokens": list(same_tokens(setup)), "sixteen_bit": sixteen_bit(setup), "speed": list(speeds(fast))}
+    return {"tokens": list(same_tokens(setup)), "sixteen_bit": sixteen_bit(setup), "speed": speeds(fast)}
 
 
 def same_tokens(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -105,18 +109,29 @@ def sixteen_bit(setup: Setup) -> dict[str, Any]:
     return {"dtype": dtype, "share": equal / sum(len(x) for x, _ in pairs)}
 
 
-def speeds(setup: Setup) -> Iterator[dict[str, Any]]:
-    """Yield each engine's completion tokens a second in the device's own number type: the second of two calls."""
-    for name in IN_PROCESS:
-        recipe, policy = open_one(setup, setup.device, "auto", name)
-        policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token_id  # few completions end early
-        engine = ENGINES[name](policy, recipe, recipe.rollout.rows)
-        sample(setup, policy, engine, seed=1)
-        began = now(setup.device)
-        tokens = sum(map(len, sample(setup, policy, engine, seed=2)))
-        seconds = now(setup.device) - began
-        yield {"engine": name, "tokens": tokens, "tokens_per_second": tokens / seconds}
-        del engine, policy
+def speeds(setup: Setup, names: Sequence[str] = IN_PROCESS, rounds: int = 1) -> list[dict[str, Any]]:
+    """Return each engine's completion tokens a second in the device's own number type: the median of `rounds`, in which
+    the engines take turns, after one that is not counted. The least and the most stand beside it."""
+    recipe, policy = open_one(setup, setup.device, "auto", "auto")
+    policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token_id  # few completions end early
+    opened = {name: ENGINES[name](policy, recipe, recipe.rollout.rows) for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(1 + rounds):
+        for name in names if seed % 2 else reversed(names):
+            began = now(setup.device)
+            tokens = sum(map(len, sample(setup, policy, opened[name], seed)))
+            rates[name].append(tokens / (now(setup.device) - began))
+    found = {name: sorted(taken[1:]) for name, taken in rates.items()}
+    return [
+        {"engine": name, "tokens_per_second": median(taken), "least": taken[0], "most": taken[-1]}
+        for name, taken in found.items()
+    ]
+
+
+def overhead(embedded: Setup, slim: Setup) -> dict[str, Any]:
+    """Time native and slots in turns on both models."""
+    setups = {setup.workload.about: setup for setup in (embedded, slim)}
+    return {"speed": {about: speeds(setup, ("native", "slots"), ROUNDS) for about, setup in setups.items()}}
 
 
 def memory(setup: Setup, fast: Setup) -> dict[str, Any]:
@@ -149,7 +164,22 @@ def train(recipe: Recipe, task: Task, policy: Policy, engine: Engine, run: RunDi
     grpo(recipe, task, policy, engine, RunLogger(run, recipe.train.steps, console=Console(file=io.StringIO())))
 
 
-CHECKS: Mapping[str, Callable[[Setup, Setup], dict[str, Any]]] = {"engines": engines, "memory": memory}
+CHECKS: Mapping[str, Callable[[Setup, Setup], dict[str, Any]]] = {
+    "engines": engines,
+    "memory": memory,
+    "overhead": overhead,
+}
+
+
+def workloads_of(check: str, tiny: bool) -> tuple[Workload, Workload]:
+    """Return what a check is done on: a small model and a large one. `tiny`: the smallest models and batches."""
+    mini = WORKLOADS["mini"]
+    if check == "overhead":
+        embedded = replace(WORKLOADS["tiny"], limit=6 if tiny else 64)
+        like_qwen = replace(embedded, name="slim", about="0.7 million random weights in Qwen2's shape, long prompts")
+        return embedded, like_qwen
+    large = mini if tiny else WORKLOADS["half"].on_gpu()
+    return replace(mini, prompts=3, completions=2, limit=6 if tiny else 48), large
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,14 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest model and batch, for a rehearsal")
     args = parser.parse_args(arguments)
-    small = replace(WORKLOADS["mini"], prompts=3, completions=2, limit=6 if args.tiny else 48)
-    large = WORKLOADS["mini"] if args.tiny else WORKLOADS["half"].on_gpu()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="minigrpo-gpu-") as scratch:
-        setups = [
-            setup_of(workload, args.device, Path(scratch) / name)
-            for name, workload in (("small", small), ("large", large))
-        ]
+        places = (Path(scratch) / "small", Path(scratch) / "large")
+        setups = map(partial(setup_of, device=args.device), workloads_of(args.check, args.tiny), places)
         found = CHECKS[args.check](*setups)
     print(json.dumps({**found, "seconds": time.perf_counter() - began}))
     return 0

@@ -54,6 +54,17 @@ class Rates:
     batched: float
     bandwidth: float
 
+    def least(self, products: Mapping[Product, int], work: Work, itemsize: float) -> float:
+        """Return seconds of a phase's chosen products, its attention and its moves, each at the highest rate or by its
+        bytes over the bandwidth, whichever takes longer.
+        """
+        each = sum(
+            max(product.operations / self.matrix, product.weight_entries * itemsize / self.bandwidth) * times
+            for product, times in products.items()
+        )
+        attention = max(work.attention.operations / self.matrix, work.attention.entries * itemsize / self.bandwidth)
+        return each + attention + work.moved / self.bandwidth
+
 
 class Kernels:
     """Bare kernels, timed once per shape. `model_bytes`: bytes read between two uses of a weight."""
@@ -87,16 +98,11 @@ class Kernels:
             operations,
             (weights + attention.entries) * self.itemsize + work.moved,
             self._sum(every) + max(attention.operations / self.rates.batched, reading) + moving,
-            sum(self._machine(product) * times for product, times in every.items())
-            + max(attention.operations / self.rates.matrix, reading)
-            + moving,
+            self.rates.least(every, work, self.itemsize),
         )
 
     def _sum(self, products: Mapping[Product, int]) -> float:
         return sum(self.seconds(product) * times for product, times in products.items())
-
-    def _machine(self, product: Product) -> float:
-        return max(product.operations / self.rates.matrix, self._read(product.weight_entries))
 
     def _read(self, entries: int) -> float:
         return entries * self.itemsize / self.rates.bandwidth

@@ -64,14 +64,24 @@ def make_grown(folder: Path) -> None:
 def make_shape(name: str, folder: Path) -> None:
     """Write a model of random weights in a shape."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     sizes = SHAPES[name]
     tokenizer = byte_tokenizer(sizes.vocab)
+    config = config_of(sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(SEED)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sizes.dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(sizes: Sizes, **more: Any) -> Any:
+    """Return the config of a model of these sizes."""
+    from transformers import AutoConfig
+
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1_000_000.0}
     if sizes.architecture == "ministral3":
         rope |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         sizes.architecture,
         vocab_size=sizes.vocab,
         hidden_size=sizes.hidden,
@@ -82,12 +92,8 @@ def make_shape(name: str, folder: Path) -> None:
         intermediate_size=sizes.inner,
         tie_word_embeddings=True,
         rope_parameters=rope,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **more,
     )
-    torch.manual_seed(SEED)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sizes.dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def byte_tokenizer(size: int) -> Any:

@@ -21,6 +21,8 @@ from tests.helpers.stubs import install_stub
 pytestmark = pytest.mark.extra("notebook")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 COLAB = {"torch": "2.11.0+cu128", "torchao": "0.10.0", "transformers": "5.15.0", "numpy": "2.0.2"}
+ADDRESS = "https://github.com/OWNER/minigrpo"
+"""Where the notebooks come from, until somebody writes a real address in."""
 EXTRAS = {
     "gsm8k_colab": {"notebook", "math"},
     "own_task": {"notebook", "gguf"},
@@ -124,13 +126,17 @@ def test_without_such_a_folder_it_comes_from_the_one_address_at_the_top(path: Pa
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_an_address_that_nobody_has_written_in_is_refused_in_a_sentence(path: Path, colab: Colab) -> None:
-    ran = colab.run(install_cell(path))
+@pytest.mark.parametrize("address", [ADDRESS, "", "github.com/me/minigrpo", "https://github.com/OWNER/minigrpo.git"])
+def test_an_address_that_nobody_has_written_in_is_refused_in_a_sentence(address: str, path: Path, colab: Colab) -> None:
+    ran = colab.run(install_cell(path, REPOSITORY=address))
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1].startswith("ValueError: Write the repository's address into REPOSITORY")
+    told = ran.stderr.splitlines()[-1]
+    assert told.startswith("ValueError: Write the repository's address into REPOSITORY above: what you would give to")
+    assert f"It says {address!r} now." in told
     assert not colab.asked
 
 
 def test_all_notebooks_name_one_address() -> None:
     lines = {line for path in NOTEBOOKS for line in install_cell(path).splitlines() if line.startswith("REPOSITORY")}
     assert len(lines) == 1
+    assert f'REPOSITORY = "{ADDRESS}"' in lines.pop()

@@ -1,43 +1,24 @@
-"""The cards that are pretended, and `torch.cuda` as it would answer on a machine with one."""
+"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
+from benchmarks.cards import Card
 from tests.rehearsal.attention import efficient_attention
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream, capturing
 
-
-@dataclass(frozen=True)
-class Card:
-    """A card as torch describes it: compute capability, memory in bytes, multiprocessors."""
-
-    name: str
-    capability: tuple[int, int]
-    memory: int
-    multiprocessors: int
-
-    @property
-    def has_bfloat16(self) -> bool:
-        return self.capability >= (8, 0)
-
-
-CARDS = {
-    "T4": Card("Tesla T4", (7, 5), 15_828_320_256, 40),
-    "L4": Card("NVIDIA L4", (8, 9), 23_669_440_512, 58),
-    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 85_028_896_768, 132),
-}
 TAKEN_BY_CUDA = 600 << 20
 """What CUDA and its libraries take of a card before the first tensor."""
 
@@ -75,7 +56,7 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         minor=card.capability[1],
         total_memory=card.memory,
         multi_processor_count=card.multiprocessors,
-        is_integrated=False,
+        is_integrated=card.integrated,
     )
     answers: dict[str, Any] = {
         "is_available": lambda: True,
@@ -109,6 +90,7 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
     with (
         patch.multiple(torch.cuda, **answers),
         patch.object(torch, "load", load_to_gpu),
+        patch("peft.utils.save_and_load.safe_load_file", read_to_gpu),
         parameters_exchanged(),
         efficient_attention(),
         gpu,
@@ -121,22 +103,32 @@ _load = torch.load
 
 def load_to_gpu(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load, which knows no place for storages of a pretended GPU: tensors are moved there afterwards."""
-    device = torch.device(map_location or "cpu")
-    loaded = _load(file, map_location="cpu", **options)
+    return moved(_load(file, map_location="cpu", **options), map_location or "cpu")
+
+
+def read_to_gpu(file: Any, device: Any = "cpu") -> Any:
+    """safetensors' load_file, the same way."""
+    return moved(load_file(file), device)
+
+
+def moved(loaded: Any, device: Any) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, loaded)
 
 
 @contextmanager
 def parameters_exchanged() -> Iterator[None]:
-    """Let `module.to` exchange parameters in place: a CPU's storage cannot be put under a GPU's tensor."""
-    plain = torch.nn.Module.to
+    """Let `to`, `double` and the like exchange parameters: a CPU's storage cannot be put under a GPU's tensor,
+    nor another number type.
+    """
+    plain = torch.nn.Module._apply
 
-    def move(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return plain(self, *args, **kwargs)
         finally:
-            torch.__future__.set_swap_module_params_on_conversion(False)
+            torch.__future__.set_swap_module_params_on_conversion(before)
 
-    with patch.object(torch.nn.Module, "to", move):
+    with patch.object(torch.nn.Module, "_apply", apply):
         yield

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.tiny import build_model, build_tokenizer
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -65,3 +67,10 @@ def play(guard: Path) -> Iterator[Play]:
     stage.stdin.close()
     stage.stdout.close()
     stage.wait(timeout=60)
+
+
+def saved(folder: Path, arch: str, **overrides: Any) -> Path:
+    """Save a tiny model of other sizes than tiny_folder's."""
+    build_model(arch, **overrides).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder

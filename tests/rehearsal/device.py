@@ -67,7 +67,7 @@ class GpuTensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         assert isinstance(value, GpuTensor), "the storage of a GPU's tensor is exchanged for another GPU's"
-        assert value.shape == self.shape, "a wrapper keeps its shape"
+        assert (value.shape, value.dtype) == (self.shape, self.dtype), "a wrapper keeps its shape and number type"
         self.host = value.host
 
     def data_ptr(self) -> int:
@@ -203,7 +203,7 @@ class PretendedGpu(TorchDispatchMode):
             self.capture.before(func, plain_args, plain_kwargs, target)
         result = func(*plain_args, **plain_kwargs)
         inputs = {tensor.host.untyped_storage()._cdata for tensor in own}
-        writes = _writes(name, result, inputs)
+        writes = _writes(name, func, result, inputs)
         if writes:
             self.launches[name, line_of_ours()] += 1
         if self.capture is not None:
@@ -260,14 +260,14 @@ def _host_of(value: Any) -> Any:
     return value.host if isinstance(value, GpuTensor) else value
 
 
-def _writes(name: str, result: Any, inputs: set[int]) -> bool:
+def _writes(name: str, func: Any, result: Any, inputs: set[int]) -> bool:
     """Tell whether an operation launches a kernel: not so a view of its input, or memory that is only reserved.
 
     `inputs`: the storages of its arguments.
     """
     if name.startswith(ALLOCATING):
         return False
-    if name.split(".")[1].endswith("_") or ".out" in name:
+    if hasattr(func, "_schema") and func._schema.is_mutable:
         return True
     made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     return any(tensor.untyped_storage()._cdata not in inputs for tensor in made)
@@ -295,11 +295,27 @@ def line_of_ours() -> str:
     """Return the innermost line of the project on the stack, of whoever called for a transfer; "backward" where
     autograd's own code runs.
     """
+    frame = _frame_of_ours()
+    return f"{_own_name(frame)}:{frame.f_lineno}" if frame else "backward"
+
+
+def function_of_ours() -> str:
+    """Return the function of that line."""
+    frame = _frame_of_ours()
+    return f"{_own_name(frame)}:{frame.f_code.co_qualname}" if frame else "backward"
+
+
+def _frame_of_ours() -> FrameType | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        for folder in OURS:
-            if folder in name and not name.endswith("utils/transfer.py"):
-                return f"{name.rpartition(folder)[2] or name.rpartition('/')[2]}:{frame.f_lineno}"
+        if any(folder in name for folder in OURS) and not name.endswith("utils/transfer.py"):
+            return frame
         frame = frame.f_back
-    return "backward"
+    return None
+
+
+def _own_name(frame: FrameType) -> str:
+    name = frame.f_code.co_filename
+    folder = next(folder for folder in OURS if folder in name)
+    return name.rpartition(folder)[2] or name.rpartition("/")[2]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from tests.rehearsal.device import CaptureError, PretendedGpu, line_of_ours
+from tests.rehearsal.device import CaptureError, PretendedGpu, function_of_ours, line_of_ours
 
 RUBBISH = 0xFF
 """The byte that unwritten memory is filled with: NaN in floating point, -1 in whole numbers."""
@@ -80,6 +80,8 @@ class Launch:
     spec: TreeSpec
     results: list[Tensor]
     """What it wrote into memory of the graph's own."""
+    function: str
+    """Who launched it."""
 
     def repeat(self) -> None:
         leaves = [leaf.tensor() if isinstance(leaf, Address) else leaf for leaf in self.leaves]
@@ -144,7 +146,8 @@ class Capture:
         ]
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         fresh = [x for x in results if x.untyped_storage()._cdata in self.own]
-        self.graph.launches.append(Launch(func, kept, spec, fresh if len(fresh) == len(results) else []))
+        whole = fresh if len(fresh) == len(results) else []
+        self.graph.launches.append(Launch(func, kept, spec, whole, function_of_ours()))
 
     def reserve(self, result: Any, inputs: set[int]) -> None:
         """Note memory that an operation reserved."""

@@ -39,7 +39,7 @@ def main(library: Path) -> None:
 
 
 def _outcome(trial: Any, card: str, library: Path, options: dict[str, Any]) -> str:
-    from tests.rehearsal.cards import CARDS
+    from benchmarks.cards import CARDS
 
     try:
         return json.dumps({"found": trial(CARDS[card], library, **options)})

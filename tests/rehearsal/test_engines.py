@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu_table
+from benchmarks.cards import CARDS
 from minigrpo.rollouts.engines.cuda_graph import CHECK_EVERY
-from tests.helpers.tiny import LLAMA_LIKE, build_model, build_tokenizer
-from tests.rehearsal.conftest import Play
+from tests.helpers.tiny import LLAMA_LIKE
+from tests.rehearsal.conftest import Play, saved
 
 pytestmark = pytest.mark.needs("pretended_gpu")
 
 Folder = Callable[..., Path]
+PAGE = gpu_table.PAGE.read_text(encoding="utf-8")
 
 LAUNCHES_A_LAYER = 56
 """Kernels of a layer and token in a graph of the slot engine: a layer of Qwen2 in 16 bit, with adapters everywhere."""
 LAUNCHES_BESIDES = 72
 """Those of embedding, masks, head and drawing from a vocabulary of up to 1,024 tokens."""
 NATIVE_LAUNCHES_A_LAYER = 64
+LAUNCHES_A_LAYER_BY_KIND: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "RMSNorm, twice": (14, ("Norm.__call__", "UnitRms.__call__")),
+    "products with the base's weights": (7, ("Projection.parts.<locals>.<listcomp>",)),
+    "products with the adapters'": (11, ("Projection.parts",)),
+    "q, k and v put together": (1, ("Projection.__call__",)),
+    "rotation of q and k": (3, ("Decoder._project",)),
+    "attention, its cache written": (16, ("Step._attend", "Step._to_grid", "Step._from_grid")),
+    "residuals added": (2, ("Projection.add_to",)),
+    "activation, and its product": (2, ("Decoder._mlp",)),
+}
+"""The same by what they are for, with the functions of ours that launch them: the list of docs/gpu.md."""
 
 
 def ids(rounds: list[list[list[list[Any]]]]) -> list[Any]:
@@ -72,9 +86,37 @@ def test_a_token_costs_no_more_launches_and_synchronizations_than_these(
     assert a_layer <= LAUNCHES_A_LAYER
     assert slots["2"] - 2 * a_layer <= LAUNCHES_BESIDES
     assert (native["4"] - native["2"]) / 2 <= NATIVE_LAUNCHES_A_LAYER
+    assert (a_layer, slots["2"] - 2 * a_layer) == (gpu_table.GRAPH_LAUNCHES, gpu_table.TOKEN_LAUNCHES)
+    assert (native["4"] - native["2"]) / 2 == gpu_table.NATIVE_LAUNCHES
+    kinds = {name: (n - found["kinds"]["2"][name]) / 2 for name, n in found["kinds"]["4"].items()}
+    for kind, (launches, functions) in LAUNCHES_A_LAYER_BY_KIND.items():
+        assert sum(n for name, n in kinds.items() if name.partition(":")[2] in functions) == launches, kind
+        assert f"| {kind} | {launches} |" in PAGE
+    assert sum(launches for launches, _ in LAUNCHES_A_LAYER_BY_KIND.values()) == a_layer
     # In 64 tokens of which none ends a row. What begins a rollout copies from main memory, and waits for nothing.
     assert sum(found["synchronizations"].values()) <= 64 / CHECK_EVERY, found["synchronizations"]
     assert sum(found["host_copies"].values()) <= 8, found["host_copies"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_page_says_what_a_card_takes(card: str, play: Play, tiny_folder: Folder) -> None:
+    found = play("choices", card, recipe="gsm8k-fast", folder=str(tiny_folder()), changes={})
+    assert f"\n| {card} | {found['dtype']} | {found['engine']} |" in table_of("gsm8k-fast")
+
+
+@pytest.mark.extra("qlora")
+@pytest.mark.long
+@pytest.mark.parametrize("card", ["T4", "RTX 3060"])
+def test_the_page_says_what_a_card_takes_with_weights_in_four_bit(card: str, play: Play, tiny_folder: Folder) -> None:
+    changes = {"model.quantize": "nf4"}
+    found = play("choices", card, recipe="sudoku-ministral", folder=str(tiny_folder("ministral3")), changes=changes)
+    row = f"\n| {card} | {found['dtype']}, `--model.quantize nf4` | {found['engine']} |"
+    assert row in table_of("sudoku-ministral")
+
+
+def table_of(recipe: str) -> str:
+    """Return what the page says of a recipe, card by card."""
+    return PAGE.partition(gpu_table.BEGIN)[2].partition(f"\n`{recipe}`,")[2].partition("\n`")[0]
 
 
 @pytest.mark.long
@@ -87,9 +129,3 @@ def test_every_architecture_and_engine_in_the_cards_own_number_type(
     found = play("engines", card, folder=str(tiny_folder(arch)), engine=engine, dtype="auto")
     assert found["device"] == "cuda:0"
     assert ids(found["gpu"]) == ids(found["cpu"])
-
-
-def saved(folder: Path, arch: str, **overrides: Any) -> Path:
-    build_model(arch, **overrides).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder

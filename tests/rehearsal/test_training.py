@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_table
 from minigrpo.config.load import load_recipe, recipe_names
-from tests.rehearsal.conftest import Play
+from tests.rehearsal.conftest import Play, saved
 
 pytestmark = pytest.mark.needs("pretended_gpu")
 
@@ -19,6 +20,13 @@ Folder = Callable[..., Path]
 SYNCHRONIZATIONS = 3
 """In which an update may let the host wait for the GPU, however many passes it has."""
 HOST_COPIES_A_PASS = 8
+LINEAR_LAYERS = 2 * 7
+"""Of the tiny models' two layers; the head is none of them."""
+EIGHT_BIT_MAPS = 2
+"""Maps between 8 bit and numbers, which bitsandbytes' optimizer copies to the GPU in its first step."""
+LAUNCHES_A_LAYER_AND_PASS = {"kept": 235, "recomputed": 336}
+"""Forward and backward, a layer of Qwen2 in 16 bit with adapters everywhere; with its activations recomputed."""
+LAUNCHES_BESIDES = 70
 HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}
@@ -41,11 +49,12 @@ def rehearse(recipe: str, card: str, play: Play, tiny_folder: Folder, **more: st
     return found
 
 
-def judge(found: dict[str, Any], recipe: str, card: str) -> None:
+def judge(found: dict[str, Any], recipe: str, card: str, engine: str = "slots") -> None:
     """Compare the run with the CPU's and with itself, resumed."""
-    full = load_recipe(recipe).train.full
+    own = load_recipe(recipe)
+    auto = "float32" if own.train.full else DTYPES[card]
     assert found["device"] == "cuda:0"
-    assert (found["engine"], found["dtype"]) == ("slots", "float32" if full else DTYPES[card])
+    assert (found["engine"], found["dtype"]) == (engine, auto if own.model.dtype == "auto" else own.model.dtype)
     assert (found["scale"] > 1) == (found["dtype"] == "float16")
     first, second = found["whole"]["figures"]
     assert first["skipped"] == second["skipped"] == 0
@@ -76,11 +85,47 @@ def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_fold
     assert "eval/accuracy" in found["whole"]["figures"][0]
 
 
+def test_a_pass_launches_no_more_than_these(play: Play, tmp_path: Path) -> None:
+    folders = {layers: str(saved(tmp_path / str(layers), "qwen2", num_hidden_layers=layers)) for layers in (2, 4)}
+    found = play("a_pass", "T4", folders=folders)
+    for way, ceiling in LAUNCHES_A_LAYER_AND_PASS.items():
+        a_layer = (found[way]["4"] - found[way]["2"]) / 2
+        assert a_layer <= ceiling, way
+        assert found[way]["2"] - 2 * a_layer <= LAUNCHES_BESIDES
+    estimated = gpu_table.PASS_LAUNCHES, gpu_table.RECOMPUTED_LAUNCHES, gpu_table.HEAD_LAUNCHES
+    assert estimated == (*LAUNCHES_A_LAYER_AND_PASS.values(), LAUNCHES_BESIDES)
+
+
 def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) -> None:
     found = play("scoring", "T4", folder=str(tiny_folder()))
     assert found["tokens"] == 40
     assert 5 < found["launches"] <= HEAD_LAUNCHES
     assert not found["synchronizations"]
+
+
+@pytest.mark.extra("qlora")
+@pytest.mark.long
+def test_weights_in_four_bit_train_as_on_the_cpu_and_wait_no_oftener(play: Play, tiny_folder: Folder) -> None:
+    found = rehearse("sudoku-ministral", "T4", play, tiny_folder, **{"model.quantize": "nf4"})
+    judge(found, "sudoku-ministral", "T4", engine="native")
+    assert found["packed"] == LINEAR_LAYERS
+    assert all("bitsandbytes.dequantize_4bit.default" in update["bitsandbytes"] for update in found["updates"])
+    hold_to_ceilings(found)
+
+
+@pytest.mark.extra("qlora")
+@pytest.mark.long
+def test_moments_in_eight_bit_train_as_on_the_cpu_and_wait_once_a_trained_tensor(
+    play: Play, tiny_folder: Folder
+) -> None:
+    large = {"train.optimizer": "adamw8bit", "lora.rank": "128", "lora.targets": "all-linear"}
+    found = rehearse("gsm8k-fast", "L4", play, tiny_folder, **large)
+    judge(found, "gsm8k-fast", "L4")
+    for update in found["updates"]:
+        assert "bitsandbytes.optimizer_update_8bit_blockwise.default" in update["bitsandbytes"]
+        own = {site: n for site, n in update["synchronizations"].items() if "torch.cuda.synchronize" not in site}
+        assert sum(own.values()) <= SYNCHRONIZATIONS + EIGHT_BIT_MAPS, own
+        assert sum(update["synchronizations"].values()) - sum(own.values()) == 2 * LINEAR_LAYERS
 
 
 @pytest.mark.long

@@ -6,21 +6,29 @@ is the only difference.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shlex
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.cards import Card
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import AdapterConfig, ModelConfig, Recipe, RolloutConfig
 from minigrpo.models import logprobs
-from minigrpo.models.policy import Policy, open_policy
+from minigrpo.models.lora_linear import is_four_bit
+from minigrpo.models.policy import Policy, open_policy, recompute_activations
 from minigrpo.rollouts.engines import cuda_graph, kv_cache
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.rollouts.engines.native import NativeEngine
@@ -31,7 +39,7 @@ from minigrpo.training import grpo
 from minigrpo.training.memory.meta import uniform_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
-from tests.rehearsal.cards import Card, pretended
+from tests.rehearsal.cards import pretended
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
 
@@ -97,9 +105,18 @@ def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, de
     return {**found, "gpu": on_gpu, "cpu": on_cpu}
 
 
+def choices(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping[str, str]) -> dict[str, Any]:
+    """Open policy and engine of a recipe on the card: which number type and which engine are taken?"""
+    wanted = load_recipe(recipe, {**SMALL, "model.path": folder, **changes})
+    with bitsandbytes_of_a_cpu() if "model.quantize" in changes else nullcontext(), pretended(card, guard):
+        policy = open_policy(wanted)
+        name = ENGINE_NAMES[type(open_engine(policy, wanted)).__name__]
+        return {"dtype": str(policy.dtype).removeprefix("torch."), "engine": name}
+
+
 def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, Any]:
     """Count what a token costs. `folders`: one model by its number of layers, so that a layer's share can be told."""
-    found: dict[str, Any] = {"slots": {}, "native": {}}
+    found: dict[str, Any] = {"slots": {}, "native": {}, "kinds": {}}
     with pretended(card, guard) as gpu:
         for layers, folder in folders.items():
             policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
@@ -108,6 +125,7 @@ def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str,
             said(slots, limit=4)
             gpu.reset()
             found["slots"][layers] = len(Graph.made[0].launches)
+            found["kinds"][layers] = Counter(launch.function for launch in Graph.made[0].launches)
             native = NativeEngine(policy, stop_ids=[999], rows=64)
             found["native"][layers] = (_launched(gpu, native, 5) - _launched(gpu, native, 3)) / 2
         said(slots, limit=64)
@@ -115,6 +133,21 @@ def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str,
         said(slots, limit=64)
         found["synchronizations"] = _sites(gpu.synchronizations)
         found["host_copies"] = _sites(gpu.host_copies)
+    return found
+
+
+def a_pass(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, dict[int, int]]:
+    """Count what a pass of training launches, forward and backward, by number of layers; with recomputation, too."""
+    found: dict[str, dict[int, int]] = {"kept": {}, "recomputed": {}}
+    with pretended(card, guard) as gpu:
+        for layers, folder in folders.items():
+            policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
+            for way in found:
+                if way == "recomputed":
+                    recompute_activations(policy.model)
+                gpu.reset()
+                policy.logprobs(uniform_micro_batch(8, 4, 10, vocabulary=260), step=0).logprobs_N.sum().backward()
+                found[way][layers] = gpu.launches.total()
     return found
 
 
@@ -218,6 +251,15 @@ SMALL = {
 """What makes a packaged recipe's step small; its number type, objective and way of training stay."""
 
 
+@contextmanager
+def bitsandbytes_of_a_cpu() -> Iterator[None]:
+    """Let a pretended GPU's tensors be packed by bitsandbytes' code for CPUs."""
+    from tests.rehearsal.four_bit import four_bit_weights  # not before it is needed: a second
+
+    with four_bit_weights():
+        yield
+
+
 class UpdateCosts:
     """Counts what each update costs, around grpo's own function."""
 
@@ -230,16 +272,19 @@ class UpdateCosts:
         counters = {name: getattr(self.gpu, name) for name in ("launches", "synchronizations", "host_copies")}
         passes = len(list(args[3].split(args[4].tokens_per_pass)))
         sites = {name: _sites(counters[name]) for name in ("synchronizations", "host_copies")}
-        self.costs.append({"passes": passes, "launches": counters["launches"].total(), **sites})
+        packing = {what for what, _ in counters["launches"] if what.startswith("bitsandbytes.")}
+        launches = counters["launches"].total()
+        self.costs.append({"passes": passes, "launches": launches, "bitsandbytes": sorted(packing), **sites})
         return found
 
 
 def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping[str, str]) -> dict[str, Any]:
     """Train for two steps on the card, again from the checkpoint after the first, and one step on the CPU."""
     knobs = {**SMALL, "model.path": folder, **changes}
+    packs = {"model.quantize", "train.optimizer"} & knobs.keys()
     home = Path(tempfile.mkdtemp(prefix="minigrpo-rehearsal-"))
     try:
-        with pretended(card, guard) as gpu:
+        with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
             costs = UpdateCosts(gpu)
             with patch.object(grpo, "update_policy", costs):
                 policy, engine = train_once(load_recipe(recipe, knobs), home / "whole")
@@ -248,6 +293,7 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
             shutil.rmtree(resumed / "checkpoints" / "000002")
             train_once(load_recipe(recipe, knobs), resumed)
             dtype = str(policy.dtype).removeprefix("torch.")
+            packed = sum(is_four_bit(layer) for layer in policy.model.modules() if not hasattr(layer, "base_layer"))
         here = {"model.device": "cpu", "model.dtype": dtype, "rollout.engine": engine}
         with as_on_a_gpu():
             train_once(load_recipe(recipe, {**knobs, **here, "train.steps": "1"}), home / "cpu")
@@ -258,6 +304,7 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
             "device": str(policy.device),
             "dtype": dtype,
             "scale": scale,
+            "packed": packed,
             "updates": costs.costs,
         } | rows
     finally:
@@ -284,6 +331,68 @@ def steps_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def notebook(card: Card, guard: Path, *, path: str, home: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a notebook's cells on the card, its commands in this process; return what each cell printed.
+
+    `values`: of the cell of parameters. The install cell has tests of its own.
+    """
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    os.chdir(home)
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    names: dict[str, Any] = {}
+    told: dict[str, str] = {}
+    packs = "model.quantize" in values["KNOBS"]
+    with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
+        names["get_ipython"] = lambda: SimpleNamespace(system=lambda line: print(command(line.format(**names))))
+        for cell in cells:
+            if cell.id == "install":
+                continue
+            with redirect_stdout(io.StringIO()) as out:
+                exec(TransformerManager().transform_cell(cell.source), names)
+                names |= values if "parameters" in cell.metadata.get("tags", ()) else {}
+            told[cell.id] = out.getvalue()
+        return {"told": told, "launches": gpu.launches.total()}
+
+
+def command(line: str) -> str:
+    """Run a command of minigrpo in this process and return what it said; refuse any exit code but 0."""
+    from typer.testing import CliRunner
+
+    from minigrpo.cli.main import app
+
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, f"{line}\n{done.output}"
+    return done.output
+
+
+def benchmark(card: Card, guard: Path, *, scratch: str) -> dict[str, Any]:
+    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens."""
+    from benchmarks import gpu_checks, proof
+    from benchmarks.workloads import WORKLOADS
+
+    with pretended(card, guard) as gpu:
+        setup = gpu_checks.setup_of(WORKLOADS["mini"], Path(scratch), "cuda")
+        tokens = list(gpu_checks.same_tokens(setup))
+        gpu.reset()
+        proven = proof.prove(replace(setup, dtype="float32"))
+        return {"tokens": tokens, "gap": proven.gap, "proven": proven.tokens, "launches": gpu.launches.total()}
+
+
 TRIALS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (engines, a_token, shapes, freed_weights, scoring, pretence, train)
+    each.__name__: each
+    for each in (
+        engines,
+        choices,
+        a_token,
+        a_pass,
+        shapes,
+        freed_weights,
+        scoring,
+        pretence,
+        train,
+        notebook,
+        benchmark,
+    )
 }

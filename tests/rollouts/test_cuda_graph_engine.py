@@ -81,6 +81,19 @@ def test_an_evaluation_in_between_leaves_training_its_state() -> None:
         assert len(fixed._graph_sets) == cuda_graph.KEPT_SHAPES
 
 
+def test_a_rollout_that_breaks_off_lets_its_graphs_go_and_the_next_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a state is no use, and where memory ran out, what it takes is needed for the next try."""
+    native, fixed = both(make_policy(double=True))
+    said(fixed, rendered(PROMPTS))
+    assert fixed._graph_sets
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed.decoder, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            said(fixed, rendered(PROMPTS))
+    assert not fixed._graph_sets
+    assert said(fixed, rendered(PROMPTS)) == said(native, rendered(PROMPTS))
+
+
 def test_steps_get_narrower_as_prompts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "CHECK_EVERY", 4)
     native, fixed = both(make_policy(double=True))

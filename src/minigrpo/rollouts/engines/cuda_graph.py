@@ -298,7 +298,7 @@ class SlotEngine:
             for start, chunk in split_prompts(prompts, n, self.rows):
                 answers += self._decode_batch(chunk, n, sampling, start, counter)
         except BaseException:
-            self._graphs = None  # half a state is no use, and its memory is needed where memory ran out
+            self._graph_sets = []  # half a state is no use, and its memory is needed where memory ran out
             raise
         return answers
 
