@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from minigrpo.cli.deliver import lock_run_of
-from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
+from minigrpo.cli.options import AsJson, Command, RunFolder, print_json, stdout_for_json
 from minigrpo.ui.screen import Screen
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
 def replay(
-    run: Run,
+    run: RunFolder,
     *,
     step: Annotated[
         int | None,
@@ -53,7 +50,7 @@ def replay(
 
 
 def audit(
-    run: Run,
+    run: RunFolder,
     *,
     steps: Annotated[int, typer.Option(min=0, help="Steps drawn at random and done again, with their stretch.")] = 3,
     answers: Annotated[int, typer.Option(min=0, help="Answers of evaluations drawn at random and asked again.")] = 5,

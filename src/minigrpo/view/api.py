@@ -48,13 +48,23 @@ def run(library: Library, query: Query) -> Any:
 
 
 def metrics(library: Library, query: Query) -> Any:
-    """Return the figures from row `since` on; all of them where the log was begun anew (another `generation`)."""
+    """Return the figures from row `since` on; all of them where the log was begun anew (another `generation`).
+
+    `charts`: those of all rows.
+    """
     found = _run(library, query)
     log = found.metrics.refresh()
     since = _number(query, "since", 0) if query.get("generation") == str(log.generation) else 0
     planned = found.read(found.run.preflight).get("figures")
     plan = planned.get("planned_memory_gb") if isinstance(planned, dict) else None
-    return {"generation": log.generation, "since": since, "planned_memory_gb": plan, **log.since(since)}
+    charts = [chart.to_dict() for chart in log.charts()]
+    return {
+        "generation": log.generation,
+        "since": since,
+        "planned_memory_gb": plan,
+        "charts": charts,
+        **log.since(since),
+    }
 
 
 def marks(library: Library, query: Query) -> Any:

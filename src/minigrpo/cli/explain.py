@@ -1,0 +1,59 @@
+"""The commands that say why a reward moved: a page, a file, a panel of another terminal, the tokens of a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from minigrpo.cli.options import Command, RunFolder
+from minigrpo.runs.rundir import RunDir
+from minigrpo.ui.screen import Screen
+
+
+def view(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS_FOLDER", help="The folder of your runs, or one run.")] = Path(
+        "runs"
+    ),
+    *,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 0,
+) -> None:
+    """See why the reward moved: a page of this machine alone.
+
+    Curves of one run or several, the change between any two windows of steps split into its causes, every group with
+    its answers, every prompt through time, what each stage proved. Live while a run trains, and afterwards. Reads the
+    run folders, writes nothing, and asks nobody else. Ctrl-C ends it. See docs/view.md.
+    """
+    from minigrpo.view.server import serve
+
+    def tell(address: str) -> None:
+        Screen().show(Text(f"Open this address, which is for you alone:\n  {address}\nCtrl-C ends it."))
+
+    serve(runs, port, tell)
+
+
+def report(
+    run: RunFolder,
+    *,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Where to write it.", show_default="RUN/report.html")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+) -> None:
+    """Tell a run in one file of HTML, to be mailed or kept.
+
+    Curves, the change of the reward from the first tenth of the steps to the last, split into its causes, answers
+    before and after, the evaluation with intervals, parity, recipe, versions, alarms. Light and dark. It has no script
+    and loads nothing; folders of this machine and secrets of its environment are left out of the recipe.
+    """
+    from minigrpo.view.report.page import write_report
+
+    path = write_report(RunDir(run), out, force=force)
+    Screen().show(Text(f"Report: {path} ({path.stat().st_size / 1000:,.0f} kB)"))
+
+
+def add_explanations_to(app: typer.Typer) -> None:
+    for command in (view, report):
+        app.command(cls=Command)(command)
