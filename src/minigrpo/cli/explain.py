@@ -54,6 +54,29 @@ def report(
     Screen().show(Text(f"Report: {path} ({path.stat().st_size / 1000:,.0f} kB)"))
 
 
+def watch(
+    run: RunFolder,
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Go on while nobody works on it: until it is begun, or resumed.")
+    ] = False,
+) -> None:
+    """Follow a run from another terminal.
+
+    Step, reward, share of groups that teach, length, time left, alarms, what it is at: a panel in a terminal; elsewhere
+    a line now and then, at most one every ten seconds. Only reads; Ctrl-C leaves the run alone. Ends when no process
+    works on the run any more, with exit code 0 where it has ended, 1 where it was killed or failed, 3 where it waits:
+    not begun yet, or stopped before its last step.
+    """
+    from minigrpo.view.watch import EXIT_CODES, watch_run
+
+    try:
+        outcome = watch_run(RunDir(run), wait=wait)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("No longer watched. The run goes on.") from None
+    raise typer.Exit(EXIT_CODES[outcome])
+
+
 def add_explanations_to(app: typer.Typer) -> None:
-    for command in (view, report):
+    for command in (view, report, watch):
         app.command(cls=Command)(command)

@@ -103,6 +103,10 @@ EXAMPLES: dict[str, str] = {
     "report": """
         minigrpo report runs/my  # leaves runs/my/report.html
         minigrpo report runs/my --out ~/my-run.html  # elsewhere; replaces nothing but an older report""",
+    "watch": """
+        minigrpo watch runs/my  # while it trains in another terminal
+        minigrpo watch runs/my --wait  # from before it begins, and over stops
+        minigrpo watch runs/my > watch.log && minigrpo report runs/my  # when it has ended""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from rich.console import Console
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
 from minigrpo.types import Group
+from minigrpo.ui.group_lines import GROUP_EVERY, pick_group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.json_values import json_ready
@@ -75,6 +77,8 @@ class RunLogger:
         _append(self.run.groups, rows)
         _append(self.run.metrics, [{"step": step, **metrics}])
         self._snapshot = self._snapshot.after(step, metrics, groups, _sample(groups) if self.show_samples else None)
+        if step % GROUP_EVERY == 1 or self._snapshot.group is None:
+            self._snapshot = replace(self._snapshot, group=pick_group(rows))
         self._view.show(self._snapshot)
 
     def say(self, text: str) -> None:

@@ -76,7 +76,7 @@ def _drawing(
         label(WIDTH - RIGHT, HEIGHT - 6, f"step {last:g}", "end"),
     ]
     if band:
-        parts.append(frame.band(*map(averaged, band), COLOURS[0]))
+        parts.append(frame.band(averaged(band[0]), averaged(band[1]), COLOURS[0]))
     parts += _marked(frame, marks)
     if plan is not None:
         y = frame.place_y(plan)
