@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
 
-from minigrpo.cli.options import Command, RunFolder
+from minigrpo.cli.options import AsJson, Command, RunFolder, print_json, stdout_for_json
 from minigrpo.runs.rundir import RunDir
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.json_values import json_ready
+
+By = Literal["change", "logprob", "entropy"]
 
 
 def view(
@@ -77,6 +80,34 @@ def watch(
     raise typer.Exit(EXIT_CODES[outcome])
 
 
+def inspect(
+    run: RunFolder,
+    *,
+    step: Annotated[int, typer.Option(min=1, help="The step, as the log numbers it.")],
+    group: Annotated[int, typer.Option(min=1, metavar="K", help="The group of it, from 1.")] = 1,
+    by: Annotated[By, typer.Option(help="The figure by which a terminal colours tokens.")] = "change",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="the run's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a step's update did to the tokens of one group.
+
+    Does the step again from the checkpoint before it, in a scratch folder, and measures each sampled token by the
+    policy before the update and after it: log-probability, entropy, and how far they moved. Siblings come with their
+    rewards by part, advantage, length, and the first word that differs from the best. The run is only read; what it
+    costs is what `minigrpo replay RUN` says. Exit code 0 where the step is the log's to the last byte, 1 where not.
+    """
+    from minigrpo.pipeline.inspect_group import inspect_group
+    from minigrpo.pipeline.inspect_table import inspected_table
+
+    with stdout_for_json(as_json):
+        found = inspect_group(run, step, group, threads=threads)
+    if as_json:
+        print_json(json_ready(found.to_dict()))
+    else:
+        Screen().show(inspected_table(found, by))
+    raise typer.Exit(0 if found.exact else 1)
+
+
 def add_explanations_to(app: typer.Typer) -> None:
-    for command in (view, report, watch):
+    for command in (view, report, watch, inspect):
         app.command(cls=Command)(command)

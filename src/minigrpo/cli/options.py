@@ -107,6 +107,10 @@ EXAMPLES: dict[str, str] = {
         minigrpo watch runs/my  # while it trains in another terminal
         minigrpo watch runs/my --wait  # from before it begins, and over stops
         minigrpo watch runs/my > watch.log && minigrpo report runs/my  # when it has ended""",
+    "inspect": """
+        minigrpo inspect runs/my --step 63 --group 4
+        minigrpo inspect runs/my --step 63 --by entropy  # colours: where was it undecided?
+        minigrpo inspect runs/my --step 63 --group 4 --json > tokens.json""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",

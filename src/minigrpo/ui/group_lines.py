@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
+from minigrpo.ui.plain_text import one_line
+
 SIBLINGS = 4
 """Answers that are shown: the best half of them from the top, the rest from the bottom."""
 GROUP_EVERY = 5
@@ -15,13 +17,13 @@ GROUP_EVERY = 5
 
 def pick_group(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the first group of a step that teaches something, else the first; rows are lines of groups.jsonl."""
-    differing = (row for row in rows if len({each.get("reward") for each in row["completions"]}) > 1)
+    differing = (row for row in rows if len({_reward(each) for each in row["completions"]}) > 1)
     return next(differing, next(iter(rows), None))
 
 
 def group_lines(row: Mapping[str, Any], width: int) -> list[Text]:
     """Write a group with the reasons of its rewards: reward, its parts, advantage, and how the answer begins."""
-    answers = sorted(row["completions"], key=lambda each: -(each.get("reward") or 0.0))
+    answers = sorted(row["completions"], key=lambda each: -(_reward(each) or 0.0))
     half = SIBLINGS - SIBLINGS // 2
     shown = answers if len(answers) <= SIBLINGS else [*answers[:half], *answers[-(SIBLINGS - half) :]]
     asked = (row.get("messages") or [{}])[-1].get("content", "")
@@ -35,7 +37,7 @@ def group_lines(row: Mapping[str, Any], width: int) -> list[Text]:
 
 
 def _answer(each: Mapping[str, Any]) -> Text:
-    reward, advantage = each.get("reward"), each.get("advantage") or 0.0
+    reward, advantage = _reward(each), each.get("advantage") or 0.0
     parts = " ".join(f"{name} {value:g}" for name, value in (each.get("parts") or {}).items() if value is not None)
     told = "no reward" if reward is None else f"{reward:.2f}"
     told += f" ({parts})" if parts else ""
@@ -45,6 +47,7 @@ def _answer(each: Mapping[str, Any]) -> Text:
     return Text.assemble("  ", (told, style), f" {advantage:+.2f}{cut}  ", (one_line(words), "dim"))
 
 
-def one_line(text: Any) -> str:
-    """Return a text on one line, without what could rewrite a terminal."""
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)[:2000]).split())
+def _reward(each: Mapping[str, Any]) -> float | None:
+    """Return what an answer earned; None where that could not be told."""
+    reward = each.get("reward")
+    return float(reward) if isinstance(reward, int | float) and reward == reward else None

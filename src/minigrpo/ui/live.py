@@ -18,6 +18,7 @@ from rich.text import Text
 from minigrpo.types import Group
 from minigrpo.ui.group_lines import group_lines
 from minigrpo.ui.heartbeat import Heartbeat
+from minigrpo.ui.plain_text import printable
 
 WINDOW = 20  # steps from which the remaining time is estimated: completions grow shorter or longer as a run goes on
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -238,8 +239,3 @@ def duration(seconds: float) -> str:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def printable(text: str) -> str:
-    """Remove the control characters from model output, which could rewrite a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

@@ -16,7 +16,8 @@ from minigrpo.runs.lock import holder
 from minigrpo.runs.logger import read_events
 from minigrpo.runs.rundir import RunDir
 from minigrpo.ui.group_lines import GROUP_EVERY, pick_group
-from minigrpo.ui.live import WINDOW, LivePanel, Snapshot, duration, panel_fits, printable
+from minigrpo.ui.live import WINDOW, LivePanel, Snapshot, duration, panel_fits
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.screen import Screen
 from minigrpo.view.library import OpenRun, is_run
 
