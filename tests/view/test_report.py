@@ -16,7 +16,7 @@ from minigrpo.view.library import OpenRun
 from minigrpo.view.report.markup import LONGEST_TEXT, model_text, signed, tag
 from minigrpo.view.report.page import windows_of, write_report
 from minigrpo.view.why import SPLITS, explain
-from tests.helpers.logged_runs import HOSTILE, completion, hostile_run, logged_run
+from tests.helpers.logged_runs import HOSTILE, append, completion, figures, group, hostile_run, logged_run
 
 ALLOWED = {"html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "h3", "h4", "p", "b", "i"}
 ALLOWED |= {"div", "span", "small", "code", "dl", "dt", "dd", "ol", "li", "figure", "figcaption", "details", "summary"}
@@ -102,6 +102,21 @@ def test_the_change_is_that_of_the_first_tenth_and_the_last(tmp_path: Path) -> N
     for split in change["splits"]:
         for term in (term for term in split["terms"] if abs(term["value"]) > 1e-3):
             assert f"{signed(term['value'])}" in words
+
+
+def test_without_a_common_prompt_a_group_of_each_window_is_shown(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    run.mkdir()
+    for step in (1, 2):
+        pair = [completion(f"good {step}", 1.0), completion(f"bad {step}", 0.0)]
+        append(run / "groups.jsonl", [{**group(step, f"p{step}", pair), "target": None}])
+        append(run / "metrics.jsonl", [figures(step, 0.5)])
+    words = report_of(run).words
+    assert "No prompt was drawn in both windows" in words
+    for step, window in ((1, "A"), (2, "B")):
+        assert f"One group of {window}, steps {step} to {step}: p{step}" in words
+        assert f"good {step}" in words
+        assert f"bad {step}" in words
 
 
 def test_hostile_answers_are_text_in_the_report(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def _inspect(
             group.prompt.id,
             group.prompt.messages,
             first_difference is None,
-            first_difference and f"{first_difference.kind}: {first_difference.what}",
+            f"{first_difference.kind}: {first_difference.what}" if first_difference else None,
             tuple(_siblings(opened.policy, group, row, *scores)),
         )
 

@@ -28,6 +28,22 @@ def moved_examples(run: OpenRun, found: Mapping[str, Any]) -> Iterator[Markup]:
             about = f"Of each group the answer that earned closest to the group's mean. A: steps {before['first']} to "
             about += f"{before['last']}; B: steps {after['first']} to {after['last']}."
             yield tag("section", tag("h3", title), tag("p", about, class_="about"), *shown, class_="stage")
+    if not found["up"] and not found["down"]:
+        yield from _window_examples(index, before, after)
+
+
+def _window_examples(index: GroupIndex, *windows: Mapping[str, Any]) -> Iterator[Markup]:
+    """Yield one group of each window, where no prompt came in both: the first whose siblings differ."""
+    for title, window in zip("AB", windows, strict=True):
+        lines = index.lines_of_steps(window["first"], window["last"])
+        line = next((line for line, facts in index.all_facts(lines) if len(set(facts.rewards)) > 1), None)
+        group = None if line is None else index.group(line)
+        if group is not None:
+            ranked = sorted(_answers(group), key=lambda each: number(each.get("reward"), -inf))
+            boxes = [answer_box(words, each) for words, each in (("worst", ranked[0]), ("best", ranked[-1]))]
+            head = f"One group of {title}, steps {window['first']} to {window['last']}: {group['prompt']}"
+            pair = tag("div", *boxes, class_="pairs")
+            yield tag("section", tag("h3", head), model_text(_question(group)), pair, class_="stage")
 
 
 def _example(index: GroupIndex, pool: Mapping[str, Any], by: str, window: Mapping[str, Any]) -> Markup | None:
@@ -50,12 +66,19 @@ def _first_of(index: GroupIndex, name: str, by: str, window: Mapping[str, Any]) 
 
 
 def _box(title: str, group: Mapping[str, Any]) -> Markup:
-    answers = [each for each in group["completions"] if isinstance(each, dict)]
+    answers = _answers(group)
     rewards = [number(each.get("reward")) for each in answers]
     known = [reward for reward in rewards if not isnan(reward)]
     middle = fmean(known) if known else 0.0
     nearest = min(range(len(answers)), key=lambda at: inf if isnan(rewards[at]) else abs(rewards[at] - middle))
-    asked = (group.get("messages") or [{}])[-1]
-    question = asked.get("content", "") if isinstance(asked, dict) else asked
     box = answer_box(f"{title}, step {group['step']}", answers[nearest])
-    return tag("div", model_text(question), box)
+    return tag("div", model_text(_question(group)), box)
+
+
+def _answers(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in group["completions"] if isinstance(each, dict)]
+
+
+def _question(group: Mapping[str, Any]) -> Any:
+    asked = (group.get("messages") or [{}])[-1]
+    return asked.get("content", "") if isinstance(asked, dict) else asked

@@ -46,8 +46,8 @@ def _notes(split: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     notes = []
     if split["name"] == "prompts" and split["terms"][0]["name"] == "no prompt in common":
         notes.append(
-            "No prompt was drawn in both windows, so this log cannot tell better answers from easier prompts: the "
-            "evaluation below asks both models the same."
+            "No prompt was drawn in both windows, so this log cannot tell better answers from easier prompts: an "
+            "evaluation can, which asks both models the same."
         )
     if split["name"] == "prompts" and found["by"] != "prompt":
         notes.append(f"Prompts of the same {found['by']} count as the same here.")
