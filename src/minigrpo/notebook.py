@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import gc
 import io
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -29,23 +31,19 @@ from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.memory import empty_cache
 from minigrpo.utils.paths import user_path
+from minigrpo.view.charts import CHARTS, Chart, sentence_of
 
 if TYPE_CHECKING:
     from minigrpo.training.preflight import PreflightResult
 
-__all__ = ["evaluate", "plot", "preflight", "recipe", "show", "train"]
+__all__ = ["evaluate", "plot", "preflight", "recipe", "report", "show", "train"]
 
 Place = str | Path | RunDir
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    ("reward", {"reward": "mean of the step"}),
-    ("share of completions", {"accuracy": "right", "format": "well-formed"}),
-    ("tokens a completion", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
-    ("share", {"informative_groups": "groups that teach", "completions/clipped_ratio": "cut off"}),
-)
-"""The panels of the plot: each one's unit, and its figures of metrics.jsonl with their labels."""
+PANELS = ("reward", "right", "informative", "length", "entropy", "gradient")
+"""The charts of the plot, by their id in view/charts.py, where titles, figures and sentences stand."""
 
 WINDOW = 10  # steps that a bold line averages: one step of a few prompts says little
 STOPPED = "Stopped. The same cell goes on from here."
@@ -135,6 +133,23 @@ def plot(run: Place) -> Any:
     if not (rows := read_steps(folder)):
         raise ArtifactError(f"{folder.path} has no step to draw. Train first: train(recipe, {str(folder.path)!r})")
     return Image(data=draw_png(rows, str(folder.path)), format="png")
+
+
+@notebook_stage
+def report(run: Place, *, height: int = 800) -> Any:
+    """Show a run in the cell as `minigrpo report` tells it, with every chart; nothing is written."""
+    from IPython.display import HTML
+
+    from minigrpo.view.library import OpenRun
+    from minigrpo.view.report.page import report_page
+
+    folder = run_dir(run)
+    if not read_steps(folder):
+        raise ArtifactError(f"{folder.path} has no step to tell. Train first: train(recipe, {str(folder.path)!r})")
+    page = escape(report_page(OpenRun(folder.path.absolute().name, folder.path)))
+    # A page of its own, so that its styles and the notebook's leave one another alone; it may run no script.
+    frame = f'<iframe sandbox srcdoc="{page}" style="width: 100%; height: {height}px; border: 0"></iframe>'
+    return HTML(f"<div>{frame}</div>")
 
 
 @notebook_stage
@@ -234,25 +249,34 @@ def draw_png(rows: Sequence[Mapping[str, Any]], title: str, steps: int | None = 
     """Draw the panels as a PNG, without pyplot, whose state belongs to the main thread and to the user's own plots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     done = rows[-1]["step"] if rows else 0
     figure.suptitle(f"{title}: step {done}" + (f" of {steps}" if steps else ""))
-    for axes, (unit, curves) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
-        for number, (figure_name, words) in enumerate(curves.items()):
-            known = [(row["step"], row[figure_name]) for row in rows if row.get(figure_name) is not None]
-            x, y = [step for step, _ in known], [value for _, value in known]
-            axes.plot(x, y, color=f"C{number}", alpha=0.3, linewidth=1)
-            axes.plot(x, smooth(y), color=f"C{number}", linewidth=2, label=words)
+    charts = {chart.id: chart for chart in CHARTS}
+    for axes, name in zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True):
+        _draw_chart(axes, charts[name], rows)
         if steps:
             axes.set_xlim(0, steps)
-        if unit.startswith("share"):
-            axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.25)
-        axes.legend(loc="best", fontsize="small")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=80)
     return stream.getvalue()
+
+
+def _draw_chart(axes: Any, chart: Chart, rows: Sequence[Mapping[str, Any]]) -> None:
+    for number, (figure_name, words) in enumerate(zip(chart.figures, chart.labels, strict=True)):
+        known = [(row["step"], row[figure_name]) for row in rows if row.get(figure_name) is not None]
+        x, y = [step for step, _ in known], [value for _, value in known]
+        axes.plot(x, y, color=f"C{number}", alpha=0.3, linewidth=1)
+        axes.plot(x, smooth(y), color=f"C{number}", linewidth=2, label=words)
+    if chart.share:
+        axes.set_ylim(-0.03, 1.03)
+    axes.set_title(chart.title, fontsize="medium")
+    axes.set_xlabel(
+        textwrap.fill(sentence_of(chart.about), 58, break_on_hyphens=False), fontsize="x-small", color="0.4"
+    )
+    axes.grid(alpha=0.25)
+    if len(chart.figures) > 1:
+        axes.legend(loc="best", fontsize="small")
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -24,6 +24,7 @@ from minigrpo.config.fields import field_table
 from minigrpo.config.load import load_recipe
 from minigrpo.errors import ArtifactError, MinigrpoError, RecipeError
 from minigrpo.models.embedded import seedling
+from tests.helpers.logged_runs import logged_run
 
 pytestmark = pytest.mark.extra("notebook")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -340,6 +341,31 @@ def test_a_half_written_line_is_not_drawn(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     assert notebook.draw_png(rows, "half").startswith(PNG)
     assert notebook.draw_png([], "none yet", 10).startswith(PNG)
+
+
+def test_the_plot_has_the_charts_of_the_view_with_their_titles_and_sentences(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from minigrpo.view.charts import CHARTS, sentence_of
+
+    charts = {chart.id: chart for chart in CHARTS}
+    drawn = Figure().subplots(1, len(notebook.PANELS))
+    for axes, name in zip(drawn, notebook.PANELS, strict=True):
+        notebook._draw_chart(axes, charts[name], [{"step": 1, "reward": 0.5}])
+        assert axes.get_title() == charts[name].title
+        assert axes.get_xlabel().replace("\n", " ") == sentence_of(charts[name].about)
+
+
+def test_a_report_is_shown_in_a_cell_that_runs_no_script(tmp_path: Path) -> None:
+    run = logged_run(tmp_path / "my", steps=4)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    shown = notebook.report(run).data
+    assert shown.startswith("<div><iframe sandbox srcdoc=")
+    assert "Right and well-formed" in shown
+    assert "&lt;script" not in shown
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    with pytest.raises(ArtifactError, match="has no step to tell"):
+        notebook.report(tmp_path)
 
 
 def test_smoothing_is_a_mean_over_the_last_ten() -> None:

@@ -33,7 +33,7 @@ VARIABLES = {
     "MINIGRPO_TRANSFORMERS4": "the python of an environment that has transformers 4.57",
     "MINIGRPO_VLLM": "the python of an environment that has vLLM",
 }
-MODULES = {"ipython": "IPython"}
+MODULES = {"ipython": "IPython", "mlflow-skinny": "mlflow", "sqlalchemy": "sqlalchemy"}
 """Import names that do not follow from the name of the package."""
 
 

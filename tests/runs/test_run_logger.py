@@ -17,7 +17,8 @@ from minigrpo.errors import ArtifactError
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Completion, Grade, Group, Prompt
-from minigrpo.ui.live import PlainLog, Snapshot, duration, printable, reward_curve, sparkline
+from minigrpo.ui.live import PlainLog, Snapshot, duration, reward_curve, sparkline
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.progress import stage
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +19,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from minigrpo.view.inspections import Inspections
 from minigrpo.view.library import Library
 from minigrpo.view.server import ViewServer
-from tests.helpers.logged_runs import KNOBS, hostile_run, log_step, logged_run
+from tests.helpers.logged_runs import HOSTILE, KNOBS, hostile_run, log_step, logged_run
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -162,6 +165,21 @@ def test_groups_are_opened_filtered_and_followed_to_their_prompt(browser: Any, s
         page.select_option("header select", "second")
         page.wait_for_selector("text=Choose a prompt")
         assert "prompts/second" in page.url
+
+
+def test_the_tokens_of_a_group_are_measured_and_coloured(browser: Any, server: ViewServer) -> None:
+    token = {"id": 1, "logprob": -0.5, "entropy": 0.7, "entropy_after": 0.6}
+    moved = [{**token, "text": text, "logprob_after": -0.5 + by} for text, by in ((HOSTILE[0], 0.4), ("no", -0.1))]
+    found = {"exact": True, "siblings": [{"tokens": moved} for _ in range(4)]}
+    server.inspections = Inspections(lambda *asked: [sys.executable, "-c", f"print({json.dumps(found)!r})"])
+    with opened(browser, server, "groups/first?step=10") as page:
+        page.click("#measure")
+        page.wait_for_selector(".tokens .likelier.s4")
+        assert page.query_selector_all(".tokens .unlikelier.s1")
+        assert page.inner_text(".tokens .likelier") == HOSTILE[0]
+        page.get_by_label("tokens coloured by").select_option("entropy")
+        page.wait_for_selector(".tokens .unlikelier.s4")
+        assert "by=entropy" in page.url
 
 
 def test_every_chart_gives_its_data_and_its_picture(browser: Any, server: ViewServer, tmp_path: Path) -> None:

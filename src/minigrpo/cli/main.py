@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from minigrpo.cli import deliver, prove
+from minigrpo.cli import deliver, explain, prove
 from minigrpo.cli.doctor import sandbox
 from minigrpo.cli.options import (
     OVERRIDES,
@@ -387,26 +387,7 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(0 if report["ok"] else 1)
 
 
-@app.command(cls=Command)
-def view(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS_FOLDER", help="The folder of your runs, or one run.")] = Path(
-        "runs"
-    ),
-    *,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 0,
-) -> None:
-    """See why the reward moved: a page of this machine alone.
-
-    Curves of one run or several, the change between any two windows of steps split into its causes, every group with
-    its answers, every prompt through time, what each stage proved. Live while a run trains, and afterwards. Reads the
-    run folders, writes nothing, and asks nobody else. Ctrl-C ends it. See docs/view.md.
-    """
-    from minigrpo.view.server import serve
-
-    def tell(address: str) -> None:
-        Screen().show(Text(f"Open this address, which is for you alone:\n  {address}\nCtrl-C ends it."))
-
-    serve(runs, port, tell)
+explain.add_explanations_to(app)
 
 
 @app.command(cls=Command)

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.ui.screen import Screen, print_result, stdout_encodes
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 OVERRIDES = "minigrpo.overrides"
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -101,6 +103,17 @@ EXAMPLES: dict[str, str] = {
         minigrpo view  # all runs in runs/
         minigrpo view runs/my  # this one first
         minigrpo view runs --port 8300  # elsewhere: ssh -L 8300:127.0.0.1:8300 HOST, then open its address here""",
+    "report": """
+        minigrpo report runs/my  # leaves runs/my/report.html
+        minigrpo report runs/my --out ~/my-run.html  # elsewhere; replaces nothing but an older report""",
+    "watch": """
+        minigrpo watch runs/my  # while it trains in another terminal
+        minigrpo watch runs/my --wait  # from before it begins, and over stops
+        minigrpo watch runs/my > watch.log && minigrpo report runs/my  # when it has ended""",
+    "inspect": """
+        minigrpo inspect runs/my --step 63 --group 4
+        minigrpo inspect runs/my --step 63 --by entropy  # colours: where was it undecided?
+        minigrpo inspect runs/my --step 63 --group 4 --json > tokens.json""",
     "run": """
         minigrpo run my.yaml
         minigrpo run my.yaml --resume  # goes on at the first stage not done""",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigrpo.cli.deliver import BaseOption, lock_run_of
-from minigrpo.cli.options import AsJson, Command, print_json, stdout_for_json
+from minigrpo.cli.options import AsJson, Command, RunFolder, print_json, stdout_for_json
 from minigrpo.config.schema import MOST_STEPS
 from minigrpo.errors import MinigrpoError
 from minigrpo.ui.screen import Screen
@@ -16,11 +16,9 @@ from minigrpo.ui.screen import Screen
 if TYPE_CHECKING:
     from minigrpo.pipeline.replay import Replayed, ReplayedSteps
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-
 
 def replay(
-    run: Run,
+    run: RunFolder,
     *,
     step: Annotated[
         int | None,
@@ -81,7 +79,7 @@ def refuse_mixed_options(step: int | None, steps: int | None, group: int | None,
 
 
 def audit(
-    run: Run,
+    run: RunFolder,
     *,
     steps: Annotated[int, typer.Option(min=0, help="Steps drawn at random and done again, with their stretch.")] = 3,
     answers: Annotated[int, typer.Option(min=0, help="Answers of evaluations drawn at random and asked again.")] = 5,

@@ -103,6 +103,8 @@ ALIASES: dict[str, str] = {
     "eval_limit": "eval.limit",
     "max_eval_samples": "eval.limit",
     "random_seed": "seed",
+    "report_to": "track.to",
+    "wandb_project": "track.project",
 }
 """Names that other trainers give to our knobs: used for suggestions only, never accepted in silence."""
 

@@ -21,6 +21,7 @@ Importance = Literal["auto", "off", "token_truncate", "token_mask", "sequence_tr
 
 LICENCE_ID = r"[a-z0-9]+([.-][a-z0-9]+)*"
 """Form of the Hub's names of licences: https://huggingface.co/docs/hub/repositories-licenses"""
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
@@ -305,6 +306,19 @@ class ExportConfig(Config):
     formats: str = field("Q8_0", 'GGUF files, with commas between: F16, Q8_0, Q4_K_M ...; "": none')
 
 
+class TrackConfig(Config):
+    """Trackers that get the figures and completions besides the run's own logs. What they are sent: docs/track.md."""
+
+    to: str = field("", 'with commas between: tensorboard, trackio, wandb, mlflow; "": none')
+    project: str = field("minigrpo", "name under which trackers file their runs")
+    offline: bool = field(False, "keep what they write on this machine")
+
+
+def tracker_names(config: TrackConfig) -> tuple[str, ...]:
+    """Return the trackers that `track.to` names, each once."""
+    return tuple(dict.fromkeys(filter(None, (name.strip() for name in config.to.split(",")))))
+
+
 class PublishConfig(Config):
     """Whether `run` ends on the Hugging Face Hub."""
 
@@ -334,6 +348,7 @@ class Recipe(Config):
     sandbox: SandboxConfig = SandboxConfig()
     export: ExportConfig = ExportConfig()
     publish: PublishConfig = PublishConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def agree(self) -> Recipe:
@@ -353,6 +368,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield train.until > train.steps, "train.until is more than train.steps: the learning rate has no value after them"
     yield recipe.task.fewest > recipe.task.most, "task.fewest is more than task.most: no puzzle has so many empty cells"
+    unknown = [name for name in tracker_names(recipe.track) if name not in TRACKERS]
+    yield bool(unknown), f"track.to names no tracker {', '.join(unknown)}: there are {', '.join(TRACKERS)}"
+    yield not recipe.track.project.strip(), "track.project is empty: trackers file their runs under a name"
     yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
     yield (
         train.inner_epochs > 1 and lora.dropout > 0,

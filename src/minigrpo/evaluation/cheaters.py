@@ -27,7 +27,7 @@ from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of
 from minigrpo.tasks.custom import reward_task
 from minigrpo.types import Completion, Grade, Group, Message, Prompt, Split, Task
-from minigrpo.ui.live import printable
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.tables import plain_table, titled
 from minigrpo.utils.rates import Mean, mean_interval
 

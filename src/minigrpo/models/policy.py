@@ -113,10 +113,10 @@ class Policy:
             return self._score(self.model, batch).logprobs_N
 
     @torch.no_grad()
-    def present(self, batch: MicroBatch) -> Tensor:
-        """Return logprobs_N under the model as it is now; dropout off."""
+    def present(self, batch: MicroBatch) -> TokenScores:
+        """Score the micro-batch's N tokens under the model as it is now; dropout off."""
         with self._dropout_off():
-            return self._score(self.model, batch).logprobs_N
+            return self._score(self.model, batch)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from minigrpo.pipeline import tables
 from minigrpo.runs.logger import system_message
 from minigrpo.runs.manifest import existing_result, seconds_of, slug, timed
 from minigrpo.runs.rundir import RunDir, writing
-from minigrpo.ui.live import printable
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.screen import Screen
 from minigrpo.ui.tables import plain_table, titled
 

@@ -427,4 +427,4 @@ def _logprobs(opened: OpenedRun, plan: ForkPlan, groups: Sequence[Group]) -> Ite
     # As if a KL term pulled on every token: groups of one, which tie, would be left out.
     batch = replace(pack(groups, OBJECTIVES["grpo"], opened.recipe.rollout.max_tokens), needs_all=True)
     for part in batch.split(machine.tokens_per_pass):
-        yield opened.policy.present(part)
+        yield opened.policy.present(part).logprobs_N

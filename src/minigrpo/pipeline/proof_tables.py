@@ -9,7 +9,8 @@ from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.text import Text
 
-from minigrpo.ui.live import duration, printable
+from minigrpo.ui.live import duration
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:

@@ -311,9 +311,8 @@ def replay_stretch(
     from minigrpo.training import checkpoint
     from minigrpo.training.grpo import grpo
 
-    sound = run.checkpoint(stretch.start).is_dir() and start_fault(run, stretch.start, evidence) is None
-    start = checkpoint.find_step(run, stretch.start) if sound else None
-    began = _machine(run, start, evidence)
+    start = sound_start(run, stretch.start, evidence)
+    began = machine_of(run, start, evidence)
     with (
         scratch_run(run, start, replace(began, threads=threads or began.threads)) as scratch,
         open_logged(run, stretch.start, start.positions if start else {}) as logged,
@@ -340,7 +339,15 @@ def replay_stretch(
         )
 
 
-def _machine(run: RunDir, start: Checkpoint | None, evidence: Evidence) -> Machine:
+def sound_start(run: RunDir, step: int, evidence: Evidence) -> Checkpoint | None:
+    """Return the checkpoint of that step; None where a stretch begins with the run itself."""
+    from minigrpo.training.checkpoint import find_step
+
+    sound = run.checkpoint(step).is_dir() and start_fault(run, step, evidence) is None
+    return find_step(run, step) if sound else None
+
+
+def machine_of(run: RunDir, start: Checkpoint | None, evidence: Evidence) -> Machine:
     """Return the machine on which the stretch was done first: its threads and tokens per pass are used again."""
     from minigrpo.training import checkpoint
 

@@ -21,8 +21,9 @@ from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.chain import append_link
 from minigrpo.runs.lock import run_lock
 from minigrpo.runs.logger import RunLogger
-from minigrpo.runs.manifest import check_folder, hash_files, result_path, seconds_of, stamp, timed
+from minigrpo.runs.manifest import check_folder, flat, hash_files, result_path, seconds_of, stamp, timed
 from minigrpo.runs.rundir import RunDir, complete_folder, digest, read_json, staying, tidy, write_json
+from minigrpo.runs.trackers.tracking import Tracking, require_trackers
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.paths import user_path
 
@@ -98,6 +99,7 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
 
     Inside the block the process has the run's settings; afterwards it has its own again.
     """
+    require_trackers(recipe.track)
     with run_lock(run), staying(user_path(recipe.model.path)):
         check_folder(recipe, run, resume)
         tidy(run)
@@ -202,7 +204,9 @@ def train_opened(opened: OpenedRun, run: RunDir, show_samples: bool = False) -> 
     from minigrpo.training.grpo import grpo
 
     recipe = opened.recipe
-    logger = RunLogger(run, recipe.train.last_step, show_samples=show_samples)
+    knobs = flat(recipe.model_dump(mode="json", exclude={"about"}))
+    tracking = Tracking(run, recipe.track, knobs)
+    logger = RunLogger(run, recipe.train.last_step, show_samples=show_samples, tracking=tracking)
     grpo(recipe, opened.task, opened.policy, opened.engine, logger)
     last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0

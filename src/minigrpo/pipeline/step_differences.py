@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir
-from minigrpo.ui.live import printable
+from minigrpo.ui.plain_text import printable
 
 Kind = Literal["checkpoint", "log", "prompt", "draw", "reward", "advantage", "metric", "weights", "optimizer", "state"]
 CLOCK = ("seconds", "tokens_per_second", "memory_gb")

@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from minigrpo.ui.live import duration, printable
+from minigrpo.ui.live import duration
+from minigrpo.ui.plain_text import printable
 from minigrpo.ui.tables import plain_table, titled
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,9 @@ from rich.console import Console
 
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.rundir import RunDir, make_folder, sync, writing
+from minigrpo.runs.trackers.tracking import Tracking
 from minigrpo.types import Group
+from minigrpo.ui.group_lines import GROUP_EVERY, pick_group
 from minigrpo.ui.live import LivePanel, PlainLog, ProgressView, Snapshot, panel_fits
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.json_values import json_ready
@@ -43,8 +46,15 @@ class RunLogger:
     """
 
     def __init__(
-        self, run: RunDir, total_steps: int, *, show_samples: bool = False, console: Console | None = None
+        self,
+        run: RunDir,
+        total_steps: int,
+        *,
+        show_samples: bool = False,
+        console: Console | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
+        self._tracking = tracking
         self.run = run
         self.total_steps = total_steps
         self.show_samples = show_samples
@@ -57,9 +67,13 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         self._snapshot = Snapshot(rewards=tuple(_logged_rewards(self.run)), since=time.monotonic())
         self._view.open(self._snapshot)
+        if self._tracking is not None:
+            self._tracking.begin(_logged_steps(self.run), self.say)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
+        if self._tracking is not None:
+            self._tracking.end()
         self._view.close()
 
     def record(
@@ -75,7 +89,11 @@ class RunLogger:
         _append(self.run.groups, rows)
         _append(self.run.metrics, [{"step": step, **metrics}])
         self._snapshot = self._snapshot.after(step, metrics, groups, _sample(groups) if self.show_samples else None)
+        if step % GROUP_EVERY == 1 or self._snapshot.group is None:
+            self._snapshot = replace(self._snapshot, group=pick_group(rows))
         self._view.show(self._snapshot)
+        if self._tracking is not None:
+            self._tracking.send(step, metrics, rows)
 
     def say(self, text: str) -> None:
         """Print a sentence for the person who watches, above the display."""
@@ -152,6 +170,12 @@ class Prefix:
                     self._length += len(block)
         length = self._length  # less, where the file is shorter
         return {"bytes": length, "sha256": self._hash.hexdigest()}
+
+
+def _logged_steps(run: RunDir) -> int:
+    """Return the last step that was logged, 0 before the first."""
+    newest = (metrics_of_line(line) for line in lines_backwards(run.metrics))
+    return next((int(row["step"]) for row in newest if row is not None), 0)
 
 
 def _logged_rewards(run: RunDir) -> Iterator[float]:

@@ -147,6 +147,16 @@ class RunDir:
         return self.path / "reward.svg"
 
     @property
+    def tracking(self) -> Path:
+        """What trackers keep here, and by which names they know the run."""
+        return self.path / "tracking"
+
+    @property
+    def report(self) -> Path:
+        """The run told in one file of HTML (`minigrpo report`)."""
+        return self.path / "report.html"
+
+    @property
     def audit(self) -> Path:
         """What an audit has shown, and what it has not."""
         return self.path / "audit.json"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
@@ -16,7 +16,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minigrpo.types import Group
+from minigrpo.ui.group_lines import group_lines
 from minigrpo.ui.heartbeat import Heartbeat
+from minigrpo.ui.plain_text import printable
 
 WINDOW = 20  # steps from which the remaining time is estimated: completions grow shorter or longer as a run goes on
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -24,16 +26,25 @@ PLOT_HEIGHT = 6
 SAMPLE_LINES = 8
 EXTRAS = {"kl": "kl {:.4f}", "entropy": "entropy {:.2f}", "tokens_per_second": "{:,.0f} tokens/s"}
 
+LOGGED = {
+    "accuracy": "solved {:.0%}",
+    "format": "formed {:.0%}",
+    "informative_groups": "informative {:.0%}",
+    "completions/mean_length": "length {:.0f}",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a run after a step. `stamps`: when the latest steps ended, oldest first."""
+    """The state of a run after a step. `stamps`: when the latest steps ended, oldest first. `group`: a line of
+    groups.jsonl, of this step or of one a little earlier."""
 
     step: int = 0
     rewards: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
     sample: str | None = None
+    group: Mapping[str, Any] | None = None
     since: float = 0.0
     stamps: tuple[float, ...] = ()
 
@@ -59,8 +70,13 @@ class Snapshot:
         return f"{duration(pace * (total_steps - self.step))} left"
 
     def facts(self) -> list[str]:
-        """Return the step in a few words. Shares are of completions, `informative` is of groups."""
+        """Return the step in a few words. Shares are of completions, `informative` is of groups.
+
+        Without its groups, as another process sees it, what the figures say.
+        """
         facts = [f"reward {self.rewards[-1]:.3f}"] if self.rewards else []
+        if not self.groups:
+            facts += [words.format(self.metrics[name]) for name, words in LOGGED.items() if name in self.metrics]
         grades = [grade for group in self.groups for grade in group.grades]
         if grades:
             facts.append(f"solved {sum(grade.solved for grade in grades) / len(grades):.0%}")
@@ -126,7 +142,7 @@ class PlainLog:
 
 
 class LivePanel:
-    """Shows a panel that redraws itself: progress, the reward curve, the latest step, one completion."""
+    """Shows a panel that redraws itself: progress, the reward curve, the latest step, one group."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -165,6 +181,8 @@ class LivePanel:
             more = [f"... {len(shown) - SAMPLE_LINES} more lines"] if len(shown) > SAMPLE_LINES else []
             lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in shown[:SAMPLE_LINES] + more]
             parts += [Text(""), *lines]
+        if snapshot.group:
+            parts += [Text(""), *group_lines(snapshot.group, width - 4)]
         gone = duration(time.monotonic() - snapshot.since)
         head = " · ".join(
             filter(None, (f"train · step {snapshot.step}/{self._total}", gone, snapshot.time_left(self._total)))
@@ -221,8 +239,3 @@ def duration(seconds: float) -> str:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def printable(text: str) -> str:
-    """Remove the control characters from model output, which could rewrite a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

@@ -9,8 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import fmean
 
 BLUE, ORANGE = "#1f6feb", "#d9730d"
+MAX_POINTS = 200
+"""Points of a line: of more, neighbours are averaged."""
 STYLE = """
 .ground { fill: #fff } text { fill: #555 } .grid { stroke: #ddd }
 @media (prefers-color-scheme: dark) { .ground { fill: #0d1117 } text { fill: #aaa } .grid { stroke: #333 } }
@@ -53,6 +56,13 @@ class Frame:
     def band(self, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]], color: str) -> str:
         """Fill what lies between two lines."""
         return f'<polygon points="{self.points([*low, *reversed(high)])}" fill="{color}" fill-opacity="0.18"/>'
+
+
+def averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbours, so that at most MAX_POINTS remain."""
+    size = -(-len(points) // MAX_POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)] if points else []
+    return [(fmean(x for x, _ in part), fmean(value for _, value in part)) for part in parts]
 
 
 def round_values(low: float, high: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from math import isnan
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -48,13 +49,23 @@ def run(library: Library, query: Query) -> Any:
 
 
 def metrics(library: Library, query: Query) -> Any:
-    """Return the figures from row `since` on; all of them where the log was begun anew (another `generation`)."""
+    """Return the figures from row `since` on; all of them where the log was begun anew (another `generation`).
+
+    `charts`: those of all rows.
+    """
     found = _run(library, query)
     log = found.metrics.refresh()
     since = _number(query, "since", 0) if query.get("generation") == str(log.generation) else 0
     planned = found.read(found.run.preflight).get("figures")
     plan = planned.get("planned_memory_gb") if isinstance(planned, dict) else None
-    return {"generation": log.generation, "since": since, "planned_memory_gb": plan, **log.since(since)}
+    charts = [chart.to_dict() for chart in log.charts()]
+    return {
+        "generation": log.generation,
+        "since": since,
+        "planned_memory_gb": plan,
+        "charts": charts,
+        **log.since(since),
+    }
 
 
 def marks(library: Library, query: Query) -> Any:
@@ -103,6 +114,16 @@ def group(library: Library, query: Query) -> Any:
     if found is None:
         raise QueryError("This group is damaged, or no longer there.")
     return {"line": line, **found}
+
+
+def inspection(library: Library, query: Query) -> tuple[tuple[str, int, int], Path]:
+    """Return how `minigrpo inspect` knows the group at `line`: run, step and number; and the run's folder."""
+    found = _run(library, query)
+    line, index = _number(query, "line", -1), found.groups.refresh()
+    if not 0 <= line < len(index):
+        raise QueryError("There is no such group.")
+    step = index.step_of(line)
+    return (found.name, step, list(index.lines_of_step(step)).index(line) + 1), found.run.path
 
 
 def find(library: Library, query: Query) -> Any:

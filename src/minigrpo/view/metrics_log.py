@@ -12,6 +12,7 @@ from typing import Any
 from minigrpo.config.schema import Recipe
 from minigrpo.runs.logger import metrics_of_line
 from minigrpo.training.monitor.alarms import Alarms
+from minigrpo.view.charts import Chart, charts_of
 from minigrpo.view.group_index import number
 from minigrpo.view.growing_file import GrowingFile
 
@@ -64,6 +65,11 @@ class MetricsLog:
         with self._lock:
             columns = {name: [finite(value) for value in column[start:]] for name, column in self.columns.items()}
             return {"steps": self.steps[start:].tolist(), "columns": columns}
+
+    def charts(self) -> list[Chart]:
+        """Return the charts for which there are figures."""
+        with self._lock:
+            return charts_of(self.columns)
 
     def last(self, name: str) -> float | None:
         with self._lock:

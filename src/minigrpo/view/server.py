@@ -29,7 +29,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from minigrpo.errors import MinigrpoError
 from minigrpo.utils.json_values import json_ready
-from minigrpo.view.api import QUESTIONS, QueryError
+from minigrpo.view.api import QUESTIONS, QueryError, inspection
+from minigrpo.view.inspections import Inspections
 from minigrpo.view.library import Library
 
 HOST = "127.0.0.1"
@@ -64,6 +65,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+MOST_ASKED = 4096
+"""Bytes of the body of a POST."""
 IDLE_SECONDS = 75
 """Seconds after which a connection on which nobody asks is closed: longer than a page waits for news."""
 
@@ -77,6 +80,7 @@ class ViewServer(ThreadingHTTPServer):
         """Listen; port 0 takes any that is free. Raise MinigrpoError where the port is taken."""
         self.library = library
         self.token = secrets.token_urlsafe(24)
+        self.inspections = Inspections()
         try:
             super().__init__((HOST, port), Handler)
         except OSError as fault:
@@ -88,6 +92,11 @@ class ViewServer(ThreadingHTTPServer):
     def url(self) -> str:
         """The address to open, with the token."""
         return f"http://{HOST}:{self.port}/#token={self.token}"
+
+    def server_close(self) -> None:
+        """Close the socket, and end what was started."""
+        self.inspections.close()
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay silent where a page went away in the middle of an answer."""
@@ -123,6 +132,29 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._send_file(address.path)
 
+    def do_POST(self) -> None:
+        """Start an inspection: the only thing that is ever begun from the page."""
+        self.close_connection = True  # of a question that is refused, the body is not read
+        if refusal := self._refusal():
+            self._send_json({"error": refusal}, HTTPStatus.FORBIDDEN)
+        elif urlsplit(self.path).path != "/api/inspect":
+            self._send_json({"error": "Nothing can be changed here."}, HTTPStatus.METHOD_NOT_ALLOWED)
+        elif self._has_token():
+            self._reply(lambda: self.server.inspections.start(*inspection(self.server.library, self._body())))
+
+    def _body(self) -> dict[str, str]:
+        """Read the question of a POST, of at most MOST_ASKED bytes. Raise QueryError for anything else."""
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > MOST_ASKED or self.headers.get("Content-Type") != "application/json":
+            raise QueryError("A question is JSON, and short.")
+        try:
+            asked = json.loads(self.rfile.read(int(size)))
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict):
+            raise QueryError("A question is a JSON object.")
+        return {str(name): str(value) for name, value in asked.items()}
+
     def _refusal(self) -> str | None:
         """Return why a request is refused that this page cannot have made; None for one that it may have."""
         if self.headers.get("Host", "") not in self.server.hosts:
@@ -139,17 +171,29 @@ class Handler(BaseHTTPRequestHandler):
         how = self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")
         return self.path == "/" and how == ("navigate", "document")
 
-    def _answer(self, name: str, query: str) -> None:
+    def _has_token(self) -> bool:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if not secrets.compare_digest(given.encode(), self.server.token.encode()):
             self._send_json({"error": "The token is missing or old."}, HTTPStatus.UNAUTHORIZED)
+            return False
+        return True
+
+    def _answer(self, name: str, query: str) -> None:
+        if not self._has_token():
             return
+        asked, library = dict(parse_qsl(query)), self.server.library
         question = QUESTIONS.get(name)
-        if question is None:
+        if name == "inspected":
+            self._reply(lambda: self.server.inspections.state(inspection(library, asked)[0]))
+        elif question is None:
             self._send_json({"error": f"There is no question {name!r}."}, HTTPStatus.NOT_FOUND)
-            return
+        else:
+            self._reply(lambda: question(library, asked))
+
+    def _reply(self, answer_of: Callable[[], Any]) -> None:
+        """Send an answer, or why there is none."""
         try:
-            answer = question(self.server.library, dict(parse_qsl(query)))
+            answer = answer_of()
         except QueryError as fault:
             self._send_json({"error": str(fault)}, HTTPStatus.BAD_REQUEST)
         except (MinigrpoError, OSError) as fault:  # a file that is moved or damaged while it is read

@@ -11,7 +11,7 @@ from math import isnan
 from statistics import fmean
 from typing import Any
 
-from minigrpo.view.decomposition import Answer, decompose
+from minigrpo.view.decomposition import Answer, Change, decompose
 from minigrpo.view.group_index import CUT, FORMED, RIGHT, Facts, GroupIndex
 from minigrpo.view.metrics_log import finite
 
@@ -24,6 +24,17 @@ SHOWN = 12
 """Rows of each list of examples."""
 LONGER = 1.2
 """Growth of the mean length that counts as longer."""
+
+SPLITS = {
+    "functions": ("By reward function", "What each reward function gave, times its weight in the sum."),
+    "prompts": ("By prompts", "What was done with the prompts that both windows have, and which prompts were drawn."),
+    "length": ("Cut off or not", "How often the limit cut an answer off, and what both kinds earned."),
+    "outcome": (
+        "Form and rightness",
+        "How often answers were well-formed, how often these were right, and what each kind earned.",
+    ),
+}
+"""Title of each split of decomposition.py, and what it tells."""
 
 Window = tuple[int, int]
 """First and last step, both included."""
@@ -46,7 +57,7 @@ def explain(index: GroupIndex, before: Window, after: Window, by: str | None = N
         "windows": [_about(*each) for each in zip(windows, (before, after), map(len, lines), strict=True)],
         "by": chosen,
         "fields": [BY_PROMPT, *fields],
-        "change": change and asdict(change),
+        "change": change and _titled(change),
         "up": [asdict(pool) for pool in moved[:SHOWN] if pool.moved > 0],
         "down": [asdict(pool) for pool in reversed(moved[-SHOWN:]) if pool.moved < 0],
         "reward up, right down": [asdict(pool) for pool in moved if pool.moved > 0 and pool.right[1] < pool.right[0]][
@@ -56,6 +67,13 @@ def explain(index: GroupIndex, before: Window, after: Window, by: str | None = N
         "wrong but well paid": _wrong_but_paid(windows[1]),
         "near-duplicates": _duplicates(windows[1]),
     }
+
+
+def _titled(change: Change) -> dict[str, Any]:
+    told = asdict(change)
+    for split in told["splits"]:
+        split["title"], split["about"] = SPLITS[split["name"]]
+    return told
 
 
 def _answers(rows: Rows, by: str) -> Iterable[Answer]:

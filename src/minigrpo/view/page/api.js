@@ -20,9 +20,18 @@ export class Refused extends Error {
 
 export async function ask(question, query = {}, signal) {
   const known = Object.entries(query).filter(([, value]) => value !== undefined && value !== null && value !== "");
-  const address = `api/${question}?${new URLSearchParams(known)}`;
-  const headers = { Authorization: `Bearer ${localStorage.getItem(KEY) || ""}` };
-  const answer = await fetch(address, { headers, signal, cache: "no-store" });
+  return answered(`api/${question}?${new URLSearchParams(known)}`, { signal });
+}
+
+// Begin something: the only question that is not only read.
+export async function start(question, query) {
+  const headers = { "Content-Type": "application/json" };
+  return answered(`api/${question}`, { method: "POST", headers, body: JSON.stringify(query) });
+}
+
+async function answered(address, options) {
+  const headers = { ...options.headers, Authorization: `Bearer ${localStorage.getItem(KEY) || ""}` };
+  const answer = await fetch(address, { ...options, headers, cache: "no-store" });
   const data = await answer.json();
   if (!answer.ok) throw new Refused(answer.status, data.error);
   return data;

@@ -18,7 +18,7 @@ export function Text({ text, mark, find }) {
     </button>`}${!text && html`<i class="soft">nothing</i>`}</div>`;
 }
 
-function Signs({ text }) {
+export function Signs({ text }) {
   return pieces(text).map((piece, n) =>
     piece.sign ? html`<span key=${n} class="sign" title="a character that steers the display">${piece.sign}</span>` : piece.text,
   );

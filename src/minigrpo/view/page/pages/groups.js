@@ -6,6 +6,7 @@ import { figure, firstDifference, signed, value } from "../format.js";
 import { change, link, useLoaded } from "../state.js";
 import { Choice, Fault, Field } from "../parts.js";
 import { Question, Text } from "../text.js";
+import { Measure, Tokens, useInspected } from "../tokens.js";
 
 const KINDS = [
   ["right", "right"],
@@ -147,6 +148,7 @@ function Rewards({ group }) {
 
 function Group({ run, line, query }) {
   const [group, fault] = useLoaded(() => ask("group", { run, line }), [run, line]);
+  const inspected = useInspected(run, line);
   const sort = SORTS[query.sort] ? query.sort : "reward";
   const siblings = useMemo(() => {
     const numbered = (group?.completions || []).map((completion, sibling) => ({ ...completion, sibling }));
@@ -165,15 +167,17 @@ function Group({ run, line, query }) {
       <${Choice} label="sorted by" name="sort" value=${sort} options=${Object.entries(SORTS).map(([key, [title]]) => [key, title])} />
       <span class="soft">Marked: the first word that differs from the one on top.</span>
     </div>
+    <${Measure} inspected=${inspected} by=${query.by} />
     <ol class="siblings">
       ${siblings.map(
-        (each) => html`<${Sibling} key=${each.sibling} ...${{ each, best, query }} here=${String(each.sibling) === query.sibling} />`,
+        (each) => html`<${Sibling} key=${each.sibling} ...${{ each, best, query, inspected }} here=${String(each.sibling) === query.sibling} />`,
       )}
     </ol>
   </article>`;
 }
 
-function Sibling({ each, best, query, here }) {
+function Sibling({ each, best, query, inspected, here }) {
+  const measured = inspected.found?.siblings[each.sibling];
   const text = `${each.opening || ""}${each.text ?? ""}`;
   const first = `${best.opening || ""}${best.text ?? ""}`;
   const mark = useMemo(() => (each === best ? null : firstDifference(first, text)), [first, text]);
@@ -190,7 +194,9 @@ function Sibling({ each, best, query, here }) {
       ${each.finish === "length" && html`<span class="badge cut">cut off</span>`} ${same && html`<span class="soft">the same text</span>`}
       <span class="soft">sibling ${each.sibling + 1}</span>
     </div>
-    <${Text} text=${text} mark=${query.text ? null : mark} find=${query.text} />
+    ${measured
+      ? html`<${Tokens} tokens=${measured.tokens} by=${query.by} siblings=${inspected.found.siblings} />`
+      : html`<${Text} text=${text} mark=${query.text ? null : mark} find=${query.text} />`}
     ${Object.entries(each.notes || {}).map(
       ([name, note]) => html`<div key=${name} class="message"><span class="role">${name}</span><${Text} text=${value(note)} /></div>`,
     )}

@@ -4,7 +4,7 @@ import { html, useMemo } from "../vendor/htm-preact-standalone.js";
 import { ask } from "../api.js";
 import { Chart } from "../chart.js";
 import { link, useLoaded } from "../state.js";
-import { AXES, axisOf, chartsOf, shortName, smooth } from "../series.js";
+import { AXES, axisOf, smooth } from "../series.js";
 import { About, AxisControls, Fault, useMetrics, useSentences } from "../parts.js";
 
 export function One({ run, query, turn }) {
@@ -14,7 +14,6 @@ export function One({ run, query, turn }) {
   const axis = AXES[query.x] ? query.x : "step";
   const window = Number(query.smooth || 5);
   const x = useMemo(() => metrics && axisOf(metrics, axis), [metrics, axis]);
-  const charts = useMemo(() => metrics && chartsOf(metrics.columns), [metrics]);
   if (!metrics) return html`<p role="status">Reading the figures …</p>`;
   if (!metrics.steps.length) return html`<p>No step of this run has ended yet. The first one appears here by itself.</p>`;
   const marks = (found?.marks || []).map((mark) => ({ ...mark, at: place(metrics, x, mark.step) }));
@@ -24,7 +23,7 @@ export function One({ run, query, turn }) {
     <${Fault} fault=${fault} />
     <div class="controls"><${AxisControls} query=${query} axes=${AXES} /></div>
     <div class="charts">
-      ${charts.map(
+      ${metrics.charts.map(
         (chart) =>
           html`<${Figure} key=${chart.id} ...${{ chart, metrics, x, axis, window, marks }} sentence=${sentences[chart.about]} />`,
       )}
@@ -40,11 +39,11 @@ function place(metrics, x, step) {
 
 function Figure({ chart, metrics, x, axis, window, marks, sentence }) {
   const series = useMemo(() => {
-    const lines = chart.names.map((name) => {
+    const lines = chart.figures.map((name, n) => {
       const values = metrics.columns[name];
       const smoothed = window > 1 && !chart.dots;
       return {
-        label: shortName(name),
+        label: chart.labels[n],
         values: smoothed ? smooth(values, window) : values,
         raw: smoothed ? values : undefined,
         dots: chart.dots,

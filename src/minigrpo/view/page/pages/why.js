@@ -9,13 +9,6 @@ import { change, link, useLoaded } from "../state.js";
 import { smooth } from "../series.js";
 import { Choice, Fault, Scroll, useMetrics } from "../parts.js";
 
-const SPLITS = {
-  functions: ["By reward function", "What each reward function gave, times its weight in the sum."],
-  prompts: ["By prompts", "What was done with the prompts that both windows have, and which prompts were drawn."],
-  length: ["Cut off or not", "How often the limit cut an answer off, and what both kinds earned."],
-  outcome: ["Form and rightness", "How often answers were well-formed, how often these were right, and what each kind earned."],
-};
-
 export function Why({ run, query, turn }) {
   const metrics = useMetrics(run, turn);
   const steps = metrics?.steps || [];
@@ -146,7 +139,6 @@ function Interval({ term }) {
 }
 
 function Split({ split, total, found }) {
-  const [title, about] = SPLITS[split.name];
   const shown = split.terms.filter((term) => Math.abs(term.value) > 5e-10 || term.half > 5e-10);
   const largest = Math.max(Math.abs(total.value), ...split.terms.map((term) => Math.abs(term.value)), 1e-12);
   const sum = split.terms.reduce((all, term) => all + term.value, 0);
@@ -157,8 +149,8 @@ function Split({ split, total, found }) {
     );
   const none = split.name === "prompts" && split.terms[0].name === "no prompt in common";
   return html`<section class="split" data-split=${split.name} aria-labelledby=${`split-${split.name}`}>
-    <h2 id=${`split-${split.name}`}>${title}</h2>
-    <p class="about">${about}</p>
+    <h2 id=${`split-${split.name}`}>${split.title}</h2>
+    <p class="about">${split.about}</p>
     ${split.name === "prompts" &&
     found.fields.length > 1 &&
     html`<div class="controls">
