@@ -6,7 +6,8 @@
     ├── TaskError            a task is unknown, empty, or its file cannot be used
     ├── ArtifactError        a file of a run is missing, stale, damaged or in the way
     ├── SandboxError         model-written programs cannot be run safely, or at all, on this machine
-    └── DivergenceError      training produced numbers that cannot be used, again and again
+    ├── DivergenceError      training produced numbers that cannot be used, again and again
+    └── RankLostError        one of the processes that train a run together is gone or stands still; exit code 75
 
 Anything else that escapes is a fault of ours and keeps its traceback.
 """
@@ -18,7 +19,9 @@ from pathlib import Path
 
 
 class MinigrpoError(Exception):
-    """Base class of errors that the user can mend."""
+    """Base class of errors that the user can mend. `exit_code`: of a command that it ends."""
+
+    exit_code = 2
 
 
 class RecipeError(MinigrpoError):
@@ -43,6 +46,10 @@ class SandboxError(MinigrpoError):
 
 class DivergenceError(MinigrpoError):
     pass
+
+
+class RankLostError(MinigrpoError):
+    exit_code = 75  # sysexits.h: try again
 
 
 def command_line(*words: object) -> str:

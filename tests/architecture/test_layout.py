@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "minigrpo"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("types", "errors", "versions"),
     ("config", "ui", "sandbox", "utils"),
-    ("runs", "tasks", "algorithms"),
+    ("runs", "tasks", "algorithms", "distributed"),
     ("models",),
     ("rollouts",),
     ("training", "evaluation", "delivery"),

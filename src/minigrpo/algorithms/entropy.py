@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,15 +49,21 @@ class EntropyBonus:
         )
 
 
-def chosen_tokens(entropies: Sequence[Tensor], counted: Sequence[Tensor], share: float) -> list[Tensor]:
+def chosen_tokens(
+    entropies: Sequence[Tensor],
+    counted: Sequence[Tensor],
+    share: float,
+    *,
+    of_batch: Callable[[Tensor], Tensor] = lambda known_N: known_N,
+) -> list[Tensor]:
     """Tell for each token whether it is in the `share` of highest entropy among the `counted` tokens of the batch.
 
-    One mask for each micro-batch.
+    One mask for each micro-batch. `of_batch`: completes the entropies, where others have the rest of the batch.
 
     These forking tokens carry what is learned: "Beyond the 80/20 Rule", arXiv 2506.01939, equation 6.
     """
     pairs = list(zip(entropies, counted, strict=True))
-    known_N = torch.cat([entropy_N[counted_N] for entropy_N, counted_N in pairs]) if pairs else torch.zeros(0)
+    known_N = of_batch(torch.cat([entropy_N[counted_N] for entropy_N, counted_N in pairs]) if pairs else torch.zeros(0))
     if not len(known_N):
         return list(counted)
     threshold = torch.quantile(known_N.float(), 1 - share).to(known_N.dtype)

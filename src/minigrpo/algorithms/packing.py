@@ -161,14 +161,13 @@ class Batch:
         """Tell whether the batch has any gradient at all, that of a KL term or an entropy bonus included."""
         return self.is_informative or (self.needs_all and bool((self.weights_PG != 0).any()))
 
-    def split(self, tokens_per_pass: int) -> Iterator[MicroBatch]:
+    def split(self, tokens_per_pass: int, groups: Sequence[PackedGroup] | None = None) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
 
-        A group whose siblings all tie has zero gradient and is left out, unless a KL term or an entropy bonus
-        applies to it.
+        `groups`: those of `packed_groups` that are wanted; None: all.
         """
         waiting: list[PackedGroup] = []
-        for group in self._packed_groups():
+        for group in self.packed_groups() if groups is None else groups:
             if waiting and sum(other.tokens for other in waiting) + group.tokens > tokens_per_pass:
                 yield self._micro_batch(waiting)
                 waiting = []
@@ -179,11 +178,17 @@ class Batch:
         if waiting:
             yield self._micro_batch(waiting)
 
-    def _packed_groups(self) -> Iterator[PackedGroup]:
+    def packed_groups(self) -> list[PackedGroup]:
+        """Return the groups that have a gradient, as token ids.
+
+        A group whose siblings all tie has none and is left out, unless a KL term or an entropy bonus applies to it.
+        """
+        packed = []
         for index, (group, informative) in enumerate(zip(self.groups, self.informative_P.tolist(), strict=True)):
             if informative or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
-                yield PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids)
+                packed.append(PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids))
+        return packed
 
     def _micro_batch(self, groups: Sequence[PackedGroup]) -> MicroBatch:
         places = [(group.index, sibling) for group in groups for sibling in group.siblings]

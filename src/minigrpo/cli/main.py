@@ -154,14 +154,25 @@ def train(
     run: RunOption = None,
     resume: Resume = False,
     samples: Samples = False,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that share every step.")
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, max=1000, help="Of all of them, where one of them is lost.")
+    ] = 3,
 ) -> None:
     """Train with GRPO.
 
     The run's folder gets the adapter, checkpoints, metrics and every completion. Ctrl-C finishes the step and saves.
+    With --nproc, or under torchrun, several processes train one adapter: docs/scale.md.
     """
     loaded = load_recipe(recipe, context.meta[OVERRIDES])
     from minigrpo.pipeline import stages
 
+    if nproc > 1:
+        again = ["train", recipe, *(f"--{name}={text}" for name, text in context.meta[OVERRIDES])]
+        again += ["--run", str(folder(recipe, run).path), *(["--samples"] if samples else [])]
+        raise typer.Exit(stages.train_on_ranks(again, nproc, max_restarts, resume=resume))
     stages.train(loaded, folder(recipe, run), resume=resume, show_samples=samples)
 
 
@@ -458,7 +469,7 @@ def main(args: list[str] | None = None) -> None:
             app(args=args, prog_name="minigrpo")
         except MinigrpoError as fault:
             print_error(fault)
-            sys.exit(2)
+            sys.exit(fault.exit_code)
         except KeyboardInterrupt:
             sys.exit(130)
 

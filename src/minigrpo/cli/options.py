@@ -44,7 +44,8 @@ EXAMPLES: dict[str, str] = {
         minigrpo train quickstart
         minigrpo train my.yaml --lora.rank 16 --train.lr=2e-5 --run runs/r16
         minigrpo train my.yaml --run runs/r16 --resume  # after a stop or a crash
-        minigrpo train my.yaml --samples  # shows one answer a step""",
+        minigrpo train my.yaml --samples  # shows one answer a step
+        minigrpo train my.yaml --nproc 2  # two processes share every step; one that is lost is replaced""",
     "evaluate": """
         minigrpo evaluate runs/quickstart  # what the run trained, on its task
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct

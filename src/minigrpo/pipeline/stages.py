@@ -6,7 +6,7 @@ that exist and still fit, and makes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError, command_line
-from minigrpo.pipeline import deliver, prepare, tables
+from minigrpo.pipeline import deliver, prepare, tables, team
 from minigrpo.pipeline.context import OpenedRun, allocator_for, open_all
 from minigrpo.pipeline.evaluate import before_and_after, evaluate
 from minigrpo.runs.chain import append_link
@@ -28,6 +28,7 @@ from minigrpo.ui.screen import Screen
 from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
+    from minigrpo.distributed.join import Team
     from minigrpo.evaluation.evaluate import Comparison
     from minigrpo.training.preflight import PreflightResult
 
@@ -77,10 +78,33 @@ def warmup(recipe: Recipe, run: RunDir, *, resume: bool = False) -> dict[str, An
 
 
 def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bool = False) -> None:
-    """Train, and leave the adapter (or the model) in the run's folder."""
+    """Train, and leave the adapter (or the model) in the run's folder.
+
+    Where torch's launcher started several processes (docs/scale.md), this one does its part of the same training.
+    """
+    with team.joined(recipe) as ranks:
+        if ranks is None or ranks.leads:
+            resume = resume or (ranks is not None and ranks.place.attempt > 0)
+            _train(recipe, run, ranks, resume=resume, show_samples=show_samples)
+        else:
+            team.follow(recipe, run, ranks)
+
+
+def train_on_ranks(arguments: Sequence[str], ranks: int, restarts: int, *, resume: bool = False) -> int:
+    """Start so many processes with these arguments, again where one is lost. Return the exit code."""
+    from minigrpo.distributed.launch import launch
+
+    def attempt(number: int) -> list[str]:
+        return [*arguments, *(["--resume"] if resume or number else [])]
+
+    return launch(attempt, ranks, restarts, lambda sentence: Screen(stderr=True).show(Text(sentence)))
+
+
+def _train(recipe: Recipe, run: RunDir, ranks: Team | None, *, resume: bool, show_samples: bool) -> None:
     console = Screen()
-    with begin_stage(recipe, run, resume):
+    with begin_stage(recipe, run, resume, ranks.size if ranks else 1):
         if result_path(run, recipe.train).exists():
+            team.dismiss(ranks)
             console.show(Text(f"{result_path(run, recipe.train)} is there already: nothing left to train."))
             return
         opened = open_all(recipe, run)
@@ -88,34 +112,38 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
         prepare.begin_run(opened, run)
         prepare.warm_up(opened, run, console)
         with timed(run, "train"):
-            train_opened(opened, run, show_samples)
+            train_opened(opened, run, show_samples, ranks)
     following = command_line("minigrpo", "evaluate", run.path)
     console.show(Text(f"Trained: {result_path(run, recipe.train)}\nNext: {following}"))
 
 
 @contextmanager
-def begin_stage(recipe: Recipe, run: RunDir, resume: bool) -> Iterator[None]:
+def begin_stage(recipe: Recipe, run: RunDir, resume: bool, ranks: int = 1) -> Iterator[None]:
     """Hold the run's folder for this process alone, check it, and remove what killed processes left.
 
-    Inside the block the process has the run's settings; afterwards it has its own again.
+    Inside the block the process has the run's settings; afterwards it has its own again. `ranks`: that train the run.
     """
     require_trackers(recipe.track)
     with run_lock(run), staying(user_path(recipe.model.path)):
         check_folder(recipe, run, resume)
         tidy(run)
-        with settings_of(recipe, run):
+        with settings_of(recipe, run, ranks):
             yield
 
 
 @contextmanager
-def settings_of(recipe: Recipe, run: RunDir | None) -> Iterator[None]:
-    """Set the process for this run, with as many threads as when the run began, until the block ends."""
+def settings_of(recipe: Recipe, run: RunDir | None, ranks: int = 1) -> Iterator[None]:
+    """Set the process for this run, with as many threads as when the run began, until the block ends.
+
+    Where another number of ranks began it, the recipe's threads count: cores are shared out otherwise.
+    """
     with allocator_for(recipe):
         from minigrpo.training.checkpoint import read_machine
         from minigrpo.utils.process import process_settings
 
         began = read_machine(run) if run else None
-        with process_settings(began.threads if began else recipe.train.threads):
+        alike = began is not None and began.ranks == ranks
+        with process_settings(began.threads if began and alike else recipe.train.threads):
             yield
 
 
@@ -196,7 +224,7 @@ def restore_result(opened: OpenedRun, folder: Path) -> None:
     opened.engine.update(opened.policy)
 
 
-def train_opened(opened: OpenedRun, run: RunDir, show_samples: bool = False) -> None:
+def train_opened(opened: OpenedRun, run: RunDir, show_samples: bool = False, ranks: Team | None = None) -> None:
     """Train what was opened, and leave the result in the run's folder. Raise KeyboardInterrupt where the user stopped
     it, after the step was saved.
     """
@@ -207,7 +235,7 @@ def train_opened(opened: OpenedRun, run: RunDir, show_samples: bool = False) -> 
     knobs = flat(recipe.model_dump(mode="json", exclude={"about"}))
     tracking = Tracking(run, recipe.track, knobs)
     logger = RunLogger(run, recipe.train.last_step, show_samples=show_samples, tracking=tracking)
-    grpo(recipe, opened.task, opened.policy, opened.engine, logger)
+    grpo(recipe, opened.task, opened.policy, opened.engine, logger, ranks=team.lead(opened, ranks))
     last, _ = checkpoint.find_latest(run)
     done = last.step if last else 0
     if done < recipe.train.last_step:

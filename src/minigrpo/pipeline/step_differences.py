@@ -17,7 +17,7 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.ui.plain_text import printable
 
 Kind = Literal["checkpoint", "log", "prompt", "draw", "reward", "advantage", "metric", "weights", "optimizer", "state"]
-CLOCK = ("seconds", "tokens_per_second", "memory_gb")
+CLOCK = ("seconds", "tokens_per_second", "memory_gb", "sent_bytes")
 """Figures of a step, or the first part of their names, that depend on the clock and on what else the machine does."""
 SHOWN = 60
 """Characters of a text that a sentence quotes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,14 @@ def rollout(
     grader: Grader | None = None,
     report: Report | None = None,
     observe: Ready | None = None,
+    complete: Callable[[list[Group]], list[Group]] | None = None,
 ) -> list[Group]:
     """Ask the engine for n completions of each prompt and have the task judge each.
 
     With a grader, groups are judged while others are still being sampled; the outcome is the same. `report` is told how
     many completions have ended, with the tokens sampled so far and their rate; `observe` is passed each prompt's
-    completions when they have ended. Raise TaskError where the task cannot judge, or where no reward function applied
-    to any completion of several prompts.
+    completions when they have ended; `complete` adds the groups that other ranks have rolled out. Raise TaskError where
+    the task cannot judge, or where no reward function applied to any completion of several prompts.
     """
     rendered = [render(tokenizer, prompt) for prompt in prompts]
     progress = _report_tokens(report, len(rendered) * n) if report else None
@@ -56,6 +57,8 @@ def rollout(
         Group(question.prompt, question.ids, own, grades)
         for question, own, grades in zip(rendered, answers, graded, strict=True)
     ]
+    if complete:
+        groups = complete(groups)
     report_unscored(task, groups, grader)
     return groups
 

@@ -26,6 +26,8 @@ def generate_with_retries(
     each completion has the tokens that it would have had. Raise RecipeError where one prompt's own completions are too
     many.
     """
+    if not prompts:  # one rank of several may have none
+        return []
     done: dict[int, tuple[Completion, ...]] = {}
     emptied = False
     while True:

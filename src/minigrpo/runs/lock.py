@@ -26,8 +26,9 @@ from pathlib import Path
 from rich.text import Text
 
 from minigrpo.errors import ArtifactError
-from minigrpo.runs.rundir import RunDir, alive, staying, writing
+from minigrpo.runs.rundir import RunDir, staying, writing
 from minigrpo.ui.screen import Screen
+from minigrpo.utils.signals import is_alive
 
 LOCKED_ERRNOS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 """Error numbers by which a kernel says that another process has the lock; any other means that there are no locks."""
@@ -106,7 +107,7 @@ def _claim(run: RunDir, handle: int) -> None:
         if fault.errno in LOCKED_ERRNOS:
             raise _in_use(run) from None
         found = holder(run)
-        if found and (found.host != socket.gethostname() or (found.pid != os.getpid() and alive(found.pid))):
+        if found and (found.host != socket.gethostname() or (found.pid != os.getpid() and is_alive(found.pid))):
             raise ArtifactError(f"{_in_use(run)} If that process is gone, remove {run.lock}.") from None
         warning = (
             f"The file system of {run.path} keeps no locks: begin no second process on this run from another machine."
@@ -118,7 +119,7 @@ def _in_use(run: RunDir) -> ArtifactError:
     """Return the refusal, naming the holder, which writes its name after taking the lock: wait a moment for it."""
     for _ in range(20):
         found = holder(run)
-        if found and (found.host != socket.gethostname() or alive(found.pid)):
+        if found and (found.host != socket.gethostname() or is_alive(found.pid)):
             break
         time.sleep(0.02)
     return ArtifactError(

@@ -127,6 +127,39 @@ class RunLogger:
                     os.truncate(path, then["bytes"])
 
 
+class RankLog:
+    """The log of a rank that does not lead: it writes and shows nothing, and says only what is this rank's own."""
+
+    def __init__(self, run: RunDir, rank: int) -> None:
+        self.run, self.rank = run, rank
+
+    def __enter__(self) -> RankLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        Screen(stderr=True).print(f"rank {self.rank}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def record(
+        self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], advantages_PG: Sequence[Sequence[float]]
+    ) -> None:
+        pass
+
+    def note(self, event: Event, step: int, text: str = "") -> None:
+        pass
+
+    def set_activity(self, words: str) -> None:
+        pass
+
+    def positions(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def rewind(self, positions: Mapping[str, Mapping[str, Any]]) -> None:
+        pass
+
+
 class Prefix:
     """The hash of the beginning of a growing file."""
 

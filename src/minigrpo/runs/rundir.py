@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from minigrpo.errors import ArtifactError
 from minigrpo.utils.paths import user_path
+from minigrpo.utils.signals import is_alive
 
 DRAFT, RETIRED, REMOVED = ".draft", ".retired", ".removed"
 
@@ -356,23 +357,10 @@ def _settle(path: Path) -> None:
     if path.suffix == DRAFT and path.is_file():
         # Evaluate, which only adds a file of its own to a run, holds no lock: it may be writing that file now.
         pid = path.name.split(".")[-2]
-        if not pid.isdigit() or int(pid) == os.getpid() or not alive(int(pid)):
+        if not pid.isdigit() or int(pid) == os.getpid() or not is_alive(int(pid)):
             path.unlink(missing_ok=True)
     elif path.suffix in (DRAFT, RETIRED, REMOVED) and path.is_dir():
         shutil.rmtree(path)
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process of this machine has that number; True where asking would do harm."""
-    if os.name == "nt":
-        return True  # os.kill(pid, 0) would send it Ctrl-C there
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

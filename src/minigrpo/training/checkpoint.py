@@ -51,6 +51,7 @@ class Machine:
     torch: str
     transformers: str
     peft: str
+    ranks: int = 1
 
     def differences(self, then: Machine) -> list[str]:
         """Return a sentence for each field that differs from `then`."""
@@ -58,11 +59,14 @@ class Machine:
         return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
-def this_machine(tokens_per_pass: int, rows: int, device: torch.device, dtype: torch.dtype) -> Machine:
+def this_machine(
+    tokens_per_pass: int, rows: int, device: torch.device, dtype: torch.dtype, *, ranks: int = 1
+) -> Machine:
     """Describe this machine. `rows`: completions decoded side by side, 0 where the engine has no such number."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return Machine(tokens_per_pass, rows, torch.get_num_threads(), str(device), str(dtype), processor, **libraries)
+    threads = torch.get_num_threads()
+    return Machine(tokens_per_pass, rows, threads, str(device), str(dtype), processor, **libraries, ranks=ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +233,7 @@ def write_machine(run: RunDir, machine: Machine) -> None:
 
 def _machine_of(file: Path, data: Mapping[str, Any]) -> Machine:
     names = {f.name for f in fields(Machine)}
+    data = {"ranks": 1, **data}  # runs of versions that knew one rank only
     own = {name: value for name, value in data.items() if name not in ("format", "minigrpo", "seal")}
     if differing := sorted(own.keys() ^ names):
         raise ArtifactError(

@@ -13,6 +13,8 @@ no pass of its own. Departures from the paper, unless a recipe says otherwise:
 - A group whose siblings all earn the same has no gradient, so no pass is spent on it (a KL term or an entropy bonus
   would give it one). Its completions are counted when the loss is divided by the number of completions.
 - A group is one row of tokens in which its prompt stands once, and no padding.
+- Several processes, the ranks, may share the work of a step (docs/scale.md): each samples some of its groups, and
+  passes some through the model; `ranks` adds up their gradients. A process that is alone exchanges nothing.
 
 Names from elsewhere:
     Engine        samples completions from the policy's weights (rollouts/engines/)
@@ -22,6 +24,7 @@ Names from elsewhere:
     MicroBatch    the tokens of one pass through the model, with what the loss needs to know of each
     Policy        base model and adapter; `logprobs` computes those of a MicroBatch (models/policy.py)
     Supervisor    what surrounds the algorithm: rollouts, log, checkpoints, alarms, memory (training/supervisor.py)
+    Ranks         this process among those that train the run, `ALONE` for most runs (distributed/ranks.py)
 
 Log-probabilities of the sampled tokens: `old` by the policy before the first update of this batch, `ref` by the
 reference model, `engine` by the engine that sampled them.
@@ -44,9 +47,10 @@ from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, open_objective
 from minigrpo.algorithms.packing import Batch, MicroBatch, weigh
 from minigrpo.config.schema import Recipe, TrainConfig
+from minigrpo.distributed.ranks import ALONE, Ranks
 from minigrpo.models.policy import Policy
 from minigrpo.models.quantize import eight_bit_adamw
-from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.logger import RankLog, RunLogger
 from minigrpo.training.group_factor import scale_groups
 from minigrpo.training.metrics import epoch_means, sampler_gap
 from minigrpo.training.retry import update_with_retries
@@ -57,7 +61,9 @@ from minigrpo.utils.process import process_settings
 
 
 @process_settings()  # what the run sets for its process (threads, determinism, the heap) is restored at its end
-def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger) -> None:
+def grpo(
+    recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: RunLogger | RankLog, *, ranks: Ranks = ALONE
+) -> None:
     """Train the policy, from the newest checkpoint in the logger's run folder if there is one.
 
     Raise DivergenceError where training has broken the model.
@@ -65,7 +71,7 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: Run
     objective = open_objective(recipe, inexact_engine=policy.is_sixteen_bit or not engine.is_exact)
     optimizer = open_optimizer(recipe.train, policy)
     with Supervisor(
-        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger
+        recipe, task, policy, engine, optimizer=optimizer, objective=objective, logger=logger, ranks=ranks
     ) as supervisor:
         for step in supervisor.steps():
             # 1. Sample G completions of each of P prompts from the policy as it is now, and grade their text. A recipe
@@ -92,7 +98,9 @@ def grpo(recipe: Recipe, task: Task, policy: Policy, engine: Engine, logger: Run
             )
             with supervisor.update_phase(step):
                 step_objective = replace(objective, entropy=supervisor.entropy_weight)  # the entropy bonus may adapt
-                figures, tokens_per_pass = update_policy(policy, optimizer, step_objective, batch, settings)
+                figures, tokens_per_pass = update_policy(
+                    policy, optimizer, step_objective, batch, settings, ranks=ranks
+                )
             engine.update(policy)  # from now on the engine samples with the new weights
 
             # 5. Log the step; save; stop where the numbers can no longer be used.
@@ -111,24 +119,31 @@ class UpdateSettings:
 
 
 def update_policy(
-    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, batch: Batch, settings: UpdateSettings
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batch: Batch,
+    settings: UpdateSettings,
+    *,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], int]:
     """Update the policy once per inner epoch (the paper's mu), each time with the gradient of the whole batch.
 
     Return the figures to log, means over the inner epochs, and the tokens per pass, fewer where memory ran out.
     """
     tokens_per_pass = settings.tokens_per_pass
-    micro_batches = list(batch.split(tokens_per_pass)) if batch.has_gradient else []
+    groups = ranks.own(batch.packed_groups(), cost=lambda group: group.tokens)
+    micro_batches = list(batch.split(tokens_per_pass, groups)) if batch.has_gradient else []
     if objective.top_entropy < 1:  # mark the tokens of highest entropy, the only ones to learn from: one more pass
-        select = partial(select_top_entropy, policy, objective, step=settings.step)
+        select = partial(select_top_entropy, policy, objective, step=settings.step, ranks=ranks)
         micro_batches, tokens_per_pass = select(micro_batches, tokens_per_pass)
     accumulate = partial(accumulate_gradient, policy, objective, step=settings.step)
     take_step = partial(step_optimizer, policy, optimizer, settings)
     figures: list[dict[str, float]] = []
     for _ in range(settings.inner_epochs):
-        # Accumulate, then step. An update that runs out of memory is repeated in smaller passes, one that overflows
-        # float16 with a smaller loss scale: the result is the same.
-        update = update_with_retries(policy, accumulate, take_step, micro_batches, tokens_per_pass)
+        # Accumulate, add up over the ranks, then step. An update that runs out of memory is repeated in smaller passes,
+        # one that overflows float16 with a smaller loss scale: the result is the same.
+        update = update_with_retries(policy, accumulate, take_step, micro_batches, tokens_per_pass, ranks=ranks)
         micro_batches, tokens_per_pass = update.micro_batches, update.tokens_per_pass
         figures.append(update.figures)
         if update.skipped:  # the gradient was not finite, and another one from the same weights would not be either

@@ -105,12 +105,12 @@ def _bundles(part: MicroBatch, tokens_per_pass: int) -> Iterator[list[PackedGrou
 
 
 @contextmanager
-def crash_note(run: RunDir, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
+def crash_note(run: RunDir | None, needs: int, free: int, what: dict[str, Any]) -> Iterator[None]:
     """Leave a note in the run's folder during an update, where `needs` bytes are tight for `free` ones.
 
-    An exception takes it away as well: only a process that is killed leaves it.
+    An exception takes it away as well: only a process that is killed leaves it. `run`: None leaves none.
     """
-    if needs * TIGHT <= free:
+    if run is None or needs * TIGHT <= free:
         yield
         return
     note = run.path / NOTE
@@ -153,7 +153,7 @@ def try_largest_pass(
     objective: Objective,
     recipe: Recipe,
     *,
-    run: RunDir,
+    run: RunDir | None,
     prompt_tokens: int,
     tokens_per_pass: int,
     killed_in: Sequence[int] = (),

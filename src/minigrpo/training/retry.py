@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from minigrpo.algorithms.packing import MicroBatch
+from minigrpo.distributed.ranks import ALONE, Ranks
 from minigrpo.models.policy import Policy
 from minigrpo.training.oom import clear_gradients, retry_on_oom
 
@@ -34,8 +35,10 @@ def update_with_retries(
     step_optimizer: StepOptimizer,
     micro_batches: Sequence[MicroBatch],
     tokens_per_pass: int,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Update:
-    """Accumulate the gradient of the micro-batches and step the optimizer.
+    """Accumulate the gradient of the micro-batches, add up that of all ranks, and step the optimizer.
 
     Where float16 overflowed, the pass is done again with a smaller loss scale: a rollout costs more than a pass.
     Raises RecipeError where memory runs out and no smaller pass is left.
@@ -45,13 +48,14 @@ def update_with_retries(
         clear = partial(clear_gradients, policy)
         (done, sums), tokens_per_pass = retry_on_oom(accumulate, micro_batches, tokens_per_pass, clear=clear)
         micro_batches = done
-        norm = step_optimizer() if done else 0.0
+        sums = ranks.add_up(policy.trainable, sums)
+        norm = step_optimizer() if sums else 0.0
         finite = math.isfinite(norm)
-        if finite and done:
+        if finite and sums:
             policy.loss_scale = policy.loss_scale.after_success()
         if not finite and policy.loss_scale.can_fall and math.isfinite(sums["loss"]):
             policy.loss_scale = policy.loss_scale.after_overflow()
             continue
-        if not finite or not done:
+        if not finite or not sums:
             policy.loss_scale = scale_before  # it was not the scale
         return Update(done, tokens_per_pass, sums | {"grad_norm": norm, "skipped": float(not finite)}, not finite)

@@ -21,14 +21,16 @@ from minigrpo.algorithms.length_penalty import with_overlong_penalty
 from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
+from minigrpo.distributed.ranks import ALONE, Ranks
 from minigrpo.errors import ArtifactError, DivergenceError
 from minigrpo.models.chat_template import clock_warning, render
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.groups import prompts_of, rollout
+from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.runs.chain import rewind_chain
-from minigrpo.runs.logger import Event, RunLogger, read_metrics
+from minigrpo.runs.logger import Event, RankLog, RunLogger, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
@@ -64,11 +66,12 @@ class Supervisor:
         *,
         optimizer: torch.optim.Optimizer,
         objective: Objective,
-        logger: RunLogger,
+        logger: RunLogger | RankLog,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.task, self.policy, self.engine = recipe, task, policy, engine
         self.optimizer, self.objective = optimizer, objective
-        self.logger, self.run = logger, logger.run
+        self.logger, self.run, self.ranks = logger, logger.run, ranks
         prompts = prompts_of(task, "train")
         self._data = hash_prompts(prompts)
         training, self.held_out = split_held_out(prompts, recipe.eval, recipe.seed)
@@ -98,16 +101,17 @@ class Supervisor:
             self.policy,
             self.objective,
             self.recipe,
-            run=self.run,
+            run=self.run if self.ranks.leads else None,
             prompt_tokens=prompt_tokens,
             tokens_per_pass=self.tokens_per_pass,
             killed_in=self._killed_in,
         )
-        self._keep_smaller_passes(tokens)
+        self._keep_smaller_passes(min(self.ranks.gather("figures", tokens)))
         self.engine.update(self.policy)
         with ExitStack() as stack:
             stack.enter_context(self.logger)
-            self._grader = stack.enter_context(Grader.of(self.task, self.recipe.task, self.logger.say))
+            say = self.logger.say if self.ranks.leads else _say_nothing  # all see the same groups, and one tells
+            self._grader = stack.enter_context(Grader.of(self.task, self.recipe.task, say))
             self._interrupted = stack.enter_context(finish_first())
             if self._start < self.recipe.train.steps:
                 self.logger.note("resumed" if self._start else "began", self._start)
@@ -117,7 +121,7 @@ class Supervisor:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._open.__exit__(kind, fault, at)
-        if fault is None and not self._stopped:
+        if fault is None and not self._stopped and self.ranks.leads:
             self._take_best()
             self.engine.update(self.policy)
 
@@ -141,6 +145,7 @@ class Supervisor:
     def sample_groups(self, step: int) -> StepGroups:
         """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
         config = self.recipe.rollout
+        self.ranks.at(f"in the rollout of step {step + 1}")
         # Every step has a random stream of its own, so a resumed run needs none restored.
         other = [config.stream] if config.stream else []
         sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step, *other))
@@ -151,19 +156,34 @@ class Supervisor:
 
     def _rollout(self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling) -> list[Group]:
         rows = getattr(self.engine, "rows", 0)
+        own = self.ranks.own(prompts, cost=lambda prompt: self._most_tokens(prompt, n, sampling.max_tokens))
         groups = rollout(
             self.engine,
             self.task,
-            prompts,
+            own,
             n=n,
             sampling=sampling,
             tokenizer=self.policy.tokenizer,
             grader=self._grader,
             report=self._report_sampling,
+            complete=partial(self._of_all_ranks, prompts),
         )
         if (fewer := getattr(self.engine, "rows", 0)) < rows:
             self._keep_fewer_rows(fewer)
         return with_overlong_penalty(groups, self.recipe.objective.overlong, self.recipe.rollout.max_tokens)
+
+    def _most_tokens(self, prompt: Prompt, n: int, longest: int) -> int:
+        """Return the tokens that a group may come to, by which groups are dealt to ranks."""
+        return len(render(self.policy.tokenizer, prompt).ids) + n * longest
+
+    def _of_all_ranks(self, prompts: Sequence[Prompt], own: list[Group]) -> list[Group]:
+        """Return the groups of all prompts, in their order: from here on every rank knows the whole batch."""
+        if self.ranks.size == 1:
+            return own
+        known = {prompt.id: prompt for prompt in prompts}
+        shares = self.ranks.gather("groups", [group_data(group) for group in own])
+        groups = {row["prompt"]: group_of(row, known) for share in shares for row in share}
+        return [groups[prompt.id] for prompt in prompts]
 
     def _report_sampling(self, done: int, total: int = 0, note: str = "") -> None:
         self.logger.set_activity(f"sampling: {done} of {total} completions ended, {note}")
@@ -176,8 +196,10 @@ class Supervisor:
     def update_phase(self, step: int) -> Iterator[None]:
         """Surround an update: time it, and leave a note of it in the run's folder where memory is tight."""
         self.logger.set_activity("updating the policy")
+        self.ranks.at(f"in the update of step {step + 1}")
         what = {"step": step, "tokens_per_pass": self.tokens_per_pass, "earlier": list(self._killed_in)}
-        with crash_note(self.run, self._update_bytes, free_before_kill(self.policy.device), what):
+        noted = self.run if self.ranks.leads else None
+        with crash_note(noted, self._update_bytes, free_before_kill(self.policy.device), what):
             yield
         self._clock.lap("update")
 
@@ -187,15 +209,17 @@ class Supervisor:
         """Log the step, evaluate and save when it is time. Raises DivergenceError where going on makes no sense."""
         self._clock.lap("sync")
         self.logger.set_activity("logging and saving")
-        self._keep_smaller_passes(tokens_per_pass)
+        self._keep_smaller_passes(min(self.ranks.gather("figures", tokens_per_pass)))
         metrics = step_metrics(sampled, batch, figures)
         if self.recipe.eval.every and (step + 1) % self.recipe.eval.every == 0:
+            self.ranks.at(f"in the evaluation after step {step + 1}")
             greedy = Sampling(0.0, self.recipe.rollout.max_tokens)
             metrics |= held_out_metrics(self._rollout(self.held_out, n=1, sampling=greedy))
             self._clock.lap("eval")
-        metrics |= self._clock.metrics(sampled.sampled)
+        metrics |= self._clock.metrics(sampled.sampled) | self.ranks.take_sent()
+        self.ranks.at(f"saving after step {step + 1}")
         self._record(step + 1, metrics, sampled, batch)
-        self._stopped = self._interrupted()
+        self._stopped = self.ranks.any(self._interrupted())
         self._done = step + 1
         self._settle(step + 1, last=self._stopped or step + 1 == self.recipe.train.last_step)
 
@@ -208,6 +232,21 @@ class Supervisor:
         """
         if self.policy.device.type == "cpu":
             compute_repeatably()
+        first = self._restore_folder(prompt, rows) if self.ranks.leads else 0
+        if self.ranks.size > 1:
+            first, tokens = self.ranks.gather("figures", [first, self.tokens_per_pass])[0]
+            if not self.ranks.leads:
+                self._follow(first, tokens, prompt)
+        return first
+
+    def _follow(self, first: int, tokens: int, prompt: int) -> None:
+        """Begin with the checkpoint that the leading rank goes on from, or has just saved."""
+        tokens_per_pass(self.policy, self.recipe, prompt)  # it may turn on recomputed activations
+        self.tokens_per_pass = tokens
+        self._take_up(checkpoint.find_step(self.run, first))
+
+    def _restore_folder(self, prompt: int, rows: int) -> int:
+        """Bring the run's folder to its newest whole checkpoint, and take that up; save one where there is none."""
         machine = self._settle_machine(prompt, rows)
         newest, complaints = checkpoint.find_latest(self.run)
         for complaint in complaints:
@@ -225,13 +264,16 @@ class Supervisor:
             return 0
         if complaints:
             checkpoint.discard_after(self.run, newest.step, "damaged")
-        checkpoint.load(newest, self.policy, self.optimizer)
-        self.source.restore(newest.state["source"])
-        self.policy.loss_scale = self.policy.loss_scale.restored(newest.state.get("loss_scale", {}))
-        for metrics in read_metrics(self.run, strict=True):
-            self._learn(int(metrics["step"]), metrics)
+        self._take_up(newest)
         self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.")
         return newest.step
+
+    def _take_up(self, saved: checkpoint.Checkpoint) -> None:
+        checkpoint.load(saved, self.policy, self.optimizer)
+        self.source.restore(saved.state["source"])
+        self.policy.loss_scale = self.policy.loss_scale.restored(saved.state.get("loss_scale", {}))
+        for metrics in read_metrics(self.run, strict=True):
+            self._learn(int(metrics["step"]), metrics)
 
     def _compare_prompt(self, newest: checkpoint.Checkpoint | None) -> None:
         """Say where a prompt is other tokens than when the run began, or, when it begins, that it will be."""
@@ -250,9 +292,10 @@ class Supervisor:
     def _keep_smaller_passes(self, tokens: int) -> None:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
         if tokens < self.tokens_per_pass:
-            self.logger.say(
-                f"Memory ran out in a pass of {self.tokens_per_pass} tokens: going on with {tokens}. Same gradient."
-            )
+            if self.ranks.leads:
+                self.logger.say(
+                    f"Memory ran out in a pass of {self.tokens_per_pass} tokens: going on with {tokens}. Same gradient."
+                )
             self._set_tokens_per_pass(tokens)
 
     def _keep_fewer_rows(self, rows: int) -> None:
@@ -266,14 +309,17 @@ class Supervisor:
         advantages = [*batch.advantages_PG.tolist(), *unused]
         self.logger.record(step, metrics, [*batch.groups, *sampled.others], advantages)
         for sentence in self._learn(step, metrics):
-            self.logger.say(sentence)
+            if self.ranks.leads:
+                self.logger.say(sentence)
 
     def _settle(self, step: int, *, last: bool) -> None:
         """Save when it is due. Raises DivergenceError where the run has broken."""
         due = step % self.recipe.save.every == 0 or self.best_step == step
         # What looks like an explosion is not kept: the newest checkpoint stays one to go back to.
         if last or (due and not self.monitor.suspicious):
-            self._save(step)
+            self.ranks.check_equal(self.policy.trainable, f"after step {step}")
+            if self.ranks.leads:
+                self._save(step)
         self._stop_if_broken(step)
 
     def _take_best(self) -> None:
@@ -312,7 +358,8 @@ class Supervisor:
             )
         if self.explosion is not None:
             good = checkpoint.newest_before(self.run, self.explosion.onset)
-            checkpoint.discard_after(self.run, good or 0)
+            if self.ranks.leads:
+                checkpoint.discard_after(self.run, good or 0)
             raise DivergenceError(message(self.explosion, good, self.recipe.train.lr, self.run.path))
 
     def _settle_machine(self, prompt: int, rows: int) -> checkpoint.Machine:
@@ -321,12 +368,13 @@ class Supervisor:
         Return the machine as it is now.
         """
         then = checkpoint.read_machine(self.run)
-        threads = then.threads if then else self.recipe.train.threads
+        threads = then.threads if then and then.ranks == self.ranks.size else self.recipe.train.threads
         if threads:
             torch.set_num_threads(threads)
         planned = tokens_per_pass(self.policy, self.recipe, prompt)
         self.tokens_per_pass = then.tokens_per_pass if then else planned
-        now = checkpoint.this_machine(self.tokens_per_pass, rows, self.policy.device, self.policy.dtype)
+        place = self.policy.device, self.policy.dtype
+        now = checkpoint.this_machine(self.tokens_per_pass, rows, *place, ranks=self.ranks.size)
         if then is None:
             checkpoint.write_machine(self.run, now)
         elif different := now.differences(then):
@@ -355,9 +403,15 @@ class Supervisor:
         self._write_machine(tokens_per_pass=tokens)
 
     def _write_machine(self, **changes: int) -> None:
+        if not self.ranks.leads:
+            return
         then = checkpoint.read_machine(self.run)
         assert then is not None, "the machine is written before the first step"
         checkpoint.write_machine(self.run, replace(then, **changes))  # type: ignore[arg-type]
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _hash(ids: Sequence[int]) -> str:

@@ -1,7 +1,11 @@
-"""Let Ctrl-C and SIGTERM ask a run to stop: it finishes and saves its step first. A second signal stops at once."""
+"""Let Ctrl-C and SIGTERM ask a run to stop: it finishes and saves its step first. A second signal stops at once.
+
+`is_alive` asks the system about another process.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -37,3 +41,16 @@ def finish_first() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine has that number; True where asking would do harm."""
+    if os.name == "nt":
+        return True  # os.kill(pid, 0) would send it Ctrl-C there
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

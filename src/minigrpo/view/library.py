@@ -17,7 +17,8 @@ from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.lock import Holder, holder
 from minigrpo.runs.logger import read_events
 from minigrpo.runs.manifest import flat
-from minigrpo.runs.rundir import RunDir, alive, find_run, read_json
+from minigrpo.runs.rundir import RunDir, find_run, read_json
+from minigrpo.utils.signals import is_alive
 from minigrpo.view.group_index import GroupIndex
 from minigrpo.view.metrics_log import Mark, MetricsLog
 
@@ -122,7 +123,7 @@ EVENT_TEXTS = {
 
 
 def _lives(found: Holder) -> bool:
-    return found.host != socket.gethostname() or alive(found.pid)
+    return found.host != socket.gethostname() or is_alive(found.pid)
 
 
 def _stamp(path: str) -> object:

@@ -6,6 +6,7 @@ forward pass over a short row is measured instead, and half of the free memory i
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, TrainConfig
+from minigrpo.distributed.place import Place
 from minigrpo.models.policy import Policy, recompute_activations
 from minigrpo.training.memory.meta import UnplannableError, uniform_micro_batch
 from minigrpo.training.memory.planner import (
@@ -77,9 +79,11 @@ def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
 
 
 def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Device:
-    """Return this machine as a Device, limited to train.memory."""
+    """Return this machine as a Device, limited to train.memory. Ranks of one machine share its main memory."""
     limit = int(config.memory * 1e9) if config.memory else None
-    return Device(device.type, dtype, free_memory(device), limit, resident_bytes())
+    place = Place.of(os.environ)
+    sharers = place.local_size if place and device.type != "cuda" else 1
+    return Device(device.type, dtype, free_memory(device) // sharers, limit, resident_bytes())
 
 
 def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:
