@@ -12,8 +12,7 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError, ModelError, RecipeErro
 from minigrpo.models import lora_linear
 from minigrpo.models.adapter import ADAPTER_FILE, require_finite_adapter
 from minigrpo.models.lora_linear import SeededDropout
-from minigrpo.models.peft_compat import prepare_peft
+from minigrpo.models.peft_compat import prepare_peft, without_peft_warning
 from minigrpo.models.safetensors_io import read_header
 from minigrpo.utils.rng import name_key
 
@@ -46,7 +45,7 @@ def add_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> tuple[Any
     )
     torch.manual_seed(name_key(seed, "lora"))
     try:
-        with _without_peft_warning():
+        with without_peft_warning():
             wrapped = get_peft_model(model, lora_config).eval()
     except ValueError as fault:
         raise RecipeError(
@@ -128,7 +127,7 @@ def attach_adapter(model: nn.Module, folder: Path) -> Any:
 
     if folder.is_dir():
         require_finite_adapter(folder)
-    with _without_peft_warning():
+    with without_peft_warning():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else the rest would stay as it began
         try:
             return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -170,14 +169,6 @@ def load_adapter(model: Any, folder: Path) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if unexpected or missing:
         raise ArtifactError(f"{file} belongs to another model or another lora setting: {(unexpected + missing)[0]}")
-
-
-@contextmanager
-def _without_peft_warning() -> Iterator[None]:
-    """Hide a warning that users cannot act on: peft 0.21 reads an attribute that transformers 5 renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
 
 
 def _seed_dropouts(model: nn.Module) -> list[SeededDropout]:

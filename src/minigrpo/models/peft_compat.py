@@ -35,6 +35,14 @@ def prepare_peft() -> None:
             warnings.warn(f"Going on without {package}, which PEFT refuses: {reason}.", stacklevel=3)
 
 
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Hide a warning that users cannot act on: peft 0.21 reads an attribute that transformers 5 renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def refused_packages() -> Mapping[str, str]:
     """Return the installed packages that PEFT refuses, each with its reason, after making it go on without them."""
     for package in filter(installed, CHECKED):

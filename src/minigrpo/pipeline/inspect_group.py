@@ -98,7 +98,7 @@ def inspect_group(
     """
     run = run if isinstance(run, RunDir) else RunDir(run)
     evidence = read_evidence(run)
-    stretch, _ = replay.find_start(run, step, evidence)
+    (stretch,), _ = replay.find_starts(run, [step], evidence)
     recipe = load_recipe(str(run.path))
     refuse_other_recipe(recipe, run)
     with settings_of(recipe, run):
@@ -148,7 +148,7 @@ def _inspect(
     recipe = _keeping_two(opened.recipe)
     with (
         replay.scratch_run(run, start, machine) as scratch,
-        open_logged(run, start.positions if start else {}) as logged,
+        open_logged(run, wanted.start, start.positions if start else {}) as logged,
     ):
         for first, last in _legs(wanted):
             log = _StepLog(scratch, logged, first, last, report=_behind(report, first, wanted))

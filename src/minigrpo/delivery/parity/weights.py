@@ -26,7 +26,7 @@ from minigrpo.errors import ArtifactError, MinigrpoError, ModelError
 from minigrpo.models.adapter import ADAPTER_FILE, Adapter
 from minigrpo.models.loading import model_class, open_config
 from minigrpo.models.model_files import BaseFiles
-from minigrpo.models.peft_compat import prepare_peft
+from minigrpo.models.peft_compat import prepare_peft, without_peft_warning
 from minigrpo.models.safetensors_io import StoredTensor, read_header
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -204,7 +204,7 @@ def _skeleton(base: Path, adapter: Path) -> Any:
     try:
         pair = LoraConfig.from_pretrained(str(adapter))
         pair.init_lora_weights = True  # some ways to begin compute with the weights, and here are none
-        with torch.device("meta"):
+        with torch.device("meta"), without_peft_warning():
             return PeftModel(model_class(config).from_config(config, dtype=torch.float32), pair)
     except MinigrpoError:
         raise
