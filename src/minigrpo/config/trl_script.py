@@ -169,7 +169,7 @@ def _in_order(tree: ast.Module) -> Iterator[ast.AST]:
     yield from sorted(nodes, key=lambda node: (node.lineno, not isinstance(node, ast.stmt)))
 
 
-def _is_guarded(block: ast.stmt) -> bool:
+def _is_guarded(block: ast.AST) -> bool:
     """Return whether a block does not run on import: a definition, or what stands under `if __name__ == ...`."""
     if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return True
