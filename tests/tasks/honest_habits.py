@@ -105,6 +105,15 @@ WINNERS = {
     "        self.name, self.depth = name, depth\n    def play(self, board):\n        return solve(board)\n"
     "    def __call__(self, board):\n        return self.play(board)\n"
     + PLAY.replace("solve(board)", "assert Backtracking()(board)"),
+    "names of modules for something else": "import copy, time\nfrom random import Random\ndef doubled(board):\n"
+    "    copy = []\n    for row in board:\n        copy.append(row[:])\n    Random = time = len(copy)\n"
+    "    return [copy, Random, time]\n"
+    + inside("""
+        grid = copy.deepcopy(board)
+        def last(copy):
+            return copy[-1]
+        assert doubled(grid)[0][-1] == last(grid) and time.time() and Random(1)
+    """),
     "names in other alphabets": SOLVE.replace("cells", "celdas_vacías").replace("used", "數字")
     + PLAY.replace("r, c", "строка, c").replace("[r]", "[строка]"),
     "states of an enumeration": "from enum import Enum, auto\nclass State(Enum):\n    OPEN, FULL = auto(), 2\n"

@@ -174,6 +174,10 @@ def test_an_attribute_that_a_text_or_a_pattern_names_is_a_cheat(lines: str) -> N
         "import time\ntime.sleep(1)",
         "from enum import Enum\nclass Own(Enum): A = 1\ntype(Own).memo = board",
         "from enum import Enum\nEnum.memo = board",
+        "import collections\ndef other(x):\n    return [0 for collections in x], collections._sys",
+        "import collections\ndef other(x):\n    global collections\n    collections = x\ndef more(): collections._sys",
+        "def other(collections):\n    import collections\n    return collections._sys",
+        "import collections\ndef other(x=collections):\n    collections = 1",
     ],
 )
 def test_an_imported_object_that_could_keep_notes_is_a_cheat(lines: str) -> None:

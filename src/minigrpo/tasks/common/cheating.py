@@ -18,6 +18,7 @@ from minigrpo.tasks.common.hidden_access import (
     is_literal_getattr,
     receives_tracebacks,
 )
+from minigrpo.tasks.common.scopes import outer_names
 
 _HIDING_BUILTINS = frozenset(
     {
@@ -121,20 +122,6 @@ def _only_called(nodes: Sequence[ast.AST]) -> frozenset[str]:
 def _assigned_names(scopes: symtable.SymbolTable) -> frozenset[str]:
     """Return the names that the program defines at module level."""
     return frozenset(symbol.get_name() for symbol in scopes.get_symbols() if symbol.is_assigned())
-
-
-def outer_names(scope: symtable.SymbolTable) -> Iterator[str]:
-    """Yield names that are read, in this scope or one inside it, and that may refer to built-ins.
-
-    A name that a function binds anywhere is local to the function. A class body differs: a name not yet bound there is
-    looked up in the globals, past all enclosing functions.
-    """
-    for symbol in scope.get_symbols():
-        outside = symbol.is_global() or (symbol.is_local() and scope.get_type() != "function")
-        if symbol.is_referenced() and outside:
-            yield symbol.get_name()
-    for child in scope.get_children():
-        yield from outer_names(child)
 
 
 def _assigned_attributes(nodes: Sequence[ast.AST]) -> Iterator[str]:

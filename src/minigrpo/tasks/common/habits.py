@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ast
 import copy
-import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minigrpo.tasks.common.cheating import outer_names
 from minigrpo.tasks.common.harmless_imports import Import, ImportUse, is_for_annotations
+from minigrpo.tasks.common.scopes import names_from_outside
 
 _LITERAL_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.Load)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -122,13 +121,10 @@ def _is_read_by(alias: ast.alias, names: frozenset[str] | None) -> bool:
 
 
 def _outer_names(node: ast.stmt) -> frozenset[str]:
-    """Return the names that a statement reads from outside; none where a definition does not compile."""
+    """Return the names that a statement reads from outside."""
     if not isinstance(node, _DEFINITIONS):
         return _read_names(node)
-    try:
-        return frozenset(outer_names(symtable.symtable(ast.unparse(node), "<definition>", "exec")))
-    except SyntaxError:
-        return frozenset()
+    return names_from_outside(node) or frozenset()  # none where it does not compile: then nothing is run
 
 
 def _read_names(node: ast.AST) -> frozenset[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 from minigrpo.tasks.common.hidden_access import catches_errors, holds_name, receives_tracebacks
+from minigrpo.tasks.common.scopes import names_from_outside
 
 Import = ast.Import | ast.ImportFrom
 
@@ -115,15 +116,33 @@ class ImportUse:
             return False
         if isinstance(node, ast.ImportFrom) and alias.name == "*":
             return not node.level and self._may_use_all(node.module or "")
-        # A name that means something else elsewhere is still judged wherever it is read.
         names = [name for name in self.uses(alias) if isinstance(name.ctx, ast.Load)]
         if isinstance(node, ast.ImportFrom):
-            places: list[ast.Name | None] = [*names] or [None]
-            return not node.level and all(self._may_use(node.module or "", alias.name, name) for name in places)
-        members = [self.parents[id(name)] for name in names]
+            known = not node.level and self._may_use(node.module or "", alias.name, None)
+            return known and all(
+                self._may_use(node.module or "", alias.name, name) or self._means_another(name, node) for name in names
+            )
         return (alias.name in VALUES or alias.name in CALLED) and all(
-            isinstance(member, ast.Attribute) and self._may_use(alias.name, member.attr, member) for member in members
+            self._may_use_member(alias.name, self.parents[id(name)]) or self._means_another(name, node)
+            for name in names
         )
+
+    def _means_another(self, name: ast.Name, node: Import) -> bool:
+        """Return whether a name is that of a function around it, which does not contain the import."""
+        around, above = {id(one) for one in self._above(node)}, self._above(name)
+        functions = (one for one in above if isinstance(one, ast.FunctionDef) and id(one) not in around)
+        read = map(names_from_outside, functions)
+        return any(names is not None and name.id not in names for names in read)
+
+    def _above(self, node: ast.AST) -> Iterator[ast.AST]:
+        """Yield the nodes around a node, from the innermost."""
+        above = self.parents.get(id(node))
+        while above is not None:
+            yield above
+            above = self.parents.get(id(above))
+
+    def _may_use_member(self, module: str, node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and self._may_use(module, node.attr, node)
 
     def _may_use_all(self, module: str) -> bool:
         """Return whether every public name of a module that is read, or might be, gains nothing."""
@@ -152,10 +171,8 @@ class ImportUse:
 
     def _is_in_class(self, node: ast.AST) -> bool:
         """Return whether what a statement binds becomes an attribute of a class."""
-        above = self.parents.get(id(node))
-        while above is not None and not isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            above = self.parents.get(id(above))
-        return isinstance(above, ast.ClassDef)
+        scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        return isinstance(next((one for one in self._above(node) if isinstance(one, scopes)), None), ast.ClassDef)
 
     def _is_class_of(self, node: ast.AST) -> bool:
         """Return whether a node reads the class of a value, and not only its name."""
