@@ -356,14 +356,7 @@ def publish(
     """
     from minigrpo.delivery.hub.publish import publish, publish_folder, published_table
 
-    if (run is None) == (folder is None):
-        raise MinigrpoError(
-            "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
-        )
-    if folder is not None and licence is not None:
-        raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
-    if folder is not None and (with_run or with_paths):
-        raise MinigrpoError("A folder goes as it is. --with-run and --with-paths are for a run: minigrpo publish RUN")
+    _refuse_mixed(run, folder, licence=licence is not None, run_options=with_run or with_paths)
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
     with stdout_for_json(as_json), lock_run_of(run):
         if run is None:
@@ -375,6 +368,18 @@ def publish(
         print_json(found.to_dict())
     else:
         Screen().show(published_table(found))
+
+
+def _refuse_mixed(run: Path | None, folder: Path | None, *, licence: bool, run_options: bool) -> None:
+    """Raise MinigrpoError where what is to be published, or its options, do not go together."""
+    if (run is None) == (folder is None):
+        raise MinigrpoError(
+            "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
+        )
+    if folder is not None and licence:
+        raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
+    if folder is not None and run_options:
+        raise MinigrpoError("A folder goes as it is. --with-run and --with-paths are for a run: minigrpo publish RUN")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -90,10 +90,14 @@ def _watch() -> None:
             if now - used > IDLE_S:
                 _watched = False
                 return
-            for one in [one for one in _open if now > one.end]:
-                one.late = True
-                if not _raise_in(one.thread, _Stopped):  # the thread is gone: a fork took only its own along
-                    _open.discard(one)
+            gone = {one for one in _open if now > one.end and not _stop(one)}
+            _open.difference_update(gone)
+
+
+def _stop(one: _Call) -> bool:
+    """Return whether the call's thread is there to be stopped: a fork takes only its own along."""
+    one.late = True
+    return _raise_in(one.thread, _Stopped) > 0
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> int:
