@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from minigrpo import audit
 from minigrpo.cli import main
 from minigrpo.delivery.hub.client import repo_file
 from minigrpo.delivery.hub.contents import MAX_SCANNED_BYTES
-from minigrpo.delivery.hub.local_paths import local_paths
+from minigrpo.delivery.hub.local_paths import paths_of_this_machine
 from minigrpo.delivery.hub.publish import publish
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline.audit import Audited
@@ -27,18 +28,23 @@ FOLDERS = {"me/x-run": "theirs", "me/x": "merged", "me/x-lora": "adapter", "me/x
 
 
 @pytest.fixture(name="theirs")
-def downloaded(hub: StandIn, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """Publish the run, download everything, and stand where there is nothing else but the base, under another name."""
-    monkeypatch.chdir(tmp_path / "home")
-    publish(run, "me/x", with_run=True, with_paths=True, quiet=True)
-    there = tmp_path / "stranger"
-    for repo, folder in FOLDERS.items():
-        for name, (content, _) in hub.repos[repo].files.items():
-            (there / folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (there / folder / name).write_bytes(content)
-    shutil.move(tmp_path / "home" / "base", there / "my-base")
-    shutil.rmtree(tmp_path / "home")
-    monkeypatch.chdir(there)
+def downloaded(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
+) -> RunDir:
+    """Stand where nothing is but what was published, downloaded, and the base under another name."""
+    there = tmp_path_factory.getbasetemp() / "stranger"
+    if not there.exists():
+        run, hub = request.getfixturevalue("run"), request.getfixturevalue("hub")
+        monkeypatch.chdir(tmp_path / "home")
+        publish(run, "me/x", with_run=True, with_paths=True, quiet=True)
+        for repo, folder in FOLDERS.items():
+            for name, (content, _) in hub.repos[repo].files.items():
+                (there / folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (there / folder / name).write_bytes(content)
+        shutil.move(tmp_path / "home" / "base", there / "my-base")
+        shutil.rmtree(tmp_path / "home")
+    shutil.copytree(there, tmp_path / "stranger")
+    monkeypatch.chdir(tmp_path / "stranger")
     return RunDir(Path("theirs"))
 
 
@@ -54,7 +60,7 @@ def test_a_stranger_does_the_steps_again_and_holds_the_models_to_the_run(theirs:
     shown = " ".join(found.shown)
     for words in (
         "Steps 5 to 6 were done again from checkpoint 4",
-        "2 of 24 prompts",
+        "were asked again: the same answers",
         "merged is of this run: the same bytes as merged/chat_template.jinja",
         "gguf/run-Q8_0.gguf is of this run: the same bytes as gguf/run-Q8_0.gguf",
         "Every weight of merged is base plus adapter",
@@ -71,29 +77,28 @@ def test_without_the_models_their_seals_are_told(theirs: RunDir, capsys: pytest.
     assert "minigrpo audit theirs --model FOLDER" in " ".join(told["unshown"])
 
 
-@pytest.mark.parametrize(
-    ("place", "told"),
-    [
-        ("merged/model.safetensors", "merged/model.safetensors is no file of theirs"),
-        ("gguf/run-Q8_0.gguf", "gguf/run-Q8_0.gguf is no file of theirs"),
-        ("theirs/groups.jsonl", "groups.jsonl was changed in the lines of steps"),
-        ("theirs/checkpoints/000004/optimizer.pt", "optimizer.pt is damaged"),
-        ("theirs/seals/gguf.json", "seals/gguf.json is damaged"),
-    ],
-)
-def test_a_bit_changed_in_what_was_published_is_named(place: str, told: str, theirs: RunDir) -> None:
-    flip(Path(place))
-    assert told in " ".join(audited(theirs, "merged", "gguf", steps=0).faults)
+def test_a_bit_changed_in_what_was_published_is_named(theirs: RunDir) -> None:
+    changed = {
+        "merged/model.safetensors": "merged/model.safetensors is no file of theirs",
+        "gguf/run-Q8_0.gguf": "gguf/run-Q8_0.gguf is no file of theirs",
+        "theirs/groups.jsonl": "groups.jsonl was changed in the lines of steps",
+        "theirs/checkpoints/000004/optimizer.pt": "optimizer.pt is damaged",
+    }
+    for place in changed:
+        flip(Path(place))
+    faults = " ".join(audited(theirs, "merged", "gguf", steps=0).faults)
+    assert [told for told in changed.values() if told not in faults] == []
+    flip(theirs.seals / "gguf.json")
+    assert "seals/gguf.json is damaged" in " ".join(audited(theirs, "merged", steps=0).faults)
 
 
-@pytest.mark.parametrize("seal", ["merged", "gguf"])
-def test_a_seal_of_another_model_is_a_fault(seal: str, theirs: RunDir) -> None:
-    file = theirs.seals / f"{seal}.json"
-    changed = json.loads(file.read_text())
-    origin = changed["made"]["from"] if seal == "merged" else changed["files"]["run-Q8_0.gguf"]["from"]
-    origin |= {"adapter": "0" * 64} if seal == "merged" else {"model": {}}
-    reseal(file, **changed)
-    assert "is of another" in " ".join(audited(theirs, "merged", steps=0).faults)
+def test_a_seal_of_another_model_is_a_fault(theirs: RunDir) -> None:
+    for seal, origin in (("gguf", {"model": {}}), ("merged", {"adapter": "0" * 64})):
+        content = json.loads((theirs.seals / f"{seal}.json").read_text())
+        (content["made"] if seal == "merged" else content["files"]["run-Q8_0.gguf"])["from"] |= origin
+        reseal(theirs.seals / f"{seal}.json", **content)
+        faults = audited(theirs, "merged", steps=0).faults
+        assert any(f"The seal of {seal}/" in fault and "of another" in fault for fault in faults)
 
 
 def test_a_model_that_is_not_there_or_holds_nothing_of_the_run_is_said(theirs: RunDir) -> None:
@@ -117,8 +122,8 @@ def test_places_of_this_machine_are_named_and_nothing_is_sent_until_their_owner_
 def test_texts_and_places_elsewhere_are_no_places_of_this_machine(tmp_path: Path) -> None:
     text = f"a: /no/such/place\nb: https://x.org/usr\nc: {tmp_path}/mine.py:task\nd: </think> 1 / 2\n"
     (tmp_path / "mine.py").touch()
-    assert local_paths(repo_file("recipe.yaml", text.encode())) == [f"{tmp_path}/mine.py:task"]
-    assert local_paths(repo_file("groups.jsonl", text.encode())) == []
+    assert paths_of_this_machine(repo_file("recipe.yaml", text.encode())) == [f"{tmp_path}/mine.py:task"]
+    assert paths_of_this_machine(repo_file("groups.jsonl", text.encode())) == []
 
 
 def test_a_token_in_a_long_log_stops_everything(

@@ -24,7 +24,7 @@ from minigrpo.pipeline.audit_answers import AnswerDraw, ask_again, check_scores,
 from minigrpo.pipeline.audit_chain import Findings, check_chain, is_adopted, open_recipe
 from minigrpo.pipeline.audit_models import check_models, merged_faults
 from minigrpo.pipeline.context import located
-from minigrpo.pipeline.evidence import Evidence, last_step, read_evidence, start_fault
+from minigrpo.pipeline.evidence import Evidence, last_step, read_evidence, sound_starts
 from minigrpo.pipeline.replay import Replayed, Stretch, cost_of, open_replay, replay_stretch, timed_stretch
 from minigrpo.pipeline.stages import settings_of
 from minigrpo.rollouts.groups import prompts_of
@@ -273,12 +273,9 @@ class _Again:
 def drawable(run: RunDir, evidence: Evidence) -> list[Stretch]:
     """Return the stretches that cost no more than what lies between two saves: from the beginning and from each
     checkpoint that is left, up to what was saved next."""
-    from minigrpo.training.checkpoint import saved_steps
-
     done = last_step(run)
-    starts = [each for each in saved_steps(run) if each < done and start_fault(run, each, evidence) is None]
     found = []
-    for start in sorted({0, *starts}):
+    for start in sound_starts(run, evidence, done):
         until = min((step for step in evidence.saved if start < step <= done), default=done)
         found.append(timed_stretch(run, start, until))
     return found

@@ -90,12 +90,23 @@ def checkpoint_fault(run: RunDir, step: int, evidence: Evidence) -> str | None:
     return None
 
 
-def start_fault(run: RunDir, step: int, evidence: Evidence) -> str | None:
-    """Say why no replay can begin at a checkpoint: its own fault, or figures before it that were changed."""
+def start_fault(run: RunDir, step: int, evidence: Evidence, figures: Prefix | None = None) -> str | None:
+    """Say why no replay can begin at a checkpoint: its own fault, or figures before it that were changed.
+
+    `figures`: of the metrics, shared by calls for one step after the other, so that the log is read once.
+    """
     if fault := checkpoint_fault(run, step, evidence):
         return fault
     then = checkpoint.find_step(run, step).positions.get(run.metrics.name, {"bytes": 0})
-    return None if Prefix(run.metrics).matches(then) else f"{run.metrics} was changed in the lines up to step {step}."
+    figures = figures or Prefix(run.metrics)
+    return None if figures.matches(then) else f"{run.metrics} was changed in the lines up to step {step}."
+
+
+def sound_starts(run: RunDir, evidence: Evidence, done: int) -> list[int]:
+    """Return from where steps can be done again, in order: the beginning, and each sound checkpoint before `done`."""
+    figures = Prefix(run.metrics)
+    saved = [step for step in checkpoint.saved_steps(run) if step < done]
+    return sorted({0, *(step for step in saved if start_fault(run, step, evidence, figures) is None)})
 
 
 def changed_logs(run: RunDir, evidence: Evidence) -> Iterator[tuple[Path, int, int]]:

@@ -34,6 +34,7 @@ from minigrpo.pipeline.evidence import (
     checkpoint_fault,
     last_step,
     read_evidence,
+    sound_starts,
     start_fault,
     weight_files,
 )
@@ -263,11 +264,8 @@ def find_starts(run: RunDir, steps: Sequence[int], evidence: Evidence) -> tuple[
 
 def stretches(run: RunDir, evidence: Evidence) -> Iterator[Stretch]:
     """Yield the steps that are done from one start: the beginning, and each checkpoint that is left and sound."""
-    from minigrpo.training.checkpoint import saved_steps
-
     done = last_step(run)
-    starts = [each for each in saved_steps(run) if each < done and start_fault(run, each, evidence) is None]
-    starts = sorted({0, *starts})
+    starts = sound_starts(run, evidence, done)
     for start, until in zip(starts, [*starts[1:], done], strict=True):
         yield timed_stretch(run, start, until)
 

@@ -84,8 +84,9 @@ def open_logged(run: RunDir, start: int, positions: Mapping[str, Mapping[str, An
 
 def _seek(stream: IO[bytes], position: int, start: int) -> None:
     """Go to the first line of step `start` + 1: to its position or, where lines before it were changed, by reading."""
-    stream.seek(max(0, position - 1))
-    if position and stream.read(1) == b"\n" and row_of(stream.readline()).get("step") == start + 1:
+    before = row_of(_line_before(stream, position)).get("step")
+    stream.seek(position)
+    if before == start and row_of(stream.readline()).get("step") == start + 1:
         stream.seek(position)
         return
     stream.seek(place := 0)
@@ -95,6 +96,16 @@ def _seek(stream: IO[bytes], position: int, start: int) -> None:
             break
         place += len(line)
     stream.seek(place)
+
+
+def _line_before(stream: IO[bytes], position: int) -> bytes:
+    """Return the line that ends right before this place; b"" where none does."""
+    place, found = position, b""
+    while place and b"\n" not in found[:-1]:
+        size = min(1 << 16, place)
+        place = stream.seek(place - size)
+        found = stream.read(size) + found
+    return found[:-1].rpartition(b"\n")[2] if found.endswith(b"\n") else b""
 
 
 def row_of(line: bytes) -> dict[str, Any]:

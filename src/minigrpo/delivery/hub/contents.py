@@ -24,7 +24,7 @@ from minigrpo.delivery.hub.client import RepoFile, repo_file
 from minigrpo.delivery.hub.model_card import CURVE_FILE, NO_LICENCE, card_facts, card_metadata, hub_name, render_card
 from minigrpo.delivery.hub.page import merge_pages, parse_header, split_page
 from minigrpo.delivery.hub.reward_svg import render_reward_svg
-from minigrpo.delivery.hub.run_files import remarks_on, run_files
+from minigrpo.delivery.hub.run_files import audit_files, remarks_on
 from minigrpo.errors import ArtifactError, MinigrpoError, command_line
 from minigrpo.models.model_files import compatible_tokenizer_config
 from minigrpo.runs.manifest import hash_files, read_sealed
@@ -261,7 +261,7 @@ def _licence_files(run: RunDir, items: Sequence[RepoFile]) -> Iterator[RepoFile]
             yield repo_file(file.name, file)
 
 
-FILE_COLLECTORS = {"merged": _merged_files, "adapter": _adapter_files, "gguf": _gguf_files, "run": run_files}
+FILE_COLLECTORS = {"merged": _merged_files, "adapter": _adapter_files, "gguf": _gguf_files, "run": audit_files}
 
 
 def folder_contents(folder: Path, repo: str) -> RepoContents:

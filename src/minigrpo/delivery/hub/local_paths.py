@@ -32,7 +32,7 @@ def hide_paths(value: Any) -> Any:
 
 def refuse_local_paths(items: Sequence[RepoFile], command: str) -> None:
     """Raise MinigrpoError where a file names a place of this machine. `command`: what publishes it all the same."""
-    found = {each.name: paths for each in items if (paths := local_paths(each))}
+    found = {each.name: paths for each in items if (paths := paths_of_this_machine(each))}
     if not found:
         return
     name, paths = next(iter(found.items()))
@@ -43,7 +43,7 @@ def refuse_local_paths(items: Sequence[RepoFile], command: str) -> None:
     )
 
 
-def local_paths(file: RepoFile) -> list[str]:
+def paths_of_this_machine(file: RepoFile) -> list[str]:
     """Return the paths in one of our own files that are places of this machine: they exist, or lie in its home.
 
     Other files hold texts of a data set and a model, where a path says nothing of this machine.

@@ -225,18 +225,16 @@ def render_card(facts: CardFacts, what: str) -> str:
 
 def card_metadata(facts: CardFacts, what: str) -> dict[str, Any]:
     """Return the front matter, by which the Hub files a model."""
-    relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized", "run": "adapter"}[what]
+    relation = {"merged": "finetune", "adapter": "adapter", "gguf": "quantized"}.get(what)
     base = facts.repos.get("merged", facts.base) if what == "gguf" else facts.base
     library = {"merged": {"library_name": "transformers"}, "adapter": {"library_name": "peft"}}.get(what, {})
-    tags = {"merged": ["transformers"], "adapter": ["peft", "lora"], "gguf": ["gguf", "llama.cpp"], "run": ["log"]}[
-        what
-    ]
+    tags = {"merged": ["transformers"], "adapter": ["peft", "lora"], "gguf": ["gguf", "llama.cpp"]}.get(what, ["log"])
     pictures = facts.vision and what == "merged"
     return {
-        **({"base_model": [base], "base_model_relation": relation} if base else {}),
+        **({"base_model": [base], "base_model_relation": relation} if base and relation else {}),
         **({"datasets": list(facts.datasets)} if facts.datasets else {}),
         **library,
-        "pipeline_tag": "image-text-to-text" if pictures else "text-generation",
+        **({"pipeline_tag": "image-text-to-text" if pictures else "text-generation"} if relation else {}),
         **facts.licence,
         "tags": [*([] if facts.adopted else ["grpo"]), *tags, "minigrpo"],
         # GGUF files are rounded, and a run is no model: the scores are not theirs.
@@ -260,7 +258,7 @@ def _model_index(facts: CardFacts, what: str) -> dict[str, Any]:
 
 def _opening(facts: CardFacts, what: str) -> str:
     kind = {"merged": "The whole model", "adapter": "The LoRA adapter", "gguf": "GGUF files for llama.cpp and Ollama"}
-    kind["run"] = "All that an audit needs (the run's logs, checkpoints and hashes)"
+    kind["run"] = "Logs, checkpoints and hashes of a training, by which anybody can audit it"
     links = {name: f"[{plain(repo)}](https://huggingface.co/{repo})" for name, repo in facts.repos.items()}
     others = [link for name, link in links.items() if name not in (what, "run")]
     task = plain(facts.recipe["task"]["name"])
@@ -270,7 +268,8 @@ def _opening(facts: CardFacts, what: str) -> str:
     text = f"{kind[what]}: {facts.base_words}, {how}."
     if facts.vision and what == "gguf":
         text += " Only the part that reads text; the vision tower was not changed, so the base's own `mmproj` serves."
-    text += f"\n\nThe same model elsewhere: {', '.join(others)}." if others else ""
+    elsewhere = "What came of it" if what == "run" else "The same model elsewhere"
+    text += f"\n\n{elsewhere}: {', '.join(others)}." if others else ""
     return text + (f"\n\nThe run itself, to be audited: {links['run']}." if "run" in links and what != "run" else "")
 
 

@@ -27,7 +27,7 @@ MOST_PARTS = 5
 """Parts of a run's repository whose sizes are named."""
 
 
-def run_files(run: RunDir) -> tuple[RepoFile, ...]:
+def audit_files(run: RunDir) -> tuple[RepoFile, ...]:
     """Return every file that an audit reads. Raises ArtifactError where the run has no chain, or a broken one."""
     if not run.chain.is_file():
         raise ArtifactError(
