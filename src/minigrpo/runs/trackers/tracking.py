@@ -34,9 +34,8 @@ Item = tuple[int, Mapping[str, float], Sequence[Row]]
 
 def require_trackers(config: TrackConfig) -> None:
     """Raise MinigrpoError where a tracker that the recipe names is not installed."""
-    modules = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
-    for name in tracker_names(config):
-        if find_spec(modules[name]) is None:
+    for name in tracker_names(config):  # each is its library's name, too
+        if find_spec(name) is None:
             raise MinigrpoError(f"track.to names {name}, which is not installed: {install_hint(name)}")
 
 
