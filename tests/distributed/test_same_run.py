@@ -47,7 +47,7 @@ def recipe_for(folder: Path, *, until: int = 3, full: bool = False, **sections: 
     return Recipe(
         model=ModelConfig(path=str(folder)),
         lora=AdapterConfig(rank=4, alpha=8),
-        rollout=RolloutConfig(prompts=3, completions=3, max_tokens=6),
+        rollout=RolloutConfig(prompts=3, completions=3, max_tokens=5),
         train=TrainConfig(steps=6, until=until, lr=1e-4, tokens_per_pass=90, inner_epochs=2, full=full),
         save=SaveConfig(every=2, keep=9),
         **sections,
@@ -79,18 +79,20 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def test_two_ranks_run_as_one_and_a_resume_on_one_goes_on_as_if_it_had_always_been(
+def test_a_run_that_goes_on_with_other_numbers_of_ranks_is_that_of_one_process(
     tmp_path: Path, tiny_folder: Any
 ) -> None:
-    recipe = recipe_for(tiny_folder(), **EVERYTHING)
+    def until(step: int) -> Recipe:
+        return recipe_for(tiny_folder(), until=step, **EVERYTHING)
+
     alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "together")
-    weights = train(ALONE, recipe, alone)
-    shorter = recipe_for(tiny_folder(), until=2, **EVERYTHING)
-    first, second = on_ranks(2, tmp_path / "wire", lambda ranks: train(ranks, shorter, together))
+    weights = train(ALONE, until(3), alone)
+    on_ranks(2, tmp_path / "first", lambda ranks: train(ranks, until(1), together))
+    train(ALONE, until(2), together)
+    first, second = on_ranks(2, tmp_path / "second", lambda ranks: train(ranks, until(3), together))
     assert gap(first, second) == 0
-    again = train(ALONE, recipe, together)
     assert sampled(together) == sampled(alone)
-    assert 0 < gap(again, weights) < 1e-6
+    assert 0 < gap(first, weights) < 1e-6
     for left, right in zip(*(run.metrics.read_text().splitlines() for run in (alone, together)), strict=True):
         one, two = (
             {

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from minigrpo.cli import deliver, explain, prove
+from minigrpo.cli import deliver, explain, jobs, prove
 from minigrpo.cli.doctor import sandbox
 from minigrpo.cli.options import (
     OVERRIDES,
@@ -278,6 +278,7 @@ def split_change(text: str) -> tuple[str, str]:
 
 deliver.add_to(app)
 prove.add_proofs_to(app)
+jobs.add_launch_to(app)
 app.command(cls=Command)(sandbox)
 
 

@@ -46,6 +46,10 @@ EXAMPLES: dict[str, str] = {
         minigrpo train my.yaml --run runs/r16 --resume  # after a stop or a crash
         minigrpo train my.yaml --samples  # shows one answer a step
         minigrpo train my.yaml --nproc 2  # two processes share every step; one that is lost is replaced""",
+    "launch": """
+        minigrpo launch slurm my.yaml --nodes 2 --gpus 8 --run /shared/runs/my > job.sh  # then: sbatch job.sh
+        minigrpo launch skypilot my.yaml --nodes 2 --gpus 8 --run /shared/runs/my > job.yaml
+        minigrpo launch ssh my.yaml --hosts gpu-a,gpu-b --gpus 4 --run /shared/runs/my > job.sh  # then: bash job.sh""",
     "evaluate": """
         minigrpo evaluate runs/quickstart  # what the run trained, on its task
         minigrpo evaluate runs/my/adapter --base Qwen/Qwen2.5-0.5B-Instruct

@@ -1,1 +1,2 @@
-"""Several processes, the ranks, train one run: how they join, what they exchange, how a lost one is noticed."""
+"""Several processes, the ranks, train one run: how they are started, what they exchange, how a lost one is
+noticed."""

@@ -24,7 +24,9 @@ STOP_S = 600
 by themselves (distributed/watch.py)."""
 
 
-def launch(arguments: Callable[[int], Sequence[str]], ranks: int, restarts: int, say: Callable[[str], None]) -> int:
+def launch_ranks(
+    arguments: Callable[[int], Sequence[str]], ranks: int, restarts: int, say: Callable[[str], None]
+) -> int:
     """Run `minigrpo` on so many ranks, again where one is lost, and return the exit code.
 
     `arguments`: of the command line, for attempt number 0, 1 ...

@@ -92,12 +92,12 @@ def train(recipe: Recipe, run: RunDir, *, resume: bool = False, show_samples: bo
 
 def train_on_ranks(arguments: Sequence[str], ranks: int, restarts: int, *, resume: bool = False) -> int:
     """Start so many processes with these arguments, again where one is lost. Return the exit code."""
-    from minigrpo.distributed.launch import launch
+    from minigrpo.distributed.launch import launch_ranks
 
     def attempt(number: int) -> list[str]:
         return [*arguments, *(["--resume"] if resume or number else [])]
 
-    return launch(attempt, ranks, restarts, lambda sentence: Screen(stderr=True).show(Text(sentence)))
+    return launch_ranks(attempt, ranks, restarts, lambda sentence: Screen(stderr=True).show(Text(sentence)))
 
 
 def _train(recipe: Recipe, run: RunDir, ranks: Team | None, *, resume: bool, show_samples: bool) -> None:
@@ -124,6 +124,8 @@ def begin_stage(recipe: Recipe, run: RunDir, resume: bool, ranks: int = 1) -> It
     Inside the block the process has the run's settings; afterwards it has its own again. `ranks`: that train the run.
     """
     require_trackers(recipe.track)
+    if ranks == 1:
+        team.refuse_ranks()
     with run_lock(run), staying(user_path(recipe.model.path)):
         check_folder(recipe, run, resume)
         tidy(run)

@@ -49,6 +49,15 @@ def joined(recipe: Recipe) -> Iterator[Team | None]:
             yield team
 
 
+def refuse_ranks() -> None:
+    """Raise RecipeError where a launcher started several processes for a stage that one does."""
+    if place := Place.of(os.environ):
+        raise RecipeError(
+            f"A launcher has started {place.size} processes, and only `minigrpo train` shares its work among them. "
+            "Begin with that; one process does the other stages afterwards: minigrpo run RECIPE --resume"
+        )
+
+
 def lead(opened: OpenedRun, team: Team | None) -> Ranks:
     """Tell the others the plan of the run that this rank has opened, and connect. Return ALONE where there are none."""
     import torch
