@@ -37,6 +37,10 @@ BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now.", show_default="as it was trained")
 ]
 
+WithRun = Annotated[
+    bool, typer.Option("--with-run", help="Also logs, checkpoints and hashes, by which others can audit the run.")
+]
+WithPaths = Annotated[bool, typer.Option("--with-paths", help="Although files of the run name places of this machine.")]
 LicenceOption = Annotated[
     str | None,
     typer.Option(
@@ -330,12 +334,8 @@ def publish(
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Any folder, as it is, in place of a run.")
     ] = None,
-    with_run: Annotated[
-        bool, typer.Option("--with-run", help="Also logs, checkpoints and hashes, by which others can audit the run.")
-    ] = False,
-    with_paths: Annotated[
-        bool, typer.Option("--with-paths", help="Although files of the run name places of this machine.")
-    ] = False,
+    with_run: WithRun = False,
+    with_paths: WithPaths = False,
     licence: LicenceOption = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go where; no network.")] = False,
@@ -360,10 +360,8 @@ def publish(
         raise MinigrpoError(
             "Name a run's folder, or any folder: minigrpo publish RUN, or minigrpo publish --folder DIR"
         )
-    if folder is not None and licence is not None:
-        raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
-    if folder is not None and (with_run or with_paths):
-        raise MinigrpoError("A folder goes as it is. --with-run and --with-paths are for a run: minigrpo publish RUN")
+    if folder is not None:
+        refuse_run_options(licence is not None, with_run or with_paths)
     options = {"private": private, "dry_run": dry_run, "fetch": fetch, "force": force, "message": message}
     with stdout_for_json(as_json), lock_run_of(run):
         if run is None:
@@ -375,6 +373,14 @@ def publish(
         print_json(found.to_dict())
     else:
         Screen().show(published_table(found))
+
+
+def refuse_run_options(licence: bool, with_run: bool) -> None:
+    """Raise MinigrpoError where a folder is published with options that are for a run."""
+    if licence:
+        raise MinigrpoError("A folder goes as it is: write the licence into its README.md, or leave out --license.")
+    if with_run:
+        raise MinigrpoError("A folder goes as it is. --with-run and --with-paths are for a run: minigrpo publish RUN")
 
 
 def add_to(app: typer.Typer) -> None:
