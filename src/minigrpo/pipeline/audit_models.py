@@ -90,7 +90,7 @@ def _check_model(run: RunDir, path: Path, seals: SealedModels, found: Findings) 
 def _say_what_is_elsewhere(run: RunDir, found: Findings) -> None:
     sealed = [folder for folder in (run.merged, run.gguf) if (run.seals / f"{folder.name}.json").is_file()]
     if away := [f"{folder.name}/" for folder in sealed if not folder.exists()]:
-        hold = command_line("minigrpo", "audit", run.path, "--model")
+        hold = command_line("minigrpo", "audit", run.path, "--model", "FOLDER")
         words = "is not here" if len(away) == 1 else "are not here"
         found.unshown.append(
             f"{' and '.join(away)} {words}, but their hashes. Hold what you have to them: {hold} FOLDER"
