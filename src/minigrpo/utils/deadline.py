@@ -78,8 +78,7 @@ def _end(one: _Call) -> None:
 
 
 def _watch() -> None:
-    """Stop late calls, again at every tick, because the exception may be lost (in a `__del__`) or cleared (by the end
-    of a call inside)."""
+    """Stop late calls until none has come for a while."""
     global _watched
     used = time.monotonic()
     while True:
@@ -90,10 +89,16 @@ def _watch() -> None:
             if now - used > IDLE_S:
                 _watched = False
                 return
-            for one in [one for one in _open if now > one.end]:
-                one.late = True
-                if not _raise_in(one.thread, _Stopped):  # the thread is gone: a fork took only its own along
-                    _open.discard(one)
+            _stop_late(now)
+
+
+def _stop_late(now: float) -> None:
+    """Stop late calls, again at every tick: the exception may be lost (in a `__del__`), or cleared by the end of a call
+    inside."""
+    for one in [one for one in _open if now > one.end]:
+        one.late = True
+        if not _raise_in(one.thread, _Stopped):  # the thread is gone: a fork took only its own along
+            _open.discard(one)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> int:
