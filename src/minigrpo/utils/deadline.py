@@ -78,8 +78,7 @@ def _end(one: _Call) -> None:
 
 
 def _watch() -> None:
-    """Stop late calls, again at every tick, because the exception may be lost (in a `__del__`) or cleared (by the end
-    of a call inside)."""
+    """Stop late calls until none has come for a while."""
     global _watched
     used = time.monotonic()
     while True:
@@ -90,14 +89,16 @@ def _watch() -> None:
             if now - used > IDLE_S:
                 _watched = False
                 return
-            gone = {one for one in _open if now > one.end and not _stop(one)}
-            _open.difference_update(gone)
+            _stop_late(now)
 
 
-def _stop(one: _Call) -> bool:
-    """Return whether the call's thread is there to be stopped: a fork takes only its own along."""
-    one.late = True
-    return _raise_in(one.thread, _Stopped) > 0
+def _stop_late(now: float) -> None:
+    """Stop late calls, again at every tick: the exception may be lost (in a `__del__`), or cleared by the end of a call
+    inside."""
+    for one in [one for one in _open if now > one.end]:
+        one.late = True
+        if not _raise_in(one.thread, _Stopped):  # the thread is gone: a fork took only its own along
+            _open.discard(one)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> int:
