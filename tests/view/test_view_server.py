@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -154,6 +155,12 @@ def test_a_run_that_is_named_itself_is_the_first_to_be_shown(runs: Path) -> None
     assert len(library.runs()) == 3
     with pytest.raises(ArtifactError, match="minigrpo view runs"):
         Library(runs / "nowhere")
+
+
+def test_a_runs_forks_are_listed_beside_it(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "mine" / "first")
+    shutil.copytree(runs / "first", tmp_path / "mine" / "first" / "forks" / "at5-to10")
+    assert [run.name for run in Library(tmp_path / "mine").runs()] == ["first", "first/forks/at5-to10"]
 
 
 def test_new_figures_alone_are_sent_and_all_of_them_after_a_rewind(asker: Asker, runs: Path) -> None:

@@ -102,7 +102,7 @@ class ForkPlan:
 
 def forks_of(run: RunDir) -> RunDir:
     """Return the folder in which a run's forks lie; it has a lock, as runs have."""
-    return RunDir(run.path / "forks")
+    return RunDir(run.forks)
 
 
 def fork(

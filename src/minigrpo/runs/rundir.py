@@ -123,6 +123,11 @@ class RunDir:
         return self.path / "merged"
 
     @property
+    def forks(self) -> Path:
+        """Counterfactual twins of the run, each a run's folder."""
+        return self.path / "forks"
+
+    @property
     def gguf(self) -> Path:
         """The merged model in llama.cpp's format: one file for each number type."""
         return self.path / "gguf"

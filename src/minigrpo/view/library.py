@@ -135,7 +135,7 @@ def _stamp(path: str) -> object:
 
 
 class Library:
-    """All runs below one folder, or one run. Names are paths below it, with slashes."""
+    """All runs below one folder, or one run, and their forks. Names are paths below it, with slashes."""
 
     def __init__(self, folder: Path) -> None:
         """Raise ArtifactError where there is no such folder."""
@@ -179,6 +179,7 @@ def _runs_below(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[st
         path = folder / name
         if is_run(path):
             yield prefix + name, path
+            yield from _runs_below(RunDir(path).forks, 1, f"{prefix}{name}/forks/")
         elif depth > 1:
             yield from _runs_below(path, depth - 1, f"{prefix}{name}/")
 
