@@ -25,6 +25,7 @@ from minigrpo.utils.rates import mean_interval
 
 ROAD = ("preflight", "plan", "warmup", "train", "evaluate", "check", "merge", "export", "run", "quickstart")
 COMMANDS = (*ROAD, "fork", "check-task", "doctor", "tasks", "recipes", "view")
+SHOWN = ("report", "watch", "inspect")
 DELIVERY = ("check", "merge", "export", "verify", "publish", "serve")
 KNOB_COMMANDS = ("preflight", "train", "run", "quickstart")
 
@@ -128,13 +129,14 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     for stage in ("preflight", "train", "evaluate", "run_all", "quickstart", "warmup"):
         spy(stage, {} if stage != "preflight" else VERDICT)
     spy("plan", FakePlan(True))
+    spy("train_on_ranks", 0)
     monkeypatch.setattr(attack, "attack_task", lambda *_, **__: NOTHING_FOUND)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     (tmp_path / "train.py").write_text("GRPOTrainer(model='M', args=GRPOConfig(max_steps=1))\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
         # Most of these need a trained run, or an adapter.
-        if words[0] not in ("doctor", "sandbox", "fork", "replay", "audit", "adopt", "view", *DELIVERY):
+        if words[0] not in ("doctor", "sandbox", "fork", "replay", "audit", "adopt", "view", *SHOWN, *DELIVERY):
             assert minigrpo_says(*words).code == 0, words
 
 

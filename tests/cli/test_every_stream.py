@@ -49,6 +49,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     "check-task": ("quickstart", *KNOBS),
     "doctor": (),
     "sandbox": (),
+    "report": ("ready", "--out", "new.html"),
+    "watch": ("ready",),
+    "inspect": ("ready", "--step", "2", "--group", "1"),
+    "launch": ("slurm", "quickstart"),
     "tasks": (),
     "recipes": (),
 }

@@ -266,9 +266,9 @@ class UpdateCosts:
     def __init__(self, gpu: PretendedGpu) -> None:
         self.gpu, self.update, self.costs = gpu, grpo.update_policy, list[dict[str, Any]]()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         self.gpu.reset()
-        found = self.update(*args)
+        found = self.update(*args, **named)
         counters = {name: getattr(self.gpu, name) for name in ("launches", "synchronizations", "host_copies")}
         passes = len(list(args[3].split(args[4].tokens_per_pass)))
         sites = {name: _sites(counters[name]) for name in ("synchronizations", "host_copies")}

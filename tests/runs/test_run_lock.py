@@ -100,10 +100,13 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "replay": ("replay", "RUN", "--step", "1"),
     "fork": ("fork", "RUN", "--at", "1", "--set", "train.lr=1e-5", "--steps", "1"),
     "serve": ("serve", "RUN", "--once"),
+    "report": ("report", "RUN"),
+    "inspect": ("inspect", "RUN", "--step", "1", "--group", "1"),
     "merge warmup": ("merge", "RUN/warmup"),  # to look at it while the run trains
     "check checkpoint": ("check", "RUN/checkpoints/000001"),
 }
-WITHOUT_RUN = {"plan", "check-task", "doctor", "sandbox", "tasks", "recipes", "view"}  # view: of a folder of runs
+WITHOUT_RUN = {"plan", "check-task", "doctor", "sandbox", "tasks", "recipes", "launch", "view", "watch"}
+"""Or of a folder of runs (view), or following one for as long as it is held (watch)."""
 
 
 def refusal(arguments: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -139,7 +142,9 @@ def test_a_command_that_replaces_nothing_in_a_run_works_beside_its_holder(
     run.recipe.write_text(RECIPE, encoding="utf-8")
     said = refusal(BESIDE[command], run.path, capsys)
     assert "is in use" not in said
-    assert re.search("has trained nothing|has done no step|has no checkpoint|is missing|is not there", said)
+    assert re.search(
+        "has trained nothing|has done no step|has no checkpoint|no finished step|is missing|is not there", said
+    )
 
 
 def test_of_every_command_it_is_known_whether_it_takes_the_lock() -> None:
