@@ -9,6 +9,7 @@ echo_task                     "say 3" is solved by "3"
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -57,6 +58,15 @@ def leaves_threads_as_they_were() -> Iterator[None]:
     if count and (after := count()) != before:
         sys.modules["torch"].set_num_threads(before)
         pytest.fail(f"the test leaves torch with {after} threads in place of {before}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def looks_for_garbage_among_new_objects_only() -> Iterator[None]:
+    """Proofs collect garbage, to have a model's memory back at once. Here that would look through all of torch,
+    transformers and pytest each time, for longer than the proof itself takes."""
+    gc.collect()
+    gc.freeze()
+    yield
 
 
 @pytest.fixture(scope="session", autouse=True)
