@@ -61,12 +61,11 @@ def leaves_threads_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def looks_for_garbage_among_new_objects_only() -> Iterator[None]:
+def looks_for_garbage_among_new_objects_only() -> None:
     """Proofs collect garbage, to have a model's memory back at once. Here that would look through all of torch,
     transformers and pytest each time, for longer than the proof itself takes."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 @pytest.fixture(scope="session", autouse=True)
