@@ -54,8 +54,9 @@ CLOCK = re.compile(
     r"((pass|rollout|step|training)_)?seconds(/\w+)?|tokens_per_second|(peak|planned)_memory_gb|memory_gb/\w+"
 )
 """Names of measured times and of measured memory, on which the plan builds."""
-OWN = (".lock", "seconds.json", "serve.log")
-"""Files that tell of the process itself: which it is, how long it took, what llama.cpp printed, with its port."""
+OWN = (".lock", "events.jsonl", "seconds.json", "serve.log")
+"""Files that tell of the process itself: which it is, when it began and was killed, how long it took, what llama.cpp
+printed, with its port."""
 
 
 def launch(hub: StandIn, *words: str) -> subprocess.Popen[bytes]:
@@ -93,16 +94,32 @@ def content(name: str, file: Path, run: RunDir) -> Any:
     text = file.read_text().replace(str(run.path), "RUN")
     if file.suffix == ".txt":
         return re.sub(r"how long it took.*?\n\n", "", text, flags=re.DOTALL)
+    if name == "chain.jsonl":
+        return links(text)
     if file.suffix == ".jsonl":
         return [without_clock(json.loads(line)) for line in text.splitlines()]
     found = without_clock(json.loads(text))
+    found.pop("seal", None)  # the hash of all the rest, seconds included
     if name == "evals/comparison.json":  # whose words on the export tell what the last of the commands had left to do
         exported = found["delivered"]["exported"]
         found["delivered"]["exported"] = exported | {"texts": "", "files": without_verdict(exported["files"])}
     if name.startswith("checkpoints/") and file.name == "state.json":
         del found["positions"]["metrics.jsonl"]  # whose lines hold seconds: their number of bytes, and their hash
     if name.startswith("checkpoints/") and file.name == "made.json":
-        del found["seal"], found["sha256"]["state.json"], found["bytes"]["state.json"]
+        del found["sha256"]["state.json"], found["bytes"]["state.json"], found["previous"]
+    return found
+
+
+def links(chain: str) -> set[str]:
+    """Return what the chain says of checkpoints and results, without hashes of what holds seconds. A kill may leave a
+    line twice, or one of a checkpoint that was made again."""
+    found = set()
+    for line in map(json.loads, chain.splitlines()):
+        line.pop("previous", None)
+        line.pop("logs", None)
+        line.get("files", {}).pop("state.json", None)
+        if line["kind"] in ("checkpoint", "result"):
+            found.add(json.dumps(line, sort_keys=True))
     return found
 
 
@@ -144,7 +161,8 @@ def test_a_delivery_killed_two_dozen_times_leaves_what_one_leaves_that_was_let_a
         assert KILLS < ALL_KILLS or {"merged", "gguf", "check.json", "evals"} <= told
         ours, theirs = contents(cut), contents(whole)
         assert ours.keys() == theirs.keys()
-        assert [name for name in ours if ours[name] != theirs[name]] == []
+        other = [name for name in ours if ours[name] != theirs[name]]
+        assert not other, "\n".join(other)
         assert published(second) == published(first)
         assert len(published(first)) == 3
 
