@@ -183,6 +183,16 @@ def test_one_value_that_is_not_the_nearest_is_found_in_every_type(
         assert found.faults[0].endswith(f"values are not what {found.faults[0].split()[-4]} rounds them to")
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "IQ4_NL", "F16"])
+def test_a_value_that_is_no_number_is_found_in_every_type(kind: str) -> None:
+    values = torch.linspace(-1, 1, 256).reshape(1, -1)
+    unpacked = values.clone()
+    unpacked[0, 3] = torch.nan
+    tally = weights._Tally(kind)
+    tally.add(unpacked, values, (values - 1, values + 1) if kind == "Q4_K" else None)
+    assert tally.fault() is not None
+
+
 def test_one_value_far_from_all_others_is_no_false_alarm(tmp_path: Path) -> None:
     def spike(tensors: Tensors) -> None:
         tensors[name_of(tensors, "layers.0.mlp.up_proj.weight")][::3, ::32] *= 40

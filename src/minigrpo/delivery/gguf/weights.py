@@ -174,7 +174,7 @@ class _Tally:
             return f"{self.outside:,} of {self.values:,} values are not what {self.kind} rounds them to"
         if self.kind in _FLOATS or not self.size:
             return None
-        if self.error > (limit := math.sqrt(worst_error(self.kind))):
+        if not self.error <= (limit := math.sqrt(worst_error(self.kind))):  # NaN is not, either
             return f"its error is {self.error:.2g} of its size, and {self.kind} makes at most {limit:.2g}"
         return None
 
@@ -207,8 +207,9 @@ def _nearest_level(unpacked: Tensor, right: Tensor, first: Tensor, last: Tensor,
 
 
 def bits_of(kind: str) -> int:
-    """Return the bits of a value's whole number."""
-    return int(kind[1]) if kind.startswith("Q") else 0
+    """Return the bits of a value in a type, by its name; 0 where that has no number."""
+    found = re.search(r"\d", kind)
+    return int(found.group()) if found else 0
 
 
 def worst_error(kind: str) -> float:
@@ -217,5 +218,4 @@ def worst_error(kind: str) -> float:
     A block of 32 with 2^b levels up to its largest value m has steps of m / 2^(b-1), whose error is a twelfth of their
     square on average: m^2 / (3 4^b). At worst all of a block's size is in one value: m^2 is 32 times the mean square.
     """
-    bits = re.search(r"\d", kind)
-    return BLOCK / (3 * 4.0 ** int(bits.group())) if bits else 1.0
+    return BLOCK / (3 * 4.0**bits) if (bits := bits_of(kind)) else 1.0
