@@ -71,6 +71,32 @@ def test_a_resumed_run_is_continued_where_it_was(name: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_a_kill_kept_from_a_tracker_is_sent_when_the_run_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Calls = []
+    FAKES[name](monkeypatch, calls)
+    tracked(tmp_path / "my", name, [1, 2])
+    tracked(tmp_path / "my", "", [3, 4])  # logged, and not sent
+    tracked(tmp_path / "my", name, [5])
+    tracked(tmp_path / "my", name, [6])  # nothing is sent twice
+    rewards = [call for kind, call in calls if kind == "figure" and call[1] == "reward"]
+    assert rewards == [(step, "reward", step / 10) for step in range(1, 7)]
+
+
+def test_a_database_that_a_kill_left_half_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAKES["mlflow"](monkeypatch, [])
+    database = tmp_path / "my/tracking/mlflow.db"
+    database.parent.mkdir(parents=True)
+    database.write_bytes(b"half")
+    tracked(tmp_path / "my", "mlflow", [1])
+    assert not database.exists()  # the real library would have made it anew
+    database.write_bytes(b"whole")
+    tracked(tmp_path / "my", "mlflow", [2])
+    assert database.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_secret_of_the_environment_or_of_a_path_is_sent(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

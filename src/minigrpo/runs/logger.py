@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -68,7 +69,7 @@ class RunLogger:
         self._snapshot = Snapshot(rewards=tuple(_logged_rewards(self.run)), since=time.monotonic())
         self._view.open(self._snapshot)
         if self._tracking is not None:
-            self._tracking.begin(_logged_steps(self.run), self.say)
+            self._tracking.begin(_logged_steps(self.run), self.say, partial(read_metrics, self.run))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:

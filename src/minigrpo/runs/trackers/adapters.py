@@ -24,7 +24,7 @@ Row = Sequence[Any]
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """What a tracker is told of a run. `first`: the first step that is still to come; `known`: the name by which the
+    """What a tracker is told of a run. `first`: the first step that it has not got yet; `known`: the name by which the
     tracker knows the run from before, None for a new one; `folder`: where it may write."""
 
     name: str
@@ -159,7 +159,10 @@ class MLflow:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        own = f"sqlite:///{(run.folder / 'mlflow.db').absolute()}"
+        database = run.folder / "mlflow.db"
+        if not run.known:  # a kill while its tables were made leaves one that nothing can open
+            database.unlink(missing_ok=True)
+        own = f"sqlite:///{database.absolute()}"
         place = own if run.offline else os.environ.get("MLFLOW_TRACKING_URI", own)
         self._client: Any = MlflowClient(place)
         if run.known:

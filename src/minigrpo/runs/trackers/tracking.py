@@ -1,13 +1,14 @@
 """Send steps to trackers from a thread of its own, so that none of them can stop a training or slow it down.
 
 A tracker that fails is said once, and dropped; so is one that falls behind by more steps than are worth holding. By
-which name each tracker knows the run stands in RUN/tracking/runs.json, so that a resumed run is continued there.
+which name each tracker knows the run stands in RUN/tracking/runs.json, so that a resumed run is continued there; up to
+which step it was sent, in sent.json, so that what a kill kept from a tracker is sent when the run goes on.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from math import isfinite
@@ -57,21 +58,28 @@ class Tracking:
         self._queue: Queue[Item | None] = Queue(MOST_WAITING)
         self._say: Callable[[str], None] = lambda text: None
         self._open: dict[str, Tracker] = {}
+        self._sent: dict[str, int] = {}
         self._is_behind = False
         self._thread: threading.Thread | None = None
 
-    def begin(self, done: int, say: Callable[[str], None]) -> None:
-        """Open the trackers, in their thread. `done`: steps that are finished; `say`: tells whoever watches."""
+    def begin(
+        self,
+        done: int,
+        say: Callable[[str], None],
+        logged: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
+    ) -> None:
+        """Open the trackers, in their thread. `done`: steps that are finished, whose figures are `logged`; `say`: tells
+        whoever watches."""
         self._say = say
         if self._waiting:
-            self._thread = threading.Thread(target=self._work, args=(done,), name="trackers", daemon=True)
+            self._thread = threading.Thread(target=self._work, args=(done, logged), name="trackers", daemon=True)
             self._thread.start()
 
     def send(self, step: int, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Hand over a step; returns at once. `rows`: its lines of groups.jsonl."""
         if self._thread is None:
             return
-        figures = {name: float(value) for name, value in metrics.items() if _is_finite(value)}
+        figures = _figures(metrics)
         table = list(_table(step, rows)) if step == 1 or step % TABLE_EVERY == 0 else []
         try:
             self._queue.put_nowait((step, figures, table))
@@ -91,31 +99,47 @@ class Tracking:
             self._say(f"Trackers were still sending {self._closing:g} seconds after the training's end: left behind.")
         self._thread = None
 
-    def _work(self, done: int) -> None:
-        known = self._known()
+    def _work(self, done: int, logged: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        known = self._read("runs.json")
+        self._sent = {name: min(done, step) for name, step in self._read("sent.json").items()}
         for name, adapter in self._waiting.items():
             with self._surviving(name):
                 tracker = adapter()
-                known[name] = tracker.open(self._about(done, known.get(name)))
+                known[name] = tracker.open(self._about(self._sent.get(name, 0), known.get(name)))
                 self._open[name] = tracker
                 write_json(self._run.tracking / "runs.json", known)
+        self._catch_up(done, logged)
         while (item := self._queue.get()) is not None:
             for name, tracker in list(self._open.items()):
                 with self._surviving(name):
                     tracker.log(*item)
+                    self._sent[name] = item[0]
+            write_json(self._run.tracking / "sent.json", self._sent)
         for name, tracker in list(self._open.items()):
             with self._surviving(name):
                 tracker.close()
 
-    def _about(self, done: int, known: str | None) -> TrackedRun:
+    def _catch_up(self, done: int, logged: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        """Send the figures of finished steps that a tracker has not got: the run was killed before it was open, or
+        while they waited. Their completions stand in the run's log alone."""
+        for name, tracker in list(self._open.items()):
+            sent = self._sent.get(name, 0)
+            rows = (row for row in logged() if sent < row["step"] <= done) if sent < done else ()
+            with self._surviving(name):
+                for row in rows:
+                    tracker.log(int(row["step"]), _figures(row), [])
+                    self._sent[name] = int(row["step"])
+        write_json(self._run.tracking / "sent.json", self._sent)
+
+    def _about(self, sent: int, known: str | None) -> TrackedRun:
         make_folder(self._run.tracking)
         name = self._run.path.absolute().name
         project, offline = self._config.project, self._config.offline
-        return TrackedRun(name, project, self._knobs, self._run.tracking, done + 1, offline, known)
+        return TrackedRun(name, project, self._knobs, self._run.tracking, sent + 1, offline, known)
 
-    def _known(self) -> dict[str, str]:
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = read_json(self._run.tracking / "runs.json")
+            found = read_json(self._run.tracking / name)
         except ArtifactError:
             return {}
         return found if isinstance(found, dict) else {}
@@ -143,6 +167,10 @@ class _Surviving:
         if fault is not None:
             self._tracking.drop(self._name, fault)
         return True
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "step" and _is_finite(value)}
 
 
 def _is_finite(value: Any) -> bool:
