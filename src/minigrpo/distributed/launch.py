@@ -12,10 +12,10 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from minigrpo.errors import RankLostError
+from minigrpo.utils.process import variables_where_unset
 
 FINAL_CODES = (2, 130)
 """Exit codes of a rank after which no attempt follows: an error that the user can mend, and Ctrl-C."""
@@ -48,7 +48,7 @@ def _attempt(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentences are ours
-    with _environment(_variables(ranks)), tempfile.TemporaryDirectory() as folder:
+    with variables_where_unset(_variables(ranks)), tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -88,15 +88,3 @@ def _variables(ranks: int) -> dict[str, str]:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch's store warns of every lost connection with the frames of its stack
     }
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set yet, until the block ends."""
-    added = {name: text for name, text in variables.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -54,7 +54,14 @@ def bounded_onednn_caches() -> Iterator[None]:
     hundreds of steps. A capacity that the environment sets already is kept. The libraries read it once, at their first
     product: where that came before this block, it has no effect, and where it comes inside, it holds for the process.
     """
-    added = {name: str(ONEDNN_PRODUCTS) for name in ONEDNN_CACHES if name not in os.environ}
+    with variables_where_unset(dict.fromkeys(ONEDNN_CACHES, str(ONEDNN_PRODUCTS))):
+        yield
+
+
+@contextmanager
+def variables_where_unset(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment that are not set yet, until the block ends."""
+    added = {name: text for name, text in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
