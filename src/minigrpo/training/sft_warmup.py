@@ -90,17 +90,20 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     vocabulary = policy.model.get_input_embeddings().num_embeddings
     limit = PassLimit(tokens_per_pass(policy, recipe), max(1, MAX_LOGITS // vocabulary))
 
-    def measure() -> WarmupMeasure:
+    def measure(done: int, when: str) -> WarmupMeasure:
+        def sampled(ended: int, of: int = 0, note: str = "") -> None:
+            report(done, config.steps, f"the form of {of} answers {when}: {ended} of them sampled; {note}")
+
+        report(done, config.steps, f"the loss of written answers {when}")
         engine.update(policy)
         with policy.plain_attention():
             losses = [mean_sft_loss(policy.model, kind[:MEASURED_EXAMPLES], limit) for kind in (lessons, held_aside)]
-        return WarmupMeasure(form_rate(recipe, task, policy, engine, aside), *losses)
+        return WarmupMeasure(form_rate(recipe, task, policy, engine, aside, sampled), *losses)
 
     def report_loss(done: int, loss: float) -> None:
         report(done, config.steps, f"loss {loss:.2f}")
 
-    report(0, config.steps, "what the model does before: its loss, and its form")
-    before = measure()
+    before = measure(0, "before")
     schedule = SftSchedule(config.steps, config.rows, config.lr, warmup=max(1, config.steps // 10))
     with policy.plain_attention():
         last = train_sft(policy.model, lessons, schedule, seed=recipe.seed, limit=limit, report=report_loss)
@@ -108,8 +111,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         raise DivergenceError(
             f"The loss of the warm-up is {last}. Nothing was kept. Lower --warmup.lr, or set --model.dtype float32"
         )
-    report(config.steps, config.steps, "what it does now")
-    after = measure()
+    after = measure(config.steps, "now")
     warnings = (
         *answer_warnings(task, whole_answers(taught, policy), lessons, recipe.rollout.max_tokens),
         *memorised_warnings(before, after),
@@ -271,13 +273,15 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids) if ids[-1:] == [end] else (*ids, end)
 
 
-def form_rate(recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer]) -> float:
+def form_rate(
+    recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer], report: Report
+) -> float:
     """Return the share of sampled answers that have the form: to prompts held aside, or else to training ones."""
     prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:FORM_PROMPTS]
     prompts = prompts or list(split_held_out(prompts_of(task, "train"), recipe.eval, recipe.seed)[0][:FORM_PROMPTS])
     sampling = Sampling(recipe.rollout.temperature, recipe.rollout.max_tokens, name_key(recipe.seed, "warmup"))
     n = max(1, FORM_ANSWERS // len(prompts))
-    groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
+    groups = rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer, report=report)
     return fmean(grade.formed for group in groups for grade in group.grades)
 
 
