@@ -111,9 +111,13 @@ def test_every_command_has_a_case() -> None:
     assert WORDS.keys() == COMMANDS.keys() - {"view"}  # which stays until it is stopped
 
 
+HALVES = [("\ud800", "\ufffd"), ("7\udfff8", "7\ufffd8")]
+"""Halves of characters that Python reads on Windows only, or from a program of its own."""
+
+
 @pytest.mark.parametrize(
     ("read", "typed"),
-    [("7 → 8", "7 → 8"), ("caf\udcc3\udca9", "café"), ("é \udce2\udc86\udc92", "é →"), ("\udcff", "\ufffd")],
+    [("7 → 8", "7 → 8"), ("caf\udcc3\udca9", "café"), ("é \udce2\udc86\udc92", "é →"), ("\udcff", "\ufffd"), *HALVES],
 )
 def test_a_text_of_the_command_line_is_what_was_typed(read: str, typed: str) -> None:
     """Python reads bytes that the locale has not as halves of characters, which nobody else takes."""

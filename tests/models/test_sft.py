@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minigrpo.models import sft
+from minigrpo.models import logprobs, sft
+from minigrpo.models.logprobs import OutputHead
 from minigrpo.models.sft import (
     PassLimit,
     SftExample,
@@ -55,6 +56,36 @@ def test_the_gradient_does_not_depend_on_the_passes() -> None:
     for one, other in zip(expected, gradients(policy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected)
+
+
+def test_a_frozen_head_gives_the_gradient_of_the_whole_logits_a_few_answer_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = make_policy(double=True)
+    with policy.plain_attention():
+        piecewise = accumulate_sft(policy.model, EXAMPLES)
+        found = gradients(policy)
+        monkeypatch.setattr(OutputHead, "is_frozen", property(lambda head: False))
+        assert accumulate_sft(policy.model, EXAMPLES) == pytest.approx(piecewise, rel=1e-12)
+    for one, other in zip(found, gradients(policy), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_frozen_head_never_holds_the_logits_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list[int]()
+    raw_logits = OutputHead.raw_logits
+
+    def counted(head: OutputHead, hidden_nD: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden_nD))
+        return raw_logits(head, hidden_nD)
+
+    policy = make_policy(double=True)
+    monkeypatch.setattr(OutputHead, "raw_logits", counted)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * policy.model.config.vocab_size)
+    with policy.plain_attention():
+        accumulate_sft(policy.model, EXAMPLES)
+    assert sum(rows) == sum(len(lesson.answer_ids) for lesson in EXAMPLES)
+    assert max(rows) == 4
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])

@@ -210,9 +210,10 @@ def split_overrides(args: Sequence[str], own: Sequence[str]) -> tuple[list[str],
 def as_typed(text: str) -> str:
     """Return a text of the command line as it was typed, in UTF-8: where the locale is POSIX, Python read bytes.
 
-    Not for names of files, which must stay as Python read them.
+    Not for names of files, which must stay as Python read them. Half a character (on Windows, or from Python) is none.
     """
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    whole = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+    return whole.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_knob(name: str, own: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ mean over all answer tokens of a step, so that how a step is cut into passes doe
 
 Not covered: dropout. An adapter's masks are named by the tokens of GRPO's passes, so they are to be off meanwhile.
 
-Shapes: B examples, T positions of the longest, V vocabulary.
+Shapes: B examples, T positions of the longest, N answer tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.models.logprobs import OutputHead, score_tokens
 from minigrpo.models.loss_scale import LossScale
+from minigrpo.models.policy import decoder_of
 from minigrpo.utils.memory import empty_cache, ran_out
 
 
@@ -54,7 +56,10 @@ class SftSchedule:
 
 @dataclass(frozen=True, slots=True)
 class PassLimit:
-    """The most that one pass may hold, padding included: tokens of the rows, and positions that need logits."""
+    """The most that one pass may hold, padding included: tokens of the rows, and positions that need logits.
+
+    A frozen head needs no such bound: it has the logits of a few positions at a time.
+    """
 
     tokens: int
     logits: int
@@ -200,8 +205,21 @@ def _summed_loss(model: Any, examples: Sequence[SftExample]) -> Tensor:
     for row, example in enumerate(examples):
         start, end = len(example.prompt_ids), len(rows[row])
         labels_BT[row, start:end] = tokens_BT[row, start:end]
+    head = OutputHead.of(model, temperature=1.0)
+    if head.is_frozen:
+        return _loss_under_frozen_head(model, head, tokens_BT[:, :-1], labels_BT[:, 1:])
     # Positions before every answer need no logits.
     kept = longest - min(len(example.prompt_ids) for example in examples)
     logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False, logits_to_keep=kept).logits
     logits_NV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits_NV, labels_BT[:, -kept:].flatten(), reduction="sum")
+
+
+def _loss_under_frozen_head(model: Any, head: OutputHead, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the same from logits of a few answer tokens at a time, which never exist for a whole pass."""
+    hidden_BTD = decoder_of(model)(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    answer_BT = labels_BT != -100
+    logprobs_N, _ = score_tokens(
+        hidden_BTD[answer_BT], labels_BT[answer_BT], head, on_gpu=hidden_BTD.device.type != "cpu"
+    )
+    return -logprobs_N.sum()

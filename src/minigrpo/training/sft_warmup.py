@@ -19,6 +19,7 @@ from typing import Any
 from minigrpo.config.schema import Recipe, WarmupConfig
 from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskError
 from minigrpo.models.chat_template import after_opening, opening, render, whole_answer
+from minigrpo.models.logprobs import OutputHead
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
 from minigrpo.rollouts.grading import gold_answer, judge
@@ -87,8 +88,8 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     config = recipe.warmup
     taught, aside = prepare_answers(recipe, task)
     lessons, held_aside = tokenize_answers(taught, policy), tokenize_answers(aside, policy)
-    vocabulary = policy.model.get_input_embeddings().num_embeddings
-    limit = PassLimit(tokens_per_pass(policy, recipe), max(1, MAX_LOGITS // vocabulary))
+    tokens, head = tokens_per_pass(policy, recipe), OutputHead.of(policy.model, temperature=1.0)
+    limit = PassLimit(tokens, tokens if head.is_frozen else max(1, MAX_LOGITS // head.weight_VD.shape[0]))
 
     def measure(done: int, when: str) -> WarmupMeasure:
         def sampled(ended: int, of: int = 0, note: str = "") -> None:
@@ -104,6 +105,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         report(done, config.steps, f"loss {loss:.2f}")
 
     before = measure(0, "before")
+    report(0, config.steps, "supervised steps begin")
     schedule = SftSchedule(config.steps, config.rows, config.lr, warmup=max(1, config.steps // 10))
     with policy.plain_attention():
         last = train_sft(policy.model, lessons, schedule, seed=recipe.seed, limit=limit, report=report_loss)

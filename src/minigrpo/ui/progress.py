@@ -68,15 +68,17 @@ class _StageLines:
 
     def __init__(self, name: str, total: int, console: Console, every: float = 5.0) -> None:
         self.name, self.total, self.console, self.every = name, total, console, every
-        self.began = self.last = time.monotonic()
+        self.began = self.counted_from = self.last = time.monotonic()
         self.words = ""
         self.heartbeat = Heartbeat(self._show_elapsed)
 
     def report(self, done: int, total: int | None = None, note: str = "") -> None:
         now, total, first = time.monotonic(), self.total if total is None else total, not self.words
+        if not done:
+            self.counted_from = now  # what came before the first of them says nothing of how long the others take
         count = f"{done}/{total}" if total else str(done or "")
         if 0 < done < total and not first:
-            count += f", {duration((now - self.began) / done * (total - done))} left"
+            count += f", {duration((now - self.counted_from) / done * (total - done))} left"
         self.words = "  ".join(filter(None, (count, note)))
         if self.words and (first or now - self.last >= self.every):
             self._print(self.words)
