@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from minigrpo.models.logprobs import OutputHead, score_tokens
+from minigrpo.models.lora import own_model
 from minigrpo.models.loss_scale import LossScale
-from minigrpo.models.policy import decoder_of
 from minigrpo.utils.memory import empty_cache, ran_out
 
 
@@ -217,7 +217,7 @@ def _summed_loss(model: Any, examples: Sequence[SftExample]) -> Tensor:
 
 def _loss_under_frozen_head(model: Any, head: OutputHead, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """Return the same from logits of a few answer tokens at a time, which never exist for a whole pass."""
-    hidden_BTD = decoder_of(model)(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    hidden_BTD = own_model(model).get_decoder()(input_ids=tokens_BT, use_cache=False).last_hidden_state
     answer_BT = labels_BT != -100
     logprobs_N, _ = score_tokens(
         hidden_BTD[answer_BT], labels_BT[answer_BT], head, on_gpu=hidden_BTD.device.type != "cpu"

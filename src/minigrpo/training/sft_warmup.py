@@ -99,7 +99,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
         engine.update(policy)
         with policy.plain_attention():
             losses = [mean_sft_loss(policy.model, kind[:MEASURED_EXAMPLES], limit) for kind in (lessons, held_aside)]
-        return WarmupMeasure(form_rate(recipe, task, policy, engine, aside, sampled), *losses)
+        return WarmupMeasure(form_rate(recipe, task, policy, engine, aside, report=sampled), *losses)
 
     def report_loss(done: int, loss: float) -> None:
         report(done, config.steps, f"loss {loss:.2f}")
@@ -276,7 +276,7 @@ def answer_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def form_rate(
-    recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer], report: Report
+    recipe: Recipe, task: Task, policy: Policy, engine: Engine, aside: Sequence[WrittenAnswer], *, report: Report
 ) -> float:
     """Return the share of sampled answers that have the form: to prompts held aside, or else to training ones."""
     prompts = list({a.prompt.id: a.prompt for a in aside if a.known}.values())[:FORM_PROMPTS]
