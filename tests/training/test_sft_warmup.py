@@ -23,15 +23,18 @@ from minigrpo.models.policy import Policy
 from minigrpo.pipeline import prepare, stages
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, read_json
+from minigrpo.tasks.registry import open_task
 from minigrpo.training.sft_warmup import (
     WarmupMeasure,
+    WrittenAnswer,
+    answers_to_tests,
     check_warmup,
     memorised_warnings,
     prepare_answers,
     tokenize_answers,
     warmup,
 )
-from minigrpo.types import Task
+from minigrpo.types import Prompt, Task
 from tests.helpers.models import made_up_groups, make_policy, set_lora
 
 # A model whose outputs are noise never says yes or no; once it does, half of its answers are right: there is no rule.
@@ -266,6 +269,25 @@ def test_a_prompt_is_an_id_of_the_task_a_question_or_messages(answers: Any) -> N
 def test_a_line_that_cannot_be_used_is_named(answers: Any, line: Any, words: str) -> None:
     with pytest.raises(TaskError, match=rf"answers\.jsonl:2.*{words}"):
         answers(row("train-1"), line)
+
+
+def test_lessons_that_answer_what_is_measured_are_found(make_recipe: Any) -> None:
+    task = open_task(make_recipe())
+    unseen = task.prompts("test")[0]
+    taught = [WrittenAnswer(Prompt("line 1", unseen.messages), "yes", "line 1", known=False)]
+    taught += [WrittenAnswer(prompt, "yes", prompt.id, known=True) for prompt in task.prompts("train")]
+    assert answers_to_tests(task, taught) == taught[:1]
+
+
+def test_the_same_question_about_other_puzzles_answers_no_test_prompt() -> None:
+    sizes = {"games": 1, "fewest": 35, "most": 36, "example": False, "size": 20}
+    task = open_task(Recipe.model_validate({"task": {"name": "sudoku", **sizes}}))
+    taught = [WrittenAnswer(prompt, "...", prompt.id, known=True) for prompt in task.prompts("train")]
+    unseen = task.prompts("test")[0]
+    assert unseen.messages in [answer.prompt.messages for answer in taught]
+    assert not answers_to_tests(task, taught)
+    leaked = WrittenAnswer(replace(unseen, id="train-20"), "...", "line 21", known=True)
+    assert answers_to_tests(task, [*taught, leaked]) == [leaked]
 
 
 def test_a_mark_of_byte_order_and_a_separator_within_a_line_are_no_faults(answers: Any) -> None:

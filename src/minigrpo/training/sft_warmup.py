@@ -227,20 +227,20 @@ def split_answers(answers: Sequence[WrittenAnswer]) -> tuple[list[WrittenAnswer]
 
     All answers to a prompt are on one side, or nothing would be held aside.
     """
-    questions = list(dict.fromkeys(conversation_key(answer) for answer in answers))
+    questions = list(dict.fromkeys(conversation_of(answer.prompt) for answer in answers))
     if len(questions) < 2:
         raise TaskError(
             f"A warm-up needs answers to two different prompts at least, of which one is held aside; here: "
             f"{len(questions)}. Raise task.size, or add lines to warmup.data."
         )
     aside = set(questions[: max(1, round(HELD_ASIDE_SHARE * len(questions)))])
-    return [a for a in answers if conversation_key(a) not in aside], [
-        a for a in answers if conversation_key(a) in aside
+    return [a for a in answers if conversation_of(a.prompt) not in aside], [
+        a for a in answers if conversation_of(a.prompt) in aside
     ]
 
 
-def conversation_key(answer: WrittenAnswer) -> tuple[tuple[str, str], ...]:
-    messages: Sequence[Message] = answer.prompt.messages
+def conversation_of(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    messages: Sequence[Message] = prompt.messages
     return tuple((message["role"], message["content"]) for message in messages)
 
 
@@ -307,12 +307,24 @@ def answer_warnings(
             f"{len(broken)} of {len(judged)} written answers lack the form that the task itself asks for, beginning "
             f"with {broken[0].place}."
         )
-    tests = {tuple((m["role"], m["content"]) for m in prompt.messages) for prompt in test_prompts(task)}
-    if leaked := [answer for answer in taught if conversation_key(answer) in tests]:
+    if leaked := answers_to_tests(task, taught):
         yield (
             f"{len(leaked)} lessons answer a test prompt, beginning with {leaked[0].place}: what is measured on it "
             "means nothing."
         )
+
+
+def answers_to_tests(task: Task, taught: Sequence[WrittenAnswer]) -> list[WrittenAnswer]:
+    """Return the answers to what is measured: to the same question, or to what the task says must not be seen.
+
+    A question alone need not say what is asked for: Sudoku's may name the same number of cells for other puzzles.
+    """
+    tests = test_prompts(task)
+    if task.unseen is None:
+        asked = {conversation_of(prompt) for prompt in tests}
+        return [answer for answer in taught if conversation_of(answer.prompt) in asked]
+    hidden = {key for prompt in tests for key in task.unseen(prompt)}
+    return [answer for answer in taught if answer.known and not hidden.isdisjoint(task.unseen(answer.prompt))]
 
 
 def memorised_warnings(before: WarmupMeasure, after: WarmupMeasure) -> Iterator[str]:
