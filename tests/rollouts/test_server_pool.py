@@ -120,7 +120,10 @@ def test_what_a_wrong_server_samples_from_is_named_and_never_used(fault: str) ->
 def test_another_base_is_named_from_the_first_adapter_on() -> None:
     with stand_ins(StandIn(base_seed=1), StandIn()) as servers:
         opened(make_policy("qwen2"), servers, said := [])
-        assert re.search(r"holds another base than the policy \(tiny\), or computes it otherwise: 4 of 4", said[0])
+        assert re.search(
+            r"holds another base than the policy \(tiny\), or computes in another number type than its float32: 4 of 4",
+            said[0],
+        )
 
 
 def test_another_chat_template_is_named_before_anything_is_loaded() -> None:

@@ -117,6 +117,7 @@ class ServerPool:
         self._served: ServedAdapter | None = None
         self._checked: str | None = None
         self._policy: Any = None
+        self._now_digest = ""
         self._now: list[Tensor] = []
         self._before: list[Tensor] = []
 
@@ -136,7 +137,7 @@ class ServerPool:
         if adapter is None:
             self._served = None
         key = self._served.digest if self._served else ""
-        if key == self._checked and any(server.fault is None for server in self.servers):
+        if key == self._checked and self._passed():
             return
         self._policy = policy
         self._remember(policy, key)
@@ -145,9 +146,10 @@ class ServerPool:
         due = [server for server in self.servers if server.fault is None or server.updates_left == 0]
         others = [server for server in self.servers if server not in due]
         self._admit(policy, due)
-        if all(server.fault for server in self.servers):
+        if not self._passed():
             self._admit(policy, others)
-        self._ready()
+        if not self._passed():
+            raise self._nobody()
         self._checked = key
 
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
@@ -157,23 +159,22 @@ class ServerPool:
             if next(revivals, None) is None:
                 raise self._nobody()
             self._admit(self._policy, self.servers)
-            return self._ready()
+            return self._passed() or revive()
 
-        deal = Deal(self._ready(), requests, self._leave_out, revive, patience=self.patience)
+        deal = Deal(self._passed() or revive(), requests, self._leave_out, revive, patience=self.patience)
         deal.run(lambda index, samples, server: deliver(index, samples, server.name))
-        for server in self._ready():
+        for server in self._passed():
             server.pause = 1
 
-    def _ready(self) -> list[PoolServer]:
-        """Return the servers whose samples count. Raises MinigrpoError where there is none."""
-        if ready := [server for server in self.servers if server.fault is None]:
-            return ready
-        raise self._nobody()
+    def _passed(self) -> list[PoolServer]:
+        """Return the servers whose samples count."""
+        return [server for server in self.servers if server.fault is None]
 
     def _remember(self, policy: Any, key: str) -> None:
         """Keep a copy of the adapter on the CPU: after the next update it is the one that nobody may have any more."""
-        if key and key != self._checked:
+        if key and key != self._now_digest:
             self._before, self._now = self._now, [tensor.detach().cpu().clone() for tensor in policy.trainable]
+            self._now_digest = key
 
     def _admit(self, policy: Any, servers: Sequence[PoolServer]) -> None:
         """Let servers sample side by side, then compare one after the other: only this thread uses the policy."""
@@ -292,7 +293,8 @@ class ServerPool:
             return f"samples {verdict.nearer_to} {told}"
         if told and self._holds_base(policy, server):
             return f"samples with another adapter than {told}"
-        return f"holds another base than the policy ({policy.path}), or computes it otherwise"
+        kind = str(policy.dtype).removeprefix("torch.")
+        return f"holds another base than the policy ({policy.path}), or computes in another number type than its {kind}"
 
     def _holds_base(self, policy: Any, server: PoolServer) -> bool:
         """Tell whether the server, asked without an adapter, samples from the policy's base."""
