@@ -4,6 +4,7 @@ that it is sent. So an adapter that did not arrive, or arrived wrongly, shows as
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -30,7 +31,7 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, base_seed: int = 0, template: str = TEMPLATE) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.seed, self.template = base_seed, template
+        self.template = template
         self.models: dict[str, Any] = {"the-base": build_model("qwen2", base_seed)}
         self.asked: list[dict[str, Any]] = []
         self.told: list[str] = []
@@ -55,7 +56,8 @@ class StandIn(ThreadingHTTPServer):
         from peft import PeftModel
 
         name = body["lora_name"]
-        model = PeftModel.from_pretrained(build_model("qwen2", self.seed), body["lora_path"]).eval()
+        # A copy: a second model made from a seed would share torch's generator with other stand-ins' threads.
+        model = PeftModel.from_pretrained(copy.deepcopy(self.models["the-base"]), body["lora_path"]).eval()
         self.models[name], self.last = self.takes(self, name, model), model
         return "Success: LoRA adapter added"
 
