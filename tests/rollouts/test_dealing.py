@@ -12,7 +12,8 @@ import pytest
 from minigrpo.errors import MinigrpoError
 from minigrpo.rollouts.engines.dealing import Deal
 from minigrpo.rollouts.engines.vllm_server import Request, VllmSample, VllmServerError
-from minigrpo.types import Sampling
+from minigrpo.rollouts.serialize import group_data, group_of
+from minigrpo.types import Completion, Grade, Group, Prompt, Sampling
 from minigrpo.utils.http import Connections
 
 
@@ -109,3 +110,13 @@ def test_a_long_answer_makes_nobody_slow_where_it_comes_first() -> None:
 def test_without_a_server_the_call_ends() -> None:
     with pytest.raises(MinigrpoError, match="No server is left"):
         dealt(4, Fake("a", fails=lambda count: True), Fake("b", fails=lambda count: count > 1))
+
+
+def test_a_stored_completion_keeps_its_server_and_one_without_stores_none() -> None:
+    prompt = Prompt("q", ())
+    for sampler in ("gpu-a:8000", ""):
+        group = Group(prompt, (1,), (Completion("x", (2,), (-1.0,), "stop", sampler=sampler),), (Grade(1.0),))
+        data = group_data(group)
+        assert data["completions"][0].get("sampler", "") == sampler
+        assert ("sampler" in data["completions"][0]) == bool(sampler)
+        assert group_of(data, {"q": prompt}) == group
