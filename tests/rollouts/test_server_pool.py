@@ -118,7 +118,7 @@ def test_what_a_wrong_server_samples_from_is_named_and_never_used(fault: str) ->
 
 def test_another_base_is_named_from_the_first_adapter_on() -> None:
     with stand_ins(StandIn(base_seed=1), StandIn()) as servers:
-        opened(make_policy("qwen2"), servers, said := [])
+        opened(make_policy("qwen2"), servers, said := list[str]())
         assert re.search(
             r"holds another base than the policy \(tiny\), or computes in another number type than its float32: 4 of 4",
             said[0],

@@ -64,7 +64,7 @@ def test_who_asks_directly_asks_past_the_proxy(url: str, monkeypatch: pytest.Mon
 
 
 def test_a_request_that_waits_is_broken_off_and_its_server_sees_the_client_go(url: str) -> None:
-    connections, faults = Connections(), []
+    connections, faults = Connections(), list[OSError]()
 
     def ask(port: int) -> None:
         try:

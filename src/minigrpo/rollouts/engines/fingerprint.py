@@ -87,7 +87,8 @@ def judge_texts(
     reported: Sequence[Tensor], policy: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]], limit: float
 ) -> Verdict:
     """Judge each text by both tests. `others`: the known wrong models' scores of the same tokens, by name."""
-    gaps, found = [], []
+    gaps: list[float] = []
+    found: list[str | None] = []
     for index, (said_T, own_T) in enumerate(zip(reported, policy, strict=True)):
         gap = float((said_T - own_T).abs().mean())
         gaps.append(gap if math.isfinite(gap) else math.inf)
