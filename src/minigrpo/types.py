@@ -55,7 +55,8 @@ class Completion:
     """One sampled answer. `token_ids` *are* the sample (the stop token included): nothing is tokenised again.
 
     `logprobs`: the sampler's own log-probability of each token, at the sampling temperature, in nats. `opening`: the
-    beginning of the answer's form, where it stands in the prompt already (`models/chat_template.py`).
+    beginning of the answer's form, where it stands in the prompt already (`models/chat_template.py`). `sampler`: the
+    server that sampled it, where there are several.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Completion:
     logprobs: tuple[float, ...]
     finish: Finish
     opening: str = ""
+    sampler: str = ""
 
     @property
     def answer(self) -> str:

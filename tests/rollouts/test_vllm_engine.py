@@ -1,24 +1,16 @@
-"""The vLLM engine: only the adapter travels, nothing bends the draw, and a server's faults are told in a sentence.
-
-The stand-in speaks vLLM's HTTP protocol and answers with transformers and PEFT, from the files that it is sent: so an
-adapter that did not arrive, or arrived wrongly, shows as another distribution.
-"""
+"""The vLLM engine: only the adapter travels, nothing bends the draw, and a server's faults are told in a sentence."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from minigrpo.algorithms.objective import OBJECTIVES, open_objective
 from minigrpo.algorithms.packing import pack
@@ -27,95 +19,20 @@ from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.policy import Policy
 from minigrpo.models.vllm_compat import vllm_max_lora_rank
 from minigrpo.rollouts.engines.native import NativeEngine
-from minigrpo.rollouts.engines.vllm import RemoteVllm, Request, VllmEngine, needed_length, open_vllm
+from minigrpo.rollouts.engines.vllm import VllmEngine, needed_length, open_vllm
+from minigrpo.rollouts.engines.vllm_server import RemoteVllm, Request
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
 from tests.helpers.tiny import build_model
+from tests.helpers.vllm_standin import StandIn, stand_ins
 
 STOPS, LIMIT, HEAT = (3, 17, 50, 60), 12, 0.9
 
 
-class StandIn(ThreadingHTTPServer):
-    """`base` answers; an adapter that is loaded answers under its own name."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.models: dict[str, Any] = {"the-base": build_model("qwen2")}
-        self.asked: list[dict[str, Any]] = []
-        self.told: list[str] = []
-        self.fault: tuple[int, str] | None = None
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def load(self, body: dict[str, Any]) -> str:
-        from peft import PeftModel
-
-        self.models[body["lora_name"]] = PeftModel.from_pretrained(build_model("qwen2"), body["lora_path"]).eval()
-        return "Success: LoRA adapter added"
-
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.asked.append(body)
-        draw = torch.Generator().manual_seed(body["seed"])
-        choices = [self.one(body, draw) | {"index": i} for i in range(body["n"])]
-        return {"choices": list(reversed(choices))}
-
-    @torch.no_grad()
-    def one(self, body: dict[str, Any], draw: torch.Generator) -> dict[str, Any]:
-        ids, logprobs, finish = list(body["prompt"]), [], "length"
-        for _ in range(body["max_tokens"]):
-            scores_V = self.models[body["model"]](torch.tensor([ids])).logits[0, -1] / body["temperature"]
-            token = int(torch.multinomial(scores_V.softmax(-1), 1, generator=draw))
-            ids.append(token)
-            logprobs.append(float(scores_V.log_softmax(-1)[token]))
-            if token in body["stop_token_ids"]:
-                finish = "stop"
-                break
-        own = ids[len(body["prompt"]) :]
-        return {"token_ids": own, "logprobs": {"token_logprobs": logprobs}, "finish_reason": finish, "text": "?"}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def do_GET(self) -> None:
-        self.answer({"data": [{"id": "the-base"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.told.append(self.path)
-            if self.server.fault:
-                code, text = self.server.fault
-                self.answer(text, code)
-            elif self.path == "/v1/load_lora_adapter":
-                self.answer(self.server.load(body))
-            elif self.path == "/v1/unload_lora_adapter":
-                self.answer(f"Success: {self.server.models.pop(body['lora_name']) is not None}")
-            else:
-                self.answer(self.server.complete(body))
-
-    def answer(self, content: Any, code: int = 200) -> None:
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        return
-
-
 @pytest.fixture
 def server() -> Iterator[StandIn]:
-    with StandIn() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with stand_ins(StandIn()) as (running,):
         yield running
-        running.shutdown()
 
 
 def opened(server: StandIn, policy: Policy) -> VllmEngine:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from minigrpo.utils.http import StatusError, exchange
+from minigrpo.utils.http import Connections, StatusError, exchange
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -59,3 +61,30 @@ def test_who_asks_directly_asks_past_the_proxy(url: str, monkeypatch: pytest.Mon
     assert exchange(url, direct=True)
     with pytest.raises(OSError, match="refused"):
         exchange(url)
+
+
+def test_a_request_that_waits_is_broken_off_and_its_server_sees_the_client_go(url: str) -> None:
+    connections, faults = Connections(), list[OSError]()
+
+    def ask(port: int) -> None:
+        try:
+            exchange(f"http://127.0.0.1:{port}", {"a": 1}, timeout=30, connections=connections)
+        except OSError as fault:
+            faults.append(fault)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        thread = threading.Thread(target=ask, args=(silent.getsockname()[1],), daemon=True)
+        thread.start()
+        client, _ = silent.accept()
+        with client:
+            client.settimeout(10)
+            while not client.recv(4096).endswith(b"}"):
+                pass
+            start = time.monotonic()
+            connections.break_off()
+            assert client.recv(1) == b""
+            thread.join(10)
+    assert len(faults) == 1
+    assert time.monotonic() - start < 5
+    connections.break_off()  # nothing is left to break off
+    assert exchange(url, {"a": 2}, connections=connections) == b'{"a": 2}'

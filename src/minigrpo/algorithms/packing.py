@@ -27,12 +27,16 @@ from minigrpo.utils.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """Some or all siblings of one group, as token ids. `index` and `siblings` are their positions in the batch."""
+    """Some or all siblings of one group, as token ids. `index` and `siblings` are their positions in the batch.
+
+    `sampler`: the server that sampled them, where there are several.
+    """
 
     index: int
     prompt_ids: tuple[int, ...]
     siblings: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    sampler: str = ""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -187,7 +191,8 @@ class Batch:
         for index, (group, informative) in enumerate(zip(self.groups, self.informative_P.tolist(), strict=True)):
             if informative or self.needs_all:
                 ids = tuple(completion.token_ids for completion in group.completions)
-                packed.append(PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids))
+                sampler = group.completions[0].sampler  # a prompt is asked of one server, with all its siblings
+                packed.append(PackedGroup(index, group.prompt_ids, tuple(range(len(ids))), ids, sampler))
         return packed
 
     def _micro_batch(self, groups: Sequence[PackedGroup]) -> MicroBatch:
@@ -234,5 +239,5 @@ def split_group(group: PackedGroup, tokens_per_pass: int) -> Iterator[PackedGrou
         while stop < len(group.siblings) and (stop == start or group.lengths[stop] <= room):
             room -= group.lengths[stop]
             stop += 1
-        yield PackedGroup(group.index, group.prompt_ids, group.siblings[start:stop], group.completions[start:stop])
+        yield replace(group, siblings=group.siblings[start:stop], completions=group.completions[start:stop])
         start = stop

@@ -147,12 +147,21 @@ class RolloutConfig(Config):
         "who samples; auto: native, or on a GPU slots, where the architecture is known to them; slots: the same at "
         "fixed shapes, recorded as CUDA graphs on a GPU",
     )
-    server: str | None = field(None, "engine vllm: a server that runs already, http://HOST:8000; null: in this process")
+    server: str | None = field(
+        None,
+        "engine vllm: a server that runs already, http://HOST:8000, or several, separated by commas; null: in this "
+        "process",
+    )
     share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
     rows: int = field(256, "completions decoded side by side", "rows", ge=1, le=MOST_ANSWERS)
     stream: int = field(
         0, "other answers to the same prompts: names another random stream of sampling alone", ge=0, lt=2**31
     )
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Return the URLs that `server` names."""
+        return tuple(url.strip().rstrip("/") for url in (self.server or "").split(",") if url.strip())
 
 
 class GroupsConfig(Config):
@@ -404,6 +413,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "rollout.engine vllm would sample from the base in 16 bit and train it in 4: leave model.quantize at none",
     )
     yield recipe.rollout.server is not None and not vllm, "rollout.server is asked by rollout.engine vllm only"
+    yield len(set(recipe.rollout.servers)) < len(recipe.rollout.servers), "rollout.server names a server twice"
     yield (
         recipe.save.take == "best" and not recipe.eval.every,
         "save.take best needs eval.every, whose evaluations find the best checkpoint",

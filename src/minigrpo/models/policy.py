@@ -107,16 +107,16 @@ class Policy:
         if self.frozen_copy is not None:
             return to_device(self._score(self.frozen_copy, batch).logprobs_N, self.device)
         if self.starting_adapter is not None:
-            with self._dropout_off(), self._with_starting_adapter(self.starting_adapter):
+            with self._dropout_off(), self.other_adapter(self.starting_adapter):
                 return self._score(self.model, batch).logprobs_N
         with self._dropout_off(), self.adapter_off():
             return self._score(self.model, batch).logprobs_N
 
     @torch.no_grad()
-    def present(self, batch: MicroBatch) -> TokenScores:
-        """Score the micro-batch's N tokens under the model as it is now; dropout off."""
+    def present(self, batch: MicroBatch, temperature: float | None = None) -> TokenScores:
+        """Score the micro-batch's N tokens under the model as it is now; dropout off. `temperature`: None, its own."""
         with self._dropout_off():
-            return self._score(self.model, batch)
+            return self._score(self.model, batch, temperature=temperature)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -154,15 +154,15 @@ class Policy:
         decoder_of(self.model).set_attn_implementation(name)  # type: ignore[operator]
 
     @contextmanager
-    def _with_starting_adapter(self, start: list[Tensor]) -> Iterator[None]:
-        """Put back the adapter that training began with, inside the block.
+    def other_adapter(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Put another adapter, as the tensors of `trainable`, into the place of this one inside the block.
 
         Storage is exchanged, not copied: what comes back is the same to the last bit, and a graph that still needs
         its backward pass finds its own tensors.
         """
         now = [parameter.data for parameter in self.trainable]
-        for parameter, then in zip(self.trainable, start, strict=True):
-            parameter.data = then
+        for parameter, other in zip(self.trainable, tensors, strict=True):
+            parameter.data = other
         try:
             yield
         finally:
@@ -181,11 +181,13 @@ class Policy:
             for dropout, step in zip(self.dropouts, steps, strict=True):
                 dropout.step = step
 
-    def _score(self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False) -> TokenScores:
+    def _score(
+        self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False, temperature: float | None = None
+    ) -> TokenScores:
         labels_N = to_device(torch.tensor(batch.labels), device_of(model))
         hidden_ND = self._shared_hidden(model, batch) if self.shares_prompts else self._padded_hidden(model, batch)
         on_gpu = hidden_ND.device.type not in self.backend.segments_on
-        head = OutputHead.of(model, self.temperature)
+        head = OutputHead.of(model, self.temperature if temperature is None else temperature)
         return TokenScores(*score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu))
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:

@@ -15,9 +15,15 @@ def group_data(group: Group) -> dict[str, Any]:
     return {
         "prompt": group.prompt.id,
         "prompt_ids": group.prompt_ids,
-        "completions": [asdict(completion) for completion in group.completions],
+        "completions": [_completion_data(completion) for completion in group.completions],
         "grades": [asdict(replace(grade, notes=json_ready(grade.notes))) for grade in group.grades],
     }
+
+
+def _completion_data(completion: Completion) -> dict[str, Any]:
+    """Write a completion; the server that sampled it only where there are several."""
+    data = asdict(completion)
+    return data if completion.sampler else {name: value for name, value in data.items() if name != "sampler"}
 
 
 def group_of(row: Mapping[str, Any], known: Mapping[str, Prompt]) -> Group:

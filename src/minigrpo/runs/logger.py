@@ -229,6 +229,7 @@ def group_row(step: int, group: Group, advantages_G: Sequence[float]) -> dict[st
         "completions": [
             {
                 **({"opening": completion.opening} if completion.opening else {}),
+                **({"sampler": completion.sampler} if completion.sampler else {}),
                 "text": completion.text,
                 "tokens": len(completion.token_ids),
                 "finish": completion.finish,

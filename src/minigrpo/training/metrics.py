@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,16 +108,28 @@ def batch_metrics(batch: Batch, figures: Mapping[str, float]) -> dict[str, float
             "entropy": figures["entropy_sum"] / tokens,
         }
     )
-    plain = {name: value for name, value in figures.items() if name not in SAMPLER_FIGURES}
-    return {**plain, **means, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}
+    scored = {
+        name.removeprefix("scored_tokens/"): n for name, n in figures.items() if name.startswith("scored_tokens/")
+    }
+    gaps = {f"servers/{name}/engine_gap": figures[f"gap_sum/{name}"] / n for name, n in scored.items()}
+    plain = {name: value for name, value in figures.items() if not is_sampler_figure(name)}
+    return {**plain, **means, **gaps, "advantages/abs_mean": float(batch.advantages_PG.abs().mean())}
+
+
+def server_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return how many of the step's groups each server sampled; {} where there is one sampler."""
+    counts = Counter(group.completions[0].sampler for group in groups)
+    return {f"servers/{name}/groups": float(count) for name, count in sorted(counts.items()) if name}
 
 
 def step_metrics(sampled: StepGroups, batch: Batch, figures: Mapping[str, float]) -> dict[str, float]:
     """Return the figures of a step. Progress is judged by the groups that were not chosen for what they earned."""
     metrics = group_metrics(sampled.fair) | dict(sampled.figures) | batch_metrics(batch, figures)
+    metrics |= server_metrics(sampled.sampled)
     if sampled.figures.get("replayed_groups") and "engine_gap" in metrics:
         # An older policy sampled some of these tokens: the gap says nothing of the engine.
         metrics["off_policy_gap"] = metrics.pop("engine_gap")
+        return {name: value for name, value in metrics.items() if not name.endswith("/engine_gap")}
     return metrics
 
 
@@ -129,11 +142,26 @@ def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
 SAMPLER_FIGURES = ("gap_sum", "entropy_sum", "scored_tokens")
 
 
+def is_sampler_figure(name: str) -> bool:
+    """Tell whether a figure of the loss is a sum of `sampler_gap`, over all tokens or one server's."""
+    return name.partition("/")[0] in SAMPLER_FIGURES
+
+
 def sampler_gap(scores: Any, micro_batch: MicroBatch) -> dict[str, Tensor]:
-    """Sum |engine - policy| log-probabilities of sampled tokens, and the policy's entropy, in nats."""
+    """Sum |engine - policy| log-probabilities of sampled tokens, and the policy's entropy, in nats.
+
+    Where there are several servers, also for each: gap_sum/NAME, scored_tokens/NAME.
+    """
     gap_N = (scores.logprobs_N.detach() - micro_batch.engine_N.to(scores.logprobs_N)).abs()
     count = gap_N.new_full((), float(len(gap_N)))
-    return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}
+    sums = {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}
+    if any(group.sampler for group in micro_batch.groups):
+        parts = gap_N.split([sum(group.lengths) for group in micro_batch.groups])
+        for group, gap_n in zip(micro_batch.groups, parts, strict=True):
+            for name, value in ("gap_sum", gap_n.sum()), ("scored_tokens", gap_n.new_full((), float(len(gap_n)))):
+                key = f"{name}/{group.sampler}"
+                sums[key] = sums[key] + value if key in sums else value
+    return sums
 
 
 def epoch_means(epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -142,5 +170,5 @@ def epoch_means(epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     Engine and policy are compared where both had the same weights: before the first update.
     """
     means = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
-    before = {name: epochs[0][name] for name in SAMPLER_FIGURES if name in epochs[0]}
+    before = {name: value for name, value in epochs[0].items() if is_sampler_figure(name)}
     return means | before | {"skipped": float(any(epoch["skipped"] for epoch in epochs))}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from contextlib import suppress
+from http.client import HTTPConnection
 from typing import Any
 from urllib import error, request
 
@@ -21,6 +25,68 @@ class StatusError(Exception):
         self.code, self.raw, self.retry_after = code, raw, retry_after
 
 
+class Connections:
+    """The connections of requests that wait for an answer, so that another thread can break them off.
+
+    A server sees the client go and stops working for it; the request ends with an OSError.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[HTTPConnection] = set()
+        self._lock = threading.Lock()
+
+    def add(self, connection: HTTPConnection) -> None:
+        with self._lock:
+            self._open.add(connection)
+
+    def discard(self, connection: HTTPConnection) -> None:
+        with self._lock:
+            self._open.discard(connection)
+
+    def break_off(self) -> None:
+        """Break off every request that has been sent and waits."""
+        with self._lock:
+            sockets = [connection.sock for connection in self._open]
+        for each in filter(None, sockets):
+            with suppress(OSError):  # it has just ended
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Noting(request.AbstractHTTPHandler):
+    """A handler of urllib that notes its connection while it waits."""
+
+    connections: Connections
+
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        made: list[HTTPConnection] = []
+
+        def connect(host: str, **more: Any) -> HTTPConnection:
+            made.append(http_class(host, **more))
+            self.connections.add(made[-1])
+            return made[-1]
+
+        try:
+            return super().do_open(connect, req, **options)  # type: ignore[arg-type]
+        finally:
+            for connection in made:
+                self.connections.discard(connection)
+
+
+class _NotingHttp(_Noting, request.HTTPHandler):
+    pass
+
+
+class _NotingHttps(_Noting, request.HTTPSHandler):
+    pass
+
+
+def _opener_noting(connections: Connections) -> Any:
+    handlers = _NotingHttp(), _NotingHttps()
+    for handler in handlers:
+        handler.connections = connections
+    return request.build_opener(*handlers)
+
+
 def exchange(
     url: str,
     body: dict[str, Any] | None = None,
@@ -28,18 +94,20 @@ def exchange(
     timeout: float | None = None,
     key: str | None = None,
     direct: bool = False,
+    connections: Connections | None = None,
 ) -> bytes:
     """Send one request, a POST of JSON where it has a body, and return the answer.
 
     `timeout`: seconds without an answer; None waits for ever. `key`: sent as a bearer token, and not to where the
-    server may point instead. `direct`: without the proxy that the environment names.
+    server may point instead. `direct`: without the proxy that the environment names. `connections`: by which the
+    request may be broken off; not together with `direct`.
     Raise StatusError where the server refuses, OSError where it does not answer, ValueError for a malformed URL.
     """
     data = None if body is None else json.dumps(body).encode()
     message = request.Request(url, data, {"Content-Type": "application/json"})
     if key:
         message.add_unredirected_header("Authorization", f"Bearer {key}")
-    opened = DIRECT.open if direct else request.urlopen
+    opened = DIRECT.open if direct else _opener_noting(connections).open if connections else request.urlopen
     try:
         with opened(message, timeout=timeout) as answer:
             raw: bytes = answer.read()

@@ -64,7 +64,10 @@ CHARTS = (
     Chart("entropy", "Entropy, nats", ("entropy",), "entropy"),
     Chart("gradient", "Gradient norm", ("grad_norm",), "grad_norm"),
     Chart("clip", "Held back by the clip", (), "clip_ratio/region_mean", "^clip_ratio/"),
-    Chart("gap", "Engine and policy apart, nats", (), "engine_gap", "^(engine|off_policy)_gap$"),
+    Chart(
+        "gap", "Engine and policy apart, nats", (), "engine_gap", r"^(engine|off_policy)_gap$|^servers/.*/engine_gap$"
+    ),
+    Chart("servers", "Groups of each server", (), "servers/NAME/groups", r"^servers/.*/groups$"),
     Chart("rate", "Learning rate", ("learning_rate",), "learning_rate"),
     Chart("advantages", "Advantages, mean size", ("advantages/abs_mean",), "advantages/abs_mean"),
     Chart("phases", "Seconds a step", (), "seconds", "^seconds(/|$)"),
@@ -97,7 +100,7 @@ SHORT = {
 
 
 def short_name(name: str) -> str:
-    named = re.sub(r"^rewards/(.*)/mean$", r"\1", name)
+    named = re.sub(r"^rewards/(.*)/mean$|^servers/(.*)/(?:engine_gap|groups)$", r"\1\2", name)
     return SHORT.get(name) or re.sub("^(seconds|memory_gb|resample)/", "", named)
 
 

@@ -5,59 +5,39 @@ holds is never merged into: a hundred merges in place move more than half of a 1
 own way and in its own order, so what it samples is not quite the policy's: `objective.importance auto` corrects for it,
 and the distance is logged at every step (engine_gap).
 
-In this process (`rollout.server` null) vLLM sleeps while the policy trains: it lets its cache go and moves its weights
-to the CPU. Before it wakes, torch gives back what it keeps for the trainer's next tensors.
+Several servers share the prompts of a step (`server_pool`). In this process (`rollout.server` null) vLLM sleeps while
+the policy trains: it lets its cache go and moves its weights to the CPU. Before it wakes, torch gives back what it
+keeps for the trainer's next tensors.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import MinigrpoError, ModelError, command_line
+from minigrpo.errors import ModelError
+from minigrpo.models.chat_template import render
 from minigrpo.models.context_window import MULTIMODAL_WRAPPERS, check_room, context_length, longest_prompt
 from minigrpo.models.lora import save_adapter
 from minigrpo.models.vllm_compat import VLLM_LORA_RANKS, vllm_config_overrides, vllm_max_lora_rank
+from minigrpo.rollouts.engines.fingerprint import FINGERPRINT_TEXTS
 from minigrpo.rollouts.engines.sampling import ProgressCounter, refuse_broken_logits
+from minigrpo.rollouts.engines.server_pool import ADMISSION_WAIT_S, ServerPool
+from minigrpo.rollouts.engines.vllm_server import RemoteVllm, Request, VllmSample
 from minigrpo.tasks.registry import open_task
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
-from minigrpo.utils.http import StatusError, exchange
 from minigrpo.utils.memory import empty_cache, expandable_setting
 from minigrpo.utils.rng import name_key
 
 SEED_RANGE = 2**31
-REQUEST_TIMEOUT_S = 3600.0
-"""Seconds that a server may take for one request: one prompt with all its siblings."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt with its sampling settings. `seed` determines its random streams."""
-
-    ids: tuple[int, ...]
-    n: int
-    sampling: Sampling
-    seed: int
-    stop_ids: tuple[int, ...]
-
-    def sampling_options(self) -> dict[str, Any]:
-        """Return all sampling options, also those a generation config could change: the policy is plain softmax."""
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        drawn = {"n": self.n, "temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
-        return {**plain, **drawn, "seed": self.seed, "stop_token_ids": list(self.stop_ids), "logprobs": 0}
-
-
-VllmSample = tuple[tuple[int, ...], tuple[float, ...], str]
-"""Token ids, their log-probabilities, and the finish reason."""
+FINGERPRINT_CANDIDATES = 64
+"""Training prompts among which the shortest are looked for."""
 
 
 class VllmHost(Protocol):
@@ -66,11 +46,18 @@ class VllmHost(Protocol):
     length: int | None
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter; the previous one may be unloaded, for its folder is removed afterwards."""
+        """Load an adapter; the previous one may be unloaded, for its folder is removed after `check`."""
+        ...
+
+    def check(self, policy: Any, adapter: str | None) -> None:
+        """Make sure that what samples has the policy's weights, where others may sample in its place."""
         ...
 
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
-        """Call deliver(i, samples) for each prompt, in any order. `adapter` None: the base alone."""
+        """Call deliver(i, samples) for each prompt, in any order. `adapter` None: the base alone.
+
+        A third argument names the server, where there are several.
+        """
         ...
 
 
@@ -89,12 +76,14 @@ class VllmEngine:
         """Save the current adapter, have vLLM load it, and remove the one before; none where it is switched off."""
         self.adapter = None
         if _adapter_is_off(policy.model):
+            self.host.check(policy, None)
             return
         self._count += 1
         name = f"policy-{self._count}"
         folder = Path(self._folder.name) / name
         save_adapter(policy.model, folder)
         self.host.load_adapter(name, folder)
+        self.host.check(policy, name)
         self.adapter = name
         for earlier in set(folder.parent.iterdir()) - {folder}:
             shutil.rmtree(earlier)
@@ -117,98 +106,24 @@ class VllmEngine:
         done: dict[int, tuple[Completion, ...]] = {}
         counter = ProgressCounter(progress, ready)
 
-        def deliver(index: int, samples: Sequence[VllmSample]) -> None:
+        def deliver(index: int, samples: Sequence[VllmSample], sampler: str = "") -> None:
             refuse_broken_logits(prompts[index].prompt.id, [logprobs for _, logprobs, _ in samples])
-            done[index] = self._completions(samples)
+            done[index] = self._completions(samples, sampler)
             counter.finish(index, done[index])
 
         self.host.complete(requests, self.adapter, deliver)
         return [done[index] for index in range(len(prompts))]
 
-    def _completions(self, samples: Sequence[VllmSample]) -> tuple[Completion, ...]:
+    def _completions(self, samples: Sequence[VllmSample], sampler: str) -> tuple[Completion, ...]:
         texts = self.tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
         return tuple(
-            Completion(text, ids, logprobs, "stop" if finish == "stop" else "length")
+            Completion(text, ids, logprobs, "stop" if finish == "stop" else "length", sampler=sampler)
             for text, (ids, logprobs, finish) in zip(texts, samples, strict=True)
         )
 
 
 def _adapter_is_off(model: Any) -> bool:
     return any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
-
-
-class RemoteVllm:
-    """A vLLM server that runs already, on a machine that sees the same files.
-
-    `overrides`: changes to the model's config that vLLM needs. `needs`: tokens that it must be able to read.
-    """
-
-    length: int | None = None
-
-    def __init__(
-        self, url: str, model: str, rank: int, *, overrides: Mapping[str, Any] | None = None, needs: int | None = None
-    ) -> None:
-        self.url, self.model, self.rank, self.overrides, self.needs = url.rstrip("/"), model, rank, overrides, needs
-        self._loaded: str | None = None
-        self.base = str(self._call("/v1/models")["data"][0]["id"])
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if self._loaded:
-            self._call("/v1/unload_lora_adapter", {"lora_name": self._loaded})
-        self._loaded = name
-
-    def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
-        with ThreadPoolExecutor(max_workers=64) as threads:
-            samples = [threads.submit(self._complete, each, adapter or self.base) for each in requests]
-            try:
-                for index, found in enumerate(samples):
-                    deliver(index, found.result())
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _complete(self, request: Request, model: str) -> list[VllmSample]:
-        own = {"model": model, "prompt": list(request.ids), "return_token_ids": True, "add_special_tokens": False}
-        choices = self._call("/v1/completions", {**own, **request.sampling_options()})["choices"]
-        samples = []
-        for choice in sorted(choices, key=lambda choice: choice["index"]):
-            ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-            if ids is None or logprobs is None or len(ids) != len(logprobs):
-                raise MinigrpoError(
-                    f"The server at {self.url} returns no token ids with their log-probabilities. It must be vLLM 0.11 "
-                    "or newer."
-                )
-            # JSON has no NaN: a server writes null in its place.
-            numbers = tuple(math.nan if logprob is None else float(logprob) for logprob in logprobs)
-            samples.append((tuple(ids), numbers, str(choice["finish_reason"])))
-        return samples
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        try:
-            text = exchange(self.url + path, body, timeout=REQUEST_TIMEOUT_S)
-        except StatusError as fault:
-            message = " ".join(fault.raw.decode(errors="replace").split())[:300]
-            raise MinigrpoError(
-                f"The vLLM server at {self.url} refused {path} ({fault.code}): {message}. {self._start_advice()}"
-            ) from None
-        except (OSError, ValueError) as fault:
-            reason = getattr(fault, "reason", fault)
-            raise MinigrpoError(f"No vLLM server answers at {self.url} ({reason}). {self._start_advice()}") from None
-        try:
-            return json.loads(text)
-        except ValueError:
-            return {}  # the adapter endpoints answer in plain text
-
-    def _start_advice(self) -> str:
-        words = ["vllm", "serve", self.model, "--enable-lora", "--max-lora-rank", vllm_max_lora_rank(self.rank)]
-        words += ["--max-model-len", self.needs] if self.needs else []
-        overrides = ["--hf-overrides", json.dumps(self.overrides)] if self.overrides else []
-        serve = command_line(*words, "--logprobs-mode", "processed_logprobs", *overrides)
-        return (
-            "A run that was under way goes on with --resume. The server is started so: "
-            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {serve}"
-        )
 
 
 class LocalVllm:
@@ -251,6 +166,9 @@ class LocalVllm:
     def load_adapter(self, name: str, folder: Path) -> None:
         self._loaded = name, int(name.rpartition("-")[2]), folder
 
+    def check(self, policy: Any, adapter: str | None) -> None:
+        """Do nothing: vLLM reads the adapter in this process, and no other sampler can take its place."""
+
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
@@ -282,16 +200,32 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
         raise ModelError(
             "rollout.engine vllm takes over an adapter, and this model has none. Use --rollout.engine auto"
         )
-    rank, server = recipe.lora.rank, recipe.rollout.server
+    rank, servers = recipe.lora.rank, recipe.rollout.servers
     if vllm_max_lora_rank(rank) is None:
         raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
     overrides, length = vllm_config_overrides(policy.model.config.to_dict()), needed_length(policy, recipe)
-    host = (
-        RemoteVllm(server, policy.path, rank, overrides=overrides, needs=length)
-        if server
-        else LocalVllm(policy, recipe=recipe, rows=rows, length=length, overrides=overrides)
-    )
+    remote = partial(RemoteVllm, model=policy.path, rank=rank, overrides=overrides, needs=length)
+    host: VllmHost
+    if len(servers) > 1:
+        host = ServerPool(
+            servers,
+            partial(remote, wait=ADMISSION_WAIT_S),
+            fingerprint_prompts(policy, recipe),
+            template_options=recipe.model.template,
+        )
+    elif servers:
+        host = remote(servers[0])
+    else:
+        host = LocalVllm(policy, recipe=recipe, rows=rows, length=length, overrides=overrides)
     return VllmEngine(policy, host, stop_ids=stop_ids)
+
+
+def fingerprint_prompts(policy: Any, recipe: Recipe) -> list[Rendered]:
+    """Return the shortest of the recipe's first prompts, which servers continue to show whose weights they have."""
+    prompts = list(open_task(recipe).prompts("train"))[:FINGERPRINT_CANDIDATES]
+    return sorted((render(policy.tokenizer, prompt) for prompt in prompts), key=lambda one: len(one.ids))[
+        :FINGERPRINT_TEXTS
+    ]
 
 
 def needed_length(policy: Any, recipe: Recipe) -> int:

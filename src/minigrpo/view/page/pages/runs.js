@@ -130,7 +130,7 @@ function Compared({ name, chosen, ready, found, axis, window, sentences }) {
     };
     return { x, series: each.map(([own, values], n) => ({ label: drawn[n], colour: chosen.indexOf(drawn[n]), values: spread(own, values) })) };
   }, [found, drawn.join("|"), axis, window, name]);
-  const sentence = sentences[name] || sentences[name.replace(/^rewards\/.*\//, "rewards/NAME/")];
+  const sentence = sentences[name] || sentences[name.replace(/^(rewards|servers)\/.*\//, "$1/NAME/")];
   return html`<${Chart} id=${name} title=${name} ...${{ x, axis, series }}><${About} sentence=${sentence} /><//>`;
 }
 

@@ -1,0 +1,251 @@
+"""Several vLLM servers: whose samples count is proved after every update, and what is wrong with one is named.
+
+Against stand-ins that answer with transformers and PEFT; not against vLLM itself.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigrpo.config.schema import Recipe
+from minigrpo.errors import MinigrpoError
+from minigrpo.models.chat_template import render
+from minigrpo.models.policy import Policy, open_policy
+from minigrpo.rollouts.engines.server_pool import ServerPool
+from minigrpo.rollouts.engines.vllm import VllmEngine, fingerprint_prompts, open_vllm
+from minigrpo.rollouts.engines.vllm_server import RemoteVllm
+from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import grpo
+from minigrpo.types import Prompt, Rendered, Sampling
+from tests.helpers.models import make_policy, rendered, set_lora
+from tests.helpers.tiny import TEMPLATE
+from tests.helpers.vllm_standin import StandIn, stand_ins
+from tests.training.test_training_options import letters, recipe_for
+
+STOPS = (3, 17, 50, 60)
+
+
+def pool_of(servers: tuple[StandIn, ...], said: list[str], prompts: list[Rendered] | None = None) -> ServerPool:
+    remote = partial(RemoteVllm, model="the-base", rank=8, wait=10.0)
+    texts = prompts or rendered((1, 20, 12, 7))
+    return ServerPool([server.url for server in servers], remote, texts, say=said.append, patience=0.3)
+
+
+def opened(policy: Policy, servers: tuple[StandIn, ...], said: list[str]) -> VllmEngine:
+    return VllmEngine(policy, pool_of(servers, said), stop_ids=STOPS)
+
+
+def samplers(engine: VllmEngine) -> set[str]:
+    answers = engine.generate(rendered((1, 9, 5, 4)), 2, Sampling(0.9, 4, 7))
+    return {completion.sampler for own in answers for completion in own}
+
+
+def name_of(server: StandIn) -> str:
+    return server.url.removeprefix("http://")
+
+
+def adapter_of_before(server: StandIn, name: str, model: Any) -> Any:
+    return server.last
+
+
+def doubled(server: StandIn, name: str, model: Any) -> Any:
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.mul_(2)
+    return model
+
+
+class Replicas:
+    """Data-parallel replicas of which only every second one has loaded the adapter."""
+
+    def __init__(self, whole: Any, base: Any) -> None:
+        self.models, self.calls = (whole, base), 0
+
+    def __call__(self, ids: Any) -> Any:
+        self.calls += 1
+        return self.models[(self.calls - 1) // 16 % 2](ids)
+
+
+FAULTS: dict[str, tuple[Callable[[StandIn], Any], str]] = {
+    "no adapter": (
+        lambda server: setattr(server, "takes", lambda server, name, model: server.models["the-base"]),
+        r"samples without adapter policy-2-[0-9a-f]{16}, which it was told to load: 4 of 4 short texts",
+    ),
+    "the adapter before": (
+        lambda server: setattr(server, "takes", adapter_of_before),
+        r"samples with the adapter before policy-2-\w+, which it was told to load: 4 of 4",
+    ),
+    "another adapter": (
+        lambda server: setattr(server, "takes", doubled),
+        r"samples with another adapter than policy-2-\w+, which it was told to load: 4 of 4",
+    ),
+    "some replicas": (
+        lambda server: setattr(server, "takes", lambda server, name, model: Replicas(model, server.models["the-base"])),
+        r"samples without adapter policy-2-\w+, which it was told to load on some of its replicas: 2 of 4",
+    ),
+    "log-probabilities": (lambda server: setattr(server, "shift", 0.3), r"holds another base than the policy \(tiny\)"),
+    "temperature": (
+        lambda server: setattr(server, "plain", True),
+        r"reports log-probabilities at temperature 1, for want of --logprobs-mode processed_logprobs: 4 of 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_wrong_server_samples_from_is_named_and_never_used(fault: str) -> None:
+    break_it, sentence = FAULTS[fault]
+    with stand_ins(wrong := StandIn(), right := StandIn()) as servers:
+        policy, said = make_policy("qwen2"), list[str]()
+        engine = opened(policy, servers, said)
+        assert (said, samplers(engine)) == ([], {name_of(wrong), name_of(right)})
+        wrong.asked.clear()
+        break_it(wrong)
+        set_lora(policy, 0.05)
+        engine.update(policy)
+        assert samplers(engine) == {name_of(right)}
+        assert not wrong.rollouts
+        (told,) = said
+        assert re.fullmatch(rf"Left out: {wrong.url} {sentence}.*tried again after the next update\.", told), told
+
+
+def test_another_base_is_named_from_the_first_adapter_on() -> None:
+    with stand_ins(StandIn(base_seed=1), StandIn()) as servers:
+        opened(make_policy("qwen2"), servers, said := list[str]())
+        assert re.search(
+            r"holds another base than the policy \(tiny\), or computes in another number type than its float32: 4 of 4",
+            said[0],
+        )
+
+
+def test_another_chat_template_is_named_before_anything_is_loaded() -> None:
+    policy, said = make_policy("qwen2"), list[str]()
+    prompt = render(policy.tokenizer, Prompt("q", ({"role": "user", "content": "hi"},)))
+    with stand_ins(wrong := StandIn(template=TEMPLATE.replace("assistant", "model")), StandIn()) as servers:
+        VllmEngine(policy, pool_of(servers, said, [prompt]), stop_ids=STOPS)
+        assert "/v1/load_lora_adapter" not in wrong.told
+    (told,) = said
+    assert "another chat template or tokenizer than the policy: it renders prompt q as" in told
+
+
+def test_an_adapter_that_differs_by_a_hair_from_the_one_before_is_still_told_from_it() -> None:
+    """By less than rounding would be allowed to differ: the way to the known wrong model shows it."""
+    with stand_ins(wrong := StandIn(), StandIn()) as servers:
+        policy, said = make_policy("qwen2"), list[str]()
+        engine = opened(policy, servers, said)
+        wrong.takes = adapter_of_before
+        set_lora(policy, 0.02 * 1.001)
+        engine.update(policy)
+        gap = float(re.search(r"by up to ([\d.e-]+) nats", said[0])[1])  # type: ignore[index]
+        assert "samples with the adapter before" in said[0]
+        assert gap < 1e-3
+
+
+def test_servers_hold_one_adapter_each_and_its_name_is_the_hash_of_its_bytes() -> None:
+    with stand_ins(StandIn(), StandIn()) as servers:
+        policy = make_policy("qwen2")
+        engine = opened(policy, servers, [])
+        seen = [set(servers[0].models)]
+        for size in (0.03, 0.02, 0.02):
+            set_lora(policy, size)
+            engine.update(policy)
+            seen.append(set(servers[0].models))
+            assert set(servers[1].models) == seen[-1]
+        assert all(len(models) == 2 for models in seen)  # the base, and one adapter
+        hashes = ["".join(models - {"the-base"}).rpartition("-")[2] for models in seen]
+        assert hashes[0] == hashes[2] == hashes[3] != hashes[1]
+        assert servers[0].told.count("/v1/load_lora_adapter") == 3  # the same bytes are not sent twice
+        with policy.adapter_off():
+            engine.update(policy)
+        assert set(servers[0].models) == {"the-base"}
+        assert len(samplers(engine)) == 2
+
+
+def test_a_server_that_comes_back_takes_part_again() -> None:
+    with stand_ins(away := StandIn(), StandIn()) as servers:
+        policy, said = make_policy("qwen2"), list[str]()
+        away.fault = 503, "starting"
+        engine = opened(policy, servers, said)
+        assert len(samplers(engine)) == 1
+        away.fault = None
+        set_lora(policy, 0.05)
+        engine.update(policy)
+        assert len(samplers(engine)) == 2
+        assert "refused /v1/load_lora_adapter (503): starting. Its prompts go to other servers" in said[0]
+        assert said[1] == f"{away.url} takes part again: it samples from the policy."
+
+
+def test_where_no_server_is_left_the_run_ends_with_each_ones_fault_and_how_to_start_one() -> None:
+    with stand_ins(StandIn(base_seed=1), dying := StandIn()) as servers:
+        engine = opened(make_policy("qwen2"), servers, [])
+        dying.dies = lambda body: body["n"] > 1
+        with pytest.raises(MinigrpoError) as words:
+            samplers(engine)
+    told = str(words.value)
+    assert told.startswith("No server of rollout.server is left. (1) http://127.0.0.1:")
+    assert "holds another base" in told
+    assert f"(2) No vLLM server answers at {dying.url}" in told
+    assert "--resume" in told
+    assert "vllm serve" in told
+
+
+def test_several_urls_open_a_pool_and_one_url_does_not() -> None:
+    with stand_ins(StandIn(), StandIn()) as servers:
+        policy, urls = make_policy("qwen2"), [server.url for server in servers]
+        recipe = Recipe(rollout={"engine": "vllm", "server": ", ".join(urls)}, task={"size": 8})  # type: ignore[arg-type]
+        engine = open_vllm(policy, recipe, 8, STOPS)
+        assert isinstance(engine.host, ServerPool)
+        assert [server.url for server in engine.host.servers] == urls
+        assert all(server.fault is None for server in engine.host.servers)  # they render the task's chats alike
+        assert 1 < len(fingerprint_prompts(policy, recipe)) <= 4
+        told = len(servers[0].told)
+        alone = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"server": urls[0]})})
+        assert isinstance(open_vllm(policy, alone, 8, STOPS).host, RemoteVllm)
+        assert servers[0].told[told:] == ["/v1/load_lora_adapter"]
+    with pytest.raises(ValueError, match=r"rollout\.server names a server twice"):
+        Recipe(rollout={"engine": "vllm", "server": "http://a:1,http://a:1/"})  # type: ignore[arg-type]
+
+
+def trained(recipe: Recipe, run: RunDir, servers: tuple[StandIn, ...], said: list[str]) -> list[dict[str, Any]]:
+    policy = open_policy(recipe)
+    prompts = [render(policy.tokenizer, prompt) for prompt in letters().prompts("train")[:4]]
+    host: Any = RemoteVllm(servers[0].url, "the-base", 8) if len(servers) == 1 else pool_of(servers, said, prompts)
+    run.path.mkdir()
+    engine = VllmEngine(policy, host, stop_ids=(3,))
+    grpo(recipe, letters(), policy, engine, RunLogger(run, recipe.train.steps))
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_a_run_on_a_wrong_a_dying_and_a_slow_server_learns_what_it_learns_on_a_right_one(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, luck, said = recipe_for(tiny_folder(), rollout__prompts=4), random.Random(1), list[str]()
+    with stand_ins(StandIn()) as right:
+        alone = trained(recipe, RunDir(tmp_path / "alone"), right, said)
+    with stand_ins(wrong := StandIn(), dying := StandIn(), slow := StandIn()) as servers:
+        wrong.shift = 0.3
+        dying.dies = lambda body: body["n"] > 1 and luck.random() < 0.4
+        slow.hangs = lambda body: 1.0 if body["n"] > 1 else 0.0
+        together = trained(recipe, run := RunDir(tmp_path / "together"), servers, said)
+        assert not wrong.rollouts
+        assert all(len(server.models) <= 2 for server in servers)  # the base, and one adapter
+    rows = [json.loads(line) for line in run.groups.read_text().splitlines()]
+    counted = [completion["sampler"] for row in rows for completion in row["completions"]]
+    assert len(counted) == 6 * 4 * 4
+    assert set(counted) == {name_of(dying), name_of(slow)}
+    assert [row["reward"] for row in together] == [row["reward"] for row in alone]
+    assert [row["loss"] for row in together] == pytest.approx([row["loss"] for row in alone], abs=1e-5)
+    gaps = {name for row in together for name in row if re.fullmatch(r"servers/.+/engine_gap", name)}
+    assert gaps == {f"servers/{name_of(server)}/engine_gap" for server in (dying, slow)}
+    assert all(row[name] < 1e-4 for row in together for name in gaps & row.keys())
+    assert all(sum(row.get(f"servers/{name_of(one)}/groups", 0) for one in (dying, slow)) == 4 for row in together)
+    for server, why in (wrong, "holds another base"), (dying, "No vLLM server answers at"), (slow, "is slow"):
+        assert any(server.url in sentence and why in sentence for sentence in said), (why, said)
