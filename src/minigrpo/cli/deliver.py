@@ -65,6 +65,16 @@ ParallelOption = Annotated[
         show_default="1; llama-server's and vLLM's own",
     ),
 ]
+QuestionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--question",
+        metavar="TEXT",
+        parser=as_typed,
+        help="Asked first, below the system message of the training.",
+        show_default="a problem of the run's task",
+    ),
+]
 KeyOption = Annotated[
     str | None,
     typer.Option(
@@ -252,10 +262,7 @@ def serve(
     kind: Annotated[str, typer.Option("--format", metavar="TYPE", help="Which GGUF file of the run.")] = "Q8_0",
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter unmerged, beside its base (vLLM).")] = False,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="An adapter's base, where it lies now.")] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", parser=as_typed, help="Asked first.", show_default="a problem of the run's task"),
-    ] = None,
+    question: QuestionOption = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
     context: ContextOption = None,
     parallel: ParallelOption = None,

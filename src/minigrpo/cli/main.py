@@ -22,6 +22,7 @@ from minigrpo.cli.options import (
     print_error,
     print_json,
     print_list,
+    set_panels,
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
@@ -442,6 +443,9 @@ def recipes(
     else:
         text = dump_recipe(loaded)
         print_result(text if stdout_encodes(text) else dump_recipe(loaded, ascii_only=True), end="")
+
+
+set_panels(app)
 
 
 def import_from_trl(file: Path) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from minigrpo.ui.heartbeat import Heartbeat
-from minigrpo.ui.live import duration, panel_fits
+from minigrpo.ui.live import duration, panel_fits, time_left
 from minigrpo.ui.screen import Screen
 
 
@@ -75,8 +75,8 @@ class _StageLines:
     def report(self, done: int, total: int | None = None, note: str = "") -> None:
         now, total, first = time.monotonic(), self.total if total is None else total, not self.words
         count = f"{done}/{total}" if total else str(done or "")
-        if 0 < done < total and not first:
-            count += f", {duration((now - self.began) / done * (total - done))} left"
+        if not first:
+            count = ", ".join(filter(None, (count, time_left(done, total, now - self.began))))
         self.words = "  ".join(filter(None, (count, note)))
         if self.words and (first or now - self.last >= self.every):
             self._print(self.words)
