@@ -211,20 +211,14 @@ def export(
     ] = None,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option(
-            "--llama-cpp", metavar="DIR", help="The folder of llama.cpp's sources.", show_default="LLAMA_CPP_DIR"
-        ),
+        typer.Option("--llama-cpp", metavar="DIR", help="llama.cpp's sources.", show_default="LLAMA_CPP_DIR"),
     ] = None,
     writer: Annotated[
         Writer, typer.Option(help="auto: llama.cpp's converter if it can be had, else our own for a few architectures.")
     ] = "auto",
     compressor: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PYTHON",
-            help="The python of the environment that has llm-compressor.",
-            show_default="MINIGRPO_COMPRESSOR",
-        ),
+        typer.Option(metavar="PYTHON", help="A python that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make what is there already again.")] = False,
     as_json: AsJson = False,
@@ -340,9 +334,7 @@ def verify(
 def publish(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)] = None,
     *,
-    repo: Annotated[
-        str, typer.Option(metavar="USER/NAME", help="The repository; others get its name with -lora, -GGUF.")
-    ],
+    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="The model's; the others get -lora or -GGUF added.")],
     what: Annotated[
         list[str] | None,
         typer.Option("--what", metavar="KIND", help="merged, adapter or gguf; may be repeated.", show_default="all"),

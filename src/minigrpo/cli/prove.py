@@ -29,9 +29,7 @@ def replay(
         int | None,
         typer.Option(min=1, max=MOST_STEPS, metavar="N", help="Draw N steps at random, in place of --step."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="The seed of that draw.", show_default="a new one, printed")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The draw's seed.", show_default="a new one")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads, to see what they change.", show_default="the run's")
     ] = None,
