@@ -192,3 +192,39 @@ def test_every_message_that_the_troubleshooting_page_quotes_is_one_of_the_packag
     for text in quoted:
         for part in re.split(r"\.\.\.|\bN%?", text):
             assert any(part.strip() in piece for piece in pieces), text
+
+
+def shown_commands(page: Path) -> list[list[str]]:
+    """Return the words of each minigrpo command on the page: of lines that begin with it, and of code in the text."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ *(?:\$ |.*-m -- )?minigrpo ([a-z][^\n]*)", text, re.MULTILINE)
+    inline = [re.sub(r"\s+", " ", found) for found in re.findall(r"`(?:torchrun )?minigrpo ([a-z][^`]*)`", text)]
+    cut = [re.split(r"\s+#|\s*[>|]\s|\.\.\.", line.replace("`", ""))[0] for line in lines] + inline
+    return [shlex.split(line) for line in cut if line.strip()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_every_command_of_a_page_has_the_recipe_and_the_options_that_it_names(page: Path) -> None:
+    import typer
+
+    from minigrpo.cli.main import app
+    from minigrpo.cli.options import QuietRecipeCommand, RecipeCommand
+    from minigrpo.config.fields import fields_by_name
+    from minigrpo.config.load import recipe_names
+
+    known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for verb, *words in shown_commands(page):
+        assert verb in known, f"minigrpo {verb}"
+        options = {name for param in known[verb].params for name in (*param.opts, *param.secondary_opts)}
+        takes_knobs = isinstance(known[verb], (RecipeCommand, QuietRecipeCommand))
+        for option in (word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)):
+            knob = option[2:] in fields_by_name() or option.startswith(FREE)
+            assert option in options or (takes_knobs and knob) or option in ("--help", "-h"), (
+                f"minigrpo {verb} {option}"
+            )
+        named = words[1:2] if verb == "launch" else words[:1]
+        if takes_knobs and verb != "adopt" and named and named[0].islower() and not named[0].startswith("-"):
+            assert re.search(r"[./]", named[0]) or named[0] in recipe_names(), f"minigrpo {verb} {named[0]}"
+
+
+FREE = ("--model.template.", "--task.weights.", "--groups.factor.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +104,29 @@ def test_help_lists_the_commands(minigrpo_says: Any) -> None:
     assert all(command in ended.out for command in COMMANDS)
 
 
+def test_help_shows_the_commands_under_headings_in_the_order_of_a_run(minigrpo_says: Any) -> None:
+    shown = re.findall(r"^│ ([a-z-]+) |^╭─ ([A-Z][\w ]+) ─", minigrpo_says("--help").out, re.MULTILINE)
+    words = [command or heading for command, heading in shown]
+    assert words[words.index("Begin") : words.index("Train and measure")] == [
+        *("Begin", "quickstart", "run", "recipes", "tasks"),
+        *("Before training", "check-task", "plan", "preflight", "warmup"),
+    ]
+    assert "Commands" not in words  # the heading of what has none
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_examples_in_its_help(minigrpo_says: Any, command: str) -> None:
     ended = minigrpo_says(command, "--help")
     assert ended.code == 0
     assert f"minigrpo {command}" in ended.out.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_breaks_a_sentence_only_where_the_terminal_ends(minigrpo_says: Any, command: str) -> None:
+    about = minigrpo_says(command, "--help").out.partition("╭")[0]
+    for line, following in pairwise(line.strip() for line in about.splitlines()):
+        if line and following:
+            assert len(f" {line} {following.split()[0]} ") > 80, line
 
 
 @pytest.mark.parametrize("width", ["80", "120"])

@@ -24,6 +24,7 @@ from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
 from minigrpo.delivery.serve.serve import ask_once, plan_server
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
+from minigrpo.tasks.builtin.wordproblems import SYSTEM_PROMPT
 from tests.helpers.delivered import edit_json, save_base
 from tests.helpers.served import children, exported_run, file_of, gone
 
@@ -66,7 +67,8 @@ def test_a_question_of_ones_own_is_answered_and_the_server_stopped(run: RunDir, 
     assert told["answer"]["question"] == "it's $5"
     assert told["answer"]["reward"] is None  # the question is not the task's
     body = json.loads(shlex.split(told["curl"])[-1])
-    assert body == {"model": "mine", "messages": [{"role": "user", "content": "it's $5"}]}
+    asked = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "it's $5"}]
+    assert body == {"model": "mine", "messages": asked}  # below what it was trained with
     assert children(os.getpid()) == before
 
 

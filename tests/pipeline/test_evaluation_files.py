@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
 from minigrpo.pipeline.evaluate import evaluate, require_free
+from minigrpo.pipeline.tables import answer_panel
 from minigrpo.runs.manifest import create_run, stamp
 from minigrpo.runs.rundir import RunDir, write_json
 
@@ -64,3 +66,12 @@ def test_a_new_file_and_an_earlier_evaluation_are_free(run: RunDir, tmp_path: Pa
         write_json(file, EVALUATION)
         require_free(file)
     assert json.loads((run.evals / "new.json").read_text())["made"]["verb"] == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"), [("5", ", target 5"), ({"answer": "5"}, ", target 5"), ({}, ""), (None, "")]
+)
+def test_an_answer_is_shown_with_its_target_where_it_has_one(target: Any, shown: str) -> None:
+    answer = {"prompt": "2 + 3?", "text": "6", "solved": False, "formed": True, "finish": "stop", "reward": 0.5}
+    body = str(answer_panel(answer | {"target": target}, "wrong").renderable)
+    assert body == f"2 + 3?\n→ 6\nwrong: reward 0.5{shown}"

@@ -70,6 +70,7 @@ def test_an_alarm_says_what_it_saw_as_soon_as_it_can_and_alone(alarm: Any) -> No
     said = heard(steps)
     assert len(said) == 1, said
     assert words in said[0][1]
+    assert said[0][1].startswith(f"alarm, {alarm.name}: ")  # by which docs/alarms.md lists it
     assert "\n" not in said[0][1]
     assert "nan" not in said[0][1].split()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.types import Engine, Sampling
 from minigrpo.ui import heartbeat
 from minigrpo.ui.heartbeat import Heartbeat
-from minigrpo.ui.live import PlainLog, Snapshot
+from minigrpo.ui.live import PlainLog, Snapshot, time_left
 from minigrpo.ui.progress import stage
 from tests.helpers.models import make_policy, rendered
 
@@ -67,6 +68,28 @@ def test_a_training_step_that_lasts_says_what_it_does() -> None:
     first = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
     assert first == "step 3/60: sampling: 3 of 16 completions ended, 412 tokens, 18 a second, 0s so far"
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_the_first_piece_of_many_foretells_nothing() -> None:
+    assert [time_left(done, 1450, 7.0) for done in (0, 1, 14, 1450)] == [""] * 4
+    assert time_left(15, 1450, 9.0) == "14m21s left"
+    assert time_left(1, 5, 9.0) == "36s left"
+    assert time_left(3, 0, 9.0) == ""
+
+
+def test_a_long_stage_tells_no_time_from_its_first_piece_alone() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with stage("model", 1450, console) as report:
+        report(0, note="a tokenizer")
+        time.sleep(0.12)
+        for done in (1, 100):
+            report(done)
+            time.sleep(0.2)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "model: 1/1450," in told  # a heartbeat, with what has passed
+    assert "1/1450, 0s left" not in told
+    assert not re.search(r" 1/1450, \S+ left", told)
+    assert re.search(r"100/1450, \S+ left", told)
 
 
 def test_the_waits_are_those_that_are_promised() -> None:

@@ -40,7 +40,10 @@ BaseOption = Annotated[
 LicenceOption = Annotated[
     str | None,
     typer.Option(
-        "--license", metavar="ID", help="The Hub's: apache-2.0, mit ...", show_default="the recipe's or base's"
+        "--license",
+        metavar="ID",
+        help="The Hub's name of the licence: apache-2.0, mit ...",
+        show_default="the recipe's or base's",
     ),
 ]
 ContextOption = Annotated[
@@ -51,7 +54,7 @@ ContextOption = Annotated[
         min=16,
         max=MOST_TOKENS,
         metavar="TOKENS",
-        help="Of prompt and answer.",
+        help="Tokens of prompt and answer together.",
         show_default="up to 4096",
     ),
 ]
@@ -63,6 +66,16 @@ ParallelOption = Annotated[
         metavar="N",
         help="Requests at a time. llama.cpp: each takes memory of its own; vLLM: at most.",
         show_default="1; llama-server's and vLLM's own",
+    ),
+]
+QuestionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--question",
+        metavar="TEXT",
+        parser=as_typed,
+        help="Asked first, below the system message of the training.",
+        show_default="a problem of the run's task",
     ),
 ]
 KeyOption = Annotated[
@@ -104,10 +117,12 @@ def adopt(
         Path | None, typer.Option("--run", metavar="DIR", help="The new run's folder.", show_default="runs/ADAPTER")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="Its base.", show_default="as the adapter says")
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="The adapter's base.", show_default="as the adapter says"),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Whose task and limits count.", show_default="all defaults")
+        str | None,
+        typer.Option(metavar="RECIPE", help="The recipe whose task and limits count.", show_default="all defaults"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -196,24 +211,22 @@ def export(
     ] = None,
     llama_cpp: Annotated[
         Path | None,
-        typer.Option("--llama-cpp", metavar="DIR", help="Sources of llama.cpp.", show_default="LLAMA_CPP_DIR"),
+        typer.Option("--llama-cpp", metavar="DIR", help="llama.cpp's sources.", show_default="LLAMA_CPP_DIR"),
     ] = None,
     writer: Annotated[
         Writer, typer.Option(help="auto: llama.cpp's converter if it can be had, else our own for a few architectures.")
     ] = "auto",
     compressor: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PYTHON", help="Of the environment that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"
-        ),
+        typer.Option(metavar="PYTHON", help="A python that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make what is there already again.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The merged model as GGUF files, each proved by llama.cpp, or in compressed formats for vLLM.
 
     Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
-    far away is kept with .rejected after its name, and the exit code is 1. A Modelfile for Ollama lies beside each.
+    far away is kept with .rejected after its name, and the exit code is 1. Beside each is a Modelfile for Ollama.
     FP8, W4A16 and NVFP4 are folders that vLLM serves, made by llm-compressor: every weight is unpacked and compared.
     """
     from minigrpo.delivery.compressed.export import compress
@@ -251,19 +264,18 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     kind: Annotated[str, typer.Option("--format", metavar="TYPE", help="Which GGUF file of the run.")] = "Q8_0",
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter unmerged, beside its base (vLLM).")] = False,
-    base: Annotated[str | None, typer.Option(metavar="MODEL", help="An adapter's base, where it lies now.")] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", parser=as_typed, help="Asked first.", show_default="a problem of the run's task"),
-    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, if it has moved.")] = None,
+    question: QuestionOption = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the question is answered.")] = False,
     context: ContextOption = None,
     parallel: ParallelOption = None,
     api_key: KeyOption = None,
     cors: CorsOption = None,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds that it may be silent while it starts.")] = 600.0,
-    vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of the environment that holds vLLM.")] = None,
-    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Where llama-server is.")] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds of silence allowed at its start.")] = 600.0,
+    vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="The python of an environment with vLLM.")] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="The folder of llama-server.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines only.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -322,7 +334,7 @@ def verify(
 def publish(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)] = None,
     *,
-    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="Where to; -lora and -GGUF are added to the others.")],
+    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="The model's; the others get -lora or -GGUF added.")],
     what: Annotated[
         list[str] | None,
         typer.Option("--what", metavar="KIND", help="merged, adapter or gguf; may be repeated.", show_default="all"),
@@ -334,7 +346,7 @@ def publish(
         bool, typer.Option("--with-run", help="Also logs, checkpoints and hashes, by which others can audit the run.")
     ] = False,
     with_paths: Annotated[
-        bool, typer.Option("--with-paths", help="Although files of the run name places of this machine.")
+        bool, typer.Option("--with-paths", help="Send files that hold paths of this machine, too.")
     ] = False,
     licence: LicenceOption = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
@@ -343,9 +355,10 @@ def publish(
         bool, typer.Option("--fetch", help="Download it again into the Hub's cache, and compare.")
     ] = False,
     message: Annotated[
-        str | None, typer.Option(metavar="TEXT", parser=as_typed, help="Of the commit.", show_default="the run's name")
+        str | None,
+        typer.Option(metavar="TEXT", parser=as_typed, help="The commit's message.", show_default="the run's name"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what a repository holds of somebody's own.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files there that are not of this run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put the merged model, the adapter and the GGUF files on the Hugging Face Hub.

@@ -60,9 +60,7 @@ def report(
 def watch(
     run: RunFolder,
     *,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Go on while nobody works on it: until it is begun, or resumed.")
-    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a run that has not begun, or was stopped.")] = False,
 ) -> None:
     """Follow a run from another terminal.
 

@@ -19,13 +19,17 @@ def launch(
     *,
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="DIR", help="On storage that all of them see.", show_default="runs/RECIPE"),
+        typer.Option(
+            "--run", metavar="DIR", help="The run's folder, where all machines see it.", show_default="runs/RECIPE"
+        ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Machines; for ssh those of --hosts.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=65_536, help="Number of machines; for ssh those of --hosts.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, max=1024, help="Processes of each machine, one for each GPU.")] = 8,
-    hosts: Annotated[str, typer.Option(help="ssh: names of the machines, with commas; the first is met by all.")] = "",
+    hosts: Annotated[
+        str, typer.Option(help="ssh: names of the machines, with commas; all others connect to the first.")
+    ] = "",
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, max=1000, help="Of all ranks, where one of them is lost.")
+        int, typer.Option("--max-restarts", min=0, max=1000, help="Restarts of all ranks after one was lost.")
     ] = 3,
 ) -> None:
     """Write the file of a job that trains on several machines.

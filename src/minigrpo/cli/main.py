@@ -22,6 +22,7 @@ from minigrpo.cli.options import (
     print_error,
     print_json,
     print_list,
+    set_panels,
     stdout_for_json,
 )
 from minigrpo.config.load import dump_recipe, load_recipe, recipe_names
@@ -104,7 +105,9 @@ def plan(
     *,
     gpu_memory: Annotated[
         str | None,
-        typer.Option("--gpu-memory", metavar="GB", help="Of a GPU, here or not.", show_default="this machine"),
+        typer.Option(
+            "--gpu-memory", metavar="GB", help="Of a GPU, which need not be here.", show_default="this machine"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -158,7 +161,7 @@ def train(
         int, typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that share every step.")
     ] = 1,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, max=1000, help="Of all of them, where one of them is lost.")
+        int, typer.Option("--max-restarts", min=0, max=1000, help="Restarts of all of them after one was lost.")
     ] = 3,
 ) -> None:
     """Train with GRPO.
@@ -183,7 +186,9 @@ def evaluate(
     *,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Whose task and limits count.", show_default="the run's, or all defaults"),
+        typer.Option(
+            metavar="RECIPE", help="The recipe whose task and limits count.", show_default="the run's, or all defaults"
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this one, prompt by prompt.")] = None,
     limit: Annotated[
@@ -225,9 +230,11 @@ def evaluate(
 def fork(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has trained.")],
     *,
-    at: Annotated[int, typer.Option(min=0, max=MOST_STEPS, metavar="STEP", help="Of the checkpoint to fork at.")],
+    at: Annotated[
+        int, typer.Option(min=0, max=MOST_STEPS, metavar="STEP", help="The step of the checkpoint to fork at.")
+    ],
     change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="What is to be otherwise; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="What to change; may be repeated.")
     ] = None,
     steps: Annotated[
         int | None,
@@ -239,7 +246,8 @@ def fork(
         int, typer.Option(min=1, max=1000, help="Draws of random numbers; from 3 on the interval is worth having.")
     ] = 1,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of RUN/forks/NAME.", show_default="step and change")
+        str | None,
+        typer.Option(metavar="NAME", help="The changed twin's: RUN/forks/NAME.", show_default="step and change"),
     ] = None,
     limit: Annotated[
         int | None,
@@ -332,7 +340,9 @@ def quickstart(
 @app.command("check-task", cls=QuietRecipeCommand)
 def check_task_command(
     context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="Whose task it is.", show_default="all defaults")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="The recipe that names the task.", show_default="all defaults")
+    ] = None,
     *,
     limit: Annotated[int, typer.Option(min=2, max=MOST_PROMPTS, help="Prompts tried, half of each split.")] = 32,
     attack: Annotated[
@@ -340,9 +350,9 @@ def check_task_command(
     ] = False,
     steps: Annotated[
         int,
-        typer.Option(min=0, max=MOST_STEPS, help="Of the cheater's training; 0: only what needs no training."),
+        typer.Option(min=0, max=MOST_STEPS, help="Steps of its training; 0: only what needs none."),
     ] = 60,
-    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of its training after so many.")] = 240.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of its training after this time.")] = 240.0,
     as_json: AsJson = False,
 ) -> None:
     """Try a task's grader on right and wrong answers, or attack it.
@@ -428,7 +438,7 @@ def recipes(
     """The recipes that come with the package, or one of them as YAML.
 
     With --from-trl: a recipe of what a script (.py, which is read, not run) or a file of options (.yaml, .json) sets;
-    what has no counterpart is told.
+    what has no counterpart is listed.
     """
     if from_trl is not None:
         loaded = import_from_trl(from_trl)
@@ -442,6 +452,9 @@ def recipes(
     else:
         text = dump_recipe(loaded)
         print_result(text if stdout_encodes(text) else dump_recipe(loaded, ascii_only=True), end="")
+
+
+set_panels(app)
 
 
 def import_from_trl(file: Path) -> Recipe:

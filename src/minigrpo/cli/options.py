@@ -27,6 +27,16 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder."
 OVERRIDES = "minigrpo.overrides"
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
+PANELS: dict[str, str] = {
+    "Begin": "quickstart run recipes tasks",
+    "Before training": "check-task plan preflight warmup",
+    "Train and measure": "train evaluate launch",
+    "Look at a run": "view watch report inspect fork replay audit",
+    "Deliver": "check merge export verify serve publish adopt",
+    "The machine": "doctor sandbox",
+}
+"""The commands under the headings of `minigrpo --help`, in the order in which a run needs them."""
+
 EXAMPLES: dict[str, str] = {
     "preflight": """
         minigrpo preflight quickstart
@@ -147,6 +157,15 @@ EXAMPLES: dict[str, str] = {
 }
 
 
+def set_panels(app: typer.Typer) -> None:
+    """Put every command of the app under its heading, in the order of PANELS. Raise KeyError for one that has none."""
+    panels = {name: heading for heading, names in PANELS.items() for name in names.split()}
+    commands = {one.name or getattr(one.callback, "__name__", ""): one for one in app.registered_commands}
+    for name, command in commands.items():
+        command.rich_help_panel = panels[name]
+    app.registered_commands = [commands[name] for name in panels]
+
+
 class Command(TyperCommand):
     """A command whose help ends with examples, and that ends with 130 when it is interrupted."""
 
@@ -158,6 +177,8 @@ class Command(TyperCommand):
             raise typer.Exit(130) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        # The lines of a docstring are broken for the source: a terminal breaks them again where it ends.
+        self.help = "\n\n".join(" ".join(part.split()) for part in (self.help or "").split("\n\n"))
         super().format_help(ctx, formatter)
         lines = [line.strip() for line in EXAMPLES[str(self.name)].splitlines() if line.strip()]
         Screen().print(_panel(Text("\n").join(_example(line) for line in lines), "Examples"))

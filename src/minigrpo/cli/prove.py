@@ -29,7 +29,7 @@ def replay(
         int | None,
         typer.Option(min=1, max=MOST_STEPS, metavar="N", help="Draw N steps at random, in place of --step."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of that draw.", show_default="a new one, told")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The draw's seed.", show_default="a new one")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads, to see what they change.", show_default="the run's")
     ] = None,
@@ -84,7 +84,7 @@ def audit(
     steps: Annotated[int, typer.Option(min=0, help="Steps drawn at random and done again, with their stretch.")] = 3,
     answers: Annotated[int, typer.Option(min=0, help="Answers of evaluations drawn at random and asked again.")] = 5,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the draw.", show_default="a new one, told in audit.json")
+        int | None, typer.Option(min=0, help="The seed of the draw.", show_default="a new one, kept in audit.json")
     ] = None,
     base: BaseOption = None,
     model: Annotated[

@@ -255,7 +255,7 @@ class TrainConfig(Config):
     tokens_per_pass: int = field(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
     memory: float | None = field(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)
     reference: Literal["auto", "device", "cpu"] = field(
-        "auto", "where the frozen copy of train.full with a KL term lies; auto: on the device where the plan has room"
+        "auto", "where train.full keeps its frozen copy for the KL term; auto: on the device where the plan has room"
     )
     threads: int = field(0, "CPU threads; 0: all cores", "threads", ge=0, le=4096)
 

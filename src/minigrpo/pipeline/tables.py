@@ -156,11 +156,12 @@ def answer_panel(answer: Mapping[str, Any], title: str) -> Panel:
     judged = "right" if answer["solved"] else "wrong" if answer["formed"] else "not in the form"
     end = ", cut off at the limit" if answer["finish"] == "length" else ""
     earned = "unknown" if answer["reward"] is None else f"{answer['reward']:g}"
+    target = f", target {target_of(answer['target'])}" if answer["target"] not in (None, {}) else ""
     body = Text.assemble(
         (printable(str(question)).strip(), "dim"),
         ("\n→ ", "bold"),
         answer_text.strip() or "(nothing)",
-        (f"\n{judged}: reward {earned}, target {target_of(answer['target'])}{end}", "italic"),
+        (f"\n{judged}: reward {earned}{target}{end}", "italic"),
     )
     return Panel(body, title=title, title_align="left", border_style="green" if answer["solved"] else "red", width=100)
 

@@ -7,6 +7,7 @@ uninterrupted one.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -42,6 +43,7 @@ from minigrpo.training.oom import crash_note, killed_for_memory, pop_crash_note,
 from minigrpo.training.origin import hash_prompts, record_origin
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
+from minigrpo.ui.live import time_left
 from minigrpo.utils.memory import free_before_kill
 from minigrpo.utils.process import compute_repeatably
 from minigrpo.utils.rng import name_key
@@ -80,6 +82,7 @@ class Supervisor:
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
         self.bonus = EntropyBonus.of(recipe.objective)
+        self._sampling_since = time.monotonic()
         self.alarms = Alarms(recipe, sixteen_bit=policy.is_sixteen_bit)
         self.monitor = DivergenceMonitor(recipe.watch)
         self.skipped_in_a_row = 0
@@ -186,7 +189,11 @@ class Supervisor:
         return [groups[prompt.id] for prompt in prompts]
 
     def _report_sampling(self, done: int, total: int = 0, note: str = "") -> None:
-        self.logger.set_activity(f"sampling: {done} of {total} completions ended, {note}")
+        if not done:
+            self._sampling_since = time.monotonic()
+        left = time_left(done, total, time.monotonic() - self._sampling_since)
+        said = ", ".join(filter(None, (f"{done} of {total} completions ended", note, left)))
+        self.logger.set_activity(f"sampling: {said}")
 
     def _is_informative(self, group: Group) -> bool:
         """Tell whether the group's siblings differ in what the objective compares."""

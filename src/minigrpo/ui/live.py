@@ -232,6 +232,15 @@ def column_means(values: Sequence[float], width: int) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
+def time_left(done: int, total: int, seconds: float) -> str:
+    """Return the remaining time of work of which `done` of `total` took so many seconds: "1m20s left".
+
+    "" where nothing is left, and before a hundredth is done: the first piece often waits for what all pieces need, and
+    what is told from it alone is hours where it is minutes.
+    """
+    return f"{duration(seconds / done * (total - done))} left" if total / 100 <= done < total and done else ""
+
+
 def duration(seconds: float) -> str:
     """Format seconds: 8s, 1m20s, 2h05m."""
     whole = round(seconds)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from minigrpo.ui.heartbeat import Heartbeat
-from minigrpo.ui.live import duration, panel_fits
+from minigrpo.ui.live import duration, panel_fits, time_left
 from minigrpo.ui.screen import Screen
 
 
@@ -77,8 +77,8 @@ class _StageLines:
         if not done:
             self.counted_from = now  # what came before the first of them says nothing of how long the others take
         count = f"{done}/{total}" if total else str(done or "")
-        if 0 < done < total and not first:
-            count += f", {duration((now - self.counted_from) / done * (total - done))} left"
+        if not first:
+            count = ", ".join(filter(None, (count, time_left(done, total, now - self.counted_from))))
         self.words = "  ".join(filter(None, (count, note)))
         if self.words and (first or now - self.last >= self.every):
             self._print(self.words)

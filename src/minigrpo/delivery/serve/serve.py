@@ -104,8 +104,8 @@ def server_command(servable: Servable, options: ServeOptions) -> ServerCommand:
 
 
 def ask(server: ServerProcess, servable: Servable, question: str | None = None) -> ServedAnswer:
-    """Ask one question, greedily: the given one, else the first unseen problem of the run's task, graded by the
-    task."""
+    """Ask one question, greedily: the given one below the system message of the training, else the first unseen
+    problem of the run's task, graded by the task."""
     from minigrpo.rollouts.grading import judge
 
     began = time.perf_counter()
@@ -138,17 +138,25 @@ def _template_of(servable: Servable) -> ChatTemplate:
 
 
 def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | None, Prompt]:
+    problem = _problem_of_the_run(servable)
+    if question is None and problem:
+        return problem
+    message: Message = PROBE_QUESTION if question is None else {"role": "user", "content": question}
+    # Without the system message that it was trained with, a model is asked something else than it learned to answer.
+    system = [one for one in (problem[1].messages[:1] if problem else ()) if one["role"] == "system"]
+    return None, Prompt("asked", (*system, message))
+
+
+def _problem_of_the_run(servable: Servable) -> tuple[Task, Prompt] | None:
+    """Return the run's task and its first unseen problem; None without a run, or where its file or data are gone."""
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.tasks.registry import open_task
 
-    if question is None and servable.recipe:
-        with suppress(
-            MinigrpoError
-        ):  # its file or data may be gone: a plain question then shows that the model answers
+    with suppress(MinigrpoError):
+        if servable.recipe:
             task = open_task(servable.recipe)
             return task, prompts_of(task, "test", 1)[0]
-    message: Message = PROBE_QUESTION if question is None else {"role": "user", "content": question}
-    return None, Prompt("asked", (message,))
+    return None
 
 
 # Showing

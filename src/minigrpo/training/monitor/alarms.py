@@ -150,14 +150,17 @@ class Alarms:
         return alarms
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """Return the messages after this step: an alarm that lasts is repeated every watch.every steps."""
+        """Return the messages after this step, each under the name by which docs/alarms.md lists it.
+
+        An alarm that lasts is repeated every watch.every steps.
+        """
         row = {name: float(value) for name, value in metrics.items() if is_known(value)}
         self._long.append(row)
         if len(self._first) < WINDOW:
             self._first.append(row)
         raised = [alarm for alarm in ALARMS if self._is_due(alarm, step) and alarm.holds(self._past(alarm.steps))]
         self._said |= {alarm.name: step for alarm in raised}
-        return [alarm.says(self._past(alarm.steps)) for alarm in raised]
+        return [f"alarm, {alarm.name}: {alarm.says(self._past(alarm.steps))}" for alarm in raised]
 
     def _is_due(self, alarm: Alarm, step: int) -> bool:
         said = self._said.get(alarm.name)
