@@ -19,7 +19,7 @@ from minigrpo.types import Engine, Sampling
 from minigrpo.ui import heartbeat
 from minigrpo.ui.heartbeat import Heartbeat
 from minigrpo.ui.live import PlainLog, Snapshot, time_left
-from minigrpo.ui.progress import stage
+from minigrpo.ui.progress import _StageLines, stage
 from tests.helpers.models import make_policy, rendered
 
 ENGINES: dict[str, Callable[[Policy], Engine]] = {
@@ -90,6 +90,16 @@ def test_a_long_stage_tells_no_time_from_its_first_piece_alone() -> None:
     assert "1/1450, 0s left" not in told
     assert not re.search(r" 1/1450, \S+ left", told)
     assert re.search(r"100/1450, \S+ left", told)
+
+
+def test_what_was_done_before_the_first_piece_does_not_count_for_the_time_left() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    lines = _StageLines("warmup", 30, console, every=0.0)
+    with lines.heartbeat:
+        lines.began = lines.counted_from = lines.last = time.monotonic() - 600  # ten minutes of measuring
+        lines.report(0, note="supervised steps begin")
+        lines.report(1, note="loss 1.11")
+    assert "1/30, 0s left  loss 1.11" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_waits_are_those_that_are_promised() -> None:
