@@ -16,15 +16,18 @@ from minigrpo.algorithms.objective import open_objective
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import GroupsConfig, Recipe, RolloutConfig
 from minigrpo.distributed.ranks import Ranks
-from minigrpo.errors import RecipeError, TaskError
+from minigrpo.errors import DivergenceError, RecipeError, TaskError
 from minigrpo.models.policy import open_policy
+from minigrpo.pipeline import stages
+from minigrpo.pipeline.forks import plan_fork
+from minigrpo.pipeline.replay import replay
 from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import RunLogger, read_groups
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.ahead import RolloutAhead, refuse_ahead
 from minigrpo.training.grpo import grpo
 from minigrpo.types import Grade, Prompt, Task
-from tests.training.test_grpo import letters, recipe_for, untimed
+from tests.training.test_grpo import TASK, letters, lines_in, recipe_for, untimed
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -99,6 +102,23 @@ def test_an_earlier_end_leaves_the_same_checkpoint(tiny_folder: Callable[..., Pa
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_its_steps_are_done_again_to_the_bit_and_a_fork_changes_nothing_in_it(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "letters.py").write_text(TASK)
+    recipe = ahead_recipe(tiny_folder(), steps=4)
+    recipe = recipe.model_copy(
+        update={"task": recipe.task.model_copy(update={"name": f"{tmp_path}/letters.py:letters"})}
+    )
+    run = RunDir(tmp_path / "run")
+    stages.train(recipe, run)
+    again = replay(run, 4, quiet=True)
+    assert (again.ok, again.exact, again.saved) == (True, (3, 4), (4,)), again.differences
+    with pytest.raises(RecipeError, match="sampled ahead"):
+        plan_fork(run, 2, {"train.lr": "1e-4"})
+    assert plan_fork(run, 2, {}).until == 4
+
+
 def test_what_goes_wrong_in_a_rollout_ahead_ends_the_run_and_leaves_no_thread(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -113,7 +133,29 @@ def test_what_goes_wrong_in_a_rollout_ahead_ends_the_run_and_leaves_no_thread(
     task = Task("broken", letters().prompts, grade)
     with pytest.raises(TaskError, match="grader is broken"):
         train(ahead_recipe(tiny_folder()), tmp_path / "run", task)
-    assert not [thread for thread in threading.enumerate() if thread.name == "rollout ahead"]
+    assert lines_in(tmp_path / "run" / "metrics.jsonl") == 0, "the step beside which it happened is not logged"
+    assert not threads_ahead()
+
+
+def threads_ahead() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "rollout ahead"]
+
+
+def test_an_update_that_fails_leaves_no_thread_that_samples(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **options: Any) -> Any:
+        assert threads_ahead(), "the next step is being sampled"
+        raise DivergenceError("broken")
+
+    def grade(prompt: Prompt, text: str) -> Grade:
+        time.sleep(0.05)
+        return Grade(len(text))
+
+    monkeypatch.setattr("minigrpo.training.grpo.update_policy", fails)
+    with pytest.raises(DivergenceError, match="broken"):
+        train(ahead_recipe(tiny_folder()), tmp_path / "run", Task("slow", letters().prompts, grade))
+    assert not threads_ahead()
 
 
 def test_a_rollout_that_nobody_waits_for_ends_soon() -> None:
