@@ -158,7 +158,8 @@ class Engine(Protocol):
 
     `is_exact`: whether float32 weights give the policy's own log-probabilities, up to rounding. Where they do not,
     the loss corrects for the difference (objective.importance). An engine that decodes a fixed number of completions
-    side by side has that number as `rows`.
+    side by side has that number as `rows`. One with `keeps_weights` may be asked in a thread while the policy's
+    adapter is trained (rollout.ahead): it samples with what the last `update` gave it.
     """
 
     is_exact: bool

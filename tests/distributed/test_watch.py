@@ -135,6 +135,27 @@ def test_a_store_that_is_gone_ends_the_rank_with_a_sentence() -> None:
     assert "What started the ranks does not answer" in after(watch, clock, 2).verdict.sentence  # type: ignore[union-attr]
 
 
+def test_a_store_that_lets_everybody_wait_is_found_by_a_second_thread() -> None:
+    """A cable that is pulled closes no connection: the call in `look` does not return."""
+    clock, ended = Clock(), []
+    watch = watch_of(Store(), clock, end=ended.append)
+    watch.at("in the update of step 3")
+    after(watch, clock, 1)
+    for _ in range(30):
+        clock.now += 1
+        watch.check_store()
+    assert watch.verdict is None
+    clock.now += 1
+    watch.check_store()
+    assert watch.verdict is not None
+    for words in ("does not answer any more (no word for 31 s)", "rank 0 on", "in the update of step 3", "--resume"):
+        assert words in watch.verdict.sentence
+    still = watch_of(Store(), clock)
+    clock.now += 100  # the process itself was stopped
+    still.check_store()
+    assert still.verdict is None
+
+
 def test_a_process_alone_has_no_place_among_ranks_and_sends_nothing() -> None:
     several = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
     place = Place.of(several)

@@ -169,7 +169,8 @@ def open_objective(recipe: Recipe, *, inexact_engine: bool) -> Objective:
 
     `inexact_engine`: engine and policy round differently, so that they disagree about the same weights.
     """
-    inexact = inexact_engine or recipe.groups.replay > 0  # replayed groups were sampled by an older policy
+    # An older policy sampled the groups that are replayed, or were sampled ahead.
+    inexact = inexact_engine or recipe.groups.replay > 0 or recipe.rollout.ahead > 0
     return OBJECTIVES[recipe.objective.name].with_config(
         recipe.objective, inexact_sampler=inexact, tie=recipe.groups.min_spread
     )

@@ -14,7 +14,7 @@ from minigrpo.ui.screen import print_result
 
 def launch(
     context: typer.Context,
-    kind: Annotated[str, typer.Argument(help="slurm, skypilot or ssh.")],
+    kind: Annotated[str, typer.Argument(help="slurm, skypilot, hf-jobs or ssh.")],
     recipe: Annotated[str, typer.Argument(help="As for train; the machines must find it under the same name.")],
     *,
     run: Annotated[
@@ -34,8 +34,9 @@ def launch(
 ) -> None:
     """Write the file of a job that trains on several machines.
 
-    Prints a script for Slurm's sbatch, a task for SkyPilot, or a script that starts the ranks over ssh. Nothing is
-    started. The knobs of the recipe are options here too, and become part of the command: docs/scale.md.
+    Prints a script for Slurm's sbatch, a task for SkyPilot, a script that gives a job to Hugging Face, or one that
+    starts the ranks over ssh. Nothing is started. The knobs of the recipe are options here too, and become part of
+    the command: docs/scale.md.
     """
     from minigrpo.distributed.jobs import Job, job_file, names_of
 

@@ -433,13 +433,24 @@ def recipes(
             "--from-trl", metavar="FILE", help="Make one of a script or options for TRL's GRPO, or Unsloth's."
         ),
     ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="TRAINER", help="Write it for trl, verl or prime-rl instead.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The recipes that come with the package, or one of them as YAML.
 
     With --from-trl: a recipe of what a script (.py, which is read, not run) or a file of options (.yaml, .json) sets;
-    what has no counterpart is listed.
+    what has no counterpart is listed. With --to: a script for TRL or verl, or a file for prime-rl, which asks and
+    grades with this recipe's task; what has no counterpart stands in its comments.
     """
+    if to is not None:
+        if name is None or from_trl is not None or as_json:
+            raise RecipeError("--to writes one recipe for another trainer: minigrpo recipes RECIPE --to trl")
+        from minigrpo.config.to_others import recipe_for
+
+        print_result(recipe_for(to, load_recipe(name), name), end="")
+        return
     if from_trl is not None:
         loaded = import_from_trl(from_trl)
     elif name is None:

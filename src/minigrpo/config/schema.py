@@ -154,6 +154,14 @@ class RolloutConfig(Config):
     )
     share: float = field(0.4, "engine vllm in this process: its share of the GPU's memory", gt=0, lt=1)
     rows: int = field(256, "completions decoded side by side", "rows", ge=1, le=MOST_ANSWERS)
+    ahead: int = field(
+        0,
+        "1: the next step's groups are sampled while this step is updated, so by the policy before the update; with "
+        "rollout.engine native on a CPU, or a server",
+        "steps",
+        ge=0,
+        le=1,
+    )
     stream: int = field(
         0, "other answers to the same prompts: names another random stream of sampling alone", ge=0, lt=2**31
     )
@@ -210,7 +218,8 @@ class ObjectiveConfig(Config):
     importance: Importance = field(
         "auto",
         "correct for a sampler that is not quite the policy, per token or sequence, by truncating weights or masking "
-        "what lies outside; auto: token_truncate where weights are 16 bit, the engine is vllm, or groups are replayed",
+        "what lies outside; auto: token_truncate where weights are 16 bit, the engine is vllm, or groups are replayed "
+        "or sampled ahead",
     )
     importance_cap: float = field(2.0, "largest importance weight", ge=1)
     importance_floor: float = field(0.0, "smallest importance weight", ge=0, le=1)
@@ -421,6 +430,14 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         recipe.groups.replay > 0 and objective.importance == "off",
         "groups.replay brings samples of an older policy: objective.importance must not be off",
+    )
+    yield (
+        recipe.rollout.ahead > 0 and objective.importance == "off",
+        "rollout.ahead brings samples of an older policy: objective.importance must not be off",
+    )
+    yield (
+        recipe.rollout.ahead > 0 and train.full,
+        "rollout.ahead samples while weights change, so it needs an adapter: leave one of it and train.full",
     )
     yield (
         recipe.warmup.steps > 0 and train.full,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minigrpo.errors import RecipeError, command_line
 
@@ -16,6 +16,10 @@ PORT = 29400
 """Where the ranks meet on the first machine."""
 LAST_S = 120
 """Seconds before its time limit at which a Slurm job is asked to finish its step and save it."""
+HF_RUNS = "/runs"
+"""Where a Hugging Face Job sees the bucket that keeps its runs."""
+HF_FLAVORS: Mapping[int, str] = {1: "h200", 2: "h200x2", 4: "h200x4", 8: "h200x8"}
+"""Machines of Hugging Face Jobs by their number of GPUs, as `hf jobs run --help` names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,40 @@ exit "$code"
 """
 
 
-KINDS: Mapping[str, Callable[[Job], str]] = {"slurm": slurm, "skypilot": skypilot, "ssh": ssh}
+def hf_jobs(job: Job) -> str:
+    """Return a script that has one machine of Hugging Face Jobs train: this folder is read there, a bucket keeps runs.
+
+    Raise RecipeError for several machines, for a number of GPUs that no machine there has, and for a run elsewhere
+    than in the bucket: what the machine itself holds is lost when the job ends.
+    """
+    if job.nodes > 1:
+        raise RecipeError("A job of Hugging Face has one machine: leave out --nodes, and raise --gpus")
+    if job.gpus not in HF_FLAVORS:
+        have = ", ".join(map(str, HF_FLAVORS))
+        raise RecipeError(f"No machine of Hugging Face Jobs has {job.gpus} GPUs: there are {have}. Set --gpus")
+    folder = job.words[job.words.index("--run") + 1] if "--run" in job.words else None
+    if folder is not None and not folder.startswith(f"{HF_RUNS}/"):
+        told = f"only {HF_RUNS} is kept, as in --run {HF_RUNS}/{job.name}"
+        raise RecipeError(f"--run {folder} is lost when the job ends: {told}")
+    words = job.words if folder else (*job.words, "--run", f"{HF_RUNS}/{job.name}")
+    training = replace(job, words=words).ranks("--standalone")
+    return f"""#!/bin/bash
+# Give the bucket that keeps the run: BUCKET=USER/NAME bash job.sh. It is made if it is not there, and costs money, as
+# the job does. Log in first (`hf auth login`). This folder is copied to Hugging Face, and read from there by the job.
+set -euo pipefail
+bucket=${{BUCKET:?Name the bucket that keeps the run, as in BUCKET=USER/NAME}}
+command=$(cat <<'COMMAND'
+pip install minigrpo && cd /recipes && {training}
+COMMAND
+)
+hf buckets create "$bucket" --private --exist-ok
+hf jobs run --detach --flavor {HF_FLAVORS[job.gpus]} --timeout 24h --attempts {job.restarts + 1} --secrets HF_TOKEN \\
+    --volume "hf://buckets/$bucket:{HF_RUNS}" --volume "$PWD:/recipes" \\
+    python:3.12 bash -c "$command"
+"""
+
+
+KINDS: Mapping[str, Callable[[Job], str]] = {"slurm": slurm, "skypilot": skypilot, "hf-jobs": hf_jobs, "ssh": ssh}
 
 
 def job_file(kind: str, job: Job) -> str:

@@ -6,6 +6,9 @@ whose process is gone, or whose count stands still for `silence` seconds, is los
 which all read. A rank that ends with an error of its own leaves one, too, so that the others need not guess.
 
 A process that stood still itself, and with it its clock, accuses nobody: it listens for another `silence` first.
+
+Where a cable is pulled, the store's connection is not closed: whoever asks it waits for minutes. So a second thread
+watches the first, and after `silence` seconds in which it has heard nothing ends the process in its place.
 """
 
 from __future__ import annotations
@@ -77,10 +80,15 @@ class Watch:
         self._next = (rank + 1) % size
         self._heard: tuple[int, float] = (-1, clock())
         self._last = self._store_answered = clock()
-        self._thread = threading.Thread(target=self._run, name="watch of the ranks", daemon=True)
+        self._looked = self._guarded = clock()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._run, "watch of the ranks"), (self._guard, "guard of the watch"))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def at(self, phase: str) -> None:
         self._me = replace(self._me, phase=phase)
@@ -123,6 +131,30 @@ class Watch:
             if self.verdict is not None:
                 self._end(self.verdict)
 
+    def _guard(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            found = self.check_store()
+            if found is not None:
+                self._end(found)
+
+    def check_store(self) -> Verdict | None:
+        """Judge a store that has let `look` wait for `silence` seconds: what the second thread does every second.
+
+        Return the verdict that it comes to; None as long as there is none, or there was one before.
+        """
+        now = self._clock()
+        if now - self._guarded > max(self.silence / 2, 2 * BEAT_S):  # this process stood still, not the store
+            self._looked = now
+        self._guarded = now
+        if self.verdict is not None or now - self._looked <= self.silence:
+            return None
+        self._conclude(self._store_lost(f"no word for {now - self._looked:.0f} s"))
+        return self.verdict
+
+    def _store_lost(self, why: str) -> Verdict:
+        sentence = f"What started the ranks does not answer any more ({why}); rank {self.rank} on {self._me.host}"
+        return Verdict(-1, f"{sentence} was {self._me.phase}. {GO_ON}", LOST, lost=True)
+
     def look(self) -> None:
         """Leave a beat, read what there is to read, and judge: what the thread does every second."""
         now = self._clock()
@@ -135,10 +167,8 @@ class Watch:
         except RuntimeError as fault:  # the store's process is gone, or stands still
             if now - self._store_answered > min(self.silence, 3 * BEAT_S):
                 why = f"{type(fault).__name__}: {str(fault).partition(chr(10))[0][:120]}"
-                sentence = (
-                    f"What started the ranks does not answer any more ({why}); rank {self.rank} on {self._me.host}"
-                )
-                self._conclude(Verdict(-1, f"{sentence} was {self._me.phase}. {GO_ON}", LOST, lost=True))
+                self._conclude(self._store_lost(why))
+        self._looked = self._clock()
 
     def _beat(self, now: float) -> None:
         self._leave(replace(self._me, count=self._me.count + 1))

@@ -164,6 +164,11 @@ def plan_fork(
                 f"--set {knob}: a fork goes on from a checkpoint, whose weights, prompts and random numbers depend on "
                 "it. Begin a run of its own with it: minigrpo train"
             )
+    if names and recipe.rollout.ahead:
+        raise RecipeError(
+            "This run sampled ahead (rollout.ahead): the first groups of a twin were sampled and graded before the "
+            "change. Fork a run without it"
+        )
     until = at + steps if steps is not None else recipe.train.last_step
     most = min(recipe.train.steps, changed.train.steps)
     if at >= most:

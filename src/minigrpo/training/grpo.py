@@ -13,6 +13,8 @@ no pass of its own. Departures from the paper, unless a recipe says otherwise:
 - A group whose siblings all earn the same has no gradient, so no pass is spent on it (a KL term or an entropy bonus
   would give it one). Its completions are counted when the loss is divided by the number of completions.
 - A group is one row of tokens in which its prompt stands once, and no padding.
+- A recipe may sample the next step's groups while this step is updated, by the policy before the update
+  (rollout.ahead, training/ahead.py). The same importance weights correct for it.
 - Several processes, the ranks, may share the work of a step (docs/scale.md): each samples some of its groups, and
   passes some through the model; `ranks` adds up their gradients. A process that is alone exchanges nothing.
 

@@ -126,7 +126,8 @@ def step_metrics(sampled: StepGroups, batch: Batch, figures: Mapping[str, float]
     """Return the figures of a step. Progress is judged by the groups that were not chosen for what they earned."""
     metrics = group_metrics(sampled.fair) | dict(sampled.figures) | batch_metrics(batch, figures)
     metrics |= server_metrics(sampled.sampled)
-    if sampled.figures.get("replayed_groups") and "engine_gap" in metrics:
+    older = sampled.figures.get("replayed_groups") or sampled.figures.get("sampled_ahead")
+    if older and "engine_gap" in metrics:
         # An older policy sampled some of these tokens: the gap says nothing of the engine.
         metrics["off_policy_gap"] = metrics.pop("engine_gap")
         return {name: value for name, value in metrics.items() if not name.endswith("/engine_gap")}

@@ -33,6 +33,7 @@ from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.runs.chain import rewind_chain
 from minigrpo.runs.logger import Event, RankLog, RunLogger, read_metrics
 from minigrpo.training import checkpoint
+from minigrpo.training.ahead import RolloutAhead, refuse_ahead
 from minigrpo.training.group_factor import check_factors
 from minigrpo.training.group_source import GroupSource, StepGroups
 from minigrpo.training.memory.machine import tokens_per_pass
@@ -44,6 +45,7 @@ from minigrpo.training.origin import hash_prompts, record_origin
 from minigrpo.training.prompt_sampler import PromptSampler, split_held_out
 from minigrpo.types import Engine, Group, Prompt, Sampling, Task
 from minigrpo.ui.live import time_left
+from minigrpo.ui.progress import Report
 from minigrpo.utils.memory import free_before_kill
 from minigrpo.utils.process import compute_repeatably
 from minigrpo.utils.rng import name_key
@@ -81,6 +83,8 @@ class Supervisor:
         check_prompts([*training, *self.held_out], policy.tokenizer, recipe.rollout.max_tokens, policy.model)
         sampler = PromptSampler(training, recipe.seed, recipe.groups)
         self.source = GroupSource(sampler, recipe.rollout.prompts, recipe.groups)
+        refuse_ahead(recipe, engine, ranks)
+        self.ahead = RolloutAhead()
         self.bonus = EntropyBonus.of(recipe.objective)
         self._sampling_since = time.monotonic()
         self.alarms = Alarms(recipe, sixteen_bit=policy.is_sixteen_bit)
@@ -115,6 +119,7 @@ class Supervisor:
             stack.enter_context(self.logger)
             say = self.logger.say if self.ranks.leads else _say_nothing  # all see the same groups, and one tells
             self._grader = stack.enter_context(Grader.of(self.task, self.recipe.task, say))
+            stack.callback(self.ahead.abandon)
             self._interrupted = stack.enter_context(finish_first())
             if self._start < self.recipe.train.steps:
                 self.logger.note("resumed" if self._start else "began", self._start)
@@ -146,18 +151,30 @@ class Supervisor:
         return self.bonus.weight
 
     def sample_groups(self, step: int) -> StepGroups:
-        """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so."""
-        config = self.recipe.rollout
+        """Roll out and grade the groups of a step; those that teach nothing are replaced where the recipe says so.
+
+        With rollout.ahead those of the next step are begun, until `update_phase` ends: the engine has the weights of
+        before the update.
+        """
         self.ranks.at(f"in the rollout of step {step + 1}")
-        # Every step has a random stream of its own, so a resumed run needs none restored.
-        other = [config.stream] if config.stream else []
-        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step, *other))
-        ask = partial(self._rollout, n=config.completions, sampling=sampling)
-        sampled = self.source.gather(step, ask, is_informative=self._is_informative)
+        sampled = self.ahead.take(step) or self._gather(step, self._report_sampling)
+        # Beyond train.until, too: a checkpoint is the same wherever its run ends.
+        if self.recipe.rollout.ahead and step + 1 < self.recipe.train.steps:
+            self.ahead.start(step + 1, partial(self._gather, step + 1, self._report_ahead))
         self._clock.lap("rollout")
         return sampled
 
-    def _rollout(self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling) -> list[Group]:
+    def _gather(self, step: int, report: Report) -> StepGroups:
+        config = self.recipe.rollout
+        # Every step has a random stream of its own, so a resumed run needs none restored.
+        other = [config.stream] if config.stream else []
+        sampling = Sampling(config.temperature, config.max_tokens, name_key(self.recipe.seed, "rollout", step, *other))
+        ask = partial(self._rollout, n=config.completions, sampling=sampling, report=report)
+        return self.source.gather(step, ask, is_informative=self._is_informative)
+
+    def _rollout(
+        self, prompts: Sequence[Prompt], *, n: int, sampling: Sampling, report: Report | None = None
+    ) -> list[Group]:
         rows = getattr(self.engine, "rows", 0)
         own = self.ranks.own(prompts, cost=lambda prompt: self._most_tokens(prompt, n, sampling.max_tokens))
         groups = rollout(
@@ -168,7 +185,7 @@ class Supervisor:
             sampling=sampling,
             tokenizer=self.policy.tokenizer,
             grader=self._grader,
-            report=self._report_sampling,
+            report=report or self._report_sampling,
             complete=partial(self._of_all_ranks, prompts),
         )
         if (fewer := getattr(self.engine, "rows", 0)) < rows:
@@ -195,6 +212,9 @@ class Supervisor:
         said = ", ".join(filter(None, (f"{done} of {total} completions ended", note, left)))
         self.logger.set_activity(f"sampling: {said}")
 
+    def _report_ahead(self, done: int, total: int = 0, note: str = "") -> None:
+        self.ahead.check()
+
     def _is_informative(self, group: Group) -> bool:
         """Tell whether the group's siblings differ in what the objective compares."""
         return pack([group], self.objective, self.recipe.rollout.max_tokens).is_informative
@@ -209,6 +229,9 @@ class Supervisor:
         with crash_note(noted, self._update_bytes, free_before_kill(self.policy.device), what):
             yield
         self._clock.lap("update")
+        self.ahead.wait()  # the engine is given new weights next
+        if self.recipe.rollout.ahead:
+            self._clock.lap("wait")
 
     def finish_step(
         self, step: int, sampled: StepGroups, batch: Batch, figures: Mapping[str, float], *, tokens_per_pass: int
@@ -278,6 +301,8 @@ class Supervisor:
     def _take_up(self, saved: checkpoint.Checkpoint) -> None:
         checkpoint.load(saved, self.policy, self.optimizer)
         self.source.restore(saved.state["source"])
+        known = {prompt.id: prompt for prompt in self.source.sampler.prompts}
+        self.ahead.restore(saved.state.get("ahead"), known)
         self.policy.loss_scale = self.policy.loss_scale.restored(saved.state.get("loss_scale", {}))
         for metrics in read_metrics(self.run, strict=True):
             self._learn(int(metrics["step"]), metrics)
@@ -352,7 +377,8 @@ class Supervisor:
 
     def _save(self, step: int) -> None:
         policy = {"loss_scale": self.policy.loss_scale.state(), "prompt": self._prompt}
-        state = {"source": self.source.state(), **policy}
+        ahead = self.ahead.state()
+        state = {"source": self.source.state(), **policy, **({"ahead": ahead} if ahead else {})}
         checkpoint.save(self.run, step, self.policy, self.optimizer, self.logger.positions(), state=state)
         spare = frozenset() if self.best_step is None else frozenset({self.best_step})
         checkpoint.prune(self.run, self.recipe.save.keep, spare)

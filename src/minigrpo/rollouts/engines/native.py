@@ -44,6 +44,8 @@ class NativeEngine:
         self.tokenizer = policy.tokenizer
         self.context = context_length(policy.model)
         self.rows = rows
+        # On a GPU the update would wait for the same kernels, and the plan has no memory for both.
+        self.keeps_weights = self.decoder.device.type == "cpu"
         self.stop_ids_s = torch.tensor(sorted(stop_ids), device=self.decoder.device)
         self.stop_rule = stop_rule or (lambda tokens_n, row_n, so_far: torch.isin(tokens_n, self.stop_ids_s))
 

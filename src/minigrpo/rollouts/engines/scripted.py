@@ -18,7 +18,7 @@ Script = Callable[[Prompt, int], str]
 class Scripted:
     """Token ids are real, so its groups can be packed and trained on; every token is certain (log-probability 0)."""
 
-    is_exact = True
+    is_exact = keeps_weights = True
 
     def __init__(self, script: Sequence[str] | Script, tokenizer: Any) -> None:
         if not callable(script) and not script:

@@ -66,6 +66,7 @@ class VllmEngine:
 
     def __init__(self, policy: Any, host: VllmHost, *, stop_ids: Sequence[int]) -> None:
         self.host, self.stop_ids = host, tuple(sorted(stop_ids))
+        self.keeps_weights = getattr(host, "keeps_weights", False)
         self.tokenizer, self.context = policy.tokenizer, host.length or context_length(policy.model)
         self._folder = tempfile.TemporaryDirectory(prefix="minigrpo-adapters-")
         self._count = 0

@@ -58,6 +58,7 @@ class RemoteVllm:
     """
 
     length: int | None = None
+    keeps_weights = True
 
     def __init__(
         self,

@@ -225,7 +225,10 @@ class _Planner:
                 entropy_learns=self.recipe.objective.entropy > 0,
             )
         rows, sampling = self.sampling
-        lines = (*self.held, *self._update_lines(micro_batch, self.passes[key]), *self._rollout_lines(rows, sampling))
+        rollout = self._rollout_lines(rows, sampling)
+        if self.recipe.rollout.ahead:  # it lasts while the policy is updated
+            rollout = tuple(replace(line, when="always") for line in rollout)
+        lines = (*self.held, *self._update_lines(micro_batch, self.passes[key]), *rollout)
         return Plan(
             device=self.device.device,
             dtype=str(self.device.dtype).removeprefix("torch."),

@@ -321,8 +321,12 @@ SHORTER = Alarm(
 MISMATCH = Alarm(
     "engine mismatch",
     3,
-    # Replayed groups were sampled by an older policy: there the gap is meant to be.
-    lambda past: past.all("engine_gap", lambda gap: gap > past.gap_limit) and not past.recipe.groups.replay,
+    # An older policy sampled what is replayed, or was sampled ahead: there the gap is meant to be.
+    lambda past: (
+        past.all("engine_gap", lambda gap: gap > past.gap_limit)
+        and not past.recipe.groups.replay
+        and not past.recipe.rollout.ahead
+    ),
     lambda past: (
         f"Engine and policy disagree by {past.mean('engine_gap'):.2g} nats a token on what was sampled; rounding "
         f"explains up to {past.gap_limit:g}. Try model.head_float32 or rollout.engine transformers, correct "
