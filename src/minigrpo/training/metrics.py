@@ -131,6 +131,8 @@ SAMPLER_FIGURES = ("gap_sum", "entropy_sum", "scored_tokens")
 
 def sampler_gap(scores: Any, micro_batch: MicroBatch) -> dict[str, Tensor]:
     """Sum |engine - policy| log-probabilities of sampled tokens, and the policy's entropy, in nats."""
+    if micro_batch.is_empty:
+        return {}
     gap_N = (scores.logprobs_N.detach() - micro_batch.engine_N.to(scores.logprobs_N)).abs()
     count = gap_N.new_full((), float(len(gap_N)))
     return {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}

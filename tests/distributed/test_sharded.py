@@ -1,0 +1,170 @@
+"""A model that is sharded over ranks learns what it learns whole, and each rank holds its share of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minigrpo.config.schema import (
+    EvalConfig,
+    GroupsConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    RolloutConfig,
+    SaveConfig,
+    TrainConfig,
+)
+from minigrpo.distributed.ranks import ALONE, Ranks
+from minigrpo.models.policy import open_policy
+from minigrpo.pipeline.audit_chain import origin_step
+from minigrpo.pipeline.evidence import read_evidence
+from minigrpo.rollouts.engines.registry import open_engine
+from minigrpo.runs.logger import RankLog, RunLogger
+from minigrpo.runs.manifest import hash_files
+from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import grpo
+from tests.distributed.test_lost_ranks import LIMIT_S, begin, ended, ranks_of, steps_logged, wait_until
+from tests.distributed.test_same_run import LETTERS, sampled
+from tests.helpers.ranks import on_ranks
+
+pytestmark = pytest.mark.needs("linux")
+
+STEPS = 4
+EVERYTHING: dict[str, Any] = {
+    "groups": GroupsConfig(resample=2.0, min_spread=0.05),
+    "objective": ObjectiveConfig(kl=0.05, top_entropy=0.5, entropy=0.01),
+    "eval": EvalConfig(every=2, held_out=5),
+}
+
+
+def recipe_for(folder: Path, until: int = STEPS, **sections: Any) -> Recipe:
+    return Recipe(
+        model=ModelConfig(path=str(folder)),
+        rollout=RolloutConfig(prompts=3, completions=3, max_tokens=5),
+        train=TrainConfig(steps=STEPS, until=until, lr=1e-3, tokens_per_pass=30, inner_epochs=2, full=True),
+        save=SaveConfig(every=2, keep=9),
+        **sections,
+    )
+
+
+def train(ranks: Ranks, recipe: Recipe, run: RunDir) -> dict[str, int]:
+    """Train on these ranks, sharded where there are several; return the bytes that this one holds, by what they are."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    policy = open_policy(recipe)
+    engine = open_engine(policy, recipe)
+    if ranks.size > 1:
+        policy.shard(ranks)
+    held: dict[str, int] = {}
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: held.update(bytes_held(optimizer)))
+    log = RunLogger(run, recipe.train.last_step) if ranks.leads else RankLog(run, ranks.rank)
+    grpo(recipe, LETTERS, policy, engine, log, ranks=ranks)
+    hook.remove()
+    if ranks.leads:
+        shutil.rmtree(run.path / "model", ignore_errors=True)
+        policy.save(run.path / "model")
+    return held
+
+
+def own(tensor: torch.Tensor) -> int:
+    """Return the bytes of memory behind a tensor: of a sharded one, behind the slice."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().nbytes()
+
+
+def bytes_held(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Count parameters, gradients and moments as they lie in memory after a step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = optimizer.state
+    return {
+        "parameters": sum(map(own, parameters)),
+        "gradients": sum(own(parameter.grad) for parameter in parameters),
+        "moments": sum(own(state[parameter][name]) for parameter in parameters for name in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+def weights_of(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.path / "model" / "model.safetensors")
+
+
+def gap(left: RunDir, right: RunDir) -> float:
+    one, two = weights_of(left), weights_of(right)
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def test_a_sharded_run_is_that_of_one_process_and_each_rank_holds_half(tmp_path: Path, tiny_folder: Any) -> None:
+    recipe = recipe_for(tiny_folder(), **EVERYTHING)
+    alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "together")
+    whole = train(ALONE, recipe, alone)
+    held = on_ranks(2, tmp_path / "wire", lambda ranks: train(ranks, recipe, together))
+    assert sampled(together) == sampled(alone)
+    assert gap(alone, together) < 1e-5
+    assert whole["moments"] == 2 * whole["parameters"] == 2 * whole["gradients"]
+    for kind, count in whole.items():
+        assert [rank[kind] for rank in held] == [pytest.approx(count / 2, rel=0.02)] * 2
+    figures = [json.loads(line) for line in together.metrics.read_text().splitlines()]
+    for one, two in zip(figures, map(json.loads, alone.metrics.read_text().splitlines()), strict=True):
+        assert {name: one[name] for name in ("loss", "grad_norm", "entropy", "kl")} == pytest.approx(
+            {name: two[name] for name in ("loss", "grad_norm", "entropy", "kl")}, rel=1e-3, abs=1e-6
+        )
+        assert one["sent_bytes/weights"] > one["sent_bytes/gradients"] > 0
+
+
+def test_a_checkpoint_of_two_ranks_is_read_by_one_and_by_four_and_of_one_by_two(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    model = tiny_folder()
+    alone = RunDir(tmp_path / "alone")
+    train(ALONE, recipe_for(model), alone)
+    half, full = recipe_for(model, until=2), recipe_for(model)
+    for name, sizes in {"2 to 1": (2, 1), "2 to 4": (2, 4), "1 to 2": (1, 2)}.items():
+        run = RunDir(tmp_path / name)
+        for size, recipe in zip(sizes, (half, full), strict=True):
+            work = lambda ranks, recipe=recipe, run=run: train(ranks, recipe, run)  # noqa: E731
+            _ = work(ALONE) if size == 1 else on_ranks(size, tmp_path / f"{name} wire {size}", work)
+            sharded = (run.checkpoint(recipe.train.last_step) / "shards" / "index").is_file()
+            assert sharded == (size > 1)
+        assert sampled(run) == sampled(alone), name
+        assert gap(run, alone) < 1e-5, name
+
+
+@pytest.mark.long
+def test_a_sharded_job_whose_rank_is_killed_ends_as_the_undisturbed_one_and_is_merged_as_any(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        job = begin(folder, tiny_folder(), "--train.full", "true", "--max-restarts", "1", steps=12)
+        if folder.name == "killed":
+            wait_until(lambda folder=folder: len(steps_logged(folder)) > 6, job)
+            os.kill(ranks_of(job)[1], signal.SIGKILL)
+        code, errors = ended(job, folder)
+        assert code == 0, errors
+        assert "one part of 2" in errors
+        assert errors.count("All ranks begin again at the newest checkpoint") == (folder.name == "killed")
+        assert "Traceback" not in errors
+        assert steps_logged(folder) == list(range(1, 13))
+    saved = [hash_files(folder / "run" / "model") for folder in folders]
+    assert saved[0] == saved[1]
+    checkpoints = [hash_files(RunDir(folder / "run").checkpoint(12) / "shards") for folder in folders]
+    assert set(checkpoints[0]) == {"__0_0.distcp", "__1_0.distcp", "index"}
+    assert checkpoints[0] == checkpoints[1]
+    run = RunDir(folders[1] / "run")
+    evidence = read_evidence(run)
+    result = next(link.facts for link in evidence.links if link.kind == "result")
+    assert origin_step(run, run.path / "model", result, evidence) == 12
+    command = [sys.executable, "-m", "minigrpo", "merge", "run"]
+    done = subprocess.run(command, cwd=folders[1], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
