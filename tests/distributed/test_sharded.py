@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -26,17 +28,22 @@ from minigrpo.config.schema import (
     TrainConfig,
 )
 from minigrpo.distributed.ranks import ALONE, Ranks
+from minigrpo.distributed.shards import names_of_shards
+from minigrpo.errors import RecipeError, SharedPassError
 from minigrpo.models.policy import open_policy
 from minigrpo.pipeline.audit_chain import origin_step
 from minigrpo.pipeline.evidence import read_evidence
-from minigrpo.rollouts.engines.registry import open_engine
+from minigrpo.rollouts.engines.registry import open_engine, shards
 from minigrpo.runs.logger import RankLog, RunLogger
 from minigrpo.runs.manifest import hash_files
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import grpo
+from minigrpo.training.memory.planner import Device, make_plan
+from minigrpo.training.oom import retry_on_oom
 from tests.distributed.test_lost_ranks import LIMIT_S, begin, ended, ranks_of, steps_logged, wait_until
 from tests.distributed.test_same_run import LETTERS, sampled
 from tests.helpers.ranks import on_ranks
+from tests.helpers.tiny import build_model
 
 pytestmark = pytest.mark.needs("linux")
 
@@ -137,6 +144,59 @@ def test_a_checkpoint_of_two_ranks_is_read_by_one_and_by_four_and_of_one_by_two(
             assert sharded == (size > 1)
         assert sampled(run) == sampled(alone), name
         assert gap(run, alone) < 1e-5, name
+
+
+def test_a_recipe_says_what_cannot_be_sharded() -> None:
+    for knobs, sentence in (
+        ({"full": False}, "leave it at auto"),
+        ({"optimizer": "adamw8bit"}, "leaves a rank slices"),
+    ):
+        with pytest.raises(ValidationError, match=sentence):
+            Recipe(train=TrainConfig(**{"shard": "on", "full": True, **knobs}))
+
+
+def test_only_full_training_on_several_ranks_is_sharded_and_only_for_an_engine_with_a_copy_of_its_own() -> None:
+    model = build_model()
+
+    def sharded(ranks: int = 2, engine: str = "auto", **train: Any) -> bool:
+        config = TrainConfig(**{"full": True, **train})
+        return shards(Recipe(train=config, rollout=RolloutConfig(engine=engine)), model, "cpu", ranks)
+
+    assert sharded()
+    assert not any((sharded(1), sharded(full=False), sharded(shard="off"), sharded(optimizer="adamw8bit")))
+    assert not sharded(engine="transformers")
+    with pytest.raises(RecipeError, match="needs rollout.engine native"):
+        sharded(engine="transformers", shard="on")
+
+
+def test_a_plan_counts_this_rank_s_part_of_what_is_sharded() -> None:
+    config = build_model().config
+    recipe = Recipe(train=TrainConfig(full=True))
+    one, four = (make_plan(config, recipe, Device("cpu", torch.float32, 1 << 30, ranks=ranks), 20) for ranks in (1, 4))
+    for name in ("weights", "optimizer", "gradients"):
+        assert four.line(name) == one.line(name) // 4 > 0
+    assert one.line("gathered layer") == 0 < four.line("gathered layer")
+    assert four.line("engine copies") == one.line("engine copies")
+
+
+def test_an_index_that_names_a_function_is_not_called(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "index").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(pickle.UnpicklingError, match="does not hold"):
+        names_of_shards(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_memory_that_runs_out_in_a_shared_pass_halves_those_of_the_next_attempt() -> None:
+    def work(parts: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(SharedPassError, match="goes on with passes of 256") as told:
+        retry_on_oom(work, [], 512, clear=lambda: None, can_cut=False)
+    assert told.value.exit_code == 75  # --nproc begins again
 
 
 @pytest.mark.long

@@ -22,14 +22,12 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minigrpo.distributed.ranks import Ranks
-
-Result = TypeVar("Result")
+from minigrpo.distributed.ranks import Item, Ranks
 
 SHARDS = "shards"
 """The folder of a checkpoint that holds slices."""
@@ -70,7 +68,7 @@ def run_gathered(model: nn.Module, work: Callable[[], tuple[Tensor, ...]]) -> tu
     return run(work)
 
 
-def _call(work: Callable[[], Result]) -> Result:
+def _call(work: Callable[[], Item]) -> Item:
     return work()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Result = TypeVar("Result")
+from minigrpo.distributed.ranks import Item
 
 
 class TorchWire:
@@ -38,7 +38,7 @@ class TorchWire:
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def guarded(self, exchange: Callable[[], Result]) -> Result:
+    def guarded(self, exchange: Callable[[], Item]) -> Item:
         try:
             return exchange()
         except RuntimeError as fault:  # a closed connection, or nobody at the other end for too long
