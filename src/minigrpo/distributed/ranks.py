@@ -1,6 +1,6 @@
 """The ranks of a run: processes that each do a part of every step, and together change the weights as one would.
 
-Each rank has the whole policy and an engine of its own. What travels between them:
+Each rank has the whole policy, or a slice of it (shards.py), and an engine of its own. What travels between them:
 
     groups      after every rollout, to all ranks. From then on each knows the whole batch, and computes advantages,
                 weights, figures and the next prompts from it as a process that is alone does: nothing can drift

@@ -19,6 +19,7 @@ Shapes: R ranks, L numbers of a slice.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +162,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None
     assert ranks.wire is not None
     try:
         index = ranks.wire.guarded(lambda: dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder)))
-    except dcp.api.CheckpointException as fault:
+    except dcp.CheckpointException as fault:
         raise _first(fault) from None
     if ranks.leads:
         index.storage_meta = None  # names of this moment: the same slices shall be the same bytes
@@ -200,8 +201,10 @@ def read_shards(folder: Path, tensors: Mapping[str, Any]) -> None:
             return index
 
     try:
-        dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=True)
-    except dcp.api.CheckpointException as fault:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that nothing travels is meant so
+            dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=True)
+    except dcp.CheckpointException as fault:
         raise _first(fault) from None
 
 
@@ -220,8 +223,8 @@ class _IndexReader(pickle.Unpickler):
     """Reads an index, and builds nothing else: a pickle may name any function to be called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        plain = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | type(torch.Size))
-        if not plain and (module, name) not in _IN_AN_INDEX:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _IN_AN_INDEX:
             raise pickle.UnpicklingError(f"an index of slices does not hold {module}.{name}")
         return super().find_class(module, name)
 
@@ -232,4 +235,5 @@ _IN_AN_INDEX = {
     *((_METADATA, name) for name in ("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
 }

@@ -249,7 +249,8 @@ def _read_moments(folder: Path, policy: Any, optimizer: torch.optim.Optimizer) -
             parameter = parameters[name].detach()
             empty = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
             tensors[each] = optimizer.state[parameters[name]][kind] = empty
-    read_shards(folder, tensors)
+    if tensors:  # before the first step there are none
+        read_shards(folder, tensors)
 
 
 def _sliced(state: Mapping[str, Any], parameters: Sequence[Any]) -> dict[str, Any]:
