@@ -8,6 +8,7 @@
     ├── SandboxError         model-written programs cannot be run safely, or at all, on this machine
     ├── DivergenceError      training produced numbers that cannot be used, again and again
     └── RankLostError        one of the processes that train a run together is gone or stands still; exit code 75
+        └── SharedPassError  memory ran out on one of them in a pass that all share
 
 Anything else that escapes is a fault of ours and keeps its traceback.
 """
@@ -50,6 +51,10 @@ class DivergenceError(MinigrpoError):
 
 class RankLostError(MinigrpoError):
     exit_code = 75  # sysexits.h: try again
+
+
+class SharedPassError(RankLostError):
+    pass
 
 
 def command_line(*words: object) -> str:

@@ -107,6 +107,12 @@ def test_an_update_exchanges_its_gradients_and_a_line_of_figures(tmp_path: Path)
             self.sent += slices_RL.nbytes * (size - 1) // size
             return self.wire.swap(slices_RL)  # type: ignore[no-any-return]
 
+        def guarded(self, exchange: Any) -> Any:
+            return self.wire.guarded(exchange)
+
+        def close(self) -> None:
+            self.wire.close()
+
     numbers = sum(weight.numel() for weight in policy.trainable)
     for sent in on_ranks(size, tmp_path, work):
         padded = -(-numbers // size) * size

@@ -17,6 +17,7 @@ class Small:
     """A linear layer with an optimizer: after `n` steps its weights show n."""
 
     device = torch.device("cpu")
+    is_sharded = False
 
     def __init__(self, width: int = 3) -> None:
         self.layer = torch.nn.Linear(width, 2)

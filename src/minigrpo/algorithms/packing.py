@@ -92,6 +92,11 @@ class MicroBatch:
     def tokens(self) -> int:
         return sum(group.tokens for group in self.groups)
 
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether none of its tokens is of the batch."""
+        return self.groups is EMPTY_MICRO_BATCH.groups
+
     def beside(self, scores_N: Tensor) -> MicroBatch:
         """Return it with what the loss needs on the device of these scores and in their type, in one copy."""
         all_names = ("advantages_N", "weights_N", "shares_N", "engine_N")
@@ -138,6 +143,10 @@ class MicroBatch:
             for sibling, completion in zip(group.siblings, group.completions, strict=True):
                 names += [(group.index, sibling, start + n) for n in range(len(completion))]
         return torch.tensor(names).reshape(-1, 3)
+
+
+EMPTY_MICRO_BATCH = MicroBatch((PackedGroup(-1, (0, 0), (0,), ((0,),)),), *(torch.zeros(1) for _ in range(4)))
+"""A pass over one token that weighs nothing, whose gradient is zero."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,6 +261,11 @@ class TrainConfig(Config):
     )
     grad_norm: float = field(1.0, "a gradient of a larger norm is scaled down to this norm", gt=0)
     full: bool = field(False, "train every parameter instead of a LoRA adapter")
+    shard: Literal["auto", "on", "off"] = field(
+        "auto",
+        "shard weights, gradients and moments of train.full over the ranks (FSDP2); auto: where several train, with "
+        "rollout.engine native and train.optimizer adamw",
+    )
     tokens_per_pass: int = field(0, "tokens in one forward pass; 0: measured at the start", "tokens", ge=0)
     memory: float | None = field(None, "memory that the run may use on its device; null: what is free", "GB", gt=0)
     reference: Literal["auto", "device", "cpu"] = field(
@@ -389,6 +394,14 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     unknown = [name for name in tracker_names(recipe.track) if name not in TRACKERS]
     yield bool(unknown), f"track.to names no tracker {', '.join(unknown)}: there are {', '.join(TRACKERS)}"
     yield not recipe.track.project.strip(), "track.project is empty: trackers file their runs under a name"
+    yield (
+        train.shard == "on" and not train.full,
+        "train.shard spreads what is trained, which is little of an adapter: leave it at auto without train.full",
+    )
+    yield (
+        train.shard == "on" and train.optimizer == "adamw8bit",
+        "train.optimizer adamw8bit packs whole moments, and train.shard leaves a rank slices: leave one at its default",
+    )
     yield train.full and lora.dropout > 0, "lora.dropout needs an adapter: leave it at 0 with train.full"
     yield (
         train.inner_epochs > 1 and lora.dropout > 0,

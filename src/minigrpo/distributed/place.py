@@ -22,6 +22,12 @@ class Place:
     launcher_has_store: bool
 
     @classmethod
+    def size_of(cls, environment: Mapping[str, str]) -> int:
+        """Return how many ranks the launcher started; 1 for a process that is alone."""
+        place = cls.of(environment)
+        return place.size if place else 1
+
+    @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place | None:
         """Return the place that torchrun's variables name; None for a process that is alone."""
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,6 +1,6 @@
 """The ranks of a run: processes that each do a part of every step, and together change the weights as one would.
 
-Each rank has the whole policy and an engine of its own. What travels between them:
+Each rank has the whole policy, or a slice of it (shards.py), and an engine of its own. What travels between them:
 
     groups      after every rollout, to all ranks. From then on each knows the whole batch, and computes advantages,
                 weights, figures and the next prompts from it as a process that is alone does: nothing can drift
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -42,6 +43,10 @@ class Wire(Protocol):
 
     def swap(self, slices_RL: Tensor) -> Tensor:
         """Send row r to rank r, and return the rows that came [R, L], in the order of the ranks that sent them."""
+        ...
+
+    def guarded(self, exchange: Callable[[], Item]) -> Item:
+        """Return what a library's own exchange returns; where it breaks, tell which rank was lost."""
         ...
 
     def close(self) -> None: ...
@@ -90,6 +95,10 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return any(self.gather("figures", flag))
 
+    def most(self, count: int) -> int:
+        """Return the largest of these counts of all ranks."""
+        return max(self.gather("figures", count))
+
     def join_numbers(self, numbers_N: Tensor) -> Tensor:
         """Return the numbers of all ranks, one rank's after the other's."""
         if self.wire is None:
@@ -114,6 +123,20 @@ class Ranks:
             for name, value in each["figures"].items():
                 sums[name] = sums.get(name, 0.0) + value
         return sums
+
+    def clip_gradient(self, parameters: Sequence[nn.Parameter], most: float) -> float:
+        """Scale the gradient down to this norm, and return the norm that it had.
+
+        Of a parameter that is sharded each rank has a slice, so their squares are added up.
+        """
+        slices = [p.grad.to_local() for p in parameters if hasattr(p, "to_local") and p.grad is not None]
+        if not slices:
+            return float(nn.utils.clip_grad_norm_(parameters, most))
+        squares = self.gather("figures", float(nn.utils.get_total_norm(slices)) ** 2)
+        norm = math.sqrt(sum(squares))
+        for gradient in slices if norm > most else ():
+            gradient.mul_(most / (norm + 1e-6))
+        return norm
 
     def check_equal(self, parameters: Sequence[nn.Parameter], when: str) -> None:
         """Raise RankLostError where the ranks have come to different weights."""

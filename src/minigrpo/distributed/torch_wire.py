@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minigrpo.distributed.ranks import Item
+
 
 class TorchWire:
     """Moves tensors through torch's process group. `on_failure` raises what is to be said of a broken connection."""
@@ -17,7 +19,7 @@ class TorchWire:
     def __init__(self, store: Any, rank: int, size: int, *, seconds: float, on_failure: Callable[[str], NoReturn]):
         self.size, self.on_failure = size, on_failure
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        self._guarded(
+        self.guarded(
             lambda: dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
             )
@@ -25,19 +27,19 @@ class TorchWire:
 
     def gather(self, part: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(part) for _ in range(self.size)]
-        self._guarded(lambda: dist.all_gather(parts, part.contiguous()))
+        self.guarded(lambda: dist.all_gather(parts, part.contiguous()))
         return parts
 
     def swap(self, slices_RL: Tensor) -> Tensor:
         came_RL = torch.empty_like(slices_RL)
-        self._guarded(lambda: dist.all_to_all_single(came_RL, slices_RL.contiguous()))
+        self.guarded(lambda: dist.all_to_all_single(came_RL, slices_RL.contiguous()))
         return came_RL
 
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def _guarded(self, exchange: Callable[[], Any]) -> None:
+    def guarded(self, exchange: Callable[[], Item]) -> Item:
         try:
-            exchange()
+            return exchange()
         except RuntimeError as fault:  # a closed connection, or nobody at the other end for too long
             self.on_failure(str(fault).partition("\n")[0][:200])

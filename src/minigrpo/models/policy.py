@@ -10,6 +10,7 @@ Shapes: N scored tokens, T tokens of a row, B completions, V vocabulary, D hidde
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ from torch import Tensor, nn
 
 from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, TrainConfig
+from minigrpo.distributed.place import Place
+from minigrpo.distributed.ranks import Ranks
+from minigrpo.distributed.shards import (
+    SHARDS,
+    WEIGHT,
+    read_shards,
+    release_module,
+    run_gathered,
+    shard,
+    slice_like,
+    unite,
+)
 from minigrpo.errors import MinigrpoError, ModelError
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
@@ -49,7 +62,10 @@ class TokenScores:
 
 
 class Policy:
-    """A model in training, with its tokenizer. Everything else about a run is frozen data."""
+    """A model in training, with its tokenizer. Everything else about a run is frozen data.
+
+    `shards`: where the model is sharded over ranks, this rank's slice of each parameter, by name.
+    """
 
     def __init__(
         self,
@@ -73,6 +89,9 @@ class Policy:
         self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None
         self.starting_adapter: list[Tensor] | None = None
+        self.shards: dict[str, nn.Parameter] | None = None
+        self._united: dict[str, Tensor] | None = None
+        self._architecture = type(self.model)
         if self.shares_prompts:
             shared_prompt.register_shared_prompt_attention()
             self._set_attention(shared_prompt.SHARED_PROMPT_ATTENTION)
@@ -89,7 +108,30 @@ class Policy:
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.parameters_by_name().values() if parameter.requires_grad]
+
+    @property
+    def replicated(self) -> list[nn.Parameter]:
+        """What is trained and lies whole on every rank, so that its gradients are still to be added up."""
+        return [] if self.is_sharded else self.trainable
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.shards is not None
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters()) if self.shards is None else self.shards
+
+    def shard(self, ranks: Ranks) -> None:
+        """Keep only a slice of the model on this rank, and of its frozen copy beside it. All ranks call it."""
+        self.shards = shard(self.model, _layers_of(self.model), ranks)
+        if self.frozen_copy is not None and device_of(self.frozen_copy) == self.device:
+            shard(self.frozen_copy, _layers_of(self.frozen_copy), ranks)
+
+    def unite(self, ranks: Ranks) -> None:
+        """Gather the whole model in the leading rank's main memory, for it to be saved. All ranks call it."""
+        assert self.shards is not None, "only what is sharded can be united"
+        self._united = unite(self.shards, ranks)
 
     def logprobs(self, batch: MicroBatch, *, step: int, entropy_learns: bool = False) -> TokenScores:
         """Score the micro-batch's N tokens, differentiably; the step seeds the dropout, if any."""
@@ -184,11 +226,17 @@ class Policy:
     def _score(
         self, model: nn.Module, batch: MicroBatch, entropy_learns: bool = False, temperature: float | None = None
     ) -> TokenScores:
+        at = self.temperature if temperature is None else temperature
+        return TokenScores(*run_gathered(model, lambda: self._pass_through(model, batch, entropy_learns, at)))
+
+    def _pass_through(
+        self, model: nn.Module, batch: MicroBatch, entropy_learns: bool, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        head = OutputHead.of(model, temperature)
         labels_N = to_device(torch.tensor(batch.labels), device_of(model))
         hidden_ND = self._shared_hidden(model, batch) if self.shares_prompts else self._padded_hidden(model, batch)
         on_gpu = hidden_ND.device.type not in self.backend.segments_on
-        head = OutputHead.of(model, self.temperature if temperature is None else temperature)
-        return TokenScores(*score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu))
+        return score_tokens(hidden_ND, labels_N, head, entropy_learns=entropy_learns, on_gpu=on_gpu)
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return hidden states of the N scored positions, the last of one packed row."""
@@ -238,7 +286,10 @@ class Policy:
         """Save the adapter in PEFT's format, or the whole model where all of it is trained, with the tokenizer."""
         if self.is_lora:
             save_adapter(self.model, folder)
+        elif self._united is not None:
+            self.model.save_pretrained(folder, state_dict=self._united)
         else:
+            assert not self.is_sharded, "what is sharded is united before it is saved"
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -252,19 +303,35 @@ class Policy:
             self.starting_adapter = [parameter.detach().clone() for parameter in self.trainable]
 
     def restore(self, folder: Path) -> None:
-        """Load what `save` wrote, bit for bit."""
+        """Load what `save` wrote, or the weights of a sharded checkpoint, bit for bit."""
         if self.is_lora:
             load_adapter(self.model, folder)
+        elif (folder / SHARDS).is_dir():
+            weights = {WEIGHT + name: weight.detach() for name, weight in self.parameters_by_name().items()}
+            read_shards(folder / SHARDS, weights)
+        else:
+            with no_progress_bars():
+                saved = self._architecture.from_pretrained(folder, dtype=self.dtype)
+            self._copy_weights(saved)
+        release_module(self.model)
+
+    @torch.no_grad()
+    def _copy_weights(self, saved: nn.Module) -> None:
+        if self.shards is None:
+            self.model.load_state_dict(saved.state_dict())
             return
-        with no_progress_bars():
-            saved = type(self.model).from_pretrained(folder, dtype=self.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        for name, weight in saved.named_parameters():
+            self.shards[name].copy_(slice_like(self.shards[name], weight))
 
 
 def decoder_of(model: Any) -> nn.Module:
     """Return the part below the output head: hidden states, no logits. Adapters inside it stay active."""
     below_head: nn.Module = own_model(model).get_decoder()
     return below_head
+
+
+def _layers_of(model: Any) -> list[nn.Module]:
+    return list(decoder_of(model).layers)  # type: ignore[arg-type]
 
 
 def make_all_trainable(model: Any) -> None:
@@ -356,7 +423,9 @@ def _reference_device(policy: Policy, config: TrainConfig) -> torch.device:
     "auto": the policy's, where gradients, Adam's two moments, the copy and as much again for a pass fit; else the CPU.
     """
     cpu = torch.device("cpu")
-    if config.reference != "auto" or policy.device.type != "cuda":
+    # Ranks with more and with less room would answer "auto" differently, and a sharded copy is on all of them.
+    may_shard = config.shard != "off" and Place.of(os.environ) is not None
+    if config.reference != "auto" or policy.device.type != "cuda" or may_shard:
         return cpu if config.reference == "cpu" else policy.device
     free = free_memory(policy.device)
     weights = weight_bytes(policy.model)

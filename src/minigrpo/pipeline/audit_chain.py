@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from minigrpo.config.schema import Recipe
 from minigrpo.delivery.artifacts.source import require_merged, source_of
 from minigrpo.delivery.compressed.export import sealed_rows
 from minigrpo.delivery.verify import sealed_files
+from minigrpo.distributed.shards import INDEX, SHARDS, read_weights
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline.evidence import Evidence, changed_logs, checkpoint_fault, weight_files
 from minigrpo.runs.manifest import hash_files, read_sealed, refuse_other_recipe, result_path, settle_base
@@ -214,21 +217,41 @@ def _check_result(run: RunDir, recipe: Recipe, evidence: Evidence, found: Findin
     if not folder.is_dir() and link is None:
         found.unshown.append("The run has not ended: there is no result to check.")
     elif link is not None:
-        shown = (
-            f"{folder.name}/ is what training ended with: the weights saved after step {_origin_step(link, evidence)}."
-        )
-        found.check(shown, _result_faults(folder, link.facts, evidence))
+        step = origin_step(run, folder, link.facts, evidence)
+        shown = f"{folder.name}/ is what training ended with: the weights saved after step {step}."
+        found.check(shown, _result_faults(folder, link.facts, step))
     elif is_adopted(run, recipe):
         found.unshown.append(f"{folder.name}/ was trained by another tool: nothing of its training can be shown.")
 
 
-def _origin_step(link: Any, evidence: Evidence) -> int | None:
-    wanted = {name: link.facts["files"][name] for name in weight_files(link.facts["files"])}
+def origin_step(run: RunDir, folder: Path, told: Mapping[str, Any], evidence: Evidence) -> int | None:
+    """Return the step after which the result's weights were saved; None where no checkpoint of the chain had them."""
+    wanted = {name: told["files"][name] for name in weight_files(told["files"])}
     steps = [step for step, saved in evidence.saved.items() if wanted.items() <= saved.files.items()]
+    if not steps and folder.is_dir() and hash_files(folder) == told["files"]:
+        sharded = [step for step, saved in evidence.saved.items() if f"{SHARDS}/{INDEX}" in saved.files]
+        steps = [step for step in sharded if _are_the_weights(run, step, folder)]
     return max(steps, default=None)
 
 
-def _result_faults(folder: Path, told: Mapping[str, Any], evidence: Evidence) -> Iterator[str]:
+def _are_the_weights(run: RunDir, step: int, folder: Path) -> bool:
+    """Tell whether a model's files hold the tensors of a sharded checkpoint; in a file their names may differ."""
+    from safetensors.torch import load_file
+
+    try:
+        shards = checkpoint.find_step(run, step).folder / SHARDS
+    except ArtifactError:  # it is gone since, or damaged, which another check names
+        return False
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    one = Counter(_hash(tensor) for tensors in files for tensor in tensors.values())
+    return one == Counter(map(_hash, read_weights(shards).values()))
+
+
+def _hash(tensor: Any) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).numpy().tobytes()).hexdigest()
+
+
+def _result_faults(folder: Path, told: Mapping[str, Any], step: int | None) -> Iterator[str]:
     now = hash_files(folder) if folder.is_dir() else {}
     for name in sorted({*told["files"], *now}):
         if told["files"].get(name) != now.get(name):
@@ -237,8 +260,7 @@ def _result_faults(folder: Path, told: Mapping[str, Any], evidence: Evidence) ->
             return
     if digest(folder) != told["digest"]:
         yield f"{folder / 'made.json'} was changed after training had ended."
-    weights = {name: told["files"][name] for name in weight_files(told["files"])}
-    if not any(weights.items() <= saved.files.items() for saved in evidence.saved.values()):
+    if step is None:
         yield f"{folder} holds weights that no checkpoint of the chain had."
 
 

@@ -59,13 +59,19 @@ def refuse_ranks() -> None:
 
 
 def lead(opened: OpenedRun, team: Team | None) -> Ranks:
-    """Tell the others the plan of the run that this rank has opened, and connect. Return ALONE where there are none."""
+    """Tell the others the plan of the run that this rank has opened, connect, and shard the policy where that is due.
+
+    Return ALONE where there are no others.
+    """
     import torch
 
     from minigrpo.distributed.join import JOIN_S, exchange_seconds
     from minigrpo.distributed.ranks import ALONE
 
     if team is None:
+        if opened.recipe.train.shard == "on":
+            words = "train.shard on: this process is alone, so it holds the whole model. Several: --nproc 2"
+            Screen(stderr=True).show(Text(words))
         return ALONE
     rows = getattr(opened.engine, "rows", 0)
     weights = sum(parameter.numel() for parameter in opened.policy.model.parameters())
@@ -79,8 +85,23 @@ def lead(opened: OpenedRun, team: Team | None) -> Ranks:
         f"after {team.watch.silence:g} s. For one another they wait up to {patience}: twice the longest rollout of the "
         "plan, and five minutes."
     )
+    if shard_policy(opened, team):
+        sentence += f" Weights, gradients and moments are sharded: each rank holds one part of {team.size}."
     Screen(stderr=True).show(Text(sentence))
     return team
+
+
+def shard_policy(opened: OpenedRun, ranks: Ranks) -> bool:
+    """Shard the policy over the ranks where the recipe means it, and tell whether it did. All ranks come to the same.
+
+    Raise RecipeError where it cannot be done.
+    """
+    from minigrpo.rollouts.engines.registry import shards
+
+    due = shards(opened.recipe, opened.policy.model, opened.policy.device.type, ranks.size)
+    if due:
+        opened.policy.shard(ranks)
+    return due
 
 
 def dismiss(team: Team | None) -> None:
@@ -111,6 +132,7 @@ def follow(recipe: Recipe, run: RunDir, team: Team) -> None:
         if recipe.warmup.steps:
             prepare.begin_with_warmup(opened, run)
         team.connect(plan["seconds"])
+        shard_policy(opened, team)
         grpo(recipe, task, policy, opened.engine, RankLog(run, team.rank), ranks=team)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: everything that the next step depends on, written completely or not at all, verified on reading.
 
     checkpoints/000050/  adapter (or model) files  optimizer.pt  trainer.json  state.json  made.json
+                         shards/ in place of the first two, where the model is sharded (distributed/shards.py)
     checkpoints/000050.exploded/                   set aside by `discard_after`
 
 made.json holds the step and the SHA-256 of every other file, and is sealed itself (runs/manifest.py), so any
@@ -19,7 +20,7 @@ import pickle
 import platform
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 
+from minigrpo.distributed.ranks import ALONE, Ranks
+from minigrpo.distributed.shards import SHARDS, WEIGHT, names_of_shards, read_shards, slice_like, write_shards
 from minigrpo.errors import ArtifactError
 from minigrpo.runs.chain import append_link, link_text
 from minigrpo.runs.manifest import hash_files, kept_files, read_sealed, write_sealed
@@ -88,17 +91,22 @@ def save(
     positions: Positions,
     *,
     state: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the checkpoint of `step` finished steps; it appears under its name only when it is complete.
 
-    `state`: the trainer's own state as JSON (names are text, sequences are lists); some MB at most. Raises
-    ArtifactError where the disk is full or does not let us write.
+    `state`: the trainer's own state as JSON (names are text, sequences are lists); some MB at most. The leading rank
+    calls it; where the model is sharded, the others call `add_shards`. Raises ArtifactError where the disk is full or
+    does not let us write.
     """
     with complete_folder(run.checkpoint(step)) as draft:
-        policy.save(draft)
-        # Through a stream of ours: torch's own hides why a disk refuses.
-        with (draft / "optimizer.pt").open("wb") as stream:
-            torch.save(optimizer.state_dict(), stream)
+        if policy.is_sharded:
+            add_shards(policy, optimizer, ranks, draft)
+        else:
+            policy.save(draft)
+            # Through a stream of ours: torch's own hides why a disk refuses.
+            with (draft / "optimizer.pt").open("wb") as stream:
+                torch.save(optimizer.state_dict(), stream)
         (draft / "trainer.json").write_text(json.dumps(state or {}, separators=(",", ":")), encoding="utf-8")
         machine = asdict(_machine_of(run.machine, read_sealed(run.machine)))
         write_json(draft / "state.json", {"positions": positions, "machine": machine})
@@ -106,6 +114,21 @@ def save(
         previous = append_link(run, "checkpoint", _link_facts(step, sums, positions))
         made = {"verb": "grpo", "step": step, "bytes": _sizes(draft), "sha256": sums, "previous": previous}
         write_sealed(draft / "made.json", made)
+
+
+def add_shards(policy: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, draft: Path | None = None) -> None:
+    """Write this rank's slices of weights and moments, in the draft that the leading rank names.
+
+    Do nothing where the model is not sharded. Raises ArtifactError where the disk is full or does not let us write.
+    """
+    if not policy.is_sharded:
+        return
+    folder = Path(ranks.gather("figures", str(draft))[0]) / SHARDS
+    tensors = {WEIGHT + name: weight.detach() for name, weight in policy.parameters_by_name().items()}
+    for name, parameter in policy.parameters_by_name().items():
+        tensors |= {f"{kind}/{name}": moment for kind, moment in optimizer.state.get(parameter, {}).items()}
+    with writing(folder):
+        write_shards(folder, tensors, ranks)
 
 
 def _link_facts(step: int, sums: Mapping[str, str], positions: Positions) -> dict[str, Any]:
@@ -197,8 +220,12 @@ def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) 
     """Restore weights and optimizer exactly. Raises ArtifactError where they belong to another model or recipe."""
     try:
         policy.restore(checkpoint.folder)
-        state = torch.load(checkpoint.folder / "optimizer.pt", map_location=policy.device, weights_only=True)
-        optimizer.load_state_dict(state)
+        if (checkpoint.folder / SHARDS).is_dir():
+            _read_moments(checkpoint.folder / SHARDS, policy, optimizer)
+        else:
+            place = "cpu" if policy.is_sharded else policy.device
+            state = torch.load(checkpoint.folder / "optimizer.pt", map_location=place, weights_only=True)
+            optimizer.load_state_dict(_sliced(state, policy.trainable) if policy.is_sharded else state)
     except torch.OutOfMemoryError:
         raise
     except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, OSError, EOFError) as fault:
@@ -209,6 +236,33 @@ def load(checkpoint: Checkpoint, policy: Any, optimizer: torch.optim.Optimizer) 
         moments = [state[name] for name in MOMENTS if name in state]
         if any(moment.shape != parameter.shape for moment in moments):
             raise ArtifactError(f"{checkpoint.folder / 'optimizer.pt'} does not fit this model: shapes differ.")
+
+
+def _read_moments(folder: Path, policy: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Read what AdamW remembers of each parameter: the whole of it, or the slice that this rank holds."""
+    parameters = policy.parameters_by_name()
+    tensors: dict[str, Any] = {}
+    optimizer.state.clear()
+    for each in names_of_shards(folder):
+        kind, _, name = each.partition("/")
+        if not each.startswith(WEIGHT):
+            parameter = parameters[name].detach()
+            empty = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
+            tensors[each] = optimizer.state[parameters[name]][kind] = empty
+    if tensors:  # before the first step there are none
+        read_shards(folder, tensors)
+
+
+def _sliced(state: Mapping[str, Any], parameters: Sequence[Any]) -> dict[str, Any]:
+    """Return the optimizer's state with this rank's slices in place of whole moments."""
+    slices = {
+        place: {
+            kind: slice_like(parameters[place], value) if value.shape == parameters[place].shape else value
+            for kind, value in own.items()
+        }
+        for place, own in state["state"].items()
+    }
+    return {**state, "state": slices}
 
 
 def read_machine(run: RunDir) -> Machine | None:

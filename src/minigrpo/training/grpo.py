@@ -47,7 +47,7 @@ from torch import Tensor
 
 from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, open_objective
-from minigrpo.algorithms.packing import Batch, MicroBatch, weigh
+from minigrpo.algorithms.packing import EMPTY_MICRO_BATCH, Batch, MicroBatch, weigh
 from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.distributed.ranks import ALONE, Ranks
 from minigrpo.models.policy import Policy
@@ -136,11 +136,13 @@ def update_policy(
     tokens_per_pass = settings.tokens_per_pass
     groups = ranks.own(batch.packed_groups(), cost=lambda group: group.tokens)
     micro_batches = list(batch.split(tokens_per_pass, groups)) if batch.has_gradient else []
+    if policy.is_sharded:  # a pass takes all ranks, so all make as many: who has fewer adds some that are empty
+        micro_batches += [EMPTY_MICRO_BATCH] * (ranks.most(len(micro_batches)) - len(micro_batches))
     if objective.top_entropy < 1:  # mark the tokens of highest entropy, the only ones to learn from: one more pass
         select = partial(select_top_entropy, policy, objective, step=settings.step, ranks=ranks)
         micro_batches, tokens_per_pass = select(micro_batches, tokens_per_pass)
     accumulate = partial(accumulate_gradient, policy, objective, step=settings.step)
-    take_step = partial(step_optimizer, policy, optimizer, settings)
+    take_step = partial(step_optimizer, policy, optimizer, settings, ranks=ranks)
     figures: list[dict[str, float]] = []
     for _ in range(settings.inner_epochs):
         # Accumulate, add up over the ranks, then step. An update that runs out of memory is repeated in smaller passes,
@@ -180,14 +182,16 @@ def accumulate_gradient(
     return done, dict(zip(sums, totals, strict=True))
 
 
-def step_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, settings: UpdateSettings) -> float:
+def step_optimizer(
+    policy: Policy, optimizer: torch.optim.Optimizer, settings: UpdateSettings, *, ranks: Ranks = ALONE
+) -> float:
     """Clip the accumulated gradient, take one step with it, and return its norm before clipping.
 
     A gradient whose norm is not finite is dropped: no weight changes.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     policy.loss_scale.unscale(trained)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+    norm = ranks.clip_gradient(trained, settings.max_grad_norm)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr

@@ -153,6 +153,8 @@ def sampler_gap(scores: Any, micro_batch: MicroBatch) -> dict[str, Tensor]:
 
     Where there are several servers, also for each: gap_sum/NAME, scored_tokens/NAME.
     """
+    if micro_batch.is_empty:
+        return {}
     gap_N = (scores.logprobs_N.detach() - micro_batch.engine_N.to(scores.logprobs_N)).abs()
     count = gap_N.new_full((), float(len(gap_N)))
     sums = {"gap_sum": gap_N.sum(), "entropy_sum": scores.entropy_N.detach().sum(), "scored_tokens": count}

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import MicroBatch, PackedGroup, split_group
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import RecipeError
+from minigrpo.distributed.ranks import ALONE, Ranks
+from minigrpo.errors import RecipeError, SharedPassError
 from minigrpo.models.policy import Policy
 from minigrpo.runs.rundir import RunDir, write_json
 from minigrpo.training.memory.machine import plan_of
@@ -38,12 +39,18 @@ TIGHT = 1.5
 
 
 def retry_on_oom(
-    work: Callable[[Sequence[MicroBatch]], Work], parts: Sequence[MicroBatch], budget: int, *, clear: Callable[[], None]
+    work: Callable[[Sequence[MicroBatch]], Work],
+    parts: Sequence[MicroBatch],
+    budget: int,
+    *,
+    clear: Callable[[], None],
+    can_cut: bool = True,
 ) -> tuple[Work, int]:
     """Return `work(micro_batches)` and the tokens per pass that memory had room for.
 
     Nothing that a failed try added may stay: `clear` throws its gradients away. Raises RecipeError where no cut is
-    left.
+    left. `can_cut`: False where other ranks take part in each pass, which this one cannot begin again by itself: raises
+    SharedPassError.
     """
     emptied = False
     while True:
@@ -54,6 +61,11 @@ def retry_on_oom(
             if not place:
                 raise
             message = first_line(fault)
+        if not can_cut:
+            raise SharedPassError(
+                f"Memory ran out in a pass of {budget} tokens that all ranks share ({message[:120]}), so one of them "
+                f"cannot cut it. The same command with --resume goes on with passes of {max(1, budget // 2)}."
+            )
         # Beyond the handler: until then the traceback holds the tensors of the pass that failed.
         clear()
         empty_cache()
@@ -157,6 +169,7 @@ def try_largest_pass(
     prompt_tokens: int,
     tokens_per_pass: int,
     killed_in: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> tuple[int, int]:
     """Run the largest pass that the recipe could meet forward and back, and throw its gradient away.
 
@@ -170,14 +183,21 @@ def try_largest_pass(
         needs = plan.update_rises + plan.line("optimizer")
     except UnplannableError:
         needs = 1 << 62
-    if policy.device.type == "cpu" and needs * TIGHT <= free_memory(policy.device):
+    # Where one rank tries, all do: of a sharded model none can by itself.
+    if not ranks.any(policy.device.type != "cpu" or needs * TIGHT > free_memory(policy.device)):
         return needs, tokens_per_pass
     vocabulary = policy.model.config.get_text_config().vocab_size
     micro_batches = [largest_micro_batch(recipe.rollout, prompt_tokens, tokens_per_pass, vocabulary)]
     what = {"step": -1, "tokens_per_pass": tokens_per_pass, "earlier": list(killed_in)}
     with crash_note(run, needs, free_before_kill(policy.device), what):
         work = partial(_forward_and_back, policy, objective)
-        _, tokens_per_pass = retry_on_oom(work, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
+        _, tokens_per_pass = retry_on_oom(
+            work,
+            micro_batches,
+            tokens_per_pass,
+            clear=partial(clear_gradients, policy),
+            can_cut=not policy.is_sharded,
+        )
     clear_gradients(policy)
     return needs, tokens_per_pass
 

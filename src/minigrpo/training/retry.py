@@ -46,9 +46,11 @@ def update_with_retries(
     scale_before = policy.loss_scale
     while True:
         clear = partial(clear_gradients, policy)
-        (done, sums), tokens_per_pass = retry_on_oom(accumulate, micro_batches, tokens_per_pass, clear=clear)
+        (done, sums), tokens_per_pass = retry_on_oom(
+            accumulate, micro_batches, tokens_per_pass, clear=clear, can_cut=not policy.is_sharded
+        )
         micro_batches = done
-        sums = ranks.add_up(policy.trainable, sums)
+        sums = ranks.add_up(policy.replicated, sums)
         norm = step_optimizer() if sums else 0.0
         finite = math.isfinite(norm)
         if finite and sums:

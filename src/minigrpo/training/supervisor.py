@@ -23,7 +23,7 @@ from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.distributed.ranks import ALONE, Ranks
-from minigrpo.errors import ArtifactError, DivergenceError
+from minigrpo.errors import ArtifactError, DivergenceError, SharedPassError
 from minigrpo.models.chat_template import clock_warning, render
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
@@ -104,15 +104,17 @@ class Supervisor:
         """Take up the newest checkpoint, try the largest pass, give the engine the weights, open log and grader."""
         prompt_tokens = longest_prompt(self.source.sampler.prompts, self.policy.tokenizer)
         self._start = self._done = self.restore(prompt_tokens, getattr(self.engine, "rows", 0))
-        self._update_bytes, tokens = try_largest_pass(
-            self.policy,
-            self.objective,
-            self.recipe,
-            run=self.run if self.ranks.leads else None,
-            prompt_tokens=prompt_tokens,
-            tokens_per_pass=self.tokens_per_pass,
-            killed_in=self._killed_in,
-        )
+        with self._shorter_after_oom():
+            self._update_bytes, tokens = try_largest_pass(
+                self.policy,
+                self.objective,
+                self.recipe,
+                run=self.run if self.ranks.leads else None,
+                prompt_tokens=prompt_tokens,
+                tokens_per_pass=self.tokens_per_pass,
+                killed_in=self._killed_in,
+                ranks=self.ranks,
+            )
         self._keep_smaller_passes(min(self.ranks.gather("figures", tokens)))
         self.engine.update(self.policy)
         with ExitStack() as stack:
@@ -129,7 +131,12 @@ class Supervisor:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._open.__exit__(kind, fault, at)
-        if fault is None and not self._stopped and self.ranks.leads:
+        if fault is not None or self._stopped:
+            return
+        if self.policy.is_sharded:
+            self._take_best()
+            self.policy.unite(self.ranks)
+        elif self.ranks.leads:
             self._take_best()
             self.engine.update(self.policy)
 
@@ -226,7 +233,8 @@ class Supervisor:
         self.ranks.at(f"in the update of step {step + 1}")
         what = {"step": step, "tokens_per_pass": self.tokens_per_pass, "earlier": list(self._killed_in)}
         noted = self.run if self.ranks.leads else None
-        with crash_note(noted, self._update_bytes, free_before_kill(self.policy.device), what):
+        free = free_before_kill(self.policy.device)
+        with crash_note(noted, self._update_bytes, free, what), self._shorter_after_oom():
             yield
         self._clock.lap("update")
         self.ahead.wait()  # the engine is given new weights next
@@ -262,21 +270,21 @@ class Supervisor:
         """
         if self.policy.device.type == "cpu":
             compute_repeatably()
-        first = self._restore_folder(prompt, rows) if self.ranks.leads else 0
-        if self.ranks.size > 1:
-            first, tokens = self.ranks.gather("figures", [first, self.tokens_per_pass])[0]
-            if not self.ranks.leads:
-                self._follow(first, tokens, prompt)
-        return first
+        found = self._restore_folder(prompt, rows) if self.ranks.leads else None
+        first, tokens = self.ranks.gather("figures", [found, self.tokens_per_pass])[0]
+        if not self.ranks.leads:
+            tokens_per_pass(self.policy, self.recipe, prompt)  # it may turn on recomputed activations
+            self.tokens_per_pass = tokens
+        if first is None:
+            # Whatever would keep a later checkpoint from being written is found now, not after an hour.
+            self._save(0)
+            self.ranks.gather("figures", "saved")
+        if not self.ranks.leads:
+            self._take_up(checkpoint.find_step(self.run, first or 0))
+        return first or 0
 
-    def _follow(self, first: int, tokens: int, prompt: int) -> None:
-        """Begin with the checkpoint that the leading rank goes on from, or has just saved."""
-        tokens_per_pass(self.policy, self.recipe, prompt)  # it may turn on recomputed activations
-        self.tokens_per_pass = tokens
-        self._take_up(checkpoint.find_step(self.run, first))
-
-    def _restore_folder(self, prompt: int, rows: int) -> int:
-        """Bring the run's folder to its newest whole checkpoint, and take that up; save one where there is none."""
+    def _restore_folder(self, prompt: int, rows: int) -> int | None:
+        """Bring the run's folder to its newest whole checkpoint, and take that up; return its step, if there is one."""
         machine = self._settle_machine(prompt, rows)
         newest, complaints = checkpoint.find_latest(self.run)
         for complaint in complaints:
@@ -289,9 +297,7 @@ class Supervisor:
             self.logger.say(f"{kind} may mix tokens outside attention: trained on one padded row per completion.")
         self._compare_prompt(newest)
         if newest is None:
-            # Whatever would keep a later checkpoint from being written is found now, not after an hour.
-            self._save(0)
-            return 0
+            return None
         if complaints:
             checkpoint.discard_after(self.run, newest.step, "damaged")
         self._take_up(newest)
@@ -321,6 +327,17 @@ class Supervisor:
                 "ones, so it will not end as one that was never stopped."
             )
 
+    @contextmanager
+    def _shorter_after_oom(self) -> Iterator[None]:
+        """Where memory runs out in a pass that all ranks share, halve the passes of the attempt that follows."""
+        try:
+            yield
+        except SharedPassError:
+            machine = checkpoint.read_machine(self.run)
+            if machine is not None:
+                checkpoint.write_machine(self.run, replace(machine, tokens_per_pass=max(1, self.tokens_per_pass // 2)))
+            raise
+
     def _keep_smaller_passes(self, tokens: int) -> None:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
         if tokens < self.tokens_per_pass:
@@ -349,16 +366,16 @@ class Supervisor:
         due = step % self.recipe.save.every == 0 or self.best_step == step
         # What looks like an explosion is not kept: the newest checkpoint stays one to go back to.
         if last or (due and not self.monitor.suspicious):
-            self.ranks.check_equal(self.policy.trainable, f"after step {step}")
-            if self.ranks.leads:
-                self._save(step)
+            self.ranks.check_equal(self.policy.replicated, f"after step {step}")
+            self._save(step)
         self._stop_if_broken(step)
 
     def _take_best(self) -> None:
         """Load the checkpoint that did best on held-out prompts, where the recipe asks for it."""
         if self.recipe.save.take == "best" and self.best_step is not None:
             checkpoint.load(checkpoint.find_step(self.run, self.best_step), self.policy, self.optimizer)
-            self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
+            if self.ranks.leads:
+                self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")
 
     @property
     def best_step(self) -> int | None:
@@ -376,10 +393,16 @@ class Supervisor:
         return self.alarms.after(step, metrics)
 
     def _save(self, step: int) -> None:
+        """Save a checkpoint: the leading rank does, and where the model is sharded each rank adds its slices."""
         policy = {"loss_scale": self.policy.loss_scale.state(), "prompt": self._prompt}
         ahead = self.ahead.state()
         state = {"source": self.source.state(), **policy, **({"ahead": ahead} if ahead else {})}
-        checkpoint.save(self.run, step, self.policy, self.optimizer, self.logger.positions(), state=state)
+        if not self.ranks.leads:
+            checkpoint.add_shards(self.policy, self.optimizer, self.ranks)
+            return
+        checkpoint.save(
+            self.run, step, self.policy, self.optimizer, self.logger.positions(), state=state, ranks=self.ranks
+        )
         spare = frozenset() if self.best_step is None else frozenset({self.best_step})
         checkpoint.prune(self.run, self.recipe.save.keep, spare)
 

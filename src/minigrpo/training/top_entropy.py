@@ -30,7 +30,8 @@ def select_top_entropy(
 ) -> tuple[list[MicroBatch], int]:
     """Mark the tokens to learn from, in smaller passes where memory runs out. Return them and the tokens per pass."""
     mark = partial(mark_top_entropy, policy, objective, step=step, ranks=ranks)
-    return retry_on_oom(mark, micro_batches, tokens_per_pass, clear=partial(clear_gradients, policy))
+    clear = partial(clear_gradients, policy)
+    return retry_on_oom(mark, micro_batches, tokens_per_pass, clear=clear, can_cut=not policy.is_sharded)
 
 
 def mark_top_entropy(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from minigrpo.distributed.shards import gathered
 from minigrpo.models import onednn
 from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
@@ -48,12 +49,10 @@ class Projection:
     def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None) -> None:
         self.modules, self.norm = modules, norm
         self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-        self.weights: list[Tensor] = [base.weight for base in self.bases]
-        self.biases: list[Tensor | None] = [base.bias for base in self.bases]
         self.sizes = [base.out_features for base in self.bases]
         self.is_fused = all(base.weight.dtype == torch.float32 for base in self.bases)
         if self.is_fused:
-            self.fused = torch.cat([weight.detach() for weight in self.weights])
+            self.fused = torch.cat([base.weight.detach() for base in self.bases])
         self.joint_A: Tensor | None = None
         self.Bs: list[Tensor | None] = [None for _ in modules]
         self.refresh()
@@ -65,16 +64,17 @@ class Projection:
         if not self.is_fused:
             self._refresh_adapters(pairs)
             return
-        for fused, weight, pair in zip(self.fused.split(self.sizes), self.weights, pairs, strict=True):
-            fused.copy_(weight)
+        for fused, base, pair in zip(self.fused.split(self.sizes), self.bases, pairs, strict=True):
+            fused.copy_(base.weight)
             if pair is not None:
                 fused.addmm_(pair[1].float(), pair[0].float(), alpha=pair[2])
         if self.norm is not None:
+            self.norm.refresh()
             self.fused.mul_(self.norm.weight)
         filled_biases = [
-            w.new_zeros(len(w)) if b is None else b for w, b in zip(self.weights, self.biases, strict=True)
+            base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias for base in self.bases
         ]
-        biased = any(bias is not None for bias in self.biases)
+        biased = any(base.bias is not None for base in self.bases)
         self.fused_bias = copy_in_place(getattr(self, "fused_bias", None), torch.cat(filled_biases)) if biased else None
 
     def _refresh_adapters(self, pairs: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
@@ -144,8 +144,13 @@ class Norm:
     """RMSNorm, computed in float32 for any input type, as in the model's own layer."""
 
     def __init__(self, module: Any) -> None:
-        self.weight = module.weight
+        self.module = module
         self.unit_rms = UnitRms(module.variance_epsilon, len(module.weight), module.weight.device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look up the weight: of a sharded model it is another tensor each time that it is gathered."""
+        self.weight = self.module.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -241,8 +246,11 @@ class Decoder:
         self.dtype, self.device = model.dtype, head.weight.device
 
     def refresh(self) -> None:
-        for layer in self.layers:
-            layer.refresh()
+        """Copy the current weights, layer by layer: one of a sharded model is gathered for as long as that takes."""
+        for layer, module in zip(self.layers, self.model.layers, strict=True):
+            with gathered(module):
+                layer.refresh()
+        self.norm.refresh()
 
     def weight_copies(self) -> list[Tensor]:
         """Return the decoder's own copies of weights: all tensors that `refresh` writes."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigrpo.distributed.shards import gather_module
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
@@ -50,6 +51,7 @@ class NativeEngine:
         self.stop_rule = stop_rule or (lambda tokens_n, row_n, so_far: torch.isin(tokens_n, self.stop_ids_s))
 
     def update(self, policy: Any) -> None:
+        gather_module(policy.model)  # embedding, last norm and head are read where they are, not copied
         self.decoder.refresh()
 
     def generate(

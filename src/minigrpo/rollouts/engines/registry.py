@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from minigrpo.config.schema import Recipe
+from minigrpo.distributed.place import Place
 from minigrpo.errors import ModelError, RecipeError
 from minigrpo.models.limits import check_engine, has_dora
 from minigrpo.types import Engine
@@ -38,7 +40,30 @@ def engine_name(recipe: Recipe, model: Any, device: str) -> str:
         return recipe.rollout.engine
     if not decoder_supports(model) or has_dora(model):
         return "transformers"
-    return "slots" if device == "cuda" and recipe.model.quantize == "none" else "native"
+    # Captured graphs read weights at fixed addresses, and those of a sharded model come and go.
+    whole = not _may_shard(recipe, Place.size_of(os.environ))
+    return "slots" if device == "cuda" and recipe.model.quantize == "none" and whole else "native"
+
+
+def shards(recipe: Recipe, model: Any, device: str, ranks: int) -> bool:
+    """Tell whether so many ranks shard the model (distributed/shards.py).
+
+    Only the native engine copies the weights that it samples from; others would read slices. Raise RecipeError where
+    the recipe insists.
+    """
+    if not _may_shard(recipe, ranks):
+        return False
+    engine = engine_name(recipe, model, device)
+    if engine != "native" and recipe.train.shard == "on":
+        raise RecipeError(
+            f"train.shard needs rollout.engine native, and this run samples with {engine}. Leave it at auto"
+        )
+    return engine == "native"
+
+
+def _may_shard(recipe: Recipe, ranks: int) -> bool:
+    train = recipe.train
+    return ranks > 1 and train.full and train.shard != "off" and train.optimizer == "adamw"
 
 
 def stop_ids(policy: Any) -> frozenset[int]:

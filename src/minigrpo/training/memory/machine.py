@@ -83,7 +83,8 @@ def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -
     limit = int(config.memory * 1e9) if config.memory else None
     place = Place.of(os.environ)
     sharers = place.local_size if place and device.type != "cuda" else 1
-    return Device(device.type, dtype, free_memory(device) // sharers, limit, resident_bytes())
+    free = free_memory(device) // sharers
+    return Device(device.type, dtype, free, limit, resident_bytes(), ranks=Place.size_of(os.environ))
 
 
 def gpu_of_size(gigabytes: float, dtype: torch.dtype) -> Device:

@@ -20,10 +20,10 @@ from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, RolloutConfig
 from minigrpo.models.attention.cpu import CACHED_PLANS
 from minigrpo.models.attention.shared_prompt import CACHED_MASKS
-from minigrpo.models.policy import Policy
+from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.models.quantize import moment_bytes
 from minigrpo.rollouts.engines.decoder import decoder_supports
-from minigrpo.rollouts.engines.registry import engine_name
+from minigrpo.rollouts.engines.registry import engine_name, shards
 from minigrpo.training.memory.meta import (
     PassCost,
     UnplannableError,
@@ -89,7 +89,8 @@ class PlanLine:
 class Device:
     """The device of a run. `free`: bytes available; `limit`: the most that the run may take in all.
 
-    `resident`: bytes this process already holds in main memory; `opened`: names of the plan lines already loaded.
+    `resident`: bytes this process already holds in main memory; `opened`: names of the plan lines already loaded;
+    `ranks`: that train the run, over which its model may be sharded.
     """
 
     device: str
@@ -98,6 +99,7 @@ class Device:
     limit: int | None = None
     resident: int = 0
     opened: tuple[str, ...] = ()
+    ranks: int = 1
 
 
 OPEN_POLICY = ("weights", "adapter", "reference", "warm start")
@@ -257,19 +259,39 @@ class _Planner:
         every = sum(p.nbytes for p in policy.model.parameters()) + sum(b.nbytes for b in policy.model.buffers())
         adapter = 0 if recipe.train.full else trained
         saved = quantised_share(policy)[0] if recipe.model.quantize == "nf4" else 0
+        parts = self.parts
         kl = recipe.objective.kl > 0
         copy = every if kl and recipe.train.full and recipe.train.reference != "cpu" else 0
         kind = "4 bit" if saved else str(self.device.dtype).removeprefix("torch.")
         loaded = (
-            PlanLine("weights", every - adapter - saved, "always", f"the model, {kind}"),
+            PlanLine("weights", (every - adapter - saved) // parts, "always", f"the model, {kind}{self._share}"),
             PlanLine("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
-            PlanLine("reference", copy, "always", "a frozen copy for the KL term"),
+            PlanLine("reference", copy // parts, "always", "a frozen copy for the KL term"),
             PlanLine("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
             PlanLine(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
         )
         moved = moment_bytes(policy.trainable, recipe.train.optimizer)
-        moments = PlanLine("optimizer", moved, "always", "AdamW's two moments")
-        return (self._program(loaded), *loaded, moments)
+        ends = PlanLine("gathered", self._gathered[0], "always", "embedding and head of the sharded model, whole")
+        moments = PlanLine("optimizer", moved // parts, "always", f"AdamW's two moments{self._share}")
+        return (self._program(loaded), *loaded, moments, ends)
+
+    @cached_property
+    def parts(self) -> int:
+        """Into how many parts the model is sharded."""
+        due = shards(self.recipe, self.bare.model, self.device.device, self.device.ranks)
+        return self.device.ranks if due else 1
+
+    @property
+    def _share(self) -> str:
+        return f", one part of {self.parts}" if self.parts > 1 else ""
+
+    @cached_property
+    def _gathered(self) -> tuple[int, int]:
+        """Return the bytes of a sharded model that lie outside its layers, and those of its largest layer."""
+        if self.parts == 1:
+            return 0, 0
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_of(self.bare.model).layers]  # type: ignore[union-attr]
+        return sum(p.nbytes for p in self.bare.model.parameters()) - sum(layers), max(layers)
 
     def _program(self, loaded: tuple[PlanLine, ...]) -> PlanLine:
         if self.device.device != "cpu":
@@ -289,13 +311,16 @@ class _Planner:
 
     def _update_lines(self, micro_batch: MicroBatch, cost: PassCost) -> tuple[PlanLine, ...]:
         gradients = sum(parameter.nbytes for parameter in self.bare.trainable)
+        ends, layer = self._gathered
         # Masks of the last shapes are kept, of which the pass itself counts one.
         masks = len(micro_batch.lengths) * max(micro_batch.lengths) * (self.prompt - 1 + max(micro_batch.lengths))
         masks *= (CACHED_PLANS - 1) * self.device.dtype.itemsize if self.device.device == "cpu" else CACHED_MASKS - 1
         quantised = quantised_share(self.bare)[1] if self.recipe.model.quantize == "nf4" else 0
         holes = int(HEAP_FRAGMENTATION * cost.peak) if self.device.device == "cpu" else 0
         return (
-            PlanLine("gradients", gradients, "update", "of what is trained"),
+            PlanLine("gradients", gradients // self.parts, "update", f"of what is trained{self._share}"),
+            # Weights and gradients of a layer while it computes, those of the next one, and what is on the wire.
+            PlanLine("gathered layer", 2 * ends + 4 * layer, "update", "whole weights and gradients of a layer"),
             PlanLine("activations", cost.kept, "update", f"kept for the backward pass: {micro_batch.tokens} tokens"),
             PlanLine("update, passing", cost.passing, "update", f"highest in the {cost.phase}"),
             PlanLine("holes", holes, "update", "in the heap, between what is held"),

@@ -1,0 +1,228 @@
+"""A model that is sharded over ranks learns what it learns whole, and each rank holds its share of it."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minigrpo.config.schema import (
+    EvalConfig,
+    GroupsConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    RolloutConfig,
+    SaveConfig,
+    TrainConfig,
+)
+from minigrpo.distributed.ranks import ALONE, Ranks
+from minigrpo.distributed.shards import names_of_shards
+from minigrpo.errors import RecipeError, SharedPassError
+from minigrpo.models.policy import open_policy
+from minigrpo.pipeline.audit_chain import origin_step
+from minigrpo.pipeline.evidence import read_evidence
+from minigrpo.rollouts.engines.registry import open_engine, shards
+from minigrpo.runs.logger import RankLog, RunLogger
+from minigrpo.runs.manifest import hash_files
+from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import grpo
+from minigrpo.training.memory.planner import Device, make_plan
+from minigrpo.training.oom import retry_on_oom
+from tests.distributed.test_lost_ranks import LIMIT_S, begin, ended, ranks_of, steps_logged, wait_until
+from tests.distributed.test_same_run import LETTERS, sampled
+from tests.helpers.ranks import on_ranks
+from tests.helpers.tiny import build_model
+
+pytestmark = pytest.mark.needs("linux")
+
+STEPS = 4
+EVERYTHING: dict[str, Any] = {
+    "groups": GroupsConfig(resample=2.0, min_spread=0.05),
+    "objective": ObjectiveConfig(kl=0.05, top_entropy=0.5, entropy=0.01),
+    "eval": EvalConfig(every=2, held_out=5),
+}
+
+
+def recipe_for(folder: Path, until: int = STEPS, **sections: Any) -> Recipe:
+    return Recipe(
+        model=ModelConfig(path=str(folder)),
+        rollout=RolloutConfig(prompts=3, completions=3, max_tokens=5),
+        train=TrainConfig(steps=STEPS, until=until, lr=1e-3, tokens_per_pass=30, inner_epochs=2, full=True),
+        save=SaveConfig(every=2, keep=9),
+        **sections,
+    )
+
+
+def train(ranks: Ranks, recipe: Recipe, run: RunDir) -> dict[str, int]:
+    """Train on these ranks, sharded where there are several; return the bytes that this one holds, by what they are."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    policy = open_policy(recipe)
+    engine = open_engine(policy, recipe)
+    if ranks.size > 1:
+        policy.shard(ranks)
+    held: dict[str, int] = {}
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: held.update(bytes_held(optimizer)))
+    log = RunLogger(run, recipe.train.last_step) if ranks.leads else RankLog(run, ranks.rank)
+    grpo(recipe, LETTERS, policy, engine, log, ranks=ranks)
+    hook.remove()
+    if ranks.leads:
+        shutil.rmtree(run.path / "model", ignore_errors=True)
+        policy.save(run.path / "model")
+    return held
+
+
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of memory behind tensors, each piece once: of a sharded one, behind the slice."""
+    pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum({piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes() for piece in pieces}.values())
+
+
+def bytes_held(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Count parameters, gradients and moments as they lie in memory after a step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [optimizer.state[parameter][name] for parameter in parameters for name in ("exp_avg", "exp_avg_sq")]
+    gradients = [parameter.grad for parameter in parameters]
+    return {"parameters": nbytes(parameters), "gradients": nbytes(gradients), "moments": nbytes(moments)}
+
+
+def weights_of(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.path / "model" / "model.safetensors")
+
+
+def gap(left: RunDir, right: RunDir) -> float:
+    one, two = weights_of(left), weights_of(right)
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def test_a_sharded_run_is_that_of_one_process_and_each_rank_holds_half(tmp_path: Path, tiny_folder: Any) -> None:
+    recipe = recipe_for(tiny_folder(), **EVERYTHING)
+    alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "together")
+    whole = train(ALONE, recipe, alone)
+    held = on_ranks(2, tmp_path / "wire", lambda ranks: train(ranks, recipe, together))
+    assert sampled(together) == sampled(alone)
+    assert gap(alone, together) < 1e-5
+    assert whole["moments"] == 2 * whole["parameters"] == 2 * whole["gradients"]
+    for kind, count in whole.items():
+        assert [rank[kind] for rank in held] == [pytest.approx(count / 2, rel=0.02)] * 2
+    figures = [json.loads(line) for line in together.metrics.read_text().splitlines()]
+    for one, two in zip(figures, map(json.loads, alone.metrics.read_text().splitlines()), strict=True):
+        assert {name: one[name] for name in ("loss", "grad_norm", "entropy", "kl")} == pytest.approx(
+            {name: two[name] for name in ("loss", "grad_norm", "entropy", "kl")}, rel=1e-3, abs=1e-6
+        )
+        assert one["sent_bytes/weights"] > one["sent_bytes/gradients"] > 0
+
+
+def test_a_checkpoint_of_two_ranks_is_read_by_one_and_by_four_and_of_one_by_two(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    model = tiny_folder()
+    alone = RunDir(tmp_path / "alone")
+    train(ALONE, recipe_for(model), alone)
+    half, full = recipe_for(model, until=2), recipe_for(model)
+    for name, sizes in {"2 to 1": (2, 1), "2 to 4": (2, 4), "1 to 2": (1, 2)}.items():
+        run = RunDir(tmp_path / name)
+        for size, recipe in zip(sizes, (half, full), strict=True):
+            work = lambda ranks, recipe=recipe, run=run: train(ranks, recipe, run)  # noqa: E731
+            _ = work(ALONE) if size == 1 else on_ranks(size, tmp_path / f"{name} wire {size}", work)
+            sharded = (run.checkpoint(recipe.train.last_step) / "shards" / "index").is_file()
+            assert sharded == (size > 1)
+        assert sampled(run) == sampled(alone), name
+        assert gap(run, alone) < 1e-5, name
+
+
+def test_a_recipe_says_what_cannot_be_sharded() -> None:
+    for knobs, sentence in (
+        ({"full": False}, "leave it at auto"),
+        ({"optimizer": "adamw8bit"}, "leaves a rank slices"),
+    ):
+        with pytest.raises(ValidationError, match=sentence):
+            Recipe(train=TrainConfig(**{"shard": "on", "full": True, **knobs}))
+
+
+def test_only_full_training_on_several_ranks_is_sharded_and_only_for_an_engine_with_a_copy_of_its_own() -> None:
+    model = build_model()
+
+    def sharded(ranks: int = 2, engine: str = "auto", **train: Any) -> bool:
+        config = TrainConfig(**{"full": True, **train})
+        return shards(Recipe(train=config, rollout=RolloutConfig(engine=engine)), model, "cpu", ranks)
+
+    assert sharded()
+    assert not any((sharded(1), sharded(full=False), sharded(shard="off"), sharded(optimizer="adamw8bit")))
+    assert not sharded(engine="transformers")
+    with pytest.raises(RecipeError, match="needs rollout"):
+        sharded(engine="transformers", shard="on")
+
+
+def test_a_plan_counts_this_rank_s_part_of_what_is_sharded() -> None:
+    config = build_model().config
+    recipe = Recipe(train=TrainConfig(full=True))
+    one, four = (make_plan(config, recipe, Device("cpu", torch.float32, 1 << 30, ranks=ranks), 20) for ranks in (1, 4))
+    for name in ("weights", "optimizer", "gradients"):
+        assert four.line(name) == one.line(name) // 4 > 0
+    assert one.line("gathered layer") == 0 < four.line("gathered layer")
+    assert four.line("engine copies") == one.line("engine copies")
+
+
+def test_an_index_that_names_a_function_is_not_called(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "index").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(pickle.UnpicklingError, match="does not hold"):
+        names_of_shards(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_memory_that_runs_out_in_a_shared_pass_halves_those_of_the_next_attempt() -> None:
+    def work(parts: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(SharedPassError, match="goes on with passes of 256") as told:
+        retry_on_oom(work, [], 512, clear=lambda: None, can_cut=False)
+    assert told.value.exit_code == 75  # --nproc begins again
+
+
+@pytest.mark.long
+def test_a_sharded_job_whose_rank_is_killed_ends_as_the_undisturbed_one_and_is_merged_as_any(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+        job = begin(folder, tiny_folder(), "--train.full", "true", "--max-restarts", "1", steps=12)
+        if folder.name == "killed":
+            wait_until(lambda folder=folder: len(steps_logged(folder)) > 6, job)
+            os.kill(ranks_of(job)[1], signal.SIGKILL)
+        code, errors = ended(job, folder)
+        assert code == 0, errors
+        assert "one part of 2" in errors
+        assert errors.count("All ranks begin again at the newest checkpoint") == (folder.name == "killed")
+        assert "Traceback" not in errors
+        assert steps_logged(folder) == list(range(1, 13))
+    saved = [hash_files(folder / "run" / "model") for folder in folders]
+    assert saved[0] == saved[1]
+    checkpoints = [hash_files(RunDir(folder / "run").checkpoint(12) / "shards") for folder in folders]
+    assert set(checkpoints[0]) == {"__0_0.distcp", "__1_0.distcp", "index"}
+    assert checkpoints[0] == checkpoints[1]
+    run = RunDir(folders[1] / "run")
+    evidence = read_evidence(run)
+    result = next(link.facts for link in evidence.links if link.kind == "result")
+    assert origin_step(run, run.path / "model", result, evidence) == 12
+    command = [sys.executable, "-m", "minigrpo", "merge", "run"]
+    done = subprocess.run(command, cwd=folders[1], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
