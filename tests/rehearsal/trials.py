@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +36,13 @@ from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import grpo
+from minigrpo.training.memory.machine import plan_of, plan_of_run
 from minigrpo.training.memory.meta import uniform_micro_batch
+from minigrpo.training.memory.planner import largest_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
-from tests.rehearsal.cards import pretended
+from tests.rehearsal.allocations import counted
+from tests.rehearsal.cards import pretended, pretended_mac
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
 
@@ -84,9 +87,14 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
+def machine(card: Card, guard: Path, device: str) -> AbstractContextManager[PretendedGpu]:
+    """Pretend a machine with a GPU of that kind: a Mac, or one with two of the card."""
+    return pretended_mac(guard) if device == "mps" else pretended(card, guard, count=2)
+
+
 def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, device: str = "auto") -> dict[str, Any]:
     """Sample on the card and, with the same kind of engine and the same number type, on the CPU."""
-    with pretended(card, guard, count=2) as gpu:
+    with machine(card, guard, device) as gpu:
         policy, opened, on_gpu = two_rounds(engine_recipe(folder, device, dtype, engine))
         name, kind = ENGINE_NAMES[type(opened).__name__], str(policy.dtype).removeprefix("torch.")
         found = {
@@ -201,6 +209,56 @@ def scoring(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
         }
 
 
+MEMORY = {
+    "rollout.prompts": "4",
+    "rollout.completions": "4",
+    "rollout.max_tokens": "80",
+    "rollout.rows": "24",
+    "eval.limit": "30",
+    "eval.every": "1",
+    "eval.held_out": "6",
+    "lora.rank": "8",
+    "train.steps": "1",
+}
+"""A run whose evaluations are larger than its steps, in two graphs each: of 64 and of 80 own slots."""
+
+
+def memory(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
+    """Sample, evaluate and update as a run does, and count what is asked of the allocator, beside the plan."""
+    recipe = load_recipe("gsm8k-fast", {**MEMORY, "model.path": folder})
+    lengths = (65, 40, 23, 12)
+
+    def ask(engine: Engine, prompts: int, n: int, heat: float) -> None:
+        engine.generate(rendered((lengths * prompts)[:prompts]), n, Sampling(heat, recipe.rollout.max_tokens, 7))
+
+    with pretended(card, guard), counted() as allocations:
+        policy = open_policy(recipe)
+        engine = SlotEngine(policy, stop_ids=[-1], rows=recipe.rollout.rows)  # no row ends
+        whole, updates = plan_of_run(policy, recipe, max(lengths)), plan_of(policy, recipe, max(lengths))
+        assert whole is not None
+        optimizer, held = grpo.open_optimizer(recipe.train, policy), allocations.now
+        found: dict[str, Any] = {"held": held}
+        part = largest_micro_batch(recipe.rollout, max(lengths), updates.tokens_per_pass, vocabulary=260)
+        for _ in range(2):  # from the second on all gradients and moments are there
+            allocations.reset()
+            ask(engine, recipe.rollout.prompts, recipe.rollout.completions, recipe.rollout.temperature)
+            ask(engine, recipe.eval.held_out, 1, 0.0)
+            found |= {"rollouts": allocations.peak, "graphs": allocations.pool}
+            allocations.reset()
+            policy.logprobs(part, step=0).logprobs_N.sum().backward()
+            policy.logprobs(part, step=0).logprobs_N.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            found["update"] = allocations.peak
+        found["kept"] = allocations.now
+        allocations.reset()
+        for heat in (0.0, 1.0):
+            ask(engine, recipe.eval.limit, 1, heat)
+        found |= {"evaluations": allocations.peak}
+    plans = {"whole": whole, "updates": updates}
+    return {"found": found, **{name: plan.to_dict() for name, plan in plans.items()}}
+
+
 def pretence(card: Card, guard: Path, *, act: str) -> Any:
     """Do one thing that a GPU refuses, to see it refused."""
     with pretended(card, guard, count=2):
@@ -284,7 +342,8 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
     packs = {"model.quantize", "train.optimizer"} & knobs.keys()
     home = Path(tempfile.mkdtemp(prefix="minigrpo-rehearsal-"))
     try:
-        with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
+        device = knobs.get("model.device", "auto")
+        with bitsandbytes_of_a_cpu() if packs else nullcontext(), machine(card, guard, device) as gpu:
             costs = UpdateCosts(gpu)
             with patch.object(grpo, "update_policy", costs):
                 policy, engine = train_once(load_recipe(recipe, knobs), home / "whole")
@@ -390,6 +449,7 @@ TRIALS: dict[str, Callable[..., Any]] = {
         shapes,
         freed_weights,
         scoring,
+        memory,
         pretence,
         train,
         notebook,

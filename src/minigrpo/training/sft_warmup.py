@@ -21,6 +21,7 @@ from minigrpo.errors import DivergenceError, MinigrpoError, RecipeError, TaskErr
 from minigrpo.models.chat_template import after_opening, opening, render, whole_answer
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
+from minigrpo.rollouts.engines.registry import release_caches
 from minigrpo.rollouts.grading import gold_answer, judge
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.tasks.common.dataset import check_prompt, has_half_character, read_json_lines
@@ -88,6 +89,7 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     taught, aside = prepare_answers(recipe, task)
     lessons, held_aside = tokenize_answers(taught, policy), tokenize_answers(aside, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
+    release_caches(engine)
     limit = PassLimit(tokens_per_pass(policy, recipe), max(1, MAX_LOGITS // vocabulary))
 
     def measure() -> WarmupMeasure:
