@@ -1,4 +1,4 @@
-"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py, and torch on a Mac."""
+"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py."""
 
 from __future__ import annotations
 
@@ -87,37 +87,15 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         "graph_pool_handle": object,
     }
     library.set_current_device(0)
-    with patch.multiple(torch.cuda, **answers), files_read_to_gpu(), efficient_attention(), gpu:
-        yield gpu
-
-
-@contextmanager
-def pretended_mac(guard: Path) -> Iterator[PretendedGpu]:
-    """Pretend that this machine has Apple's GPU, which knows no float64; attention is the plain products there."""
-    ctypes.CDLL(str(guard))
-    gpu = PretendedGpu(lambda: 0, "mps")
-    answers: dict[str, Any] = {
-        "empty_cache": lambda: None,
-        "synchronize": lambda: gpu.synchronize("torch.mps.synchronize"),
-    }
     with (
-        patch.multiple(torch.mps, **answers),
-        patch("torch.backends.mps.is_available", lambda: True),
-        files_read_to_gpu(),
-        gpu,
-    ):
-        yield gpu
-
-
-@contextmanager
-def files_read_to_gpu() -> Iterator[None]:
-    """Let what is loaded from files, and what is converted, come to a pretended GPU."""
-    with (
+        patch.multiple(torch.cuda, **answers),
         patch.object(torch, "load", load_to_gpu),
         patch("peft.utils.save_and_load.safe_load_file", read_to_gpu),
         parameters_exchanged(),
+        efficient_attention(),
+        gpu,
     ):
-        yield
+        yield gpu
 
 
 _load = torch.load

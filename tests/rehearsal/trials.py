@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ from minigrpo.training.memory.planner import largest_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
 from tests.rehearsal.allocations import counted
-from tests.rehearsal.cards import pretended, pretended_mac
+from tests.rehearsal.cards import pretended
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
 
@@ -87,14 +87,9 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def machine(card: Card, guard: Path, device: str) -> AbstractContextManager[PretendedGpu]:
-    """Pretend a machine with a GPU of that kind: a Mac, or one with two of the card."""
-    return pretended_mac(guard) if device == "mps" else pretended(card, guard, count=2)
-
-
 def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, device: str = "auto") -> dict[str, Any]:
     """Sample on the card and, with the same kind of engine and the same number type, on the CPU."""
-    with machine(card, guard, device) as gpu:
+    with pretended(card, guard, count=2) as gpu:
         policy, opened, on_gpu = two_rounds(engine_recipe(folder, device, dtype, engine))
         name, kind = ENGINE_NAMES[type(opened).__name__], str(policy.dtype).removeprefix("torch.")
         found = {
@@ -342,8 +337,7 @@ def train(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mapping
     packs = {"model.quantize", "train.optimizer"} & knobs.keys()
     home = Path(tempfile.mkdtemp(prefix="minigrpo-rehearsal-"))
     try:
-        device = knobs.get("model.device", "auto")
-        with bitsandbytes_of_a_cpu() if packs else nullcontext(), machine(card, guard, device) as gpu:
+        with bitsandbytes_of_a_cpu() if packs else nullcontext(), pretended(card, guard) as gpu:
             costs = UpdateCosts(gpu)
             with patch.object(grpo, "update_policy", costs):
                 policy, engine = train_once(load_recipe(recipe, knobs), home / "whole")
