@@ -145,13 +145,13 @@ def settings() -> tuple[int, bool, bool, bool]:
 def test_on_a_gpu_sums_stay_in_float32_and_attention_builds_no_plan_for_each_shape(given: tuple[bool, bool]) -> None:
     matmul = torch.backends.cuda.matmul
     with process_settings():  # gives back what this test changes
-        matmul.allow_fp16_reduced_precision_reduction = (given[0], False)  # type: ignore[assignment]
+        matmul.allow_fp16_reduced_precision_reduction = (given[0], given[0])  # type: ignore[assignment]
         torch.backends.cuda.enable_cudnn_sdp(given[1])
         with process_settings():
             assert not matmul.allow_fp16_reduced_precision_reduction
             assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert matmul.allow_fp16_reduced_precision_reduction == given[0]
-        assert not matmul.allow_fp16_reduced_precision_reduction_split_k
+        assert matmul.allow_fp16_reduced_precision_reduction_split_k == given[0]
         assert torch.backends.cuda.cudnn_sdp_enabled() == given[1]
 
 
