@@ -40,6 +40,8 @@ class GpuTensor(Tensor):
     """A tensor on a pretended GPU. `host`: its numbers."""
 
     host: Tensor
+    lease: ClassVar[Callable[[GpuTensor], Any]] = lambda tensor: None
+    """What counts its memory (allocations.py), where something does."""
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -53,6 +55,7 @@ class GpuTensor(Tensor):
             device=device,
         )
         made.host = host
+        made.leased = GpuTensor.lease(made)  # type: ignore[attr-defined]
         return made
 
     @classmethod
@@ -68,7 +71,7 @@ class GpuTensor(Tensor):
     def data(self, value: Tensor) -> None:
         assert isinstance(value, GpuTensor), "the storage of a GPU's tensor is exchanged for another GPU's"
         assert (value.shape, value.dtype) == (self.shape, self.dtype), "a wrapper keeps its shape and number type"
-        self.host = value.host
+        self.host, self.leased = value.host, value.leased  # type: ignore[attr-defined]
 
     def data_ptr(self) -> int:
         return self.host.data_ptr()

@@ -106,8 +106,8 @@ def test_the_page_says_what_a_card_takes(card: str, play: Play, tiny_folder: Fol
 
 @pytest.mark.extra("qlora")
 @pytest.mark.long
-@pytest.mark.parametrize("card", ["T4", "RTX 3060"])
-def test_the_page_says_what_a_card_takes_with_weights_in_four_bit(card: str, play: Play, tiny_folder: Folder) -> None:
+def test_the_page_says_what_a_card_takes_with_weights_in_four_bit(play: Play, tiny_folder: Folder) -> None:
+    card = "RTX 3060"  # too small for the recipe in 16 bit
     changes = {"model.quantize": "nf4"}
     found = play("choices", card, recipe="sudoku-ministral", folder=str(tiny_folder("ministral3")), changes=changes)
     row = f"\n| {card} | {found['dtype']}, `--model.quantize nf4` | {found['engine']} |"

@@ -36,9 +36,12 @@ from minigrpo.rollouts.engines.registry import open_engine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training import grpo
+from minigrpo.training.memory.machine import plan_of, plan_of_run
 from minigrpo.training.memory.meta import uniform_micro_batch
+from minigrpo.training.memory.planner import largest_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
+from tests.rehearsal.allocations import counted
 from tests.rehearsal.cards import pretended
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
@@ -199,6 +202,56 @@ def scoring(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
             "launches": launches,
             "synchronizations": _sites(gpu.synchronizations),
         }
+
+
+MEMORY = {
+    "rollout.prompts": "4",
+    "rollout.completions": "4",
+    "rollout.max_tokens": "80",
+    "rollout.rows": "24",
+    "eval.limit": "30",
+    "eval.every": "1",
+    "eval.held_out": "6",
+    "lora.rank": "8",
+    "train.steps": "1",
+}
+"""A run whose evaluations are larger than its steps, in two graphs each: of 64 and of 80 own slots."""
+
+
+def memory(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
+    """Sample, evaluate and update as a run does, and count what is asked of the allocator, beside the plan."""
+    recipe = load_recipe("gsm8k-fast", {**MEMORY, "model.path": folder})
+    lengths = (65, 40, 23, 12)
+
+    def ask(engine: Engine, prompts: int, n: int, heat: float) -> None:
+        engine.generate(rendered((lengths * prompts)[:prompts]), n, Sampling(heat, recipe.rollout.max_tokens, 7))
+
+    with pretended(card, guard), counted() as allocations:
+        policy = open_policy(recipe)
+        engine = SlotEngine(policy, stop_ids=[-1], rows=recipe.rollout.rows)  # no row ends
+        whole, updates = plan_of_run(policy, recipe, max(lengths)), plan_of(policy, recipe, max(lengths))
+        assert whole is not None
+        optimizer, held = grpo.open_optimizer(recipe.train, policy), allocations.now
+        found: dict[str, Any] = {"held": held}
+        part = largest_micro_batch(recipe.rollout, max(lengths), updates.tokens_per_pass, vocabulary=260)
+        for _ in range(2):  # from the second on all gradients and moments are there
+            allocations.reset()
+            ask(engine, recipe.rollout.prompts, recipe.rollout.completions, recipe.rollout.temperature)
+            ask(engine, recipe.eval.held_out, 1, 0.0)
+            found |= {"rollouts": allocations.peak, "graphs": allocations.pool}
+            allocations.reset()
+            policy.logprobs(part, step=0).logprobs_N.sum().backward()
+            policy.logprobs(part, step=0).logprobs_N.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            found["update"] = allocations.peak
+        found["kept"] = allocations.now
+        allocations.reset()
+        for heat in (0.0, 1.0):
+            ask(engine, recipe.eval.limit, 1, heat)
+        found |= {"evaluations": allocations.peak}
+    plans = {"whole": whole, "updates": updates}
+    return {"found": found, **{name: plan.to_dict() for name, plan in plans.items()}}
 
 
 def pretence(card: Card, guard: Path, *, act: str) -> Any:
@@ -390,6 +443,7 @@ TRIALS: dict[str, Callable[..., Any]] = {
         shapes,
         freed_weights,
         scoring,
+        memory,
         pretence,
         train,
         notebook,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
+from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import UpdateSettings, accumulate_gradient, update_policy
 from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
@@ -37,10 +38,11 @@ from minigrpo.training.oom import (
     split_micro_batch,
 )
 from minigrpo.training.preflight import seconds_per_pass
+from minigrpo.types import Sampling
 from minigrpo.utils import memory
 from minigrpo.utils.memory import ran_out
 from tests.helpers.cards import Card, pretend
-from tests.helpers.models import gradients, made_up_groups, make_policy
+from tests.helpers.models import gradients, made_up_groups, make_policy, rendered
 from tests.helpers.tiny import tiny_config
 
 
@@ -364,16 +366,70 @@ def test_only_main_memory_kills(integrated: bool, limited: bool, monkeypatch: py
     assert memory.free_before_kill(torch.device("cpu")) < 1 << 62
 
 
-def test_the_slot_engine_of_a_gpu_keeps_the_caches_of_training_and_evaluation_during_updates() -> None:
-    sampling = {"prompts": 4, "completions": 8, "max_tokens": 64, "rows": 32}
-    slots = planned(10, rollout=sampling)  # "auto"
-    native = planned(10, rollout=sampling | {"engine": "native"})
-    when = {plan: next(line.when for line in plan.lines if line.name == "cache") for plan in (slots, native)}
-    assert (when[slots], when[native]) == ("always", "rollout")
+SLOTS = {"prompts": 4, "completions": 8, "max_tokens": 64, "rows": 32, "engine": "slots"}
+
+
+def test_the_plan_counts_to_the_byte_what_a_slot_engine_keeps() -> None:
+    """Training's caches and those of the evaluations in between; then of two evaluations, greedy and sampled."""
+    policy = make_policy(dropout=0.0)
+    recipe = Recipe(rollout=SLOTS, eval={"every": 1, "held_out": 5, "limit": 40})  # type: ignore[arg-type]
+    plan = make_plan(policy.model.config, recipe, Device("cpu", torch.float32, 4 * GB), prompt=70)
+    engine = SlotEngine(policy, stop_ids=[-1], rows=32)
+
+    def ask(prompts: int, n: int, heat: float) -> int:
+        engine.generate(rendered([70] * prompts), n, Sampling(heat, 64, 7))
+        return kept_bytes(engine)
+
+    ask(4, 8, 1.0)
+    assert plan.line("cache") == ask(5, 1, 0.0)
+    ask(40, 1, 0.0)
+    assert plan.line("cache") + plan.line("later caches") == ask(40, 1, 1.0)
+    engine.release_caches()
+    assert kept_bytes(engine) == 0
+
+
+def kept_bytes(engine: SlotEngine) -> int:
+    """Return the bytes of all states and rotary tables that an engine keeps, views counted once."""
+    tensors = [
+        tensor
+        for graphs in engine._graph_sets
+        for tensor in (
+            *(getattr(graphs.full_state, field.name) for field in fields(graphs.full_state)),
+            *(table for _, step in graphs._sizes.values() for table in (step.rope.cos, step.rope.signed_sin)),
+        )
+    ]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("rollout", [True, False])
+def test_what_the_slot_engine_keeps_counts_during_updates_too(rollout: bool) -> None:
+    config = tiny_config("qwen2", **size(512, 4, 8, 2, 8000), max_position_embeddings=4096)
+    place = Device("cuda", torch.bfloat16, 10 * GB)
+
+    def plan(engine: str) -> Plan:
+        recipe = Recipe(rollout=SLOTS | {"engine": engine})  # type: ignore[arg-type]
+        return make_plan(config, recipe, place, 100, rollout=rollout)
+
+    slots, native = plan("auto"), plan("native")
     shared, own, entry = 128, 64, 2 * 4 * 2 * 64 * 2  # slots a row; keys and values of 4 layers, 2 heads of 64, 16 bit
-    training, evaluation = (4 * shared + 32 * own) * entry, (32 * shared + 32 * own) * entry
-    assert slots.line("cache") == pytest.approx(training + evaluation, rel=0.02)
-    assert slots.at("update") - native.at("update") == slots.line("cache") + slots.line("rollout, passing")
+    assert slots.line("cache") == pytest.approx((4 * shared + 32 * own) * entry, rel=0.02)
+    assert slots.line("graphs") > 32 * 8000 * 4  # logits, at the least
+    kept = slots.line("cache") + slots.line("graphs") + slots.line("engine copies") - native.line("engine copies")
+    assert slots.at("update") - native.at("update") == kept
+
+
+def test_rows_move_up_layer_by_layer() -> None:
+    """Half of all layers' caches, copied at once, would be the most that a rollout of long answers takes."""
+    config = tiny_config("qwen2", **size(64, 8, 4, 4, 300), max_position_embeddings=4096)
+    cost = slot_rollout_cost(meta_policy(config, Recipe(), torch.bfloat16), RolloutShape(64, 1, 10, 900), 1.0, "cuda")
+    assert cost.passing < cost.cache / 8
+
+
+def test_where_updates_alone_do_not_fit_the_plan_says_what_to_turn() -> None:
+    config = tiny_config("qwen2", **size(512, 4, 8, 2, 8000), max_position_embeddings=4096)
+    plan = make_plan(config, Recipe(), Device("cpu", torch.float32, GB // 20), 100, rollout=False)
+    assert not plan.fits
+    assert plan.advice
 
 
 def test_the_place_decides_what_counts() -> None:

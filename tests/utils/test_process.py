@@ -72,12 +72,18 @@ def keeps_freed_memory():
 def functions(*modules):
     return [id(value) for module in modules for value in vars(module).values() if callable(value)]
 
+def gpu_arithmetic():
+    matmul = torch.backends.cuda.matmul
+    names = ["allow_fp16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction_split_k"]
+    return [*(getattr(matmul, name, None) for name in names), torch.backends.cuda.cudnn_sdp_enabled()]
+
 def state():
     return {
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warns only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fills": torch.utils.deterministic.fill_uninitialized_memory,
+        "GPU": gpu_arithmetic(),
         "keeps": keeps_freed_memory(),
         "environment": dict(os.environ),
         "folder": os.getcwd(),
@@ -100,7 +106,7 @@ names = lambda other: [name for name in before if other[name] != before[name]]
 print("\\n" + json.dumps({"inside": names(during), "after": names(after), "fault": fault}))
 """
 
-SET = ["threads", "warns only", "fills", "environment", "signals"]
+SET = ["threads", "warns only", "fills", "GPU", "environment", "signals"]
 """What is otherwise inside a run, as the thread sees it that grades; signals wait there until the step is saved."""
 
 
@@ -133,6 +139,20 @@ def settings() -> tuple[int, bool, bool, bool]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
+
+
+@pytest.mark.parametrize("given", [(True, True), (False, False)])
+def test_on_a_gpu_sums_stay_in_float32_and_attention_builds_no_plan_for_each_shape(given: tuple[bool, bool]) -> None:
+    matmul = torch.backends.cuda.matmul
+    with process_settings():  # gives back what this test changes
+        matmul.allow_fp16_reduced_precision_reduction = (given[0], given[0])  # type: ignore[assignment]
+        torch.backends.cuda.enable_cudnn_sdp(given[1])
+        with process_settings():
+            assert not matmul.allow_fp16_reduced_precision_reduction
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert matmul.allow_fp16_reduced_precision_reduction == given[0]
+        assert matmul.allow_fp16_reduced_precision_reduction_split_k == given[0]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == given[1]
 
 
 def test_after_an_inner_run_the_outer_one_has_its_own_settings_again() -> None:

@@ -418,7 +418,7 @@ def _prime_schedule(recipe: Recipe) -> dict[str, Any]:
 
 def _prime_adapter(draft: _Draft) -> None:
     lora, share = draft.recipe.lora, draft.recipe.rollout.share
-    own = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
+    own: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
     own |= {} if lora.targets == "all-linear" else {"target_modules": _names(lora.targets)}
     draft.put({f"trainer.model.lora.{name}": value for name, value in own.items()}, "lora.rank", "lora.alpha")
     draft.put({"orchestrator.model.lora.name": "adapter"}, "lora.dropout", "lora.targets")

@@ -129,7 +129,7 @@ class Ranks:
 
         Of a parameter that is sharded each rank has a slice, so their squares are added up.
         """
-        slices = [p.grad.to_local() for p in parameters if hasattr(p, "to_local") and p.grad is not None]
+        slices = [cast(Any, p.grad).to_local() for p in parameters if hasattr(p, "to_local") and p.grad is not None]
         if not slices:
             return float(nn.utils.clip_grad_norm_(parameters, most))
         squares = self.gather("figures", float(nn.utils.get_total_norm(slices)) ** 2)

@@ -21,6 +21,7 @@ from minigrpo.algorithms.packing import MicroBatch, pack
 from minigrpo.config.schema import GroupsConfig, Recipe
 from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.engines.registry import release_caches
 from minigrpo.rollouts.grading import judge_group
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.training.group_source import LOWEST_RATE
@@ -100,6 +101,7 @@ def preflight(
     pass_seconds = None
     if not sampled.interrupted:
         report(0, 0, f"{sampled.completions} completions sampled; timing a training pass")
+        release_caches(engine)
         pass_seconds = seconds_per_pass(policy, sampled.groups[-recipe.rollout.prompts :], recipe)
     figures = compute_figures(sampled, recipe, pass_seconds=pass_seconds, prompts=lengths, plan=plan)
     reasons = tuple(find_faults(figures, sampled.groups, recipe, task))

@@ -22,6 +22,7 @@ from minigrpo.models.chat_template import after_opening, opening, render, whole_
 from minigrpo.models.logprobs import OutputHead
 from minigrpo.models.policy import Policy
 from minigrpo.models.sft import PassLimit, SftExample, SftSchedule, mean_sft_loss, train_sft
+from minigrpo.rollouts.engines.registry import release_caches
 from minigrpo.rollouts.grading import gold_answer, judge
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.tasks.common.dataset import check_prompt, has_half_character, read_json_lines
@@ -88,14 +89,15 @@ def warmup(recipe: Recipe, task: Task, policy: Policy, engine: Engine, report: R
     config = recipe.warmup
     taught, aside = prepare_answers(recipe, task)
     lessons, held_aside = tokenize_answers(taught, policy), tokenize_answers(aside, policy)
+    release_caches(engine)
     tokens, head = tokens_per_pass(policy, recipe), OutputHead.of(policy.model, temperature=1.0)
     limit = PassLimit(tokens, tokens if head.is_frozen else max(1, MAX_LOGITS // head.weight_VD.shape[0]))
 
-    def measure(done: int, when: str) -> WarmupMeasure:
-        def sampled(ended: int, of: int = 0, note: str = "") -> None:
-            report(done, config.steps, f"the form of {of} answers {when}: {ended} of them sampled; {note}")
+    def measure(steps: int, when: str) -> WarmupMeasure:
+        def sampled(done: int, total: int = 0, note: str = "") -> None:
+            report(steps, config.steps, f"the form of {total} answers {when}: {done} of them sampled; {note}")
 
-        report(done, config.steps, f"the loss of written answers {when}")
+        report(steps, config.steps, f"the loss of written answers {when}")
         engine.update(policy)
         with policy.plain_attention():
             losses = [mean_sft_loss(policy.model, kind[:MEASURED_EXAMPLES], limit) for kind in (lessons, held_aside)]

@@ -28,6 +28,7 @@ from minigrpo.models.chat_template import clock_warning, render
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
 from minigrpo.rollouts.async_grader import Grader
+from minigrpo.rollouts.engines.registry import release_caches
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.runs.chain import rewind_chain
@@ -103,6 +104,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         """Take up the newest checkpoint, try the largest pass, give the engine the weights, open log and grader."""
         prompt_tokens = longest_prompt(self.source.sampler.prompts, self.policy.tokenizer)
+        release_caches(self.engine)
         self._start = self._done = self.restore(prompt_tokens, getattr(self.engine, "rows", 0))
         with self._shorter_after_oom():
             self._update_bytes, tokens = try_largest_pass(

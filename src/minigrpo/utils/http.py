@@ -66,7 +66,7 @@ class _Noting(request.AbstractHTTPHandler):
             return made[-1]
 
         try:
-            return super().do_open(connect, req, **options)  # type: ignore[arg-type]
+            return super().do_open(connect, req, **options)
         finally:
             for connection in made:
                 self.connections.discard(connection)

@@ -1,4 +1,5 @@
-"""Settings that a run makes for its whole process: CPU threads, repeatable arithmetic, what the heap keeps.
+"""Settings that a run makes for its whole process: CPU threads, repeatable arithmetic, a GPU's sums and attention, what
+the heap keeps.
 
 Each is restored when the run ends, because the process of a notebook or a test suite lives on. All are restored
 exactly, except the heap's rules (see utils/memory.py) and the size of oneDNN's caches. One is not restored: the name
@@ -28,7 +29,7 @@ def process_settings(threads: int = 0) -> Iterator[None]:
     repeatable = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with keep_freed_memory(), bounded_onednn_caches():
+    with keep_freed_memory(), bounded_onednn_caches(), gpu_arithmetic():
         try:
             if threads:
                 torch.set_num_threads(threads)
@@ -37,6 +38,26 @@ def process_settings(threads: int = 0) -> Iterator[None]:
             torch.set_num_threads(threads_before)
             torch.use_deterministic_algorithms(repeatable, warn_only=warns)
             torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+@contextmanager
+def gpu_arithmetic() -> Iterator[None]:
+    """Keep two shortcuts of torch on a GPU off, until the block ends.
+
+    Partial sums of a float16 product are added in float32: in float16 they overflow beyond 65,504, and a T4 has no
+    other 16 bit. Attention is not cuDNN's, which builds a plan for every new shape (0.4 s each where sglang measured
+    it, pull request 4650), and in training nearly every pass has a shape of its own; torch takes another fused kernel.
+    """
+    matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    reduced, attends = matmul.allow_fp16_reduced_precision_reduction, cuda.cudnn_sdp_enabled()
+    split_k = getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None)  # older versions of torch lack it
+    matmul.allow_fp16_reduced_precision_reduction = False if split_k is None else (False, split_k)
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = reduced if split_k is None else (reduced, split_k)
+        cuda.enable_cudnn_sdp(attends)
 
 
 ONEDNN_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")

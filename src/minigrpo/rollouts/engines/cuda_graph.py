@@ -87,11 +87,13 @@ class State:
         return replace(self, **rows, **caches, length_M=self.length_M[:prompts])
 
     def move_up(self, prompt_indices: Tensor, siblings: int) -> None:
-        """Move these prompts, in order, to the front."""
+        """Move these prompts, in order, to the front: the caches layer by layer, since what moves is copied first."""
         rows = (prompt_indices[:, None] * siblings + torch.arange(siblings, device=prompt_indices.device)).flatten()
         for tensor, dim, index in (
             *((each, 0, rows) for each in (self.row_B, self.stream_B, self.input_B, self.active_B)),
-            *((self.length_M, 0, prompt_indices), (self.shared, 2, prompt_indices), (self.own, 2, rows)),
+            (self.length_M, 0, prompt_indices),
+            *((layer, 1, prompt_indices) for layer in self.shared),
+            *((layer, 1, rows) for layer in self.own),
         ):
             tensor.narrow(dim, 0, len(index)).copy_(tensor.index_select(dim, index))
 
@@ -279,7 +281,11 @@ class SlotEngine:
         addresses = [tensor.data_ptr() for tensor in self.decoder.weight_copies()]
         self.decoder.refresh()
         if [tensor.data_ptr() for tensor in self.decoder.weight_copies()] != addresses:
-            self._graph_sets = []
+            self.release_caches()
+
+    def release_caches(self) -> None:
+        """Free the caches and graphs of earlier calls; the next call makes its own."""
+        self._graph_sets = []
 
     def generate(
         self,
@@ -298,7 +304,7 @@ class SlotEngine:
             for start, chunk in split_prompts(prompts, n, self.rows):
                 answers += self._decode_batch(chunk, n, sampling, start, counter)
         except BaseException:
-            self._graph_sets = []  # half a state is no use, and its memory is needed where memory ran out
+            self.release_caches()  # half a state is no use, and its memory is needed where memory ran out
             raise
         return answers
 

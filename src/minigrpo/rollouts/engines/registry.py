@@ -66,6 +66,16 @@ def _may_shard(recipe: Recipe, ranks: int) -> bool:
     return ranks > 1 and train.full and train.shard != "off" and train.optimizer == "adamw"
 
 
+def release_caches(engine: Engine) -> None:
+    """Have an engine that keeps caches between its calls free them: `slots`. It makes new ones when it samples next.
+
+    Whoever plans memory from what is free calls this first, because the plan counts those caches itself.
+    """
+    release = getattr(engine, "release_caches", None)
+    if release is not None:
+        release()
+
+
 def stop_ids(policy: Any) -> frozenset[int]:
     """Return every token that ends an answer.
 

@@ -138,8 +138,8 @@ class RemoteVllm:
             reason = f"The vLLM server at {self.url} refused {path} ({fault.code}): {message}."
             raise VllmServerError(reason, self._start_advice(), fault.code) from None
         except (OSError, ValueError, HTTPException) as fault:
-            reason = getattr(fault, "reason", fault)
-            raise VllmServerError(f"No vLLM server answers at {self.url} ({reason}).", self._start_advice()) from None
+            why = getattr(fault, "reason", fault)
+            raise VllmServerError(f"No vLLM server answers at {self.url} ({why}).", self._start_advice()) from None
         try:
             return json.loads(text)
         except ValueError:

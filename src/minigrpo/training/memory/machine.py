@@ -38,6 +38,7 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
     """Return the recipe's or the plan's tokens per pass; turn on recomputed activations if the plan needs them.
 
     The plan's is a power of two, so that small changes of free memory give the same. `prompt`: longest, in tokens.
+    Caches that the engine keeps are planned for, so they are released first (rollouts/engines/registry.py).
     """
     try:
         plan = plan_of(policy, recipe, prompt)
@@ -49,7 +50,10 @@ def tokens_per_pass(policy: Policy, recipe: Recipe, prompt: int = PROBE_TOKENS) 
 
 
 def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True) -> Plan:
-    """Return the plan of the updates of a loaded policy. `engine`: whether its engine is loaded, too."""
+    """Return the plan of the updates of a loaded policy.
+
+    `engine`: whether its engine is loaded, too; the caches that it keeps during updates are not there yet.
+    """
     opened_device = this_device(recipe.train, policy.device, policy.dtype)
     opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
     return make_plan(policy.model.config, recipe, replace(opened_device, opened=opened), prompt, rollout=not engine)

@@ -9,7 +9,8 @@ may exceed that of equally long ones. Where memory runs out all the same, traini
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -150,7 +151,8 @@ class Plan:
 def make_plan(config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool = True) -> Plan:
     """Plan a run's memory.
 
-    `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: whether to plan for rollouts, too.
+    `config`: the model's own; `prompt`: tokens of the longest prompt; `rollout`: whether to plan for rollouts, too, or
+    for updates alone, with what the engine keeps meanwhile.
 
     Raises UnplannableError, and RecipeError where lora.targets fits no layer.
     """
@@ -180,6 +182,7 @@ class _Planner:
         self.config, self.recipe, self.device, self.prompt = config, recipe, device, prompt
         self.bare = self._meta_policy(recompute=False)
         self.passes: dict[tuple[bool, int], PassCost] = {}
+        self.rollouts: dict[RolloutShape, RolloutCost] = {}
 
     def plan(self) -> Plan:
         """Return the first plan that fits; where none does, the smallest, with advice."""
@@ -329,23 +332,29 @@ class _Planner:
         )
 
     def _rollout_lines(self, rows: int, cost: RolloutCost) -> tuple[PlanLine, ...]:
+        """Return the lines of rollouts; without `rollout` only what an engine at fixed shapes keeps during updates."""
         tokens = self.recipe.rollout.max_tokens
         longest = f"{self.prompt} + {tokens} tokens"
-        # Graphs know addresses: their caches, and the memory their kernels pass through, are kept between rollouts.
-        when: When = "always" if self.engine == "slots" and self.device.device == "cuda" else "rollout"
-        return (
-            PlanLine("cache", cost.cache, when, f"keys and values: {rows} rows, {longest}"),
-            PlanLine("rollout, passing", cost.passing, when, f"highest in {cost.phase}"),
+        kept: When = "rollout"
+        if self.engine == "slots":
+            training, _, *between = self._rollout_shapes(rows)
+            kept, rows = "always", sum(shape.rows for shape in (training, *between))
+        lines = (
+            PlanLine("cache", cost.cache, kept, f"keys and values: {rows} rows, {longest}"),
+            PlanLine("graphs", cost.graphs, kept, "what CUDA graphs hand from kernel to kernel"),
+            PlanLine("later caches", cost.later, "rollout", "and graphs, of the evaluations after training"),
+            PlanLine("rollout, passing", cost.passing, "rollout", f"highest in {cost.phase}"),
         )
+        return tuple(line for line in lines if self.rollout or line.when == "always")
 
     @cached_property
     def sampling(self) -> tuple[int, RolloutCost]:
         """(rows side by side, what they cost): as many as the recipe asks for, or by halves as many as fit."""
         rows = self.recipe.rollout.rows
-        if not self.rollout:
+        if not self.rollout and self.engine != "slots":
             return rows, RolloutCost(0, 0, 0, "")
         while True:
-            cost = self._side_by_side([self._sampled(shape) for shape in self._rollout_shapes(rows)])
+            cost = self._side_by_side(rows)
             held = self._held(cost.copies)
             room = BUDGET_SHARE * self._budget(held) - sum(line.bytes for line in held)
             if cost.peak <= room or rows <= self.recipe.rollout.completions:
@@ -356,22 +365,36 @@ class _Planner:
     def engine(self) -> str:
         return engine_name(self.recipe, self.bare.model, self.device.device)
 
-    def _side_by_side(self, costs: Sequence[RolloutCost]) -> RolloutCost:
-        """Return the cost of rollouts of these shapes: of the dearest, but the slot engine keeps the caches of all."""
-        dearest = max(costs, key=lambda cost: cost.peak)
+    def _side_by_side(self, rows: int) -> RolloutCost:
+        """Return the cost of the run's rollouts: of the dearest, but the slot engine keeps the caches of two shapes.
+
+        During updates these are training's and that of the evaluations in between, where there are any. After training
+        the model is asked twice, greedily and sampling: first beside training's caches, then beside the other's.
+        """
+        training, evaluation, *between = costs = [self._sampled(shape) for shape in self._rollout_shapes(rows)]
+        dearest = max(costs, key=lambda cost: cost.passing if self.engine == "slots" else cost.peak)
         if self.engine != "slots":
             return dearest
-        return replace(dearest, cache=sum(cost.cache for cost in costs), passing=max(cost.passing for cost in costs))
+        kept = training.cache + sum(cost.cache for cost in between)
+        graphs = max(cost.graphs for cost in (training, *between))
+        later = max(training.cache, evaluation.cache) + evaluation.cache + max(graphs, evaluation.graphs)
+        return replace(dearest, cache=kept, graphs=graphs, later=max(0, later - kept - graphs))
 
     def _rollout_shapes(self, rows: int) -> tuple[RolloutShape, ...]:
-        """Return the shapes of training and of evaluation, which has one completion for each prompt."""
-        config = self.recipe.rollout
+        """Return the shapes of training and of evaluations, after it and in between, with one completion a prompt."""
+        config, asked = self.recipe.rollout, self.recipe.eval
         at_once = max(1, min(rows // config.completions, config.prompts))
-        asked = min(rows, self.recipe.eval.limit)
+        numbers = [asked.limit] + ([asked.held_out] if asked.every else [])
         lengths = (self.prompt, config.max_tokens)
-        return RolloutShape(at_once, config.completions, *lengths), RolloutShape(asked, 1, *lengths)
+        evaluations = (RolloutShape(min(rows, number), 1, *lengths) for number in numbers)
+        return RolloutShape(at_once, config.completions, *lengths), *evaluations
 
     def _sampled(self, shape: RolloutShape) -> RolloutCost:
+        if shape not in self.rollouts:
+            self.rollouts[shape] = self._rollout_cost(shape)
+        return self.rollouts[shape]
+
+    def _rollout_cost(self, shape: RolloutShape) -> RolloutCost:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
             return RolloutCost(0, 0, int(share * self.device.free), "vLLM")
@@ -388,12 +411,12 @@ def _powers() -> list[int]:
 
 def advice(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
     """Return settings to change where nothing fits, the largest saving first."""
-    size: Mapping[str, int] = {line.name: line.bytes for line in plan.lines}
-    trained = size.get("optimizer", 0) + size.get("gradients", 0)
+    size: Mapping[str, int] = Counter({line.name: line.bytes for line in plan.lines})  # 0 where there is no such line
+    trained = size["optimizer"] + size["gradients"]
     rolls = plan.at("rollout") - plan.at("update")
     choices = [
         (recipe.train.full, trained, "train an adapter: --train.full false"),
-        (recipe.train.full, size.get("reference", 0), "keep the reference in main memory: --train.reference cpu"),
+        (recipe.train.full, size["reference"], "keep the reference in main memory: --train.reference cpu"),
         (
             not recipe.train.full and recipe.model.quantize == "none" and plan.device != "cpu",
             int(0.7 * size["weights"]),

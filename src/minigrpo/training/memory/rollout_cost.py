@@ -34,18 +34,21 @@ class RolloutShape:
 
 @dataclass(frozen=True, slots=True)
 class RolloutCost:
-    """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is temporary, on top of both
-    at the peak, which is in `phase`.
+    """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is temporary, on top of all
+    others at the peak, which is in `phase`. `graphs`: the pool of memory that CUDA graphs keep for what their kernels
+    hand on. `later`: caches that come on top of `cache` once training has ended.
     """
 
     copies: int
     cache: int
     passing: int
     phase: str
+    graphs: int = 0
+    later: int = 0
 
     @property
     def peak(self) -> int:
-        return self.cache + self.passing
+        return self.cache + self.graphs + self.later + self.passing
 
 
 def native_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
@@ -96,28 +99,35 @@ def _decode(decoder: Decoder, shape: RolloutShape, rope: Rope, cache: kv_cache.C
 
 
 def slot_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
-    """Run two steps of the slot engine, whose caches have full length from the first token on."""
+    """Run two steps of the slot engine, whose caches have full length from the first token on.
+
+    On CUDA what a step hands on lies in the graphs' pool, which is kept; and a step is run once outside of it before it
+    is captured. Not counted: what the pool cannot use because its blocks have other sizes.
+    """
     counter = MemoryCounter(policy_tensors(policy), device)
     with torch.no_grad(), counter, META:
         decoder = Decoder(decoder_of(policy.model), policy.model.get_output_embeddings(), policy.backend)
         copies = counter.now
-        counter.peak = copies
-        counter.phase = "reading prompts"
-        P = (
-            -(-(shape.prompt - 1) // cuda_graph.PROMPT_SLOT_STEP) * cuda_graph.PROMPT_SLOT_STEP
-            or cuda_graph.PROMPT_SLOT_STEP
-        )
+        slots = cuda_graph.PROMPT_SLOT_STEP
+        P = -(-(shape.prompt - 1) // slots) * slots or slots
         state = cuda_graph.State.empty(decoder, shape.prompts, shape.completions, shared=P, own=shape.completion)
-        cache = counter.now - copies
         rope = decoder.rope_table(P + shape.completion)
+        cache = counter.now - copies
+        counter.peak = counter.now
+        counter.phase = "reading prompts"
         at_once = min(shape.prompts, max(1, native.PREFILL_TOKENS // P))
         decoder.prefill(torch.zeros(at_once, P, dtype=torch.long), rope, state.shared[:, :, :at_once])
+        counter.phase = "moving rows up"
+        state.move_up(torch.arange(-(-shape.prompts // 2)), shape.completions)
+        before, counter.peak = (counter.peak, counter.peak_phase), counter.now
         counter.phase = "drawing a token"
         stops = torch.zeros(1, dtype=torch.long)
         step = cuda_graph.Step(decoder, state, shape.completions, rope=rope, stop_ids_s=stops, temperature=temperature)
         for _ in range(2):
             step(shape.completion)
-    return RolloutCost(copies, cache, counter.peak - copies - cache, counter.peak_phase)
+        graphs = counter.peak - copies - cache if device == "cuda" else 0
+        peak, phase = max(before, (counter.peak, counter.peak_phase))
+    return RolloutCost(copies, cache, peak - copies - cache, phase, graphs)
 
 
 def transformers_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, device: str) -> RolloutCost:
