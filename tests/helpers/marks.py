@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,6 +77,17 @@ def can_pretend_gpu() -> bool:
     return built_without and shutil.which("c++") is not None and hasattr(os, "fork")
 
 
+def can_join_namespaces() -> bool:
+    """Whether this user may make network namespaces: one is made, and removed again."""
+    if not (shutil.which("ip") and shutil.which("unshare")):
+        return False
+    name = f"mgprobe{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    return made
+
+
 SYSTEM = {
     "chromium": Need(
         has_browser, "no chromium on the PATH, or no playwright: apt-get install chromium; pip install playwright"
@@ -87,6 +99,10 @@ SYSTEM = {
     "linux": Need(lambda: sys.platform.startswith("linux"), "what is tested is Linux's own: run it there"),
     "llama-quantize": Need(
         lambda: shutil.which("llama-quantize") is not None, "no llama-quantize on the PATH: it comes with llama.cpp"
+    ),
+    "namespaces": Need(
+        can_join_namespaces,
+        "network namespaces are made by root, with iproute2 and util-linux: apt-get install iproute2",
     ),
     "onednn": Need(has_onednn, "this torch is built without oneDNN"),
     "pretended_gpu": Need(
