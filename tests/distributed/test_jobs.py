@@ -66,7 +66,7 @@ def test_a_job_of_hugging_face_that_would_lose_its_run_is_refused() -> None:
     job = Job("letters", ("letters.yaml",), 1, 8, 0)
     assert "minigrpo train letters.yaml --run /runs/letters --resume" in job_file("hf-jobs", job)
     for wrong, told in (
-        ({"words": ODD.words}, "--run /shared/my run is lost"),
+        ({"words": ODD.words}, "The run in /shared/my run is lost"),
         ({"nodes": 2}, "has one machine"),
         ({"gpus": 3}, "has 3 GPUs: there are 1, 2, 4, 8"),
     ):

@@ -153,7 +153,7 @@ def test_in_sixteen_bit_the_adapter_is_a_pass_of_its_own_and_the_base_is_not_cop
     engine = open_native(policy)
     projection = engine.decoder.layers[0].qkv
     assert not projection.is_fused
-    assert projection.weights[0].data_ptr() == base.model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
+    assert projection.bases[0].weight.data_ptr() == base.model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
     x = torch.randn(3, 32).bfloat16()
     normed = base.model.layers[0].input_layernorm(x)
     whole = torch.cat([m(normed) for m in projection.modules], -1)

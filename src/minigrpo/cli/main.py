@@ -428,10 +428,7 @@ def tasks(as_json: AsJson = False) -> None:
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one, every knob of it.")] = None,
     from_trl: Annotated[
-        Path | None,
-        typer.Option(
-            "--from-trl", metavar="FILE", help="Make one of a script or options for TRL's GRPO, or Unsloth's."
-        ),
+        Path | None, typer.Option("--from-trl", metavar="FILE", help="Make one of a script or options for TRL's GRPO.")
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="TRAINER", help="Write it for trl, verl or prime-rl instead.")
@@ -445,10 +442,10 @@ def recipes(
     grades with this recipe's task; what has no counterpart stands in its comments.
     """
     if to is not None:
-        if name is None or from_trl is not None or as_json:
-            raise RecipeError("--to writes one recipe for another trainer: minigrpo recipes RECIPE --to trl")
         from minigrpo.config.to_others import recipe_for
 
+        if name is None or from_trl is not None or as_json:
+            raise RecipeError("--to writes one recipe for another trainer: minigrpo recipes RECIPE --to trl")
         print_result(recipe_for(to, load_recipe(name), name), end="")
         return
     if from_trl is not None:

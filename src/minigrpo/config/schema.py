@@ -428,6 +428,20 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         objective.importance_floor > 0 and objective.importance == "off",
         "objective.importance_floor has no meaning with objective.importance off",
     )
+    yield (
+        recipe.save.take == "best" and not recipe.eval.every,
+        "save.take best needs eval.every, whose evaluations find the best checkpoint",
+    )
+    yield (
+        recipe.warmup.steps > 0 and train.full,
+        "warmup.steps trains an adapter, so it cannot be combined with train.full",
+    )
+    yield from _rollout_contradictions(recipe)
+
+
+def _rollout_contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """Yield the contradictions of who samples, and of samples of an older policy."""
+    train, objective = recipe.train, recipe.objective
     vllm = recipe.rollout.engine == "vllm"
     yield vllm and train.full, "rollout.engine vllm takes over an adapter: it cannot be combined with train.full"
     yield (
@@ -436,10 +450,6 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield recipe.rollout.server is not None and not vllm, "rollout.server is asked by rollout.engine vllm only"
     yield len(set(recipe.rollout.servers)) < len(recipe.rollout.servers), "rollout.server names a server twice"
-    yield (
-        recipe.save.take == "best" and not recipe.eval.every,
-        "save.take best needs eval.every, whose evaluations find the best checkpoint",
-    )
     yield (
         recipe.groups.replay > 0 and objective.importance == "off",
         "groups.replay brings samples of an older policy: objective.importance must not be off",
@@ -451,8 +461,4 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         recipe.rollout.ahead > 0 and train.full,
         "rollout.ahead samples while weights change, so it needs an adapter: leave one of it and train.full",
-    )
-    yield (
-        recipe.warmup.steps > 0 and train.full,
-        "warmup.steps trains an adapter, so it cannot be combined with train.full",
     )

@@ -120,8 +120,8 @@ def hf_jobs(job: Job) -> str:
         raise RecipeError(f"No machine of Hugging Face Jobs has {job.gpus} GPUs: there are {have}. Set --gpus")
     folder = job.words[job.words.index("--run") + 1] if "--run" in job.words else None
     if folder is not None and not folder.startswith(f"{HF_RUNS}/"):
-        told = f"only {HF_RUNS} is kept, as in --run {HF_RUNS}/{job.name}"
-        raise RecipeError(f"--run {folder} is lost when the job ends: {told}")
+        kept = command_line("--run", f"{HF_RUNS}/{job.name}")
+        raise RecipeError(f"The run in {folder} is lost when the job ends: only {HF_RUNS} is kept, as in {kept}")
     words = job.words if folder else (*job.words, "--run", f"{HF_RUNS}/{job.name}")
     training = replace(job, words=words).ranks("--standalone")
     return f"""#!/bin/bash

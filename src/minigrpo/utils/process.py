@@ -45,8 +45,8 @@ def gpu_arithmetic() -> Iterator[None]:
     """Keep two shortcuts of torch on a GPU off, until the block ends.
 
     Partial sums of a float16 product are added in float32: in float16 they overflow beyond 65,504, and a T4 has no
-    other 16 bit. Attention is not cuDNN's, which builds a plan for every new shape, and in training nearly every pass has
-    a shape of its own; torch takes another fused kernel.
+    other 16 bit. Attention is not cuDNN's, which builds a plan for every new shape: in training nearly every pass has
+    a shape of its own. Torch takes another fused kernel.
     """
     matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
     reduced, attends = matmul.allow_fp16_reduced_precision_reduction, cuda.cudnn_sdp_enabled()
