@@ -8,7 +8,8 @@ which all read. A rank that ends with an error of its own leaves one, too, so th
 A process that stood still itself, and with it its clock, accuses nobody: it listens for another `silence` first.
 
 Where a cable is pulled, the store's connection is not closed: whoever asks it waits for minutes. So a second thread
-watches the first, and after `silence` seconds in which it has heard nothing ends the process in its place.
+watches the first, and after `silence` seconds in which it has heard nothing ends the process in its place; what started
+the process is looked after, too (`stuck_launcher`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
+from minigrpo.distributed.stuck_launcher import leave_guard
 from minigrpo.errors import MinigrpoError, RankLostError
 from minigrpo.utils.signals import is_alive
 
@@ -105,6 +107,8 @@ class Watch:
                 f"Rank {self.rank} (process {self._me.pid} on {self._me.host}) ended while {self._me.phase}: {what}"
             )
             self._judge(Verdict(self.rank, sentence, exit_code(fault), lost=False))
+        elif self.verdict.rank < 0:
+            leave_guard()
         if fault is not None:  # a wire that is broken may not let the process end
             timer = threading.Timer(2 * GRACE_S, self._end_process, [exit_code(fault)])
             timer.daemon = True
@@ -215,6 +219,8 @@ class Watch:
             return
         if self._is_speaker(verdict):
             print(f"error: {verdict.sentence}", file=sys.stderr, flush=True)
+        if verdict.rank < 0:
+            leave_guard()
         self._end_process(verdict.code)
 
     def _is_speaker(self, verdict: Verdict) -> bool:
