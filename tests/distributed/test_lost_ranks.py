@@ -109,10 +109,11 @@ def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
     assert digest(left.adapter / name) == digest(right.adapter / name)
 
 
+@pytest.mark.parametrize("seed", range(7))
 def test_ranks_killed_at_any_moment_cost_seconds_and_the_run_ends_as_the_undisturbed_one(
-    tmp_path: Path, tiny_folder: Any, undisturbed: Path
+    tmp_path: Path, tiny_folder: Any, undisturbed: Path, seed: int
 ) -> None:
-    draw = random.Random(5)
+    draw = random.Random(seed)
     job = begin(tmp_path, tiny_folder(), "--max-restarts", "3")
     for victim in (0, 1, draw.randrange(2)):
         before = set(ranks_of(job).values())
@@ -129,13 +130,19 @@ def test_ranks_killed_at_any_moment_cost_seconds_and_the_run_ends_as_the_undistu
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-def test_a_rank_that_stands_still_is_named_and_replaced(tmp_path: Path, tiny_folder: Any, undisturbed: Path) -> None:
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rank_that_stands_still_is_named_and_replaced(
+    tmp_path: Path, tiny_folder: Any, undisturbed: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    victim, step = draw.randrange(2), draw.randrange(3, 40)
     job = begin(tmp_path, tiny_folder(), "--max-restarts", "1")
-    wait_until(lambda: len(steps_logged(tmp_path)) > 7, job)
-    os.kill(ranks_of(job)[1], signal.SIGSTOP)
+    wait_until(lambda: len(steps_logged(tmp_path)) > step, job)
+    time.sleep(draw.random() / 5)
+    os.kill(ranks_of(job)[victim], signal.SIGSTOP)
     code, errors = ended(job, tmp_path)
     assert code == 0, errors
-    assert "Rank 1 (process" in errors
+    assert f"Rank {victim} (process" in errors
     assert "has not been heard of for" in errors
     assert " of step " in errors or "after step" in errors
     assert_as_undisturbed(tmp_path, undisturbed)
