@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,6 @@ from minigrpo.rollouts.engines.vllm import VllmEngine, needed_length, open_vllm
 from minigrpo.rollouts.engines.vllm_server import RemoteVllm, Request
 from minigrpo.types import Completion, Grade, Group, Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
-from tests.helpers.tiny import build_model
 from tests.helpers.vllm_standin import StandIn, stand_ins
 
 STOPS, LIMIT, HEAT = (3, 17, 50, 60), 12, 0.9
@@ -168,42 +165,3 @@ def test_its_samples_are_weighted_by_importance_unless_the_recipe_says_no() -> N
 def test_recipes_that_it_cannot_follow_are_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Recipe(**sections)
-
-
-@pytest.mark.long
-@pytest.mark.env("MINIGRPO_VLLM")
-def test_a_real_vllm_server_samples_the_policy(tmp_path: Path) -> None:
-    import socket
-    import time
-    import urllib.request
-
-    policy = make_policy("qwen2", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
-    base = tmp_path / "base"
-    build_model("qwen2", hidden_size=64, num_attention_heads=2, num_key_value_heads=1).save_pretrained(base)
-    policy.tokenizer.save_pretrained(base)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [os.environ["MINIGRPO_VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    command += ["--port", str(port), "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32"]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "256", "--enforce-eager"]
-    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = tmp_path / "log"
-    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, env=environment) as vllm:
-        try:
-            for _ in range(280):
-                time.sleep(1)
-                assert vllm.poll() is None, log.read_text()[-2000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except OSError:
-                    continue
-            engine = VllmEngine(policy, RemoteVllm(f"http://127.0.0.1:{port}", str(base), 8), stop_ids=STOPS)
-            assert gap(engine, policy) < 2e-2
-            set_lora(policy, 0.05)
-            assert gap(engine, policy) > 2e-2
-            engine.update(policy)
-            assert gap(engine, policy) < 2e-2
-        finally:
-            vllm.terminate()
