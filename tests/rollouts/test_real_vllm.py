@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,19 +16,26 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minigrpo.config.schema import Recipe
-from minigrpo.models.policy import Policy
+from minigrpo.models.chat_template import render
+from minigrpo.models.policy import Policy, open_policy
+from minigrpo.rollouts.engines.server_pool import ServerPool
 from minigrpo.rollouts.engines.vllm import VllmEngine, open_vllm
 from minigrpo.rollouts.engines.vllm_server import RemoteVllm
+from minigrpo.runs.logger import RunLogger
+from minigrpo.runs.rundir import RunDir
+from minigrpo.training.grpo import grpo
 from minigrpo.types import Sampling
 from tests.helpers.models import make_policy, rendered, set_lora
 from tests.helpers.tiny import build_model
 from tests.rollouts.test_vllm_engine import STOPS, gap
+from tests.training.test_training_options import letters, recipe_for
 
 pytestmark = [pytest.mark.long, pytest.mark.env("MINIGRPO_VLLM"), pytest.mark.timeout(1200)]
 
@@ -131,10 +139,24 @@ def test_of_several_servers_only_those_that_prove_themselves_sample_and_a_dead_o
         assert gap(engine, policy) < CLOSE
         assert samplers(engine) == {first.name, second.name}
         assert [len(server.models()) for server in (first, second)] == [2, 2]  # the base, and the adapter of now
+        metrics = trained(recipe_for(right, rollout__prompts=4), urls.split(","), tmp_path / "run")
+        found = [(name, row[name]) for row in metrics for name in row if re.fullmatch("servers/.*/engine_gap", name)]
+        assert {name for name, _ in found} == {f"servers/{server.name}/engine_gap" for server in (first, second)}
+        assert max(value for _, value in found) < CLOSE
+        assert metrics[-1]["reward"] > metrics[0]["reward"]
         second.process.send_signal(signal.SIGKILL)
         second.process.wait()
         assert samplers(engine) == {first.name}
         assert second.url in capfd.readouterr().err
+
+
+def trained(recipe: Recipe, urls: list[str], folder: Path) -> list[dict[str, Any]]:
+    policy, run = open_policy(recipe), RunDir(folder)
+    prompts = [render(policy.tokenizer, prompt) for prompt in letters().prompts("train")[:4]]
+    pool = ServerPool(urls, partial(RemoteVllm, model=recipe.model.path, rank=8), prompts)
+    run.path.mkdir()
+    grpo(recipe, letters(), policy, VllmEngine(policy, pool, stop_ids=(3,)), RunLogger(run, recipe.train.steps))
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
 def samplers(engine: VllmEngine) -> set[str]:

@@ -1,6 +1,6 @@
 """Several vLLM servers: whose samples count is proved after every update, and what is wrong with one is named.
 
-Against stand-ins that answer with transformers and PEFT; not against vLLM itself.
+Against stand-ins that answer with transformers and PEFT; vLLM itself: test_real_vllm.py.
 """
 
 from __future__ import annotations
