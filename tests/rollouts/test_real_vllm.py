@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,12 @@ class Served:
     def name(self) -> str:
         return self.url.removeprefix("http://")
 
+    def kill(self) -> None:
+        """Kill it with its workers, which would outlive it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     def models(self) -> list[str]:
         with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:
             return [model["id"] for model in json.load(answer)["data"]]
@@ -78,11 +84,13 @@ def _started(base: Path, log: Path) -> Iterator[Served]:
     command += ["--port", str(port), "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32"]
     command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "256", "--enforce-eager"]
     environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, env=environment) as process:
+    options: dict[str, Any] = {"env": environment, "start_new_session": True}
+    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, **options) as process:
+        server = Served(f"http://127.0.0.1:{port}", process)
         try:
-            yield Served(f"http://127.0.0.1:{port}", process)
+            yield server
         finally:
-            process.terminate()
+            server.kill()
 
 
 def _wait_for(server: Served, log: Path) -> None:
@@ -144,8 +152,7 @@ def test_of_several_servers_only_those_that_prove_themselves_sample_and_a_dead_o
         assert {name for name, _ in found} == {f"servers/{server.name}/engine_gap" for server in (first, second)}
         assert max(value for _, value in found) < CLOSE
         assert metrics[-1]["reward"] > metrics[0]["reward"]
-        second.process.send_signal(signal.SIGKILL)
-        second.process.wait()
+        second.kill()
         assert samplers(engine) == {first.name}
         assert second.url in capfd.readouterr().err
 
