@@ -75,6 +75,7 @@ def test_the_embedded_model_learns_each_planted_weakness(tmp_path, name):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # the embedded coder may have to be built first
 @pytest.mark.parametrize(("name", "steps"), [("quickstart", 60), ("gsm8k-tiny", 60), ("sudoku-tiny", 20)])
 def test_no_cheater_is_paid_by_the_tasks_of_the_package(name, steps):
     found = attack_task(load_recipe(name), steps=steps)

@@ -24,6 +24,7 @@ print(planned)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.needs("linux")  # elsewhere a process cannot reset its peak
 def test_step_300_holds_no_more_than_step_30(tmp_path: Path) -> None:
     run = tmp_path / "run"
