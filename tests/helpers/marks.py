@@ -88,6 +88,24 @@ def can_join_namespaces() -> bool:
     return made
 
 
+def interpreter_for_all() -> str | None:
+    """Return a Python that an ordinary user may start too, and our files with it. None where there is none, or no root.
+
+    Virtual environments of root often lie where nobody else may look.
+    """
+    code = (
+        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+        "os.stat(sys.argv[1]); import dataclasses\n"
+        "sys.exit(sys.version_info < (3, 11) or os.system(sys.executable + ' -c 1'))"
+    )
+    for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if Path(path).exists():
+            tried = subprocess.run([path, "-c", code, __file__], check=False, capture_output=True)
+            if tried.returncode == 0:
+                return path
+    return None
+
+
 SYSTEM = {
     "chromium": Need(
         has_browser, "no chromium on the PATH, or no playwright: apt-get install chromium; pip install playwright"
@@ -114,6 +132,11 @@ SYSTEM = {
     ),
     "root": Need(
         lambda: hasattr(os, "getuid") and os.getuid() == 0, "only root can become another user: run it as root"
+    ),
+    "shared_python": Need(
+        lambda: interpreter_for_all() is not None,
+        "no Python here that an ordinary user may start, and this checkout with it: install python3, and keep the "
+        "checkout where others may read it",
     ),
 }
 

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,103 +21,41 @@ from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir, complete_folder, read_json, tidy, write_json
 from minigrpo.training import checkpoint
 from minigrpo.utils.signals import finish_first
+from tests.helpers.killing import ACTS, killing
 from tests.helpers.saving import Small, newest, restored, save, saved
 
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "shutil.rmtree"}
-
-
-def die_at(moment: int) -> None:
-    """kill -9 of this process at the n-th line of our code, or the n-th change that any code makes to files."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == moment:
-            os._exit(9)
-
-    def on_line(frame: Any, event: str, _: Any) -> Any:
-        if event == "line":
-            tick()
-        return on_line
-
-    def on_call(frame: Any, event: str, _: Any) -> Any:
-        return on_line if Path(frame.f_code.co_filename).name in ("rundir.py", "checkpoint.py") else None
-
-    sys.addaudithook(lambda event, _: tick() if event in FILE_EVENTS else None)
-    sys.settrace(on_call)
-
-
-def survives(act: Callable[[], None], moment: int) -> bool:
-    """Do it in a process of its own that is killed at that moment; whether it came to its end before."""
-    child = os.fork()
-    if child == 0:
-        # Seen to spin for minutes in a process that had run most of the suite; the cause is not known: this ends it.
-        signal.setitimer(signal.ITIMER_REAL, 120)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        try:
-            die_at(moment)
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == -signal.SIGALRM:
-        return survives(act, moment)
-    assert code in (0, 9)
-    return code == 0
-
-
-def saved_again(run: RunDir) -> None:
-    """Step 2 a second time, as after a checkpoint that turned out damaged: the old folder is replaced."""
-    small = Small()
-    save(run, small, 2)
-
-
-def pruned(run: RunDir) -> None:
-    checkpoint.prune(run, 1)
-
-
-def set_aside(run: RunDir) -> None:
-    checkpoint.discard_after(run, 1)
-
-
-def rewritten(run: RunDir) -> None:
-    machine = checkpoint.read_machine(run)
-    assert machine is not None
-    checkpoint.write_machine(run, machine)
-
-
-def next_saved(run: RunDir) -> None:
-    save(run, Small(), 3)
-
-
-ACTS: dict[str, tuple[Callable[[RunDir], None], set[int]]] = {
-    "a save": (next_saved, {2, 3}),
-    "a save over another": (saved_again, {2}),
-    "pruning": (pruned, {2}),
-    "setting aside": (set_aside, {1, 2}),
-    "a rewritten file": (rewritten, {2}),
+# What each act may leave as the newest checkpoint.
+STEPS = {
+    "a save": {2, 3},
+    "a save over another": {2},
+    "pruning": {2},
+    "setting aside": {1, 2},
+    "a rewritten file": {2},
 }
 
 
+@pytest.fixture(scope="module")
+def kill() -> Iterator[Callable[[str, RunDir, int], bool]]:
+    with killing() as kill:
+        yield kill
+
+
 @pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("act", STEPS)
 def test_killed_at_any_moment_the_next_start_finds_the_old_or_the_new_whole(
-    name: str, every: int, tmp_path: Path
+    act: str, every: int, tmp_path: Path, kill: Callable[[str, RunDir, int], bool]
 ) -> None:
-    act, steps = ACTS[name]
     start = saved(tmp_path / "start", 1, 2)
     moment, done = 1 - every, False
     while not done:
         moment += every
         run = RunDir(tmp_path / str(moment))
         shutil.copytree(start.path, run.path)
-        done = survives(lambda run=run: act(run), moment)  # type: ignore[misc]
+        done = kill(act, run, moment)
         tidy(run)
-        check_whole(run, steps)
-        act(run)
-        check_whole(run, steps)
+        check_whole(run, STEPS[act])
+        ACTS[act](run)
+        check_whole(run, STEPS[act])
         shutil.rmtree(run.path)
     assert moment > every
 
@@ -129,7 +66,9 @@ def check_whole(run: RunDir, steps: set[int]) -> None:
     assert not [path for path in run.path.rglob(".*") if path.name != ".lock"]
 
 
-def test_killed_while_tidying_up_the_next_start_tidies_up(tmp_path: Path) -> None:
+def test_killed_while_tidying_up_the_next_start_tidies_up(
+    tmp_path: Path, kill: Callable[[str, RunDir, int], bool]
+) -> None:
     start = saved(tmp_path / "start", 1)
     # As a kill between the two renames of a replacement leaves it, with a draft and half a deletion beside it.
     (start.checkpoints / ".000001.a.retired").mkdir()
@@ -142,7 +81,7 @@ def test_killed_while_tidying_up_the_next_start_tidies_up(tmp_path: Path) -> Non
         moment += 3
         run = RunDir(tmp_path / str(moment))
         shutil.copytree(start.path, run.path)
-        done = survives(lambda run=run: tidy(run), moment)  # type: ignore[misc]
+        done = kill("tidying up", run, moment)
         tidy(run)
         check_whole(run, {1})
 
@@ -166,7 +105,7 @@ def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Path, "rename", once)
     with pytest.raises(ArtifactError, match="No space left"):
-        saved_again(run)
+        ACTS["a save over another"](run)
     check_whole(run, {2})
 
 

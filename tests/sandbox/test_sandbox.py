@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from minigrpo.sandbox import Limits, Referee, Sandbox, Wrong, shared_sandbox
+from tests.helpers.marks import interpreter_for_all
 from tests.sandbox.attacks import every
 from tests.sandbox.attacks.judge import judge
 from tests.sandbox.attacks.lies import FORGE
@@ -48,7 +49,8 @@ def test_the_attacks_that_forge_messages_find_what_they_need(sandbox: Sandbox) -
     assert sandbox.run(finds, "f", ask(())).result == [(8, True)]
 
 
-@pytest.mark.needs("root")  # anybody else ran the test above as an ordinary user already
+@pytest.mark.needs("root")  # an ordinary user ran the test above as such already
+@pytest.mark.needs("shared_python")
 def test_no_attack_gets_anywhere_where_the_user_is_an_ordinary_one(tmp_path: Path) -> None:
     code = (
         "import os, sys; os.chdir('/'); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
@@ -59,26 +61,15 @@ def test_no_attack_gets_anywhere_where_the_user_is_an_ordinary_one(tmp_path: Pat
     folder.mkdir()
     try:
         os.chown(folder, 65534, 65534)
-        command = [interpreter_for_all(), "-c", code, "-", str(folder)]
+        python = interpreter_for_all()
+        assert python
+        command = [python, "-c", code, "-", str(folder)]
         env = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"attacks": len(every()), "faults": [], "user": 65534}
     finally:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
-
-
-def interpreter_for_all() -> str:
-    """A Python that somebody else may start too, and our files with it."""
-    for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        code = (
-            "import os, sys; os.setgid(65534); os.setuid(65534)\n"
-            "os.stat(sys.argv[1]); import dataclasses\n"
-            "sys.exit(sys.version_info < (3, 11) or os.system(sys.executable + ' -c 1'))"
-        )
-        if Path(path).exists() and subprocess.run([path, "-c", code, __file__], capture_output=True).returncode == 0:
-            return path
-    pytest.skip("no interpreter here that an ordinary user may start")
 
 
 HONEST = {
