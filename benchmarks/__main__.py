@@ -39,6 +39,7 @@ examples:
   python -m benchmarks --workload half --length long        completions of up to 256 tokens
   python -m benchmarks --workload half 3b --device cuda     32 prompts x 8 completions
   python -m benchmarks --workload tiny --neighbour 1        on a machine that is shared
+  MINIGRPO_REAL_MODEL=FOLDER MINIGRPO_GSM8K=FOLDER python -m benchmarks --workload real --stops natural
   python -m benchmarks --sweep group total                  how cost grows; no TRL
   python -m benchmarks --sweep group --model half --values 4 16
 
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=["draw", "fixed", "natural"],
         default=["draw"],
-        help="stop lengths; fixed: no stragglers; natural: the model ends its completions itself (tiny)",
+        help="stop lengths; fixed: no stragglers; natural: the model ends its completions itself (tiny, real)",
     )
     p.add_argument("--length", nargs="+", choices=["short", "long"], default=["short"], help="longest completion")
     p.add_argument(
@@ -140,8 +141,9 @@ def refuse_reason(args: argparse.Namespace) -> str | None:
     for name in [] if args.sweep else args.workload:
         if WORKLOADS[name].needs_gpu and args.device == "cpu":
             return f"Workload {name} has too many weights for a CPU: run it with --device cuda, or take --workload half"
-        if "natural" in args.stops and name != "tiny":
-            return f"Workload {name} has random weights, which end no completion: --stops natural is for tiny"
+        for stops in args.stops:
+            if why := replace(WORKLOADS[name], stops=stops).missing():
+                return why
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     import torch  # reads the environment above
 

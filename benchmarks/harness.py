@@ -44,7 +44,7 @@ def measure(setup: Setup, plan: Plan) -> Result:
     with ExitStack() as stack:
         sides = open_sides(setup, plan, stack, absent)
         stack.enter_context(busy_neighbours(plan.neighbours))
-        result = Result(workload, {}, proven, absent)
+        result = Result(workload, {}, proven, absent, neighbours=plan.neighbours)
         began = time.monotonic()
         for repetition in range(plan.warmup + plan.repeats):
             take_turns(sides if repetition % 2 == 0 else sides[::-1], taken, workload.lengths_B)

@@ -74,6 +74,18 @@ def busy_neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
+def busy_seconds() -> float:
+    """Return the seconds that all cores together have worked for any program since the start, or were kept from it.
+
+    What the host of a virtual machine took counts, too (steal). 0 where the system does not tell.
+    """
+    line = re.search(r"^cpu +(.+)", _read("/proc/stat"))
+    if line is None:
+        return 0.0
+    user, nice, system, _idle, _waiting, *interrupts_and_steal = (int(word) for word in line[1].split()[:8])
+    return (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK")
+
+
 def now(device: str = "cpu") -> float:
     """Return the clock in seconds, once the device has finished its work."""
     if device == "cuda":

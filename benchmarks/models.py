@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
+REAL = "MINIGRPO_REAL_MODEL"
+"""The variable that names the folder of a pretrained model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,13 @@ def make_grown(folder: Path) -> None:
     from minigrpo.models.embedded import seedling
 
     shutil.copytree(seedling.build_cached(seedling.Blueprint()), folder, dirs_exist_ok=True)
+
+
+def link_real(folder: Path) -> None:
+    """Make a folder of links to the pretrained model's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in Path(os.environ[REAL]).resolve().iterdir():
+        (folder / file.name).symlink_to(file)
 
 
 def make_shape(name: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,9 @@ PHASES = ("rollout", "reward", "scoring", "update", "other")
 PARTS = ("prefill", "decode", "training", "update")
 COARSE = {"rollout": ("prefill", "decode"), "passes": ("training", "update"), "step": PARTS}
 GIB = 2**30
+QUIET = 0.05
+"""Share of the cores' time that others may take before a ratio is no longer quoted: they may slow the steps by as much,
+and ratios are quoted to two digits."""
 
 
 def side_name(variant: str) -> str:
@@ -60,13 +64,27 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One workload on all sides. `proof` is None where it was skipped; `absent`: sides left out, and why."""
+    """One workload on all sides. `proof` is None where it was skipped; `absent`: sides left out, and why.
+
+    `neighbours`: other busy processes that were asked for.
+    """
 
     workload: Workload
     sides: Mapping[str, Side]
     proof: Proof | None
     absent: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, Limit] = field(default_factory=dict)
+    neighbours: int = 0
+
+    @property
+    def others_share(self) -> float:
+        """Return the share of all cores' time that other programs took while the timed steps ran."""
+        steps = [step for side in self.sides.values() for step in side.steps]
+        return sum(step.others for step in steps) / (sum(step.seconds for step in steps) * (os.cpu_count() or 1))
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.others_share <= QUIET
 
     def ratios(self, other: str = TRL) -> tuple[float, ...]:
         """Return our tokens per second over the other side's, repetition by repetition."""
@@ -106,7 +124,8 @@ def show(result: Result, console: Console) -> None:
     if result.limits:
         console.print(limit_table(result))
     for other in result.others:
-        console.print(summarize(result, other), soft_wrap=True, highlight=False)
+        said = summarize(result, other) if result.is_quiet or result.neighbours else ""
+        console.print(f"{said} {load(result)}".strip(), soft_wrap=True, highlight=False)
     for name, why in result.absent.items():
         console.print(f"{name}: not measured. {why}", soft_wrap=True, highlight=False)
     console.print(settings(result))
@@ -165,6 +184,14 @@ def summarize(result: Result, other: str) -> str:
     )
 
 
+def load(result: Result) -> str:
+    """Say what other programs took, and, unless they were asked for, that nothing is quoted where it was much."""
+    took = f"Other programs took {result.others_share:.0%} of the cores' time while the steps ran"
+    if result.is_quiet or result.neighbours:
+        return took + (f" (busy neighbours that were asked for: {result.neighbours})." if result.neighbours else ".")
+    return f"{took}, so no ratio is quoted (at most {QUIET:.0%}): run it again when the machine has nothing else to do."
+
+
 def settings(result: Result) -> Table:
     """Tabulate all sides' settings, as each side reads them back."""
     grid = Table.grid(padding=(0, 3))
@@ -185,6 +212,8 @@ def as_json(result: Result) -> dict[str, Any]:
         "ratios": result.ratios() if TRL in result.sides else [],
         "ratio": {name: statistics.median(result.ratios(name)) for name in result.others},
         "memory": {name: result.memory(name) for name in result.others},
+        "others_share": result.others_share,
+        "is_quiet": result.is_quiet,
         "reached": {name: {row: result.reached(row, name) for row in rows} for name in result.sides},
     }
 

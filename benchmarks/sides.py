@@ -11,13 +11,13 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.machine import now
+from benchmarks.machine import busy_seconds, now
 from benchmarks.workloads import Workload
 from minigrpo.utils.memory import peak_bytes, reset_peak
 
@@ -54,7 +54,8 @@ class Step:
     """One step of one side. Phases in seconds; what they leave of `seconds` is `other`. Lengths prompt by prompt.
 
     `parts`: the step cut as the limit is (prefill, decode, training, update), as far as a side reports it.
-    `cpu_seconds`: of all threads together. On one thread it hardly depends on other load on the machine.
+    `cpu_seconds`: of all threads together. On one thread it hardly depends on other load on the machine. `others`:
+    what other programs, and the host of a virtual machine, took of all cores meanwhile, in seconds of one core.
     """
 
     seconds: float
@@ -64,6 +65,7 @@ class Step:
     completion_lengths: tuple[int, ...]
     peak: int
     parts: Mapping[str, float] = field(default_factory=dict)
+    others: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -164,10 +166,11 @@ class Side:
             self._process.kill()
 
     def step(self) -> Step:
+        busy = busy_seconds()
         self._pipe.send(GO)
         step = self._receive()
         assert isinstance(step, Step)
-        return step
+        return replace(step, others=max(0.0, busy_seconds() - busy - step.cpu_seconds))
 
     def _receive(self) -> object:
         try:

@@ -3,8 +3,8 @@
 Stop lengths are forced, because which tokens a model happens to sample is no property of a trainer. They are drawn
 once, and are the same in every step and on both sides: log-normal with median 0.3 of the limit and sigma 0.6, cut at
 the limit. The second row has no stragglers: every completion has the draw's mean length, so the tokens are as many.
-The third forces nothing: the model ends its completions itself, and each side samples its own. Sweeps let every
-completion run to the limit.
+The third forces nothing: the model ends its completions itself, and each side samples its own; it needs a trained
+model, the embedded one (`tiny`) or a pretrained one (`real`). Sweeps let every completion run to the limit.
 
 Rewards are the task's own plus a number that follows from the text, so that no group ties: a group without spread
 has no gradient, and minigrpo would skip its passes.
@@ -13,6 +13,7 @@ has no gradient, and minigrpo would skip its passes.
 from __future__ import annotations
 
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,17 @@ class Workload:
     @property
     def kind(self) -> Kind:
         """Return the kind of model: only a trained one ends completions in sensible places."""
-        return KINDS["grown" if self.stops == "natural" else self.name]
+        return KINDS["grown" if (self.name, self.stops) == ("tiny", "natural") else self.name]
+
+    def missing(self) -> str | None:
+        """Return why it cannot be run here, or None."""
+        lacks = [name for name in self.kind.variables if not os.environ.get(name)]
+        if lacks:
+            return f"Workload {self.name} needs {' and '.join(lacks)}: {'; '.join(VARIABLES[name] for name in lacks)}"
+        if self.stops == "natural" and self.name not in TRAINED:
+            trained = " and ".join(TRAINED)
+            return f"Workload {self.name} has random weights, which end no completion: --stops natural is for {trained}"
+        return None
 
     def on_gpu(self) -> Workload:
         """Return a size for a data-centre GPU: 32 prompts x 8 completions of up to 128 or 512 tokens, in bfloat16."""
@@ -78,11 +89,14 @@ class Workload:
 class Kind:
     """A kind of model.
 
-    `make` writes its folder; `prompts` reads its tokenizer where a prompt needs a certain length.
+    `make` writes its folder; `prompts` reads its tokenizer where a prompt needs a certain length. `task`: what grades
+    its completions, where anything does. `variables`: of the environment, which it needs.
     """
 
     make: Callable[[Path], None]
     prompts: Callable[[Workload, Path], Sequence[Prompt]]
+    task: Callable[[], Task] | None = None
+    variables: tuple[str, ...] = ()
 
 
 def stop_lengths(count: int, limit: int, stops: Stops = "draw") -> tuple[int, ...]:
@@ -100,16 +114,17 @@ def stop_lengths(count: int, limit: int, stops: Stops = "draw") -> tuple[int, ..
 
 def task_of(workload: Workload, folder: Path) -> Task:
     """Return the workload's task; rewards differ in every group."""
-    prompts = workload.kind.prompts(workload, folder)[: workload.prompts]
-    return Task(workload.name, lambda split: prompts, spread)
+    kind = workload.kind
+    prompts = kind.prompts(workload, folder)[: workload.prompts]
+    return Task(workload.name, lambda split: prompts, partial(spread, task=kind.task() if kind.task else None))
 
 
-def spread(prompt: Prompt, text: str) -> Grade:
+def spread(prompt: Prompt, text: str, task: Task | None = None) -> Grade:
     """Return the task's grade where there is a task, plus a checksum of the text in [0, 1)."""
     reward = zlib.crc32(text.encode()) / 2**32
-    if not isinstance(prompt.target, Mapping):
+    if task is None:
         return Grade(reward)
-    grade = _wordproblems().grade(prompt, text)
+    grade = task.grade(prompt, text)
     return replace(grade, reward=grade.reward + reward)
 
 
@@ -122,6 +137,19 @@ def _wordproblems() -> Task:
 
 def _word_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
     return _wordproblems().prompts("train")
+
+
+@lru_cache(maxsize=1)
+def _gsm8k() -> Task:
+    """GSM8K as the recipe asks it, worked example included."""
+    from minigrpo.config.load import load_recipe
+    from minigrpo.tasks.registry import TASKS
+
+    return TASKS["gsm8k"](load_recipe("gsm8k-fast", [("task.data", os.environ[GSM8K])]))
+
+
+def _gsm8k_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
+    return _gsm8k().prompts("train")
 
 
 def _long_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
@@ -137,9 +165,16 @@ def _long_prompts(workload: Workload, folder: Path) -> Sequence[Prompt]:
     return [Prompt(f"long-{n}", ({"role": "user", "content": f"{n} {text}"[:size]},)) for n in range(workload.prompts)]
 
 
+GSM8K = "MINIGRPO_GSM8K"
+VARIABLES = {
+    models.REAL: "a folder with a pretrained instruct model, such as Qwen2.5-0.5B-Instruct",
+    GSM8K: "a folder with GSM8K's train.jsonl and test.jsonl",
+}
+TRAINED = ("tiny", "real")
 KINDS: Mapping[str, Kind] = {
-    "tiny": Kind(models.make_tiny, _word_prompts),
-    "grown": Kind(models.make_grown, _word_prompts),
+    "tiny": Kind(models.make_tiny, _word_prompts, _wordproblems),
+    "grown": Kind(models.make_grown, _word_prompts, _wordproblems),
+    "real": Kind(models.link_real, _gsm8k_prompts, _gsm8k, tuple(VARIABLES)),
     **{name: Kind(partial(models.make_shape, name), _long_prompts) for name in models.SHAPES},
 }
 
@@ -163,6 +198,12 @@ WORKLOADS: Mapping[str, Workload] = {
             *("bfloat16", "bfloat16+autocast", 3),
             recipe="gsm8k-fast",
             long=256,
+        ),
+        Workload(
+            *("real", "recipe gsm8k-fast on a pretrained model, real questions", 8, 2, 300),
+            *("bfloat16", "bfloat16+autocast", 3),
+            recipe="gsm8k-fast",
+            long=600,
         ),
         Workload("mini", "seconds, for the tests", 2, 2, 6, "float32", "float32", 1, long=12),
     )

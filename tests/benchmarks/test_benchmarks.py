@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import harness, sweeps, trls
 from benchmarks.harness import same_work
+from benchmarks.machine import busy_neighbours, busy_seconds
 from benchmarks.ours import recipe_of
+from benchmarks.report import OURS, TRL, Result, show
+from benchmarks.report import Side as Measured
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
 from minigrpo.rollouts.engines.native import NativeEngine
@@ -132,6 +139,32 @@ def test_where_nothing_is_forced_only_prompts_must_be_the_same() -> None:
     same_work((), step(3, 2, 4), step(3, 5, 1))
     with pytest.raises(BenchmarkError, match="Prompts differ"):
         same_work((), step(3, 2, 4), step(4, 2, 4))
+
+
+@pytest.mark.parametrize(("others", "neighbours", "is_quoted"), [(0.4, 0, True), (0.6, 0, False), (5.0, 1, True)])
+def test_a_ratio_is_not_quoted_where_other_programs_had_more_than_a_twentieth_of_the_cores(
+    others: float, neighbours: int, is_quoted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    phases = dict.fromkeys(("rollout", "reward", "scoring", "update", "other"), 1.0)
+    steps = (Step(5.0, 9.0, phases, (3,), (4,), 2**30, others=others),) * 2
+    sides = {name: Measured({"lr": "1"}, steps) for name in (OURS, TRL)}
+    result = Result(WORKLOADS["mini"], sides, None, neighbours=neighbours)
+    console = Console(file=io.StringIO(), width=130)
+    show(result, console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert ("times as many completion tokens" in said) == is_quoted
+    assert f"took {others / 10:.0%} of the cores' time" in said
+
+
+@pytest.mark.needs("procfs")
+def test_what_other_programs_take_is_seen() -> None:
+    before, began = busy_seconds(), time.monotonic()
+    with busy_neighbours(1):
+        while busy_seconds() - before < 0.3 and time.monotonic() - began < 20:
+            time.sleep(0.05)
+    assert busy_seconds() - before >= 0.3
 
 
 @pytest.mark.long
