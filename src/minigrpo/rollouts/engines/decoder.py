@@ -28,6 +28,7 @@ from minigrpo.models.adapter import active_lora
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
 from minigrpo.models.lora_linear import is_four_bit
+from minigrpo.rollouts.engines.prompts import PromptLayout
 
 # Other kinds (dynamic, longrope) change their frequencies with the length of the text.
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
@@ -207,8 +208,12 @@ class Layer:
             scaling=attn.scaling,
         )
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
     def refresh(self) -> None:
-        for projection in (self.qkv, self.out, self.gate_up, self.down):
+        for projection in self.projections:
             projection.refresh()
         if self.qk_norm is not None:
             self.qk_norm.refresh()
@@ -244,6 +249,8 @@ class Decoder:
         self.layers = [Layer.from_module(module, self.heads, self.kv_heads) for module in model.layers]
         self.norm = Norm(model.norm)
         self.dtype, self.device = model.dtype, head.weight.device
+        bases = [base for layer in self.layers for part in layer.projections for base in part.bases]
+        self.products = sum(base.in_features * base.out_features for base in bases)  # of one token, without the head
 
     def refresh(self) -> None:
         """Copy the current weights, layer by layer: one of a sharded model is gathered for as long as that takes."""
@@ -256,7 +263,7 @@ class Decoder:
         """Return the decoder's own copies of weights: all tensors that `refresh` writes."""
         copies: list[Tensor | None] = []
         for layer in self.layers:
-            for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for projection in layer.projections:
                 copies += (
                     [projection.fused, projection.fused_bias]
                     if projection.is_fused
@@ -301,24 +308,27 @@ class Decoder:
         return layer.down.add_to(x, layer.act(gate) * up)
 
     @torch.no_grad()
-    def prefill(self, ids_MP: Tensor, rope: Rope, shared: Tensor) -> None:
-        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts (padding at the end is masked)."""
-        x_MPW = self.model.embed_tokens(ids_MP)
-        P = ids_MP.shape[1]
-        rope_P = rope.at(torch.arange(P, device=self.device))
+    def prefill(self, prompts: PromptLayout, rope: Rope, shared: Tensor) -> None:
+        """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts, from `prompts.start` on.
+
+        What is behind the end of a prompt is left as it is, or filled with padding: nobody looks there.
+        """
+        x = self.model.embed_tokens(prompts.ids)
+        rope_at = rope.at(prompts.positions)
+        end = shared.shape[-2]
+        repeats = self.heads // self.kv_heads
         for layer, cache in zip(self.layers, shared, strict=True):
-            query, key, value = self._project(layer, x_MPW, rope_P)
-            cache[0], cache[1] = key.transpose(1, 2), value.transpose(1, 2)
-            repeats = self.heads // self.kv_heads
+            query, key, value = self._project(layer, x, rope_at)
+            prompts.store(cache, key, value)
             attended = self.kernel(
-                query.transpose(1, 2),
+                prompts.spread(query),
                 cache[0].repeat_interleave(repeats, 1),
                 cache[1].repeat_interleave(repeats, 1),
-                attn_mask=_window_mask(P, layer.window, self.device),
-                is_causal=layer.window is None or layer.window >= P,
+                attn_mask=_mask(prompts.start, end, layer.window, self.device),
+                is_causal=not prompts.start and (layer.window is None or layer.window >= end),
                 scale=layer.scaling,
             )
-            x_MPW = self._mlp(layer, x_MPW + layer.out(attended.transpose(1, 2).flatten(-2)))
+            x = self._mlp(layer, x + layer.out(prompts.gather(attended)))
 
     @torch.no_grad()
     def decode(self, tokens_n: Tensor, rope_n: Rope, attend: Callable[..., Tensor]) -> Tensor:
@@ -339,9 +349,11 @@ class Decoder:
         return logits_nV
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    if window is None or length <= window:
+def _mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys [end - start, end] the queries from `start` on see. None where the kernel's own mask will do:
+    each sees all before it, from the first on.
+    """
+    if not start and (window is None or end <= window):
         return None
-    at = torch.arange(length, device=device)
-    ahead = at[:, None] - at
-    return (ahead >= 0) & (ahead < window)
+    ahead = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
+    return (ahead >= 0) & (ahead < (window or end))

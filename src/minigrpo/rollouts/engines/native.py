@@ -19,6 +19,7 @@ from minigrpo.distributed.shards import gather_module
 from minigrpo.models.context_window import check_room, context_length
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
 from minigrpo.rollouts.engines.kv_cache import cache_class
+from minigrpo.rollouts.engines.prompts import PackedPrompts, PaddedPrompts, PromptLayout, shared_beginning
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform, with_float64
@@ -203,10 +204,21 @@ class DecodeBatch:
 
 def prefill_prompts(decoder: Decoder, prompts: Sequence[Rendered], rope: Rope, shared: Tensor) -> None:
     """Fill `shared` [L, 2, M, K, P, D] with each prompt without its last token; padding behind it is masked."""
-    P = max(len(prompt.ids) for prompt in prompts) - 1
-    padded = [(*prompt.ids[:-1], *[0] * (P + 1 - len(prompt.ids))) for prompt in prompts]
-    ids_MP = to_device(torch.tensor(padded), decoder.device)
+    ids_M = [prompt.ids[:-1] for prompt in prompts]
+    P = max(map(len, ids_M))
     at_once = max(1, PREFILL_TOKENS // P)
+    common = shared_beginning(ids_M, decoder.products)
+    if common:
+        first = PaddedPrompts.of([ids_M[0][:common]], decoder.device)
+        decoder.prefill(first, rope, shared[:, :, :1, :, :common])
+        shared[:, :, 1:, :, :common] = shared[:, :, :1, :, :common]
     for start in range(0, len(prompts), at_once):
         span = slice(start, min(start + at_once, len(prompts)))
-        decoder.prefill(ids_MP[span], rope, shared[:, :, span, :, :P])
+        longest = max(map(len, ids_M[span]))
+        if common is None:
+            layout: PromptLayout = PaddedPrompts.of(ids_M[span], decoder.device)
+        elif longest == common:
+            continue
+        else:
+            layout = PackedPrompts.of(ids_M[span], common, decoder.device)
+        decoder.prefill(layout, rope, shared[:, :, span, :, :longest])

@@ -21,34 +21,15 @@ from minigrpo.algorithms.packing import MicroBatch
 from minigrpo.config.schema import Recipe, RolloutConfig
 from minigrpo.models.attention.cpu import CACHED_PLANS
 from minigrpo.models.attention.shared_prompt import CACHED_MASKS
-from minigrpo.models.policy import Policy, decoder_of
+from minigrpo.models.policy import decoder_of
 from minigrpo.models.quantize import moment_bytes
-from minigrpo.rollouts.engines.decoder import decoder_supports
 from minigrpo.rollouts.engines.registry import engine_name, shards
-from minigrpo.training.memory.meta import (
-    PassCost,
-    UnplannableError,
-    meta_policy,
-    quantised_share,
-    training_pass,
-    uniform_micro_batch,
-)
-from minigrpo.training.memory.rollout_cost import (
-    RolloutCost,
-    RolloutShape,
-    native_rollout_cost,
-    slot_rollout_cost,
-    transformers_rollout_cost,
-)
+from minigrpo.training.memory.counts import counts_of
+from minigrpo.training.memory.meta import PassCost, quantised_share, uniform_micro_batch
+from minigrpo.training.memory.rollout_cost import RolloutCost, RolloutShape
 from minigrpo.utils.process import onednn_products
 
 When = Literal["always", "rollout", "update"]
-
-ROLLOUT_COSTS = {
-    "native": native_rollout_cost,
-    "slots": slot_rollout_cost,
-    "transformers": transformers_rollout_cost,
-}
 
 BUDGET_SHARE = 0.9
 """The share of the budget that a plan may fill: an allocator cannot use every gap between two blocks, and other
@@ -175,21 +156,20 @@ def largest_micro_batch(config: RolloutConfig, prompt: int, tokens_per_pass: int
 
 
 class _Planner:
-    """Counts what has to be counted once, and tries choices until one fits."""
+    """Tries choices until one fits. What they take is counted once for all plans of a run (counts.py)."""
 
     def __init__(self, config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool) -> None:
-        self.rollout = rollout
-        self.config, self.recipe, self.device, self.prompt = config, recipe, device, prompt
-        self.bare = self._meta_policy(recompute=False)
-        self.passes: dict[tuple[bool, int], PassCost] = {}
-        self.rollouts: dict[RolloutShape, RolloutCost] = {}
+        self.recipe, self.device, self.prompt, self.rollout = recipe, device, prompt, rollout
+        self.counts = counts_of(config, recipe, device.dtype, device.device)
+        self.bare = self.counts.bare
 
     def plan(self) -> Plan:
         """Return the first plan that fits; where none does, the smallest, with advice."""
         mode = self.recipe.model.checkpointing
         plan = self._longest(recompute=mode == "on")
         enough = min(ENOUGH_PASS_TOKENS, batch_tokens(self.recipe.rollout, self.prompt))
-        settled = plan.fits and (self.recipe.train.tokens_per_pass > 0 or plan.pass_tokens >= enough)
+        longest = self.recipe.train.tokens_per_pass or self._sizes()[-1]
+        settled = plan.fits and (plan.tokens_per_pass == longest or plan.pass_tokens >= enough)
         if mode == "auto" and not settled:
             again = self._longest(recompute=True)
             if not plan.fits or (again.fits and again.pass_tokens > plan.pass_tokens):
@@ -221,19 +201,12 @@ class _Planner:
 
     def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
         micro_batch = largest_micro_batch(self.recipe.rollout, self.prompt, tokens_per_pass)
-        key = (recompute, micro_batch.tokens)
-        if key not in self.passes:
-            self.passes[key] = training_pass(
-                self._meta_policy(recompute=True) if recompute else self.bare,
-                micro_batch,
-                self.device.device,
-                entropy_learns=self.recipe.objective.entropy > 0,
-            )
+        cost = self.counts.training(micro_batch, recompute=recompute)
         rows, sampling = self.sampling
         rollout = self._rollout_lines(rows, sampling)
         if self.recipe.rollout.ahead:  # it lasts while the policy is updated
             rollout = tuple(replace(line, when="always") for line in rollout)
-        lines = (*self.held, *self._update_lines(micro_batch, self.passes[key]), *rollout)
+        lines = (*self.held, *self._update_lines(micro_batch, cost), *rollout)
         return Plan(
             device=self.device.device,
             dtype=str(self.device.dtype).removeprefix("torch."),
@@ -246,10 +219,6 @@ class _Planner:
             rows=rows,
             lines=tuple(line for line in lines if line.bytes),
         )
-
-    def _meta_policy(self, *, recompute: bool) -> Policy:
-        device = self.device
-        return meta_policy(self.config, self.recipe, device.dtype, device=device.device, recompute=recompute)
 
     @cached_property
     def held(self) -> tuple[PlanLine, ...]:
@@ -390,19 +359,10 @@ class _Planner:
         return RolloutShape(at_once, config.completions, *lengths), *evaluations
 
     def _sampled(self, shape: RolloutShape) -> RolloutCost:
-        if shape not in self.rollouts:
-            self.rollouts[shape] = self._rollout_cost(shape)
-        return self.rollouts[shape]
-
-    def _rollout_cost(self, shape: RolloutShape) -> RolloutCost:
         if self.recipe.rollout.engine == "vllm":  # a server's memory is its own, and gone already
             share = 0.0 if self.recipe.rollout.server else self.recipe.rollout.share
             return RolloutCost(0, 0, int(share * self.device.free), "vLLM")
-        count = ROLLOUT_COSTS[self.engine] if decoder_supports(self.bare.model) else transformers_rollout_cost
-        try:
-            return count(self.bare, shape, self.recipe.rollout.temperature, self.device.device)
-        except (NotImplementedError, RuntimeError) as fault:
-            raise UnplannableError(str(fault).splitlines()[0]) from fault
+        return self.counts.rollout(self.engine, shape)
 
 
 def _powers() -> list[int]:

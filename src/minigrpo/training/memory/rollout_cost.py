@@ -14,6 +14,7 @@ import torch
 from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
+from minigrpo.rollouts.engines.prompts import PaddedPrompts
 from minigrpo.rollouts.engines.sampling import draw
 from minigrpo.training.memory.meta import META, MemoryCounter, policy_tensors
 
@@ -75,12 +76,17 @@ def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> 
     shared = torch.zeros(len(decoder.layers), 2, shape.prompts, decoder.kv_heads, P, decoder.width, dtype=decoder.dtype)
     if P:
         at_once = min(shape.prompts, max(1, native.PREFILL_TOKENS // P))
-        decoder.prefill(torch.zeros(at_once, P, dtype=torch.long), rope, shared[:, :, :at_once])
+        decoder.prefill(_padded(at_once, P), rope, shared[:, :, :at_once])
     lengths_M = [P] * shape.prompts
     cache_type = kv_cache.cache_class(decoder, lengths_M, shape.completions, shape.completion, device)
     cache = cache_type(decoder, shared, lengths_M, shape.completions, shape.completion)
     cache.assign(torch.arange(shape.rows))
     return cache
+
+
+def _padded(prompts: int, length: int) -> PaddedPrompts:
+    """Prompts that share nothing and fill their rows: packed ones take less."""
+    return PaddedPrompts(torch.zeros(prompts, length, dtype=torch.long), torch.arange(length))
 
 
 def _doublings(completion: int) -> list[int]:
@@ -116,7 +122,7 @@ def slot_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float, d
         counter.peak = counter.now
         counter.phase = "reading prompts"
         at_once = min(shape.prompts, max(1, native.PREFILL_TOKENS // P))
-        decoder.prefill(torch.zeros(at_once, P, dtype=torch.long), rope, state.shared[:, :, :at_once])
+        decoder.prefill(_padded(at_once, P), rope, state.shared[:, :, :at_once])
         counter.phase = "moving rows up"
         state.move_up(torch.arange(-(-shape.prompts // 2)), shape.completions)
         before, counter.peak = (counter.peak, counter.peak_phase), counter.now
