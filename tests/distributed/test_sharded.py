@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from tests.helpers.tiny import build_model
 pytestmark = pytest.mark.needs("linux")
 
 STEPS = 4
+SHARDED = {"shards/__0_0.distcp", "shards/__1_0.distcp", "shards/index"}
 EVERYTHING: dict[str, Any] = {
     "groups": GroupsConfig(resample=2.0, min_spread=0.05),
     "objective": ObjectiveConfig(kl=0.05, top_entropy=0.5, entropy=0.01),
@@ -142,6 +144,21 @@ def test_a_checkpoint_of_two_ranks_is_read_by_one_and_by_four_and_of_one_by_two(
             assert sharded == (size > 1)
         assert sampled(run) == sampled(alone), name
         assert gap(run, alone) < 1e-5, name
+
+
+def test_a_sharded_run_that_goes_on_ends_with_the_bytes_of_one_that_was_never_stopped(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    model = tiny_folder()
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    for run, until in ((whole, STEPS), (cut, 2), (cut, STEPS)):
+        job = partial(train, recipe=recipe_for(model, until, **EVERYTHING), run=run)
+        on_ranks(2, tmp_path / f"wire of {run.path.name} {until}", job)
+    assert hash_files(whole.path / "model") == hash_files(cut.path / "model")
+    for step in (2, STEPS):
+        one, other = (hash_files(run.checkpoint(step)) for run in (whole, cut))
+        assert {name for name in one if name.startswith("shards/")} == SHARDED
+        assert {name: one[name] for name in SHARDED} == {name: other[name] for name in SHARDED}, step
 
 
 def test_a_recipe_says_what_cannot_be_sharded() -> None:
