@@ -126,7 +126,7 @@ def test_a_log_probability_that_is_no_number_is_refused(server: StandIn, wrong: 
     choice = f'"token_ids": [5, 6], "logprobs": {{"token_logprobs": [-1.0, {wrong}]}}, "finish_reason": "length"'
     server.fault = 200, f'{{"choices": [{{"index": 0, "text": "?", {choice}}}]}}'
     with pytest.raises(ModelError, match=r"completion 1, token 2 are not finite"):
-        engine.generate(rendered(), 1, Sampling(HEAT, LIMIT, 7))
+        engine.generate(rendered(), 1, Sampling(HEAT, 2, 7))
 
 
 def test_without_vllm_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
