@@ -168,6 +168,19 @@ def test_a_sharded_run_that_goes_on_ends_with_the_bytes_of_one_that_was_never_st
         assert {name: one[name] for name in SHARDED} == {name: other[name] for name in SHARDED}, step
 
 
+def test_layers_travel_twice_a_pass_and_what_lies_outside_once(tmp_path: Path, tiny_folder: Any) -> None:
+    recipe, run = recipe_for(tiny_folder(), until=2), RunDir(tmp_path / "run")
+    on_ranks(2, tmp_path / "wire", partial(train, recipe=recipe, run=run))
+    model = open_policy(recipe).model
+    layers = nbytes(weight for layer in decoder_of(model).layers for weight in layer.parameters())
+    rest = nbytes(model.parameters()) - layers
+    _, row = (json.loads(line) for line in run.metrics.read_text().splitlines())
+    passes = row["sent_bytes/gradients"] / ((layers + rest) / 2)
+    assert passes > 2
+    # The engine copies the layers once more. The rest is gathered for it, and stays so until the first backward pass.
+    assert row["sent_bytes/weights"] == passes * (2 * layers + rest) / 2 + layers / 2
+
+
 @pytest.mark.parametrize(("until", "best"), [(3, 1), (4, 4)])  # 4: it has just been written, by another rank
 def test_the_best_checkpoint_is_what_a_sharded_run_leaves(
     until: int, best: int, tmp_path: Path, tiny_folder: Any, capfd: pytest.CaptureFixture[str]
@@ -214,7 +227,9 @@ def test_slices_come_back_whole_however_they_divide(tmp_path: Path) -> None:
     def cut(ranks: Ranks) -> dict[str, torch.Tensor]:
         slices = shard(model, [model[0]], ranks)
         for name, weight in slices.items():
-            assert torch.equal(slice_like(weight, expected[name]).to_local(), weight.to_local())  # type: ignore[operator]
+            own = slice_like(weight, expected[name]).to_local()
+            assert torch.equal(own, weight.to_local())  # type: ignore[operator]
+            assert own.untyped_storage().nbytes() == own.nbytes
         write_shards(tmp_path / "shards", {WEIGHT + name: weight.detach() for name, weight in slices.items()}, ranks)
         return unite(slices, ranks)
 

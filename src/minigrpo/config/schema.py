@@ -158,7 +158,7 @@ class RolloutConfig(Config):
     ahead: int = field(
         0,
         "1: the next step's groups are sampled while this step is updated, so by the policy before the update; with "
-        "rollout.engine native on a CPU, or a server",
+        "rollout.engine native on a CPU, or servers",
         "steps",
         ge=0,
         le=1,
