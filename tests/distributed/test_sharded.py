@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -29,11 +31,12 @@ from minigrpo.config.schema import (
     TrainConfig,
 )
 from minigrpo.distributed.ranks import ALONE, Ranks
-from minigrpo.distributed.shards import names_of_shards
+from minigrpo.distributed.shards import WEIGHT, names_of_shards, read_weights, shard, slice_like, unite, write_shards
 from minigrpo.errors import RecipeError, SharedPassError
-from minigrpo.models.policy import open_policy
+from minigrpo.models.policy import decoder_of, open_policy
 from minigrpo.pipeline.audit_chain import origin_step
 from minigrpo.pipeline.evidence import read_evidence
+from minigrpo.rollouts.engines.fingerprint import policy_logprobs
 from minigrpo.rollouts.engines.registry import open_engine, shards
 from minigrpo.runs.logger import RankLog, RunLogger
 from minigrpo.runs.manifest import hash_files
@@ -41,14 +44,17 @@ from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import grpo
 from minigrpo.training.memory.planner import Device, make_plan
 from minigrpo.training.oom import retry_on_oom
+from minigrpo.types import Sampling
 from tests.distributed.test_lost_ranks import LIMIT_S, begin, ended, ranks_of, steps_logged, wait_until
 from tests.distributed.test_same_run import LETTERS, sampled
+from tests.helpers.models import rendered
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import build_model
 
 pytestmark = pytest.mark.needs("linux")
 
 STEPS = 4
+SHARDED = {"shards/__0_0.distcp", "shards/__1_0.distcp", "shards/index"}
 EVERYTHING: dict[str, Any] = {
     "groups": GroupsConfig(resample=2.0, min_spread=0.05),
     "objective": ObjectiveConfig(kl=0.05, top_entropy=0.5, entropy=0.01),
@@ -73,7 +79,8 @@ def train(ranks: Ranks, recipe: Recipe, run: RunDir) -> dict[str, int]:
     engine = open_engine(policy, recipe)
     if ranks.size > 1:
         policy.shard(ranks)
-    held: dict[str, int] = {}
+    frozen = policy.frozen_copy
+    held = {"reference": nbytes(frozen.parameters())} if frozen is not None else {}
     hook = register_optimizer_step_post_hook(lambda optimizer, *_: held.update(bytes_held(optimizer)))
     log = RunLogger(run, recipe.train.last_step) if ranks.leads else RankLog(run, ranks.rank)
     grpo(recipe, LETTERS, policy, engine, log, ranks=ranks)
@@ -131,17 +138,106 @@ def test_a_checkpoint_of_two_ranks_is_read_by_one_and_by_four_and_of_one_by_two(
 ) -> None:
     model = tiny_folder()
     alone = RunDir(tmp_path / "alone")
-    train(ALONE, recipe_for(model), alone)
+    whole = train(ALONE, recipe_for(model), alone)
     half, full = recipe_for(model, until=2), recipe_for(model)
     for name, sizes in {"2 to 1": (2, 1), "2 to 4": (2, 4), "1 to 2": (1, 2)}.items():
         run = RunDir(tmp_path / name)
         for size, recipe in zip(sizes, (half, full), strict=True):
-            work = lambda ranks, recipe=recipe, run=run: train(ranks, recipe, run)  # noqa: E731
-            _ = work(ALONE) if size == 1 else on_ranks(size, tmp_path / f"{name} wire {size}", work)
+            work = partial(train, recipe=recipe, run=run)
+            held = [work(ALONE)] if size == 1 else on_ranks(size, tmp_path / f"{name} wire {size}", work)
             sharded = (run.checkpoint(recipe.train.last_step) / "shards" / "index").is_file()
             assert sharded == (size > 1)
+        for rank in held:  # also of what came whole from the disk
+            assert rank["moments"] == pytest.approx(whole["moments"] / sizes[1], rel=0.02)
         assert sampled(run) == sampled(alone), name
         assert gap(run, alone) < 1e-5, name
+
+
+def test_a_sharded_run_that_goes_on_ends_with_the_bytes_of_one_that_was_never_stopped(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    model = tiny_folder()
+    whole, cut = RunDir(tmp_path / "whole"), RunDir(tmp_path / "cut")
+    for run, until in ((whole, STEPS), (cut, 2), (cut, STEPS)):
+        job = partial(train, recipe=recipe_for(model, until, **EVERYTHING), run=run)
+        on_ranks(2, tmp_path / f"wire of {run.path.name} {until}", job)
+    assert hash_files(whole.path / "model") == hash_files(cut.path / "model")
+    for step in (2, STEPS):
+        one, other = (hash_files(run.checkpoint(step)) for run in (whole, cut))
+        assert {name for name in one if name.startswith("shards/")} == SHARDED
+        assert {name: one[name] for name in SHARDED} == {name: other[name] for name in SHARDED}, step
+
+
+def test_layers_travel_twice_a_pass_and_what_lies_outside_once(tmp_path: Path, tiny_folder: Any) -> None:
+    recipe, run = recipe_for(tiny_folder(), until=2), RunDir(tmp_path / "run")
+    on_ranks(2, tmp_path / "wire", partial(train, recipe=recipe, run=run))
+    model = open_policy(recipe).model
+    layers = nbytes(weight for layer in decoder_of(model).layers for weight in layer.parameters())
+    rest = nbytes(model.parameters()) - layers
+    _, row = (json.loads(line) for line in run.metrics.read_text().splitlines())
+    passes = row["sent_bytes/gradients"] / ((layers + rest) / 2)
+    assert passes > 2
+    # The engine copies the layers once more. The rest is gathered for it, and stays so until the first backward pass.
+    assert row["sent_bytes/weights"] == passes * (2 * layers + rest) / 2 + layers / 2
+
+
+@pytest.mark.parametrize(("until", "best"), [(3, 1), (4, 4)])  # 4: it has just been written, by another rank
+def test_the_best_checkpoint_is_what_a_sharded_run_leaves(
+    until: int, best: int, tmp_path: Path, tiny_folder: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(tiny_folder(), until, eval=EvalConfig(every=1, held_out=5))
+    recipe = recipe.model_copy(update={"save": SaveConfig(every=2, keep=9, take="best")})
+    alone, together = RunDir(tmp_path / "alone"), RunDir(tmp_path / "together")
+    train(ALONE, recipe, alone)
+    on_ranks(2, tmp_path / "wire", partial(train, recipe=recipe, run=together))
+    assert capfd.readouterr().err.count(f"Taken: the weights of step {best},") == 2
+    assert gap(alone, together) < 1e-5
+
+
+def test_a_restored_model_is_gathered_anew_and_a_layer_is_let_go_when_it_has_computed(
+    tmp_path: Path, tiny_folder: Any
+) -> None:
+    recipe = recipe_for(tiny_folder(), until=2)
+    train(ALONE, recipe, run := RunDir(tmp_path / "run"))
+
+    def look(ranks: Ranks) -> tuple[Any, ...]:
+        policy = open_policy(recipe)
+        engine = open_engine(policy, recipe)
+        if ranks.size > 1:
+            policy.shard(ranks)
+        layers, let_go = decoder_of(policy.model).layers, list[bool]()
+        layers[1].register_forward_hook(lambda *_: let_go.append(isinstance(next(layers[0].parameters()), DTensor)))
+        engine.update(policy)  # the head stays gathered
+        policy.restore(run.checkpoint(2))
+        (found_T,) = policy_logprobs(policy, rendered((9,)), [((7, 80, 90), (), "")])
+        engine.update(policy)
+        return found_T, engine.generate(rendered((9, 4)), 2, Sampling(1.0, 5, 3)), let_go
+
+    whole_T, drawn, _ = look(ALONE)
+    for found_T, its, let_go in on_ranks(2, tmp_path / "wire", look):
+        assert torch.allclose(found_T, whole_T, atol=1e-5)
+        assert [[one.token_ids for one in own] for own in its] == [[one.token_ids for one in own] for own in drawn]
+        assert let_go == [True]
+
+
+def test_slices_come_back_whole_however_they_divide(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1), nn.Linear(1, 2))
+    expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    def cut(ranks: Ranks) -> dict[str, torch.Tensor]:
+        slices = shard(model, [model[0]], ranks)
+        for name, weight in slices.items():
+            own = slice_like(weight, expected[name]).to_local()
+            assert torch.equal(own, weight.to_local())  # type: ignore[operator]
+            assert own.untyped_storage().nbytes() == own.nbytes
+        write_shards(tmp_path / "shards", {WEIGHT + name: weight.detach() for name, weight in slices.items()}, ranks)
+        return unite(slices, ranks)
+
+    united, *others = on_ranks(3, tmp_path / "wire", cut)
+    assert others == [{}, {}]
+    for found in (united, read_weights(tmp_path / "shards")):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_recipe_says_what_cannot_be_sharded() -> None:

@@ -22,9 +22,10 @@ class StandIn(ThreadingHTTPServer):
     """`base` answers; an adapter that is loaded answers under its own name.
 
     `last`: the model of the adapter that was loaded last. Faults, all off at first: `fault`, a refusal of everything;
-    `takes`, what loading makes of the adapter; `shift`, nats by which reported log-probabilities are off; `plain`,
-    reporting them at temperature 1; `hangs(body)`, seconds before an answer; `dies(body)`, whether the connection is
-    cut instead.
+    `takes`, what loading makes of the adapter; `shift`, nats by which reported log-probabilities are off; `points`,
+    by path, where it points instead of answering; `plain`,
+    reporting them at temperature 1; `spoils(body, choices)`, the answer in place of a right one; `hangs(body)`, seconds
+    before an answer; `dies(body)`, whether the connection is cut instead.
     """
 
     daemon_threads = True
@@ -38,7 +39,9 @@ class StandIn(ThreadingHTTPServer):
         self.fault: tuple[int, str] | None = None
         self.takes: Callable[[StandIn, str, Any], Any] = lambda server, name, model: model
         self.last: Any = None
+        self.points: dict[str, str] = {}
         self.shift, self.plain = 0.0, False
+        self.spoils: Callable[[dict[str, Any], list[Any]], Any] = lambda body, choices: {"choices": choices}
         self.hangs: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.dies: Callable[[dict[str, Any]], bool] = lambda body: False
         self.lock = threading.Lock()
@@ -71,7 +74,7 @@ class StandIn(ThreadingHTTPServer):
         self.asked.append(body)
         draw = torch.Generator().manual_seed(body["seed"])
         choices = [self.one(body, draw) | {"index": i} for i in range(body["n"])]
-        return {"choices": list(reversed(choices))}
+        return self.spoils(body, list(reversed(choices)))
 
     @torch.no_grad()
     def one(self, body: dict[str, Any], draw: torch.Generator) -> dict[str, Any]:
@@ -103,6 +106,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             time.sleep(self.server.hangs(body))
+        if target := self.server.points.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         with self.server.lock:
             self.server.told.append(self.path)
             self.answer(*self.outcome(body))

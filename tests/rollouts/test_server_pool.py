@@ -6,6 +6,7 @@ Against stand-ins that answer with transformers and PEFT; vLLM itself: test_real
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import MinigrpoError
@@ -35,7 +37,7 @@ STOPS = (3, 17, 50, 60)
 
 
 def pool_of(servers: tuple[StandIn, ...], said: list[str], prompts: list[Rendered] | None = None) -> ServerPool:
-    remote = partial(RemoteVllm, model="the-base", rank=8, wait=10.0)
+    remote = partial(RemoteVllm, model="the-base", rank=8, vocabulary=260, wait=10.0)
     texts = prompts or rendered((1, 20, 12, 7))
     return ServerPool([server.url for server in servers], remote, texts, say=said.append, patience=0.3)
 
@@ -115,6 +117,115 @@ def test_what_a_wrong_server_samples_from_is_named_and_never_used(fault: str) ->
         assert not wrong.rollouts
         (told,) = said
         assert re.fullmatch(rf"Left out: {wrong.url} {sentence}.*tried again after the next update\.", told), told
+
+
+def spoiled(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any], list[Any]], Any]:
+    """Return what a server answers that is right in short texts, and in whole groups changes a completion."""
+    return lambda body, choices: {"choices": [change(choices[0]), *choices[1:]] if body["n"] > 1 else choices}
+
+
+def shortened(choice: dict[str, Any], finish: str) -> dict[str, Any]:
+    logprobs = {"token_logprobs": choice["logprobs"]["token_logprobs"][:1]}
+    return {**choice, "token_ids": choice["token_ids"][:1], "logprobs": logprobs, "finish_reason": finish}
+
+
+def rounded(choice: dict[str, Any], nats: float) -> dict[str, Any]:
+    return {**choice, "logprobs": {"token_logprobs": [own + nats for own in choice["logprobs"]["token_logprobs"]]}}
+
+
+def falls_back_to_its_base(server: StandIn) -> None:
+    def spoils(body: dict[str, Any], choices: list[Any]) -> Any:
+        if body["n"] == 1:
+            return {"choices": choices}
+        body, draw = {**body, "model": "the-base"}, torch.Generator().manual_seed(1)
+        return {"choices": [server.one(body, draw) | {"index": i} for i in range(body["n"])]}
+
+    server.spoils = spoils
+
+
+TURNS: dict[str, tuple[Callable[[StandIn], Any], str]] = {
+    "to its base": (
+        falls_back_to_its_base,
+        r"sampled from the policy and now does not: a group is off by \d\.\d+ nats",
+    ),
+    "log-probabilities off": (
+        lambda server: setattr(server, "spoils", spoiled(lambda choice: rounded(choice, 0.1))),
+        r"sampled from the policy and now does not: a group is off by 0\.\d+ nats a token",
+    ),
+    "cut short": (
+        lambda server: setattr(server, "spoils", spoiled(lambda choice: shortened(choice, "length"))),
+        r"ends a completion after 1 of 12 tokens \(length\)",
+    ),
+    "no number": (
+        lambda server: setattr(server, "spoils", spoiled(lambda choice: rounded(choice, math.nan))),
+        r"answers with log-probabilities that are not finite",
+    ),
+    "a page": (
+        lambda server: setattr(
+            server, "spoils", lambda body, choices: "<html>Sign in" if body["n"] > 1 else {"choices": choices}
+        ),
+        r"returns no token ids with their log-probabilities for 2 completions",
+    ),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_server_that_passed_and_then_turns_bad_is_named_and_its_group_asked_of_another(turn: str) -> None:
+    break_it, sentence = TURNS[turn]
+    with stand_ins(wrong := StandIn(), right := StandIn()) as servers:
+        engine = opened(make_policy("qwen2", lora=0.3), servers, said := list[str]())
+        break_it(wrong)
+        answers = engine.generate(rendered((1, 5)), 2, Sampling(0.9, 12, 7))
+        assert wrong.rollouts
+        assert {completion.sampler for own in answers for completion in own} == {name_of(right)}
+        (told,) = said
+        assert re.fullmatch(rf"Left out: (The server at )?{wrong.url} {sentence}.*after the next update\.", told), told
+
+
+def test_a_right_server_is_not_doubted_at_another_temperature_or_for_few_tokens() -> None:
+    with stand_ins(StandIn(), StandIn()) as servers:
+        engine = opened(make_policy("qwen2"), servers, said := list[str]())
+        for sampling in (Sampling(0.3, 12, 7), Sampling(0.9, 12, 7), Sampling(0.9, 1, 7)):
+            engine.generate(rendered((1, 5)), 2, sampling)
+        assert not said
+
+
+def test_log_probabilities_of_a_short_text_that_are_no_numbers_are_named_so() -> None:
+    with stand_ins(wrong := StandIn(), StandIn()) as servers:
+        wrong.shift = math.nan
+        opened(make_policy("qwen2"), servers, said := list[str]())
+        assert said[0].startswith(f"Left out: {wrong.url} answers with log-probabilities that are not finite. Its")
+
+
+def test_a_server_that_points_elsewhere_is_left_out_and_the_adapter_is_not_sent_there() -> None:
+    with stand_ins(pointing := StandIn(), StandIn(), elsewhere := StandIn()) as servers:
+        for path in ("/v1/load_lora_adapter", "/v1/completions", "/tokenize"):
+            pointing.points[path] = f"{elsewhere.url}{path}"
+        opened(make_policy("qwen2"), servers[:2], said := list[str]())
+        assert f"refused /v1/load_lora_adapter (302): It points to {elsewhere.url}/v1/load_lora_adapter." in said[0]
+        assert not elsewhere.told
+
+
+def test_two_names_of_one_server_share_its_adapter() -> None:
+    with stand_ins(server := StandIn()):
+        urls = server.url, server.url.replace("127.0.0.1", "localhost")
+        policy, said = make_policy("qwen2"), list[str]()
+        remote = partial(RemoteVllm, model="the-base", rank=8, wait=10.0)
+        engine = VllmEngine(policy, ServerPool(urls, remote, rendered((1, 20)), say=said.append), stop_ids=STOPS)
+        for size in (0.03, 0.05):
+            set_lora(policy, size)
+            engine.update(policy)
+            assert samplers(engine) == {url.removeprefix("http://") for url in urls}
+            assert len(server.models) == 2
+        assert not said
+
+
+def test_one_server_alone_must_answer_whole_completions_too() -> None:
+    with stand_ins(server := StandIn()):
+        engine = VllmEngine(make_policy("qwen2"), RemoteVllm(server.url, "the-base", 8), stop_ids=STOPS)
+        server.spoils = spoiled(lambda choice: shortened(choice, "length"))
+        with pytest.raises(MinigrpoError, match=r"ends a completion after 1 of 12 tokens \(length\)"):
+            engine.generate(rendered((1, 9)), 4, Sampling(0.9, 12, 7))
 
 
 def test_another_base_is_named_from_the_first_adapter_on() -> None:
@@ -210,15 +321,23 @@ def test_several_urls_open_a_pool_and_one_url_does_not() -> None:
         alone = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"server": urls[0]})})
         assert isinstance(open_vllm(policy, alone, 8, STOPS).host, RemoteVllm)
         assert servers[0].told[told:] == ["/v1/load_lora_adapter"]
+
+
+@pytest.mark.parametrize("other", ["http://a:80/", "http://a//", "HTTP://A", " http://a:80", "http://A:80//"])
+def test_a_server_is_named_once_however_it_is_written(other: str) -> None:
     with pytest.raises(ValueError, match=r"rollout\.server names a server twice"):
-        Recipe(rollout={"engine": "vllm", "server": "http://a:1,http://a:1/"})  # type: ignore[arg-type]
+        Recipe(rollout={"engine": "vllm", "server": f"http://a,{other}"})  # type: ignore[arg-type]
+    for different in ("http://a:81", "https://a", "http://a/b", "http://b"):
+        Recipe(rollout={"engine": "vllm", "server": f"http://a,{different}"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rollout\.server names no server"):
+        Recipe(rollout={"engine": "vllm", "server": " , "})  # type: ignore[arg-type]
 
 
 def trained(recipe: Recipe, run: RunDir, servers: tuple[StandIn, ...], said: list[str]) -> list[dict[str, Any]]:
     policy = open_policy(recipe)
     prompts = [render(policy.tokenizer, prompt) for prompt in letters().prompts("train")[:4]]
     host: Any = RemoteVllm(servers[0].url, "the-base", 8) if len(servers) == 1 else pool_of(servers, said, prompts)
-    run.path.mkdir()
+    run.path.mkdir(exist_ok=True)
     engine = VllmEngine(policy, host, stop_ids=(3,))
     grpo(recipe, letters(), policy, engine, RunLogger(run, recipe.train.steps))
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -249,3 +368,30 @@ def test_a_run_on_a_wrong_a_dying_and_a_slow_server_learns_what_it_learns_on_a_r
     assert all(sum(row.get(f"servers/{name_of(one)}/groups", 0) for one in (dying, slow)) == 4 for row in together)
     for server, why in (wrong, "holds another base"), (dying, "No vLLM server answers at"), (slow, "is slow"):
         assert any(server.url in sentence and why in sentence for sentence in said), (why, said)
+
+
+def test_several_servers_sample_ahead_whoever_dies_and_where_all_do_the_run_goes_on_later(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = {"rollout__prompts": 4, "rollout__completions": 3, "train__steps": 3}
+    recipe, said = recipe_for(tiny_folder(), rollout__ahead=1, **small), list[str]()
+    with stand_ins(StandIn()) as right:
+        alone = trained(recipe, RunDir(tmp_path / "alone"), right, said)
+    assert [row.get("sampled_ahead") for row in alone] == [None, 1, 1]
+
+    def dies_after(server: StandIn, groups: int) -> None:
+        server.dies = lambda body: body["n"] > 1 and len(server.rollouts) >= groups
+
+    with stand_ins(one := StandIn(), other := StandIn()) as servers:
+        dies_after(one, 5)  # two a step: in the rollout of the third, beside the update of the second
+        together = trained(recipe, RunDir(tmp_path / "together"), servers, said)
+        one.dies = lambda body: False
+        one.asked.clear(), other.asked.clear()
+        dies_after(one, 3), dies_after(other, 3)
+        with pytest.raises(MinigrpoError, match=r"No server of rollout\.server is left"):
+            trained(recipe, RunDir(tmp_path / "later"), servers, said)
+        one.dies = other.dies = lambda body: False
+        later = trained(recipe, RunDir(tmp_path / "later"), servers, said)
+    for rows in (together, later):
+        for name in ("reward", "loss"):
+            assert [row[name] for row in rows] == pytest.approx([row[name] for row in alone], abs=1e-5), name

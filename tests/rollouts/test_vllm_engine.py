@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -120,13 +121,58 @@ def test_a_server_that_is_not_there_or_returns_no_ids_is_named(server: StandIn) 
         RemoteVllm("http://127.0.0.1:9", "base", 8)
 
 
+def answered(*ids: Any, n: int = 2, finish: str = "length", **changes: Any) -> str:
+    choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids)}, "finish_reason": finish, **changes}
+    return json.dumps({"choices": [{"index": place, **choice} for place in range(n)]})
+
+
+NO_ANSWER = "returns no token ids with their log-probabilities for 2 completions"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (answered(5, 6, n=1), NO_ANSWER),
+        (answered(5, 6, n=3), NO_ANSWER),
+        (answered(5, 6, index=0), NO_ANSWER),
+        (answered(5, 6, index=None), NO_ANSWER),
+        (answered(5, "six"), NO_ANSWER),
+        (answered(5, 6.5), NO_ANSWER),
+        (answered(5, 6, logprobs=None), NO_ANSWER),
+        (answered(5, 6, logprobs={"token_logprobs": [-1.0]}), NO_ANSWER),
+        (answered(5, 6, logprobs={"token_logprobs": ["low", "lower"]}), NO_ANSWER),
+        (answered(), NO_ANSWER),
+        ('{"choices": [1, 2]}', NO_ANSWER),
+        ('{"choices": null}', NO_ANSWER),
+        ('{"error": "overloaded"}', NO_ANSWER),
+        ("[]", NO_ANSWER),
+        ("<html>Sign in", NO_ANSWER),
+        (answered(5), r"ends a completion after 1 of 2 tokens \(length\)"),
+        (answered(5, finish="abort"), r"ends a completion after 1 of 2 tokens \(abort\)"),
+        (answered(5, 6, 7), r"ends a completion after 3 of 2 tokens \(length\)"),
+        (answered(5, 6, 3, finish="stop"), "ends a completion after 3 tokens, and 2 were asked for"),
+        (answered(5, finish="stop"), "ends a completion at token 5, which is no stop token of the policy"),
+        (answered(5, 260), "answers with token 260, which the policy does not know"),
+        (answered(5, -1), "answers with token -1, which the policy does not know"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_ends_in_a_sentence(server: StandIn, text: str, told: str) -> None:
+    remote = RemoteVllm(server.url, "the-base", 8, vocabulary=260)
+    server.fault = 200, text
+    with pytest.raises(MinigrpoError, match=rf"^The server at {server.url} {told}"):
+        remote.answer(Request((1,), 2, Sampling(HEAT, 2), 7, STOPS), "the-base")
+    for right in (answered(5, 6), answered(3, finish="stop"), answered(5, 3, finish="stop"), answered(5, 259)):
+        server.fault = 200, right
+        assert len(remote.answer(Request((1,), 2, Sampling(HEAT, 2), 7, STOPS), "the-base")) == 2
+
+
 @pytest.mark.parametrize("wrong", ["null", "NaN"])
 def test_a_log_probability_that_is_no_number_is_refused(server: StandIn, wrong: str) -> None:
     engine = opened(server, make_policy("qwen2"))
     choice = f'"token_ids": [5, 6], "logprobs": {{"token_logprobs": [-1.0, {wrong}]}}, "finish_reason": "length"'
     server.fault = 200, f'{{"choices": [{{"index": 0, "text": "?", {choice}}}]}}'
     with pytest.raises(ModelError, match=r"completion 1, token 2 are not finite"):
-        engine.generate(rendered(), 1, Sampling(HEAT, LIMIT, 7))
+        engine.generate(rendered(), 1, Sampling(HEAT, 2, 7))
 
 
 def test_without_vllm_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

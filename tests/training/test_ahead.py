@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -90,6 +95,83 @@ def test_a_run_that_goes_on_from_any_checkpoint_ends_with_the_same_bytes(
                 assert pair[0].read_bytes() == pair[1].read_bytes(), (step, name)
     states = [json.loads((whole.checkpoint(step) / "trainer.json").read_text()) for step in range(6)]
     assert [state["ahead"]["step"] if "ahead" in state else None for state in states] == [None, 1, 2, 3, 4, None]
+
+
+BETWEEN_SAVES = (
+    ("minigrpo.training.ahead:RolloutAhead.check", 5),  # tokens of the next step come, beside the update
+    ("minigrpo.training.ahead:RolloutAhead.wait", 4),  # the update is done; the next groups may be, or not
+    (
+        "minigrpo.training.checkpoint:write_sealed",
+        3,
+    ),  # in a save: the groups that wait are written, and all is not
+)
+ANYWHERE = (
+    "minigrpo.training.ahead:RolloutAhead.check",
+    "minigrpo.training.ahead:RolloutAhead.take",
+    "minigrpo.training.ahead:RolloutAhead.wait",
+    "minigrpo.training.ahead:RolloutAhead.state",
+    "minigrpo.training.ahead:_named",
+    "minigrpo.training.grpo:update_policy",
+    "minigrpo.runs.logger:RunLogger.record",
+    "minigrpo.training.checkpoint:write_sealed",
+    "minigrpo.training.checkpoint:append_link",
+    "minigrpo.training.checkpoint:prune",
+)
+
+
+def train_until_killed(recipe: Recipe, folder: Path, place: str, count: int) -> bool:
+    """Train in a process that ends with kill -9 at the count-th call of a function; return whether it came so far."""
+
+    def work() -> None:
+        owner, _, name = place.replace(":", ".").rpartition(".")
+        called, calls = resolve_name(place), itertools.count(1)
+
+        def dies(*given: Any, **options: Any) -> Any:
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return called(*given, **options)
+
+        setattr(resolve_name(owner), name, dies)
+        train(recipe, folder)
+        os._exit(0)  # what pytest would do at its end is the parent's
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def ends_as(whole: RunDir, again: RunDir, step: int) -> None:
+    assert again.groups.read_bytes() == whole.groups.read_bytes()
+    assert untimed(again.metrics) == untimed(whole.metrics)
+    for name in (WEIGHTS, "optimizer.pt", "trainer.json"):
+        assert (again.checkpoint(step) / name).read_bytes() == (whole.checkpoint(step) / name).read_bytes(), name
+
+
+@pytest.mark.needs("linux")
+def test_a_run_that_is_killed_while_it_samples_ahead_updates_or_saves_ends_with_the_same_bytes(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = ahead_recipe(tiny_folder(), steps=5, groups=GroupsConfig(resample=1.0, replay=2, min_spread=0.3))
+    whole = train(recipe, tmp_path / "whole")
+    for number, (place, count) in enumerate(BETWEEN_SAVES):
+        assert train_until_killed(recipe, tmp_path / f"cut{number}", place, count), place
+        ends_as(whole, train(recipe, tmp_path / f"cut{number}"), 5)
+
+
+@pytest.mark.long
+@pytest.mark.needs("linux")
+@pytest.mark.parametrize("place", ANYWHERE)
+def test_wherever_a_run_that_samples_ahead_is_killed_it_ends_with_the_same_bytes(
+    place: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = ahead_recipe(tiny_folder(), steps=5, groups=GroupsConfig(resample=1.0, replay=2, min_spread=0.3))
+    whole, kills = train(recipe, tmp_path / "whole"), 0
+    for count in range(1, 8):
+        kills += train_until_killed(recipe, tmp_path / f"cut{count}", place, count)
+        ends_as(whole, train(recipe, tmp_path / f"cut{count}"), 5)
+    assert kills >= 2
 
 
 def test_an_earlier_end_leaves_the_same_checkpoint(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from minigrpo.utils.http import Connections, StatusError, exchange
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with what it was sent; under /refuse with a status that refuses."""
+    """Answers with what it was sent; under /refuse with a status that refuses; /moved points to /."""
 
     def do_GET(self) -> None:
         self.answer(b"nothing was sent")
@@ -25,7 +26,9 @@ class Echo(BaseHTTPRequestHandler):
         self.answer(self.rfile.read(int(self.headers["Content-Length"])))
 
     def answer(self, data: bytes) -> None:
-        self.send_response(418 if self.path == "/refuse" else 200)
+        self.send_response({"/refuse": 418, "/moved": 302}.get(self.path, 200))
+        if self.path == "/moved":
+            self.send_header("Location", "/")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -51,6 +54,15 @@ def test_a_refusal_keeps_its_status_and_the_servers_own_words(url: str) -> None:
     with pytest.raises(StatusError) as told:
         exchange(f"{url}/refuse", {"why": "tea"}, direct=True)
     assert (told.value.code, json.loads(told.value.raw)) == (418, {"why": "tea"})
+
+
+@pytest.mark.parametrize("way", [{}, {"direct": True}, {"connections": Connections()}])
+def test_who_is_pointed_elsewhere_goes_there_with_nothing_and_never_without_its_body(url: str, way: Any) -> None:
+    assert exchange(f"{url}/moved", **way) == b"nothing was sent"
+    with pytest.raises(StatusError) as told:
+        exchange(f"{url}/moved", {"a": 1}, **way)
+    assert told.value.code == 302
+    assert told.value.raw.endswith(b" It points to /")
 
 
 def test_who_asks_directly_asks_past_the_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

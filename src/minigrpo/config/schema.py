@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -157,7 +158,7 @@ class RolloutConfig(Config):
     ahead: int = field(
         0,
         "1: the next step's groups are sampled while this step is updated, so by the policy before the update; with "
-        "rollout.engine native on a CPU, or a server",
+        "rollout.engine native on a CPU, or servers",
         "steps",
         ge=0,
         le=1,
@@ -439,6 +440,13 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _rollout_contradictions(recipe)
 
 
+def _address(url: str) -> tuple[str, str, str]:
+    """Return what is left of a URL where it is written otherwise: http://Gpu-A:80/ is http://gpu-a."""
+    parts = urlsplit(url)
+    scheme, host = parts.scheme.lower(), parts.netloc.lower()
+    return scheme, host.removesuffix({"http": ":80", "https": ":443"}.get(scheme, "")), parts.path
+
+
 def _rollout_contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     """Yield the contradictions of who samples, and of samples of an older policy."""
     train, objective = recipe.train, recipe.objective
@@ -449,7 +457,9 @@ def _rollout_contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         "rollout.engine vllm would sample from the base in 16 bit and train it in 4: leave model.quantize at none",
     )
     yield recipe.rollout.server is not None and not vllm, "rollout.server is asked by rollout.engine vllm only"
-    yield len(set(recipe.rollout.servers)) < len(recipe.rollout.servers), "rollout.server names a server twice"
+    servers = recipe.rollout.servers
+    yield recipe.rollout.server is not None and not servers, "rollout.server names no server: null is for this process"
+    yield len(set(map(_address, servers))) < len(servers), "rollout.server names a server twice"
     yield (
         recipe.groups.replay > 0 and objective.importance == "off",
         "groups.replay brings samples of an older policy: objective.importance must not be off",

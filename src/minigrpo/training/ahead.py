@@ -118,5 +118,5 @@ def refuse_ahead(recipe: Recipe, engine: Engine, ranks: Ranks) -> None:
     if not getattr(engine, "keeps_weights", False):
         raise RecipeError(
             "rollout.ahead needs an engine whose weights stay as they are while the policy is updated: rollout.engine "
-            "native on a CPU, or vllm with one rollout.server. Leave it at 0 here"
+            "native on a CPU, or vllm with rollout.server. Leave it at 0 here"
         )

@@ -126,7 +126,8 @@ def add_shards(policy: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, draf
     folder = Path(ranks.gather("figures", str(draft))[0]) / SHARDS
     tensors = {WEIGHT + name: weight.detach() for name, weight in policy.parameters_by_name().items()}
     for name, parameter in policy.parameters_by_name().items():
-        tensors |= {f"{kind}/{name}": moment for kind, moment in optimizer.state.get(parameter, {}).items()}
+        # Sorted: AdamW names them in another order after a resume, and the same slices shall be the same bytes.
+        tensors |= {f"{kind}/{name}": moment for kind, moment in sorted(optimizer.state.get(parameter, {}).items())}
     with writing(folder):
         write_shards(folder, tensors, ranks)
 

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from minigrpo.algorithms.advantages import Rewards
 from minigrpo.algorithms.objective import Objective, open_objective
-from minigrpo.algorithms.packing import EMPTY_MICRO_BATCH, Batch, MicroBatch, weigh
+from minigrpo.algorithms.packing import Batch, MicroBatch, weigh
 from minigrpo.config.schema import Recipe, TrainConfig
 from minigrpo.distributed.ranks import ALONE, Ranks
 from minigrpo.models.policy import Policy
@@ -55,6 +55,7 @@ from minigrpo.models.quantize import eight_bit_adamw
 from minigrpo.runs.logger import RankLog, RunLogger
 from minigrpo.training.group_factor import scale_groups
 from minigrpo.training.metrics import epoch_means, sampler_gap
+from minigrpo.training.passes import own_micro_batches
 from minigrpo.training.retry import update_with_retries
 from minigrpo.training.supervisor import Supervisor
 from minigrpo.training.top_entropy import select_top_entropy
@@ -134,10 +135,7 @@ def update_policy(
     Return the figures to log, means over the inner epochs, and the tokens per pass, fewer where memory ran out.
     """
     tokens_per_pass = settings.tokens_per_pass
-    groups = ranks.own(batch.packed_groups(), cost=lambda group: group.tokens)
-    micro_batches = list(batch.split(tokens_per_pass, groups)) if batch.has_gradient else []
-    if policy.is_sharded:  # a pass takes all ranks, so all make as many: who has fewer adds some that are empty
-        micro_batches += [EMPTY_MICRO_BATCH] * (ranks.most(len(micro_batches)) - len(micro_batches))
+    micro_batches = own_micro_batches(policy, batch, tokens_per_pass, ranks)
     if objective.top_entropy < 1:  # mark the tokens of highest entropy, the only ones to learn from: one more pass
         select = partial(select_top_entropy, policy, objective, step=settings.step, ranks=ranks)
         micro_batches, tokens_per_pass = select(micro_batches, tokens_per_pass)

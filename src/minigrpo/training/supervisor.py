@@ -375,6 +375,8 @@ class Supervisor:
     def _take_best(self) -> None:
         """Load the checkpoint that did best on held-out prompts, where the recipe asks for it."""
         if self.recipe.save.take == "best" and self.best_step is not None:
+            if self.policy.is_sharded:
+                self.ranks.gather("figures", "saved")  # all read what the leading rank may still be writing
             checkpoint.load(checkpoint.find_step(self.run, self.best_step), self.policy, self.optimizer)
             if self.ranks.leads:
                 self.logger.say(f"Taken: the weights of step {self.best_step}, which did best on held-out prompts.")

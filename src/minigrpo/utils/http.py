@@ -10,7 +10,19 @@ from http.client import HTTPConnection
 from typing import Any
 from urllib import error, request
 
-DIRECT = request.build_opener(request.ProxyHandler({}))
+
+class _KeepsBody(request.HTTPRedirectHandler):
+    """Follows a server that points elsewhere only for what has no body: urllib would send a POST there as a GET."""
+
+    def redirect_request(self, req: request.Request, *where: Any) -> request.Request | None:
+        return super().redirect_request(req, *where) if req.data is None else None
+
+
+def _opener(*handlers: Any) -> Any:
+    return request.build_opener(_KeepsBody, *handlers)
+
+
+DIRECT = _opener(request.ProxyHandler({}))
 """Opens a URL without any proxy, which would not find a server of this machine."""
 
 
@@ -84,7 +96,7 @@ def _opener_noting(connections: Connections) -> Any:
     handlers = _NotingHttp(), _NotingHttps()
     for handler in handlers:
         handler.connections = connections
-    return request.build_opener(*handlers)
+    return _opener(*handlers)
 
 
 def exchange(
@@ -101,17 +113,21 @@ def exchange(
     `timeout`: seconds without an answer; None waits for ever. `key`: sent as a bearer token, and not to where the
     server may point instead. `direct`: without the proxy that the environment names. `connections`: by which the
     request may be broken off; not together with `direct`.
-    Raise StatusError where the server refuses, OSError where it does not answer, ValueError for a malformed URL.
+    A GET follows where the server points. Raise StatusError where it refuses, or points a POST elsewhere, OSError where
+    it does not answer, ValueError for a malformed URL.
     """
     data = None if body is None else json.dumps(body).encode()
     message = request.Request(url, data, {"Content-Type": "application/json"})
     if key:
         message.add_unredirected_header("Authorization", f"Bearer {key}")
-    opened = DIRECT.open if direct else _opener_noting(connections).open if connections else request.urlopen
+    opener = DIRECT if direct else _opener_noting(connections) if connections else _opener()
     try:
-        with opened(message, timeout=timeout) as answer:
+        with opener.open(message, timeout=timeout) as answer:
             raw: bytes = answer.read()
             return raw
     except error.HTTPError as fault:
         seconds = str(fault.headers.get("Retry-After") or "")
-        raise StatusError(fault.code, fault.read(), float(seconds) if seconds.isdecimal() else None) from None
+        said = fault.read()
+        if 300 <= fault.code < 400:
+            said += f" It points to {fault.headers.get('Location')}".encode()
+        raise StatusError(fault.code, said, float(seconds) if seconds.isdecimal() else None) from None

@@ -49,7 +49,8 @@ class Deal:
     """One call's prompts among servers that are ready.
 
     `lost(server, fault, is_slow)` is told of each server that is asked no more. Where that was the last one, `revive()`
-    returns those that can be asked again, or raises MinigrpoError.
+    returns those that can be asked again, or raises MinigrpoError. `check(index, samples)` returns what is wrong with
+    an answer, "" for nothing; a wrong one does not count, and its server is asked no more.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Deal:
         lost: Callable[[Any, VllmServerError, bool], None],
         revive: Callable[[], Sequence[Dealt]],
         *,
+        check: Callable[[int, list[VllmSample]], str] = lambda index, samples: "",
         patience: float = PATIENCE_S,
     ) -> None:
         self.requests, self.lost, self.revive, self.patience = requests, lost, revive, patience
+        self.check = check
         self.hands = [Hand(server) for server in servers]
         self.resting: list[Hand] = []
         self.most = min(MOST_AT_ONCE, math.ceil(len(requests) / max(1, len(servers))))
@@ -84,7 +87,7 @@ class Deal:
             index = self.waiting.popleft()
             if index in self.left:
                 self._ask(min(free, key=lambda hand: len(hand.asked)), index)
-        if not self.waiting:
+        if not self.waiting and self._outcomes.empty():  # an answer that lies here is not late
             self._ask_idle()
 
     def _ask(self, hand: Hand, index: int) -> None:
@@ -127,7 +130,12 @@ class Deal:
         seconds = time.monotonic() - hand.asked.pop(index)
         if isinstance(outcome, Exception):
             raise outcome
-        elif index in self.left:
+        if index not in self.left:
+            return
+        if wrong := self.check(index, outcome):
+            hand.asked[index] = time.monotonic()  # still open, so that it is dealt again
+            self._drop(hand, VllmServerError(f"{hand.server.url} {wrong}."))
+        else:
             self.left.discard(index)
             hand.longest = max(hand.longest, seconds)
             deliver(index, outcome, hand.server)

@@ -65,11 +65,31 @@ def policy_logprobs(
         PackedGroup(index, prompt.ids, (0,), (ids,))
         for index, (prompt, (ids, _, _)) in enumerate(zip(prompts, samples, strict=True))
     )
-    lengths = [len(ids) for ids, _, _ in samples]
-    unused_N = torch.zeros(sum(lengths))
+    return list(_score(policy, groups, temperature).split([len(ids) for ids, _, _ in samples]))
+
+
+def _score(policy: Any, groups: tuple[PackedGroup, ...], temperature: float | None = None) -> Tensor:
+    unused_N = torch.zeros(sum(sum(group.lengths) for group in groups))
     batch = MicroBatch(groups, unused_N, unused_N, unused_N, unused_N)
-    logprobs_N = policy.present(batch, temperature=temperature).logprobs_N
-    return list(logprobs_N.detach().cpu().double().split(lengths))
+    return policy.present(batch, temperature=temperature).logprobs_N.detach().cpu().double()
+
+
+def group_gap(policy: Any, prompt_ids: tuple[int, ...], samples: Sequence[VllmSample]) -> float:
+    """Return the mean distance, in nats a token, between a server's and the policy's log-probabilities of a group.
+
+    Only as many tokens are scored as a fingerprint has. A group with fewer than one of its texts tells nothing: 0.
+    """
+    texts: list[tuple[int, ...]] = []
+    said: list[float] = []
+    for ids, logprobs, _ in samples:
+        room = FINGERPRINT_TEXTS * FINGERPRINT_TOKENS - len(said)
+        if room:
+            texts.append(ids[:room])
+            said += logprobs[:room]
+    if len(said) < FINGERPRINT_TOKENS:
+        return 0.0
+    group = PackedGroup(0, prompt_ids, tuple(range(len(texts))), tuple(texts))
+    return float((torch.tensor(said, dtype=torch.float64) - _score(policy, (group,))).abs().mean())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ After every update, before a server's samples count:
     it unloads and loads       the adapter before, the adapter now, under a name with the hash of its files
     it samples short texts     the policy scores the same tokens (`fingerprint`): another base, adapter or temperature
 
-A server that fails is left out and told in a sentence; it is tried again after the next update, then after two, four
+Afterwards the policy scores a few tokens of each group as it comes: a server may be started anew between two updates.
+One that fails is left out and told in a sentence; it is tried again after the next update, then after two, four
 ... more. The run ends where none is left.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from minigrpo.rollouts.engines.fingerprint import (
     LIMITS,
     Verdict,
     fingerprint_requests,
+    group_gap,
     judge_texts,
     policy_logprobs,
     reported_logprobs,
@@ -47,6 +50,7 @@ REVIVALS = 2
 ADMISSION_WAIT_S = 60.0
 """Seconds that a server may take for each of the few small questions before its samples count."""
 
+NOT_FINITE = "answers with log-probabilities that are not finite"
 NO_ADAPTER, ADAPTER_BEFORE = "without adapter", "with the adapter before"
 
 
@@ -76,11 +80,8 @@ class PoolServer:
     def answer(self, request: Request, connections: Connections) -> list[VllmSample]:
         assert self.remote is not None, "only a server that was admitted is asked"
         samples = self.remote.answer(request, self.model, connections=connections)
-        if len(samples) != request.n or not all(map(math.isfinite, (lp for _, lps, _ in samples for lp in lps))):
-            raise VllmServerError(
-                f"{self.url} answers with {len(samples)} of {request.n} completions, or with log-probabilities that "
-                "are not finite."
-            )
+        if not _are_finite(samples):
+            raise VllmServerError(f"{self.url} {NOT_FINITE}.")
         return samples
 
     def leave_out(self, fault: VllmServerError, *, is_slow: bool) -> None:
@@ -99,6 +100,7 @@ class ServerPool:
     """
 
     length: int | None = None
+    keeps_weights = True
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class ServerPool:
         self._served: ServedAdapter | None = None
         self._checked: str | None = None
         self._policy: Any = None
+        self._owner = 0
         self._now_digest = ""
         self._now: list[Tensor] = []
         self._before: list[Tensor] = []
@@ -139,7 +142,7 @@ class ServerPool:
         key = self._served.digest if self._served else ""
         if key == self._checked and self._passed():
             return
-        self._policy = policy
+        self._policy, self._owner = policy, threading.get_ident()
         self._remember(policy, key)
         for server in self.servers:
             server.updates_left = max(0, server.updates_left - 1)
@@ -153,7 +156,13 @@ class ServerPool:
         self._checked = key
 
     def complete(self, requests: Sequence[Request], adapter: str | None, deliver: Any) -> None:
-        revivals = iter(range(REVIVALS))
+        """Deal the prompts to the servers that have passed. Raises MinigrpoError where none is left.
+
+        The policy is asked only in the thread that called `check`: in another one (rollout.ahead) it is being updated,
+        so there servers that were lost are not tried again, and groups are not scored.
+        """
+        is_mine = threading.get_ident() == self._owner
+        revivals = iter(range(REVIVALS if is_mine else 0))
 
         def revive() -> list[PoolServer]:
             if next(revivals, None) is None:
@@ -161,10 +170,23 @@ class ServerPool:
             self._admit(self._policy, self.servers)
             return self._passed() or revive()
 
-        deal = Deal(self._passed() or revive(), requests, self._leave_out, revive, patience=self.patience)
+        def check(index: int, samples: list[VllmSample]) -> str:
+            return self._wrong_weights(requests[index], samples) if is_mine and adapter else ""
+
+        deal = Deal(self._passed() or revive(), requests, self._leave_out, revive, check=check, patience=self.patience)
         deal.run(lambda index, samples, server: deliver(index, samples, server.name))
         for server in self._passed():
             server.pause = 1
+
+    def _wrong_weights(self, request: Request, samples: Sequence[VllmSample]) -> str:
+        """Return what is wrong with a group that was not sampled from the policy; "" for one that was."""
+        policy = self._policy
+        if request.sampling.temperature != policy.temperature:  # its log-probabilities are others, as they must be
+            return ""
+        gap = group_gap(policy, request.ids, samples)
+        if gap <= LIMITS[policy.is_sixteen_bit]:
+            return ""
+        return f"sampled from the policy and now does not: a group is off by {gap:.2g} nats a token"
 
     def _passed(self) -> list[PoolServer]:
         """Return the servers whose samples count."""
@@ -266,6 +288,8 @@ class ServerPool:
         expected = score()
         for prompt, own_T in zip(self.prompts, expected, strict=True):
             refuse_broken_logits(prompt.prompt.id, [own_T.tolist()])
+        if not _are_finite(samples):  # and the policy's own are
+            return VllmServerError(f"{server.url} {NOT_FINITE}.")
         others: dict[str, list[Tensor]] = {}
         if self._served:
             with policy.adapter_off():
@@ -328,9 +352,11 @@ def _short_texts(remote: RemoteVllm, model: str, requests: Sequence[Request]) ->
     """Ask all at once, so that the replicas behind one URL each get some."""
     with ThreadPoolExecutor(max_workers=len(requests)) as threads:
         answers = list(threads.map(lambda request: remote.answer(request, model, wait=ADMISSION_WAIT_S), requests))
-    if not all(len(samples) == 1 and samples[0][0] for samples in answers):
-        raise VllmServerError(f"{remote.url} answers a request for one completion with none, or with several.")
     return [samples[0] for samples in answers]
+
+
+def _are_finite(samples: Sequence[VllmSample]) -> bool:
+    return all(math.isfinite(logprob) for _, logprobs, _ in samples for logprob in logprobs)
 
 
 def _hash_of(folder: Path) -> str:

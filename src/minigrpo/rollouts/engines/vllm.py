@@ -205,7 +205,8 @@ def open_vllm(policy: Any, recipe: Recipe, rows: int, stop_ids: Sequence[int]) -
     if vllm_max_lora_rank(rank) is None:
         raise ModelError(f"vLLM takes adapters up to rank {VLLM_LORA_RANKS[-1]}, and lora.rank is {rank}.")
     overrides, length = vllm_config_overrides(policy.model.config.to_dict()), needed_length(policy, recipe)
-    remote = partial(RemoteVllm, model=policy.path, rank=rank, overrides=overrides, needs=length)
+    known = policy.model.get_input_embeddings().num_embeddings
+    remote = partial(RemoteVllm, model=policy.path, rank=rank, overrides=overrides, needs=length, vocabulary=known)
     host: VllmHost
     if len(servers) > 1:
         host = ServerPool(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class VllmServerError(MinigrpoError):
 class RemoteVllm:
     """A vLLM server that runs already, on a machine that sees the same files.
 
-    `overrides`: changes to the model's config that vLLM needs. `needs`: tokens that it must be able to read. `wait`:
-    seconds that it may take to say that it is there.
+    `overrides`: changes to the model's config that vLLM needs. `needs`: tokens that it must be able to read.
+    `vocabulary`: how many tokens the policy knows. `wait`: seconds that it may take to say that it is there.
     """
 
     length: int | None = None
@@ -68,9 +69,11 @@ class RemoteVllm:
         *,
         overrides: Mapping[str, Any] | None = None,
         needs: int | None = None,
+        vocabulary: int | None = None,
         wait: float = REQUEST_TIMEOUT_S,
     ) -> None:
         self.url, self.model, self.rank, self.overrides, self.needs = url.rstrip("/"), model, rank, overrides, needs
+        self.vocabulary = vocabulary
         self._loaded: str | None = None
         try:
             self.base = str(self.call("/v1/models", wait=wait)["data"][0]["id"])
@@ -108,19 +111,22 @@ class RemoteVllm:
         own = {"model": model, "prompt": list(request.ids), "return_token_ids": True, "add_special_tokens": False}
         body = {**own, **request.sampling_options()}
         found = self.call("/v1/completions", body, wait=wait, connections=connections)
-        choices = found.get("choices") if isinstance(found, dict) else None
-        samples = []
-        for choice in sorted(choices or [{"index": 0}], key=lambda choice: choice["index"]):
-            ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-            if ids is None or logprobs is None or len(ids) != len(logprobs):
-                raise VllmServerError(
-                    f"The server at {self.url} returns no token ids with their log-probabilities.",
-                    "It must be vLLM 0.11 or newer.",
-                )
-            # JSON has no NaN: a server writes null in its place.
-            numbers = tuple(math.nan if logprob is None else float(logprob) for logprob in logprobs)
-            samples.append((tuple(ids), numbers, str(choice["finish_reason"])))
+        try:
+            samples = [_sample_of(choice) for choice in _in_order(found["choices"], request.n)]
+        except (LookupError, TypeError, ValueError, AttributeError):  # whatever an answer may be instead
+            raise VllmServerError(
+                f"The server at {self.url} returns no token ids with their log-probabilities for {request.n} "
+                "completions.",
+                "It must be vLLM 0.11 or newer.",
+            ) from None
+        for ids, _, finish in samples:
+            if wrong := _wrong_end(ids, finish, request) or self._unknown_token(ids):
+                raise VllmServerError(f"The server at {self.url} {wrong}.")
         return samples
+
+    def _unknown_token(self, ids: Sequence[int]) -> str:
+        unknown = next((token for token in ids if not 0 <= token < (self.vocabulary or math.inf)), None)
+        return "" if unknown is None else f"answers with token {unknown}, which the policy does not know"
 
     def call(
         self,
@@ -154,3 +160,36 @@ class RemoteVllm:
             "A run that was under way goes on with --resume. The server is started so: "
             f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {serve}"
         )
+
+
+def _in_order(choices: Sequence[Any], n: int) -> list[Any]:
+    """Return n choices by their index. Raises ValueError where there are others, TypeError or LookupError for none."""
+    found = sorted(choices, key=lambda choice: choice["index"])
+    if [choice["index"] for choice in found] != list(range(n)):
+        raise ValueError(f"{len(found)} of {n} completions")
+    return found
+
+
+def _sample_of(choice: Any) -> VllmSample:
+    ids, logprobs = tuple(map(index, choice["token_ids"])), choice["logprobs"]["token_logprobs"]
+    # JSON has no NaN: a server writes null in its place.
+    numbers = tuple(math.nan if logprob is None else float(logprob) for logprob in logprobs)
+    if len(ids) != len(numbers) or not ids:
+        raise ValueError(f"{len(ids)} ids and {len(numbers)} log-probabilities")
+    return ids, numbers, str(choice["finish_reason"])
+
+
+def _wrong_end(ids: Sequence[int], finish: str, request: Request) -> str:
+    """Return what is wrong with where a completion ends; "" where it ends as it was asked to.
+
+    One that is cut short is told from one that has run into the limit by its length alone: training would take it for
+    that, and punish it.
+    """
+    most = request.sampling.max_tokens
+    if finish != "stop" and len(ids) != most:
+        return f"ends a completion after {len(ids)} of {most} tokens ({finish})"
+    if finish == "stop" and len(ids) > most:
+        return f"ends a completion after {len(ids)} tokens, and {most} were asked for"
+    if finish == "stop" and request.stop_ids and ids[-1] not in request.stop_ids:
+        return f"ends a completion at token {ids[-1]}, which is no stop token of the policy: its files are others"
+    return ""
