@@ -13,8 +13,6 @@ from tests.rehearsal.conftest import ROOT, Play, saved
 
 pytestmark = [pytest.mark.needs("pretended_gpu"), pytest.mark.long]
 
-COUNTED_OVER = 1.3
-"""Counted over asked for, at the most: the count takes every completion to reach the limit."""
 STEPS = 2
 KNOBS = {
     "train.steps": STEPS,
@@ -68,5 +66,4 @@ def test_the_benchmarks_prove_equal_gradients_and_tokens_before_they_time_anythi
     for proof in found["proofs"].values():
         assert proof["gap"] <= 1e-4
         assert proof["tokens"] == sum(WORKLOADS["mini"].lengths_B[: WORKLOADS["mini"].completions])
-        assert proof["peak"] <= proof["needed"] <= COUNTED_OVER * proof["peak"]
     assert found["launches"] > 100

@@ -436,26 +436,19 @@ def command(line: str) -> str:
 
 
 def benchmark(card: Card, guard: Path, *, scratch: str) -> dict[str, Any]:
-    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens; count
-    what the first proof asks of the allocator, with activations kept and recomputed, beside what was counted before.
+    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens; the
+    gradient with activations kept, and again with activations recomputed.
     """
-    from benchmarks import gpu_checks, needed_memory, ours, proof
+    from benchmarks import gpu_checks, proof
     from benchmarks.workloads import WORKLOADS
 
     with pretended(card, guard) as gpu:
         setup = replace(gpu_checks.setup_of(WORKLOADS["mini"], Path(scratch), "cuda"), dtype="float32")
         tokens = list(gpu_checks.same_tokens(setup))
         gpu.reset()
-        config, prompt = needed_memory.facts_of(setup, prompts=1)
-        recipe = ours.recipe_of(setup, lora__dropout=0.0)
-        proofs = {}
-        for way in ("kept", "recomputed"):
-            again = way == "recomputed"
-            forced = patch.object(proof, "must_recompute", lambda *_: True) if again else nullcontext()
-            with forced, counted() as allocations:
-                found = asdict(proof.prove(setup))
-            needed = needed_memory.proof_bytes(config, recipe, prompt, "cuda", recompute=again)
-            proofs[way] = {**found, "needed": needed, "peak": allocations.peak}
+        proofs = {"kept": asdict(proof.prove(setup))}
+        with patch.object(proof, "must_recompute", lambda *_: True):
+            proofs["recomputed"] = asdict(proof.prove(setup))
         return {"tokens": tokens, "proofs": proofs, "launches": gpu.launches.total()}
 
 
