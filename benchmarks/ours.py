@@ -19,10 +19,12 @@ from minigrpo.config.schema import Recipe
 from minigrpo.models.policy import Policy, open_policy
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.rollouts.engines.registry import stop_ids
+from minigrpo.rollouts.engines.transformers import TransformersEngine
 from minigrpo.runs.logger import RunLogger
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import grpo
-from minigrpo.types import Grade, Group, Prompt, Task
+from minigrpo.types import Completion, Grade, Group, Prompt, Ready, Rendered, Sampling, Task
+from minigrpo.utils.memory import free_memory
 
 SHOWN = {
     "model": ("dtype", "checkpointing"),
@@ -35,7 +37,9 @@ SHOWN = {
 
 def run(setup: Setup, gate: StepGate) -> None:
     """Run minigrpo's steps until there are no more turns."""
-    recipe = recipe_of(setup)
+    # On a GPU the other side's weights come later: half of what is free now is planned with.
+    half = {} if setup.device == "cpu" else {"train__memory": free_memory(torch.device(setup.device)) / 2e9}
+    recipe = recipe_of(setup, **half)
     torch.set_num_threads(setup.threads)
     policy = open_policy(recipe)
     engine = open_engine(setup, policy, recipe.rollout.rows)
@@ -163,12 +167,41 @@ def lengths(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
 
 
 def first_batch(setup: Setup, policy: Any, recipe: Recipe) -> list[Group]:
-    """Return graded groups of the workload's first prompt alone, for the proof."""
-    from minigrpo.rollouts.groups import rollout
-    from minigrpo.types import Sampling
+    """Return graded groups of the workload's first prompt alone, for the proof.
 
-    task = task_of(setup.workload, setup.folder)
-    engine = open_engine(setup, policy, recipe.rollout.rows)
-    sampling = Sampling(max_tokens=setup.workload.limit)
-    prompts = task.prompts("train")[:1]
-    return rollout(engine, task, prompts, n=setup.workload.completions, sampling=sampling, tokenizer=policy.tokenizer)
+    transformers samples them: the native engine would lay out a second copy of float32 weights.
+    """
+    from minigrpo.rollouts.groups import rollout
+
+    workload = setup.workload
+    task = task_of(workload, setup.folder)
+    sampling = Sampling(max_tokens=workload.limit)
+    prompts, n = task.prompts("train")[:1], workload.completions
+    if workload.stops == "natural":
+        engine = TransformersEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=recipe.rollout.rows)
+    else:
+        engine = CuttingEngine(policy, rows=recipe.rollout.rows, lengths_B=workload.lengths_B)
+    return rollout(engine, task, prompts, n=n, sampling=sampling, tokenizer=policy.tokenizer)
+
+
+class CuttingEngine(TransformersEngine):
+    """Samples without a token that ends anything, and cuts each completion to its length."""
+
+    def __init__(self, policy: Policy, *, rows: int, lengths_B: Sequence[int]) -> None:
+        never = policy.model.get_input_embeddings().num_embeddings
+        super().__init__(policy, stop_ids=[never], rows=rows)
+        self.lengths_B = lengths_B
+
+    def generate(
+        self, prompts: Sequence[Rendered], n: int, sampling: Sampling, ready: Ready | None = None, **named: Any
+    ) -> list[tuple[Completion, ...]]:
+        whole, lengths = super().generate(prompts, n, sampling, **named), iter(self.lengths_B)
+        answers = [tuple(self.cut(completion, next(lengths)) for completion in own) for own in whole]
+        for index, own in enumerate(answers if ready else ()):
+            ready(index, own)  # type: ignore[misc]
+        return answers
+
+    def cut(self, whole: Completion, length: int) -> Completion:
+        ids = whole.token_ids[:length]
+        text = self.policy.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(text, ids, whole.logprobs[:length], "stop")

@@ -1,7 +1,11 @@
 """Prove that both sides compute the same: one batch through both, the adapter's gradients compared.
 
 Always in float32, on all completions of the workload's first prompt. The adapter is moved away from zero first, or half
-of its gradient would be zero on both sides. Both sides use one model in turn: two copies of a 3B would take 28 GB.
+of its gradient would be zero on both sides.
+
+A 3B takes 14 GB in float32, so both sides use one model in turn, and it is sampled from by transformers, which copies
+no weights. What the rest takes is counted from the shapes first: where the activations have no room, both sides
+recompute them; where the model has none, that is said before it is loaded.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours, trls
+from benchmarks.needed_memory import must_recompute
 from benchmarks.sides import Setup, StepGate
 from minigrpo.algorithms.objective import open_objective
 from minigrpo.algorithms.packing import pack
-from minigrpo.models.policy import open_policy
+from minigrpo.models.policy import open_policy, recompute_activations
 from minigrpo.training.grpo import accumulate_gradient
 from minigrpo.training.oom import clear_gradients
 from minigrpo.types import Group
@@ -46,7 +51,10 @@ def run(setup: Setup, gate: StepGate) -> None:
 def prove(setup: Setup) -> Proof:
     recipe = ours.recipe_of(setup, lora__dropout=0.0)  # each side draws masks of its own
     torch.set_num_threads(setup.threads)
+    recompute = must_recompute(setup, recipe)
     policy = open_policy(recipe)
+    if recompute:
+        recompute_activations(policy.model)
     move_from_zero(policy.trainable)
     groups = ours.first_batch(setup, policy, recipe)
     objective = open_objective(recipe, inexact_engine=False)

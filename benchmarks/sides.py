@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.machine import busy_seconds, now
 from benchmarks.workloads import Workload
-from minigrpo.utils.memory import peak_bytes, reset_peak
+from minigrpo.utils.memory import empty_cache, peak_bytes, reset_peak
 
 GO, STOP = "go", "stop"
 
@@ -36,7 +36,7 @@ class FinishedError(Exception):
 class Setup:
     """What a side needs to begin: a model folder, a folder to write to, and how many steps it may be asked for.
 
-    `variant`: how TRL is set (trls.VARIANTS); minigrpo has only one way.
+    `variant`: how TRL is set (trls.VARIANTS); minigrpo has only one way. `passes`: in how many TRL takes a step.
     """
 
     workload: Workload
@@ -47,6 +47,7 @@ class Setup:
     steps: int
     device: str = "cpu"
     variant: str = "best"
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class StepGate:
         self._pipe.send(dict(facts))
 
     def begin(self) -> None:
+        empty_cache()  # what a side keeps for its next step, the other one cannot have in its own
         if self._pipe.recv() == STOP:
             raise FinishedError
         reset_peak(self.device)
@@ -194,5 +196,7 @@ def _serve(program: Program, setup: Setup, pipe: Connection) -> None:
         program(setup, StepGate(pipe, setup.device))
     except FinishedError:
         return
+    except BenchmarkError as fault:
+        pipe.send(fault)
     except Exception:
         pipe.send(BenchmarkError(traceback.format_exc()))

@@ -1,8 +1,8 @@
 """TRL's side: GRPOTrainer.train in several variants, stopped after each step by a callback that waits for its turn.
 
-At its best means: no gradient checkpointing, the whole batch in one pass, sdpa, the faster dtype, no logging, no
-saving, no evaluation. One thing cannot be switched off: without a GPU its output head scores prompt positions too.
-Its defaults are what it does where only the problem itself is set: model, prompts, group size,
+At its best means: no gradient checkpointing, the whole batch in one pass (on a GPU in as few as fit), sdpa, the faster
+dtype, no logging, no saving, no evaluation. One thing cannot be switched off: without a GPU its output head scores
+prompt positions too. Its defaults are what it does where only the problem itself is set: model, prompts, group size,
 objective, adapter, lengths, learning rate.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks.machine import now
+from benchmarks.needed_memory import passes_that_fit
 from benchmarks.ours import recipe_of
 from benchmarks.sides import CallTimer, Setup, StepGate
 from benchmarks.workloads import Workload, task_of
@@ -84,6 +85,8 @@ SHOWN = (
 
 def run(setup: Setup, gate: StepGate) -> None:
     """Run TRL's steps until there are no more turns."""
+    if VARIANTS[setup.variant].tuned and setup.device != "cpu":
+        setup = replace(setup, passes=passes_that_fit(setup))
     trainer = open_trainer(setup, load(setup))
     clock = PhaseClock(trainer, setup.device)
     if setup.workload.stops != "natural":
@@ -164,14 +167,14 @@ def problem_options(setup: Setup) -> dict[str, Any]:
 
 
 def trainer_options(setup: Setup) -> dict[str, Any]:
-    """Return the options of the variant. By default in passes of 8 completions, which add up to the same step."""
+    """Return the options of the variant. By default in passes of 8 completions. Passes add up to the same step."""
     workload, variant = setup.workload, VARIANTS[setup.variant]
     every = workload.prompts * workload.completions
     if not variant.tuned:
         return {"per_device_train_batch_size": min(8, every), "gradient_accumulation_steps": max(1, every // 8)}
     tuned = {
-        "per_device_train_batch_size": every,
-        "steps_per_generation": 1,
+        "per_device_train_batch_size": every // setup.passes,
+        "gradient_accumulation_steps": setup.passes,
         "gradient_checkpointing": False,
         "disable_dropout": recipe_of(setup).lora.dropout == 0,
         "bf16": DTYPES[setup.dtype][1] and variant.autocast,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,13 +14,16 @@ from benchmarks.gpu_table import (
     BANDWIDTH_SHARE,
     CASES,
     PAGE,
+    engine_of,
     estimate,
     layers_of,
     model_config,
+    planned,
     rounded,
     row_of,
     seconds_of,
     seconds_of_rollout,
+    seconds_of_run,
     seconds_of_step,
     span,
     tables,
@@ -26,10 +32,15 @@ from benchmarks.gpu_table import (
 from benchmarks.shapes import Lengths, Shape, decode
 from minigrpo.config.load import load_recipe
 from minigrpo.config.schema import Recipe
+from minigrpo.delivery.parity import place
+from minigrpo.delivery.parity.place import SPARE, model_bytes, pick_proof_place
+from minigrpo.errors import ModelError
 from minigrpo.models.loading import model_class
+from minigrpo.models.model_files import BaseFiles
 from minigrpo.training.memory.planner import Plan
 
 FAST = CASES[0]
+SUDOKU = PAGE.parents[1] / "notebooks/sudoku_colab.ipynb"
 
 
 def plan_of(**values: object) -> Plan:
@@ -55,6 +66,41 @@ def test_a_row_of_the_page_is_what_the_plan_and_the_estimate_say_now() -> None:
 def test_every_row_of_the_page_is_what_the_plan_and_the_estimate_say_now() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert with_tables(page, tables()) == page
+
+
+@pytest.mark.long
+def test_the_notebook_for_sudoku_says_what_the_plan_and_the_estimate_say_of_colabs_cards() -> None:
+    told = " ".join(SUDOKU.read_text(encoding="utf-8").replace('\\n",\n    "', " ").split())
+    case, t4 = CASES[-1], CARDS["T4"]
+    wide, packed = (load_recipe(case.recipe, {"model.quantize": kind}) for kind in ("none", "nf4"))
+    plans = [planned(case, t4, wide), planned(case, t4, packed)]
+    large = planned(case, CARDS["L4"], wide)
+    assert all(plan.fits for plan in (*plans, large))
+    gigabytes = [f"{size / 1e9:.1f}" for size in (large.peak, t4.memory, *(plan.peak for plan in plans))]
+    assert "takes {} GB of an L4. A T4 ({} GB) holds it in 16 bit, too, in {} GB;".format(*gigabytes) in told
+    assert f"it takes {gigabytes[3]} GB there and, by estimate, about half of the time" in told
+    hours = [
+        seconds_of_run(case, t4, recipe, plan, engine_of(case, recipe), long=True)
+        for recipe, plan in zip((wide, packed), plans, strict=True)
+    ]
+    assert 0.4 < hours[1] / hours[0] < 0.6
+
+
+def test_colabs_main_memory_has_room_for_ministrals_proof_in_16_bits_and_says_so_where_it_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        model = model_class(model_config("3b")).from_config(model_config("3b"), dtype=torch.bfloat16)
+    tensors: Any = dict(model.named_parameters())
+    base = BaseFiles(tmp_path, {}, {}, tensors, torch.bfloat16)
+    told = SUDOKU.read_text(encoding="utf-8")
+    for dtype, words in ((torch.bfloat16, "it takes {:.1f} in the"), (torch.float32, "and {:.1f} in float32")):
+        assert words.format(SPARE * model_bytes(base, dtype) / 1e9) in told
+    monkeypatch.setattr(place, "free_memory", lambda device: int(12.7e9 - 3e9))
+    assert pick_proof_place(base, torch.device("cpu")).dtype == torch.bfloat16
+    monkeypatch.setattr(place, "free_memory", lambda device: int(12.7e9 - 5e9))
+    with pytest.raises(ModelError, match="restart a notebook that has trained"):
+        pick_proof_place(base, torch.device("cpu"))
 
 
 def test_the_vision_part_that_is_loaded_beside_ministral_has_the_parameters_that_its_card_names() -> None:

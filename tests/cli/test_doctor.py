@@ -70,6 +70,13 @@ def test_a_gpu_is_asked_for_true_bfloat16(monkeypatch: pytest.MonkeyPatch) -> No
     assert "14.0 GiB free of 15.0 GiB" in found.value
 
 
+def test_apples_gpu_is_named_with_the_option_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    (line,) = (finding for finding in doctor.devices() if finding.name == "mps")
+    assert (line.level, line.value) == ("note", "Apple GPU, float32; bfloat16 if asked for")
+    assert "--model.device mps" in line.advice
+
+
 def test_memory_is_not_more_than_a_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     total, free = doctor.memory()
     assert total is not None

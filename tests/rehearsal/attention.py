@@ -1,8 +1,8 @@
 """torch's attention kernel for GPUs, done on the CPU's numbers.
 
-A torch without CUDA would take the plain products, which it takes on no GPU where it can help it. So it is told to take
-the memory-efficient kernel: every card has that, with masks and without. What torch would choose on a card, the
-rehearsal does not show.
+A torch without CUDA would take the plain products, which it takes on none of NVIDIA's where it can help it. So it is
+told to take the memory-efficient kernel: every card has that, with masks and without. What torch would choose on a
+card, the rehearsal does not show. On Apple's GPUs products are taken.
 
 Shapes: B rows, H heads, L queries, S keys, D head width.
 """
@@ -18,14 +18,29 @@ from torch import Tensor
 
 
 @contextmanager
-def efficient_attention() -> Iterator[None]:
-    """Let `scaled_dot_product_attention` of a GPU's tensors be the memory-efficient kernel."""
+def attention_of(kind: str) -> Iterator[None]:
+    """Let `scaled_dot_product_attention` of a GPU's tensors be the memory-efficient kernel; on Apple's, products."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", _attend, "AutogradCUDA")
+    library.impl("scaled_dot_product_attention", *KERNELS[kind])
     try:
         yield
     finally:
         library._destroy()
+
+
+def _products(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *given: Any, **named: Any
+) -> Tensor:
+    bias = _bias(attn_mask, query)
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, *given, **named)[0]
+    return out
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a boolean mask as an additive one."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
 
 
 def _attend(
@@ -40,14 +55,9 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     if enable_gqa and query.shape[-3] != key.shape[-3]:  # the kernel knows no shared key heads: torch takes products
-        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
-        )[0]
-        return out
-    bias = attn_mask
+        return _products(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    bias = _bias(attn_mask, query)
     if bias is not None:
-        if bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, -torch.inf)
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
     keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     fused: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -106,6 +116,9 @@ def efficient_backward(
     found = grad_scores @ k, grad_scores.mT @ q, probs.mT @ grad
     return *(each.to(query.dtype) for each in found), None
 
+
+KERNELS = {"cuda": (_attend, "AutogradCUDA"), "mps": (_products, "AutogradMPS")}
+"""By kind of device, with the place in torch's dispatcher."""
 
 EMULATED: dict[str, Any] = {
     "aten._scaled_dot_product_efficient_attention.default": efficient,

@@ -1,4 +1,4 @@
-"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py."""
+"""`torch.cuda` as it would answer on a machine with one of the cards of benchmarks/cards.py, and torch on a Mac."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from benchmarks.cards import Card
-from tests.rehearsal.attention import efficient_attention
+from tests.rehearsal.attention import attention_of
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream, capturing
 
@@ -87,15 +87,51 @@ def pretended(card: Card, guard: Path, count: int = 1) -> Iterator[PretendedGpu]
         "graph_pool_handle": object,
     }
     library.set_current_device(0)
+    with patch.multiple(torch.cuda, **answers), files_read_to_gpu(), attention_of("cuda"), gpu:
+        yield gpu
+
+
+class MacEvent:
+    """torch.Event: what came before it is done."""
+
+    def __init__(self, device: Any = None, **_: Any) -> None:
+        self.device = device
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    synchronize = record
+
+
+@contextmanager
+def pretended_mac(guard: Path) -> Iterator[PretendedGpu]:
+    """Pretend that this machine has Apple's GPU, which knows no float64; attention is the plain products there."""
+    ctypes.CDLL(str(guard))
+    gpu = PretendedGpu(lambda: 0, "mps")
+    answers: dict[str, Any] = {
+        "empty_cache": lambda: None,
+        "synchronize": lambda: gpu.synchronize("torch.mps.synchronize"),
+    }
     with (
-        patch.multiple(torch.cuda, **answers),
-        patch.object(torch, "load", load_to_gpu),
-        patch("peft.utils.save_and_load.safe_load_file", read_to_gpu),
-        parameters_exchanged(),
-        efficient_attention(),
+        patch.multiple(torch.mps, **answers),
+        patch("torch.backends.mps.is_available", lambda: True),
+        patch.object(torch, "Event", MacEvent),
+        files_read_to_gpu(),
+        attention_of("mps"),
         gpu,
     ):
         yield gpu
+
+
+@contextmanager
+def files_read_to_gpu() -> Iterator[None]:
+    """Let what is loaded from files, and what is converted, come to a pretended GPU."""
+    with (
+        patch.object(torch, "load", load_to_gpu),
+        patch("peft.utils.save_and_load.safe_load_file", read_to_gpu),
+        parameters_exchanged(),
+    ):
+        yield
 
 
 _load = torch.load

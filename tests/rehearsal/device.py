@@ -1,10 +1,11 @@
 """Tensors that say they are on a GPU and hold their numbers in main memory, and the mode that computes with them.
 
 `PretendedGpu` is a dispatch mode: inside it a tensor asked for on "cuda" is a `GpuTensor`, and each operation on one is
-done on the CPU's numbers. What a real GPU refuses is refused: tensors of two devices in one operation, a
-synchronization or a copy from main memory while a CUDA graph is captured. Everything else is counted, with the line of
-ours that caused it: launches (an operation that writes memory; a view is free), synchronizations (the host waits for
-the GPU: it reads a number, or copies to or from memory that is not pinned) and copies that it does not wait for.
+done on the CPU's numbers; or one on "mps", Apple's. What a real GPU refuses is refused: tensors of two devices in one
+operation, a synchronization or a copy from main memory while a CUDA graph is captured, float64 on "mps". Everything
+else is counted, with the line of ours that caused it: launches (an operation that writes memory; a view is free),
+synchronizations (the host waits for the GPU: it reads a number, or copies to or from memory that is not pinned) and
+copies that it does not wait for.
 
 It does not show which kernels a GPU has, what they round to, how long they take, how its allocator behaves, or a race
 between streams: docs/gpu.md.
@@ -131,9 +132,9 @@ class PretendedGpu(TorchDispatchMode):
 
     _active: ClassVar[PretendedGpu | None] = None
 
-    def __init__(self, current_device: Callable[[], int]) -> None:
+    def __init__(self, current_device: Callable[[], int], kind: str = "cuda") -> None:
         super().__init__()
-        self.current_device = current_device
+        self.current_device, self.kind = current_device, kind
         self.launches: Counter[tuple[str, str]] = Counter()
         self.synchronizations: Counter[tuple[str, str]] = Counter()
         self.host_copies: Counter[tuple[str, str]] = Counter()
@@ -184,7 +185,7 @@ class PretendedGpu(TorchDispatchMode):
         name, asked = str(func), kwargs.get("device")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         own = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
-        to_gpu = asked is not None and torch.device(asked).type == "cuda"
+        to_gpu = asked is not None and torch.device(asked).type == self.kind
         if name == "aten._pin_memory.default":
             pinned = args[0].clone()
             pinned.is_pinned_for_gpu = True
@@ -219,8 +220,8 @@ class PretendedGpu(TorchDispatchMode):
         """Return the device of what comes out."""
         if asked is not None:
             device = torch.device(asked)
-            indexed = device.type != "cuda" or device.index is not None
-            return device if indexed else torch.device("cuda", self.current_device())
+            indexed = device.type != self.kind or device.index is not None
+            return device if indexed else torch.device(self.kind, self.current_device())
         return tensors[0].device if name == "aten.copy_.default" else own[0].device
 
     def _refuse_mixtures(
@@ -254,7 +255,7 @@ class PretendedGpu(TorchDispatchMode):
         if isinstance(source, GpuTensor):
             if target.type == "cpu":
                 self.synchronize("a copy to main memory")
-        elif target.type == "cuda" and source.device.type == "cpu":
+        elif target.type == self.kind and source.device.type == "cpu":
             goes_on = kwargs.get("non_blocking", is_copy and len(args) > 2 and args[2])
             self.copy_in("a copy from main memory", waits=not (goes_on and hasattr(source, "is_pinned_for_gpu")))
 
@@ -289,7 +290,9 @@ def _wrapped(result: Any, tensors: Sequence[Tensor], target: torch.device) -> An
                 "a wrapper keeps its shape: squeeze_ and the like are not known"
             )
             return known[id(value)]
-        return GpuTensor(value, target) if target.type == "cuda" else value
+        if target.type == "mps" and value.dtype == torch.float64:
+            raise TypeError(f"float64 on {target} at {line_of_ours()}: Apple's GPUs have none")
+        return GpuTensor(value, target) if target.type in ("cuda", "mps") else value
 
     return tree_map(wrap, result)
 

@@ -7,6 +7,7 @@
 namespace {
 
 using Guard = c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>;
+using AppleGuard = c10::impl::FakeGuardImpl<c10::DeviceType::MPS>;
 
 struct CUDAHooks final : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
@@ -25,6 +26,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+C10_REGISTER_GUARD_IMPL(MPS, AppleGuard)
 
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;

@@ -86,6 +86,7 @@ def test_a_token_costs_no_more_launches_and_synchronizations_than_these(
     assert a_layer <= LAUNCHES_A_LAYER
     assert slots["2"] - 2 * a_layer <= LAUNCHES_BESIDES
     assert (native["4"] - native["2"]) / 2 <= NATIVE_LAUNCHES_A_LAYER
+    assert set(found["native_waits"].values()) == {1}  # a token, where no row ends
     assert (a_layer, slots["2"] - 2 * a_layer) == (gpu_table.GRAPH_LAUNCHES, gpu_table.TOKEN_LAUNCHES)
     assert (native["4"] - native["2"]) / 2 == gpu_table.NATIVE_LAUNCHES
     kinds = {name: (n - found["kinds"]["2"][name]) / 2 for name, n in found["kinds"]["4"].items()}

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.needs("pretended_gpu")
         ("wait in a capture", "the host cannot wait for the GPU while a graph is captured"),
         ("copy in a capture", "a graph would read that main memory again at each replay"),
         ("another card in a capture", "is on cuda:1, and the graph is captured on cuda:0"),
+        ("float64 on a Mac", "Apple's GPUs have none"),
     ],
 )
 def test_what_a_gpu_refuses_is_refused(act: str, words: str, play: Play) -> None:

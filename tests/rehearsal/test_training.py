@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import gpu_table
 from minigrpo.config.load import load_recipe, recipe_names
+from minigrpo.models.logprobs import GPU_CHUNK_LOGITS
 from tests.rehearsal.conftest import Play, saved
 
 pytestmark = pytest.mark.needs("pretended_gpu")
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.needs("pretended_gpu")
 Folder = Callable[..., Path]
 
 SYNCHRONIZATIONS = 3
-"""In which an update may let the host wait for the GPU, however many passes it has."""
+"""Times that an update may let the host wait for the GPU, however many passes it has."""
+COUNTED_SYNCHRONIZATIONS = 2
+"""What the page says of them."""
 HOST_COPIES_A_PASS = 8
 LINEAR_LAYERS = 2 * 7
 """Of the tiny models' two layers; the head is none of them."""
@@ -76,6 +79,8 @@ def test_a_t4_trains_in_float16_with_a_scaled_loss_and_resumes(play: Play, tiny_
     found = rehearse("gsm8k-fast", "T4", play, tiny_folder)
     judge(found, "gsm8k-fast", "T4")
     hold_to_ceilings(found)
+    assert max(update["passes"] for update in found["updates"]) > 1
+    assert {sum(each["synchronizations"].values()) for each in found["updates"]} == {COUNTED_SYNCHRONIZATIONS}
 
 
 def test_an_l4_trains_in_bfloat16_and_evaluates_in_between(play: Play, tiny_folder: Folder) -> None:
@@ -100,6 +105,8 @@ def test_the_head_scores_in_few_large_pieces(play: Play, tiny_folder: Folder) ->
     found = play("scoring", "T4", folder=str(tiny_folder()))
     assert found["tokens"] == 40
     assert 5 < found["launches"] <= HEAD_LAUNCHES
+    a_token = HEAD_LAUNCHES / (GPU_CHUNK_LOGITS // 151_936)
+    assert a_token == pytest.approx(0.1, rel=0.2)  # as the page says
     assert not found["synchronizations"]
 
 

@@ -14,14 +14,15 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cards import Card
 from minigrpo.config.load import load_recipe
@@ -42,7 +43,7 @@ from minigrpo.training.memory.planner import largest_micro_batch
 from minigrpo.types import Engine, Grade, Prompt, Sampling, Task
 from tests.helpers.models import rendered, set_lora
 from tests.rehearsal.allocations import counted
-from tests.rehearsal.cards import pretended
+from tests.rehearsal.cards import pretended, pretended_mac
 from tests.rehearsal.device import PretendedGpu
 from tests.rehearsal.graphs import Graph, Stream
 
@@ -81,15 +82,23 @@ def two_rounds(recipe: Recipe) -> tuple[Policy, Engine, list[Any]]:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Let the native engine share prompts on the CPU, too: its other layout rounds otherwise in 16 bit."""
-    with patch.object(kv_cache, "MAX_COPIED_BYTES", 0):
+def as_on_a_gpu(device: str = "auto") -> Iterator[None]:
+    """Let the native engine share prompts on the CPU, too: its other layout rounds otherwise in 16 bit. As on a Mac
+    attention is then plain products.
+    """
+    plain = sdpa_kernel(SDPBackend.MATH) if device == "mps" else nullcontext()
+    with patch.object(kv_cache, "MAX_COPIED_BYTES", 0), plain:
         yield
+
+
+def machine(card: Card, guard: Path, device: str) -> AbstractContextManager[PretendedGpu]:
+    """Pretend a machine with a GPU of that kind: a Mac, or one with two of the card."""
+    return pretended_mac(guard) if device == "mps" else pretended(card, guard, count=2)
 
 
 def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, device: str = "auto") -> dict[str, Any]:
     """Sample on the card and, with the same kind of engine and the same number type, on the CPU."""
-    with pretended(card, guard, count=2) as gpu:
+    with machine(card, guard, device) as gpu:
         policy, opened, on_gpu = two_rounds(engine_recipe(folder, device, dtype, engine))
         name, kind = ENGINE_NAMES[type(opened).__name__], str(policy.dtype).removeprefix("torch.")
         found = {
@@ -103,7 +112,7 @@ def engines(card: Card, guard: Path, *, folder: str, engine: str, dtype: str, de
             "pools": len({id(graph.pool) for graph in Graph.made}),
             "modes": sorted({graph.mode for graph in Graph.made}),
         }
-    with as_on_a_gpu():
+    with as_on_a_gpu(device):
         _, _, on_cpu = two_rounds(engine_recipe(folder, "cpu", kind, name))
     return {**found, "gpu": on_gpu, "cpu": on_cpu}
 
@@ -119,7 +128,7 @@ def choices(card: Card, guard: Path, *, recipe: str, folder: str, changes: Mappi
 
 def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, Any]:
     """Count what a token costs. `folders`: one model by its number of layers, so that a layer's share can be told."""
-    found: dict[str, Any] = {"slots": {}, "native": {}, "kinds": {}}
+    found: dict[str, Any] = {"slots": {}, "native": {}, "native_waits": {}, "kinds": {}}
     with pretended(card, guard) as gpu:
         for layers, folder in folders.items():
             policy = open_policy(engine_recipe(folder, "auto", "auto", "auto"))
@@ -130,7 +139,9 @@ def a_token(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str,
             found["slots"][layers] = len(Graph.made[0].launches)
             found["kinds"][layers] = Counter(launch.function for launch in Graph.made[0].launches)
             native = NativeEngine(policy, stop_ids=[999], rows=64)
-            found["native"][layers] = (_launched(gpu, native, 5) - _launched(gpu, native, 3)) / 2
+            longer, shorter = _counted(gpu, native, 5), _counted(gpu, native, 3)
+            found["native"][layers] = (longer[0] - shorter[0]) / 2
+            found["native_waits"][layers] = (longer[1] - shorter[1]) / 2
         said(slots, limit=64)
         gpu.reset()
         said(slots, limit=64)
@@ -154,10 +165,11 @@ def a_pass(card: Card, guard: Path, *, folders: Mapping[int, str]) -> dict[str, 
     return found
 
 
-def _launched(gpu: PretendedGpu, engine: Engine, tokens: int) -> int:
+def _counted(gpu: PretendedGpu, engine: Engine, tokens: int) -> tuple[int, int]:
+    """Return launches and synchronizations of a rollout."""
     gpu.reset()
     said(engine, limit=tokens)
-    return gpu.launches.total()
+    return gpu.launches.total(), gpu.synchronizations.total()
 
 
 def _sites(counter: Mapping[tuple[str, str], int]) -> dict[str, int]:
@@ -256,6 +268,9 @@ def memory(card: Card, guard: Path, *, folder: str) -> dict[str, Any]:
 
 def pretence(card: Card, guard: Path, *, act: str) -> Any:
     """Do one thing that a GPU refuses, to see it refused."""
+    if act == "float64 on a Mac":
+        with pretended_mac(guard):
+            return torch.ones(3, device="mps").double().tolist()
     with pretended(card, guard, count=2):
         x = torch.ones(3, device="cuda")
         if act == "mix with the CPU":
@@ -421,16 +436,20 @@ def command(line: str) -> str:
 
 
 def benchmark(card: Card, guard: Path, *, scratch: str) -> dict[str, Any]:
-    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens."""
+    """Let the benchmarks prove, on the card, that both sides have one gradient and all engines the same tokens; the
+    gradient with activations kept, and again with activations recomputed.
+    """
     from benchmarks import gpu_checks, proof
     from benchmarks.workloads import WORKLOADS
 
     with pretended(card, guard) as gpu:
-        setup = gpu_checks.setup_of(WORKLOADS["mini"], Path(scratch), "cuda")
+        setup = replace(gpu_checks.setup_of(WORKLOADS["mini"], Path(scratch), "cuda"), dtype="float32")
         tokens = list(gpu_checks.same_tokens(setup))
         gpu.reset()
-        proven = proof.prove(replace(setup, dtype="float32"))
-        return {"tokens": tokens, "gap": proven.gap, "proven": proven.tokens, "launches": gpu.launches.total()}
+        proofs = {"kept": asdict(proof.prove(setup))}
+        with patch.object(proof, "must_recompute", lambda *_: True):
+            proofs["recomputed"] = asdict(proof.prove(setup))
+        return {"tokens": tokens, "proofs": proofs, "launches": gpu.launches.total()}
 
 
 TRIALS: dict[str, Callable[..., Any]] = {

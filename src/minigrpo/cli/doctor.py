@@ -133,9 +133,8 @@ def devices() -> list[Finding]:
     else:
         found.append(Finding("device", "GPU", "none", "note", "Small models train on the CPU; see the quickstart."))
     if torch.backends.mps.is_available():
-        found.append(
-            Finding("device", "mps", "Apple GPU, float32", "note", "not run on one yet: --model.device mps takes it")
-        )
+        advice = "not run on one yet: --model.device mps takes it"
+        found.append(Finding("device", "mps", "Apple GPU, float32; bfloat16 if asked for", "note", advice))
     return found
 
 

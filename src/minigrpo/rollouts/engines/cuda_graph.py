@@ -27,7 +27,7 @@ from minigrpo.rollouts.engines.decoder import Decoder, Layer, Rope
 from minigrpo.rollouts.engines.native import prefill_prompts
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
-from minigrpo.utils.rng import name_key, uniform
+from minigrpo.utils.rng import name_key, uniform, with_float64
 from minigrpo.utils.transfer import to_device
 
 CHECK_EVERY = 16
@@ -244,7 +244,8 @@ class Transcript:
             s.tokens_BC[rows, fresh],
             s.logprobs_BC[rows, fresh],
         )
-        table = torch.cat([column.double() for column in columns], -1)  # float64 holds token ids and float32 alike
+        # float64 holds token ids and float32 alike.
+        table = torch.cat([with_float64(column).double() for column in columns], -1)
         width = so_far - len(self.tokens_B[0])
         for row, (length, stopped, *figures) in enumerate(table.tolist()):
             self.lengths_B[row], self.stopped_B[row] = int(length), bool(stopped)
