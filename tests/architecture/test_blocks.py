@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from minigrpo.errors import MinigrpoError
 from tests.helpers.listed_blocks import DRAWN, KNOWN_WORDS, LONG, MADE_PAGES, NOT_RUN, OTHER_TOOLS, PRINTED
 from tests.helpers.newcomer import TASK, Newcomer, newcomers
 from tests.helpers.pages import (
+    BLOCK_PAGES,
     ROOT,
     Block,
     commands_of,
     every_block,
+    outside_of_blocks,
     share_of_known_words,
     words_of,
 )
@@ -93,6 +96,15 @@ def test_every_block_runs_or_is_listed_with_the_reason() -> None:
         elif MADE_PAGES.get(block.page) != block.language:
             named = [name for name in table_of(block) if block.is_listed_as(name)]
             assert len(named) == 1, f"{block.place}: what runs this block, or how is it known to be true? {named}"
+
+
+@pytest.mark.parametrize("page", BLOCK_PAGES, ids=lambda page: page.name)
+def test_no_page_has_a_block_without_a_fence(page: Path) -> None:
+    """An indented line after an empty one is code, unless it belongs to the item of a list."""
+    in_list = False
+    for before, line in pairwise(["", *outside_of_blocks(page)]):
+        assert not (line.startswith("    ") and not before and not in_list), line
+        in_list = bool(re.match(r" *([-*]|\d+\.) ", line)) or (in_list and not re.match(r"\S", line))
 
 
 def test_no_table_lists_what_the_pages_do_not_show() -> None:

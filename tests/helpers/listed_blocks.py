@@ -14,6 +14,7 @@ NOT_RUN = {
     r"device mps": "a Mac",
     r"--format FP8": "llm-compressor, in an environment of its own: tests/delivery, where MINIGRPO_COMPRESSOR names it",
     r"--engine vllm": "vLLM: tests/delivery serves with a stand-in, and with vLLM where MINIGRPO_VLLM names it",
+    r"--track\.to": "the trackers, each an extra: tests/runs trains with those that are installed",
     r"--served": "asks a server that runs",
     r"~/llama\.cpp": "a clone of llama.cpp",
     r"--task\.name gsm8k": "GSM8K's data",
@@ -34,6 +35,7 @@ OTHER_TOOLS = {
     r"^(compressor/bin/)?pip install |^python -m venv ": "the package index",
     r"^hf ": "the Hub",
     r"^(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 )?vllm serve ": "vLLM",
+    r"^tensorboard ": "a server of TensorBoard's; tests/runs reads what it is given",
     r"^torchrun ": "two machines; the command of minigrpo at its end is parsed",
     r"^export [A-Z_]+=": "a variable of the shell",
 }
@@ -63,6 +65,9 @@ rest being names and answers of models; prose of these pages has 0.07 to 0.12.""
 
 DRAWN = {
     ("CONTRIBUTING.md", "0  types.py"): "the floors: tests/architecture/test_layout.py holds the imports to them",
+    ("README.md", "preflight -> train"): "the stages in order, as `minigrpo run` names them",
+    ("delivery.md", "KL(merged || trained)"): "a formula: tests/delivery holds merges to it",
+    ("objectives.md", "Σ_tokens"): "a formula: tests/algorithms compares each objective with it",
     ("vllm.md", "--hf-overrides"): "an option for the command above it: tests/rollouts holds it to what minigrpo sets",
 }
 """Blocks that are neither code nor printed."""

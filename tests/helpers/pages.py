@@ -54,6 +54,14 @@ def blocks_of(path: Path) -> tuple[Block, ...]:
     return tuple(found)
 
 
+def outside_of_blocks(path: Path) -> list[str]:
+    """Return the lines of a page without its fenced blocks."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for block in reversed(blocks_of(path)):
+        del lines[block.line - 1 : block.line + 1 + block.text.count("\n") - (block.text == "\n")]
+    return lines
+
+
 def every_block(*languages: str) -> Iterator[Block]:
     for page in BLOCK_PAGES:
         yield from (block for block in blocks_of(page) if not languages or block.language in languages)
