@@ -134,15 +134,18 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
 
 
 def commands_by_page(*, long: bool) -> dict[str, list[str]]:
-    """Return the commands of minigrpo that are run, each page's once."""
-    found: dict[str, dict[str, None]] = {}
+    """Return the commands of minigrpo that are run by the page that has them first, whatever it calls the run."""
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for block in every_block("bash"):
+        in_order = block.page in IN_ORDER
         for command in commands_of(block):
             runs = command.startswith("minigrpo ") and not reason_not_to_run(command)
-            is_long = block.page not in IN_ORDER and LONG.search(command) is not None
-            if runs and is_long is long:
-                found.setdefault(block.page, {})[command] = None
-    return {page: list(commands) for page, commands in found.items()}
+            alike = command if in_order else re.sub(r"runs/\w+|\b(my|mine)\.yaml|me/[\w-]+", "NAME", command)
+            if runs and alike not in seen and (not in_order and LONG.search(command) is not None) is long:
+                found.setdefault(block.page, []).append(command)
+            seen.add(alike)
+    return found
 
 
 @pytest.mark.extra("gguf")
@@ -272,7 +275,7 @@ TROUBLES = {
         "minigrpo train my.yaml --train.steps 5", "answers-are-cut-off", "--rollout.max_tokens"
     ),
     "the loss explodes": Trouble(
-        "minigrpo train my.yaml --train.lr 1 --train.steps 60", "training-exploded", "a lower rate"
+        "minigrpo train my.yaml --train.lr 1 --objective.kl 0.01 --train.steps 60", "training-exploded", "a lower rate"
     ),
     "too little memory": Trouble(
         "minigrpo plan my.yaml --gpu-memory 0.05GB", "it-does-not-fit-into-memory", "minigrpo plan"

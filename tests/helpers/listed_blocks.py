@@ -23,9 +23,15 @@ NOT_RUN = {
 """Commands of minigrpo that are parsed only, by a part of their words, with the reason."""
 
 LONG = re.compile(
-    r"quickstart --(seed|train)|runs/first|--attack$|--samples|train \S+ --(warmup|task)|launch (skypilot|ssh)"
-    r"|fork (?!.*(dry-run|--times 5))|inspect .*(entropy|json)|audit (?!.*--steps 0)|replay .*(--group|--steps)"
-    r"|evaluate \S+ --split|merge .*--dtype|export .*(--force|F16|BF16)|verify \S+ --serve|preflight my"
+    "|".join(
+        (
+            r"minigrpo quickstart|runs/first|preflight (my|mine)\.|train (my\.yaml --(lora|samples|task|warmup)|runs/r16)",
+            r"train quickstart --task|warmup my\.yaml --warmup\.steps 60$|plan .*quantize|launch (skypilot|ssh)",
+            r"fork (?!.*(dry-run|--times 5))|inspect .*(entropy|json|--step 2)|audit (?!.*--steps 0)",
+            r"replay .*(--group|--steps)|--attack$|evaluate \S+ --(split|recipe)|merge .*--dtype|export .*(F16|BF16)",
+            r"verify \S+ --serve|watch .*[>-]|report .*--out|doctor --json",
+        )
+    )
 )
 """Commands that run in `make prove`: each takes seconds, and another of its kind runs in `make test`."""
 
@@ -65,7 +71,6 @@ rest being names and answers of models; prose of these pages has 0.07 to 0.12.""
 
 DRAWN = {
     ("CONTRIBUTING.md", "0  types.py"): "the floors: tests/architecture/test_layout.py holds the imports to them",
-    ("README.md", "preflight -> train"): "the stages in order, as `minigrpo run` names them",
     ("delivery.md", "KL(merged || trained)"): "a formula: tests/delivery holds merges to it",
     ("objectives.md", "Σ_tokens"): "a formula: tests/algorithms compares each objective with it",
     ("vllm.md", "--hf-overrides"): "an option for the command above it: tests/rollouts holds it to what minigrpo sets",
