@@ -68,9 +68,18 @@ class SharedPassError(RankLostError):
     pass
 
 
+MORE = "More: docs/troubleshooting.md#"
+
+
 def more_at(entry: str) -> str:
     """Name an entry of the troubleshooting page, by its anchor: the line that follows an error."""
-    return f"More: docs/troubleshooting.md#{entry}"
+    return f"{MORE}{entry}"
+
+
+def last_words(stderr: str) -> str:
+    """Return the last line that a command wrote, its error where it ended with one; "" where it wrote nothing."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith(MORE)]
+    return lines[-1] if lines else ""
 
 
 def command_line(*words: object) -> str:

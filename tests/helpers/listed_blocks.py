@@ -25,8 +25,9 @@ NOT_RUN = {
 LONG = re.compile(
     "|".join(
         (
-            r"minigrpo quickstart|runs/first|preflight (my|mine)\.|train (my\.yaml --(lora|samples|task|warmup)|runs/r16)",
-            r"train quickstart --task|warmup my\.yaml --warmup\.steps 60$|plan .*quantize|launch (skypilot|ssh)",
+            r"minigrpo quickstart|runs/first|preflight (my|mine)\.|train (my\.yaml --(lora|samples|task|warmup))",
+            r"train (quickstart --task|runs/r16)|warmup my\.yaml --warmup\.steps 60$|plan .*quantize",
+            r"launch (skypilot|ssh)",
             r"fork (?!.*(dry-run|--times 5))|inspect .*(entropy|json|--step 2)|audit (?!.*--steps 0)",
             r"replay .*(--group|--steps)|--attack$|evaluate \S+ --(split|recipe)|merge .*--dtype|export .*(F16|BF16)",
             r"verify \S+ --serve|watch .*[>-]|report .*--out|doctor --json",
