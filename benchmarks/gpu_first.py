@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from minigrpo.errors import last_words
 
 SECONDS = 540.0
 FILE, PAGE = "gpu_first.json", "gpu_first.md"
@@ -84,7 +85,7 @@ def run(stage: Stage, seconds: float) -> Outcome:
         ended = subprocess.run(stage.command, capture_output=True, text=True, timeout=limit, check=False)
         out = ended.stdout
         if ended.returncode:
-            fault = f"exit code {ended.returncode}: {last_line(ended.stderr) or last_line(out)}"
+            fault = f"exit code {ended.returncode}: {last_words(ended.stderr) or last_words(out)}"
     except subprocess.TimeoutExpired:
         fault = f"stopped after {limit:.0f} seconds"
     if stage.result is not None:
@@ -97,13 +98,8 @@ def figures_of(out: str) -> Mapping[str, Any]:
     try:
         found: Mapping[str, Any] = json.loads(out[out.find("{") :])
     except ValueError:
-        return {"said": last_line(out)} if out.strip() else {}
+        return {"said": last_words(out)} if out.strip() else {}
     return found
-
-
-def last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
 
 
 def page(report: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def commands_page() -> str:
     for name, command in commands.items():
         arguments = [param for param in command.params if param.param_type_name == "argument"]
         shown = " ".join(f"[{one.name}]" if not one.required else one.name for one in arguments).upper()
-        text += f"\n## minigrpo {name}\n\n```\nminigrpo {' '.join((name, shown)).strip()} [OPTIONS]\n```\n\n"
+        text += f"\n## minigrpo {name}\n\n```text\nminigrpo {' '.join((name, shown)).strip()} [OPTIONS]\n```\n\n"
         text += inspect.cleandoc(command.help or "").replace("\f", "") + "\n\n"
         rows = [(_option(param), _plain(param)) for param in command.params]
         if rows:

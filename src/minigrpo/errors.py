@@ -20,41 +20,66 @@ from pathlib import Path
 
 
 class MinigrpoError(Exception):
-    """Base class of errors that the user can mend. `exit_code`: of a command that it ends."""
+    """Base class of errors that the user can mend.
+
+    `exit_code`: of a command that it ends. `entry`: what docs/troubleshooting.md says of it, by its anchor; one of the
+    whole class, unless the raiser names another.
+    """
 
     exit_code = 2
+    entry = "any-other-error"
+
+    def __init__(self, *args: object, entry: str | None = None) -> None:
+        super().__init__(*args)
+        if entry:
+            self.entry = entry
 
 
 class RecipeError(MinigrpoError):
-    pass
+    entry = "a-recipe-is-refused"
 
 
 class ModelError(MinigrpoError):
-    pass
+    entry = "a-model-is-refused"
 
 
 class TaskError(MinigrpoError):
-    pass
+    entry = "a-task-is-refused"
 
 
 class ArtifactError(MinigrpoError):
-    pass
+    entry = "a-file-of-a-run-is-refused"
 
 
 class SandboxError(MinigrpoError):
-    pass
+    entry = "programs-cannot-be-run"
 
 
 class DivergenceError(MinigrpoError):
-    pass
+    entry = "training-exploded"
 
 
 class RankLostError(MinigrpoError):
     exit_code = 75  # sysexits.h: try again
+    entry = "a-rank-was-lost"
 
 
 class SharedPassError(RankLostError):
     pass
+
+
+MORE = "More: docs/troubleshooting.md#"
+
+
+def more_at(entry: str) -> str:
+    """Name an entry of the troubleshooting page, by its anchor: the line that follows an error."""
+    return f"{MORE}{entry}"
+
+
+def last_words(stderr: str) -> str:
+    """Return the last line that a command wrote, its error where it ended with one; "" where it wrote nothing."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith(MORE)]
+    return lines[-1] if lines else ""
 
 
 def command_line(*words: object) -> str:

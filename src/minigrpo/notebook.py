@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from minigrpo.config import load
 from minigrpo.config.schema import Recipe
-from minigrpo.errors import ArtifactError, MinigrpoError, install_hint
+from minigrpo.errors import ArtifactError, MinigrpoError, install_hint, more_at
 from minigrpo.runs.logger import read_groups, read_metrics
 from minigrpo.runs.rundir import RunDir, read_json
 from minigrpo.utils.memory import empty_cache
@@ -62,7 +62,7 @@ def notebook_stage(stage: Callable[P, R]) -> Callable[P, R]:
         try:
             return stage(*args, **kwargs)
         except (MinigrpoError, KeyboardInterrupt) as fault:
-            words = f"error: {fault}" if isinstance(fault, MinigrpoError) else STOPPED
+            words = f"error: {fault}\n{more_at(fault.entry)}" if isinstance(fault, MinigrpoError) else STOPPED
             vars(fault)["_render_traceback_"] = lambda: [words]
             fault.__context__ = None
             raise fault.with_traceback(None) from None

@@ -1,4 +1,4 @@
-"""The documents say what is true: every command that the README shows is run, every link leads somewhere."""
+"""The documents say what is true: what they name is there, and the quickstart does what README promises."""
 
 import ast
 import json
@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-# What makes a command short enough for a test; what it does stays the same. So hasty a model earns nothing but ties, of
-# which it would learn nothing: the bonus moves it.
-BRIEF = shlex.split(
-    "--train.steps 2 --rollout.prompts 2 --rollout.completions 2 --rollout.max_tokens 6 --eval.limit 4 --task.size 8 "
-    "--save.every 1 --lora.alpha 8 --objective.entropy 0.01"
-)
-
-
-def blocks(language: str) -> Iterator[str]:
-    return (match[1] for match in re.finditer(rf"```{language}\n(.*?)```", README, re.DOTALL))
-
-
-def commands() -> list[str]:
-    lines = (re.split(r"\s+#", line)[0] for block in blocks("bash") for line in block.splitlines())
-    return [line for line in lines if line.strip()]
-
-
-def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be a newcomer in, and a cache with a hastily built seedling under the real one's name."""
-    from dataclasses import replace
-
-    from minigrpo.models.embedded import seedling
-
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch_module.setenv("MINIGRPO_CACHE", str(cache))
-    real = seedling.Blueprint()
-    hasty = replace(real, school=replace(real.school, steps=2), imitation=replace(real.imitation, steps=60))
-    seedling.build_seedling(hasty, cache / "hasty")
-    (cache / "hasty").rename(cache / f"seedling-{real.architecture}-{real.seed}-{seedling.fingerprint(real)}")
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.mark.extra("gguf")
-def test_the_minigrpo_commands_of_the_readme_run_one_after_the_other(home: Path) -> None:
-    (home / "letters.py").write_text(next(blocks("python")))
-    shown = [line for line in commands() if line.startswith("minigrpo")]
-    assert len(shown) >= 8
-    for line in shown:
-        words, _, target = line.partition(" > ")
-        argv = shlex.split(words)
-        takes_knobs = argv[1] in ("preflight", "train", "run")
-        command = [sys.executable, "-m", "minigrpo.cli.main", *argv[1:], *(BRIEF if takes_knobs else [])]
-        if argv[1] == "preflight":  # a seedling this hasty may well be told to learn nothing
-            assert subprocess.run(command, cwd=home, capture_output=True, timeout=250).returncode in (0, 1)
-            continue
-        out = run(command, home)
-        if target:
-            (home / target.strip()).write_text(out)
-    assert (home / "runs/mine/adapter/adapter_model.safetensors").is_file()
-    assert len((home / "runs/letters/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_the_python_of_the_readme_runs(home: Path) -> None:
-    task, script = blocks("python")
-    (home / "letters.py").write_text(task)
-    script = script.replace('"train.steps": "20"', '"train.steps": "2", "rollout.max_tokens": "6"')
-    run([sys.executable, "-c", script], home)
-    assert (home / "runs/from-python/adapter").is_dir()
 
 
 def test_every_make_target_that_the_documents_name_exists() -> None:
@@ -100,15 +27,6 @@ def test_every_link_and_file_that_the_readme_names_is_there() -> None:
     named = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"`(docs/[\w.]+|constraints\.txt)`", README)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def test_every_figure_of_a_run_is_explained(home: Path) -> None:
-    explained = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    metrics = next((home / "runs").glob("*/metrics.jsonl"))
-    for name in json.loads(metrics.read_text().splitlines()[-1]):
-        pieces = name.split("/")
-        known = pieces[0] == "rewards" or f"`{name}`" in explained or f"`{pieces[-1]}`" in explained
-        assert known or f"/{pieces[-1]}`" in explained, name
 
 
 @pytest.mark.long

@@ -91,6 +91,7 @@ def test_no_markdown_is_left_in_a_page(site: Path) -> None:
         article = re.search(r"<article.*?</article>", page.read_text(encoding="utf-8"), re.DOTALL)
         text = re.sub(r"<(pre|code)\b.*?</\1>", "", article[0] if article else "", flags=re.DOTALL)
         assert not re.findall(r"<(?:p|li|td)>(?:```|\| |- |\*\*|#+ ).*", text), page.name
+        assert not re.findall(r"^(?:- |\d\. ).*", text, re.MULTILINE), f"{page.name}: an item within a paragraph"
 
 
 @pytest.mark.long

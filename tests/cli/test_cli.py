@@ -285,10 +285,11 @@ def test_a_run_folder_that_exists_is_refused_with_what_to_do(minigrpo_says: Any,
     assert "--run" in ended.err
 
 
-def test_what_a_user_can_mend_ends_as_one_sentence(minigrpo_says: Any, spy: Any) -> None:
+def test_what_a_user_can_mend_ends_as_one_sentence_and_where_more_of_it_stands(minigrpo_says: Any, spy: Any) -> None:
     spy("train", ModelError("models/x has no config.json. [Download] it again."))
     ended = minigrpo_says("train", "quickstart")
-    assert ended == Ended(2, "", "error: models/x has no config.json. [Download] it again.\n")
+    more = "More: docs/troubleshooting.md#a-model-is-refused"
+    assert ended == Ended(2, "", f"error: models/x has no config.json. [Download] it again.\n{more}\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(spy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

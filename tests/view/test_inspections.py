@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from minigrpo.errors import more_at
 from minigrpo.view.inspections import Inspections, inspect_command
 from minigrpo.view.library import Library
 from minigrpo.view.server import MOST_ASKED, ViewServer
@@ -69,7 +70,7 @@ def test_one_group_is_measured_at_a_time(server: ViewServer) -> None:
 
 
 def test_what_keeps_a_group_from_being_measured_is_told(server: ViewServer) -> None:
-    words = "import sys; print('error: the base is another', file=sys.stderr); sys.exit(2)"
+    words = f"import sys; print('error: the base is another\\n{more_at('x')}', file=sys.stderr); sys.exit(2)"
     server.inspections = Inspections(lambda *asked: [sys.executable, "-c", words])
     ask(server, "POST", "/api/inspect", {"run": "first", "line": 0})
     assert until_done(server, 0) == {"state": "failed", "error": "error: the base is another"}

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from minigrpo.config.fields import Field, field_table, fields_by_name, nearest
 from minigrpo.config.load import PATHS
-from minigrpo.errors import MinigrpoError, RecipeError
+from minigrpo.errors import MinigrpoError, RecipeError, more_at
 from minigrpo.ui.screen import Screen, print_result, stdout_encodes
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and all else to stderr.")]
@@ -53,7 +53,7 @@ EXAMPLES: dict[str, str] = {
     "train": """
         minigrpo train quickstart
         minigrpo train my.yaml --lora.rank 16 --train.lr=2e-5 --run runs/r16
-        minigrpo train my.yaml --run runs/r16 --resume  # after a stop or a crash
+        minigrpo train runs/r16 --resume  # after a stop or a crash
         minigrpo train my.yaml --samples  # shows one answer a step
         minigrpo train my.yaml --nproc 2  # two processes share every step; one that is lost is replaced""",
     "launch": """
@@ -284,9 +284,10 @@ def _panel(content: Any, title: str) -> Panel:
 
 
 def print_error(fault: MinigrpoError) -> None:
-    """Print the error to stderr, without breaking lines, so that a command in it can be copied."""
+    """Print the error to stderr, without breaking lines, so that a command in it can be copied, and the entry of the
+    troubleshooting page on it."""
     console = Screen(stderr=True)
-    console.show(Text.assemble(("error: ", "bold red"), str(fault)))
+    console.show(Text.assemble(("error: ", "bold red"), str(fault), "\n", (more_at(fault.entry), "dim")))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from minigrpo.errors import RankLostError, more_at
+
 LAUNCHER_WAIT_S = 120.0
 LOOK_S = 0.5
 
@@ -52,7 +54,7 @@ def end_if_stuck(rank: int, launcher: int, wait: float) -> bool:
     sentence = (
         f"torch's launcher (process {launcher}) has waited {wait:.0f} s for the host that started the job and was ended"
     )
-    print(f"error: {sentence}.", file=sys.stderr, flush=True)
+    print(f"error: {sentence}.\n{more_at(RankLostError.entry)}", file=sys.stderr, flush=True)
     with suppress(ProcessLookupError, PermissionError):
         os.kill(launcher, signal.SIGKILL)
     return True

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from minigrpo.distributed.stuck_launcher import leave_guard
-from minigrpo.errors import MinigrpoError, RankLostError
+from minigrpo.errors import MinigrpoError, RankLostError, more_at
 from minigrpo.utils.signals import is_alive
 
 BEAT_S = 1.0
@@ -218,7 +218,8 @@ class Watch:
         if self._closed.wait(GRACE_S):
             return
         if self._is_speaker(verdict):
-            print(f"error: {verdict.sentence}", file=sys.stderr, flush=True)
+            more = more_at(RankLostError.entry)
+            print(f"error: {verdict.sentence}\n{more}", file=sys.stderr, flush=True)
         if verdict.rank < 0:
             leave_guard()
         self._end_process(verdict.code)

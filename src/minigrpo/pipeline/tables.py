@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from minigrpo.errors import more_at
 from minigrpo.ui.live import duration
 from minigrpo.ui.plain_text import printable
 from minigrpo.ui.tables import plain_table, titled
@@ -42,6 +43,7 @@ def verdict_table(verdict: PreflightResult) -> RenderableType:
         lines.append(Text(told, style="bold green"))
     else:
         lines.append(Text("verdict: not yet. Training like this would teach nothing.", style="bold red"))
+        lines.append(Text(more_at("preflight-says-not-yet")))
     return Stack(*lines)
 
 
@@ -190,7 +192,8 @@ def plan_table(plan: Plan) -> RenderableType:
         ends = [Text(chosen), Text("it fits", style="bold green")]
     else:
         turns = "\n".join(f"  {sentence}" for sentence in plan.advice)
-        ends = [Text("it does not fit", style="bold red"), Text(f"What to turn, the most helpful first:\n{turns}")]
+        told = f"What to turn, the most helpful first:\n{turns}\n{more_at('it-does-not-fit-into-memory')}"
+        ends = [Text("it does not fit", style="bold red"), Text(told)]
     return titled(f"memory on {plan.device}, {plan.dtype}", table, "", *ends)
 
 

@@ -73,6 +73,7 @@ def _halve_rows(engine: Any, rows_left: int, n: int, message: str) -> None:
     if rows <= n:
         raise RecipeError(
             f"Memory ran out while {n} completions of one prompt were sampled side by side ({message[:120]}). See what "
-            "takes it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --rollout.completions takes less"
+            "takes it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --rollout.completions takes less",
+            entry="memory-ran-out",
         )
     engine.rows = max(n, rows // 2)

@@ -124,7 +124,8 @@ def _in_use(run: RunDir) -> ArtifactError:
         time.sleep(0.02)
     return ArtifactError(
         f"{run.path} is in use: {found or 'another process'}. Wait for it or stop it; or begin another run: "
-        "--run runs/NAME"
+        "--run runs/NAME",
+        entry="a-run-is-in-use",
     )
 
 

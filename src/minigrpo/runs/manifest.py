@@ -80,7 +80,8 @@ def settle_base(run: RunDir, base: str, sha256: str) -> None:
         where = base if base == then["base"] else f"{base} (it was {then['base']})"
         raise ArtifactError(
             f"The base {where} is not the one that {run.path} began from: its weights or its config.json are others. "
-            "Put those back; or, if they lie elsewhere now, name them where it is merged: --base FOLDER"
+            "Put those back; or, if they are elsewhere now, name them where it is merged: --base FOLDER",
+            entry="the-base-is-another-one",
         )
 
 

@@ -64,7 +64,8 @@ def retry_on_oom(
         if not can_cut:
             raise SharedPassError(
                 f"Memory ran out in a pass of {budget} tokens that all ranks share ({message[:120]}), so one of them "
-                f"cannot cut it. The same command with --resume goes on with passes of {max(1, budget // 2)}."
+                f"cannot cut it. The same command with --resume goes on with passes of {max(1, budget // 2)}.",
+                entry="memory-ran-out",
             )
         # Beyond the handler: until then the traceback holds the tensors of the pass that failed.
         clear()
@@ -83,7 +84,8 @@ def _halved(parts: Sequence[MicroBatch], budget: int, message: str) -> tuple[int
     if len(pieces) == len(parts):
         raise RecipeError(
             f"Memory ran out in a pass over a single completion, which cannot be cut ({message[:120]}). See what takes "
-            "it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --model.checkpointing on takes less"
+            "it: minigrpo plan RECIPE. A lower --rollout.max_tokens or --model.checkpointing on takes less",
+            entry="memory-ran-out",
         )
     return smaller, pieces
 

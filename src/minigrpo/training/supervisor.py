@@ -23,7 +23,7 @@ from minigrpo.algorithms.objective import Objective
 from minigrpo.algorithms.packing import Batch, pack
 from minigrpo.config.schema import Recipe
 from minigrpo.distributed.ranks import ALONE, Ranks
-from minigrpo.errors import ArtifactError, DivergenceError, SharedPassError
+from minigrpo.errors import ArtifactError, DivergenceError, SharedPassError, more_at
 from minigrpo.models.chat_template import clock_warning, render
 from minigrpo.models.context_window import check_prompts, longest_prompt
 from minigrpo.models.policy import Policy
@@ -344,14 +344,16 @@ class Supervisor:
         """Where memory ran out, cut passes to so many tokens from now on, and after a resume."""
         if tokens < self.tokens_per_pass:
             if self.ranks.leads:
-                self.logger.say(
+                told = (
                     f"Memory ran out in a pass of {self.tokens_per_pass} tokens: going on with {tokens}. Same gradient."
                 )
+                self.logger.say(f"{told} {more_at('memory-ran-out')}")
             self._set_tokens_per_pass(tokens)
 
     def _keep_fewer_rows(self, rows: int) -> None:
         """Where memory ran out in a rollout, decode as few rows side by side after a resume, too."""
-        self.logger.say(f"Memory ran out in a rollout: going on with {rows} rows side by side. Same draws.")
+        told = f"Memory ran out in a rollout: going on with {rows} rows side by side. Same draws."
+        self.logger.say(f"{told} {more_at('memory-ran-out')}")
         self._write_machine(rows=rows)
 
     def _record(self, step: int, metrics: Mapping[str, float], sampled: StepGroups, batch: Batch) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minigrpo.errors import last_words
+
 MOST_KEPT = 64
 """Groups whose tokens are kept; of more, the oldest are measured again when somebody asks."""
 
@@ -61,8 +63,7 @@ class Inspections:
         try:
             found = {"state": "done", "found": json.loads(told)}
         except ValueError:
-            words = [line for line in errors.splitlines() if line.strip()]
-            found = {"state": "failed", "error": words[-1] if words else f"It ended with {process.returncode}."}
+            found = {"state": "failed", "error": last_words(errors) or f"It ended with {process.returncode}."}
         with self._lock:
             self._busy, self._process = None, None
             self._found[key] = found

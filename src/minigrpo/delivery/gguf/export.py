@@ -40,7 +40,7 @@ from minigrpo.delivery.gguf.parity import (
 from minigrpo.delivery.gguf.quantize import FLOAT_FORMATS, FORMATS, Quantised, measure_file, quantise
 from minigrpo.delivery.parity.kl import record_parity
 from minigrpo.delivery.parity.table import format_kl, unusable_reason
-from minigrpo.errors import ArtifactError, MinigrpoError, command_line
+from minigrpo.errors import ArtifactError, MinigrpoError, command_line, more_at
 from minigrpo.models.model_files import BaseFiles, open_base
 from minigrpo.runs.manifest import hash_files, read_sealed, slug, write_sealed
 from minigrpo.runs.rundir import (
@@ -421,7 +421,8 @@ def exported_table(exported: Exported) -> RenderableType:
     lines: list[RenderableType] = [titled(title, table), Text(f"written by {exported.converter}", style="dim")]
     for file in exported.files:
         lines += [Text(f"{file.format} rejected: {fault}", style="red") for fault in file.proof["faults"]]
-        lines += [Text(f"{file.file.name} is {file.unusable}", style="red")] if file.unusable else []
+        more = more_at("a-gguf-file-is-unusable")
+        lines += [Text(f"{file.file.name} is {file.unusable} {more}", style="red")] if file.unusable else []
     if exported.kept:
         size = f"{exported.kept.stat().st_size / 1e9:.3g} GB"
         lines.append(Text(f"kept for further formats: {exported.kept} ({size}); remove it as you like", style="dim"))

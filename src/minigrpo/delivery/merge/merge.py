@@ -245,7 +245,8 @@ def _record_or_reject(
     if failed and not fault:
         what = f"{failed.excess}. {_remedy(measured)}"
     raise ArtifactError(
-        f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}"
+        f"The merged model is not what was trained: {what} What was made is kept for a look: {rejected}",
+        entry="the-merge-is-refused",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from minigrpo.delivery.gguf.header import GgufHeader, read_header
 from minigrpo.delivery.serve.commands import DEFAULT_CONTEXT
+from minigrpo.delivery.serve.resolve import NONSENSE, no_template
 from minigrpo.delivery.serve.server import ServerClient, serve_gguf
 from minigrpo.errors import ModelError
 from minigrpo.models.context_window import check_room
@@ -32,7 +33,7 @@ def open_gguf(file: Path, *, max_tokens: int) -> Iterator[GgufEngine]:
     that is missing, truncated or refused, ModelError for one without a chat template."""
     header = read_header(file)
     if not header.template:
-        raise ModelError(f"{file} holds no chat template, so messages cannot become a prompt. Export it again.")
+        raise ModelError(no_template(file), entry=NONSENSE)
     wanted = max(DEFAULT_CONTEXT, 2 * max_tokens + DEFAULT_CONTEXT // 2)
     server = serve_gguf(file, context=min(wanted, header.context or wanted))
     with server as client:

@@ -30,6 +30,8 @@ from minigrpo.utils.paths import user_path
 
 EngineChoice = Literal["auto", "llama.cpp", "vllm"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NONSENSE = "a-gguf-file-answers-nonsense"
+"""The entry of the troubleshooting page on a file that was trained and answers as if it was not."""
 DEFAULT_ANSWER_TOKENS = 256
 """Length of an answer where no run tells it."""
 
@@ -90,6 +92,14 @@ def resolve_servable(what: str, options: ServeOptions) -> Servable:
         return _from_hub(what, options)
     raise ArtifactError(
         f"{what} is not there. Give a run's folder, a .gguf file, a model's folder, or, for vLLM, a Hub id."
+    )
+
+
+def no_template(file: Path) -> str:
+    """Return the sentence on a GGUF file that has no chat template."""
+    return (
+        f"{file} holds no chat template, which writes messages as the prompts that the model was trained on. Export "
+        "the model again with its template: minigrpo export RUN, or minigrpo export FOLDER."
     )
 
 

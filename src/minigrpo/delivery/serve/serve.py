@@ -31,9 +31,9 @@ from minigrpo.delivery.serve.commands import (
     vllm_command,
 )
 from minigrpo.delivery.serve.llama_server import API_KEY
-from minigrpo.delivery.serve.resolve import Servable, ServeOptions, resolve_servable
+from minigrpo.delivery.serve.resolve import NONSENSE, Servable, ServeOptions, no_template, resolve_servable
 from minigrpo.delivery.serve.server import ServerProcess
-from minigrpo.errors import MinigrpoError, command_line
+from minigrpo.errors import MinigrpoError, command_line, more_at
 from minigrpo.models.chat_template import PROBE_QUESTION, ChatTemplate, is_continued, turn_options, whole_answer
 from minigrpo.runs.rundir import RunDir
 from minigrpo.types import Message, Prompt, Task
@@ -135,6 +135,16 @@ def _template_of(servable: Servable) -> ChatTemplate:
     places = [servable.run.adapter, servable.run.merged] if servable.run else []
     places += [Path(servable.model.source)] if servable.model else []
     return next((found for place in places if (found := ChatTemplate.beside(place)).text), ChatTemplate(None))
+
+
+def template_warning(servable: Servable) -> str | None:
+    """Return the sentence for a GGUF file without a chat template: llama.cpp then takes one of its own."""
+    if servable.gguf is None or read_header(servable.gguf).template:
+        return None
+    return (
+        f"WARNING: {no_template(servable.gguf)} Without it llama.cpp writes messages in a form of its own, and the "
+        f"model may answer nonsense. {more_at(NONSENSE)}"
+    )
 
 
 def _choose_prompt(servable: Servable, question: str | None) -> tuple[Task | None, Prompt]:
@@ -243,7 +253,7 @@ def serve(
         log = str(server.log) if servable.run else None
         with suppress(KeyboardInterrupt):  # from here on Ctrl-C is the regular way to end it
             ready = _describe_server(server.command, servable, question, options.parallel)
-            if warning := options.access.warning(options.host):
+            for warning in filter(None, (options.access.warning(options.host), template_warning(servable))):
                 Screen(stderr=True).show(Text(warning, style="bold"))
             tell(replace(ready, log=log, answer=answer))
             if not once:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigrpo.config.schema import Recipe
+from minigrpo.errors import more_at
 
 WINDOW, LONG = 5, 50
 """Steps of a short window, and steps over which something was better before."""
@@ -118,12 +119,19 @@ CUT, LENGTH = "completions/clipped_ratio", "completions/mean_length"
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """`holds` is asked once `steps` steps are there; `says` is one sentence, or two."""
+    """`holds` is asked once `steps` steps are there; `says` is one sentence, or two. `entry`: of the troubleshooting
+    page, where that says more."""
 
     name: str
     steps: int
     holds: Callable[[History], bool]
     says: Callable[[History], str]
+    entry: str | None = None
+
+    def message(self, past: History) -> str:
+        """Return the line that is printed: by its name docs/alarms.md lists it."""
+        more = f" {more_at(self.entry)}" if self.entry else ""
+        return f"alarm, {self.name}: {self.says(past)}{more}"
 
 
 class Alarms:
@@ -160,7 +168,7 @@ class Alarms:
             self._first.append(row)
         raised = [alarm for alarm in ALARMS if self._is_due(alarm, step) and alarm.holds(self._past(alarm.steps))]
         self._said |= {alarm.name: step for alarm in raised}
-        return [f"alarm, {alarm.name}: {alarm.says(self._past(alarm.steps))}" for alarm in raised]
+        return [alarm.message(self._past(alarm.steps)) for alarm in raised]
 
     def _is_due(self, alarm: Alarm, step: int) -> bool:
         said = self._said.get(alarm.name)
@@ -207,6 +215,7 @@ UNFORMED = Alarm(
         f"earned {past.reward} and none had the asked-for form. The model does not know the form: show it with "
         "warmup.steps (see `minigrpo warmup --help`), or see with `minigrpo check-task` whether the prompt asks for it."
     ),
+    entry="reward-stays-at-0",
 )
 BROKEN = Alarm(
     "broken",
@@ -217,6 +226,7 @@ BROKEN = Alarm(
         f"asked-for form, which {past.peak('format'):.0%} had had before: too large a step has broken the model. "
         "Begin again with a lower train.lr."
     ),
+    entry="training-exploded",
 )
 TOO_HARD = Alarm(
     "too hard",
@@ -228,6 +238,7 @@ TOO_HARD = Alarm(
         "hard for this model (easier prompts, more rollout.completions), or its grader never pays: see "
         "`minigrpo check-task`."
     ),
+    entry="reward-stays-at-0",
 )
 CONSTANT = Alarm(
     "constant reward",
@@ -257,6 +268,7 @@ TIED = Alarm(
         "solved always or never. More rollout.completions or a higher rollout.temperature brings differences; "
         "groups.resample and groups.focus look for prompts that have them."
     ),
+    entry="all-siblings-earn-the-same",
 )
 TRUNCATED = Alarm(
     "truncated",
@@ -267,6 +279,7 @@ TRUNCATED = Alarm(
         f"{past.recipe.rollout.max_tokens} tokens, before an answer could stand there. Raise rollout.max_tokens, "
         "or ask for shorter answers in the prompt."
     ),
+    entry="answers-are-cut-off",
 )
 HACKED = Alarm(
     "reward hacking",
@@ -277,6 +290,7 @@ HACKED = Alarm(
         f"{past.rise('accuracy')[0]:+.2g}: the reward may be earned without solving. Look at what is paid in "
         "groups.jsonl, and at the balance in task.weights."
     ),
+    entry="reward-rises-and-accuracy-does-not",
 )
 FALLEN = Alarm(
     "reward fell",
