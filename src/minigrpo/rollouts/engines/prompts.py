@@ -28,10 +28,17 @@ WORTH_PACKING = 10**9
 
 
 class PromptLayout(Protocol):
-    ids: Tensor
-    positions: Tensor
-    start: int
-    """The first position of the cache that is read now; earlier ones hold what was read before."""
+    @property
+    def ids(self) -> Tensor:
+        """The tokens that are read now, in the layout's own shape."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Where in its prompt each of them stands; one row for all prompts where they are padded."""
+
+    @property
+    def start(self) -> int:
+        """The first position of the cache that is read now; earlier ones hold what was read before."""
 
     def store(self, cache: Tensor, key: Tensor, value: Tensor) -> None:
         """Put keys and values [..., K, D] into a layer's cache [2, M, K, P, D]."""
@@ -85,8 +92,14 @@ class PackedPrompts:
         ids = torch.tensor([token for each in prompts for token in each[start:]])
         positions = torch.cat([torch.arange(start, start + length) for length in rests])
         row_T = torch.arange(len(prompts)).repeat_interleave(torch.tensor(rests))
-        tensors = (to_device(tensor, device) for tensor in (ids, positions, row_T))
-        return cls(*tensors, len(prompts), max(rests), start)
+        return cls(
+            to_device(ids, device),
+            to_device(positions, device),
+            to_device(row_T, device),
+            len(prompts),
+            max(rests),
+            start,
+        )
 
     def store(self, cache: Tensor, key: Tensor, value: Tensor) -> None:
         cache[0].transpose(1, 2)[self.row_T, self.positions] = key
@@ -118,5 +131,6 @@ def shared_beginning(prompts: Sequence[Sequence[int]], products: int) -> int | N
 
 def _common_length(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with: what the first and the last in order have in common."""
-    first, last = min(prompts), max(prompts)
+    ids_M = [tuple(ids) for ids in prompts]
+    first, last = min(ids_M), max(ids_M)
     return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
