@@ -152,6 +152,8 @@ def test_every_example_in_the_help_is_a_command_that_parses(
     spy("train_on_ranks", 0)
     monkeypatch.setattr(attack, "attack_task", lambda *_, **__: NOTHING_FOUND)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
+    (tmp_path / "runs/r16").mkdir(parents=True)
+    (tmp_path / "runs/r16/recipe.yaml").write_text("seed: 1\n")
     (tmp_path / "train.py").write_text("GRPOTrainer(model='M', args=GRPOConfig(max_steps=1))\n")
     lines = [line.partition("#")[0].partition(">")[0] for block in EXAMPLES.values() for line in block.splitlines()]
     for words in (line.split()[1:] for line in lines if line.strip()):
