@@ -178,7 +178,7 @@ def test_a_port_that_is_taken_is_named_with_its_owner_and_a_free_one(run: RunDir
     assert code == 2
     assert f"Port {port} of 127.0.0.1 is taken" in err
     assert f"process {os.getpid()}" in err
-    free = int(err.rpartition("--port ")[2])
+    free = int(err.rpartition("--port ")[2].split()[0])
     assert reserve_port("127.0.0.1", free) == free
 
 

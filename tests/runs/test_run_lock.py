@@ -128,7 +128,8 @@ def test_a_command_that_writes_into_a_run_is_refused_while_another_holds_it(
     before = {file: file.read_bytes() for file in run.path.rglob("*")}
     said = refusal(WRITING[command], run.path, capsys)
     assert f"error: {run.path} is in use: process {other.process.pid} on {socket.gethostname()}, since 20" in said
-    assert said.endswith("Wait for it or stop it; or begin another run: --run runs/NAME")
+    told = "Wait for it or stop it; or begin another run: --run runs/NAME More: docs/troubleshooting.md#a-run-is-in-use"
+    assert said.endswith(told)
     assert {file: file.read_bytes() for file in run.path.rglob("*")} == before
 
 
