@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,21 @@ def test_where_no_server_is_left_the_run_ends_with_each_ones_fault_and_how_to_st
     assert f"(2) No vLLM server answers at {dying.url}" in told
     assert "--resume" in told
     assert "vllm serve" in told
+
+
+@pytest.mark.parametrize("is_beside_an_update", [False, True])
+def test_lost_servers_are_tried_again_in_the_policys_own_thread_alone(is_beside_an_update: bool) -> None:
+    """In any other, the policy that they would be compared with is being updated."""
+    with stand_ins(one := StandIn(), other := StandIn()) as servers:
+        engine, deaths = opened(make_policy("qwen2"), servers, []), iter((True, True))
+        one.dies = other.dies = lambda body: body["n"] > 1 and next(deaths, False)
+        with ThreadPoolExecutor(1) as beside:
+            asked = beside.submit(samplers, engine).result if is_beside_an_update else partial(samplers, engine)
+            if is_beside_an_update:
+                with pytest.raises(MinigrpoError, match=r"No server of rollout\.server is left"):
+                    asked()
+            else:
+                assert asked() <= {name_of(one), name_of(other)}
 
 
 def test_several_urls_open_a_pool_and_one_url_does_not() -> None:

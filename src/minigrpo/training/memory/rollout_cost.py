@@ -85,7 +85,7 @@ def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> 
 
 
 def _padded(prompts: int, length: int) -> PaddedPrompts:
-    """Prompts that share nothing and fill their rows: packed ones take less."""
+    """Prompts that share nothing and fill their rows: packed ones take less (engines/prompts.py)."""
     return PaddedPrompts(torch.zeros(prompts, length, dtype=torch.long), torch.arange(length))
 
 
