@@ -90,3 +90,9 @@ def test_only_the_counts_of_two_models_are_kept(counted: Counter[str]) -> None:
         make_plan(tiny_config("qwen2", num_hidden_layers=layers), Recipe(), DEVICE, 20)
     assert len(counts._kept) == counts.KEPT
     assert counted["model"] == 4
+
+
+def test_a_path_that_is_no_utf8_is_counted_like_any_other() -> None:
+    """What a name's bytes become where they have no characters."""
+    recipe = Recipe().model_copy(update={"model": Recipe().model.model_copy(update={"path": "caf\udcc3"})})
+    assert make_plan(tiny_config("qwen2"), recipe, DEVICE, 20) == make_plan(tiny_config("qwen2"), Recipe(), DEVICE, 20)

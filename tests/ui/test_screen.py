@@ -164,3 +164,12 @@ def test_everything_is_printed_with_a_screen() -> None:
         for path in source.rglob("*.py")
     }
     assert {name: count for name, count in found.items() if count} == {"pipeline/deliver.py": 1}
+
+
+@pytest.mark.parametrize(("columns", "is_taken"), [("0", False), ("5", False), ("60", True), ("many", False)])
+def test_a_width_in_which_nothing_can_be_read_is_not_taken(
+    columns: str, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert (Screen(file=io.StringIO()).width == 60) == is_taken
+    assert Screen(file=io.StringIO()).width >= 60

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleDimensions, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
@@ -85,8 +85,22 @@ def stdout_encodes(text: str) -> bool:
     return True
 
 
+NARROWEST, USUAL = 20, 80
+"""Columns below which a table shows nothing that can be read, and what is taken instead: where nobody knows the width,
+COLUMNS is 0 or 1."""
+
+
 class Screen(Console):
     """A console whose display never ends a command."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        told = super().size
+        return told if told.width >= NARROWEST else ConsoleDimensions(USUAL, told.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     @property
     def file(self) -> IO[str]:

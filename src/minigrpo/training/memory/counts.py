@@ -83,7 +83,7 @@ def counts_of(config: Any, recipe: Recipe, dtype: torch.dtype, device: str) -> C
     attention = str(getattr(config, "_attn_implementation", None))
     # What differs between the plans of one run, and changes no count.
     fixed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens_per_pass": 0, "memory": None})})
-    key = (config.to_json_string(use_diff=False), attention, fixed.model_dump_json(), str(dtype), device)
+    key = (config.to_json_string(use_diff=False), attention, repr(fixed.model_dump()), str(dtype), device)
     counts = _kept.pop(key, None) or Counts(config, fixed, dtype, device)
     _kept[key] = counts  # the newest last
     while len(_kept) > KEPT:
