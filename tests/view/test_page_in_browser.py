@@ -133,6 +133,34 @@ def test_the_parts_that_the_page_shows_sum_to_the_change_of_the_windows_that_are
         page.wait_for_selector("text=2 in both windows")
 
 
+REDRAW = "dispatchEvent(new HashChangeEvent('hashchange')); new Promise(done => setTimeout(done, 100))"
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "typed", "wanted"),
+    [
+        ("why/first", "B, after: first step", "12", "b=12-20"),
+        ("groups/first?step=10", "step", "7", "step=7"),
+        ("groups/first?step=10", "find", "say 3", "text=say\\+3"),
+        ("runs", "figures like", "reward", "match=reward"),
+    ],
+)
+def test_what_is_being_typed_outlives_a_page_that_is_drawn_anew(
+    browser: Any, server: ViewServer, place: str, label: str, typed: str, wanted: str
+) -> None:
+    with opened(browser, server, place) as page:
+        field = page.get_by_label(label, exact=True).first
+        field.wait_for()
+        field.focus()
+        page.keyboard.press("Control+a")
+        for key in typed:
+            page.keyboard.press(key)
+            page.evaluate(REDRAW)
+        assert field.input_value() == typed
+        field.blur()
+        until(page, f"/{wanted}/.test(location.hash)")
+
+
 def test_dragging_over_the_chart_moves_a_window(browser: Any, server: ViewServer) -> None:
     with opened(browser, server, "why/first") as page:
         page.wait_for_selector("#total")

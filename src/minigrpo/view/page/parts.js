@@ -1,6 +1,6 @@
 // Pieces that several pages use.
 
-import { html, useEffect, useState } from "./vendor/htm-preact-standalone.js";
+import { html, useEffect, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { ask } from "./api.js";
 import { change } from "./state.js";
 
@@ -79,10 +79,14 @@ export function Choice({ label, name, value, options }) {
 // A text field that changes the address a moment after the last key.
 export function Field({ label, name, value, placeholder, invalid }) {
   const [text, set] = useState(value || "");
-  useEffect(() => set(value || ""), [value]);
+  const sent = useRef(value || "");
   useEffect(() => {
-    if (text === (value || "")) return;
-    const timer = setTimeout(() => change({ [name]: text }), 250);
+    // What the field itself sent comes back later than the next key: only what others chose replaces the text.
+    if ((value || "") !== sent.current) set((sent.current = value || ""));
+  }, [value]);
+  useEffect(() => {
+    if (text === sent.current) return;
+    const timer = setTimeout(() => change({ [name]: (sent.current = text) }), 250);
     return () => clearTimeout(timer);
   }, [text]);
   return html`<label class="choice"
@@ -94,6 +98,24 @@ export function Field({ label, name, value, placeholder, invalid }) {
       aria-invalid=${invalid ? "true" : undefined}
       onInput=${(event) => set(event.target.value)}
   /></label>`;
+}
+
+// A field for a whole number. What is being typed stays, whatever the page shows anew meanwhile, until it is entered.
+export function NumberField({ label, value, min, max, enter }) {
+  const [typed, type] = useState(null);
+  const entered = (event) => {
+    type(null);
+    enter(Number(event.target.value));
+  };
+  return html`<input
+    type="number"
+    aria-label=${label}
+    min=${min}
+    max=${max}
+    value=${typed ?? value}
+    onInput=${(event) => type(event.target.value)}
+    onChange=${entered}
+  />`;
 }
 
 export function Fault({ fault }) {

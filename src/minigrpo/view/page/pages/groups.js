@@ -4,7 +4,7 @@ import { html, useEffect, useMemo, useState } from "../vendor/htm-preact-standal
 import { ask } from "../api.js";
 import { figure, firstDifference, signed, value } from "../format.js";
 import { change, link, useLoaded } from "../state.js";
-import { Choice, Fault, Field } from "../parts.js";
+import { Choice, Fault, Field, NumberField } from "../parts.js";
 import { Question, Text } from "../text.js";
 import { Measure, Tokens, useInspected } from "../tokens.js";
 
@@ -80,13 +80,8 @@ function Step({ run, query, turn }) {
       <button type="button" aria-label="step before" disabled=${found.step <= found.first} onClick=${() => go(found.step - 1)}>‹</button>
       <label
         >step${" "}
-        <input
-          type="number"
-          min=${found.first}
-          max=${found.last}
-          value=${found.step}
-          onChange=${(event) => go(Number(event.target.value) || found.first)}
-      /></label>
+        <${NumberField} value=${found.step} min=${found.first} max=${found.last} enter=${(step) => go(step || found.first)} />
+      </label>
       <input
         type="range"
         aria-label="step"

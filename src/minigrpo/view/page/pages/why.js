@@ -7,7 +7,7 @@ import { csvOfRows, download } from "../export.js";
 import { figure, percent, signed } from "../format.js";
 import { change, link, useLoaded } from "../state.js";
 import { smooth } from "../series.js";
-import { Choice, Fault, Scroll, useMetrics } from "../parts.js";
+import { Choice, Fault, NumberField, Scroll, useMetrics } from "../parts.js";
 
 export function Why({ run, query, turn }) {
   const metrics = useMetrics(run, turn);
@@ -54,19 +54,18 @@ function windowsOf(query, steps) {
 }
 
 function Window({ name, title, own, steps, moving, setMoving }) {
-  const set = (at) => (event) => {
+  const enter = (at) => (step) => {
     const next = [...own];
-    next[at] = Math.max(0, Math.round(Number(event.target.value)) || 0);
+    next[at] = Math.max(0, Math.round(step) || 0);
     if (next[0] > next[1]) next[1 - at] = next[at];
     change({ [name]: next.join("-") });
   };
-  const field = (at, label) => html`<input
-    type="number"
-    aria-label=${`${title}: ${label}`}
+  const field = (at, label) => html`<${NumberField}
+    label=${`${title}: ${label}`}
+    value=${own[at]}
     min=${steps[0]}
     max=${steps.at(-1)}
-    value=${own[at]}
-    onChange=${set(at)}
+    enter=${enter(at)}
   />`;
   return html`<fieldset class=${`window ${name}`}>
     <legend>
