@@ -63,8 +63,18 @@ def after(watch: Watch, clock: Clock, seconds: int) -> Watch:
     return watch
 
 
-def test_a_rank_that_stands_still_is_named_with_its_machine_and_what_it_did_and_is_ended() -> None:
-    store, clock = Store(), Clock()
+def test_a_rank_that_stands_still_is_named_with_its_machine_and_what_it_did_before_it_is_ended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: as soon as it has ended, its launcher ends the rank that would tell, too."""
+    store, clock, said, kill = Store(), Clock(), [], os.kill
+
+    def read_and_kill(pid: int, number: int) -> None:
+        said.append(capsys.readouterr().err)
+        kill(pid, number)
+
+    monkeypatch.setattr("minigrpo.distributed.watch.os.kill", read_and_kill)
+    monkeypatch.setattr("minigrpo.distributed.watch.is_alive", lambda pid: True)
     with process() as child:
         store["beat/1"] = beat(child.pid)
         watch = after(watch_of(store, clock), clock, 31)
@@ -75,7 +85,12 @@ def test_a_rank_that_stands_still_is_named_with_its_machine_and_what_it_did_and_
     for words in ("Rank 1", socket.gethostname(), "in the rollout of step 7", "--resume", "for 31 s"):
         assert words in str(told.value)
     assert json.loads(store["verdict"])["rank"] == 1
-    assert watch.speaks(told.value)
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {told.value}\nMore: ")
+    assert not watch.speaks(told.value)  # it is told
+    assert watch.speaks(TaskError("The grader raised."))
+    after(watch, clock, 9)
+    assert not capsys.readouterr().err
 
 
 def test_a_process_that_is_gone_is_noticed_at_once_and_one_elsewhere_when_it_is_silent() -> None:

@@ -3,7 +3,8 @@
 Every second each rank leaves a beat in the store that all of them share: a count, and what it is doing. A thread of
 each watches the rank after it, in a ring, so that the store's work grows with the ranks, not with their square. A rank
 whose process is gone, or whose count stands still for `silence` seconds, is lost; whoever finds that leaves a verdict,
-which all read. A rank that ends with an error of its own leaves one, too, so that the others need not guess.
+which all read. A rank that ends with an error of its own leaves one, too, so that the others need not guess. That a
+rank was lost is said at once, before anything follows from it: the launcher ends the others as soon as one has ended.
 
 A process that stood still itself, and with it its clock, accuses nobody: it listens for another `silence` first.
 
@@ -77,6 +78,8 @@ class Watch:
         self.silence, self._end_process, self._clock = silence, end, clock
         self._me = Beat(0, socket.gethostname(), os.getpid(), "starting")
         self.verdict: Verdict | None = None
+        self._told: Verdict | None = None
+        self._telling = threading.Lock()
         self._found = threading.Event()
         self._closed = threading.Event()
         self._next = (rank + 1) % size
@@ -116,6 +119,8 @@ class Watch:
 
     def speaks(self, fault: BaseException) -> bool:
         """Tell whether this rank tells the user of an error: one does, and the others would repeat it."""
+        if self._told is not None and str(fault) == self._told.sentence:
+            return False
         if self.verdict is None or self.verdict.rank == self.rank:
             return self.rank == 0
         return self._is_speaker(self.verdict)
@@ -211,15 +216,23 @@ class Watch:
 
     def _conclude(self, verdict: Verdict) -> None:
         self.verdict = self.verdict or verdict
+        if self.verdict.lost:
+            self._tell(self.verdict)
         self._found.set()
+
+    def _tell(self, verdict: Verdict) -> None:
+        """Tell the user of a verdict, once, where this is the rank that does."""
+        with self._telling:
+            if self._told is not None or not self._is_speaker(verdict):
+                return
+            self._told = verdict
+            print(f"error: {verdict.sentence}\n{more_at(RankLostError.entry)}", file=sys.stderr, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         """End the process, unless the training ends by itself first: it may be in the midst of the same error."""
         if self._closed.wait(GRACE_S):
             return
-        if self._is_speaker(verdict):
-            more = more_at(RankLostError.entry)
-            print(f"error: {verdict.sentence}\n{more}", file=sys.stderr, flush=True)
+        self._tell(verdict)
         if verdict.rank < 0:
             leave_guard()
         self._end_process(verdict.code)
