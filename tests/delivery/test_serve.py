@@ -3,6 +3,7 @@ running."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from minigrpo.cli import main
 from minigrpo.delivery.gguf.header import read_header
 from minigrpo.delivery.serve.commands import VllmModel, fit_context, reserve_port, vllm_command
 from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
-from minigrpo.delivery.serve.serve import ask_once, plan_server
+from minigrpo.delivery.serve.serve import ask_once, plan_server, ready_lines
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.runs.rundir import RunDir
 from minigrpo.tasks.builtin.wordproblems import SYSTEM_PROMPT
@@ -72,6 +74,12 @@ def test_a_question_of_ones_own_is_answered_and_the_server_stopped(run: RunDir, 
     assert children(os.getpid()) == before
 
 
+def shown(lines: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(lines)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_dry_run_prints_both_lines_and_starts_nothing(run: RunDir, capsys: Any) -> None:
     code, out, _ = serve(capsys, str(run.path), "--dry-run", "--port", "0")
     ours, docker = out.splitlines()
@@ -105,6 +113,8 @@ def test_vllm_is_told_the_temperature_of_the_training_and_the_rank_of_the_adapte
     assert "--config-format" not in line
     assert ready.docker is not None
     assert "--lora-modules mine=/adapter" in ready.docker
+    assert "docker" in shown(ready_lines(ready))
+    assert "docker" not in shown(ready_lines(ready, stays=False))  # asked once, and it has ended
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from minigrpo.delivery.parity.compare import load_strictly
 from minigrpo.delivery.serve.commands import LOCALHOST, VllmModel, find_vllm, reserve_port, vllm_command
 from minigrpo.delivery.serve.gguf_engine import open_gguf
 from minigrpo.delivery.serve.resolve import ServeOptions, resolve_servable
-from minigrpo.delivery.serve.server import ServerClient, ServerProcess, serve_gguf
+from minigrpo.delivery.serve.server import ServerClient, ServerProcess, last_line, serve_gguf
 from minigrpo.errors import ArtifactError, MinigrpoError
 from minigrpo.pipeline.evaluate import evaluate
 from minigrpo.rollouts.groups import rollout
@@ -238,3 +238,13 @@ def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -
     shutil.copytree(run.path, tmp_path / "other")
     artefact = resolve_servable(str(tmp_path / "other"), ServeOptions(engine="llama.cpp"))
     assert (artefact.name, artefact.gguf) == ("other", tmp_path / "other" / "gguf" / "mine-Q8_0.gguf")
+
+
+def test_a_progress_line_shows_whole_words_of_what_a_server_wrote_last(tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    log.write_text("load_model: loading model\n" * 9 + "main: server is listening")
+    assert last_line(log) == "load_model: loading model main: server is listening"
+    log.write_text("short\n")
+    assert last_line(log) == "short"
+    log.write_text("a_word_that_is_longer_than_sixty_letters_" * 3)
+    assert last_line(log) == ""

@@ -44,7 +44,8 @@ def test_a_sound_task_passes_and_its_figures_are_json(echo_task):
         (lambda p, t: Grade(1.0 if t == p.target else 0.1, solved=True), "pays for an empty answer"),
         (lambda p, t: Grade(float(t.isdigit()), solved=True), "as much for the right answer of another prompt"),
         (lambda p, t: Grade(float(len(t)), solved=True), "as much for the very long text"),
-        (lambda p, t: Grade(1.0, solved=True), "Every answer earns 1"),
+        (lambda p, t: Grade(1.0, solved=True), "Every answer earns 1."),
+        (lambda p, t: Grade(float("RESULT" in t)), "Every answer earns 0, also the right one ('"),
         (lambda p, t: Grade(1 / len(t)), "raised ZeroDivisionError"),
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_in_a_log_a_slow_run_tells_every_step(tmp_path: Path) -> None:
         snapshot = snapshot.after(step, {"reward": 0.5}, [a_group()], None)
         view.show(snapshot)
     assert len(seen(console).splitlines()) == 4
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the run's own process", "one that watches"])
+def test_a_step_says_what_share_was_cut_off_where_any_was(own: bool) -> None:
+    def facts(*ends: Any) -> list[str]:
+        group = a_group()
+        said = tuple(replace(one, finish=end) for one, end in zip(group.completions, ends, strict=True))
+        share = ends.count("length") / len(ends)
+        groups = [replace(group, completions=said)] if own else []
+        return Snapshot().after(1, {"completions/clipped_ratio": share}, groups, None).facts()
+
+    size = len(a_group().completions)
+    assert f"cut off {1 / size:.0%}" in facts("length", *["stop"] * (size - 1))
+    assert not any("cut off" in fact for fact in facts(*["stop"] * size))
 
 
 def test_a_terminal_shows_the_curve_and_a_sample_without_its_control_characters(tmp_path: Path) -> None:

@@ -148,3 +148,14 @@ def test_every_alarm_is_documented_and_names_knobs_that_exist() -> None:
     named = {word for word in words if word.partition(".")[0] in sections()}
     assert named
     assert not named - fields_by_name().keys()
+
+
+def test_a_task_that_asks_for_no_form_is_not_said_to_have_it() -> None:
+    """Such a task counts every answer as formed."""
+    ((_, told),) = heard([ZERO | {"format": 1.0}] * 5)
+    assert "completions earned 0. Either the task is too hard" in told
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.6, 1), (0.4, 0)])
+def test_an_alarm_is_raised_where_more_answers_are_cut_off_than_end(share: float, alarms: int) -> None:
+    assert len(heard([CALM | {"completions/clipped_ratio": share}] * 5)) == alarms

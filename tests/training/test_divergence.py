@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from minigrpo.config.load import load_recipe, recipe_names
 from minigrpo.config.schema import Recipe, WatchConfig
-from minigrpo.training.monitor.divergence import DivergenceMonitor, Explosion, message, propose_rate
+from minigrpo.training.monitor.divergence import HIGHEST_RATE, DivergenceMonitor, Explosion, message, propose_rate
 from tests.helpers.curves import DECAYS, EXPLODES, EXPLODES_AT_ONCE, EXPLODES_KL, HEALTHY, HEALTHY_FAST, rows
 
 USUAL = {"reward": 0.5, "reward_std": 0.4, "informative_groups": 1.0, "accuracy": 0.3, "format": 0.8}
@@ -118,11 +119,13 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one() -> None:
 
 
 def test_the_rate_proposed_is_below_the_one_that_exploded() -> None:
-    recipe = Recipe.model_validate({"train": {"lr": 0.1}})
-    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.1)) == 0.01
-    assert propose_rate(recipe.train.lr, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
-    assert propose_rate(recipe.train.lr, Explosion(90, 80, "", 0.1)) == 0.03
-    assert propose_rate(recipe.train.lr, Explosion(3, 2, "")) == 0.01
+    assert propose_rate(0.01, Explosion(3, 2, "", 0.01)) == 0.001
+    assert propose_rate(0.1, Explosion(3, 2, "", 0.02)) == 0.002  # on its way up in the warm-up
+    assert propose_rate(0.003, Explosion(90, 80, "", 0.003)) == 0.001
+    assert propose_rate(0.003, Explosion(3, 2, "")) == 0.0003
+    for lr in (0.1, 1.0):  # so far above what trains anything that a third of it would explode as well
+        assert propose_rate(lr, Explosion(90, 80, "", lr)) == HIGHEST_RATE
+    assert max(load_recipe(name).train.lr for name in recipe_names()) == HIGHEST_RATE
 
 
 def test_the_message_says_what_when_where_and_how_to_begin_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,17 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from minigrpo.algorithms.objective import OBJECTIVES
 from minigrpo.algorithms.packing import pack
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import RecipeError
 from minigrpo.models.policy import Policy
+from minigrpo.pipeline.tables import plan_table
 from minigrpo.rollouts.engines.cuda_graph import SlotEngine
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import UpdateSettings, accumulate_gradient, update_policy
 from minigrpo.training.memory.meta import meta_policy, training_pass, uniform_micro_batch
-from minigrpo.training.memory.planner import Device, Plan, make_plan
+from minigrpo.training.memory.planner import BUDGET_SHARE, Device, Plan, make_plan
 from minigrpo.training.memory.rollout_cost import (
     RolloutShape,
     native_rollout_cost,
@@ -152,6 +155,19 @@ def test_where_nothing_fits_the_plan_says_what_to_turn() -> None:
     assert not nothing.fits
     assert any("nf4" in sentence for sentence in nothing.advice)
     assert planned(40).advice == ()
+
+
+@pytest.mark.parametrize("share", [1.1, 0.9])
+def test_no_knob_is_named_where_the_program_alone_has_no_room(share: float) -> None:
+    plan = planned(0.05)
+    plan = replace(plan, budget=int(share * plan.line("program") / BUDGET_SHARE))
+    assert not plan.fits
+    console = Console(file=io.StringIO(), width=160)
+    console.print(plan_table(plan))
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert ("No knob helps: the program alone takes" in shown) is (share < 1)
+    assert ("What to turn, the most helpful first" in shown) is (share > 1)
+    assert f"may take {plan.room / 1e9:.2f} nine tenths of what is there" in shown
 
 
 def test_four_bits_spare_weights_and_full_training_costs_moments() -> None:

@@ -26,6 +26,7 @@ from minigrpo.errors import TaskError
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.grading import gold_answer
 from minigrpo.rollouts.groups import prompts_of
+from minigrpo.tasks.common.rewards import shorten_repr
 from minigrpo.types import Completion, Grade, Prompt, Split, Task
 from minigrpo.ui.tables import plain_table, titled
 
@@ -228,8 +229,12 @@ def _earning_faults(groups: Sequence[Mapping[str, _Trial]]) -> Iterator[TaskFind
 def _constant_faults(trials: Sequence[_Trial]) -> Iterator[TaskFinding]:
     rewards = {trial.first.reward for trial in trials if trial.first.scored}
     if len(rewards) == 1:
-        right = any(trial.kind == "gold" for trial in trials)
-        yield TaskFinding(f"Every answer earns {rewards.pop():g}.", "Siblings that tie teach nothing.", stops=right)
+        golds, reward = [trial for trial in trials if trial.kind == "gold"], rewards.pop()
+        if golds and reward <= 0:
+            what = f"Every answer earns {reward:g}, also the right one ({shorten_repr(golds[0].text)})."
+            yield TaskFinding(what, "Is `gold` written in the form that the grader reads?", stops=True)
+        else:
+            yield TaskFinding(f"Every answer earns {reward:g}.", "Siblings that tie teach nothing.", stops=bool(golds))
         return
     names = {name for trial in trials for name in trial.first.parts}
     for name in sorted(names):
@@ -308,5 +313,6 @@ def task_check_table(check: TaskCheck) -> RenderableType:
         )
         for fault in check.faults
     ]
-    verdict = Text("fit to train on", "bold green") if check.ok else Text("not yet fit to train on", "bold red")
+    fit = "fit to train on" + ("" if any(kind.name == "gold" for kind in check.kinds) else ", as far as could be tried")
+    verdict = Text(fit, "bold green") if check.ok else Text("not yet fit to train on", "bold red")
     return Stack(titled(title, table), *lines, verdict)

@@ -67,6 +67,9 @@ def evaluate(
         console = Screen(quiet=quiet)
         task = open_task(recipe)
         ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
+        there = len(task.prompts(split))
+        if limit and 0 < there < limit:
+            console.print(f"The task has {there} {split} prompts: all of them are asked.")
         folder = found.run.evals if found else Path("evals")
         file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
         require_free(file)

@@ -182,7 +182,7 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_row(line.name, gigabytes(line.bytes), line.when, line.about, style=style)
     for name, value in {"rollout": plan.at("rollout"), "update": plan.at("update")}.items():
         table.add_row(Text(f"in all, {name}"), gigabytes(value), "", "")
-    table.add_row("may take", gigabytes(plan.budget), "", "a tenth of it is left alone")
+    table.add_row("may take", gigabytes(plan.room), "", "nine tenths of what is there for it")
     recompute = "recomputed" if plan.recompute else "kept"
     chosen = (
         f"{plan.tokens_per_pass} tokens per pass (the longest has {plan.pass_tokens}), activations {recompute}, "
@@ -192,7 +192,13 @@ def plan_table(plan: Plan) -> RenderableType:
         ends = [Text(chosen), Text("it fits", style="bold green")]
     else:
         turns = "\n".join(f"  {sentence}" for sentence in plan.advice)
-        told = f"What to turn, the most helpful first:\n{turns}\n{more_at('it-does-not-fit-into-memory')}"
+        program = plan.line("program")
+        told = (
+            f"No knob helps: the program alone takes {program / 1e9:.2f} GB. Take a larger device."
+            if program > plan.room
+            else f"What to turn, the most helpful first:\n{turns}"
+        )
+        told += f"\n{more_at('it-does-not-fit-into-memory')}"
         ends = [Text("it does not fit", style="bold red"), Text(told)]
     return titled(f"memory on {plan.device}, {plan.dtype}", table, "", *ends)
 

@@ -284,6 +284,11 @@ def read_metrics(run: RunDir, *, strict: bool = False) -> Iterator[dict[str, Any
     return _rows(run.metrics, METRICS_COLUMNS, _lines(run.metrics), strict)
 
 
+def last_logged_step(run: RunDir) -> int:
+    """Return the newest step in the log, whether a checkpoint holds it or not; 0 where there is none."""
+    return max((int(row["step"]) for row in read_metrics(run)), default=0)
+
+
 def read_groups(run: RunDir, *, newest_first: bool = False, strict: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the logged groups, each with its completions; `newest_first` reads no more of the file than is taken.
 

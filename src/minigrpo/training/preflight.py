@@ -22,7 +22,7 @@ from minigrpo.config.schema import GroupsConfig, Recipe
 from minigrpo.models.chat_template import render, with_opening
 from minigrpo.rollouts.async_grader import Grader
 from minigrpo.rollouts.engines.registry import release_caches
-from minigrpo.rollouts.grading import judge_group
+from minigrpo.rollouts.grading import gold_answer, judge_group
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.training.group_source import LOWEST_RATE
 from minigrpo.training.memory.machine import Plan, plan_of_run, tokens_per_pass
@@ -104,6 +104,9 @@ def preflight(
         release_caches(engine)
         pass_seconds = seconds_per_pass(policy, sampled.groups[-recipe.rollout.prompts :], recipe)
     figures = compute_figures(sampled, recipe, pass_seconds=pass_seconds, prompts=lengths, plan=plan)
+    if task.gold is not None:
+        golds = [count_tokens(policy.tokenizer, gold_answer(task, group.prompt)) for group in sampled.groups]
+        figures = replace(figures, shortest_gold=min(golds), longest_gold=max(golds))
     reasons = tuple(find_faults(figures, sampled.groups, recipe, task))
     warnings = (*policy.warnings, *(str(finding) for finding in find_warnings(figures, recipe, task)))
     warms = bool(reasons) and all(reason.warms for reason in reasons)
@@ -182,6 +185,11 @@ def _judge_ended(task: Task, policy: Any, prompt: Prompt, completions: tuple[Com
     """Make a group of completions that had all ended when their rollout was interrupted."""
     own = with_opening(policy.tokenizer, prompt, completions)
     return Group(prompt, render(policy.tokenizer, prompt).ids, own, judge_group(task, prompt, own))
+
+
+def count_tokens(tokenizer: Any, answer: str) -> int:
+    """Return the tokens that a model samples for an answer: its text, and the one that ends it."""
+    return len(tokenizer(answer, add_special_tokens=False).input_ids) + 1
 
 
 def measure_prompts(prompts: Sequence[Prompt], policy: Any, max_tokens: int) -> PromptLengths:

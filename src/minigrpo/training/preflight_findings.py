@@ -25,6 +25,10 @@ WARMUP_STEPS = 60
 LITTLE_FORM = 0.1
 
 
+OFTEN_CUT = 0.2
+"""The share of completions that are cut off from which preflight speaks of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreflightFinding:
     """What was seen, and what to turn. `warms`: a warm start mends it."""
@@ -59,6 +63,7 @@ class Figures:
     Rewards are those of the completions whose reward could be told.
     `step_seconds` is what one training step will take: a rollout, and a training pass over the groups that teach.
     `pass_seconds` is that pass if all groups teach. `planned_memory_gb`: what training will take at its height.
+    `shortest_gold`, `longest_gold`: tokens of the task's own right answers to these prompts, where it has them.
     """
 
     groups: int
@@ -82,6 +87,8 @@ class Figures:
     planned_memory_gb: float | None = None
     short_of_memory: bool = False
     decided: bool = True
+    shortest_gold: int | None = None
+    longest_gold: int | None = None
 
     @property
     def informative_rate(self) -> Rate:
@@ -132,9 +139,18 @@ def find_answer_faults(figures: Figures, groups: Sequence[Group], recipe: Recipe
         return [
             PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {limit} tokens.",
-                f"Let them finish: --rollout.max_tokens {2 * limit}. If the model never stops, its chat template or "
+                f"Let them finish: {advise_limit(figures, limit)} If the model never stops, its chat template or "
                 f"eos token does not fit it: use the instruct version. {advise_warmup(recipe.warmup, task)}",
                 warms=figures.formed == 0,
+            )
+        ]
+    limit = recipe.rollout.max_tokens
+    if gold_is_cut(figures, limit):
+        return [
+            PreflightFinding(
+                f"{figures.truncated:.0%} of the completions were cut off at {limit} tokens and none is right: even "
+                f"the shortest right answer that the task gives has {figures.shortest_gold}.",
+                f"Let them finish: {advise_limit(figures, limit)}",
             )
         ]
     if figures.formed == 0:
@@ -157,6 +173,16 @@ def always_cut(figures: Figures) -> bool:
     Then being cut off is no reason to stop.
     """
     return figures.truncated > 0.95 and figures.solved == 0
+
+
+def gold_is_cut(figures: Figures, limit: int) -> bool:
+    """Return whether many completions are cut off, none is right, and no right answer of the task fits the limit."""
+    return figures.truncated > OFTEN_CUT and figures.solved == 0 and (figures.shortest_gold or 0) > limit
+
+
+def advise_limit(figures: Figures, limit: int) -> str:
+    """Name a limit twice as high, or one with room for twice the task's longest right answer where that is more."""
+    return f"--rollout.max_tokens {2 * max(limit, figures.longest_gold or 0)}."
 
 
 def advise_warmup(config: WarmupConfig, task: Task) -> str:
@@ -259,12 +285,13 @@ def find_warnings(figures: Figures, recipe: Recipe, task: Task) -> list[Prefligh
                 "What takes it and what to turn: minigrpo plan RECIPE",
             )
         )
-    if figures.truncated > 0.2 and not always_cut(figures):
+    cut_is_told = always_cut(figures) or gold_is_cut(figures, recipe.rollout.max_tokens)
+    if figures.truncated > OFTEN_CUT and not cut_is_told:
         warnings.append(
             PreflightFinding(
                 f"{figures.truncated:.0%} of the completions were cut off at {recipe.rollout.max_tokens} tokens.",
                 f"They earn what an unfinished answer earns; if they were on the right way: "
-                f"--rollout.max_tokens {2 * recipe.rollout.max_tokens}.",
+                f"{advise_limit(figures, recipe.rollout.max_tokens)}",
             )
         )
     if 0 < figures.formed < LITTLE_FORM:

@@ -32,7 +32,7 @@ from minigrpo.rollouts.engines.registry import release_caches
 from minigrpo.rollouts.groups import prompts_of, rollout
 from minigrpo.rollouts.serialize import group_data, group_of
 from minigrpo.runs.chain import rewind_chain
-from minigrpo.runs.logger import Event, RankLog, RunLogger, read_metrics
+from minigrpo.runs.logger import Event, RankLog, RunLogger, last_logged_step, read_metrics
 from minigrpo.training import checkpoint
 from minigrpo.training.ahead import RolloutAhead, refuse_ahead
 from minigrpo.training.group_factor import check_factors
@@ -291,6 +291,7 @@ class Supervisor:
         newest, complaints = checkpoint.find_latest(self.run)
         for complaint in complaints:
             self.logger.say(complaint)
+        logged = last_logged_step(self.run)
         self.logger.rewind(newest.positions if newest else {})
         rewind_chain(self.run, newest.step if newest else None)
         record_origin(self.run, self.recipe, self._data, machine, after=newest.step if newest else 0)
@@ -303,7 +304,8 @@ class Supervisor:
         if complaints:
             checkpoint.discard_after(self.run, newest.step, "damaged")
         self._take_up(newest)
-        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.")
+        again = "" if logged <= newest.step else f" What came after it, up to step {logged}, is done again."
+        self.logger.say(f"Resumed after step {newest.step} of {self.recipe.train.last_step}.{again}")
         return newest.step
 
     def _take_up(self, saved: checkpoint.Checkpoint) -> None:

@@ -77,6 +77,8 @@ class Snapshot:
         facts = [f"reward {self.rewards[-1]:.3f}"] if self.rewards else []
         if not self.groups:
             facts += [words.format(self.metrics[name]) for name, words in LOGGED.items() if name in self.metrics]
+            cut = self.metrics.get("completions/clipped_ratio", 0.0)
+            facts += [f"cut off {cut:.0%}"] if cut else []
         grades = [grade for group in self.groups for grade in group.grades]
         if grades:
             facts.append(f"solved {sum(grade.solved for grade in grades) / len(grades):.0%}")
@@ -85,6 +87,8 @@ class Snapshot:
             facts.append(f"informative {round((1 - tied) * len(self.groups))}/{len(self.groups)}")
             lengths = [len(completion.token_ids) for group in self.groups for completion in group.completions]
             facts.append(f"length {sum(lengths) / len(lengths):.0f}")
+            cut = [completion.finish == "length" for group in self.groups for completion in group.completions]
+            facts += [f"cut off {sum(cut) / len(cut):.0%}"] if any(cut) else []
         return facts + [EXTRAS[name].format(self.metrics[name]) for name in EXTRAS if name in self.metrics]
 
 

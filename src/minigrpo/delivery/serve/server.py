@@ -348,12 +348,15 @@ def _open_log(log: Path | None) -> Iterator[Any]:
             yield stream
 
 
+LINE_WIDTH = 60
+
+
 def last_line(log: Path) -> str:
     """Return the last words that a server wrote, for a progress line."""
     with suppress(OSError), log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 2000))
-        lines = stream.read().decode(errors="replace").split()
-        return " ".join(lines)[-60:]
+        words = " ".join(stream.read().decode(errors="replace").split())
+        return words if len(words) <= LINE_WIDTH else words[-LINE_WIDTH - 1 :].partition(" ")[2]
     return ""
 
 

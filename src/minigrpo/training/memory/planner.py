@@ -121,8 +121,13 @@ class Plan:
         return sum(line.bytes for line in self.lines if line.when == "update")
 
     @property
+    def room(self) -> int:
+        """Bytes that the plan may fill."""
+        return int(BUDGET_SHARE * self.budget)
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= BUDGET_SHARE * self.budget
+        return self.peak <= self.room
 
     def to_dict(self) -> dict[str, Any]:
         own = {"fits": self.fits, "peak": self.peak, "rollout": self.at("rollout"), "update": self.at("update")}

@@ -206,6 +206,12 @@ def resampled_in_vain(past: History) -> bool:
     return tried >= 0.5 * past.recipe.rollout.prompts and past.mean("resample/found") < 0.1 * tried
 
 
+def _form_told(past: History) -> str:
+    """Say how many had the form; nothing where all did: a task that asks for none counts every answer as formed."""
+    formed = past.mean("format")
+    return f", though {formed:.0%} had the asked-for form" if formed < 1 else ""
+
+
 UNFORMED = Alarm(
     "unformed",
     WINDOW,
@@ -234,9 +240,9 @@ TOO_HARD = Alarm(
     lambda past: past.same and past.mean("reward") <= 0 and past.mean("format") > 0 and past.mean("accuracy") < 1,
     lambda past: (
         f"For {past.steps} steps no group had two different rewards: every one of the {past.answers} completions "
-        f"earned {past.reward}, though {past.mean('format'):.0%} had the asked-for form. Either the task is too "
-        "hard for this model (easier prompts, more rollout.completions), or its grader never pays: see "
-        "`minigrpo check-task`."
+        f"earned {past.reward}{_form_told(past)}. Either the task is too hard for this model (easier prompts, more "
+        "rollout.completions), or its grader never pays what the model writes: `minigrpo check-task` shows what it "
+        "pays for, `minigrpo view` what the model writes."
     ),
     entry="reward-stays-at-0",
 )
@@ -273,11 +279,11 @@ TIED = Alarm(
 TRUNCATED = Alarm(
     "truncated",
     WINDOW,
-    lambda past: past.all(CUT, lambda share: share >= 0.8),
+    lambda past: past.all(CUT, lambda share: share >= 0.5),
     lambda past: (
         f"{past.mean(CUT):.0%} of the completions of the last {past.steps} steps were cut off at "
-        f"{past.recipe.rollout.max_tokens} tokens, before an answer could stand there. Raise rollout.max_tokens, "
-        "or ask for shorter answers in the prompt."
+        f"{past.recipe.rollout.max_tokens} tokens, before they had ended. Raise rollout.max_tokens: see with `minigrpo "
+        "preflight` how far. Or ask for shorter answers in the prompt."
     ),
     entry="answers-are-cut-off",
 )

@@ -152,13 +152,18 @@ def _describe_ruin(then: Mapping[str, float], now: Mapping[str, float]) -> str |
     return None
 
 
+HIGHEST_RATE = 3e-3
+"""The highest learning rate of the packaged recipes: of a tiny model's adapter. A test compares them."""
+
+
 def propose_rate(lr: float, explosion: Explosion) -> float:
     """Propose a learning rate for a new run: one digit, a tenth of what exploded at once, a third of what did later.
 
-    Warm-up counts: a run that exploded on its way up to the peak is measured by how far it had come.
+    Warm-up counts: a run that exploded on its way up to the peak is measured by how far it had come. Never more than
+    the highest rate of the packaged recipes.
     """
-    rate = min(explosion.rate or lr, lr)
-    return float(f"{rate / (10 if explosion.onset <= EARLY else 3):.0e}")
+    rate = min(explosion.rate or lr, lr) / (10 if explosion.onset <= EARLY else 3)
+    return float(f"{min(rate, HIGHEST_RATE):.0e}")
 
 
 def message(explosion: Explosion, last_good_step: int | None, lr: float, run_path: Path) -> str:
