@@ -105,12 +105,7 @@ def plan(
     *,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(
-            "--gpu-memory",
-            metavar="GB",
-            help="Plan for a GPU of this size; it need not be here.",
-            show_default="this machine",
-        ),
+        typer.Option("--gpu-memory", metavar="GB", help="Plan for a GPU of this size.", show_default="this machine"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -193,9 +188,7 @@ def evaluate(
             metavar="RECIPE", help="The recipe whose task and limits count.", show_default="the run's, or all defaults"
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare with this model, prompt by prompt.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="A model to compare with, by prompt.")] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -209,9 +202,7 @@ def evaluate(
         float | None,
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
     ] = None,
-    split: Annotated[
-        Split, typer.Option(help="train shows how hard each training prompt is, for task.rates.")
-    ] = "test",
+    split: Annotated[Split, typer.Option(help="train: rates each training prompt, for task.rates.")] = "test",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every answer as JSON; replaces only an older evaluation.")
     ] = None,
