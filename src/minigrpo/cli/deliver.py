@@ -271,9 +271,7 @@ def serve(
     parallel: ParallelOption = None,
     api_key: KeyOption = None,
     cors: CorsOption = None,
-    wait: Annotated[
-        float, typer.Option(min=1, help="Longest silence of the server while it starts, in seconds.")
-    ] = 600.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds of silence allowed while it starts.")] = 600.0,
     vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="The python of an environment with vLLM.")] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="The folder of llama-server.")
@@ -339,14 +337,14 @@ def publish(
     *,
     repo: Annotated[
         str,
-        typer.Option(metavar="USER/NAME", help="The merged model's repository; the others get -lora or -GGUF added."),
+        typer.Option(metavar="USER/NAME", help="The merged model's; others get -lora or -GGUF added."),
     ],
     what: Annotated[
         list[str] | None,
         typer.Option("--what", metavar="KIND", help="merged, adapter or gguf; may be repeated.", show_default="all"),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="DIR", help="Publish any folder as it is, in place of a run.")
+        Path | None, typer.Option("--folder", metavar="DIR", help="Any folder, as it is, in place of a run.")
     ] = None,
     with_run: Annotated[
         bool, typer.Option("--with-run", help="Also logs, checkpoints and hashes, by which others can audit the run.")

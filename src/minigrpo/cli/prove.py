@@ -24,9 +24,7 @@ def replay(
         int | None,
         typer.Option(min=1, help="The step to do again, as the log numbers it.", show_default="say what each costs"),
     ] = None,
-    group: Annotated[
-        int | None, typer.Option(min=1, metavar="K", help="Also show this group of the step, from 1.")
-    ] = None,
+    group: Annotated[int | None, typer.Option(min=1, metavar="K", help="Show this group of the step, from 1.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_STEPS, metavar="N", help="Draw N steps at random, in place of --step."),
