@@ -335,10 +335,7 @@ def verify(
 def publish(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)] = None,
     *,
-    repo: Annotated[
-        str,
-        typer.Option(metavar="USER/NAME", help="The merged model's; others get -lora or -GGUF added."),
-    ],
+    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="The model's; the others get -lora or -GGUF added.")],
     what: Annotated[
         list[str] | None,
         typer.Option("--what", metavar="KIND", help="merged, adapter or gguf; may be repeated.", show_default="all"),
