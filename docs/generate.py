@@ -28,6 +28,8 @@ from minigrpo.utils.markdown import markdown_table
 
 KINDS = {"int": "NUMBER", "float": "NUMBER", "Path": "PATH"}
 FOLDER = Path(__file__).parent
+PAGE_WIDTH = 88
+"""Characters of a line of code that the site shows without scrolling, on a screen of 1280 pixels."""
 MADE = "<!-- Made by docs/generate.py: change the code, then run it. -->\n\n"
 
 
@@ -81,13 +83,17 @@ def _option(param: Any) -> str:
         return f"`{param.name.upper()}`"
     kind = getattr(param.type_descriptor.annotation, "__name__", "text")
     takes = "" if param.is_flag else f" {param.metavar or KINDS.get(kind, 'TEXT')}"
-    return f"`{', '.join(param.opts)}{takes}`"
+    return f"`{', '.join([*param.opts, *param.secondary_opts])}{takes}`"
 
 
 def _plain(param: Any) -> str:
     """Return what an option does, and its default where it is told."""
     default = param.show_default if isinstance(param.show_default, str) else param.default
-    told = f" Default: {default}." if default not in (None, False, ()) and param.param_type_name == "option" else ""
+    if param.param_type_name == "argument":
+        default = None
+    elif param.is_flag:
+        default = param.opts[0] if default and param.secondary_opts else None
+    told = f" Default: {default}." if default not in (None, "", ()) else ""
     return " ".join(f"{param.help or ''}{told}".split()).replace("|", "\\|")
 
 
@@ -124,14 +130,42 @@ def _entry(node: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 def _signature(node: ast.FunctionDef) -> str:
+    """Return a function's head, with a line for each parameter where one line is wider than a page."""
+    line = _line(node)
+    if len(line) <= PAGE_WIDTH:
+        return line
+    lines = "".join(f"    {one},\n" for one in _parameters(node.args))
+    return f"def {node.name}(\n{lines}){line[len(f'def {node.name}({ast.unparse(node.args)})') :]}"
+
+
+def _line(node: ast.FunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"def {node.name}({ast.unparse(node.args)}){returns}"
+
+
+def _parameters(args: ast.arguments) -> Iterator[str]:
+    """Yield the parameters one by one, each as it is written, with the marks * and **."""
+    defaults = [None] * (len(args.posonlyargs) + len(args.args) - len(args.defaults)) + list(args.defaults)
+    for one, default in zip([*args.posonlyargs, *args.args], defaults, strict=True):
+        yield _parameter(one, default)
+    if args.vararg or args.kwonlyargs:
+        yield f"*{ast.unparse(args.vararg) if args.vararg else ''}"
+    for one, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        yield _parameter(one, default)
+    if args.kwarg:
+        yield f"**{ast.unparse(args.kwarg)}"
+
+
+def _parameter(one: ast.arg, default: ast.expr | None) -> str:
+    if default is None:
+        return ast.unparse(one)
+    return f"{ast.unparse(one)} = {ast.unparse(default)}" if one.annotation else f"{one.arg}={ast.unparse(default)}"
 
 
 def _method(node: ast.FunctionDef) -> str:
     about = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
     named = any("property" in ast.unparse(each) for each in node.decorator_list)
-    return f"\n- `{node.name if named else _signature(node).removeprefix('def ')}`: {about}\n"
+    return f"\n- `{node.name if named else _line(node).removeprefix('def ')}`: {about}\n"
 
 
 PAGES = {"knobs.md": knobs_page, "commands.md": commands_page, "python.md": python_page}

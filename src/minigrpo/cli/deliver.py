@@ -64,7 +64,7 @@ ParallelOption = Annotated[
         min=1,
         max=256,
         metavar="N",
-        help="Requests at a time. llama.cpp: each takes memory of its own; vLLM: at most.",
+        help="Requests at a time. In llama.cpp each takes memory of its own; in vLLM it is the most.",
         show_default="1; llama-server's and vLLM's own",
     ),
 ]
@@ -74,7 +74,7 @@ QuestionOption = Annotated[
         "--question",
         metavar="TEXT",
         parser=as_typed,
-        help="Asked first, below the system message of the training.",
+        help="The first question, sent with the system message of the training.",
         show_default="a problem of the run's task",
     ),
 ]
@@ -177,7 +177,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that was changed by hand.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Base and adapter in one model folder, proved.
+    """Merge base and adapter into one model folder, and prove it.
 
     Written shard by shard, with tokenizer, chat template and all else that other tools need. Then its probabilities
     are compared with those of the trained policy: it is refused if they differ by more than a tenth of what training
@@ -220,13 +220,13 @@ def export(
         Path | None,
         typer.Option(metavar="PYTHON", help="A python that has llm-compressor.", show_default="MINIGRPO_COMPRESSOR"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Make what is there already again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make again what is already there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The merged model as GGUF files, each proved by llama.cpp, or in compressed formats for vLLM.
 
-    Token ids of rendered prompts, and probabilities on held texts, are compared with the merged model's. What is too
-    far away is kept with .rejected after its name, and the exit code is 1. Beside each is a Modelfile for Ollama.
+    Token ids of rendered prompts, and probabilities on held-out texts, are compared with the merged model's. What is
+    too far away is kept with .rejected after its name, and the exit code is 1. Beside each is a Modelfile for Ollama.
     FP8, W4A16 and NVFP4 are folders that vLLM serves, made by llm-compressor: every weight is unpacked and compared.
     """
     from minigrpo.delivery.compressed.export import compress
@@ -271,7 +271,7 @@ def serve(
     parallel: ParallelOption = None,
     api_key: KeyOption = None,
     cors: CorsOption = None,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds of silence allowed at its start.")] = 600.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds of silence allowed while it starts.")] = 600.0,
     vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="The python of an environment with vLLM.")] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="The folder of llama-server.")
@@ -311,11 +311,12 @@ def verify(
     *,
     serve: Annotated[bool, typer.Option("--serve", help="Serve its GGUF file and ask the server, too.")] = False,
     served: Annotated[
-        str | None, typer.Option("--served", metavar="URL", help="A server of it that runs already: ask it, too.")
+        str | None,
+        typer.Option("--served", metavar="URL", help="Ask this server of the model, which already runs, too."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Open again everything that a run left, and hold it to what was trained.
+    """Open everything that a run left, and compare it with what was trained.
 
     Merged model, GGUF files, a server: bytes as they were sealed, the same tokens, probabilities within the limits.
     Rewrites parity.json. Exit code 0 where all is well, 1 where a stage is beyond its limit or was changed.

@@ -43,9 +43,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Where to write it.", show_default="RUN/report.html")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is not a report.")] = False,
 ) -> None:
-    """Tell a run in one file of HTML, to be mailed or kept.
+    """Write a run as one HTML file, to mail or to keep.
 
     Curves, the change of the reward from the first tenth of the steps to the last, split into its causes, answers
     before and after, the evaluation with intervals, parity, recipe, versions, alarms. Light and dark. It has no script
@@ -64,10 +64,10 @@ def watch(
 ) -> None:
     """Follow a run from another terminal.
 
-    Step, reward, share of groups that teach, length, time left, alarms, what it is at: a panel in a terminal; elsewhere
-    a line now and then, at most one every ten seconds. Only reads; Ctrl-C leaves the run alone. Ends when no process
-    works on the run any more, with exit code 0 where it has ended, 1 where it was killed or failed, 3 where it waits:
-    not begun yet, or stopped before its last step.
+    Step, reward, share of groups that teach, length, time left, alarms, what it is doing: a panel in a terminal;
+    elsewhere a line now and then, at most one every ten seconds. Only reads; Ctrl-C leaves the run alone. Ends when no
+    process works on the run any more, with exit code 0 where it has ended, 1 where it was killed or failed, 3 where it
+    waits: not begun yet, or stopped before its last step.
     """
     from minigrpo.view.watch import EXIT_CODES, watch_run
 
@@ -82,7 +82,7 @@ def inspect(
     run: RunFolder,
     *,
     step: Annotated[int, typer.Option(min=1, help="The step, as the log numbers it.")],
-    group: Annotated[int, typer.Option(min=1, metavar="K", help="The group of it, from 1.")] = 1,
+    group: Annotated[int, typer.Option(min=1, metavar="K", help="Which group of the step, from 1.")] = 1,
     by: Annotated[By, typer.Option(help="The figure by which a terminal colours tokens.")] = "change",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="the run's")] = None,
     as_json: AsJson = False,

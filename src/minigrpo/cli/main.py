@@ -105,9 +105,7 @@ def plan(
     *,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(
-            "--gpu-memory", metavar="GB", help="Of a GPU, which need not be here.", show_default="this machine"
-        ),
+        typer.Option("--gpu-memory", metavar="GB", help="Plan for a GPU of this size.", show_default="this machine"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -190,7 +188,7 @@ def evaluate(
             metavar="RECIPE", help="The recipe whose task and limits count.", show_default="the run's, or all defaults"
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this one, prompt by prompt.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="A model to compare with, by prompt.")] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -204,9 +202,9 @@ def evaluate(
         float | None,
         typer.Option(min=0, max=10, help="0 takes the likeliest token.", show_default="0; with --n: 1"),
     ] = None,
-    split: Annotated[Split, typer.Option(help="train: how hard each training prompt is, for task.rates.")] = "test",
+    split: Annotated[Split, typer.Option(help="train: rates each training prompt, for task.rates.")] = "test",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Every answer as JSON; replaces an evaluation only.")
+        Path | None, typer.Option(metavar="FILE", help="Write every answer as JSON; replaces only an older evaluation.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -247,7 +245,7 @@ def fork(
     ] = 1,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The changed twin's: RUN/forks/NAME.", show_default="step and change"),
+        typer.Option(metavar="NAME", help="The changed twin's name: RUN/forks/NAME.", show_default="step and change"),
     ] = None,
     limit: Annotated[
         int | None,
@@ -258,7 +256,7 @@ def fork(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it would take, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What if one thing had been otherwise?
+    """What if one thing had been different?
 
     Trains twins from a checkpoint of the run, with and without the change, on the same random numbers: without a
     reward function (--set task.weights.NAME=0), without one group (--set groups.factor.PROMPT=0), with another
@@ -350,9 +348,9 @@ def check_task_command(
     ] = False,
     steps: Annotated[
         int,
-        typer.Option(min=0, max=MOST_STEPS, help="Steps of its training; 0: only what needs none."),
+        typer.Option(min=0, max=MOST_STEPS, help="Steps of the cheater's training; 0: only attacks that need none."),
     ] = 60,
-    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of its training after this time.")] = 240.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no part of that training after this time.")] = 240.0,
     as_json: AsJson = False,
 ) -> None:
     """Try a task's grader on right and wrong answers, or attack it.
@@ -437,7 +435,7 @@ def recipes(
 ) -> None:
     """The recipes that come with the package, or one of them as YAML.
 
-    With --from-trl: a recipe of what a script (.py, which is read, not run) or a file of options (.yaml, .json) sets;
+    With --from-trl: a recipe with what a script (.py, which is read, not run) or a file of options (.yaml, .json) sets;
     what has no counterpart is listed. With --to: a script for TRL or verl, or a file for prime-rl, which asks and
     grades with this recipe's task; what has no counterpart stands in its comments.
     """

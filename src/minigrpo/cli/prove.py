@@ -24,7 +24,7 @@ def replay(
         int | None,
         typer.Option(min=1, help="The step to do again, as the log numbers it.", show_default="say what each costs"),
     ] = None,
-    group: Annotated[int | None, typer.Option(min=1, metavar="K", help="Show this group of it, from 1.")] = None,
+    group: Annotated[int | None, typer.Option(min=1, metavar="K", help="Show this group of the step, from 1.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_STEPS, metavar="N", help="Draw N steps at random, in place of --step."),
@@ -81,19 +81,23 @@ def refuse_mixed_options(step: int | None, steps: int | None, group: int | None,
 def audit(
     run: RunFolder,
     *,
-    steps: Annotated[int, typer.Option(min=0, help="Steps drawn at random and done again, with their stretch.")] = 3,
-    answers: Annotated[int, typer.Option(min=0, help="Answers of evaluations drawn at random and asked again.")] = 5,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Steps to draw at random and do again, with those between the same saves.")
+    ] = 3,
+    answers: Annotated[int, typer.Option(min=0, help="Answers of evaluations to draw at random and ask again.")] = 5,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed of the draw.", show_default="a new one, kept in audit.json")
     ] = None,
     base: BaseOption = None,
     model: Annotated[
         list[Path] | None,
-        typer.Option("--model", metavar="PATH", help="Also hold this model to the run: a file or folder; repeatable."),
+        typer.Option(
+            "--model", metavar="PATH", help="Also compare this model with the run: a file or folder; repeatable."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a run to its chain of hashes, and do parts of it again.
+    """Check a run against its chain of hashes, and do parts of it again.
 
     Recipe, code, base and data -> checkpoints -> logs -> adapter -> merged -> GGUF -> evaluations. Writes audit.json:
     what was shown, what was not, and on which machine. RUN may also be what publish --with-run has put on the Hub.
