@@ -27,6 +27,7 @@ from minigrpo.cli.options import OVERRIDES, RecipeCommand
 from minigrpo.config.load import load_recipe, recipe_names
 from minigrpo.errors import MinigrpoError
 from tests.helpers.listed_blocks import DRAWN, KNOWN_WORDS, LONG, MADE_PAGES, NOT_RUN, OTHER_TOOLS, PRINTED
+from tests.helpers.marks import rest_is_long
 from tests.helpers.newcomer import TASK, Newcomer, newcomers
 from tests.helpers.pages import (
     BLOCK_PAGES,
@@ -148,8 +149,15 @@ def commands_by_page(*, long: bool) -> dict[str, list[str]]:
     return found
 
 
+SLOW_PAGE = "commands.md"
+"""Made from `--help`, with an example of every command; other pages show most of them, too."""
+
+
 @pytest.mark.extra("gguf")
-@pytest.mark.parametrize("page", commands_by_page(long=False))
+@pytest.mark.parametrize(
+    "page",
+    rest_is_long(commands_by_page(long=False), *(page for page in commands_by_page(long=False) if page != SLOW_PAGE)),
+)
 def test_the_commands_of_a_page_run(page: str, newcomer: Newcomer, tmp_path: Path) -> None:
     do_all(newcomer, page, commands_by_page(long=False)[page], tmp_path / "home")
 

@@ -243,7 +243,7 @@ def test_a_run_whose_folder_was_renamed_is_served(run: RunDir, tmp_path: Path) -
 def test_a_progress_line_shows_whole_words_of_what_a_server_wrote_last(tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     log.write_text("load_model: loading model\n" * 9 + "main: server is listening")
-    assert last_line(log) == "load_model: loading model main: server is listening"
+    assert last_line(log) == "model load_model: loading model main: server is listening"
     log.write_text("short\n")
     assert last_line(log) == "short"
     log.write_text("a_word_that_is_longer_than_sixty_letters_" * 3)

@@ -8,10 +8,11 @@ import pytest
 
 from minigrpo.config.schema import Recipe
 from minigrpo.errors import ArtifactError
-from minigrpo.pipeline.evaluate import evaluate, require_free
+from minigrpo.pipeline.evaluate import evaluate, require_free, tell_where_fewer
 from minigrpo.pipeline.tables import answer_panel
 from minigrpo.runs.manifest import create_run, stamp
 from minigrpo.runs.rundir import RunDir, write_json
+from minigrpo.ui.screen import Screen
 
 EVALUATION = {"scores": {}, "made": stamp("evaluate", Recipe())}
 
@@ -75,3 +76,11 @@ def test_an_answer_is_shown_with_its_target_where_it_has_one(target: Any, shown:
     answer = {"prompt": "2 + 3?", "text": "6", "solved": False, "formed": True, "finish": "stop", "reward": 0.5}
     body = str(answer_panel(answer | {"target": target}, "wrong").renderable)
     assert body == f"2 + 3?\n→ 6\nwrong: reward 0.5{shown}"
+
+
+@pytest.mark.parametrize(("limit", "told"), [(12, True), (11, False), (None, False)])
+def test_that_a_task_has_fewer_prompts_than_were_asked_for_is_said(
+    limit: int | None, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_where_fewer(Screen(), 11, "test", limit)
+    assert ("The task has 11 test prompts: all of them are asked." in capsys.readouterr().out) is told

@@ -144,16 +144,15 @@ def test_a_model_that_is_always_cut_off_is_pointed_to_the_limit(check):
 def test_a_limit_that_no_right_answer_fits_is_named_with_one_that_has_room(check, echo_task):
     """Half of the answers end, and earn something: without the task's own answers that would be no reason to stop."""
     paid = replace(echo_task, grade=lambda prompt, text: Grade(float(len(text)), solved=False))
-    wordy = replace(paid, gold=lambda prompt: "a right answer of many words" * (1 + (prompt.id[-1] == "1")))
+    wordy = replace(paid, gold=lambda prompt: "a right answer of many words" + prompt.id)
     answers = ["no", "a very long answer"]
     assert check(answers, task=paid).go
     found = check(answers, task=wordy)
     shortest, longest = found.figures.shortest_gold, found.figures.longest_gold
     assert 8 < shortest < longest
     (reason,) = found.reasons
-    assert (
-        "50% of the completions were cut off at 8 tokens and none is right: even the shortest right answer "
-        in reason.what
+    assert reason.what.startswith(
+        "50% of the completions were cut off at 8 tokens and none is right: even the shortest"
     )
     assert reason.what.endswith(f" has {shortest}.")
     assert reason.change.endswith(f"--rollout.max_tokens {2 * longest}.")

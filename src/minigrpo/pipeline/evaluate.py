@@ -67,9 +67,7 @@ def evaluate(
         console = Screen(quiet=quiet)
         task = open_task(recipe)
         ask = EvalRequest(recipe, task, limit or recipe.eval.limit, n, temperature, console, split)
-        there = len(task.prompts(split))
-        if limit and 0 < there < limit:
-            console.print(f"The task has {there} {split} prompts: all of them are asked.")
+        tell_where_fewer(console, len(task.prompts(split)), split, limit)
         folder = found.run.evals if found else Path("evals")
         file = out or folder / f"{slug(name_of(model))}-{ask.file_stem}.json"
         require_free(file)
@@ -114,6 +112,12 @@ def require_free(file: Path) -> None:
         raise ArtifactError(
             f"{file} is no evaluation of minigrpo, so it is not replaced. Move it away, or name another: --out FILE"
         )
+
+
+def tell_where_fewer(console: Screen, there: int, split: Split, limit: int | None) -> None:
+    """Say that fewer prompts are asked than the user wanted: the task has no more."""
+    if limit and 0 < there < limit:
+        console.print(f"The task has {there} {split} prompts: all of them are asked.")
 
 
 @dataclass(frozen=True, slots=True)

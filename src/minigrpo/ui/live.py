@@ -87,8 +87,8 @@ class Snapshot:
             facts.append(f"informative {round((1 - tied) * len(self.groups))}/{len(self.groups)}")
             lengths = [len(completion.token_ids) for group in self.groups for completion in group.completions]
             facts.append(f"length {sum(lengths) / len(lengths):.0f}")
-            cut = [completion.finish == "length" for group in self.groups for completion in group.completions]
-            facts += [f"cut off {sum(cut) / len(cut):.0%}"] if any(cut) else []
+            ends = [completion.finish for group in self.groups for completion in group.completions]
+            facts += [f"cut off {ends.count('length') / len(ends):.0%}"] if "length" in ends else []
         return facts + [EXTRAS[name].format(self.metrics[name]) for name in EXTRAS if name in self.metrics]
 
 
