@@ -156,6 +156,7 @@ def test_a_limit_that_no_right_answer_fits_is_named_with_one_that_has_room(check
     )
     assert reason.what.endswith(f" has {shortest}.")
     assert reason.change.endswith(f"--rollout.max_tokens {2 * longest}.")
+    assert check(["no", "nope"], task=wordy).go  # wrong, and none is cut off
     right = replace(wordy, grade=lambda prompt, text: Grade(float(len(text)), solved=text == "no"))
     assert check(answers, task=right).go
 
