@@ -299,7 +299,8 @@ def ready_lines(ready: ReadyServer, *, stays: bool = True) -> RenderableType:
         )
         parts += [Text(f"question: {said.question}"), Text(f"answer:   {said.answer}"), Text(verdict, style="dim")]
     told = {"Ask it:": ready.curl, "From Python:": ready.python} if stays else {}
-    told |= {"vLLM in a container:": ready.docker} if ready.docker and stays else {}
+    served = "" if ready.command.engine == "vllm" else "The merged model, by "
+    told |= {f"{served}vLLM in a container:": ready.docker} if ready.docker and stays else {}
     for title, text in told.items():
         parts += [Text(f"\n{title}", style="dim"), Text(text)]
     if stays:
