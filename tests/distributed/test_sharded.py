@@ -221,7 +221,7 @@ def test_a_restored_model_is_gathered_anew_and_a_layer_is_let_go_when_it_has_com
 
 
 def test_slices_come_back_whole_however_they_divide(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1), nn.Linear(1, 2))
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1), nn.Linear(1, 6))  # 5 and 1 leave a rest, 6 does not
     expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     def cut(ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -135,10 +135,9 @@ def slice_like(parameter: Any, whole: Tensor) -> Any:
     """Return this rank's slice of a whole tensor, as a DTensor laid out as the parameter is. Nothing travels."""
     from torch.distributed.tensor import distribute_tensor
 
-    placed = distribute_tensor(
+    return distribute_tensor(
         whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
-    return placed.clone()  # of the slice alone: without it the whole tensor would stay in memory
 
 
 def unite(shards: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
