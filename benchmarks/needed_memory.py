@@ -97,9 +97,9 @@ def proof_bytes(config: Any, recipe: Recipe, prompt: int, device: str, *, recomp
 def plain_pass_bytes(policy: Policy, shape: RolloutShape, device: str) -> int:
     """Count a pass that reads a prompt for each row, forward and backward, on top of weights and gradients.
 
-    All completions have their logits at once. TRL's head on a GPU goes in tiles of 32,768 entries of the vocabulary, over
-    prompts and completions: that takes less where the vocabulary is larger than 32,768 times all tokens over those of
-    completions, as with every workload that is measured on a GPU, and more in `mini`, whose megabytes decide nothing.
+    All completions have their logits at once. TRL's head on a GPU goes in tiles of 32,768 entries of the vocabulary,
+    over prompts and completions: that takes less where the vocabulary is larger than 32,768 times all tokens over those
+    of completions, as in every workload for a GPU, and more in `mini`, whose megabytes decide nothing.
     """
     counter = MemoryCounter(policy_tensors(policy), device)
     with counter, policy.plain_attention(), META:

@@ -30,6 +30,8 @@ LANGUAGES = {".py": "python", ".yaml": "yaml"}
 """Files that become a page which shows them, by the language of its code block."""
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s]+)\)")
 """A link to a file: its words, and where it leads."""
+WHOLE_CODE, SENTENCE = 36, 40
+"""Letters up to which code stays on one line, that of a phone; and from which a cell of a table holds a sentence."""
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 """The head of a page that search leaves out: source text would bury the pages that explain it."""
 
@@ -107,6 +109,21 @@ def with_places(text: str, path: Path, names: dict[str, str]) -> str:
     return text
 
 
+def with_widths(html: str) -> str:
+    """Mark what site.css treats by its length: code that has to break, and columns of a table that hold sentences."""
+    html = re.sub(rf"<code>([^<]{{{WHOLE_CODE + 1},}})</code>", r'<code class="long">\1</code>', html)
+    return re.sub(r"<table>.*?</table>", lambda table: _with_wide_columns(table[0]), html, flags=re.DOTALL)
+
+
+def _with_wide_columns(table: str) -> str:
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("</tr>")]
+    longest = [
+        max(len(re.sub("<[^>]+>", "", cell)) for cell in column) for column in zip(*filter(None, rows), strict=True)
+    ]
+    columns = iter(longest)
+    return re.sub("<th(?=[ >])", lambda _: '<th class="wide"' if next(columns) > SENTENCE else "<th", table)
+
+
 def build(out: Path = OUT) -> int:
     """Write the pages and build the site strictly: a warning of the generator is an error. Return its exit code."""
     shutil.rmtree(out, ignore_errors=True)
@@ -118,6 +135,8 @@ def build(out: Path = OUT) -> int:
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(out / SETTINGS.name)]
     code = subprocess.run(command, check=False).returncode
     if not code:
+        for page in (out / "site").rglob("*.html"):
+            page.write_text(with_widths(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(out / "site" / "index.html")
     return code
 

@@ -1,14 +1,9 @@
 """Errors that the user can mend. Their messages are sentences: what, where, and what to do next.
 
     MinigrpoError            shown as its message alone, exit code 2
-    ├── RecipeError          a knob is misspelled, out of range or contradicts another
-    ├── ModelError           a model folder is missing, broken, or lacks what training needs
-    ├── TaskError            a task is unknown, empty, or its file cannot be used
-    ├── ArtifactError        a file of a run is missing, stale, damaged or in the way
-    ├── SandboxError         model-written programs cannot be run safely, or at all, on this machine
-    ├── DivergenceError      training produced numbers that cannot be used, again and again
-    └── RankLostError        one of the processes that train a run together is gone or stands still; exit code 75
-        └── SharedPassError  memory ran out on one of them in a pass that all share
+    ├── RecipeError, ModelError, TaskError, ArtifactError, SandboxError, DivergenceError
+    └── RankLostError        exit code 75
+        └── SharedPassError
 
 Anything else that escapes is a fault of ours and keeps its traceback.
 """
@@ -36,36 +31,50 @@ class MinigrpoError(Exception):
 
 
 class RecipeError(MinigrpoError):
+    """A knob is misspelled, out of range or contradicts another."""
+
     entry = "a-recipe-is-refused"
 
 
 class ModelError(MinigrpoError):
+    """A model folder is missing, broken, or lacks what training needs."""
+
     entry = "a-model-is-refused"
 
 
 class TaskError(MinigrpoError):
+    """A task is unknown, empty, or its file cannot be used."""
+
     entry = "a-task-is-refused"
 
 
 class ArtifactError(MinigrpoError):
+    """A file of a run is missing, stale, damaged or in the way."""
+
     entry = "a-file-of-a-run-is-refused"
 
 
 class SandboxError(MinigrpoError):
+    """Model-written programs cannot be run safely, or at all, on this machine."""
+
     entry = "programs-cannot-be-run"
 
 
 class DivergenceError(MinigrpoError):
+    """Training produced numbers that cannot be used, again and again."""
+
     entry = "training-exploded"
 
 
 class RankLostError(MinigrpoError):
+    """One of the processes that train a run together is gone or stands still."""
+
     exit_code = 75  # sysexits.h: try again
     entry = "a-rank-was-lost"
 
 
 class SharedPassError(RankLostError):
-    pass
+    """Memory ran out on one of the processes, in a pass that all share."""
 
 
 MORE = "More: docs/troubleshooting.md#"

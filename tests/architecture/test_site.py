@@ -94,6 +94,31 @@ def test_no_markdown_is_left_in_a_page(site: Path) -> None:
         assert not re.findall(r"^(?:- |\d\. ).*", text, re.MULTILINE), f"{page.name}: an item within a paragraph"
 
 
+@pytest.mark.extra("docs")
+def test_no_words_of_a_cell_are_taken_for_attributes_of_it(site: Path) -> None:
+    """`{name: value}` at the end of a cell is text here, and an attribute to an extension of Markdown."""
+    knobs = (site / "knobs.html").read_text(encoding="utf-8")
+    assert knobs.count("names with values, {name: value}") + knobs.count("names with numbers, {name: number}") == 3
+
+
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        (f"<code>{'a' * 36}</code>", f"<code>{'a' * 36}</code>"),
+        (f"<p><code>{'a' * 37}</code>", f'<p><code class="long">{"a" * 37}</code>'),
+        (f"<pre><code><span>{'a' * 99}</span></code>", f"<pre><code><span>{'a' * 99}</span></code>"),
+    ],
+)
+def test_code_that_is_longer_than_a_phones_line_is_marked(html: str, expected: str) -> None:
+    assert BUILDER.with_widths(html) == expected
+
+
+def test_columns_that_hold_sentences_are_marked() -> None:
+    row = "<tr><td>a</td><td><code>x</code> " + "word " * 8 + "</td></tr>"
+    table = "<table><thead><tr><th>n</th><th align=left>what</th></tr></thead>" + row + "</table>"
+    assert BUILDER.with_widths(f"{table}{row}") == table.replace("<th align", '<th class="wide" align') + row
+
+
 @pytest.mark.long
 @pytest.mark.extra("docs")
 @pytest.mark.needs("chromium")
