@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import harness, sweeps, trls
+from benchmarks import harness, proof, sweeps, trls
 from benchmarks.harness import same_work
 from benchmarks.machine import busy_neighbours, busy_seconds
 from benchmarks.ours import recipe_of
@@ -289,3 +289,18 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert "python -m benchmarks --sweep group" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.extra("bench")
+@pytest.mark.env("MINIGRPO_REAL_MODEL")
+@pytest.mark.env("MINIGRPO_GSM8K")
+def test_the_proof_holds_on_a_pretrained_model_and_noise_that_breaks_the_model_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = WORKLOADS["real"]
+    real.kind.make(tmp_path / "real")
+    setup = Setup(real, tmp_path / "real", tmp_path / "runs", threads=2, dtype="float32", steps=1)
+    assert proof.prove(setup).holds
+    monkeypatch.setattr(proof, "NOISE", 0.02)
+    assert not proof.prove(setup).holds

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu_first
 from benchmarks.gpu_first import Stage, failed, run
-from benchmarks.proof import move_from_zero
+from benchmarks.proof import NOISE, move_from_zero
 
 
 def python(code: str, seconds: float = 30.0, result: Path | None = None) -> Stage:
@@ -47,7 +47,7 @@ def test_the_limits_of_all_stages_leave_the_benchmark_half_of_the_time() -> None
 def test_the_proof_moves_weights_on_any_device_by_the_same_numbers() -> None:
     here, there = torch.zeros(3, 4), torch.zeros(3, 4, device="meta")
     move_from_zero([here, there])
-    assert torch.equal(here, 0.02 * torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(here, NOISE * torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.long
