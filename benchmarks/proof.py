@@ -30,7 +30,7 @@ from minigrpo.types import Group
 TOLERANCE = 1e-4
 NOISE = 0.005
 """Size of the numbers by which the adapter is moved: a pretrained model still speaks. Noise of 0.02 makes a 0.5B
-stammer, with a gradient 200 times as long, in which rounding to float32 alone comes to 2.6e-4; here it comes to 7e-6."""
+stammer, with a gradient 200 times as long, in which rounding to float32 alone comes to 2.6e-4; here it is 7e-6."""
 
 
 @dataclass(frozen=True, slots=True)
