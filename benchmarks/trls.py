@@ -85,7 +85,7 @@ SHOWN = (
 
 def run(setup: Setup, gate: StepGate) -> None:
     """Run TRL's steps until there are no more turns."""
-    if VARIANTS[setup.variant].tuned and setup.device != "cpu":
+    if VARIANTS[setup.variant].tuned:
         setup = replace(setup, passes=passes_that_fit(setup))
     trainer = open_trainer(setup, load(setup))
     clock = PhaseClock(trainer, setup.device)

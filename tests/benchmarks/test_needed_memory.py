@@ -13,7 +13,7 @@ import torch
 from benchmarks import needed_memory, proof
 from benchmarks.cards import CARDS
 from benchmarks.models import SHAPES, config_of
-from benchmarks.needed_memory import SPARE, must_recompute, passes_that_fit, proof_bytes
+from benchmarks.needed_memory import BESIDE, SPARE, must_recompute, passes_that_fit, proof_bytes
 from benchmarks.ours import recipe_of
 from benchmarks.sides import BenchmarkError, Setup
 from benchmarks.trls import trainer_options
@@ -77,7 +77,7 @@ def test_trl_takes_a_step_in_as_few_passes_as_fit_and_they_add_up_to_it(
     rows = MINI.prompts * MINI.completions
     found = []
     for size in (6e6, 4e6, 3e6):  # counted: 5.5 MB for four rows at once, 3.5 for two, 2.4 for one
-        free(size)
+        free(size / (1 - BESIDE))
         found.append(passes_that_fit(setup))
         options = trainer_options(replace(setup, passes=found[-1]))
         assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] == rows
@@ -85,6 +85,14 @@ def test_trl_takes_a_step_in_as_few_passes_as_fit_and_they_add_up_to_it(
     free(2e6)
     with pytest.raises(BenchmarkError, match=r"TRL takes .* for workload mini with one completion a pass"):
         passes_that_fit(setup)
+
+
+def test_with_autocast_a_pass_is_counted_in_the_wider_type(setup: Setup, free: Callable[[float], None]) -> None:
+    free(6e6 / (1 - BESIDE))
+    assert passes_that_fit(replace(setup, dtype="bfloat16+autocast")) == passes_that_fit(setup) == 1
+    free(5e6 / (1 - BESIDE))
+    assert passes_that_fit(replace(setup, dtype="bfloat16")) == 1
+    assert passes_that_fit(replace(setup, dtype="bfloat16+autocast")) == 2
 
 
 @pytest.mark.extra("bench")
