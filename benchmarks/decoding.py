@@ -48,7 +48,8 @@ SHORT = 2
 
 def in_process(policy: Policy, name: str, asked: Rendered) -> Rollout:
     """Return a rollout by an engine of the package, which ends at no token."""
-    policy.model.generation_config.eos_token_id = -1
+    # transformers fills ended rows with it, so it must be in the vocabulary; the last entry stands for no text.
+    policy.model.generation_config.eos_token_id = policy.model.config.get_text_config().vocab_size - 1
     recipe = load_recipe("gsm8k-fast", {"rollout.engine": name})
     engine = ENGINES[name](policy, recipe, 1024)
     if hasattr(engine, "stop_ids_s"):
