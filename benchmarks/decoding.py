@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ from minigrpo.delivery.gguf.quantize import quantise
 from minigrpo.errors import MinigrpoError
 from minigrpo.models.chat_template import render
 from minigrpo.models.policy import Policy, open_policy
-from minigrpo.rollouts.engines.registry import ENGINES
+from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Prompt, Rendered, Sampling
 
 Rollout = Callable[[int, int], None]
@@ -46,17 +47,28 @@ SHORT = 2
 """Tokens of the rollout whose time is subtracted."""
 
 
-def in_process(policy: Policy, name: str, asked: Rendered) -> Rollout:
-    """Return a rollout by an engine of the package, which ends at no token."""
-    # transformers fills ended rows with it, so it must be in the vocabulary; the last entry stands for no text.
-    policy.model.generation_config.eos_token_id = policy.model.config.get_text_config().vocab_size - 1
-    recipe = load_recipe("gsm8k-fast", {"rollout.engine": name})
-    engine = ENGINES[name](policy, recipe, 1024)
-    if hasattr(engine, "stop_ids_s"):
-        engine.stop_ids_s = torch.tensor([-1])
+def native(policy: Policy, asked: Rendered) -> Rollout:
+    """Return a rollout by minigrpo's engine, which ends at no token."""
+    engine = NativeEngine(policy, stop_ids=[-1], rows=1024)
     return lambda rows, tokens: _check(
         [len(done.token_ids) for done in engine.generate([asked], rows, Sampling(1.0, tokens, seed=1))[0]], tokens
     )
+
+
+def transformers(policy: Policy, asked: Rendered) -> Rollout:
+    """Return a rollout by `generate`, as quick as it comes: plain sampling, its default cache."""
+
+    @torch.no_grad()
+    def rollout(rows: int, tokens: int) -> None:
+        ids_BT = torch.tensor([asked.ids]).expand(rows, -1)
+        options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        with policy.plain_attention():
+            answers_BT = policy.model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+        _check([answers_BT.shape[1] - len(asked.ids)], tokens)
+
+    policy.model.eval()
+    return rollout
 
 
 def _check(lengths: Sequence[int], tokens: int) -> None:
@@ -97,6 +109,9 @@ def llama_server(file: Path, asked: Rendered, slots: int, context: int, threads:
 def _serve(pipe: Any, options: tuple[str, int, int, int]) -> None:
     import xllamacpp
 
+    silence = os.open(os.devnull, os.O_WRONLY)  # it logs every request
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     params = xllamacpp.CommonParams()
     params.model.path, params.n_parallel, params.n_ctx, threads = options
     params.hostnames, params.port, params.n_predict = ["127.0.0.1"], 0, -1
@@ -155,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
         files = gguf_files(given.folder, Path(scratch), given.gguf)
         for rows in given.rows:
             with ExitStack() as stack:
-                rollouts = {name: in_process(policy, name, asked) for name in ("native", "transformers")}
+                rollouts: dict[str, Rollout] = {make.__name__: make(policy, asked) for make in (native, transformers)}
                 for kind, file in files.items():
                     server = llama_server(file, asked, rows, context, given.threads)
                     rollouts[f"llama.cpp {kind}"] = stack.enter_context(server)
