@@ -135,9 +135,11 @@ def slice_like(parameter: Any, whole: Tensor) -> Any:
     """Return this rank's slice of a whole tensor, as a DTensor laid out as the parameter is. Nothing travels."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
+    placed = distribute_tensor(
         whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+    # Of the slice alone, or the whole tensor stays in memory. torch 2.13 copies it itself; older ones may not.
+    return placed.clone()
 
 
 def unite(shards: Mapping[str, Any], ranks: Ranks) -> dict[str, Tensor]:
