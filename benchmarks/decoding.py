@@ -49,7 +49,7 @@ SHORT = 2
 
 def native(policy: Policy, asked: Rendered) -> Rollout:
     """Return a rollout by minigrpo's engine, which ends at no token."""
-    engine = NativeEngine(policy, stop_ids=[-1], rows=1024)
+    engine = NativeEngine(policy, stop_ids=[-1], rows=1024, blocks=True)
     return lambda rows, tokens: _check(
         [len(done.token_ids) for done in engine.generate([asked], rows, Sampling(1.0, tokens, seed=1))[0]], tokens
     )

@@ -36,7 +36,7 @@ from minigrpo.rollouts.engines.registry import ENGINES, open_engine
 from minigrpo.runs.logger import RunLogger, read_metrics
 from minigrpo.runs.rundir import RunDir
 from minigrpo.training.grpo import grpo
-from minigrpo.training.memory.machine import plan_of_run, planned_rows
+from minigrpo.training.memory.machine import plan_of_run, planned_sampling
 from minigrpo.types import Engine, Rendered, Sampling, Task
 
 IN_PROCESS = ("native", "slots", "transformers")
@@ -143,7 +143,8 @@ def memory(setup: Setup, fast: Setup) -> dict[str, Any]:
     task = task_of(fast.workload, fast.folder)
     policy = open_policy(recipe)
     prompt = longest_prompt(task.prompts("train"), policy.tokenizer)
-    engine = open_engine(policy, recipe, planned_rows(policy, recipe, prompt))
+    side_by_side, blocks = planned_sampling(policy, recipe, prompt)
+    engine = open_engine(policy, recipe, side_by_side, blocks=blocks)
     plan = plan_of_run(policy, recipe, prompt)
     assert plan is not None, "the shapes of the benchmark are all of architectures that can be counted"
     run = RunDir(fast.scratch / "memory")

@@ -1,10 +1,10 @@
 """Time the limit: the step's own matrix products as bare kernels, one by one, on this machine, now.
 
 Each product of `shapes` is timed at its own shape and number type with nothing around it, by the fastest of the ways
-torch has for it. Weights are as cold as in a real pass: calls cycle over distinct copies that fill as much memory as
-the model's weights (up to COLD bytes, beyond any cache). A product counts no less than its weight's bytes over the
-measured memory bandwidth. Attention has too many shapes to time each: it counts at the rate of the fastest batched
-product, or its keys and values over the bandwidth, whichever takes longer.
+torch has for it, weights in blocks included (models/onednn.py). Weights are as cold as in a real pass: calls cycle over
+distinct copies that fill as much memory as the model's weights (up to COLD bytes, beyond any cache). A product counts
+no less than its weight's bytes over the measured memory bandwidth. Attention has too many shapes to time each: it
+counts at the rate of the fastest batched product, or its keys and values over the bandwidth, whichever takes longer.
 
     fraction of the limit = the limit's time / the measured time
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.shapes import Product, Work
+from minigrpo.models.onednn import blocked, blocked_linear, gains_by_blocks
 
 COLD = 256 << 20
 ROUNDS = 3
@@ -116,7 +117,10 @@ class Kernels:
             self.pool = self._filled(entries * copies)
         weights = [weight.view(shape) for weight in self.pool[: entries * copies].split(entries)]
         x = self._filled(product.rows, product.inner)
-        return min(self._round(way(x), weights) for way in KERNELS_BY_WAY[product.way])
+        taken = [self._round(way(x), weights) for way in KERNELS_BY_WAY[product.way]]
+        if product.way == "linear" and gains_by_blocks(self.dtype, self.device.type):
+            taken.append(self._round(lambda weight: blocked_linear(x, weight), [blocked(each) for each in weights]))
+        return min(taken)
 
     def _made(self, product: Product) -> float:
         """Time a product of activations, laid out as in the backward pass: the left one is transposed."""

@@ -93,6 +93,7 @@ def open_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
         policy,
         stop_ids=sorted(stop_ids(policy)),
         rows=rows,
+        blocks=True,
         stop_rule=(lambda tokens_n, row_n, so_far: lengths_B[row_n] == so_far) if forced else None,
     )
 

@@ -60,6 +60,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def has_bfloat16_blocks() -> bool:
+    import torch
+
+    from minigrpo.models.onednn import gains_by_blocks
+
+    return gains_by_blocks(torch.bfloat16, "cpu")
+
+
 def has_onednn() -> bool:
     import torch
 
@@ -107,6 +115,7 @@ def interpreter_for_all() -> str | None:
 
 
 SYSTEM = {
+    "bfloat16": Need(has_bfloat16_blocks, "this processor has no products in bfloat16, or this torch no oneDNN"),
     "chromium": Need(
         has_browser, "no chromium on the PATH, or no playwright: apt-get install chromium; pip install playwright"
     ),

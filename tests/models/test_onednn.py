@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minigrpo.models import onednn
-from minigrpo.models.onednn import linear, weight_grad
+from minigrpo.models.onednn import add_blocked_linear, blocked, blocked_linear, gains_by_blocks, linear, weight_grad
 
 
 @pytest.fixture(
@@ -45,3 +45,24 @@ def test_other_types_and_few_rows_stay_with_torch(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(onednn, "uses_onednn", refuse)
     for dtype, rows in ((torch.float64, 100), (torch.bfloat16, 100), (torch.float32, 31)):
         assert linear(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)).shape == (rows, 4)
+
+
+@pytest.mark.needs("bfloat16")
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 24), (16, 33), (100, 1), (1152, 896), (896, 4864)])
+def test_blocks_change_no_bit_of_a_product(outputs: int, inputs: int) -> None:
+    stream = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=stream).bfloat16() for shape in ((outputs, inputs), (outputs,)))
+    for rows in (1, 2, 3, 7, 16, 17, 33, 200):
+        x = torch.randn(rows, inputs, generator=stream).bfloat16()
+        for given in (None, bias):
+            assert torch.equal(blocked_linear(x, blocked(weight), given), torch.nn.functional.linear(x, weight, given))
+        y = torch.randn(rows, outputs, generator=stream).bfloat16()
+        assert torch.equal(add_blocked_linear(y, x, blocked(weight)), torch.addmm(y, x, weight.T))
+        assert torch.equal(blocked_linear(x[None], blocked(weight))[0], blocked_linear(x, blocked(weight)))
+
+
+def test_only_bfloat16_on_a_cpu_that_has_it_gains_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not gains_by_blocks(torch.float32, "cpu")
+    assert not gains_by_blocks(torch.bfloat16, "cuda")
+    monkeypatch.setattr(onednn, "bfloat16_instructions", lambda: ())
+    assert not gains_by_blocks(torch.bfloat16, "cpu")

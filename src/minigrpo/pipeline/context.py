@@ -38,7 +38,8 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
-    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, count_rows(policy, recipe, task, run)))
+    rows, blocks = plan_sampling(policy, recipe, task, run)
+    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, rows, blocks=blocks))
 
 
 def located(recipe: Recipe, run: RunDir, base: str | None = None) -> Recipe:
@@ -74,14 +75,18 @@ def allocator_for(recipe: Recipe) -> AbstractContextManager[None]:
     return nullcontext() if in_process else expandable_segments()
 
 
-def count_rows(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> int:
-    """Return how many completions are decoded side by side: as many as when the run began, or as memory admits."""
+def plan_sampling(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> tuple[int, bool]:
+    """Return how many completions are decoded side by side: as many as when the run began, or as memory admits. And
+    whether there is room for weights in blocks.
+    """
     from minigrpo.models.context_window import longest_prompt
+    from minigrpo.models.onednn import gains_by_blocks
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.training.checkpoint import read_machine
-    from minigrpo.training.memory.machine import planned_rows
+    from minigrpo.training.memory.machine import planned_sampling
 
     began = read_machine(run) if run else None
-    if began is not None:
-        return began.rows
-    return planned_rows(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
+    if began and not gains_by_blocks(policy.dtype, policy.device.type):
+        return began.rows, False
+    rows, blocks = planned_sampling(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
+    return (began.rows if began else rows), blocks

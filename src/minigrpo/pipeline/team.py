@@ -76,7 +76,8 @@ def lead(opened: OpenedRun, team: Team | None) -> Ranks:
     rows = getattr(opened.engine, "rows", 0)
     weights = sum(parameter.numel() for parameter in opened.policy.model.parameters())
     seconds = exchange_seconds(opened.recipe, team.size, weights=weights, rows=rows, device=opened.policy.device.type)
-    team.tell("plan", {"rows": rows, "threads": torch.get_num_threads(), "seconds": seconds})
+    blocks = getattr(opened.engine, "blocks", False)
+    team.tell("plan", {"rows": rows, "blocks": blocks, "threads": torch.get_num_threads(), "seconds": seconds})
     team.connect(seconds)
     where = ", ".join(f"{count} on {host}" for host, count in team.hosts().items())
     patience = timedelta(seconds=round(seconds))
@@ -128,7 +129,7 @@ def follow(recipe: Recipe, run: RunDir, team: Team) -> None:
         if plan is None:
             return
         torch.set_num_threads(plan["threads"])
-        opened = OpenedRun(recipe, task, policy, open_engine(policy, recipe, plan["rows"]))
+        opened = OpenedRun(recipe, task, policy, open_engine(policy, recipe, plan["rows"], blocks=plan["blocks"]))
         if recipe.warmup.steps:
             prepare.begin_with_warmup(opened, run)
         team.connect(plan["seconds"])

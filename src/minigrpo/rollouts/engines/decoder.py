@@ -5,8 +5,9 @@ from the model's own rotary module, activations from its MLP, scales and windows
 
 Adapters: on float32 weights the adapter is folded into private fused copies, in float32. On 16-bit weights a folded
 copy would round early training away (a bf16 fold of a young adapter loses most of it), so the adapter stays a second,
-narrow pass beside the untouched base weights. 4-bit layers are called as they are: on a GPU few rows pass through a
-product that unpacks as it goes, and a copy would cost the memory that 4 bit saves.
+narrow pass beside the untouched base weights. On a CPU, where memory admits, frozen bfloat16 weights are copied into
+oneDNN's blocks (models/onednn.py): the same bits, quicker. 4-bit layers are called as they are: on a GPU few rows pass
+through a product that unpacks as it goes, and a copy would cost the memory that 4 bit saves.
 
 Shapes: n rows in flight, M prompts, P longest shared prompt (the prompt without its last token), C own tokens so far,
 H query heads, K key/value heads, R = H / K, D head width, W hidden width.
@@ -44,16 +45,23 @@ def decoder_supports(model: Any) -> bool:
 class Projection:
     """Linear layers that read the same input, fused into one matrix product where their weights may be copied.
 
-    `norm`: applied to their input first. Its weights are folded into the fused copy, where there is one.
+    `norm`: applied to their input first. Its weights are folded into the fused copy of float32 weights. `blocks`: copy
+    frozen bfloat16 weights into oneDNN's blocks.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], norm: Norm | None = None, *, blocks: bool = False) -> None:
         self.modules, self.norm = modules, norm
         self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
         self.sizes = [base.out_features for base in self.bases]
         self.is_fused = all(base.weight.dtype == torch.float32 for base in self.bases)
         if self.is_fused:
             self.fused = torch.cat([base.weight.detach() for base in self.bases])
+        wide = sum(self.sizes) >= onednn.LEAST_OUTPUTS
+        self.can_block = wide and all(is_frozen_bfloat16(base) for base in self.bases)
+        self.blocked: Tensor | None = None
+        if blocks and self.can_block:
+            self.blocked = onednn.blocked(torch.cat([base.weight.detach() for base in self.bases]))
+            self.blocked_bias = self._joint_bias()
         self.joint_A: Tensor | None = None
         self.Bs: list[Tensor | None] = [None for _ in modules]
         self.refresh()
@@ -72,11 +80,15 @@ class Projection:
         if self.norm is not None:
             self.norm.refresh()
             self.fused.mul_(self.norm.weight)
-        filled_biases = [
-            base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias for base in self.bases
-        ]
-        biased = any(base.bias is not None for base in self.bases)
-        self.fused_bias = copy_in_place(getattr(self, "fused_bias", None), torch.cat(filled_biases)) if biased else None
+        bias = self._joint_bias()
+        self.fused_bias = None if bias is None else copy_in_place(getattr(self, "fused_bias", None), bias)
+
+    def _joint_bias(self) -> Tensor | None:
+        """Return the biases in one piece, zeros where a layer has none, or None where no layer has one."""
+        if all(base.bias is None for base in self.bases):
+            return None
+        filled = [base.weight.new_zeros(len(base.weight)) if base.bias is None else base.bias for base in self.bases]
+        return torch.cat(filled).detach()
 
     def _refresh_adapters(self, pairs: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
         """Copy the adapters beside weights that stay as they are: every A in one piece, since all read the same x."""
@@ -88,6 +100,12 @@ class Projection:
             None if pair is None else copy_in_place(old, (pair[1] * pair[2]).to(dtype))
             for old, pair in zip(self.Bs, pairs, strict=True)
         ]
+        if self.blocked is not None and self.joint_A is not None:
+            A, sized_Bs = self.joint_A, zip(self.sizes, self.Bs, strict=True)
+            # One product for all B: between the layers lie zeros, which change no sum.
+            joint_B = torch.block_diag(*[A.new_zeros(size, 0) if B is None else B for size, B in sized_Bs])
+            self.blocked_A = onednn.blocked(A) if len(A) >= onednn.LEAST_OUTPUTS else None
+            self.blocked_B = onednn.blocked(joint_B)
 
     def add_to(self, residual_nW: Tensor, x: Tensor) -> Tensor:
         """Return residual + self(x), in one call where possible."""
@@ -99,12 +117,22 @@ class Projection:
         """Map [..., W] to [..., sum of sizes]."""
         if self.is_fused:
             return onednn.linear(x if self.norm is None else self.norm.unit_rms(x), self.fused, self.fused_bias)
+        if self.blocked is not None:
+            return self._by_blocks(x if self.norm is None else self.norm(x))
         outputs = self.parts(x)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
+    def _by_blocks(self, x: Tensor) -> Tensor:
+        assert self.blocked is not None
+        y = onednn.blocked_linear(x, self.blocked, self.blocked_bias)
+        if self.joint_A is None:
+            return y
+        thin = linear(x, self.joint_A) if self.blocked_A is None else onednn.blocked_linear(x, self.blocked_A)
+        return onednn.add_blocked_linear(y, thin, self.blocked_B)
+
     def parts(self, x: Tensor) -> list[Tensor]:
         """Map [..., W] to what each layer makes of it, [..., its size]."""
-        if self.is_fused:
+        if self.is_fused or self.blocked is not None:
             return list(self(x).split(self.sizes, -1))
         x = x if self.norm is None else self.norm(x)
         outputs: list[Tensor] = [base(x) for base in self.bases]
@@ -114,6 +142,11 @@ class Projection:
                 if B is not None:  # product and sum in one call, rounded once, as in the policy's own layer
                     y.view(-1, y.shape[-1]).addmm_(thin_nr, B.T)
         return outputs
+
+
+def is_frozen_bfloat16(layer: Any) -> bool:
+    """Tell whether this is a plain linear layer in bfloat16 whose weights are not trained."""
+    return type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
 
 
 def copy_in_place(old: Tensor | None, new: Tensor) -> Tensor:
@@ -191,18 +224,18 @@ class Layer:
     scaling: float
 
     @classmethod
-    def from_module(cls, module: Any, heads: int, kv_heads: int) -> Layer:
+    def from_module(cls, module: Any, heads: int, kv_heads: int, *, blocks: bool) -> Layer:
         attn, mlp = module.self_attn, module.mlp
         own_window = getattr(attn, "sliding_window", None)
         # Mistral and Ministral3 keep the window in the config alone; Qwen and SmolLM3 decide per layer.
         window = own_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
         return cls(
-            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj], Norm(module.input_layernorm)),
+            qkv=Projection([attn.q_proj, attn.k_proj, attn.v_proj], Norm(module.input_layernorm), blocks=blocks),
             qk_norm=HeadNorm(attn, heads, kv_heads) if hasattr(attn, "q_norm") else None,
-            out=Projection([attn.o_proj]),
-            gate_up=Projection([mlp.gate_proj, mlp.up_proj], Norm(module.post_attention_layernorm)),
+            out=Projection([attn.o_proj], blocks=blocks),
+            gate_up=Projection([mlp.gate_proj, mlp.up_proj], Norm(module.post_attention_layernorm), blocks=blocks),
             act=mlp.act_fn,
-            down=Projection([mlp.down_proj]),
+            down=Projection([mlp.down_proj], blocks=blocks),
             uses_rope=bool(getattr(attn, "use_rope", True)),
             window=window,
             scaling=attn.scaling,
@@ -236,21 +269,37 @@ class Rope:
 
 
 class Decoder:
-    """The decoder. `prefill` reads prompts, `decode` one token of each row; both write the cache they are given."""
+    """The decoder. `prefill` reads prompts, `decode` one token of each row; both write the cache they are given.
+
+    `blocks`: copy frozen bfloat16 weights into blocks, where `onednn.gains_by_blocks`.
+    """
 
     def __init__(
-        self, model: Any, head: nn.Linear, backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND
+        self,
+        model: Any,
+        head: nn.Linear,
+        backend: shared_prompt.AttentionBackend = shared_prompt.TORCH_BACKEND,
+        *,
+        blocks: bool = False,
     ) -> None:
         config = model.config
         self.model, self.head, self.config = model, head, config
         self.kernel = backend.kernel
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = model.layers[0].self_attn.head_dim
-        self.layers = [Layer.from_module(module, self.heads, self.kv_heads) for module in model.layers]
+        self.layers = [Layer.from_module(module, self.heads, self.kv_heads, blocks=blocks) for module in model.layers]
         self.norm = Norm(model.norm)
         self.dtype, self.device = model.dtype, head.weight.device
         bases = [base for layer in self.layers for part in layer.projections for base in part.bases]
         self.products = sum(base.in_features * base.out_features for base in bases)  # of one token, without the head
+        self.blocked_head = onednn.blocked(head.weight) if blocks and is_frozen_bfloat16(head) else None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the weights that may be copied into blocks."""
+        projections = [projection for layer in self.layers for projection in layer.projections]
+        frozen = [base for each in projections if each.can_block for base in each.bases]
+        return sum(layer.weight.nbytes for layer in [*frozen, *([self.head] if is_frozen_bfloat16(self.head) else [])])
 
     def refresh(self) -> None:
         """Copy the current weights, layer by layer: one of a sharded model is gathered for as long as that takes."""
@@ -343,6 +392,8 @@ class Decoder:
         return self._logits(self.norm(x_nW))
 
     def _logits(self, x_nW: Tensor) -> Tensor:
+        if self.blocked_head is not None:
+            return onednn.blocked_linear(x_nW, self.blocked_head, self.head.bias)
         if type(self.head) is nn.Linear:
             return onednn.linear(x_nW, self.head.weight, self.head.bias)
         logits_nV: Tensor = self.head(x_nW)

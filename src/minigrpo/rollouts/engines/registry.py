@@ -13,10 +13,11 @@ from minigrpo.models.limits import check_engine, has_dora
 from minigrpo.types import Engine
 
 
-def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
+def open_engine(policy: Any, recipe: Recipe, rows: int | None = None, *, blocks: bool = False) -> Engine:
     """Open the engine that the recipe names, sampling from the policy's current weights.
 
-    `rows`: completions decoded side by side; None takes the recipe's number.
+    `rows`: completions decoded side by side; None takes the recipe's number. `blocks`: spend memory on weights in
+    blocks, where the engine gains by it (rollouts/engines/native.py).
     """
     from minigrpo.rollouts.engines.decoder import decoder_supports
 
@@ -25,7 +26,8 @@ def open_engine(policy: Any, recipe: Recipe, rows: int | None = None) -> Engine:
         kind = policy.model.config.model_type
         raise RecipeError(f"rollout.engine {name} does not know the architecture {kind!r}. Use auto, or transformers")
     check_engine(policy.model, name)
-    return ENGINES[name](policy, recipe, rows or recipe.rollout.rows)
+    opened = {"blocks": True} if blocks and name == "native" else {}
+    return ENGINES[name](policy, recipe, rows or recipe.rollout.rows, **opened)
 
 
 def engine_name(recipe: Recipe, model: Any, device: str) -> str:
@@ -90,10 +92,10 @@ def stop_ids(policy: Any) -> frozenset[int]:
     return ids
 
 
-def _open_native(policy: Any, recipe: Recipe, rows: int) -> Engine:
+def _open_native(policy: Any, recipe: Recipe, rows: int, blocks: bool = False) -> Engine:
     from minigrpo.rollouts.engines.native import NativeEngine
 
-    return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows)
+    return NativeEngine(policy, stop_ids=sorted(stop_ids(policy)), rows=rows, blocks=blocks)
 
 
 def _open_slots(policy: Any, recipe: Recipe, rows: int) -> Engine:
@@ -114,7 +116,7 @@ def _open_vllm(policy: Any, recipe: Recipe, rows: int) -> Engine:
     return open_vllm(policy, recipe, rows, sorted(stop_ids(policy)))
 
 
-ENGINES: Mapping[str, Callable[[Any, Recipe, int], Engine]] = {
+ENGINES: Mapping[str, Callable[..., Engine]] = {
     "native": _open_native,
     "slots": _open_slots,
     "transformers": _open_transformers,

@@ -55,7 +55,7 @@ def plan_of(policy: Policy, recipe: Recipe, prompt: int, *, engine: bool = True)
     `engine`: whether its engine is loaded, too; the caches that it keeps during updates are not there yet.
     """
     opened_device = this_device(recipe.train, policy.device, policy.dtype)
-    opened = (*OPEN_POLICY, OPEN_ENGINE) if engine else OPEN_POLICY
+    opened = (*OPEN_POLICY, *OPEN_ENGINE) if engine else OPEN_POLICY
     return make_plan(policy.model.config, recipe, replace(opened_device, opened=opened), prompt, rollout=not engine)
 
 
@@ -64,22 +64,24 @@ def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
     opened_device = this_device(recipe.train, policy.device, policy.dtype)
     try:
         return make_plan(
-            policy.model.config, recipe, replace(opened_device, opened=(*OPEN_POLICY, OPEN_ENGINE)), prompt
+            policy.model.config, recipe, replace(opened_device, opened=(*OPEN_POLICY, *OPEN_ENGINE)), prompt
         )
     except UnplannableError:
         return None
 
 
-def planned_rows(policy: Policy, recipe: Recipe, prompt: int) -> int:
-    """Return how many completions to decode side by side.
+def planned_sampling(policy: Policy, recipe: Recipe, prompt: int) -> tuple[int, bool]:
+    """Return how many completions to decode side by side, and whether the engine copies weights into blocks.
 
-    As many as the recipe asks for, or fewer, as memory admits.
+    As many as the recipe asks for, or fewer, as memory admits. The blocks get what is left, and change no bit of what
+    is sampled.
     """
     policy_alone = replace(this_device(recipe.train, policy.device, policy.dtype), opened=OPEN_POLICY)
     try:
-        return make_plan(policy.model.config, recipe, policy_alone, prompt).rows
+        plan = make_plan(policy.model.config, recipe, policy_alone, prompt)
     except UnplannableError:
-        return recipe.rollout.rows
+        return recipe.rollout.rows, False
+    return plan.rows, plan.blocks
 
 
 def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Device:

@@ -85,7 +85,8 @@ class Device:
 
 
 OPEN_POLICY = ("weights", "adapter", "reference", "warm start")
-OPEN_ENGINE = "engine copies"
+BLOCKS = "engine blocks"
+OPEN_ENGINE = ("engine copies", BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,11 @@ class Plan:
     @property
     def peak(self) -> int:
         return max(self.at("rollout"), self.at("update"))
+
+    @property
+    def blocks(self) -> bool:
+        """Tell whether the engine copies frozen weights into blocks."""
+        return bool(self.line(BLOCKS))
 
     def line(self, name: str) -> int:
         """Return the bytes of a line; 0 where the plan has no such line."""
@@ -161,7 +167,10 @@ def largest_micro_batch(config: RolloutConfig, prompt: int, tokens_per_pass: int
 
 
 class _Planner:
-    """Tries choices until one fits. What they take is counted once for all plans of a run (counts.py)."""
+    """Tries choices until one fits. What they take is counted once for all plans of a run (counts.py).
+
+    Weights in blocks come last, with what is left: neither rows nor tokens per pass are given for them.
+    """
 
     def __init__(self, config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool) -> None:
         self.recipe, self.device, self.prompt, self.rollout = recipe, device, prompt, rollout
@@ -179,7 +188,10 @@ class _Planner:
             again = self._longest(recompute=True)
             if not plan.fits or (again.fits and again.pass_tokens > plan.pass_tokens):
                 plan = again
-        return plan if plan.fits else replace(plan, advice=advice(plan, self.recipe))
+        if not plan.fits:
+            return replace(plan, advice=advice(plan, self.recipe))
+        blocked = self._with(plan.recompute, plan.tokens_per_pass, self.sampling[1].blocks)
+        return blocked if blocked.fits else plan
 
     def _longest(self, recompute: bool) -> Plan:
         """Find the most tokens per pass that fit, by bisection over powers of two."""
@@ -204,18 +216,19 @@ class _Planner:
             most = min(most, max(ENOUGH_PASS_TOKENS, int(CPU_PASS_WORK / parameters)))
         return [size for size in _powers() if size <= most] or [MIN_TOKENS]
 
-    def _with(self, recompute: bool, tokens_per_pass: int) -> Plan:
+    def _with(self, recompute: bool, tokens_per_pass: int, blocks: int = 0) -> Plan:
         micro_batch = largest_micro_batch(self.recipe.rollout, self.prompt, tokens_per_pass)
         cost = self.counts.training(micro_batch, recompute=recompute)
         rows, sampling = self.sampling
         rollout = self._rollout_lines(rows, sampling)
         if self.recipe.rollout.ahead:  # it lasts while the policy is updated
             rollout = tuple(replace(line, when="always") for line in rollout)
-        lines = (*self.held, *self._update_lines(micro_batch, cost), *rollout)
+        held = self._held(self.sampling[1].copies, blocks) if blocks else self.held
+        lines = (*held, *self._update_lines(micro_batch, cost), *rollout)
         return Plan(
             device=self.device.device,
             dtype=str(self.device.dtype).removeprefix("torch."),
-            budget=self._budget(self.held),
+            budget=self._budget(held),
             prompt=self.prompt,
             completion=self.recipe.rollout.max_tokens,
             tokens_per_pass=tokens_per_pass,
@@ -230,7 +243,7 @@ class _Planner:
         """Lines that count in rollouts and in updates."""
         return self._held(self.sampling[1].copies)
 
-    def _held(self, copies: int) -> tuple[PlanLine, ...]:
+    def _held(self, copies: int, blocks: int = 0) -> tuple[PlanLine, ...]:
         recipe, policy = self.recipe, self.bare
         trained = sum(parameter.nbytes for parameter in policy.trainable)
         every = sum(p.nbytes for p in policy.model.parameters()) + sum(b.nbytes for b in policy.model.buffers())
@@ -245,7 +258,8 @@ class _Planner:
             PlanLine("adapter", adapter, "always", f"LoRA of rank {recipe.lora.rank}, float32"),
             PlanLine("reference", copy // parts, "always", "a frozen copy for the KL term"),
             PlanLine("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
-            PlanLine(OPEN_ENGINE, copies, "always", "weights laid out for sampling"),
+            PlanLine(OPEN_ENGINE[0], copies, "always", "weights laid out for sampling"),
+            PlanLine(BLOCKS, blocks, "always", "frozen weights, laid out for few rows, where there is room"),
         )
         moved = moment_bytes(policy.trainable, recipe.train.optimizer)
         ends = PlanLine("gathered", self._gathered[0], "always", "embedding and head of the sharded model, whole")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minigrpo.models.onednn import gains_by_blocks
 from minigrpo.models.policy import Policy, decoder_of
 from minigrpo.rollouts.engines import cuda_graph, kv_cache, native
 from minigrpo.rollouts.engines.decoder import Decoder, Rope
@@ -37,7 +38,8 @@ class RolloutShape:
 class RolloutCost:
     """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is temporary, on top of all
     others at the peak, which is in `phase`. `graphs`: the pool of memory that CUDA graphs keep for what their kernels
-    hand on. `later`: caches that come on top of `cache` once training has ended.
+    hand on. `later`: caches that come on top of `cache` once training has ended. `blocks`: what the engine would take
+    on top of `copies` for weights in blocks, which it can do without (models/onednn.py).
     """
 
     copies: int
@@ -46,6 +48,7 @@ class RolloutCost:
     phase: str
     graphs: int = 0
     later: int = 0
+    blocks: int = 0
 
     @property
     def peak(self) -> int:
@@ -68,7 +71,8 @@ def native_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float,
         held = counter.now - copies
         counter.phase = "drawing a token"
         _decode(decoder, shape, rope, cache, temperature)
-    return RolloutCost(copies, held, counter.peak - copies - held, counter.peak_phase)
+        blocks = decoder.block_bytes if gains_by_blocks(decoder.dtype, device) else 0
+    return RolloutCost(copies, held, counter.peak - copies - held, counter.peak_phase, blocks=blocks)
 
 
 def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> kv_cache.Cache:
