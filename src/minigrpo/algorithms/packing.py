@@ -7,6 +7,9 @@ without its last token. A row holds the shared prompts of all its groups first, 
     | shared prompt 1 | shared prompt 2 | c11 c12 .. c1G | c21 .. c2G |
                                          ^ scored: N tokens, contiguous
 
+Where all prompts of a batch begin alike (a system message, rules, a worked example), that beginning may stand once for
+all of them, in front.
+
 Shapes: M groups in a row, G siblings, S shared prompt tokens, N scored tokens, T = S + N. Masks come from lengths.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,11 +56,13 @@ class PackedGroup:
 class PackedLayout:
     """The lengths in a packed row, from which positions and attention follow.
 
-    `shared_M`: shared prompt tokens of each group; `own_MG`: tokens of each completion.
+    `shared_M`: shared prompt tokens of each group; `own_MG`: tokens of each completion. `common`: how many tokens all
+    prompts begin with, which stand once, in front; then comes what each prompt has behind them.
     """
 
     shared_M: tuple[int, ...]
     own_MG: tuple[tuple[int, ...], ...]
+    common: int = 0
 
     @property
     def own_B(self) -> tuple[int, ...]:
@@ -64,7 +70,13 @@ class PackedLayout:
 
     @property
     def shared_tokens(self) -> int:
-        return sum(self.shared_M)
+        """Count the tokens in front of those that are scored."""
+        return self.common + sum(self.rest_M)
+
+    @property
+    def rest_M(self) -> tuple[int, ...]:
+        """Return the shared prompt tokens of each group behind the common ones."""
+        return tuple(shared - self.common for shared in self.shared_M)
 
     @property
     def siblings(self) -> int:
@@ -76,7 +88,8 @@ class MicroBatch:
     """Groups with equally many siblings each, and what the loss needs to know of their N tokens.
 
     `shares_N`: the weight of each token in a plain mean over the batch (the entropy bonus), 0 where it is left out.
-    `chosen_N`: the tokens that the policy learns from, where those are not all.
+    `chosen_N`: the tokens that the policy learns from, where those are not all. `common`: how many tokens all prompts
+    of the batch begin with, where that is worth a place of its own in the row (`Batch.common`).
     """
 
     groups: tuple[PackedGroup, ...]
@@ -87,6 +100,7 @@ class MicroBatch:
     old_N: Tensor | None = None
     ref_N: Tensor | None = None
     chosen_N: Tensor | None = None
+    common: int = 0
 
     @property
     def tokens(self) -> int:
@@ -112,11 +126,12 @@ class MicroBatch:
         """Return the length of each completion; they sum to N."""
         return [n for group in self.groups for n in group.lengths]
 
-    @property
-    def layout(self) -> PackedLayout:
+    def layout(self, *, once: bool) -> PackedLayout:
+        """Return the lengths of the row. `once`: what all prompts begin with stands once, where there are several."""
         return PackedLayout(
             tuple(len(group.prompt_ids) - 1 for group in self.groups),
             tuple(group.lengths for group in self.groups),
+            self.common if once and len(self.groups) > 1 else 0,
         )
 
     @property
@@ -124,10 +139,14 @@ class MicroBatch:
         """Return the N sampled tokens."""
         return [token for group in self.groups for completion in group.completions for token in completion]
 
-    def input_row(self) -> tuple[list[int], list[int]]:
-        """Return T input ids and their positions; those of every completion continue its prompt's."""
-        ids = [token for group in self.groups for token in group.prompt_ids[:-1]]
-        positions = [n for group in self.groups for n in range(len(group.prompt_ids) - 1)]
+    def input_row(self, common: int) -> tuple[list[int], list[int]]:
+        """Return T input ids and their positions; those of every completion continue its prompt's. `common`: the
+        layout's.
+        """
+        ids, positions = list(self.groups[0].prompt_ids[:common]), list(range(common))
+        for group in self.groups:
+            ids += group.prompt_ids[common:-1]
+            positions += range(common, len(group.prompt_ids) - 1)
         for group in self.groups:
             start = len(group.prompt_ids) - 1
             for completion in group.completions:
@@ -135,9 +154,15 @@ class MicroBatch:
                 positions += range(start, start + len(completion))
         return ids, positions
 
-    def token_names(self) -> Tensor:
-        """Return [T, 3]: (group, sibling or -1 for the shared prompt, position), the same for a token in any row."""
-        names = [(group.index, -1, n) for group in self.groups for n in range(len(group.prompt_ids) - 1)]
+    def token_names(self, common: int) -> Tensor:
+        """Return [T, 3]: (group, sibling or -1 for the shared prompt, position), the same for a token in any row.
+
+        A token that all prompts of the batch begin with has the group -1, however often it stands in the row.
+        """
+        names = [(-1, -1, n) for n in range(common)]
+        for group in self.groups:
+            shared = range(common, len(group.prompt_ids) - 1)
+            names += [(-1 if n < self.common else group.index, -1, n) for n in shared]
         for group in self.groups:
             start = len(group.prompt_ids) - 1
             for sibling, completion in zip(group.siblings, group.completions, strict=True):
@@ -145,11 +170,23 @@ class MicroBatch:
         return torch.tensor(names).reshape(-1, 3)
 
 
-EMPTY_MICRO_BATCH = MicroBatch((PackedGroup(-1, (0, 0), (0,), ((0,),)),), *(torch.zeros(1) for _ in range(4)))
+_NOTHING = torch.zeros(1)
+EMPTY_MICRO_BATCH = MicroBatch((PackedGroup(-1, (0, 0), (0,), ((0,),)),), _NOTHING, _NOTHING, _NOTHING, _NOTHING)
 """A pass over one token that weighs nothing, whose gradient is zero."""
 
 
-@dataclass(frozen=True, slots=True)
+LEAST_SAVED = 1 / 20
+"""Share of all tokens that a common beginning must save: it costs some calls a layer."""
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows begin with: what the first and the last in order have in common."""
+    ids_M = [tuple(ids) for ids in rows]
+    first, last = min(ids_M), max(ids_M)
+    return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """All groups of a step with their advantages and weights, which no later split changes."""
 
@@ -174,14 +211,30 @@ class Batch:
         """Tell whether the batch has any gradient at all, that of a KL term or an entropy bonus included."""
         return self.is_informative or (self.needs_all and bool((self.weights_PG != 0).any()))
 
-    def split(self, tokens_per_pass: int, groups: Sequence[PackedGroup] | None = None) -> Iterator[MicroBatch]:
+    @cached_property
+    def common(self) -> int:
+        """Return how many tokens the prompts of all groups with a gradient begin with, 0 where reading them once would
+        save less than LEAST_SAVED of all tokens. No split changes it.
+        """
+        groups = self.packed_groups()
+        if len(groups) < 2:
+            return 0
+        common = common_length([group.prompt_ids[:-1] for group in groups])
+        saved = common * (len(groups) - 1)
+        return common if saved >= LEAST_SAVED * sum(group.tokens for group in groups) else 0
+
+    def split(
+        self, tokens_per_pass: int, groups: Sequence[PackedGroup] | None = None, *, once: bool = False
+    ) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
 
-        `groups`: those of `packed_groups` that are wanted; None: all.
+        `groups`: those of `packed_groups` that are wanted; None: all. `once`: what all prompts begin with stands once
+        in each row.
         """
         waiting: list[PackedGroup] = []
+        common = self.common if once else 0
         for group in self.packed_groups() if groups is None else groups:
-            if waiting and sum(other.tokens for other in waiting) + group.tokens > tokens_per_pass:
+            if waiting and sum(g.tokens for g in (*waiting, group)) - common * len(waiting) > tokens_per_pass:
                 yield self._micro_batch(waiting)
                 waiting = []
             if group.tokens > tokens_per_pass:
@@ -217,6 +270,7 @@ class Batch:
             weights_B.repeat_interleave(lengths_B),
             shares_B.repeat_interleave(lengths_B),
             torch.tensor(engine, dtype=advantages_B.dtype),
+            common=self.common,
         )
 
 

@@ -99,6 +99,11 @@ class Policy:
             self._set_attention(backend.plain)
 
     @property
+    def reads_beginnings_once(self) -> bool:
+        """Tell whether what all prompts of a pass begin with stands once in its row: so far on a CPU alone."""
+        return self.shares_prompts and self.device.type in self.backend.segments_on
+
+    @property
     def is_lora(self) -> bool:
         return hasattr(self.model, "peft_config")
 
@@ -240,17 +245,19 @@ class Policy:
 
     def _shared_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return hidden states of the N scored positions, the last of one packed row."""
-        ids_T, positions_T = to_device(torch.tensor(batch.input_row()), device_of(model))
+        device = device_of(model)
+        layout = batch.layout(once=self.reads_beginnings_once)
+        ids_T, positions_T = to_device(torch.tensor(batch.input_row(layout.common)), device)
         if self.dropouts:
-            self._name_tokens(batch.token_names()[None])
+            self._name_tokens(batch.token_names(layout.common)[None])
         hidden_1TD = decoder_of(model)(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
             use_cache=False,
-            layout=batch.layout,
+            layout=layout,
             backend=self.backend,
         ).last_hidden_state
-        return hidden_1TD[0, batch.layout.shared_tokens :]
+        return hidden_1TD[0, layout.shared_tokens :]
 
     def _padded_hidden(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Return hidden states of the N scored positions, from one row per completion, padded on the right."""
@@ -265,7 +272,8 @@ class Policy:
         sibling_B1 = torch.tensor([group.siblings[i] for group, i in pairs])[:, None]
         sibling_BT = torch.where(position_T < starts, -1, sibling_B1)
         if self.dropouts:
-            self._name_tokens(torch.stack([group_B1.expand_as(ids_BT), sibling_BT, position_T.expand_as(ids_BT)], -1))
+            group_BT = torch.where(position_T < batch.common, -1, group_B1)
+            self._name_tokens(torch.stack([group_BT, sibling_BT, position_T.expand_as(ids_BT)], -1))
         device = device_of(model)
         hidden_BTD = decoder_of(model)(
             input_ids=to_device(ids_BT, device),

@@ -47,14 +47,23 @@ def uniform(keys: Tensor) -> Tensor:
     return _shift(mix(keys), 11).double() * 2.0**-53
 
 
+KEYS_IN_CACHE = 1 << 18
+"""Keys of a mask that are computed at a time on a CPU, so that they stay in the cache: 2 MB."""
+
+
 def keep_mask(token_keys: Tensor, channel_key: int, channels: int, drop: float) -> Tensor:
     """Return a dropout mask [*token_keys.shape, channels], True where kept; a token and a channel name each entry."""
     names = torch.arange(channels, device=token_keys.device)
     # The upper 31 bits decide, read as an unsigned number. Its top bit is flipped in the keys (an odd factor keeps it
     # flipped), so that a signed comparison gives the same: no shift, and two passes less over every entry.
     channel_keys = mix(names + channel_key) ^ _TOP
+    least = (int(drop * 2**31) << 33) + _TOP
+    keep = torch.empty(token_keys.numel(), channels, dtype=torch.bool, device=token_keys.device)
+    size = max(1, KEYS_IN_CACHE // channels) if keep.device.type == "cpu" else max(1, len(keep))
     # One multiplication between the two names is enough for a mask, and four times cheaper than mix.
-    return (token_keys.unsqueeze(-1) ^ channel_keys).mul_(_FIRST) >= (int(drop * 2**31) << 33) + _TOP
+    for keys, part in zip(token_keys.reshape(-1, 1).split(size), keep.split(size), strict=True):
+        torch.ge((keys ^ channel_keys).mul_(_FIRST), least, out=part)
+    return keep.view(*token_keys.shape, channels)
 
 
 def _shift(keys: Tensor, by: int) -> Tensor:

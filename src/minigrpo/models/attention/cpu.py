@@ -1,10 +1,11 @@
 """Attention over a packed row on a CPU, segment by segment, by plain matrix products.
 
-A segment is a prompt, which sees itself, or a completion, which sees its prompt and itself. Segments of like length
-lie side by side in a bucket, the keys of a completion's prompt before its own, and a bucket is two batched products
-with a softmax between them. A few segments are worked on at a time, so that their scores never leave the processor's
-cache; a fused kernel, which holds none, pays for it with many small products, one after the other. Small
-probabilities are kept for the backward pass, others are made again.
+A segment is a prompt, which sees itself, or a completion, which sees its prompt and itself. Where all prompts begin
+with the same tokens, which stand once, these are a segment, too, and what is left of each prompt sees them and itself.
+Segments of like length lie side by side in a bucket, the keys of what they read before their own, and a bucket is two
+batched products with a softmax between them. A few segments are worked on at a time, so that their scores never leave
+the processor's cache; a fused kernel, which holds none, pays for it with many small products, one after the other.
+Small probabilities are kept for the backward pass, others are made again.
 
 Prompts' keys are copied for each sibling, so their gradients are summed over siblings, one after the other: the same
 sum in every run. Padding stands behind: a pad is a copy of some token, ahead of all that is real, and its gradient is
@@ -86,8 +87,8 @@ class AttentionPlan:
     """Where each token of a row stands in the buckets.
 
     `query_S`, `key_S`: the token of each slot; `real_S1`: 0 for padding, else 1.
-    `query_slot_T`, `key_slot_T`: the slots of a token as query and as key. `shared_P`: where prompts' tokens, the
-    first of the T, stand in [prompts, longest].
+    `query_slot_T`, `key_slot_T`: the slots of a token as query and as key. `common`: tokens that all prompts begin
+    with, the first of the T; `shared_P`: where those behind them, the prompts' own, stand in [prompts, longest].
     """
 
     buckets: tuple[SegmentBucket, ...]
@@ -99,6 +100,7 @@ class AttentionPlan:
     shared_P: Tensor
     prompts: int
     longest: int
+    common: int
 
 
 def segment_attention(
@@ -208,7 +210,10 @@ def _scatter_add_key_grads(plan: AttentionPlan, keys_SE: Tensor) -> Tensor:
     for bucket, owners_b in reading:
         read_bPE = keys_SE[bucket.keys].unflatten(0, (bucket.rows, -1))[:, : bucket.prefix]
         shared_MPE[:, : bucket.prefix].index_add_(0, owners_b, read_bPE.to(wide))
-    keys_TE[: len(plan.shared_P)] += shared_MPE.flatten(0, 1).index_select(0, plan.shared_P)
+    F, own = plan.common, len(plan.shared_P)
+    keys_TE[F : F + own] += shared_MPE.flatten(0, 1).index_select(0, plan.shared_P)
+    if F:
+        keys_TE[:F] += shared_MPE[:, :F].sum(0)
     return keys_TE
 
 
@@ -220,20 +225,24 @@ def _unread_input(x: Tensor) -> Tensor:
 @lru_cache(maxsize=CACHED_PLANS)
 def attention_plan(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
     """Return the plan of a layout; cached, so the layers of one pass share it."""
-    shared_M, own_B = layout.shared_M, layout.own_B
-    lengths = torch.tensor([*shared_M, *own_B], device="cpu")
-    starts, M = lengths.cumsum(0) - lengths, len(shared_M)
-    prompts = [m for m in range(M) if shared_M[m]]
-    chosen = [[prompts[i] for i in each] for each in bucket_by_length([shared_M[m] for m in prompts])]
-    chosen += [[M + i for i in each] for each in bucket_by_length(own_B)]
-    buckets, slots = [], _SlotBuilder()
+    shared_M, rest_M, own_B, F = layout.shared_M, layout.rest_M, layout.own_B, layout.common
+    M, front = len(shared_M), 1 if F else 0
+    # One segment for what is common, one for the rest of each prompt, one for each completion.
+    lengths = torch.tensor([F] * front + [*rest_M, *own_B], device="cpu")
+    starts = lengths.cumsum(0) - lengths
+    owner_of = [0] * front + [*range(M), *(i // layout.siblings for i in range(len(own_B)))]
+    before = [0] * front + [F] * M + [shared_M[owner] for owner in owner_of[front + M :]]
+    prompts = [front + m for m in range(M) if rest_M[m]]
+    chosen = [[0]] * front
+    chosen += [[prompts[i] for i in each] for each in bucket_by_length([rest_M[i - front] for i in prompts])]
+    chosen += [[front + M + i for i in each] for each in bucket_by_length(own_B)]
+    buckets, slots = [], _SlotBuilder(F)
     for each in chosen:
-        owners = [(i - M) // layout.siblings for i in each] if each[0] >= M else None
-        shared_b1 = torch.tensor([shared_M[m] for m in owners] if owners else [0] * len(each), device="cpu")[:, None]
-        first_b1 = starts[owners][:, None] if owners else torch.zeros_like(shared_b1)
-        queries, keys = slots.add(starts[each][:, None], lengths[each][:, None], first_b1, shared_b1)
+        owners, shared_b1 = [owner_of[i] for i in each], torch.tensor([before[i] for i in each], device="cpu")[:, None]
+        rest_b1 = starts[[front + owner for owner in owners]][:, None]
+        queries, keys = slots.add(starts[each][:, None], lengths[each][:, None], rest_b1, shared_b1)
         c, P = max(lengths[each].tolist()), max(shared_b1.flatten().tolist())
-        owners_b = torch.tensor(owners, device=device) if owners and P else None
+        owners_b = torch.tensor(owners, device=device) if P else None
         bias = _attention_bias(c, shared_b1, window, dtype).to(device).expand(len(each), -1, -1, -1)
         buckets.append(SegmentBucket(len(each), c, P, queries, keys, bias, owners_b))
     return slots.plan(tuple(buckets), torch.tensor(shared_M, device="cpu"), dtype, device)
@@ -251,21 +260,25 @@ def bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class _SlotBuilder:
-    """Collects the slots of one bucket after the other."""
+    """Collects the slots of one bucket after the other. `common`: tokens that all prompts begin with."""
 
-    def __init__(self) -> None:
+    def __init__(self, common: int) -> None:
+        self.common = common
         self.query: list[Tensor] = []
         self.key: list[Tensor] = []
         self.real: list[Tensor] = []
         self.own: list[Tensor] = []
         self.queries = self.keys = 0
 
-    def add(self, start_b1: Tensor, length_b1: Tensor, first_b1: Tensor, shared_b1: Tensor) -> tuple[slice, slice]:
-        """Add segments that begin at `start`, with prompts that begin at `first`; return their query and key slots."""
+    def add(self, start_b1: Tensor, length_b1: Tensor, rest_b1: Tensor, shared_b1: Tensor) -> tuple[slice, slice]:
+        """Add segments that begin at `start` and read `shared` tokens before their own: the common ones, then those
+        from `rest` on. Return their query and key slots.
+        """
         position_c = torch.arange(int(length_b1.max()), device="cpu")
         position_P = torch.arange(int(shared_b1.max()), device="cpu")
         own_bc = start_b1 + torch.minimum(position_c, length_b1 - 1)
-        prompt_bP = first_b1 + torch.minimum(position_P, (shared_b1 - 1).clamp(min=0))
+        within_bP = torch.minimum(position_P, (shared_b1 - 1).clamp(min=0))
+        prompt_bP = torch.where(within_bP < self.common, within_bP, rest_b1 + within_bP - self.common)
         real_bc = position_c < length_b1
         self.query.append(own_bc.flatten())
         self.key.append(torch.cat([prompt_bP, own_bc], 1).flatten())
@@ -281,6 +294,7 @@ class _SlotBuilder:
     ) -> AttentionPlan:
         query_S, key_S, real_S, own_S = (torch.cat(each) for each in (self.query, self.key, self.real, self.own))
         position_P = torch.arange(int(shared_M.max()), device="cpu")
+        own_MP = (position_P >= self.common) & (position_P < shared_M[:, None])
         return AttentionPlan(
             buckets,
             query_S.to(device),
@@ -288,9 +302,10 @@ class _SlotBuilder:
             real_S[:, None].to(device, dtype),
             _slot_of_token(query_S, real_S).to(device),
             _slot_of_token(key_S, own_S).to(device),
-            (position_P < shared_M[:, None]).flatten().nonzero()[:, 0].to(device),
+            own_MP.flatten().nonzero()[:, 0].to(device),
             len(shared_M),
             len(position_P),
+            self.common,
         )
 
 

@@ -77,6 +77,7 @@ def shared_prompt_attention(
             query_THD, key_TKD, value_TKD, layout=layout, scale=scaling, window=sliding_window
         )
         return attended_THD[None], None
+    assert not layout.common, "only cpu.py reads a common beginning once"
     groups = query_1HTD.shape[1] // key_1HTD.shape[1]
     query_THD = query_1HTD[0].transpose(0, 1)
     key_THD = key_1HTD[0].repeat_interleave(groups, 0).transpose(0, 1)

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minigrpo.algorithms.packing import common_length
 from minigrpo.utils.transfer import to_device
 
 WORTH_PACKING = 10**9
@@ -126,15 +127,8 @@ def shared_beginning(prompts: Sequence[Sequence[int]], products: int) -> int | N
     `products`: multiplications that a token takes. At least one token is left of the longest prompt.
     """
     longest = max(map(len, prompts))
-    common = min(_common_length(prompts), longest - 1) if len(prompts) > 1 else 0
+    common = min(common_length(prompts), longest - 1) if len(prompts) > 1 else 0
     packed = common + sum(len(ids) - common for ids in prompts)
     padded = len(prompts) * longest
     saved = padded - packed
     return common if saved * products >= WORTH_PACKING and saved >= LEAST_SAVED * padded else None
-
-
-def _common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with: what the first and the last in order have in common."""
-    ids_M = [tuple(ids) for ids in prompts]
-    first, last = min(ids_M), max(ids_M)
-    return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
