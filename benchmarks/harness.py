@@ -18,6 +18,8 @@ from benchmarks.shapes import Lengths, Shape, phases
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
 
 Say = Callable[[str], None]
+SPINS = {False: 300_000, True: 1_000}
+"""GOMP_SPINCOUNT of TRL's side, without and with busy neighbours: the best for it of those tried (docs/speed.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str
         why = trls.VARIANTS[variant].missing(workload)
         try:
             if why is None:
-                opened.append(stack.enter_context(Side(name, trls.run, chosen)))
+                spins = SPINS[plan.neighbours > 0]
+                opened.append(stack.enter_context(Side(name, trls.run, chosen, spins)))
         except BenchmarkError as fault:
             if variant == "best":
                 raise

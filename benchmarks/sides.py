@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -144,13 +145,15 @@ Program = Callable[[Setup, StepGate], None]
 class Side:
     """The parent's end of one child. Use as a context manager."""
 
-    def __init__(self, name: str, program: Program, setup: Setup) -> None:
+    def __init__(self, name: str, program: Program, setup: Setup, spins: int | None = None) -> None:
+        """`spins`: GOMP_SPINCOUNT of the child; None: what `import minigrpo` has set."""
         self.name = name
         # Spawned, not forked: a forked child of a process with threads may hang, and would share its memory pages.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(program, setup, theirs), name=name, daemon=True)
-        self._process.start()
+        with environment({} if spins is None else {"GOMP_SPINCOUNT": str(spins)}):
+            self._process.start()
         theirs.close()
         self.facts: Mapping[str, Any] = {}
 
@@ -182,6 +185,18 @@ class Side:
         if isinstance(message, BaseException):
             raise message
         return message
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment inside the block: a child that is started there gets them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _serve(program: Program, setup: Setup, pipe: Connection) -> None:

@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# GNU's OpenMP reads it when torch is loaded. By default a thread that has nothing to do spins for a millisecond or so
-# before it sleeps: beside a busy process it holds the core that the last of the others needs, and a step takes many
-# times as long (docs/speed.md). It changes no bit, and what is set already stays.
+# How long a thread that has to wait spins before it sleeps: GNU's OpenMP reads it when torch is loaded. Its own 300,000
+# are no quicker on an idle machine; beside a busy program utils/spinning.py steps in. It changes no bit, and what is set
+# already stays.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 HOMES = {
     "minigrpo.types": ("Completion", "Engine", "Grade", "Group", "Prompt", "Sampling", "Task"),

@@ -23,7 +23,7 @@ from minigrpo.models.peft_compat import refused_packages
 from minigrpo.sandbox.doctor import Finding, Level
 from minigrpo.ui.screen import Screen
 from minigrpo.utils.cache_dir import cache_dir
-from minigrpo.utils.cpu import bfloat16_instructions
+from minigrpo.utils.cpu import bfloat16_instructions, usable_cores
 from minigrpo.utils.paths import user_path
 from minigrpo.versions import installed
 
@@ -74,7 +74,7 @@ def doctor_table(findings: Sequence[Finding]) -> RenderableType:
 
 def machine() -> list[Finding]:
     # A container or a batch system may grant fewer cores than the machine has.
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    granted = usable_cores()
     total, free = memory()
     low = free is not None and free < 2 * GIB
     return [

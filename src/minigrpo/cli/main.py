@@ -31,6 +31,7 @@ from minigrpo.errors import MinigrpoError, RecipeError
 from minigrpo.runs.rundir import RunDir, find_run
 from minigrpo.types import Split
 from minigrpo.ui.screen import Screen, lenient_streams, print_result, stdout_encodes
+from minigrpo.utils.spinning import spin_while_free
 
 app = typer.Typer(
     help="From a base model and a reward function to a fine-tuned model, on the machine you have. "
@@ -484,7 +485,7 @@ def folder(recipe: str, run: Path | None) -> RunDir:
 def main(args: list[str] | None = None) -> None:
     """Run the command line: an error that the user can mend ends as a sentence with exit code 2, any other with a
     traceback. What cannot be displayed changes no exit code; a result for stdout that is lost there is an error."""
-    with lenient_streams():
+    with lenient_streams(), spin_while_free():
         try:
             app(args=args, prog_name="minigrpo")
         except MinigrpoError as fault:

@@ -7,7 +7,6 @@ is a launch of its own; what its processes ended with decides about the next.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from minigrpo.errors import RankLostError
+from minigrpo.utils.cpu import usable_cores
 from minigrpo.utils.process import variables_where_unset
 
 FINAL_CODES = (2, 130)
@@ -80,7 +80,7 @@ def _code_of(codes: Mapping[int, int]) -> tuple[int, str]:
 
 def _variables(ranks: int) -> dict[str, str]:
     """Return what the ranks of one machine need in their environment, besides what torch's launcher puts there."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         # gloo would look the machine's own name up, which not every network knows.

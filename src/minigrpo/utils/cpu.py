@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -16,3 +17,8 @@ def bfloat16_instructions() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(name for name in _BFLOAT16_FLAGS if name in flags)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: a container may be given fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

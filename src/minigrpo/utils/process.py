@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from minigrpo.utils.memory import keep_freed_memory
+from minigrpo.utils.spinning import spin_while_free
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def process_settings(threads: int = 0) -> Iterator[None]:
     repeatable = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with keep_freed_memory(), bounded_onednn_caches(), gpu_arithmetic():
+    with keep_freed_memory(), bounded_onednn_caches(), gpu_arithmetic(), spin_while_free():
         try:
             if threads:
                 torch.set_num_threads(threads)

@@ -1,0 +1,142 @@
+"""Idle threads sleep while other programs need the cores, and spin again afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigrpo.utils import spinning
+from minigrpo.utils.spinning import CROWDED, Sleepers, Waiting, sleepers_needed, spin_while_free
+
+
+def named(name: str) -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
+def until(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    """Wait for it while this process works."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not holds():
+        torch.ones(100_000).sum()
+    return holds()
+
+
+@pytest.mark.needs("procfs")
+def test_threads_sleep_while_they_wait_for_cores_and_spin_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = [0.0]
+
+    class Told(Waiting):
+        def share_since(self, before: Waiting) -> float | None:
+            return share[0]
+
+    monkeypatch.setattr(spinning, "Waiting", Told)
+    monkeypatch.setattr(spinning, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(spinning, "_uses_gnu_openmp", lambda: True)
+    monkeypatch.setattr(spinning, "sleepers_needed", lambda cores, team: 2)
+    with spin_while_free():
+        time.sleep(0.1)
+        assert named("minigrpo-sleeper") == 0
+        share[0] = CROWDED
+        assert until(lambda: named("minigrpo-sleeper") == 2)
+        with spin_while_free():
+            assert named("minigrpo-spinning") == 1
+        assert named("minigrpo-sleeper") == 2
+        share[0] = 0.9 * CROWDED
+        assert until(lambda: named("minigrpo-sleeper") == 0)
+        share[0] = 1.0
+        assert until(lambda: named("minigrpo-sleeper") == 2)
+    assert named("minigrpo-sleeper") == named("minigrpo-spinning") == 0
+
+
+def test_a_process_that_does_nothing_changes_nothing() -> None:
+    before = Waiting(worked=10.0, waited=1.0)
+    assert Waiting(10.04, 1.5).share_since(before) is None
+    assert Waiting(12.0, 2.0).share_since(before) == pytest.approx(0.5)
+    assert Waiting(12.0, 0.5).share_since(before) == 0  # a thread that had waited has ended
+
+
+@pytest.mark.needs("procfs")
+def test_the_kernel_tells_how_long_threads_waited() -> None:
+    before = Waiting.now()
+    rivals = 2 * len(os.sched_getaffinity(0))
+    with busy(rivals):
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            pass
+        share = Waiting.now().share_since(before)
+    assert share is not None
+    assert share > CROWDED
+
+
+class busy(ExitStack):
+    """Keep so many other processes busy inside the block."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            self.callback(process.wait)
+            self.callback(process.kill)
+
+
+@pytest.mark.parametrize(("cores", "team"), [(2, 2), (64, 64), (64, 32), (64, 16), (8, 2), (3, 4)])
+def test_as_many_threads_sleep_as_it_takes_to_have_more_than_cores(cores: int, team: int) -> None:
+    count = sleepers_needed(cores, team)
+    assert count >= 1
+    assert team + count * (team - 1) > cores
+    assert count == 1 or team + (count - 1) * (team - 1) <= cores
+
+
+def test_a_single_thread_waits_for_nobody() -> None:
+    assert sleepers_needed(8, 1) == 0
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.needs("procfs")
+@pytest.mark.usefixtures("two_threads")
+def test_each_sleeper_has_a_team_which_ends_with_it() -> None:
+    def tasks() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.zeros(1 << 17).add_(1)
+    before = tasks()
+    sleepers = Sleepers(2)
+    assert until(lambda: tasks() == before + 4)
+    sleepers.end()
+    assert until(lambda: tasks() == before)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_how_long_threads_spin_is_set_before_torch_is_loaded_unless_it_is_set_already(
+    given: dict[str, str], expected: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    code = "import minigrpo, os, sys; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == expected
+
+
+@pytest.mark.long  # it asks for a machine on which nothing else works
+@pytest.mark.needs("procfs")
+@pytest.mark.usefixtures("two_threads")
+def test_beside_a_busy_program_threads_sleep_and_alone_they_spin() -> None:
+    with spin_while_free():
+        with busy(len(os.sched_getaffinity(0)) - 1):
+            assert until(lambda: named("minigrpo-sleeper") > 0)
+        assert until(lambda: named("minigrpo-sleeper") == 0)
