@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # How long a thread that has to wait spins before it sleeps: GNU's OpenMP reads it when torch is loaded. Its own 300,000
-# are no quicker on an idle machine; beside a busy program utils/spinning.py steps in. It changes no bit, and what is set
+# are no quicker on an idle machine; beside a busy program utils/spinning.py steps in. No bit changes, and what is set
 # already stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
