@@ -113,7 +113,7 @@ def test_torch_is_loaded_only_where_a_test_needs_a_gpu(tiny: Path) -> None:
         ('extra("nothing")', "The mark extra('nothing') must name one of here, some."),
         ("extra", "The mark extra() must name one of here, some."),
         ('env("HOME")', "The mark env('HOME') must name one of MINIGRPO_AXE, "),
-        ('needs("luck")', "The mark needs('luck') must name one of chromium, "),
+        ('needs("luck")', "The mark needs('luck') must name one of bfloat16, chromium, "),
         ("gpus", "'gpus' not found in `markers` configuration option"),
     ],
 )

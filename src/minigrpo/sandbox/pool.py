@@ -18,7 +18,6 @@ from minigrpo.sandbox.inside import codec, program
 from minigrpo.sandbox.protocol import Limits, Outcome, Plain, Referee, Wrong, printable
 from minigrpo.sandbox.session import Ended, Fault, Session
 from minigrpo.sandbox.worker import Worker
-from minigrpo.utils.cpu import usable_cores
 
 MAX_ATTEMPTS = 3
 """Attempts before giving up on a program that faults of the machine interrupt."""
@@ -40,7 +39,7 @@ class Sandbox:
     def __init__(self, limits: Limits | None = None, workers: int | None = None, unsafe: bool = False) -> None:
         self.limits = limits or Limits()
         self.unsafe = unsafe
-        self.workers = workers or min(MAX_WORKERS, usable_cores())
+        self.workers = workers or min(MAX_WORKERS, cores())
         self._reset()
         ALL.add(self)
 
@@ -248,6 +247,10 @@ class Interrupted(Exception):  # noqa: N818
 
 def _one_definition() -> Referee[None]:
     yield ()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 ALL: weakref.WeakSet[Sandbox] = weakref.WeakSet()
