@@ -27,6 +27,8 @@ LEAST_OUTPUTS = 16
 """Outputs of a weight from which its blocks give the same bits: narrower ones are summed in another order, found by
 trying: with 4 to 12 outputs one of a million numbers was rounded otherwise, with 16 to 152k none.
 """
+BLOCKS_ON = frozenset({"avx512_bf16", "amx_bf16"})
+"""Instructions of the processors on which blocks are used. On ARM's nobody has tried them."""
 MIN_ROWS = 32
 """With fewer rows, calling oneDNN costs more than it saves."""
 
@@ -51,7 +53,7 @@ def gains_by_blocks(dtype: torch.dtype, device: str) -> bool:
     return (
         device == "cpu"
         and dtype == torch.bfloat16
-        and bool(bfloat16_instructions())
+        and not BLOCKS_ON.isdisjoint(bfloat16_instructions())
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
