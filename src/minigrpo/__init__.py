@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 # How long a thread that has to wait spins before it sleeps: GNU's OpenMP reads it when torch is loaded. Its own 300,000
 # are no quicker on an idle machine; beside a busy program utils/spinning.py steps in. No bit changes, and what is set
 # already stays.
-if "OMP_WAIT_POLICY" not in os.environ:
+if "OMP_WAIT_POLICY" not in os.environ:  # the number is SPIN_COUNT there
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 HOMES = {

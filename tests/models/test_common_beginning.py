@@ -152,11 +152,9 @@ def test_prompts_of_any_lengths_keep_their_order() -> None:
         assert len(ids) == part.layout(once=True).shared_tokens + len(part.labels)
 
 
-def test_a_row_with_one_beginning_takes_as_many_groups_as_fit() -> None:
+def test_a_pass_holds_as_many_tokens_as_if_no_beginning_were_shared() -> None:
     batch = batch_with((9, 2, 40))
-    whole_row = sum(group.tokens for group in batch.packed_groups())
-    room = whole_row - 2 * len(BEGINNING)
-    (part,) = batch.split(room, once=True)
-    assert len(part.input_row(part.layout(once=True).common)[0]) == room
-    assert len(list(batch.split(room - 1, once=True))) == 2
-    assert len(list(batch.split(room))) == 2
+    room = sum(group.tokens for group in batch.packed_groups())
+    (part,) = batch.split(room)
+    assert len(part.input_row(part.layout(once=True).common)[0]) == room - 2 * len(BEGINNING)
+    assert len(list(batch.split(room - 1))) == 2  # attention copies the keys and values of whole prompts

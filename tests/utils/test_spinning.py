@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,21 @@ import pytest
 import torch
 
 from minigrpo.utils import spinning
-from minigrpo.utils.spinning import CROWDED, Sleepers, Waiting, sleepers_needed, spin_while_free
+from minigrpo.utils.spinning import (
+    CROWDED,
+    SPIN_COUNT,
+    Sleepers,
+    Waiting,
+    sleepers_needed,
+    spin_while_free,
+    threads_left,
+)
+
+
+@pytest.fixture(autouse=True)
+def spinning_left_to_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def named(name: str) -> int:
@@ -122,7 +137,7 @@ def test_each_sleeper_has_a_team_which_ends_with_it() -> None:
     assert until(lambda: tasks() == before)
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "expected"), [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_how_long_threads_spin_is_set_before_torch_is_loaded_unless_it_is_set_already(
     given: dict[str, str], expected: str
 ) -> None:
@@ -130,6 +145,62 @@ def test_how_long_threads_spin_is_set_before_torch_is_loaded_unless_it_is_set_al
     code = "import minigrpo, os, sys; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == expected
+
+
+@pytest.mark.needs("procfs")
+@pytest.mark.parametrize(
+    "given", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": SPIN_COUNT}, {}]
+)
+def test_how_threads_wait_is_left_to_a_user_who_has_said_so(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with spin_while_free():
+        assert named("minigrpo-spinning") == 0
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", SPIN_COUNT)
+    with spin_while_free():
+        assert named("minigrpo-spinning") == 1
+
+
+@pytest.mark.needs("procfs")
+def test_a_watch_that_cannot_start_leaves_the_next_one_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"), spin_while_free():
+            pass
+    with spin_while_free():
+        assert named("minigrpo-spinning") == 1
+
+
+@pytest.mark.parametrize(("most", "now", "left"), [("max", "12", math.inf), ("100", "12", 88)])
+def test_a_control_group_tells_how_many_threads_may_start(tmp_path: Path, most: str, now: str, left: float) -> None:
+    (tmp_path / "pids.max").write_text(f"{most}\n")
+    (tmp_path / "pids.current").write_text(f"{now}\n")
+    assert threads_left(tmp_path) == left
+
+
+def test_without_a_limit_to_be_read_threads_may_start(tmp_path: Path) -> None:
+    assert threads_left(tmp_path) == math.inf
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_no_thread_sleeps_where_too_few_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spinning, "sleepers_needed", lambda cores, team: 1)
+    monkeypatch.setattr(spinning, "threads_left", lambda: 3)
+    sleepers = Sleepers.enough()
+    assert named("minigrpo-sleeper") == 0
+    sleepers.end()
+    monkeypatch.setattr(spinning, "threads_left", lambda: 4)
+    sleepers = Sleepers.enough()
+    assert named("minigrpo-sleeper") == 1
+    sleepers.end()
 
 
 @pytest.mark.long  # it asks for a machine on which nothing else works

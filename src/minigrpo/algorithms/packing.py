@@ -223,18 +223,15 @@ class Batch:
         saved = common * (len(groups) - 1)
         return common if saved >= LEAST_SAVED * sum(group.tokens for group in groups) else 0
 
-    def split(
-        self, tokens_per_pass: int, groups: Sequence[PackedGroup] | None = None, *, once: bool = False
-    ) -> Iterator[MicroBatch]:
+    def split(self, tokens_per_pass: int, groups: Sequence[PackedGroup] | None = None) -> Iterator[MicroBatch]:
         """Yield micro-batches of at most `tokens_per_pass` tokens. A single completion may exceed it.
 
-        `groups`: those of `packed_groups` that are wanted; None: all. `once`: what all prompts begin with stands once
-        in each row.
+        `groups`: those of `packed_groups` that are wanted; None: all. Every prompt counts whole, also where a row has
+        what all begin with once: attention copies each prompt's keys and values whole, and so the memory plan counts.
         """
         waiting: list[PackedGroup] = []
-        common = self.common if once else 0
         for group in self.packed_groups() if groups is None else groups:
-            if waiting and sum(g.tokens for g in (*waiting, group)) - common * len(waiting) > tokens_per_pass:
+            if waiting and sum(g.tokens for g in (*waiting, group)) > tokens_per_pass:
                 yield self._micro_batch(waiting)
                 waiting = []
             if group.tokens > tokens_per_pass:

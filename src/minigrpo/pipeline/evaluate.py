@@ -182,17 +182,6 @@ class EvalRequest:
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.recipe.rollout.max_tokens, self.recipe.seed)
 
-    def has_room_for_blocks(self, policy: Policy) -> bool:
-        """Tell whether an engine of this policy gains by weights in blocks, and memory admits them."""
-        from minigrpo.models.context_window import longest_prompt
-        from minigrpo.models.onednn import gains_by_blocks
-        from minigrpo.training.memory.machine import planned_sampling
-
-        if not gains_by_blocks(policy.dtype, policy.device.type):
-            return False
-        prompts = prompts_of(self.task, self.split, self.limit)
-        return planned_sampling(policy, self.recipe, longest_prompt(prompts, policy.tokenizer))[1]
-
     def evaluate_side(self, side: EvalSide, journal: Path) -> Evaluation:
         from minigrpo.evaluation.answer_cache import AnswerCache
         from minigrpo.evaluation.evaluate import evaluate
@@ -237,7 +226,8 @@ def evaluate_model(model: str, ask: EvalRequest, file: Path) -> Evaluation:
     sources = [user_path(source)] if user_path(source).exists() else []
     made = stamp("evaluate", ask.recipe, *sources)
     made["from"]["model"] = policy.path  # a Hub id, or a folder whose name tells what shaped it
-    engine = open_engine(policy, ask.recipe, blocks=ask.has_room_for_blocks(policy))
+    # Without weights in blocks: the model before may not be freed yet, so no plan can tell whether there is room.
+    engine = open_engine(policy, ask.recipe)
     evaluation = ask.evaluate_side(EvalSide(name_of(model), policy, engine, made), journal_beside(file, model))
     del policy
     gc.collect()

@@ -431,5 +431,5 @@ def _logprobs(opened: OpenedRun, plan: ForkPlan, groups: Sequence[Group]) -> Ite
     assert machine is not None, "a run that has a checkpoint has a machine"
     # As if a KL term pulled on every token: groups of one, which tie, would be left out.
     batch = replace(pack(groups, OBJECTIVES["grpo"], opened.recipe.rollout.max_tokens), needs_all=True)
-    for part in batch.split(machine.tokens_per_pass, once=opened.policy.reads_beginnings_once):
+    for part in batch.split(machine.tokens_per_pass):
         yield opened.policy.present(part).logprobs_N

@@ -13,6 +13,5 @@ def own_micro_batches(policy: Policy, batch: Batch, tokens_per_pass: int, ranks:
     A pass through a sharded model takes all ranks, so there all make as many: who has fewer adds some that are empty.
     """
     groups = ranks.own(batch.packed_groups(), cost=lambda group: group.tokens)
-    once = policy.reads_beginnings_once
-    own = list(batch.split(tokens_per_pass, groups, once=once)) if batch.has_gradient else []
+    own = list(batch.split(tokens_per_pass, groups)) if batch.has_gradient else []
     return own + [EMPTY_MICRO_BATCH] * (ranks.most(len(own)) - len(own)) if policy.is_sharded else own

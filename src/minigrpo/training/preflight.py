@@ -270,7 +270,7 @@ def seconds_per_pass(policy: Any, groups: Sequence[Group], recipe: Recipe) -> fl
         pack([with_all_scored(group) for group in groups], objective, recipe.rollout.max_tokens), needs_all=True
     )
     budget, clear = tokens_per_pass(policy, recipe), partial(clear_gradients, policy)
-    micro_batches = batch.split(budget, once=policy.reads_beginnings_once)
+    micro_batches = batch.split(budget)
     parts = sorted(micro_batches, key=lambda micro_batch: -micro_batch.tokens)
     seconds, _ = retry_on_oom(partial(_time_passes, policy, objective), parts, budget, clear=clear)
     clear()

@@ -13,6 +13,8 @@ of a result changes: how work is cut depends on the number of threads alone.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import threading
 import time
@@ -23,6 +25,8 @@ from pathlib import Path
 
 from minigrpo.utils.cpu import usable_cores
 
+SPIN_COUNT = "20000"
+"""What minigrpo/__init__.py sets GOMP_SPINCOUNT to where nobody has set it."""
 TICK_SECONDS = 0.5
 LEAST_WORK_SECONDS = 0.05
 """Work of this process in one tick below which the tick says nothing."""
@@ -38,21 +42,29 @@ _watching = threading.Lock()
 def spin_while_free() -> Iterator[None]:
     """Let idle threads spin only while no other program needs their cores, until the block ends.
 
-    A second block inside does nothing. So does any block where the system does not tell how long threads wait, and
-    where torch has another OpenMP.
+    A second block inside does nothing. So does any block where the system does not tell how long threads wait, where
+    torch has another OpenMP, and where the user has said how threads wait (GOMP_SPINCOUNT, OMP_WAIT_POLICY).
     """
-    if not Path("/proc/self/schedstat").exists() or not _watching.acquire(blocking=False):
+    watchable = Path("/proc/self/schedstat").exists() and spinning_is_ours()
+    if not watchable or not _watching.acquire(blocking=False):
         yield
         return
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended,), name="minigrpo-spinning", daemon=True)
-    watch.start()
     try:
-        yield
+        watch.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watch.join()
     finally:
-        ended.set()
-        watch.join()
         _watching.release()
+
+
+def spinning_is_ours() -> bool:
+    """Tell whether the user has left it to this package how long threads spin."""
+    return "OMP_WAIT_POLICY" not in os.environ and os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT
 
 
 def _watch(ended: threading.Event) -> None:
@@ -112,10 +124,14 @@ class Sleepers:
 
     @classmethod
     def enough(cls) -> Sleepers:
-        """Make as many as it takes for this process to have more OpenMP threads than cores."""
+        """Make as many as it takes for this process to have more OpenMP threads than cores; none where the control
+        group admits too few threads: GNU's OpenMP ends the process where it can't start one.
+        """
         import torch
 
-        return cls(sleepers_needed(usable_cores(), torch.get_num_threads()))
+        team = torch.get_num_threads()
+        count = sleepers_needed(usable_cores(), team)
+        return cls(count if (count + 1) * team <= threads_left() else 0)
 
     def _sleep(self) -> None:
         import torch
@@ -128,6 +144,15 @@ class Sleepers:
         self._over.set()
         for thread in self._threads:
             thread.join()
+
+
+def threads_left(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many threads this control group may still start; infinity where it has no limit."""
+    try:
+        most, now = ((group / name).read_text(encoding="ascii").strip() for name in ("pids.max", "pids.current"))
+    except OSError:
+        return math.inf
+    return math.inf if most == "max" else int(most) - int(now)
 
 
 def sleepers_needed(cores: int, team: int) -> int:
