@@ -143,8 +143,9 @@ def memory(setup: Setup, fast: Setup) -> dict[str, Any]:
     task = task_of(fast.workload, fast.folder)
     policy = open_policy(recipe)
     prompt = longest_prompt(task.prompts("train"), policy.tokenizer)
-    side_by_side, blocks = planned_sampling(policy, recipe, prompt)
-    engine = open_engine(policy, recipe, side_by_side, blocks=blocks)
+    sampling = planned_sampling(policy, recipe, prompt)
+    policy.blocks_due = sampling.more_blocks
+    engine = open_engine(policy, recipe, sampling.rows, blocks=sampling.blocks)
     plan = plan_of_run(policy, recipe, prompt)
     assert plan is not None, "the shapes of the benchmark are all of architectures that can be counted"
     run = RunDir(fast.scratch / "memory")

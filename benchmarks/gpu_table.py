@@ -54,7 +54,7 @@ LAUNCH_SECONDS = 10e-6
 """Of the host, for a kernel that Python launches by itself: assumed."""
 GRAPH_LAUNCHES, NATIVE_LAUNCHES, TOKEN_LAUNCHES = 56, 64, 72
 """Of a layer and token in `slots` and in `native`, and of a token besides."""
-PASS_LAUNCHES, RECOMPUTED_LAUNCHES, HEAD_LAUNCHES = 235, 336, 70
+PASS_LAUNCHES, RECOMPUTED_LAUNCHES, HEAD_LAUNCHES = 235, 336, 80
 """Of a layer in a training pass, the same with activations recomputed, and of a pass besides."""
 RECOMPUTED = 1.5
 """Work of a pass that does its forward half twice, over one that does not."""

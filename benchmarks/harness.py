@@ -16,10 +16,12 @@ from benchmarks.report import OURS, Result, side_name
 from benchmarks.report import Side as Measured
 from benchmarks.shapes import Lengths, Shape, phases
 from benchmarks.sides import BenchmarkError, Setup, Side, Step
+from minigrpo.utils.spinning import spinning_is_ours
 
 Say = Callable[[str], None]
 SPINS = {False: 300_000, True: 1_000}
-"""GOMP_SPINCOUNT of TRL's side, without and with busy neighbours: the best for it of those tried (docs/speed.md)."""
+"""GOMP_SPINCOUNT of TRL's side, without and with busy neighbours: the best for it of those tried (docs/speed.md).
+Where the user has set how threads spin, both sides have that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str
         why = trls.VARIANTS[variant].missing(workload)
         try:
             if why is None:
-                spins = SPINS[plan.neighbours > 0]
+                spins = SPINS[plan.neighbours > 0] if spinning_is_ours() else None
                 opened.append(stack.enter_context(Side(name, trls.run, chosen, spins)))
         except BenchmarkError as fault:
             if variant == "best":

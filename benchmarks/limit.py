@@ -118,7 +118,8 @@ class Kernels:
         weights = [weight.view(shape) for weight in self.pool[: entries * copies].split(entries)]
         x = self._filled(product.rows, product.inner)
         taken = [self._round(way(x), weights) for way in KERNELS_BY_WAY[product.way]]
-        if product.way == "linear" and gains_by_blocks(self.dtype, self.device.type):
+        if gains_by_blocks(self.dtype, self.device.type):
+            weights = weights if product.way == "linear" else [weight.T for weight in weights]
             taken.append(self._round(lambda weight: blocked_linear(x, weight), [blocked(each) for each in weights]))
         return min(taken)
 

@@ -2,9 +2,11 @@
 
 What counts as necessary: every prompt read once for all its siblings; one row of each linear layer for every token
 that is fed, none for padding and none for rows that have ended; the output head at sampled or scored positions only;
-attention over the tokens that may be seen. LoRA beside the weights where they lie in 16 bit (a 16-bit sum of both would
-round training away); in float32 folded into them where that is cheaper. Norms, activations, RoPE and the sampling
-of tokens are left out: in the limit they cost nothing. Layers that read the same input count as one product.
+attention over the tokens that may be seen. Of prompt tokens, the last layer's keys and values alone (in the prefill
+with the queries, which are one product with both; in training with their attention). LoRA beside the weights where
+they lie in 16 bit (a 16-bit sum of both would round training away); in float32 folded into them where that is cheaper.
+Norms, activations, RoPE and the sampling of tokens are left out: in the limit they cost nothing. Layers that read the
+same input count as one product.
 
 A completion of c tokens is c decoding steps: the first is fed the prompt's last token, so a prompt of p tokens shares
 p - 1 of them.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Way = Literal["linear", "input", "made"]
@@ -163,13 +165,17 @@ class Lengths:
 
 
 def prefill(shape: Shape, lengths: Lengths, rank: int) -> Work:
-    """Count the prefill: shared prompts through the layers, not the head.
+    """Count the prefill: shared prompts through the layers, in the last one up to keys and values, not the head.
 
     `rank`: of an adapter beside the weights, or 0.
     """
+    if not lengths.shared:
+        return Work(Counter())
+    whole, last = replace(shape, layers=shape.layers - 1), replace(shape, layers=1)
     pairs = sum((p - 1) * p // 2 for p in lengths.prompts_P)
-    attention = Attention(shape.seen(pairs), shape.kept(lengths.shared))
-    return Work(_forward(shape, lengths.shared, rank) if lengths.shared else Counter(), attention)
+    attention = Attention(whole.seen(pairs), shape.kept(lengths.shared))
+    products = _forward(whole, lengths.shared, rank) + _forward(last, lengths.shared, rank, last.readers[:1])
+    return Work(products, attention)
 
 
 def decode(shape: Shape, lengths: Lengths, rank: int) -> Work:
@@ -193,17 +199,24 @@ def training(shape: Shape, lengths: Lengths, rank: int, *, may_fold: bool) -> Wo
     """Count one forward and one backward pass over prompts once and completions; gradients of the adapter alone.
 
     `may_fold`: weights of 32 bit, into which the adapter may be added before the product. The lowest layer passes no
-    gradient on: embeddings are not trained.
+    gradient on: embeddings are not trained. The last one works on scored tokens, but for keys and values.
     """
     tokens, scored = lengths.shared + lengths.scored, lengths.scored
     products = Counter(
         {Product(scored, shape.hidden, shape.vocab): 1, Product(scored, shape.vocab, shape.hidden, "input"): 1}
     )
     choices: list[tuple[Counter[Product], Counter[Product]]] = []
-    for place, (reads, outs) in enumerate(shape.readers):
-        lowest = int(place == 0)
-        narrow = _narrow(tokens, reads, outs, rank, Times(shape.layers, shape.layers - lowest))
-        folded = _folded(tokens, reads, outs, rank, Times(shape.layers, shape.layers - lowest))
+    (hidden, (query, *keys)), *behind = shape.readers
+    most, single = shape.layers - 1, int(shape.layers == 1)
+    parts = [
+        *((tokens, reads, outs, Times(most, most - (place == 0))) for place, (reads, outs) in enumerate(shape.readers)),
+        (scored, hidden, (query,), Times(1, 1 - single)),
+        (tokens, hidden, tuple(keys), Times(1, 1 - single)),
+        *((scored, reads, outs, Times(1, 1)) for reads, outs in behind),
+    ]
+    for rows, reads, outs, times in parts:
+        narrow = _narrow(rows, reads, outs, rank, times)
+        folded = _folded(rows, reads, outs, rank, times)
         if may_fold:
             choices.append((narrow, folded))
         else:
@@ -247,9 +260,11 @@ class Times:
     passing: int
 
 
-def _forward(shape: Shape, rows: int, rank: int) -> Counter[Product]:
+def _forward(
+    shape: Shape, rows: int, rank: int, readers: Sequence[tuple[int, tuple[int, ...]]] | None = None
+) -> Counter[Product]:
     products: Counter[Product] = Counter()
-    for reads, outs in shape.readers:
+    for reads, outs in shape.readers if readers is None else readers:
         products[Product(rows, reads, sum(outs))] += shape.layers
         for product in _thin(rows, reads, outs, rank):
             products[product] += shape.layers

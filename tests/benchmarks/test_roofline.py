@@ -101,6 +101,8 @@ def test_attention_counts_the_pairs_that_may_be_seen() -> None:
     shape = Shape(vocab=10, hidden=8, layers=3, heads=4, kv_heads=2, width=2, inner=16)
     # Step by step the same queries meet the same keys: prefill and decode together are one causal pass.
     apart = prefill(shape, lengths, 0).attention + decode(shape, lengths, 0).attention
+    # But the prefill's last layer attends to nothing.
+    apart += Attention(Shape(10, 8, 1, 4, 2, 2, 16).seen(1 + 2 + 3))
     whole = training(shape, lengths, RANK, may_fold=False).attention
     assert 3 * apart.operations == whole.operations == 3 * 4 * 3 * 4 * 2 * lengths.pairs()
 
@@ -121,7 +123,7 @@ def test_an_adapter_stays_beside_16_bit_weights_and_is_in_float32_ones() -> None
         products_of(narrow["decode"]) - products_of(wide["decode"]) == 2 * shape.adapter_entries(RANK) * lengths.scored
     )
     assert not narrow["training"].choices
-    assert len(wide["training"].choices) == 4
+    assert len(wide["training"].choices) == 4 + 5  # of most layers, and of the last, whose queries are fewer
     assert narrow["update"].moved == 32 * shape.adapter_entries(RANK)
 
 

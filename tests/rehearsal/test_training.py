@@ -29,7 +29,8 @@ EIGHT_BIT_MAPS = 2
 """Maps between 8 bit and numbers, which bitsandbytes' optimizer copies to the GPU in its first step."""
 LAUNCHES_A_LAYER_AND_PASS = {"kept": 235, "recomputed": 336}
 """Forward and backward, a layer of Qwen2 in 16 bit with adapters everywhere; with its activations recomputed."""
-LAUNCHES_BESIDES = 70
+LAUNCHES_BESIDES = 80
+"""Those of embedding, norm and head, and of the last layer, whose prompt tokens are cut off and replaced by zeros."""
 HEAD_LAUNCHES = 24
 """Of a piece of logits in 16 bit, forward, its gradient included."""
 CLOSE = {"loss": (0.0, 5e-3), "grad_norm": (0.02, 0.0), "entropy": (0.01, 0.0), "reward": (1e-9, 0.0)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigrpo.models.onednn import linear
+from minigrpo.models.onednn import LayerBlocks, blocked_linear, kept_blocks, linear
 
 CHUNK_LOGITS = 20 << 20
 """Logits that exist at a time: 138 rows of 152k tokens, 84 MB in float32. With 55 rows a product takes a fifth more."""
@@ -34,6 +34,7 @@ class OutputHead:
     scale: float
     cap: float | None
     temperature: float
+    blocks: LayerBlocks | None = None
 
     @classmethod
     def of(cls, model: Any, temperature: float) -> OutputHead:
@@ -42,7 +43,7 @@ class OutputHead:
         assert isinstance(head, nn.Linear), f"an output head of kind {type(head).__name__} is not known"
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, head.bias, float(scale), cap, temperature)
+        return cls(head.weight, head.bias, float(scale), cap, temperature, kept_blocks(head))
 
     @property
     def is_frozen(self) -> bool:
@@ -59,7 +60,10 @@ class OutputHead:
 
     def raw_logits(self, hidden_nD: Tensor) -> Tensor:
         """Return logits [n, V] in the weights' own type, before scale, cap and temperature."""
-        return linear(hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        x_nD = hidden_nD.to(self.weight_VD.dtype)
+        if self.blocks is None:
+            return linear(x_nD, self.weight_VD, self.bias_V)
+        return blocked_linear(x_nD, self.blocks.forward_OI, self.bias_V)
 
     def scaled_logits(self, raw_nV: Tensor) -> Tensor:
         """Apply scale, cap and temperature to raw logits. Returns the same tensor where nothing changes."""
@@ -71,7 +75,11 @@ class OutputHead:
 
     def hidden_grad(self, grad_nV: Tensor, hidden_nD: Tensor) -> Tensor:
         """Turn a gradient of the logits into one of the hidden states, where there is no cap."""
-        hidden_grad_nD = linear(grad_nV.to(self.weight_VD.dtype), self.weight_VD.T)
+        grad_nV = grad_nV.to(self.weight_VD.dtype)
+        if self.blocks is None or self.blocks.backward_IO is None:
+            hidden_grad_nD = linear(grad_nV, self.weight_VD.T)
+        else:
+            hidden_grad_nD = blocked_linear(grad_nV, self.blocks.backward_IO)
         return hidden_grad_nD.mul_(self.scale / self.temperature).to(hidden_nD.dtype)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigrpo.models import onednn
 from minigrpo.models.onednn import linear, weight_grad
 from minigrpo.utils.rng import keep_mask, name_key
 
@@ -64,6 +65,12 @@ def fuse_lora_layers(model: nn.Module) -> None:
             module.forward = types.MethodType(_fused_forward, module)
 
 
+def block_base_weights(model: nn.Module) -> None:
+    """Copy each frozen bfloat16 weight under an adapter into blocks, for both directions of a training pass."""
+    bases = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+    onednn.keep_blocks_both_ways(filter(onednn.can_block, bases))
+
+
 def is_four_bit(layer: Any) -> bool:
     """Tell whether a layer's weights are in 4 bit."""
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
@@ -87,6 +94,20 @@ class _FixedLayer:
     base: nn.Linear
     scale: float
     gain: float = 1.0
+
+    def outputs(self, x_NI: Tensor) -> Tensor:
+        """Return x W' and the bias."""
+        blocks = onednn.kept_blocks(self.base)
+        if blocks is None:
+            return linear(x_NI, unpacked_weight(self.base), self.base.bias)
+        return onednn.blocked_linear(x_NI, blocks.forward_OI, self.base.bias)
+
+    def input_grad(self, grad_NO: Tensor) -> Tensor:
+        """Return g W."""
+        blocks = onednn.kept_blocks(self.base)
+        if blocks is None or blocks.backward_IO is None:
+            return linear(grad_NO, unpacked_weight(self.base).T)
+        return onednn.blocked_linear(grad_NO, blocks.backward_IO)
 
     def factors(self, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A and B in the given type. The gain goes into A, which is small, and not over every input."""
@@ -150,13 +171,13 @@ class _NarrowLora(torch.autograd.Function):
     def forward(
         ctx: Any, x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, keep_NI: Tensor | None, fixed: _FixedLayer
     ) -> Tensor:
-        W_OI = unpacked_weight(fixed.base)
-        A, B = fixed.factors(A_RI, B_OR, W_OI.dtype)
+        y_NO = fixed.outputs(x_NI)
+        A, B = fixed.factors(A_RI, B_OR, y_NO.dtype)
         thin_NR = _apply_dropout(x_NI, keep_NI) @ A.T
         # The adapter's own tensors: A and B in another type or scale are soon made again, and would be held twice.
         ctx.save_for_backward(x_NI, thin_NR, keep_NI, A_RI, B_OR)
         ctx.fixed = fixed
-        return torch.addmm(linear(x_NI, W_OI, fixed.base.bias), thin_NR, B.T)
+        return y_NO.addmm_(thin_NR, B.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +187,7 @@ class _NarrowLora(torch.autograd.Function):
         grad_NR = grad_NO @ B
         grad_NI = None
         if ctx.needs_input_grad[0]:
-            grad_NI = linear(grad_NO, unpacked_weight(fixed.base).T)
+            grad_NI = fixed.input_grad(grad_NO)
             grad_NI = (
                 grad_NI.addmm_(grad_NR, A) if keep_NI is None else grad_NI.add_((grad_NR @ A).mul_(_as_bytes(keep_NI)))
             )

@@ -5,18 +5,22 @@ as well, uses all of it. What decides is the processor and the number of rows al
 what it would have computed. Both sum in float32; they differ by rounding.
 
 bfloat16: oneDNN lays a weight out in blocks before it multiplies, again in every call. With few rows that takes as long
-as the product. A weight that does not change can be blocked once; the results are the same bits.
+as the product, with many a tenth of it. A weight that does not change can be blocked once; the results are the same
+bits.
 
 Shapes: N rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from minigrpo.utils.cpu import bfloat16_instructions
@@ -29,6 +33,8 @@ trying: with 4 to 12 outputs one of a million numbers was rounded otherwise, wit
 """
 BLOCKS_ON = frozenset({"avx512_bf16", "amx_bf16"})
 """Instructions of the processors on which blocks are used. On ARM's nobody has tried them."""
+_TILE = 64
+"""Rows that are transposed at a time: a few are read in the cache, where a whole matrix is read in steps of a row."""
 MIN_ROWS = 32
 """With fewer rows, calling oneDNN costs more than it saves."""
 
@@ -77,6 +83,52 @@ def add_blocked_linear(y: Tensor, x: Tensor, blocked_OI: Tensor) -> Tensor:
     """Return y + x W', [..., O], rounded once: the bits of `addmm`. Not differentiable."""
     total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, y, blocked_OI, None, "add")
     return total
+
+
+@dataclass(slots=True)
+class LayerBlocks:
+    """A frozen layer's weight in blocks: for its outputs, and where asked for, for the gradient of its inputs."""
+
+    forward_OI: Tensor
+    backward_IO: Tensor | None = None
+
+
+def is_frozen_bfloat16(layer: Any) -> bool:
+    """Tell whether this is a plain linear layer in bfloat16 whose weights are not trained."""
+    return type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
+
+
+def can_block(layer: Any) -> bool:
+    """Tell whether a layer's blocks give the same bits, in both directions."""
+    return is_frozen_bfloat16(layer) and min(layer.weight.shape) >= LEAST_OUTPUTS
+
+
+def keep_blocks(layer: Any) -> LayerBlocks:
+    """Return the blocks of a frozen layer. They are made once and kept with the layer, for all who multiply by it."""
+    blocks: LayerBlocks | None = kept_blocks(layer)
+    if blocks is None:
+        blocks = layer.blocks = LayerBlocks(blocked(layer.weight))
+    return blocks
+
+
+def keep_blocks_both_ways(layers: Iterable[Any]) -> None:
+    """Make the layers' blocks for the gradient of their inputs, too, where they are missing."""
+    transposed: dict[torch.Size, Tensor] = {}
+    for layer in layers:
+        blocks, weight_OI = keep_blocks(layer), layer.weight.detach()
+        if blocks.backward_IO is None:
+            # Into the same memory each time: the system takes longer to hand out new pages than the copy takes.
+            room_IO = transposed.get(weight_OI.shape)
+            if room_IO is None:
+                room_IO = transposed[weight_OI.shape] = weight_OI.new_empty(weight_OI.shape[::-1])
+            for rows, columns in zip(weight_OI.split(_TILE), room_IO.split(_TILE, 1), strict=True):
+                columns.copy_(rows.T)
+            blocks.backward_IO = blocked(room_IO)
+
+
+def kept_blocks(layer: Any) -> LayerBlocks | None:
+    """Return the blocks that are kept with the layer, if any."""
+    return getattr(layer, "blocks", None)
 
 
 @lru_cache(maxsize=1)

@@ -35,11 +35,14 @@ from minigrpo.distributed.shards import (
     unite,
 )
 from minigrpo.errors import MinigrpoError, ModelError
+from minigrpo.models import onednn
 from minigrpo.models.attention import shared_prompt
 from minigrpo.models.context_window import CAUSAL_DECODERS, text_config
+from minigrpo.models.last_layer import skip_unread
 from minigrpo.models.loading import TORCH_DTYPES, LoadedModel, adapter_base, open_model, pick_device
 from minigrpo.models.logprobs import Float32Head, OutputHead, score_tokens
 from minigrpo.models.lora import SeededDropout, add_lora, attach_adapter, load_adapter, own_model, save_adapter
+from minigrpo.models.lora_linear import block_base_weights
 from minigrpo.models.loss_scale import LossScale
 from minigrpo.models.quantize import weight_bytes
 from minigrpo.ui.progress import Report, no_report
@@ -64,7 +67,8 @@ class TokenScores:
 class Policy:
     """A model in training, with its tokenizer. Everything else about a run is frozen data.
 
-    `shards`: where the model is sharded over ranks, this rank's slice of each parameter, by name.
+    `shards`: where the model is sharded over ranks, this rank's slice of each parameter, by name. `blocks_due`: whether
+    the next pass that is trained on copies frozen weights into blocks (models/onednn.py); it changes no bit of it.
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class Policy:
         self.loss_scale = LossScale.of(self.dtype)
         self.frozen_copy: nn.Module | None = None
         self.starting_adapter: list[Tensor] | None = None
+        self.blocks_due = False
         self.shards: dict[str, nn.Parameter] | None = None
         self._united: dict[str, Tensor] | None = None
         self._architecture = type(self.model)
         if self.shares_prompts:
             shared_prompt.register_shared_prompt_attention()
             self._set_attention(shared_prompt.SHARED_PROMPT_ATTENTION)
+            skip_unread(decoder_of(self.model))
         elif self.model.config._attn_implementation == shared_prompt.TORCH_BACKEND.plain != backend.plain:
             self._set_attention(backend.plain)
 
@@ -142,7 +148,16 @@ class Policy:
         """Score the micro-batch's N tokens, differentiably; the step seeds the dropout, if any."""
         for dropout in self.dropouts:
             dropout.step = step
+        if self.blocks_due:
+            self._copy_into_blocks()
         return self._score(self.model, batch, entropy_learns)
+
+    def _copy_into_blocks(self) -> None:
+        """Copy frozen weights into oneDNN's blocks, once: not before the first pass, so that rollouts need not wait."""
+        self.blocks_due = False
+        if onednn.gains_by_blocks(self.model.dtype, self.device.type):
+            block_base_weights(self.model)
+            onednn.keep_blocks_both_ways(filter(onednn.can_block, [self.model.get_output_embeddings()]))
 
     @torch.no_grad()
     def reference(self, batch: MicroBatch) -> Tensor:

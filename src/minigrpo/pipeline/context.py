@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from minigrpo.utils.paths import user_path
 
 if TYPE_CHECKING:
     from minigrpo.models.policy import Policy
+    from minigrpo.training.memory.machine import SamplingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,9 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     task = open_task(recipe)
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
-    rows, blocks = plan_sampling(policy, recipe, task, run)
-    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, rows, blocks=blocks))
+    plan = plan_sampling(policy, recipe, task, run)
+    policy.blocks_due = plan.more_blocks
+    return OpenedRun(recipe, task, policy, open_engine(policy, recipe, plan.rows, blocks=plan.blocks))
 
 
 def located(recipe: Recipe, run: RunDir, base: str | None = None) -> Recipe:
@@ -75,18 +77,18 @@ def allocator_for(recipe: Recipe) -> AbstractContextManager[None]:
     return nullcontext() if in_process else expandable_segments()
 
 
-def plan_sampling(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> tuple[int, bool]:
-    """Return how many completions are decoded side by side: as many as when the run began, or as memory admits. And
-    whether there is room for weights in blocks.
+def plan_sampling(policy: Policy, recipe: Recipe, task: Task, run: RunDir | None) -> SamplingPlan:
+    """Plan how many completions are decoded side by side: as many as when the run began, or as memory admits. And
+    whether there is room for weights in blocks, now: they change no bit, so a run may go on with others.
     """
     from minigrpo.models.context_window import longest_prompt
     from minigrpo.models.onednn import gains_by_blocks
     from minigrpo.rollouts.groups import prompts_of
     from minigrpo.training.checkpoint import read_machine
-    from minigrpo.training.memory.machine import planned_sampling
+    from minigrpo.training.memory.machine import SamplingPlan, planned_sampling
 
     began = read_machine(run) if run else None
     if began and not gains_by_blocks(policy.dtype, policy.device.type):
-        return began.rows, False
-    rows, blocks = planned_sampling(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
-    return (began.rows if began else rows), blocks
+        return SamplingPlan(began.rows)
+    plan = planned_sampling(policy, recipe, longest_prompt(prompts_of(task, "train"), policy.tokenizer))
+    return replace(plan, rows=began.rows) if began else plan

@@ -57,10 +57,15 @@ class Projection:
         if self.is_fused:
             self.fused = torch.cat([base.weight.detach() for base in self.bases])
         wide = sum(self.sizes) >= onednn.LEAST_OUTPUTS
-        self.can_block = wide and all(is_frozen_bfloat16(base) for base in self.bases)
+        self.can_block = wide and all(onednn.is_frozen_bfloat16(base) for base in self.bases)
         self.blocked: Tensor | None = None
         if blocks and self.can_block:
-            self.blocked = onednn.blocked(torch.cat([base.weight.detach() for base in self.bases]))
+            single = len(self.bases) == 1
+            self.blocked = (
+                onednn.keep_blocks(self.bases[0]).forward_OI
+                if single
+                else onednn.blocked(torch.cat([base.weight.detach() for base in self.bases]))
+            )
             self.blocked_bias = self._joint_bias()
         self.joint_A: Tensor | None = None
         self.Bs: list[Tensor | None] = [None for _ in modules]
@@ -144,9 +149,13 @@ class Projection:
         return outputs
 
 
-def is_frozen_bfloat16(layer: Any) -> bool:
-    """Tell whether this is a plain linear layer in bfloat16 whose weights are not trained."""
-    return type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
+def _bytes_in_blocks(projection: Projection) -> int:
+    weights = sum(base.weight.nbytes for base in projection.bases)
+    if projection.joint_A is None:
+        return weights
+    rank, inputs = projection.joint_A.shape
+    wide = inputs if rank >= onednn.LEAST_OUTPUTS else 0
+    return weights + rank * (wide + sum(projection.sizes)) * projection.joint_A.itemsize
 
 
 def copy_in_place(old: Tensor | None, new: Tensor) -> Tensor:
@@ -292,14 +301,32 @@ class Decoder:
         self.dtype, self.device = model.dtype, head.weight.device
         bases = [base for layer in self.layers for part in layer.projections for base in part.bases]
         self.products = sum(base.in_features * base.out_features for base in bases)  # of one token, without the head
-        self.blocked_head = onednn.blocked(head.weight) if blocks and is_frozen_bfloat16(head) else None
+        may_block = blocks and onednn.is_frozen_bfloat16(head)
+        self.blocked_head = onednn.keep_blocks(head).forward_OI if may_block else None
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the weights that may be copied into blocks."""
-        projections = [projection for layer in self.layers for projection in layer.projections]
-        frozen = [base for each in projections if each.can_block for base in each.bases]
-        return sum(layer.weight.nbytes for layer in [*frozen, *([self.head] if is_frozen_bfloat16(self.head) else [])])
+        """Bytes of what may be copied into blocks: frozen weights, and the adapters beside them."""
+        projections = [projection for layer in self.layers for projection in layer.projections if projection.can_block]
+        return sum(map(_bytes_in_blocks, projections)) + self._head_bytes
+
+    @property
+    def more_block_bytes(self) -> int:
+        """Bytes of what a training pass copies into blocks besides: each weight under an adapter for the gradient of
+        its inputs, and for its outputs where it is fused with others here.
+        """
+        pairs = [
+            (base.weight.nbytes, len(projection.bases))
+            for layer in self.layers
+            for projection in layer.projections
+            for base, module in zip(projection.bases, projection.modules, strict=True)
+            if projection.can_block and module is not base
+        ]
+        return sum(size * (1 + (fused > 1)) for size, fused in pairs) + self._head_bytes
+
+    @property
+    def _head_bytes(self) -> int:
+        return int(self.head.weight.nbytes) if onednn.is_frozen_bfloat16(self.head) else 0
 
     def refresh(self) -> None:
         """Copy the current weights, layer by layer: one of a sharded model is gathered for as long as that takes."""
@@ -360,7 +387,8 @@ class Decoder:
     def prefill(self, prompts: PromptLayout, rope: Rope, shared: Tensor) -> None:
         """Fill `shared` [layers, 2, M, K, P, D] with the keys and values of prompts, from `prompts.start` on.
 
-        What is behind the end of a prompt is left as it is, or filled with padding: nobody looks there.
+        What is behind the end of a prompt is left as it is, or filled with padding: nobody looks there. The last layer
+        stops at its keys and values, since no token is drawn here.
         """
         x = self.model.embed_tokens(prompts.ids)
         rope_at = rope.at(prompts.positions)
@@ -369,6 +397,8 @@ class Decoder:
         for layer, cache in zip(self.layers, shared, strict=True):
             query, key, value = self._project(layer, x, rope_at)
             prompts.store(cache, key, value)
+            if layer is self.layers[-1]:
+                return
             attended = self.kernel(
                 prompts.spread(query),
                 cache[0].repeat_interleave(repeats, 1),

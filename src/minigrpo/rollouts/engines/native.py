@@ -24,6 +24,7 @@ from minigrpo.rollouts.engines.prompts import PackedPrompts, PaddedPrompts, Prom
 from minigrpo.rollouts.engines.sampling import ProgressCounter, draw, refuse_broken_logits, split_prompts
 from minigrpo.types import Completion, Progress, Ready, Rendered, Sampling
 from minigrpo.utils.rng import name_key, uniform, with_float64
+from minigrpo.utils.spinning import spin_while_free
 from minigrpo.utils.transfer import to_device
 
 StopRule = Callable[[Tensor, Tensor, int], Tensor]
@@ -83,10 +84,11 @@ class NativeEngine:
         check_room(prompts, sampling.max_tokens, self.context)
         answers: list[tuple[Completion, ...]] = []
         counter = ProgressCounter(progress)
-        for start, chunk in split_prompts(prompts, n, self.rows):
-            batch = DecodeBatch(self.decoder, chunk, n, sampling, counter)
-            rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
-            answers += self._decode_batch(batch, rule, start, ready)
+        with spin_while_free():
+            for start, chunk in split_prompts(prompts, n, self.rows):
+                batch = DecodeBatch(self.decoder, chunk, n, sampling, counter)
+                rule: StopRule = lambda t, row, c, first=start * n: self.stop_rule(t, row + first, c)  # type: ignore[misc]  # noqa: E731
+                answers += self._decode_batch(batch, rule, start, ready)
         return answers
 
     def _decode_batch(

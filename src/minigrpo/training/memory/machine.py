@@ -7,7 +7,7 @@ forward pass over a short row is measured instead, and half of the free memory i
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,18 +70,26 @@ def plan_of_run(policy: Policy, recipe: Recipe, prompt: int) -> Plan | None:
         return None
 
 
-def planned_sampling(policy: Policy, recipe: Recipe, prompt: int) -> tuple[int, bool]:
-    """Return how many completions to decode side by side, and whether the engine copies weights into blocks.
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """How many completions to decode side by side; whether the engine copies weights into blocks; and training passes.
 
-    As many as the recipe asks for, or fewer, as memory admits. The blocks get what is left, and change no bit of what
-    is sampled.
+    Blocks change no bit of what is computed.
     """
+
+    rows: int
+    blocks: bool = False
+    more_blocks: bool = False
+
+
+def planned_sampling(policy: Policy, recipe: Recipe, prompt: int) -> SamplingPlan:
+    """Return as many rows as the recipe asks for, or fewer, as memory admits. The blocks get what is left."""
     policy_alone = replace(this_device(recipe.train, policy.device, policy.dtype), opened=OPEN_POLICY)
     try:
         plan = make_plan(policy.model.config, recipe, policy_alone, prompt)
     except UnplannableError:
-        return recipe.rollout.rows, False
-    return plan.rows, plan.blocks
+        return SamplingPlan(recipe.rollout.rows)
+    return SamplingPlan(plan.rows, plan.blocks, plan.more_blocks)
 
 
 def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Device:

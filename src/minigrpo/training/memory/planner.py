@@ -85,7 +85,7 @@ class Device:
 
 
 OPEN_POLICY = ("weights", "adapter", "reference", "warm start")
-BLOCKS = "engine blocks"
+BLOCKS, MORE_BLOCKS = "engine blocks", "training blocks"
 OPEN_ENGINE = ("engine copies", BLOCKS)
 
 
@@ -116,6 +116,11 @@ class Plan:
     def blocks(self) -> bool:
         """Tell whether the engine copies frozen weights into blocks."""
         return bool(self.line(BLOCKS))
+
+    @property
+    def more_blocks(self) -> bool:
+        """Tell whether training passes do, too."""
+        return bool(self.line(MORE_BLOCKS))
 
     def line(self, name: str) -> int:
         """Return the bytes of a line; 0 where the plan has no such line."""
@@ -169,7 +174,8 @@ def largest_micro_batch(config: RolloutConfig, prompt: int, tokens_per_pass: int
 class _Planner:
     """Tries choices until one fits. What they take is counted once for all plans of a run (counts.py).
 
-    Weights in blocks come last, with what is left: neither rows nor tokens per pass are given for them.
+    Weights in blocks come last, with what is left, the engine's first: neither rows nor tokens per pass are given for
+    them. They are no need, so they leave as much of the room free as the plan leaves of the budget.
     """
 
     def __init__(self, config: Any, recipe: Recipe, device: Device, prompt: int, *, rollout: bool) -> None:
@@ -190,8 +196,12 @@ class _Planner:
                 plan = again
         if not plan.fits:
             return replace(plan, advice=advice(plan, self.recipe))
-        blocked = self._with(plan.recompute, plan.tokens_per_pass, self.sampling[1].blocks)
-        return blocked if blocked.fits else plan
+        cost = self.sampling[1]
+        for blocks in ((cost.blocks, cost.more_blocks), (cost.blocks, 0)):
+            blocked = self._with(plan.recompute, plan.tokens_per_pass, blocks)
+            if blocked.peak <= BUDGET_SHARE * blocked.room:
+                return blocked
+        return plan
 
     def _longest(self, recompute: bool) -> Plan:
         """Find the most tokens per pass that fit, by bisection over powers of two."""
@@ -216,14 +226,14 @@ class _Planner:
             most = min(most, max(ENOUGH_PASS_TOKENS, int(CPU_PASS_WORK / parameters)))
         return [size for size in _powers() if size <= most] or [MIN_TOKENS]
 
-    def _with(self, recompute: bool, tokens_per_pass: int, blocks: int = 0) -> Plan:
+    def _with(self, recompute: bool, tokens_per_pass: int, blocks: tuple[int, int] = (0, 0)) -> Plan:
         micro_batch = largest_micro_batch(self.recipe.rollout, self.prompt, tokens_per_pass)
         cost = self.counts.training(micro_batch, recompute=recompute)
         rows, sampling = self.sampling
         rollout = self._rollout_lines(rows, sampling)
         if self.recipe.rollout.ahead:  # it lasts while the policy is updated
             rollout = tuple(replace(line, when="always") for line in rollout)
-        held = self._held(self.sampling[1].copies, blocks) if blocks else self.held
+        held = self._held(self.sampling[1].copies, blocks) if any(blocks) else self.held
         lines = (*held, *self._update_lines(micro_batch, cost), *rollout)
         return Plan(
             device=self.device.device,
@@ -243,7 +253,7 @@ class _Planner:
         """Lines that count in rollouts and in updates."""
         return self._held(self.sampling[1].copies)
 
-    def _held(self, copies: int, blocks: int = 0) -> tuple[PlanLine, ...]:
+    def _held(self, copies: int, blocks: tuple[int, int] = (0, 0)) -> tuple[PlanLine, ...]:
         recipe, policy = self.recipe, self.bare
         trained = sum(parameter.nbytes for parameter in policy.trainable)
         every = sum(p.nbytes for p in policy.model.parameters()) + sum(b.nbytes for b in policy.model.buffers())
@@ -259,12 +269,13 @@ class _Planner:
             PlanLine("reference", copy // parts, "always", "a frozen copy for the KL term"),
             PlanLine("warm start", adapter if kl and recipe.warmup.steps else 0, "always", "reference adapter"),
             PlanLine(OPEN_ENGINE[0], copies, "always", "weights laid out for sampling"),
-            PlanLine(BLOCKS, blocks, "always", "frozen weights, laid out for few rows, where there is room"),
+            PlanLine(BLOCKS, blocks[0], "always", "frozen weights, laid out for few rows, where there is room"),
         )
+        more = PlanLine(MORE_BLOCKS, blocks[1], "always", "frozen weights, laid out for both directions")
         moved = moment_bytes(policy.trainable, recipe.train.optimizer)
         ends = PlanLine("gathered", self._gathered[0], "always", "embedding and head of the sharded model, whole")
         moments = PlanLine("optimizer", moved // parts, "always", f"AdamW's two moments{self._share}")
-        return (self._program(loaded), *loaded, moments, ends)
+        return (self._program(loaded), *loaded, more, moments, ends)
 
     @cached_property
     def parts(self) -> int:
