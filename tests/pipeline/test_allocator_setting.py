@@ -19,7 +19,7 @@ import builtins, os, sys
 own = builtins.__import__
 def watch(name, *rest, **more):
     if name == "torch" and "torch" not in sys.modules:
-        print(os.environ.get("PYTORCH_ALLOC_CONF"))
+        print(os.environ.get("PYTORCH_ALLOC_CONF"), flush=True)
         os._exit(0)
     return own(name, *rest, **more)
 builtins.__import__ = watch
