@@ -144,7 +144,7 @@ def memory(setup: Setup, fast: Setup) -> dict[str, Any]:
     policy = open_policy(recipe)
     prompt = longest_prompt(task.prompts("train"), policy.tokenizer)
     sampling = planned_sampling(policy, recipe, prompt)
-    policy.blocks_due = sampling.more_blocks
+    policy.blocks_due = sampling.training_blocks
     engine = open_engine(policy, recipe, sampling.rows, blocks=sampling.blocks)
     plan = plan_of_run(policy, recipe, prompt)
     assert plan is not None, "the shapes of the benchmark are all of architectures that can be counted"

@@ -20,8 +20,7 @@ from minigrpo.utils.spinning import spinning_is_ours
 
 Say = Callable[[str], None]
 SPINS = {False: 300_000, True: 1_000}
-"""GOMP_SPINCOUNT of TRL's side, without and with busy neighbours: the best for it of those tried (docs/speed.md).
-Where the user has set how threads spin, both sides have that."""
+"""GOMP_SPINCOUNT of TRL's side, without and with busy neighbours: the best for it of those tried (docs/speed.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,7 @@ def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str
         why = trls.VARIANTS[variant].missing(workload)
         try:
             if why is None:
-                spins = SPINS[plan.neighbours > 0] if spinning_is_ours() else None
-                opened.append(stack.enter_context(Side(name, trls.run, chosen, spins)))
+                opened.append(stack.enter_context(Side(name, trls.run, chosen, spins_of_trl(plan.neighbours))))
         except BenchmarkError as fault:
             if variant == "best":
                 raise
@@ -84,6 +82,11 @@ def open_sides(setup: Setup, plan: Plan, stack: ExitStack, absent: dict[str, str
             absent[name] = why
             plan.say(f"{workload.title}: {name} is left out: {why}")
     return opened
+
+
+def spins_of_trl(neighbours: int) -> int | None:
+    """Return GOMP_SPINCOUNT of TRL's side; None where the user has said how threads wait, which both sides keep to."""
+    return SPINS[neighbours > 0] if spinning_is_ours() else None
 
 
 def take_turns(sides: Sequence[Side], taken: dict[str, list[Step]], wanted: tuple[int, ...]) -> None:

@@ -89,7 +89,7 @@ def open_engine(setup: Setup, policy: Policy, rows: int) -> NativeEngine:
     """Open the native engine; its completions stop where the workload says, if it forces lengths."""
     lengths_B = torch.tensor(setup.workload.lengths_B, device=setup.device)
     forced = setup.workload.stops != "natural"
-    policy.blocks_due = True  # as `open_run` does where memory admits
+    policy.blocks_due = True  # as `open_all` does where memory admits
     return NativeEngine(
         policy,
         stop_ids=sorted(stop_ids(policy)),

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import harness, proof, sweeps, trls
-from benchmarks.harness import same_work
+from benchmarks.harness import same_work, spins_of_trl
 from benchmarks.machine import busy_neighbours, busy_seconds
 from benchmarks.ours import recipe_of
 from benchmarks.report import OURS, TRL, Result, show
@@ -29,6 +29,7 @@ from benchmarks.sides import BenchmarkError, Setup, Side, Step
 from benchmarks.workloads import WORKLOADS, spread, stop_lengths, task_of
 from minigrpo.rollouts.engines.native import NativeEngine
 from minigrpo.types import Prompt
+from minigrpo.utils.spinning import SPIN_COUNT
 
 
 def test_stop_lengths_are_the_published_draw() -> None:
@@ -106,6 +107,14 @@ def test_every_way_to_set_trl_does_the_same_work(setup: Setup, variant: str) -> 
     assert step.completion_lengths == setup.workload.lengths_B
     asked = side.facts["gradient_checkpointing"], side.facts["use_transformers_continuous_batching"]
     assert asked == {"defaults": ("True", "False"), "continuous": ("False", "True")}[variant]
+
+
+def test_how_a_user_wants_threads_to_wait_holds_for_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", SPIN_COUNT)
+    assert (spins_of_trl(0), spins_of_trl(1)) == (300_000, 1_000)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert (spins_of_trl(0), spins_of_trl(1)) == (None, None)
 
 
 def test_a_way_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_blocks_take_what_they_are_counted_with() -> None:
     both = sum(blocks.forward_OI.nbytes + blocks.backward_IO.nbytes for blocks in kept)
     shared = [part.blocked for part in projections if len(part.bases) == 1]
     once = sum(copy.nbytes for copy in [*shared, decoder.blocked_head] if copy is not None)
-    assert decoder.more_block_bytes == both - once
+    assert decoder.training_block_bytes == both - once
 
 
 def planned(free: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Plan:
@@ -136,15 +136,15 @@ def test_blocks_get_what_is_left_and_take_nothing_from_the_rest() -> None:
     """The engine's come first. They leave a tenth of the room, as the plan leaves a tenth of the budget."""
     roomy = planned(10**10)
     assert roomy.blocks
-    assert roomy.more_blocks
+    assert roomy.training_blocks
     embedding = 2 * 8000 * 512
     weights = roomy.line("weights") - embedding
     assert weights < roomy.line("engine blocks") < 1.25 * weights  # with adapters of rank 16
     assert weights < roomy.line("training blocks") < 2 * weights
     need = BUDGET_SHARE**2
-    assert planned(int(roomy.peak / need * 1.001)).more_blocks
+    assert planned(int(roomy.peak / need * 1.001)).training_blocks
     fewer = planned(int(roomy.peak / need * 0.999))
-    assert (fewer.blocks, fewer.more_blocks) == (True, False)
+    assert (fewer.blocks, fewer.training_blocks) == (True, False)
     assert planned(int(fewer.peak / need * 1.001)).blocks
     scarce = planned(int(fewer.peak / need * 0.999))
     assert not scarce.blocks

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minigrpo.rollouts.engines.native import NativeEngine
+from minigrpo.types import Sampling
 from minigrpo.utils import spinning
 from minigrpo.utils.spinning import (
     CROWDED,
@@ -25,6 +27,7 @@ from minigrpo.utils.spinning import (
     spin_while_free,
     threads_left,
 )
+from tests.helpers.models import make_policy, rendered
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +169,15 @@ def test_how_threads_wait_is_left_to_a_user_who_has_said_so(
     monkeypatch.setenv("GOMP_SPINCOUNT", SPIN_COUNT)
     with spin_while_free():
         assert named("minigrpo-spinning") == 1
+
+
+@pytest.mark.needs("procfs")
+def test_sampling_is_watched_outside_of_a_command_too() -> None:
+    seen = []
+    engine = NativeEngine(make_policy(), stop_ids=[3], rows=8)
+    engine.generate(rendered(), 2, Sampling(1.0, 4, 1), progress=lambda *_: seen.append(named("minigrpo-spinning")))
+    assert set(seen) == {1}
+    assert named("minigrpo-spinning") == 0
 
 
 @pytest.mark.needs("procfs")

@@ -14,7 +14,7 @@ Shapes: N rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def add_blocked_linear(y: Tensor, x: Tensor, blocked_OI: Tensor) -> Tensor:
     return total
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LayerBlocks:
     """A frozen layer's weight in blocks: for its outputs, and where asked for, for the gradient of its inputs."""
 
@@ -105,7 +105,7 @@ def can_block(layer: Any) -> bool:
 
 def keep_blocks(layer: Any) -> LayerBlocks:
     """Return the blocks of a frozen layer. They are made once and kept with the layer, for all who multiply by it."""
-    blocks: LayerBlocks | None = kept_blocks(layer)
+    blocks = kept_blocks(layer)
     if blocks is None:
         blocks = layer.blocks = LayerBlocks(blocked(layer.weight))
     return blocks
@@ -123,7 +123,7 @@ def keep_blocks_both_ways(layers: Iterable[Any]) -> None:
                 room_IO = transposed[weight_OI.shape] = weight_OI.new_empty(weight_OI.shape[::-1])
             for rows, columns in zip(weight_OI.split(_TILE), room_IO.split(_TILE, 1), strict=True):
                 columns.copy_(rows.T)
-            blocks.backward_IO = blocked(room_IO)
+            layer.blocks = replace(blocks, backward_IO=blocked(room_IO))
 
 
 def kept_blocks(layer: Any) -> LayerBlocks | None:

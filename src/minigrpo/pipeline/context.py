@@ -40,7 +40,7 @@ def open_all(recipe: Recipe, run: RunDir | None = None) -> OpenedRun:
     with stage(f"model {recipe.model.path}", 0) as report:
         policy = open_policy(recipe, report)
     plan = plan_sampling(policy, recipe, task, run)
-    policy.blocks_due = plan.more_blocks
+    policy.blocks_due = plan.training_blocks
     return OpenedRun(recipe, task, policy, open_engine(policy, recipe, plan.rows, blocks=plan.blocks))
 
 

@@ -76,7 +76,7 @@ def lead(opened: OpenedRun, team: Team | None) -> Ranks:
     rows = getattr(opened.engine, "rows", 0)
     weights = sum(parameter.numel() for parameter in opened.policy.model.parameters())
     seconds = exchange_seconds(opened.recipe, team.size, weights=weights, rows=rows, device=opened.policy.device.type)
-    blocks = {"blocks": getattr(opened.engine, "blocks", False), "more_blocks": opened.policy.blocks_due}
+    blocks = {"blocks": getattr(opened.engine, "blocks", False), "training_blocks": opened.policy.blocks_due}
     team.tell("plan", {"rows": rows, "threads": torch.get_num_threads(), "seconds": seconds, **blocks})
     team.connect(seconds)
     where = ", ".join(f"{count} on {host}" for host, count in team.hosts().items())
@@ -129,7 +129,7 @@ def follow(recipe: Recipe, run: RunDir, team: Team) -> None:
         if plan is None:
             return
         torch.set_num_threads(plan["threads"])
-        policy.blocks_due = plan["more_blocks"]
+        policy.blocks_due = plan["training_blocks"]
         opened = OpenedRun(recipe, task, policy, open_engine(policy, recipe, plan["rows"], blocks=plan["blocks"]))
         if recipe.warmup.steps:
             prepare.begin_with_warmup(opened, run)

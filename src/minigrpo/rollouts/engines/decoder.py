@@ -60,12 +60,10 @@ class Projection:
         self.can_block = wide and all(onednn.is_frozen_bfloat16(base) for base in self.bases)
         self.blocked: Tensor | None = None
         if blocks and self.can_block:
-            single = len(self.bases) == 1
-            self.blocked = (
-                onednn.keep_blocks(self.bases[0]).forward_OI
-                if single
-                else onednn.blocked(torch.cat([base.weight.detach() for base in self.bases]))
-            )
+            if len(self.bases) == 1:  # training multiplies by the same copy
+                self.blocked = onednn.keep_blocks(self.bases[0]).forward_OI
+            else:
+                self.blocked = onednn.blocked(torch.cat([base.weight.detach() for base in self.bases]))
             self.blocked_bias = self._joint_bias()
         self.joint_A: Tensor | None = None
         self.Bs: list[Tensor | None] = [None for _ in modules]
@@ -311,7 +309,7 @@ class Decoder:
         return sum(map(_bytes_in_blocks, projections)) + self._head_bytes
 
     @property
-    def more_block_bytes(self) -> int:
+    def training_block_bytes(self) -> int:
         """Bytes of what a training pass copies into blocks besides: each weight under an adapter for the gradient of
         its inputs, and for its outputs where it is fused with others here.
         """

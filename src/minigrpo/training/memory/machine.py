@@ -79,7 +79,7 @@ class SamplingPlan:
 
     rows: int
     blocks: bool = False
-    more_blocks: bool = False
+    training_blocks: bool = False
 
 
 def planned_sampling(policy: Policy, recipe: Recipe, prompt: int) -> SamplingPlan:
@@ -89,7 +89,7 @@ def planned_sampling(policy: Policy, recipe: Recipe, prompt: int) -> SamplingPla
         plan = make_plan(policy.model.config, recipe, policy_alone, prompt)
     except UnplannableError:
         return SamplingPlan(recipe.rollout.rows)
-    return SamplingPlan(plan.rows, plan.blocks, plan.more_blocks)
+    return SamplingPlan(plan.rows, plan.blocks, plan.training_blocks)
 
 
 def this_device(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Device:

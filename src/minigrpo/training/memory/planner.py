@@ -85,7 +85,7 @@ class Device:
 
 
 OPEN_POLICY = ("weights", "adapter", "reference", "warm start")
-BLOCKS, MORE_BLOCKS = "engine blocks", "training blocks"
+BLOCKS, TRAINING_BLOCKS = "engine blocks", "training blocks"
 OPEN_ENGINE = ("engine copies", BLOCKS)
 
 
@@ -118,9 +118,9 @@ class Plan:
         return bool(self.line(BLOCKS))
 
     @property
-    def more_blocks(self) -> bool:
+    def training_blocks(self) -> bool:
         """Tell whether training passes do, too."""
-        return bool(self.line(MORE_BLOCKS))
+        return bool(self.line(TRAINING_BLOCKS))
 
     def line(self, name: str) -> int:
         """Return the bytes of a line; 0 where the plan has no such line."""
@@ -197,7 +197,7 @@ class _Planner:
         if not plan.fits:
             return replace(plan, advice=advice(plan, self.recipe))
         cost = self.sampling[1]
-        for blocks in ((cost.blocks, cost.more_blocks), (cost.blocks, 0)):
+        for blocks in ((cost.blocks, cost.training_blocks), (cost.blocks, 0)):
             blocked = self._with(plan.recompute, plan.tokens_per_pass, blocks)
             if blocked.peak <= BUDGET_SHARE * blocked.room:
                 return blocked
@@ -271,7 +271,7 @@ class _Planner:
             PlanLine(OPEN_ENGINE[0], copies, "always", "weights laid out for sampling"),
             PlanLine(BLOCKS, blocks[0], "always", "frozen weights, laid out for few rows, where there is room"),
         )
-        more = PlanLine(MORE_BLOCKS, blocks[1], "always", "frozen weights, laid out for both directions")
+        more = PlanLine(TRAINING_BLOCKS, blocks[1], "always", "frozen weights, laid out for both directions")
         moved = moment_bytes(policy.trainable, recipe.train.optimizer)
         ends = PlanLine("gathered", self._gathered[0], "always", "embedding and head of the sharded model, whole")
         moments = PlanLine("optimizer", moved // parts, "always", f"AdamW's two moments{self._share}")

@@ -39,7 +39,7 @@ class RolloutCost:
     """Bytes: `copies` stay between rollouts, `cache` is full at the last token, `passing` is temporary, on top of all
     others at the peak, which is in `phase`. `graphs`: the pool of memory that CUDA graphs keep for what their kernels
     hand on. `later`: caches that come on top of `cache` once training has ended. `blocks`: what the engine would take
-    on top of `copies` for weights in blocks, and `more_blocks` what training passes would take besides; both can do
+    on top of `copies` for weights in blocks, and `training_blocks` what training passes would take besides; both can do
     without (models/onednn.py).
     """
 
@@ -50,7 +50,7 @@ class RolloutCost:
     graphs: int = 0
     later: int = 0
     blocks: int = 0
-    more_blocks: int = 0
+    training_blocks: int = 0
 
     @property
     def peak(self) -> int:
@@ -74,9 +74,9 @@ def native_rollout_cost(policy: Policy, shape: RolloutShape, temperature: float,
         counter.phase = "drawing a token"
         _decode(decoder, shape, rope, cache, temperature)
         gains = gains_by_blocks(decoder.dtype, device)
-        blocks, more_blocks = (decoder.block_bytes, decoder.more_block_bytes) if gains else (0, 0)
+        blocks, training_blocks = (decoder.block_bytes, decoder.training_block_bytes) if gains else (0, 0)
     passing = counter.peak - copies - held
-    return RolloutCost(copies, held, passing, counter.peak_phase, blocks=blocks, more_blocks=more_blocks)
+    return RolloutCost(copies, held, passing, counter.peak_phase, blocks=blocks, training_blocks=training_blocks)
 
 
 def _prefill(decoder: Decoder, shape: RolloutShape, rope: Rope, device: str) -> kv_cache.Cache:
